@@ -1,0 +1,99 @@
+"""A pool of gloo ranks on this machine: started once, then handed any number of functions.
+
+Starting processes that import torch costs seconds; sending one a function costs microseconds.
+Warnings are errors inside the ranks, so that a deprecated collective shows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clipcore.distributed import close_distributed, init_distributed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+# Seconds that one function may take on a loaded machine before the pool gives up on a rank.
+PATIENCE = 120
+
+
+def _serve(rank: int, num_ranks: int, port: int, connection: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    world = init_distributed("cpu")
+    warnings.simplefilter("error")
+    while (message := connection.recv_bytes()) != b"":
+        try:
+            function, arguments = pickle.loads(message)
+            answer = (True, function(world, *arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+    close_distributed()
+
+
+class RankPool:
+    """`num_ranks` processes in one gloo group; a context manager that ends them."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.num_ranks = num_ranks
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(num_ranks):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, num_ranks, port, there), daemon=True
+            )
+            process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Calls function(world, *arguments) on every rank; what they return, by rank.
+
+        Raises:
+            AssertionError: a rank raised, died or kept silent; the message has its traceback.
+        """
+        message = pickle.dumps((function, arguments))
+        for connection in self._connections:
+            connection.send_bytes(message)
+        results, failures = [], []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(PATIENCE):
+                raise AssertionError(f"rank {rank} is silent after {PATIENCE} s; {failures}")
+            succeeded, answer = pickle.loads(connection.recv_bytes())
+            (results if succeeded else failures).append(answer)
+        assert not failures, "\n".join(failures)
+        return results
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            if process.is_alive():
+                connection.send_bytes(b"")
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
