@@ -1,0 +1,379 @@
+"""The configuration of a training run: one frozen dataclass, whose fields are the command line.
+
+Flags keep the names and the meaning that open_clip's users know. A field that is ``None`` takes the value of a recipe
+(``resolve``): the paper's for user data, a small one for the embedded data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from clipcore.schedule import SCHEDULES
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it and the remedy."""
+
+
+DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
+    "data",
+    "model",
+    "optimisation",
+    "memory and speed",
+    "evaluation",
+    "run, logs and checkpoints",
+    "accepted from open_clip, without effect",
+)
+
+
+def _option(default: Any, group: str, help: str, **arguments: Any) -> Any:
+    metadata = {"group": group, "help": help, "arguments": arguments}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of ``python -m clipcore.train``."""
+
+    train_data: str = _option(
+        "glyphs", DATA, "'glyphs', tar shards {000..099} (a::b mixes), a table, or a folder"
+    )
+    train_data_upsampling_factors: str | None = _option(
+        None, DATA, "weights of the mixed sources, 1::2"
+    )
+    train_num_samples: int | None = _option(
+        None, DATA, "samples of an epoch [all of the data]", metavar="N"
+    )
+    dataset_type: str = _option(
+        "auto",
+        DATA,
+        "kind of the data",
+        choices=("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"),
+        metavar="KIND",
+    )
+    csv_img_key: str = _option("filepath", DATA, "image column of a table", metavar="KEY")
+    csv_caption_key: str = _option("title", DATA, "caption column of a table", metavar="KEY")
+    csv_separator: str = _option("\t", DATA, "separator of a csv table [tab]", metavar="SEP")
+    image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
+    max_bad_fraction: float = _option(
+        0.01, DATA, "share of unreadable samples that stops the run", metavar="X"
+    )
+    aug_scale: float = _option(
+        0.9, DATA, "smallest share of the area that the random crop keeps", metavar="X"
+    )
+    tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
+    vocab_size: int = _option(
+        3072, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
+    )
+    workers: int | None = _option(None, DATA, "data loader processes a device", metavar="N")
+
+    model: str | None = _option(
+        None, MODEL, "architecture: a name of clipcore.list_models()", metavar="NAME"
+    )
+    pretrained: str | None = _option(
+        None, MODEL, "weights to start from: OpenAI's, open_clip's, a run", metavar="FILE"
+    )
+    force_image_size: int | None = _option(
+        None, MODEL, "pixels; position embeddings are resized", metavar="N"
+    )
+    force_quick_gelu: bool = _option(False, MODEL, "QuickGELU in both towers")
+    force_patch_dropout: float | None = _option(
+        None, MODEL, "share of patches dropped in training", metavar="X"
+    )
+    lock_image: bool = _option(False, MODEL, "train the text tower alone (LiT)")
+    lock_image_unlocked_groups: int = _option(
+        0, MODEL, "last groups of the image tower left free", metavar="N"
+    )
+    lock_image_freeze_bn_stats: bool = _option(
+        False, MODEL, "freeze BatchNorm statistics of locked layers"
+    )
+    lock_text: bool = _option(False, MODEL, "train the image tower alone")
+    lock_text_unlocked_layers: int = _option(
+        0, MODEL, "last layers of the text tower left free", metavar="N"
+    )
+    lock_text_freeze_layer_norm: bool = _option(
+        False, MODEL, "freeze LayerNorms of locked text layers too"
+    )
+
+    epochs: int | None = _option(None, OPTIMISATION, "passes over the data", metavar="N")
+    batch_size: int | None = _option(None, OPTIMISATION, "pairs a device and step", metavar="N")
+    lr: float | None = _option(
+        None, OPTIMISATION, "peak learning rate [the paper's for the model]", metavar="X"
+    )
+    beta1: float | None = _option(None, OPTIMISATION, "AdamW [table 18 of the paper]", metavar="X")
+    beta2: float | None = _option(None, OPTIMISATION, "AdamW [table 18]", metavar="X")
+    eps: float | None = _option(None, OPTIMISATION, "AdamW [table 18]", metavar="X")
+    wd: float | None = _option(
+        None, OPTIMISATION, "weight decay, not on gains and biases", metavar="X"
+    )
+    warmup: int | None = _option(None, OPTIMISATION, "steps of linear warm-up", metavar="N")
+    lr_scheduler: str = _option(
+        "cosine", OPTIMISATION, "after the warm-up", choices=SCHEDULES, metavar="NAME"
+    )
+    epochs_cooldown: int | None = _option(
+        None, OPTIMISATION, "epochs of const-cooldown's end", metavar="N"
+    )
+    lr_cooldown_end: float = _option(0.0, OPTIMISATION, "learning rate at its end", metavar="X")
+    lr_cooldown_power: float = _option(1.0, OPTIMISATION, "power of its decay", metavar="X")
+    skip_scheduler: bool = _option(False, OPTIMISATION, "constant learning rate, no warm-up")
+    grad_clip_norm: float | None = _option(
+        None, OPTIMISATION, "clip the gradient's L2 norm", metavar="X"
+    )
+    ema_decay: float | None = _option(
+        None, OPTIMISATION, "evaluate a moving average of the weights", metavar="X"
+    )
+    seed: int = _option(0, OPTIMISATION, "of the weights, the order and the crops", metavar="N")
+
+    precision: str | None = _option(
+        None,
+        COST,
+        "arithmetic [amp_bf16 on a GPU, else fp32]",
+        choices=("fp32", "amp_bf16", "amp_bfloat16", "amp"),
+    )
+    grad_checkpointing: bool = _option(False, COST, "recompute activations in the backward pass")
+    torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
+    device: str | None = _option(
+        None, COST, "'cpu' or 'cuda' [cuda where there is one]", metavar="NAME"
+    )
+
+    val_data: str | None = _option(
+        None, EVALUATION, "pairs for retrieval and validation loss", metavar="DATA"
+    )
+    val_frequency: int = _option(
+        1, EVALUATION, "epochs between retrievals, 0 for never", metavar="N"
+    )
+    imagenet_val: str | None = _option(
+        None, EVALUATION, "folder of one folder a class: zero-shot accuracy", metavar="DIR"
+    )
+    zeroshot_frequency: int = _option(
+        2, EVALUATION, "epochs between zero-shot evaluations, 0 for never", metavar="N"
+    )
+
+    logs: str = _option("./logs", RUN, "folder of all runs", metavar="DIR")
+    name: str | None = _option(None, RUN, "folder of this run in it [date, model, batch]")
+    resume: str | None = _option(
+        None, RUN, "'latest', a run's folder, or a checkpoint", metavar="WHAT"
+    )
+    save_frequency: int = _option(1, RUN, "epochs between checkpoints, 0 for none", metavar="N")
+    save_every_steps: int | None = _option(None, RUN, "steps between checkpoints", metavar="N")
+    save_every_minutes: float | None = _option(
+        None, RUN, "minutes between checkpoints", metavar="X"
+    )
+    keep_checkpoints: int = _option(3, RUN, "newest checkpoints kept, 0 for all", metavar="K")
+    delete_previous_checkpoint: bool = _option(False, RUN, "same as --keep-checkpoints 1")
+    report_to: str = _option(
+        "", RUN, "'tensorboard', 'wandb', 'all', comma separated", metavar="NAMES"
+    )
+    wandb_project_name: str = _option("clipcore", RUN, "Weights & Biases project", metavar="NAME")
+    log_every_n_steps: int = _option(1, RUN, "steps between lines of metrics.jsonl", metavar="N")
+    quiet: bool = _option(False, RUN, "no progress bar")
+
+    local_loss: bool = _option(False, ACCEPTED, "the loss is always the exact one")
+    gather_with_grad: bool = _option(False, ACCEPTED, "likewise")
+    dataset_resampled: bool = _option(False, ACCEPTED, "each epoch sees each sample once")
+    save_most_recent: bool = _option(False, ACCEPTED, "--resume latest needs no extra file")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuses values that no run can use."""
+    for name in (
+        "epochs",
+        "batch_size",
+        "train_num_samples",
+        "save_every_steps",
+        "log_every_n_steps",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in (
+        "warmup",
+        "workers",
+        "save_frequency",
+        "keep_checkpoints",
+        "zeroshot_frequency",
+        "val_frequency",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in (
+        "force_patch_dropout",
+        "max_bad_fraction",
+        "aug_scale",
+        "beta1",
+        "beta2",
+        "ema_decay",
+    ):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+    if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
+        raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
+    if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
+        raise ConfigError(
+            f"--report-to knows tensorboard, wandb and all, not {', '.join(sorted(unknown))}"
+        )
+
+
+def reporters(config: TrainConfig) -> tuple[str, ...]:
+    """The names in ``--report-to``."""
+    if config.report_to == "all":
+        return ("tensorboard", "wandb")
+    return tuple(name.strip() for name in config.report_to.split(",") if name.strip())
+
+
+# Learning rates of table 1.. of the paper that are not the 5e-4 of the rest (tables 19 and 20).
+PAPER_LEARNING_RATES = {
+    "RN50x16": 4e-4,
+    "RN50x64": 3.6e-4,
+    "ViT-L-14": 4e-4,
+    "ViT-L-14-336": 2e-5,
+}
+
+# For two processor cores and five minutes; the experiments behind it are in docs/log.md.
+GLYPHS_RECIPE: dict[str, Any] = {
+    "model": "ViT-glyphs",
+    "epochs": 6,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "wd": 0.2,
+    "warmup": 60,
+    "grad_clip_norm": 1.0,
+    "tokenizer": "train",
+    "workers": 0,
+}
+PAPER_RECIPE: dict[str, Any] = {
+    "model": "ViT-B-32",
+    "epochs": 32,
+    "batch_size": 64,
+    "lr": 5e-4,
+    "wd": 0.2,
+    "warmup": 2000,
+    "tokenizer": "openai",
+    "workers": 4,
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fills the unset fields from the recipe of the data; what depends on the number of steps stays for the run."""
+    recipe = dict(GLYPHS_RECIPE if config.train_data == "glyphs" else PAPER_RECIPE)
+    if config.model is not None and config.train_data != "glyphs":
+        recipe["lr"] = PAPER_LEARNING_RATES.get(
+            config.model.replace("-quickgelu", ""), recipe["lr"]
+        )
+    unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    if config.delete_previous_checkpoint:
+        unset["keep_checkpoints"] = 1
+    return dataclasses.replace(config, **unset)
+
+
+def warmup_steps(config: TrainConfig, explicit: bool, num_steps: int) -> int:
+    """The warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run, a user's is taken or refused."""
+    assert config.warmup is not None
+    if explicit and config.warmup > num_steps:
+        raise ConfigError(
+            f"--warmup {config.warmup} is longer than the run of {num_steps} steps; lower it or raise --epochs"
+        )
+    return config.warmup if explicit else min(config.warmup, num_steps // 10)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line for a mistake, with the nearest flag for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Lines(argparse.HelpFormatter):
+    """One line a flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=118)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, derived from the fields of ``TrainConfig``."""
+    parser = _Parser(
+        prog="python -m clipcore.train",
+        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--batch-size N] ...",
+        description="Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
+        formatter_class=_Lines,
+        allow_abbrev=False,
+    )
+    groups = {
+        name: parser.add_argument_group(name)
+        for name in (DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED)
+    }
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        add = groups[field.metadata["group"]].add_argument
+        flag, help, arguments = (
+            f"--{field.name.replace('_', '-')}",
+            field.metadata["help"],
+            field.metadata["arguments"],
+        )
+        if hints[field.name] is bool:
+            add(flag, action="store_true", help=help)
+            continue
+        kind = next(
+            t
+            for t in (typing.get_args(hints[field.name]) or (hints[field.name],))
+            if t is not type(None)
+        )
+        if field.default not in (None, "", "\t"):
+            help += " [%(default)s]"
+        add(
+            flag,
+            type=kind,
+            default=field.default,
+            help=help,
+            **{"metavar": kind.__name__.upper(), **arguments},
+        )
+    # A bare --resume means the newest checkpoint.
+    resume = next(action for action in parser._actions if action.dest == "resume")
+    resume.nargs, resume.const = "?", "latest"
+    return parser
+
+
+_UNSET = object()
+
+
+def parse_command_line(
+    arguments: Sequence[str] | None = None,
+) -> tuple[TrainConfig, frozenset[str]]:
+    """The configuration that the flags give, and the names of the fields that were given.
+
+    Raises:
+        ConfigError: an unknown flag (with the nearest one that exists) or a value that cannot work.
+    """
+    parser = build_parser()
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    # argparse leaves attributes that exist alone: what is still unset afterwards was not given.
+    unset = argparse.Namespace(**dict.fromkeys(names, _UNSET))
+    namespace, unknown = parser.parse_known_args(
+        sys.argv[1:] if arguments is None else arguments, unset
+    )
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
+    given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+    return TrainConfig(**given), frozenset(given)

@@ -1,0 +1,205 @@
+"""``glyphs``: the embedded data set, pictures of writing with their Unicode names.
+
+Every character of the DejaVu faces that matplotlib ships is drawn by Pillow; its caption is a sentence made from the
+character's Unicode name and the face. Nothing is downloaded and nothing is stored: a picture is drawn when it is
+first asked for.
+
+Splits are fixed for good, by character and by typeface family:
+
+- ``train``: nine tenths of the characters, in the sans and serif families;
+- ``unseen``: the other tenth, in the same families: zero-shot classes whose names and shapes were never trained on;
+- ``shift``: that tenth in the monospaced family, which is never trained on either: the distribution shift;
+- ``seen-shift``: the trained characters in the monospaced family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from clipcore.data.sources import Pair
+from PIL import Image, ImageDraw, ImageFont
+
+CANVAS = 40  # pixels: the size of a picture before the random crop
+FONT_SIZE = 26  # pixels to the em: the largest at which nearly every character fits the canvas
+BASELINE = 28  # row of the baseline, so that height and depth stay visible
+SHIFT_FAMILY = "monospaced"
+SPLITS = ("train", "unseen", "shift", "seen-shift")
+
+CAPTION_TEMPLATES = (
+    "a {face} glyph of {name}",
+    "the character {name} in {face} type",
+    "{name}, {face}",
+    "{name}",
+)
+ZERO_SHOT_TEMPLATES = tuple(
+    template.replace("{face}", face)
+    for template in CAPTION_TEMPLATES
+    for face in (
+        ("sans", "bold sans", "italic serif", "bold serif") if "{face}" in template else ("",)
+    )
+)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One font file: its family and its style as captions call them."""
+
+    file: str
+    family: str
+    style: str
+
+    @property
+    def description(self) -> str:
+        return f"{self.style} {self.family}".strip()
+
+
+FACES = tuple(
+    Face(f"{stem}{'-' if suffix else ''}{suffix}.ttf", family, style)
+    for stem, family, slanted in (
+        ("DejaVuSans", "sans", "Oblique"),
+        ("DejaVuSerif", "serif", "Italic"),
+        ("DejaVuSansMono", SHIFT_FAMILY, "Oblique"),
+    )
+    for suffix, style in (
+        ("", ""),
+        ("Bold", "bold"),
+        (slanted, "italic"),
+        (f"Bold{slanted}", "bold italic"),
+    )
+)
+
+
+def font_folder() -> Path:
+    """Where matplotlib keeps its fonts; matplotlib itself is not imported."""
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the embedded data needs matplotlib's fonts: pip install matplotlib"
+        )
+    return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+
+
+def is_unseen(character: str) -> bool:
+    """Whether the character belongs to the tenth that is never trained on: a hash of its code point decides."""
+    digest = hashlib.sha256(f"glyphs {ord(character)}".encode()).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+def character_name(character: str) -> str:
+    """The Unicode name in lower case, or an empty string."""
+    return unicodedata.name(character, "").lower()
+
+
+@lru_cache(maxsize=len(FACES))
+def face_characters(face: Face) -> str:
+    """The named characters of a face that leave ink, in code-point order."""
+    from matplotlib.ft2font import FT2Font
+
+    characters = (
+        chr(code) for code in sorted(FT2Font(str(font_folder() / face.file)).get_charmap())
+    )
+    return "".join(c for c in characters if character_name(c) and not _is_blank(c))
+
+
+# Characters that leave no ink although their category says they would (U+1D3D in one face alone).
+_BLANK = frozenset(
+    "\N{BRAILLE PATTERN BLANK}\N{COMBINING GRAPHEME JOINER}\N{OBJECT REPLACEMENT CHARACTER}\u1d3d"
+)
+
+
+def _is_blank(character: str) -> bool:
+    return (
+        unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cf")
+        or unicodedata.name(character).startswith("VARIATION SELECTOR")
+        or character in _BLANK
+    )
+
+
+def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
+    """The character in black on a white canvas, uint8 [CANVAS, CANVAS]: on the baseline, shrunk if it is too large."""
+    image = Image.new("L", (CANVAS, CANVAS), 255)
+    pen = ImageDraw.Draw(image)
+    left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
+    room = CANVAS - 2
+    if (size := max(right - left, bottom - top)) > room:
+        font = font.font_variant(size=int(FONT_SIZE * room / size))
+        left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
+    x = (CANVAS - left - right) // 2
+    y = min(max(BASELINE, 1 - top), CANVAS - 1 - bottom)
+    pen.text((x, y), character, fill=0, font=font, anchor="ls")
+    return np.asarray(image)
+
+
+class GlyphSource:
+    """The pictures of one split, map-style: see ``clipcore.data.sources.PairSource``.
+
+    Args:
+        split: one of ``SPLITS``.
+
+    Attributes:
+        classnames: the names of all trained, or all unseen, characters in code-point order, whatever the family: the
+            unseen typeface is tested among the same names as the trained ones.
+        labels_N: for each picture the index of its name in ``classnames``.
+    """
+
+    def __init__(self, split: str = "train") -> None:
+        if split not in SPLITS:
+            raise ValueError(f"the splits of glyphs are {', '.join(SPLITS)}; got {split!r}")
+        self.name = f"glyphs/{split}"
+        wants_unseen, wants_shift = split in ("unseen", "shift"), split.endswith("shift")
+        self.samples = [
+            (face, character)
+            for face in FACES
+            if (face.family == SHIFT_FAMILY) == wants_shift
+            for character in face_characters(face)
+            if is_unseen(character) == wants_unseen
+        ]
+        characters = sorted(
+            {c for face in FACES for c in face_characters(face) if is_unseen(c) == wants_unseen}
+        )
+        position = {character: i for i, character in enumerate(characters)}
+        self.classnames = [character_name(character) for character in characters]
+        self.labels_N = np.array([position[character] for _, character in self.samples])
+        self._fonts: dict[Face, ImageFont.FreeTypeFont] = {}
+        self._pairs: dict[int, Pair] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Pair:
+        if (pair := self._pairs.get(index)) is None:
+            face, character = self.samples[index]
+            name = character_name(character)
+            captions = tuple(t.format(face=face.description, name=name) for t in CAPTION_TEMPLATES)
+            key = f"{face.file}/U+{ord(character):04X}"
+            pair = self._pairs[index] = Pair(draw(character, self._font(face)), captions, key)
+        return pair
+
+    def __getstate__(self) -> dict[str, object]:
+        # FreeType handles cannot travel to a worker process; it opens its own.
+        return {**self.__dict__, "_fonts": {}}
+
+    def _font(self, face: Face) -> ImageFont.FreeTypeFont:
+        if face not in self._fonts:
+            path = str(font_folder() / face.file)
+            self._fonts[face] = ImageFont.truetype(
+                path, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC
+            )
+        return self._fonts[face]
+
+
+def training_captions() -> Sequence[str]:
+    """One caption for every trained character and template: what the vocabulary is trained on."""
+    source = GlyphSource("train")
+    return [
+        template.format(face=FACES[i % 8].description, name=name)
+        for i, name in enumerate(source.classnames)
+        for template in CAPTION_TEMPLATES
+    ]

@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C end a run after the step in hand, with a checkpoint; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupt:
+    """Notes a signal for the training loop to see between two steps.
+
+    The exit status is the shell's convention, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 138 for
+    SIGUSR1 (which schedulers send before the time limit).
+
+    Attributes:
+        signal_number: the signal received, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._previous: dict[int, object] = {}
+
+    @property
+    def exit_status(self) -> int:
+        return 128 + self.signal_number
+
+    def __enter__(self) -> Interrupt:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal_number:
+            # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
+            os._exit(self.exit_status)
+        self.signal_number = number
+        # os.write, because print is not safe inside a signal handler.
+        message = (
+            f"\n{signal.Signals(number).name}: saving after this step; once more to leave now\n"
+        )
+        os.write(sys.stderr.fileno(), message.encode())

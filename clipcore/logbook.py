@@ -1,0 +1,194 @@
+"""What a run writes down: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases.
+
+``metrics.jsonl`` holds one JSON object a line. A step's line: step (of steps done), epoch, loss, lr, logit_scale,
+grad_norm, bad_samples, then the clock's: pairs_per_s and time_s (seconds of training so far). An evaluation's line has a
+``task``. Everything but the clock is the same, bit for bit, in a run that was stopped and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+CLOCK_KEYS = frozenset({"pairs_per_s", "time_s"})
+
+
+class PartClock:
+    """Charges the time since the last charge to a part of the run, in ``timings`` (seconds by part)."""
+
+    def __init__(self, timings: dict[str, float]) -> None:
+        self.timings = timings
+        self._last = time.perf_counter()
+
+    def charge(self, part: str) -> None:
+        now = time.perf_counter()
+        self.timings[part] = self.timings.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+class Logbook:
+    """The log of one run.
+
+    Args:
+        run_dir: the run's folder, or None on the ranks that write nothing.
+        num_steps, first_step: of the progress bar.
+        size_bytes: what is kept of an existing metrics.jsonl; a resumed run drops the lines after its checkpoint.
+        elapsed_s: seconds of training before this process.
+        reporters: of "tensorboard", "wandb".
+        config: the settings that the reporters show.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a reporter is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        num_steps: int,
+        first_step: int = 0,
+        size_bytes: int = 0,
+        elapsed_s: float = 0.0,
+        reporters: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.writes = run_dir is not None
+        self._file: BinaryIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if run_dir is not None:
+            if "tensorboard" in reporters:
+                self._tensorboard = _tensorboard(run_dir, first_step)
+            if "wandb" in reporters:
+                self._wandb = _wandb(run_dir, config or {})
+            self._file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115
+            self._file.truncate(size_bytes)
+        self._start = self._last_step = time.perf_counter()
+        self._elapsed_before_s = elapsed_s
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            disable=quiet or not self.writes,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+
+    def __enter__(self) -> Logbook:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        for closable in (self._file, self._tensorboard):
+            if closable is not None:
+                closable.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self._elapsed_before_s + time.perf_counter() - self._start
+
+    def step(self, row: dict[str, Any], num_pairs: int, every: int = 1) -> None:
+        """One training step of ``num_pairs`` pairs: moves the bar, and writes a line every ``every`` steps."""
+        now = time.perf_counter()
+        pairs_per_s = num_pairs / (now - self._last_step)
+        self._last_step = now
+        clock = {"pairs_per_s": round(pairs_per_s, 1), "time_s": round(self.elapsed_s, 3)}
+        if row["step"] % every == 0:
+            self._write({**row, **clock}, "train")
+        self._bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, {pairs_per_s:.0f} pairs/s, lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def evaluation(self, row: dict[str, Any], headline: Sequence[str]) -> None:
+        """One evaluation: a line in the file, and the figures named in ``headline`` above the bar."""
+        self._write(row, row["task"])
+        figures = ", ".join(f"{key} {row[key]:.1%}" for key in headline if key in row)
+        self.say(f"step {row['step']}: {row['task']}: {figures}")
+        # The time of an evaluation is not a training step's.
+        self._last_step = time.perf_counter()
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self.writes:
+            self._bar.write(message)
+
+    def sync(self) -> int:
+        """Puts the lines on the disk; returns the size of metrics.jsonl, for the checkpoint."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def _write(self, row: dict[str, Any], prefix: str) -> None:
+        if self._file is None:
+            return
+        # JSON has no infinity: an overflowing norm of a run in float16 is written as null.
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write((json.dumps(clean) + "\n").encode())
+        self._file.flush()
+        scalars = {
+            f"{prefix}/{key}": value
+            for key, value in clean.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["step"])
+
+
+def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of metrics.jsonl: (steps, evaluations)."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "task" not in r], [r for r in rows if "task" in r]
+
+
+def _tensorboard(run_dir: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            '--report-to tensorboard needs TensorBoard: pip install "clipcore[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+
+
+def _wandb(run_dir: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            '--report-to wandb needs Weights & Biases: pip install "clipcore[wandb]"'
+        ) from error
+    return wandb.init(
+        project=config.get("wandb_project_name"),
+        name=run_dir.name,
+        id=run_dir.name,
+        resume="allow",
+        dir=run_dir,
+        config=config,
+    )
