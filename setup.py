@@ -129,7 +129,7 @@ def build_settings() -> dict[str, object]:
         name="clipcore._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
-        define_macros=[("CLIPCORE_CUDA_VERSION", f'"{torch.version.cuda or ""}"')],
+        define_macros=[("CLIPCORE_CUDA_VERSION", f'"{torch.version.cuda}"')],
         extra_compile_args={"cxx": ["-O2", "-g0", "-Wall"]},
     )
     return {
@@ -138,4 +138,5 @@ def build_settings() -> dict[str, object]:
     }
 
 
-setup(**build_settings())
+if __name__ == "__main__":
+    setup(**build_settings())

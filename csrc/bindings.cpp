@@ -1,4 +1,4 @@
-// The Python module clipcore._C: signatures, and the record of what it was built against.
+// The Python module clipcore._C: signatures, and the record of what it was built for.
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/api/include/torch/version.h>
@@ -6,9 +6,11 @@
 
 #include "all_gather.h"
 
+// clipcore/native.py finds this sentence in the file, before it loads it.
+extern "C" [[gnu::used]] const char clipcore_built_for[] =
+    "clipcore._C was built for torch " TORCH_VERSION " with CUDA " CLIPCORE_CUDA_VERSION ";";
+
 PYBIND11_MODULE(_C, m) {
-  m.attr("torch_version") = TORCH_VERSION;
-  m.attr("cuda_version") = CLIPCORE_CUDA_VERSION;
   // The wrapper turns C++ errors into Python's own types, and lets other threads run meanwhile.
   m.def(
       "all_gather_with_grad",
