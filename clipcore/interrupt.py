@@ -26,7 +26,8 @@ class Interrupt:
 
     @property
     def exit_status(self) -> int:
-        return 128 + self.signal_number
+        """Of a rank that stops because another one was signalled, as if by SIGTERM."""
+        return 128 + (self.signal_number or signal.SIGTERM)
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from clipcore.data.sources import Pair
+from clipcore.data.pairs import Pair
 from PIL import Image, ImageDraw, ImageFont
 
 CANVAS = 40  # pixels: the size of a picture before the random crop
@@ -138,7 +138,7 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
 
 
 class GlyphSource:
-    """The pictures of one split, map-style: see ``clipcore.data.sources.PairSource``.
+    """The pictures of one split, map-style: see ``clipcore.data.pairs.PairSource``.
 
     Args:
         split: one of ``SPLITS``.

@@ -1,0 +1,39 @@
+"""clipcore: a custom-kernel accelerated core for training CLIP with very large batches on few GPUs.
+
+The public names are resolved when they are first used, so that importing clipcore costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CLIP": "clipcore.model",
+    "ClipLoss": "clipcore.loss",
+    "build_zero_shot_classifier": "clipcore.evaluate.zero_shot",
+    "create_model": "clipcore.model",
+    "create_model_and_transforms": "clipcore.model",
+    "create_model_from_pretrained": "clipcore.model",
+    "get_model_config": "clipcore.architectures",
+    "get_tokenizer": "clipcore.tokenizer",
+    "image_transform": "clipcore.data.transforms",
+    "list_models": "clipcore.architectures",
+    "load_checkpoint": "clipcore.model",
+    "normalized_similarity": "clipcore.kernels.similarity",
+    "similarity_topk": "clipcore.kernels.similarity_topk",
+    "tokenize": "clipcore.tokenizer",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipcore' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

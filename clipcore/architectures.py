@@ -1,0 +1,191 @@
+"""The shapes of the models: published ones under open_clip's names, and small ones for small machines.
+
+Sources: Radford et al. 2021, tables 19 and 20; open_clip's model_configs for ViT-H-14 and the ViT-S models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnknownModelError(ValueError):
+    """No model of that name; the message has the nearest names."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image tower: a Vision Transformer, or a modified ResNet where ``layers`` are four."""
+
+    image_size: int = 224
+    """Side of the square image, pixels."""
+    layers: int | tuple[int, int, int, int] = 12
+    """Blocks of the transformer, or of each ResNet stage."""
+    width: int = 768
+    """Transformer width, or channels of the ResNet stem."""
+    patch_size: int | None = 32
+    """Side of a patch, pixels; None for a ResNet."""
+    head_width: int = 64
+    """Width of an attention head."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP over that of the transformer."""
+    patch_dropout: float = 0.0
+    """Share of patches dropped in training (Li et al. 2022, FLIP)."""
+
+    @property
+    def is_resnet(self) -> bool:
+        return not isinstance(self.layers, int)
+
+    @property
+    def heads(self) -> int:
+        # The ResNet's heads are those of its attention pool, whose width is 32 times the stem's.
+        return max(1, self.width * (32 if self.is_resnet else 1) // self.head_width)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower."""
+
+    context_length: int = 77
+    """Longest row of tokens, start and end included."""
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Both towers and the space they share."""
+
+    embed_dim: int
+    vision: VisionConfig
+    text: TextConfig
+    quick_gelu: bool = False
+    """QuickGELU in place of GELU, as in OpenAI's weights."""
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+        """From open_clip's JSON shape.
+
+        Raises:
+            ValueError: a key that this model does not have.
+        """
+        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+        if isinstance(vision.get("layers"), list):
+            vision["layers"] = tuple(vision["layers"])
+        for kind, given in ((VisionConfig, vision), (TextConfig, text)):
+            unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
+            if unknown:
+                raise ValueError(
+                    f"the model has {', '.join(sorted(unknown))}, which clipcore's towers do not have"
+                )
+        return cls(
+            config["embed_dim"],
+            VisionConfig(**vision),
+            TextConfig(**text),
+            config.get("quick_gelu", False),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """open_clip's JSON shape."""
+        vision = dataclasses.asdict(self.vision)
+        if self.vision.is_resnet:
+            vision["layers"] = list(vision["layers"])
+        config = {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": vision,
+            "text_cfg": dataclasses.asdict(self.text),
+        }
+        return {**config, "quick_gelu": True} if self.quick_gelu else config
+
+
+def _vit(
+    embed_dim: int, layers: int, width: int, patch: int, text: TextConfig, **vision: Any
+) -> ModelConfig:
+    tower = VisionConfig(layers=layers, width=width, patch_size=patch, **vision)
+    return ModelConfig(embed_dim, tower, text)
+
+
+def _resnet(
+    embed_dim: int, layers: tuple[int, int, int, int], width: int, image_size: int, text: TextConfig
+) -> ModelConfig:
+    tower = VisionConfig(image_size=image_size, layers=layers, width=width, patch_size=None)
+    return ModelConfig(embed_dim, tower, text)
+
+
+def _text(width: int, layers: int = 12) -> TextConfig:
+    return TextConfig(width=width, heads=width // 64, layers=layers)
+
+
+# The text tower of the small models: short sentences, small vocabularies.
+_SMALL_TEXT = TextConfig(context_length=48, vocab_size=3072, width=96, heads=3, layers=1)
+
+MODELS: dict[str, ModelConfig] = {
+    "RN50": _resnet(1024, (3, 4, 6, 3), 64, 224, _text(512)),
+    "RN101": _resnet(512, (3, 4, 23, 3), 64, 224, _text(512)),
+    "RN50x4": _resnet(640, (4, 6, 10, 6), 80, 288, _text(640)),
+    "RN50x16": _resnet(768, (6, 8, 18, 8), 96, 384, _text(768)),
+    "RN50x64": _resnet(1024, (3, 15, 36, 10), 128, 448, _text(1024)),
+    "ViT-S-32": _vit(384, 12, 384, 32, _text(384)),
+    "ViT-S-16": _vit(384, 12, 384, 16, _text(384)),
+    "ViT-B-32": _vit(512, 12, 768, 32, _text(512)),
+    "ViT-B-16": _vit(512, 12, 768, 16, _text(512)),
+    "ViT-L-14": _vit(768, 24, 1024, 14, _text(768)),
+    "ViT-L-14-336": _vit(768, 24, 1024, 14, _text(768), image_size=336),
+    "ViT-H-14": _vit(1024, 32, 1280, 14, _text(1024, layers=24), head_width=80),
+    # Small machines: the embedded data in minutes, tests in seconds.
+    "ViT-glyphs": _vit(128, 4, 128, 16, _SMALL_TEXT, image_size=32, head_width=32),
+    "ViT-nano-8-32": _vit(
+        32, 2, 32, 8, TextConfig(vocab_size=514, width=32, heads=2, layers=2), image_size=32, head_width=16
+    ),
+    "RN-nano-32": ModelConfig(
+        32,
+        VisionConfig(image_size=32, layers=(1, 1, 1, 1), width=8, patch_size=None, head_width=32),
+        TextConfig(vocab_size=514, width=32, heads=2, layers=2),
+    ),
+}
+
+# The names of OpenAI's own package, whose weights were trained with QuickGELU.
+OPENAI_NAMES: dict[str, str] = {
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
+QUICK_GELU_SUFFIX = "-quickgelu"
+
+
+def list_models() -> list[str]:
+    """Every name that ``create_model`` knows under open_clip's spelling, the ``-quickgelu`` ones included."""
+    return sorted([*MODELS, *(name + QUICK_GELU_SUFFIX for name in MODELS)])
+
+
+def find_model(name: str) -> ModelConfig:
+    """The shape of a model.
+
+    Args:
+        name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` QuickGELU) or as in OpenAI's package
+            (``ViT-B/32``, QuickGELU).
+
+    Raises:
+        UnknownModelError: with the nearest names.
+    """
+    if name in OPENAI_NAMES:
+        return dataclasses.replace(MODELS[OPENAI_NAMES[name]], quick_gelu=True)
+    base = name.removesuffix(QUICK_GELU_SUFFIX)
+    if base not in MODELS:
+        known = [*list_models(), *OPENAI_NAMES]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "see clipcore.list_models()"
+        raise UnknownModelError(f"unknown model {name!r}; {hint}")
+    config = MODELS[base]
+    return dataclasses.replace(config, quick_gelu=True) if name != base else config
+
+
+def get_model_config(name: str) -> dict[str, Any]:
+    """The shape of a model as a dict of open_clip's JSON layout; raises UnknownModelError for an unknown name."""
+    return find_model(name).to_dict()

@@ -1,0 +1,117 @@
+"""Zero-shot classification: class names in prompts make a classifier that has seen no examples.
+
+Legend: B images, C classes, T templates, E embedding size, K best classes.
+
+Source: Radford et al. 2021, sections 3.1.2 to 3.1.4: the embeddings of all prompts of a class are normalised, averaged
+and normalised again; the average costs nothing once it is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from clipcore.model import CLIP
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcore.distributed import gather_rows
+from clipcore.kernels.similarity_topk import similarity_topk
+
+Template = str | Callable[[str], str]
+
+
+@torch.no_grad()
+def build_zero_shot_classifier(
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    num_classes_per_batch: int | None = 10,
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+) -> Tensor:
+    """The class-embedding matrix, one unit column a class (open_clip's name and arguments).
+
+    Args:
+        templates: strings with ``{}`` (or ``{c}``) where the class name goes, or functions of the class name.
+        num_classes_per_batch: classes whose prompts are encoded at once; ``None`` for all.
+
+    Returns:
+        [E, C], in the dtype of the text features, so that ``image_features @ classifier`` are cosines.
+
+    Raises:
+        ValueError: no class names, no templates, or a template without a place for the name.
+    """
+    if not classnames or not templates:
+        raise ValueError("a zero-shot classifier needs at least one class name and one template")
+    size = num_classes_per_batch or len(classnames)
+    starts: Iterable[int] = range(0, len(classnames), size)
+    if use_tqdm:
+        from tqdm import tqdm
+
+        starts = tqdm(starts, unit_scale=size)
+    columns = []
+    for start in starts:
+        names = classnames[start : start + size]
+        prompts = [_fill(template, name) for name in names for template in templates]
+        features = model.encode_text(tokenizer(prompts).to(device), normalize=True)
+        mean_CE = features.unflatten(0, (len(names), len(templates))).mean(1)
+        columns.append(F.normalize(mean_CE, dim=-1).T)
+    return torch.cat(columns, 1)
+
+
+def _fill(template: Template, name: str) -> str:
+    if callable(template):
+        return template(name)
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"the template {template!r} has no {{}} where the class name goes")
+    return template.replace("{}", name).replace("{c}", name)
+
+
+@torch.no_grad()
+def zero_shot_accuracy(
+    model: CLIP, classifier_EC: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Share of images whose class is the best (``acc1``) and among the best five (``acc5``).
+
+    Args:
+        batches: (images [B, 3, H, W], labels [B]) of this rank; ranks may hold different numbers of batches.
+
+    Returns:
+        ``acc1``, ``acc5``, ``mean_per_class_recall``, ``num_images``, the same on every rank.
+    """
+    num_best = min(5, classifier_EC.shape[1])
+    hits = [torch.zeros(0, 3, dtype=torch.long, device=classifier_EC.device)]
+    for images, labels_B in batches:
+        features_BE = model.encode_image(images, normalize=True)
+        _, best_BK = similarity_topk(features_BE, classifier_EC.T, num_best)
+        labels_B = labels_B.to(best_BK.device)
+        right_BK = best_BK == labels_B[:, None]
+        hits.append(torch.stack([labels_B, right_BK[:, 0].long(), right_BK.any(1).long()], 1))
+    label_N, first_N, fifth_N = gather_rows(torch.cat(hits)).double().unbind(1)
+    if not len(label_N):
+        raise ValueError("there are no images to classify")
+    count_C = torch.bincount(label_N.long(), minlength=classifier_EC.shape[1])
+    right_C = torch.bincount(label_N.long(), weights=first_N, minlength=classifier_EC.shape[1])
+    recall = (right_C[count_C > 0] / count_C[count_C > 0]).mean()
+    return {
+        "acc1": first_N.mean().item(),
+        "acc5": fifth_N.mean().item(),
+        "mean_per_class_recall": recall.item(),
+        "num_images": float(len(label_N)),
+    }
+
+
+@torch.no_grad()
+def classify(
+    model: CLIP, images: Tensor, classifier_EC: Tensor, num_best: int = 5
+) -> tuple[Tensor, Tensor]:
+    """The most probable classes of each image: probabilities [B, K] and class indices [B, K], best first.
+
+    The probability is the softmax over all classes of the cosine times the model's logit scale.
+    """
+    features_BE = model.encode_image(images, normalize=True)
+    logits_BC = model.logit_scale.exp() * features_BE @ classifier_EC
+    best = logits_BC.float().softmax(-1).topk(min(num_best, logits_BC.shape[1]))
+    return best.values, best.indices

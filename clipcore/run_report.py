@@ -1,0 +1,245 @@
+"""Collects what the page about a run shows, ``clipcore.report`` draws it: curves, figures and worked examples.
+
+Legend: N pictures, K best, E embedding size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clipcore
+from clipcore.config import TrainConfig
+from clipcore.data.sources import BadSample, PairSource
+from clipcore.data.transforms import ImageTransform, normalize_images
+from clipcore.distributed import World
+from clipcore.evaluate.tasks import Encoder, EvaluationPlan, ZeroShotTask
+from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
+from clipcore.kernels.similarity import normalized_similarity
+from clipcore.kernels.similarity_topk import similarity_topk
+from clipcore.logbook import Logbook, read_metrics
+from clipcore.report import (
+    PairMatrix,
+    ReportData,
+    RetrievalExample,
+    ZeroShotExample,
+    write_report,
+)
+from clipcore.run_state import RunState
+
+NUM_ZERO_SHOT_EXAMPLES = 24
+NUM_RETRIEVAL_EXAMPLES = 6
+NUM_PAIRS = 16
+GALLERY_SIZE = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Readable pairs of a source: their indices, pictures (uint8 [S, S, 3]), captions and features [N, E]."""
+
+    indices: list[int]
+    pictures: list[np.ndarray]
+    captions: list[str]
+    image_features_NE: Tensor
+    text_features_NE: Tensor
+
+
+def report_run(
+    run_dir: Path,
+    config: TrainConfig,
+    state: RunState,
+    plan: EvaluationPlan,
+    training_source: PairSource,
+    log: Logbook,
+) -> None:
+    """Writes report.html into the run's folder, on the main rank.
+
+    Args:
+        training_source: shown where the run has no pairs to validate on.
+    """
+    if not plan.world.is_main:
+        return
+    steps, evaluations = read_metrics(run_dir)
+    model = state.evaluated_model()
+    was_training = model.training
+    model.eval()
+    # The other ranks have nothing to do here: this rank encodes alone.
+    alone = World(rank=0, world_size=1, local_rank=plan.world.local_rank, device=plan.world.device)
+    encoder = plan.encoder(model, alone)
+    source = plan.retrieval[0].source if plan.retrieval else training_source
+    gallery = collect(source, GALLERY_SIZE, encoder)
+    zero_shot = [row for row in evaluations if "acc1" in row]
+    retrieval = [row for row in evaluations if "num_pairs" in row]
+    data = ReportData(
+        title=f"{config.model} on {training_source.name.partition('/')[0]}",
+        summary=summary(steps, zero_shot, retrieval, state),
+        steps=steps,
+        evaluations=zero_shot,
+        retrieval=retrieval,
+        examples=zero_shot_examples(plan.zero_shot[0], encoder) if plan.zero_shot else (),
+        retrieval_examples=retrieval_examples(gallery),
+        pairs=pair_matrix(gallery),
+        config=dataclasses.asdict(config),
+        versions=versions(plan.world.device),
+        timings={part: round(seconds, 2) for part, seconds in state.timings.items()},
+    )
+    model.train(was_training)
+    write_report(run_dir / "report.html", data)
+    log.say(f"report: {run_dir / 'report.html'}")
+
+
+def summary(
+    steps: list[dict[str, Any]],
+    zero_shot: list[dict[str, Any]],
+    retrieval: list[dict[str, Any]],
+    state: RunState,
+) -> dict[str, str]:
+    """The headline facts, in order."""
+    facts = {}
+    last_step = max((row["step"] for row in zero_shot), default=0)
+    for row in (row for row in zero_shot if row["step"] == last_step):
+        facts[f"{row['task']}: top-1"] = f"{row['acc1']:.1%} (chance {row['chance']:.2%})"
+        facts[f"{row['task']}: top-5"] = f"{row['acc5']:.1%}"
+    if retrieval and "image_to_text_R@1" in retrieval[-1]:
+        row = retrieval[-1]
+        facts["image to text, R@1"] = (
+            f"{row['image_to_text_R@1']:.1%} of {int(row['num_pairs']):,} pairs"
+        )
+    if steps:
+        speeds = sorted(row["pairs_per_s"] for row in steps)
+        facts["final loss"] = f"{steps[-1]['loss']:.3f}"
+        facts["speed"] = f"{speeds[len(speeds) // 2]:,.0f} pairs/s (median step)"
+        facts["training time"] = f"{steps[-1]['time_s']:,.0f} s, {state.step:,} steps"
+    if state.bad_samples:
+        facts["unreadable samples replaced"] = f"{state.bad_samples:,}"
+    return facts
+
+
+def zero_shot_examples(task: ZeroShotTask, encoder: Encoder) -> tuple[ZeroShotExample, ...]:
+    """Images spread evenly over the task, with the five most probable class names."""
+    classifier_EC = build_zero_shot_classifier(
+        encoder.model, encoder.tokenizer, task.classnames, task.templates, 64, encoder.world.device
+    )
+    pictures = read_pictures(task.source, NUM_ZERO_SHOT_EXAMPLES, encoder.transform)
+    if not pictures:
+        return ()
+    images = to_images([picture for _, picture, _ in pictures], encoder)
+    values_NK, best_NK = classify(encoder.model, images, classifier_EC)
+    return tuple(
+        ZeroShotExample(
+            picture,
+            task.classnames[task.labels_N[index]],
+            tuple((task.classnames[c], p) for c, p in zip(best, values, strict=True)),
+        )
+        for (index, picture, _), values, best in zip(
+            pictures, values_NK.tolist(), best_NK.tolist(), strict=True
+        )
+    )
+
+
+def retrieval_examples(gallery: Samples) -> tuple[RetrievalExample, ...]:
+    """Pairs spread over the gallery, each with the three nearest of the other side."""
+    num_best = min(3, len(gallery.pictures))
+    rows = spread(len(gallery.pictures), NUM_RETRIEVAL_EXAMPLES)
+    if not rows:
+        return ()
+    _, texts_NK = similarity_topk(
+        gallery.image_features_NE[rows], gallery.text_features_NE, num_best
+    )
+    _, images_NK = similarity_topk(
+        gallery.text_features_NE[rows], gallery.image_features_NE, num_best
+    )
+    return tuple(
+        RetrievalExample(
+            gallery.pictures[row],
+            gallery.captions[row],
+            tuple(gallery.captions[i] for i in texts),
+            tuple(gallery.pictures[i] for i in images),
+        )
+        for row, texts, images in zip(rows, texts_NK.tolist(), images_NK.tolist(), strict=True)
+    )
+
+
+def pair_matrix(gallery: Samples) -> PairMatrix | None:
+    """The cosine of every image with every text of sixteen pairs."""
+    rows = spread(len(gallery.pictures), NUM_PAIRS)
+    if not rows:
+        return None
+    similarity = normalized_similarity(
+        gallery.image_features_NE[rows], gallery.text_features_NE[rows], 1.0
+    )
+    return PairMatrix(
+        tuple(gallery.pictures[row] for row in rows),
+        tuple(gallery.captions[row] for row in rows),
+        similarity.float().cpu().numpy(),
+    )
+
+
+@torch.no_grad()
+def collect(source: PairSource, count: int, encoder: Encoder) -> Samples:
+    """Up to ``count`` readable pairs spread over a source, with their features."""
+    found = read_pictures(source, count, encoder.transform)
+    pictures = [picture for _, picture, _ in found]
+    captions = [caption for _, _, caption in found]
+    image_features, text_features = [], []
+    for start in range(0, len(found), encoder.batch_size):
+        rows = slice(start, start + encoder.batch_size)
+        images = to_images(pictures[rows], encoder)
+        tokens = encoder.tokenizer(captions[rows]).to(encoder.world.device)
+        image_features.append(encoder.model.encode_image(images, normalize=True))
+        text_features.append(encoder.model.encode_text(tokens, normalize=True))
+    empty = torch.zeros(0, 1)
+    return Samples(
+        [index for index, _, _ in found],
+        pictures,
+        captions,
+        torch.cat(image_features) if image_features else empty,
+        torch.cat(text_features) if text_features else empty,
+    )
+
+
+def read_pictures(
+    source: PairSource, count: int, transform: ImageTransform
+) -> list[tuple[int, np.ndarray, str]]:
+    """(index, evaluation crop as uint8 [S, S, 3], first caption) of readable samples spread over a source."""
+    found = []
+    for index in spread(len(source), count):
+        try:
+            pair = source[index]
+            picture = transform.crop(pair.image).transpose(1, 2, 0)
+        except BadSample:
+            continue
+        caption = pair.caption if isinstance(pair.caption, str) else pair.caption[0]
+        found.append((index, np.ascontiguousarray(picture), caption))
+    return found
+
+
+def to_images(pictures: Iterable[np.ndarray], encoder: Encoder) -> Tensor:
+    """The normalised batch of evaluation crops."""
+    stacked = np.stack([picture.transpose(2, 0, 1) for picture in pictures])
+    images = torch.from_numpy(stacked).to(encoder.world.device)
+    return normalize_images(images, encoder.transform.mean, encoder.transform.std)
+
+
+def spread(size: int, count: int) -> list[int]:
+    """``count`` indices spread evenly over ``range(size)``, or all of them."""
+    return [i * size // count for i in range(count)] if size > count else list(range(size))
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the figures depend on besides the settings."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "clipcore": clipcore.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{name or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors",
+    }

@@ -1,0 +1,222 @@
+"""What a run is between two steps, how it goes into a checkpoint and comes back, and where runs live.
+
+A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and the vocabulary when it was
+trained for the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from clipcore.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+from clipcore.data.transforms import ImageTransform
+from clipcore.model import CLIP
+from clipcore.tokenizer import Tokenizer
+from torch import Tensor
+
+from clipcore.config import ConfigError, TrainConfig
+from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+
+VOCABULARY_FILE = "vocabulary.txt.gz"
+
+
+@dataclass
+class RunState:
+    """Everything that changes from step to step.
+
+    Attributes:
+        step: steps done.
+        identity: what a checkpoint must share with the run that loads it: model, vocabulary, data.
+        bad_samples: replaced so far, on all ranks.
+        elapsed_s: seconds of training so far, over all processes of the run.
+        timings: seconds by part of the run.
+        metrics_bytes: size of metrics.jsonl at the last checkpoint.
+    """
+
+    model: CLIP
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ExponentialMovingAverage | None
+    identity: dict[str, Any]
+    step: int = 0
+    bad_samples: int = 0
+    elapsed_s: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    metrics_bytes: int = 0
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """The groups of tensors of a checkpoint."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.model),
+        }
+        if self.ema is not None:
+            groups["ema"] = self.ema.shadow
+        return groups
+
+    def save(self, run_dir: Path, keep: int) -> None:
+        """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all)."""
+        record = {
+            "identity": self.identity,
+            "bad_samples": self.bad_samples,
+            "elapsed_s": self.elapsed_s,
+            "timings": self.timings,
+            "metrics_bytes": self.metrics_bytes,
+            "scaler": self.scaler.state_dict(),
+        }
+        save_checkpoint(run_dir / "checkpoints", self.step, self.tensors(), record, keep or None)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: it belongs to another model, vocabulary or data set.
+        """
+        record = checkpoint.state
+        for key, value in self.identity.items():
+            if record["identity"].get(key) != value:
+                raise CheckpointError(
+                    f"{checkpoint.path} is of another {key}: {record['identity'].get(key)!r}, but this run has "
+                    f"{value!r}; resume with the settings that wrote it, or start anew with --pretrained"
+                )
+        if self.ema is not None and "ema" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} holds no moving average; resume without --ema-decay"
+            )
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors["ema"])
+        self.scaler.load_state_dict(record["scaler"])
+        self.step = checkpoint.step
+        self.bad_samples = record["bad_samples"]
+        self.elapsed_s = record["elapsed_s"]
+        self.timings = dict(record["timings"])
+        self.metrics_bytes = record["metrics_bytes"]
+
+    def evaluated_model(self) -> CLIP:
+        """The model to evaluate and to ship: the moving average where there is one."""
+        if self.ema is None:
+            return self.model
+        if not hasattr(self, "_averaged"):
+            self._averaged = self.model.twin()
+        self._averaged.load_state_dict(self.ema.shadow)
+        return self._averaged
+
+
+def find_checkpoint(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
+    """The checkpoint that ``--resume`` names and the folder of its run.
+
+    ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given; where there
+    is none yet the run starts from the beginning, so that a job script can always pass it.
+
+    Raises:
+        ConfigError: the run exists and is not resumed.
+        CheckpointError: the path that was given holds no loadable checkpoint.
+    """
+    named = Path(config.logs) / config.name if config.name else None
+    if config.resume is None:
+        if named is not None and latest_checkpoint(named / "checkpoints") is not None:
+            raise ConfigError(
+                f"the run {named} has checkpoints already; continue it with --resume latest or choose another --name"
+            )
+        return None, named
+    if config.resume == "latest":
+        run_dir = named or _newest_run(Path(config.logs))
+        checkpoint = load_latest(run_dir / "checkpoints") if run_dir is not None else None
+        if checkpoint is None:
+            print(
+                f"--resume latest: no checkpoint in {named or config.logs} yet, starting from the beginning"
+            )
+        return checkpoint, run_dir
+    path = Path(config.resume)
+    if (path / "checkpoints").is_dir():
+        checkpoint = load_latest(path / "checkpoints")
+        if checkpoint is None:
+            raise CheckpointError(f"{path} has no checkpoint yet; leave out --resume to start")
+        return checkpoint, path
+    return load_checkpoint(path), path.parent.parent
+
+
+def _newest_run(logs: Path) -> Path | None:
+    """The run under ``logs`` whose newest checkpoint was written last."""
+    found = [(path, latest_checkpoint(path / "checkpoints")) for path in logs.glob("*/")]
+    committed = [(newest.stat().st_mtime_ns, path) for path, newest in found if newest is not None]
+    return max(committed)[1] if committed else None
+
+
+def resumed_config(run_dir: Path, config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """The settings of the run, with those the user gave again laid over; each difference is printed."""
+    path = run_dir / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the settings of the run to resume, {path}: {error}"
+        ) from error
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    settings = {name: value for name, value in saved.items() if name in known}
+    for name in sorted(given - {"resume", "logs", "name"}):
+        value = getattr(config, name)
+        if settings.get(name) != value:
+            print(f"--{name.replace('_', '-')} was {settings.get(name)} in this run, now {value}")
+        settings[name] = value
+    return TrainConfig(
+        **{**settings, "logs": config.logs, "name": config.name, "resume": config.resume}
+    )
+
+
+def new_run_dir(config: TrainConfig) -> Path:
+    """A folder for a new run, named by date, model and batch where the user gives no name."""
+    stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    model = str(config.model).replace("/", "-")
+    return Path(config.logs) / (config.name or f"{stamp}-model_{model}-b_{config.batch_size}")
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """The settings, as config.json in the run's folder."""
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    temporary = run_dir / "config.json.tmp"
+    temporary.write_text(text)
+    temporary.replace(run_dir / "config.json")
+
+
+def load_run(
+    path: Path, device: str | torch.device = "cpu"
+) -> tuple[CLIP, ImageTransform, Tokenizer]:
+    """The model of a run (its newest checkpoint) or of one checkpoint, in evaluation mode, with its preprocessing and
+    tokenizer; the moving average where the run kept one.
+
+    Raises:
+        CheckpointError: no loadable checkpoint there, or its vocabulary is not to be found.
+    """
+    run_dir = path if (path / "checkpoints").is_dir() else path.parent.parent
+    checkpoint = load_latest(path / "checkpoints") if run_dir == path else load_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} has no checkpoint yet; give a run's folder or one of its checkpoints"
+        )
+    identity = checkpoint.state["identity"]
+    tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
+    if tokenizer.sha256 != identity["vocabulary"]:
+        raise CheckpointError(
+            f"{run_dir / VOCABULARY_FILE} is not the vocabulary that {checkpoint.path} was trained with"
+        )
+    model = CLIP(ModelConfig.from_dict(identity["model"])).to(device)
+    model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    tokenizer.context_length = model.context_length
+    return model.eval(), ImageTransform(model.visual.image_size, is_train=False), tokenizer

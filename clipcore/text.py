@@ -1,0 +1,89 @@
+"""The text tower: a causal transformer read at the end-of-text token.
+
+Legend: B captions, L tokens of a row, D width, E embedding size, V vocabulary.
+Source: Radford et al. 2021, section 2.4; Radford et al. 2019 (GPT-2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipcore.architectures import TextConfig
+from clipcore.modules import LayerNorm, Transformer, freeze_all_but_last
+
+
+class TextTower(nn.Module):
+    """Token rows [B, L] to features [B, E]; the end-of-text token has the largest id of the vocabulary.
+
+    A row may be shorter than the context length: nothing after the end-of-text token can reach it, so that rows cut to
+    the longest caption of a batch give the same features.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+        super().__init__()
+        self.context_length, self.vocab_size = config.context_length, config.vocab_size
+        self.transformer = Transformer(
+            config.width, config.layers, config.heads, config.mlp_ratio, quick_gelu, is_causal=True
+        )
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.ln_final = LayerNorm(config.width)
+        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """As OpenAI's code: by width, the residual projections by depth too."""
+        width, depth = self.transformer.width, len(self.transformer.resblocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Features of token rows.
+
+        Args:
+            text: [B, L] ids, L at most the context length.
+            normalize: scale each feature to unit length.
+
+        Raises:
+            ValueError: rows that are too long, or no rows at all.
+        """
+        if text.ndim != 2 or text.shape[1] > self.context_length:
+            raise ValueError(
+                f"the model takes token rows [B, L] with L at most {self.context_length}, got {tuple(text.shape)}; "
+                f"tokenize with context_length={self.context_length}"
+            )
+        dtype = self._compute_dtype()
+        x_BLD = self.token_embedding(text).to(dtype)
+        x_BLD = x_BLD + self.positional_embedding[: text.shape[1]].to(dtype)
+        features_BE = self.ln_final(self.transformer.pooled(x_BLD, text.argmax(-1))) @ self.text_projection
+        return F.normalize(features_BE, dim=-1) if normalize else features_BE
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = self.token_embedding.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.token_embedding.weight.dtype
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freezes all but the last groups; they are embeddings, blocks, last block with ln_final, projection.
+
+        Args:
+            unlocked_layers: groups left free, counted from the end.
+            freeze_layer_norm: accepted as by open_clip; a frozen group's LayerNorms are frozen with it.
+        """
+        *blocks, last = self.transformer.resblocks
+        groups: list[list[nn.Module | nn.Parameter]] = [
+            [self.token_embedding, self.positional_embedding],
+            *([block] for block in blocks),
+            [last, self.ln_final],
+            [self.text_projection],
+        ]
+        freeze_all_but_last(groups, unlocked_layers)

@@ -1,0 +1,439 @@
+"""The training run, read from top to bottom: ``python -m clipcore.train``.
+
+Settings, data, model, optimizer, resume, then one loop; at the end the report. The state of a run is (weights, moments,
+moving average, step): the order of the data, the crops and the dropout are functions of the seed and the step, so that
+a run continues bit for bit from any of its checkpoints.
+
+Exit status: 0 done; 1 stopped by a non-finite loss; 2 a mistake in the settings or the data; 128 + n stopped by signal
+n, after saving a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from clipcore.checkpoint import CheckpointError, run_lock
+from clipcore.data.loader import PairLoader
+from clipcore.data.sources import DataError, PairSource, open_source
+from clipcore.data.transforms import normalize_images
+from clipcore.model import CLIP, create_model_and_transforms
+from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipcore.config import (
+    ConfigError,
+    TrainConfig,
+    parse_command_line,
+    reporters,
+    resolve,
+    warmup_steps,
+)
+from clipcore.data.glyphs import GlyphSource, training_captions
+from clipcore.distributed import (
+    World,
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    close_distributed,
+    init_distributed,
+)
+from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.interrupt import Interrupt
+from clipcore.logbook import Logbook, PartClock
+from clipcore.loss import ClipLoss
+from clipcore.optim import (
+    ExponentialMovingAverage,
+    adam_defaults,
+    build_optimizer,
+    gradient_norm,
+)
+from clipcore.run_report import report_run
+from clipcore.run_state import (
+    VOCABULARY_FILE,
+    RunState,
+    find_checkpoint,
+    new_run_dir,
+    resumed_config,
+    write_config,
+)
+from clipcore.schedule import learning_rate
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not finite; the message names the step and the first bad tensor."""
+
+
+def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
+    """One run, from its settings to its report; returns the exit status.
+
+    Args:
+        given: the names of the settings that the user gave, which win over those of a resumed run.
+    """
+    # Settings
+    checkpoint, run_dir = find_checkpoint(config)
+    if checkpoint is not None and run_dir is not None:
+        config = resumed_config(run_dir, config, given)
+    config = resolve(config)
+    run_dir = Path(broadcast_object(str(run_dir or new_run_dir(config))))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        note_without_effect(config)
+    make_deterministic()
+
+    # Data
+    tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
+    source = open_training_source(config)
+
+    # Model
+    torch.manual_seed(config.seed)
+    model, transform, eval_transform = create_model_and_transforms(
+        str(config.model),
+        pretrained=config.pretrained if checkpoint is None else None,
+        device=world.device,
+        force_image_size=config.force_image_size,
+        force_quick_gelu=config.force_quick_gelu,
+        force_patch_dropout=config.force_patch_dropout,
+        force_vocab_size=tokenizer.vocab_size,
+        aug_cfg={"scale": (config.aug_scale, 1.0)},
+    )
+    tokenizer.context_length = model.context_length
+    lock_towers(model, config)
+    model.set_grad_checkpointing(config.grad_checkpointing)
+
+    # Order and length
+    batch_size, epochs = config.batch_size or 1, config.epochs or 1
+    loader = PairLoader(
+        source,
+        transform,
+        tokenizer,
+        batch_size=batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=config.workers or 0,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    global_batch_size = batch_size * world.world_size
+    steps_per_epoch = (config.train_num_samples or len(source)) // global_batch_size
+    num_steps = epochs * steps_per_epoch
+    config = dataclasses.replace(
+        config, warmup=warmup_steps(config, "warmup" in given, num_steps), name=run_dir.name
+    )
+
+    # Optimizer
+    beta1, beta2, eps = adam_defaults(model.is_resnet)
+    optimizer = build_optimizer(
+        model,
+        lr=config.lr or 0.0,
+        betas=(
+            beta1 if config.beta1 is None else config.beta1,
+            beta2 if config.beta2 is None else config.beta2,
+        ),
+        eps=eps if config.eps is None else config.eps,
+        weight_decay=config.wd or 0.0,
+    )
+    ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
+    precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "amp")
+    loss_fn = ClipLoss(rank=world.rank, world_size=world.world_size)
+
+    # Resume
+    identity = {
+        "model": model.config_dict(),
+        "vocabulary": tokenizer.sha256,
+        "data": f"{source.name} of {len(source)} samples",
+        "image decoder": config.image_decoder,
+    }
+    state = RunState(model, optimizer, scaler, ema, identity)
+    if checkpoint is not None:
+        state.load(checkpoint)
+
+    towers: nn.Module = torch.compile(model) if config.torchcompile else model
+    if world.world_size > 1:
+        towers = DistributedDataParallel(towers)
+    evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
+
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(run_lock(run_dir))
+            write_config(run_dir, config)
+            tokenizer.save(run_dir / VOCABULARY_FILE)
+        interrupt = stack.enter_context(Interrupt())
+        log = stack.enter_context(
+            Logbook(
+                run_dir if world.is_main else None,
+                num_steps=num_steps,
+                first_step=state.step,
+                size_bytes=state.metrics_bytes,
+                elapsed_s=state.elapsed_s,
+                reporters=reporters(config),
+                config=dataclasses.asdict(config),
+                quiet=config.quiet,
+            )
+        )
+        log.say(describe(config, model, source, world, num_steps, state.step, run_dir))
+        clock = PartClock(state.timings)
+        batches = loader.batches(state.step)
+        saved_at = time.monotonic()
+
+        for step in range(state.step, num_steps):
+            batch = next(batches)
+            clock.charge("data")
+
+            torch.manual_seed(step_seed(config.seed, step, world.rank))
+            lr = scheduled_lr(config, step, num_steps, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = normalize_images(
+                batch.images.to(world.device, non_blocking=True), transform.mean, transform.std
+            )
+            tokens = batch.tokens.to(world.device, non_blocking=True)
+            with autocast(world.device, precision):
+                image_features, text_features, scale = towers(images, tokens)
+            loss = loss_fn(image_features, text_features, scale)
+            clock.charge("forward")
+
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            grad_norm = gradient_norm(model.parameters())
+            clock.charge("backward")
+
+            # One small all-reduce, so that every rank decides alike: to update, to stop, to save.
+            finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
+            mean_loss, num_broken, num_bad, num_signalled, num_late = all_reduce_sum(
+                [
+                    loss.item() / world.world_size,
+                    float(not finite),
+                    len(batch.bad),
+                    interrupt.signal_number > 0,
+                    world.is_main and minutes_passed(saved_at, config.save_every_minutes),
+                ]
+            )
+            if num_broken:
+                suspects = {"images": images, "image_features": image_features}
+                suspects |= {"text_features": text_features, "logit_scale": scale, "loss": loss}
+                raise NonFiniteError(describe_non_finite(step, suspects, model, run_dir))
+
+            if config.grad_clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip_norm, grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            model.clamp_logit_scale_()
+            if ema is not None:
+                ema.update(model, step)
+            clock.charge("optimizer")
+
+            state.step += 1
+            state.bad_samples += int(num_bad)
+            for key, reason in batch.bad:
+                log.say(f"step {state.step}: replaced {key}: {reason}")
+            log.step(
+                {
+                    "step": state.step,
+                    "epoch": round(state.step / steps_per_epoch, 4),
+                    "loss": mean_loss,
+                    "lr": lr,
+                    "logit_scale": model.logit_scale.exp().item(),
+                    "grad_norm": grad_norm.item(),
+                    "bad_samples": state.bad_samples,
+                },
+                num_pairs=global_batch_size,
+                every=config.log_every_n_steps,
+            )
+
+            epoch, into_epoch = divmod(state.step, steps_per_epoch)
+            is_last, is_stopping = state.step == num_steps, num_signalled > 0
+            if is_last or (not into_epoch and not is_stopping):
+                evaluations.run(state.evaluated_model(), log, state.step, epoch, is_last)
+                clock.charge("evaluation")
+            if (
+                is_last
+                or is_stopping
+                or num_late
+                or (not into_epoch and is_due(epoch, config.save_frequency))
+                or is_due(state.step, config.save_every_steps)
+            ):
+                state.elapsed_s, state.metrics_bytes = log.elapsed_s, log.sync()
+                if world.is_main:
+                    state.save(run_dir, config.keep_checkpoints)
+                saved_at = time.monotonic()
+                clock.charge("checkpoint")
+            if is_stopping:
+                log.say(
+                    f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}"
+                )
+                return interrupt.exit_status
+
+        report_run(run_dir, config, state, evaluations, source, log)
+    barrier()
+    return 0
+
+
+def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:
+    """The tokenizer that ``--tokenizer`` names."""
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    if config.tokenizer != "train":
+        return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
+    if resuming:
+        return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
+    if config.train_data != "glyphs":
+        raise ConfigError(
+            "--tokenizer train is for the embedded data; make a vocabulary of your captions with "
+            "python -m clipcore.tokenizer --train captions.txt and pass the file to --tokenizer"
+        )
+    return train_tokenizer(training_captions(), config.vocab_size)
+
+
+def open_training_source(config: TrainConfig) -> PairSource:
+    """The pairs that ``--train-data`` names."""
+    if config.train_data == "glyphs":
+        return GlyphSource("train")
+    return open_source(
+        config.train_data,
+        dataset_type=config.dataset_type,
+        img_key=config.csv_img_key,
+        caption_key=config.csv_caption_key,
+        separator=config.csv_separator,
+        upsampling_factors=config.train_data_upsampling_factors,
+        decoder=config.image_decoder,
+    )
+
+
+def lock_towers(model: CLIP, config: TrainConfig) -> None:
+    """Freezes what ``--lock-image`` and ``--lock-text`` name."""
+    if config.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=config.lock_image_unlocked_groups,
+            freeze_bn_stats=config.lock_image_freeze_bn_stats,
+        )
+    if config.lock_text:
+        model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
+
+
+def make_deterministic() -> None:
+    """The same bits on every run of one machine; an operation that cannot promise it warns once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory would cost a pass over every activation; the kernels' tests poison it instead.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def note_without_effect(config: TrainConfig) -> None:
+    """Says which settings are taken from open_clip's users but change nothing."""
+    names = ("local_loss", "gather_with_grad", "dataset_resampled", "lock_text_freeze_layer_norm", "save_most_recent")
+    if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
+        print(f"{', '.join(flags)}: accepted, without effect (see --help)")
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for the towers."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.float16 if precision == "amp" else torch.bfloat16)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout: a function of its place, so that nothing of the generator needs saving."""
+    digest = hashlib.sha256(f"step {seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def scheduled_lr(config: TrainConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step under the settings."""
+    assert config.lr is not None and config.warmup is not None
+    if config.skip_scheduler:
+        return config.lr
+    return learning_rate(
+        step,
+        schedule=config.lr_scheduler,
+        lr_peak=config.lr,
+        num_steps=num_steps,
+        warmup_steps=config.warmup,
+        cooldown_steps=(config.epochs_cooldown or 0) * steps_per_epoch,
+        cooldown_end=config.lr_cooldown_end,
+        cooldown_power=config.lr_cooldown_power,
+    )
+
+
+def is_due(count: int, every: int | None) -> bool:
+    """Whether ``count`` is a multiple of ``every``; 0 and None mean never."""
+    return bool(every) and count % (every or 1) == 0
+
+
+def minutes_passed(since_s: float, minutes: float | None) -> bool:
+    """Whether ``minutes`` have passed since the monotonic time ``since_s``; None means never."""
+    return minutes is not None and time.monotonic() - since_s >= 60 * minutes
+
+
+def describe_non_finite(
+    step: int, suspects: dict[str, Tensor], model: nn.Module, run_dir: Path
+) -> str:
+    """Which tensor went bad first, in the order in which a step computes them."""
+    parameters = dict(model.named_parameters())
+    gradients = {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
+    # A bad weight explains everything after it, so that weights come first.
+    ordered = {**parameters, **suspects, **gradients}
+    bad = next((name for name, value in ordered.items() if not value.isfinite().all()), None)
+    where = f"{bad} is the first tensor that is not finite" if bad else "it came from another rank"
+    return (
+        f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; the last good "
+        f"checkpoint stays. Try a lower --lr, a longer --warmup or --grad-clip-norm 1, then {resume_hint(run_dir)}"
+    )
+
+
+def resume_hint(run_dir: Path) -> str:
+    """The command that continues a run."""
+    return f"python -m clipcore.train --resume {run_dir}"
+
+
+def describe(
+    config: TrainConfig,
+    model: CLIP,
+    source: PairSource,
+    world: World,
+    num_steps: int,
+    first_step: int,
+    run_dir: Path,
+) -> str:
+    """What is about to happen, in a few lines."""
+    image_m = sum(p.numel() for p in model.visual.parameters()) / 1e6
+    all_m = sum(p.numel() for p in model.parameters()) / 1e6
+    resumed = f", from step {first_step}" if first_step else ""
+    return (
+        f"{config.model}: {all_m:.1f} M parameters, {image_m:.1f} M of them in the image tower\n"
+        f"{source.name}: {len(source):,} pairs; {config.epochs} epochs of batch "
+        f"{(config.batch_size or 1) * world.world_size} = {num_steps:,} steps{resumed}, "
+        f"on {world.world_size} x {world.device.type}\n"
+        f"writing to {run_dir}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; mistakes of the user end in one line on standard error."""
+    try:
+        config, given = parse_command_line(arguments)
+        world = init_distributed(config.device)
+        return train(config, given, world)
+    except NonFiniteError as error:
+        print(f"clipcore.train: stopped: {error}", file=sys.stderr)
+        return 1
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"clipcore.train: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        close_distributed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

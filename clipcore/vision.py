@@ -1,0 +1,88 @@
+"""The Vision Transformer as CLIP changed it: class token, LayerNorm before the blocks, linear projection.
+
+Legend: B images, S side of the image, P side of a patch, L tokens (patches and the class token), D width, E embedding
+size. Source: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipcore.architectures import VisionConfig
+from clipcore.modules import LayerNorm, Transformer, freeze_all_but_last
+
+
+class VisionTransformer(nn.Module):
+    """Images [B, 3, S, S] to features [B, E].
+
+    Attributes:
+        patch_dropout: share of patches dropped in training, 0 to below 1.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+        super().__init__()
+        assert isinstance(config.layers, int) and config.patch_size is not None
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.patch_dropout = config.patch_dropout
+        self.grid = config.image_size // config.patch_size
+        width, scale = config.width, config.width**-0.5
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(self.grid**2 + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(
+            width, config.layers, config.heads, config.mlp_ratio, quick_gelu
+        )
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_image_size(images, self.image_size)
+        x_BLD = self.ln_pre(self._drop_patches(self._embed(images)))
+        return self.ln_post(self.transformer.pooled(x_BLD)) @ self.proj
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Tokens [B, L, D]: the class token, then the patches row by row, with their positions."""
+        size, grid = self.patch_size, self.grid
+        # Trailing pixels that fill no patch are left out, as a strided convolution does.
+        cut = images[:, :, : grid * size, : grid * size]
+        patches = cut.reshape(len(images), 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
+        x_BLD = F.linear(patches.reshape(len(images), grid * grid, -1), self.conv1.weight.flatten(1))
+        token_BD = self.class_embedding.to(x_BLD.dtype).expand(len(images), 1, -1)
+        return torch.cat([token_BD, x_BLD], 1) + self.positional_embedding.to(x_BLD.dtype)
+
+    def _drop_patches(self, x_BLD: Tensor) -> Tensor:
+        """In training, a random subset of the patches of each image, and the class token (Li et al. 2022)."""
+        if not self.training or self.patch_dropout == 0:
+            return x_BLD
+        num_patches = x_BLD.shape[1] - 1
+        num_kept = max(1, int(num_patches * (1 - self.patch_dropout)))
+        kept = torch.rand(len(x_BLD), num_patches, device=x_BLD.device).topk(num_kept).indices + 1
+        rows = torch.arange(len(x_BLD), device=x_BLD.device)[:, None]
+        return torch.cat([x_BLD[:, :1], x_BLD[rows, kept]], 1)
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes all but the last groups; they are stem, blocks, last block with ln_post, projection."""
+        *blocks, last = self.transformer.resblocks
+        groups: list[list[nn.Module | nn.Parameter]] = [
+            [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre],
+            *([block] for block in blocks),
+            [last, self.ln_post],
+            [self.proj],
+        ]
+        freeze_all_but_last(groups, unlocked_groups)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass."""
+        self.transformer.grad_checkpointing = enable
+
+
+def check_image_size(images: Tensor, image_size: int) -> None:
+    """Raises ValueError when the images are not [B, 3, S, S] of the model's size."""
+    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
+        raise ValueError(
+            f"the model takes images of [B, 3, {image_size}, {image_size}], got {tuple(images.shape)}; use the "
+            "preprocessing that create_model_and_transforms returns, or build the model with force_image_size"
+        )

@@ -1,0 +1,103 @@
+"""The command line: names that users know, one clear line for a mistake, help that fits on two screens."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from clipcore.config import (
+    ConfigError,
+    TrainConfig,
+    build_parser,
+    parse_command_line,
+    resolve,
+    warmup_steps,
+)
+
+OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type --dataset-resampled
+--train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --logs --name --workers
+--batch-size --epochs --lr --beta1 --beta2 --eps --wd --warmup --lr-scheduler --epochs-cooldown --precision --model
+--pretrained --resume --save-frequency --save-most-recent --zeroshot-frequency --val-frequency --grad-checkpointing
+--local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text
+--lock-text-unlocked-layers --force-image-size --force-quick-gelu --force-patch-dropout --report-to --seed
+--log-every-n-steps --delete-previous-checkpoint --skip-scheduler --lr-cooldown-end --lr-cooldown-power --device
+--lock-image-freeze-bn-stats --lock-text-freeze-layer-norm --wandb-project-name""".split()
+
+
+def test_open_clip_flags_are_taken():
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert set(OPEN_CLIP_FLAGS) <= known
+
+
+def test_an_open_clip_command_line():
+    config, given = parse_command_line(
+        "--model ViT-B-32 --train-data a.tar::b.tar --train-data-upsampling-factors 1::2 --batch-size 320"
+        " --precision amp_bf16 --workers 4 --lr 1e-3 --wd 0.1 --csv-separator , --warmup 10000 --resume latest"
+        " --local-loss --gather-with-grad --grad-checkpointing --save-frequency 2".split()
+    )
+    assert (config.model, config.batch_size, config.lr, config.csv_separator) == (
+        "ViT-B-32",
+        320,
+        1e-3,
+        ",",
+    )
+    assert config.local_loss and config.grad_checkpointing and not config.lock_text
+    assert "warmup" in given and "epochs" not in given
+
+
+def test_every_field_is_a_flag_with_a_line_of_help():
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in flags
+        assert field.metadata["help"]
+
+
+def test_help_fits_on_two_screens():
+    lines = build_parser().format_help().splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 120
+
+
+def test_an_unknown_flag_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match=r"unknown argument --bach-size; did you mean --batch-size\?"
+    ):
+        parse_command_line(["--bach-size", "3"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--warmup -1", "--warmup must not be negative"),
+        ("--lr 0", "--lr must be positive"),
+        ("--lr nan", "--lr must be positive"),
+        ("--force-patch-dropout 1.5", "between 0 and 1"),
+        ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
+        ("--lr-scheduler linear", "cosine"),
+        ("--report-to pigeon", "tensorboard, wandb and all"),
+        ("--batch-size many", "--batch-size"),
+        ("--precision fp8", "amp_bf16"),
+    ],
+)
+def test_a_value_that_cannot_work_is_one_line(line, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        parse_command_line(line.split())
+    assert "\n" not in str(error.value)
+
+
+def test_recipes_fill_what_is_not_given():
+    glyphs = resolve(parse_command_line([])[0])
+    assert glyphs.model is not None and glyphs.epochs is not None and glyphs.tokenizer == "train"
+    paper = resolve(parse_command_line("--train-data x.tar --model ViT-L-14 --wd 0.1".split())[0])
+    assert (paper.lr, paper.wd, paper.epochs, paper.tokenizer) == (4e-4, 0.1, 32, "openai")
+    assert resolve(glyphs) == glyphs
+
+
+def test_warm_up_longer_than_the_run():
+    config = resolve(TrainConfig(warmup=50))
+    with pytest.raises(ConfigError, match="longer than the run of 40 steps"):
+        warmup_steps(config, explicit=True, num_steps=40)
+    assert warmup_steps(config, explicit=True, num_steps=400) == 50
+    assert warmup_steps(config, explicit=False, num_steps=40) == 4

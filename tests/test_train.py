@@ -1,0 +1,287 @@
+"""Whole runs: train, stop in every way, resume bit for bit, on every kind of data; one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from runs import RunServer, assert_same_bits, final_state
+from safetensors.torch import load_file, save_file
+from shards import write_csv, write_shards
+
+from clipcore.checkpoint import latest_checkpoint
+from clipcore.logbook import read_metrics
+
+NANO = [
+    "--model",
+    "ViT-nano-8-32",
+    "--tokenizer",
+    "bytes",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--quiet",
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunServer]:
+    started = RunServer()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("table"), num_pairs=40)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=3, pairs_per_shard=14)
+
+
+def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> list[str]:
+    """The command line of a small run."""
+    settings = {"batch_size": 8, "epochs": 4, "lr": 1e-3, "save_every_steps": 1, **settings}
+    line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(data), *NANO]
+    for key, value in settings.items():
+        flag = f"--{key.replace('_', '-')}"
+        line += [flag] if value is True else [flag, str(value)]
+    return line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"workers": 2, "force_patch_dropout": 0.5, "grad_clip_norm": 0.5},
+        {"ema_decay": 0.9, "grad_checkpointing": True, "precision": "amp_bf16"},
+        {"model": "RN-nano-32", "lock_text": True},
+        {"precision": "amp", "lr_scheduler": "const-cooldown", "epochs_cooldown": 1},
+    ],
+    ids=[
+        "plain",
+        "workers+dropout+clip",
+        "ema+checkpointing+bf16",
+        "resnet+locked",
+        "fp16+cooldown",
+    ],
+)
+def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_path, settings):
+    status, text = server.run(flags(tmp_path, "straight", table, **settings), tmp_path / "a")
+    assert status == 0, text
+    steps, _ = read_metrics(tmp_path / "straight")
+    assert [row["step"] for row in steps] == list(range(1, 21))
+
+    line = flags(tmp_path, "broken", table, **settings)
+    for _ in range(3):
+        run = server.start([*line, "--resume", "latest"], tmp_path / "b")
+        checkpoints = tmp_path / "broken" / "checkpoints"
+        before = latest_checkpoint(checkpoints)
+        while latest_checkpoint(checkpoints) == before:
+            time.sleep(0.002)
+        run.signal(signal.SIGTERM)
+        assert run.wait() in (143, 0), run.text
+    assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
+    assert_same_bits(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_killed_at_twenty_random_moments_ends_with_the_same_bits(server, shards, tmp_path):
+    settings = {"epochs": 12, "ema_decay": 0.9, "force_patch_dropout": 0.25, "keep_checkpoints": 2}
+    assert server.run(flags(tmp_path, "straight", shards, **settings), tmp_path / "a")[0] == 0
+    steps, _ = read_metrics(tmp_path / "straight")
+    whole_s = steps[-1]["time_s"]
+
+    line = [*flags(tmp_path, "killed", shards, **settings), "--resume", "latest"]
+    moment, reached = random.Random(0), set()
+    for _ in range(20):
+        run = server.start(line, tmp_path / "b")
+        time.sleep(moment.uniform(0.0, 0.3 + whole_s / 8))
+        run.kill()
+        assert run.wait() in (-signal.SIGKILL, 0)
+        newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
+        reached.add(newest.name if newest else "none")
+    assert len(reached) >= 5, "the kills should fall all over the run"
+    status, text = server.run(line, tmp_path / "b")
+    assert status == 0, text
+    assert_same_bits(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(server, table, tmp_path):
+    run = server.start(
+        flags(tmp_path, "r", table, epochs=10_000, save_every_steps=10**6), tmp_path / "out"
+    )
+    run.wait_for("writing to")
+    time.sleep(0.2)
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert "go on with: python -m clipcore.train --resume" in run.text
+    steps, _ = read_metrics(tmp_path / "r")
+    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}"
+
+    run = server.start(["--resume", str(tmp_path / "r"), "--quiet"], tmp_path / "out")
+    run.wait_for("writing to")
+    for _ in range(2):
+        try:
+            run.signal(signal.SIGTERM)
+        except ProcessLookupError:
+            break
+    assert run.wait() == 143
+
+
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_trains_evaluates_and_reports_on_user_data(server, shards, table, tmp_path, kind):
+    data = shards if kind == "shards" else table
+    status, text = server.run(
+        flags(tmp_path, "r", data, val_data=data, report_to="tensorboard", keep_checkpoints=2),
+        tmp_path / "out",
+    )
+    assert status == 0, text
+    steps, evaluations = read_metrics(tmp_path / "r")
+    assert len(evaluations) == 4 and 0 <= evaluations[-1]["image_to_text_R@1"] <= 1
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert len(list((tmp_path / "r" / "checkpoints").glob("step_*"))) == 2
+    assert list((tmp_path / "r" / "tensorboard").glob("events*"))
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "ViT-nano-8-32" in page and "<svg" in page
+
+
+def test_glyphs_run_evaluates_what_it_never_saw(server, tmp_path):
+    line = [*flags(tmp_path, "r", "glyphs", train_num_samples=64, epochs=1)]
+    line[line.index("--tokenizer") + 1] = "train"
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0, text
+    tasks = {row["task"]: row for row in read_metrics(tmp_path / "r")[1]}
+    assert {t for t in tasks if "acc1" in tasks[t]} == {
+        "unseen characters",
+        "unseen characters in an unseen typeface",
+    }
+    assert all(0.001 < row["chance"] < 0.002 for row in tasks.values() if "acc1" in row)
+
+
+def test_a_seed_is_the_run_and_another_seed_another(server, table, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        server.run(flags(tmp_path, name, table, epochs=1, seed=seed), tmp_path / "out")
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    assert final_state(tmp_path / "a")[1] != final_state(tmp_path / "c")[1]
+
+
+def test_resume_without_other_flags_takes_the_settings_of_the_run(server, table, tmp_path):
+    line = flags(tmp_path, "r", table, epochs=2)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    status, text = server.run(
+        ["--logs", str(tmp_path), "--resume", "latest", "--epochs", "3"], tmp_path / "out"
+    )
+    assert status == 0 and "--epochs was 2 in this run, now 3" in text
+    assert read_metrics(tmp_path / "r")[0][-1]["step"] == 15
+
+
+def test_weights_that_are_not_finite_stop_before_the_update(server, table, tmp_path):
+    assert server.run(flags(tmp_path, "good", table, epochs=1), tmp_path / "out")[0] == 0
+    newest = latest_checkpoint(tmp_path / "good" / "checkpoints")
+    weights = load_file(newest / "model.safetensors")
+    weights["visual.proj"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "bad.safetensors")
+    status, text = server.run(
+        flags(tmp_path, "bad", table, pretrained=tmp_path / "bad.safetensors"), tmp_path / "out"
+    )
+    assert status == 1
+    assert "step 1 is not finite; visual.proj is the first tensor" in text
+    assert latest_checkpoint(tmp_path / "bad" / "checkpoints") is None
+
+
+def test_a_bad_sample_is_replaced_named_and_counted(server, tmp_path):
+    path = write_csv(tmp_path / "data", num_pairs=40)
+    broken = sorted(path.parent.glob("**/*.jpg"))[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    status, text = server.run(flags(tmp_path, "r", path, max_bad_fraction=0.2), tmp_path / "out")
+    assert status == 0, text
+    assert broken.name in text
+    assert read_metrics(tmp_path / "r")[0][-1]["bad_samples"] == 4  # once an epoch
+
+
+def mistakes(tmp_path: Path, table: Path) -> dict[str, tuple[list[str], str]]:
+    """Command lines of users' mistakes, and what the one line must say."""
+    corrupt = tmp_path / "corrupt.tar"
+    corrupt.write_bytes(b"this is no tar file" * 100)
+    return {
+        "missing shard": (flags(tmp_path, "m", tmp_path / "no-{000..002}.tar"), r"no-000\.tar"),
+        "corrupt tar": (flags(tmp_path, "m", corrupt), r"corrupt\.tar"),
+        "missing column": (flags(tmp_path, "m", table, csv_caption_key="text"), r"text.*title"),
+        "unknown model": ([*flags(tmp_path, "m", table), "--model", "ViT-B-23"], r"ViT-B-32"),
+        "unknown flag": ([*flags(tmp_path, "m", table), "--epoch", "3"], r"--epochs"),
+        "large batch": (flags(tmp_path, "m", table, batch_size=64), r"64.*40"),
+        "long warm-up": (flags(tmp_path, "m", table, warmup=500), r"--warmup 500.*20 steps"),
+        "no vocabulary": ([*flags(tmp_path, "m", table), "--tokenizer", "none.gz"], r"none\.gz"),
+        "no checkpoint": (
+            [*flags(tmp_path, "m", table), "--resume", str(tmp_path / "none")],
+            r"none",
+        ),
+        "no weights": (flags(tmp_path, "m", table, pretrained=tmp_path / "none.pt"), r"none\.pt"),
+        "no reporter": (flags(tmp_path, "m", table, report_to="pigeon"), r"tensorboard"),
+    }
+
+
+def test_every_mistake_gets_one_clear_line(server, table, tmp_path):
+    for name, (line, pattern) in mistakes(tmp_path, table).items():
+        status, text = server.run(line, tmp_path / "out")
+        errors = [row for row in text.splitlines() if "error:" in row]
+        assert status == 2 and "Traceback" not in text, f"{name}: {text}"
+        assert len(errors) == 1 and re.search(pattern, errors[0]), f"{name}: {text}"
+
+
+def test_a_checkpoint_of_another_run_is_refused(server, table, shards, tmp_path):
+    assert server.run(flags(tmp_path, "r", table, epochs=1), tmp_path / "out")[0] == 0
+    for change, word in (
+        (["--model", "RN-nano-32"], "model"),
+        (["--train-data", shards], "data"),
+    ):
+        line = [
+            "--logs",
+            str(tmp_path),
+            "--name",
+            "r",
+            "--resume",
+            "latest",
+            "--epochs",
+            "9",
+            *change,
+        ]
+        status, text = server.run(line, tmp_path / "out")
+        assert status == 2 and f"of another {word}" in text, text
+
+
+def test_a_run_that_exists_is_not_overwritten(server, table, tmp_path):
+    line = flags(tmp_path, "r", table, epochs=1)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 2 and "--resume latest or choose another --name" in text
+
+
+def test_two_runs_on_one_folder(server, table, tmp_path):
+    run = server.start(
+        flags(tmp_path, "r", table, epochs=10_000, save_every_steps=10**6), tmp_path / "out"
+    )
+    run.wait_for("writing to")
+    status, text = server.run(flags(tmp_path, "r", table), tmp_path / "second")
+    run.kill()
+    run.wait()
+    assert status == 2 and "r" in text and "Traceback" not in text
+
+
+def test_config_is_written_whole(server, table, tmp_path):
+    server.run(flags(tmp_path, "r", table, epochs=1), tmp_path / "out")
+    saved = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert saved["batch_size"] == 8 and saved["warmup"] == 0 and saved["wd"] == 0.2
+    assert isinstance(torch.__version__, str)
