@@ -1,1 +1,106 @@
-"""Image-caption pairs: sources, preprocessing, and the order in which a run sees them."""
+"""Data: what a pair is, and the two ways in which reading one can fail. The readers are in the files beside this one.
+
+==================  ================================================================
+``sources.py``      ``open_source``: from what ``--train-data`` says to a ``PairSource``
+``tar.py``          tar shards in the WebDataset layout, through a byte index
+``tables.py``       csv, jsonl and parquet tables, folders of images
+``glyphs.py``       the embedded pictures of writing
+``transforms.py``   bytes to images to crops to normalised tensors
+``order.py``        the order of an epoch and the random numbers of a sample, computed, not stored
+``loader.py``       batches
+==================  ================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+# 77 tokens never need more; cutting before the tokenizer keeps a hostile caption from costing time.
+MAX_CAPTION_CHARS = 8192
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked; the message names the file and the remedy in one line."""
+
+
+class BadSample(ValueError):
+    """One sample that cannot be read; the loader replaces it, counts it and names it.
+
+    Args:
+        reason: what is wrong with it.
+        key: which sample it is; empty where only the caller knows.
+    """
+
+    def __init__(self, reason: str, key: str = "") -> None:
+        super().__init__(reason, key)
+        self.reason = reason
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+class Pair(NamedTuple):
+    """An image with its caption, or with several of which one is drawn each epoch.
+
+    ``image`` is a PIL image or a uint8 array [H, W] or [H, W, 3]; ``key`` names the sample in messages.
+    """
+
+    image: Image.Image | np.ndarray
+    caption: str | Sequence[str]
+    key: str
+
+
+class PairSource(Protocol):
+    """Image-caption pairs by number: ``source[index]`` returns a ``Pair`` or raises ``BadSample``.
+
+    A source is read from several processes at once, so that it must survive ``fork`` and pickling.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+def checked_captions(value: object, key: str) -> str | tuple[str, ...]:
+    """The caption or captions of a sample, as text without control characters' harm and of bounded length.
+
+    Args:
+        value: bytes (UTF-8, faults replaced), a string, or a list of either.
+
+    Raises:
+        BadSample: nothing but white space, or no text at all.
+    """
+    if isinstance(value, (list, tuple)):
+        captions = tuple(text for item in value if (text := _caption(item)))
+        if not captions:
+            raise BadSample("empty caption", key)
+        return captions
+    if value is not None and not isinstance(value, (str, bytes)):
+        raise BadSample(f"the caption is no text but {type(value).__name__}", key)
+    caption = _caption(value)
+    if not caption:
+        raise BadSample("empty caption", key)
+    return caption
+
+
+def _caption(value: object) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, str):
+        return ""
+    # Lone surrogates come from JSON escapes; no tokenizer can encode them.
+    text = value.replace("\0", " ").strip()[:MAX_CAPTION_CHARS]
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def printable(text: str) -> str:
+    """``text`` fit for one line of a log, whatever a data set wrote into its names."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)

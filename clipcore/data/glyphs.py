@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from clipcore.data.pairs import Pair
+from clipcore.data import Pair
 from PIL import Image, ImageDraw, ImageFont
 
 CANVAS = 40  # pixels: the size of a picture before the random crop
@@ -39,7 +39,7 @@ CAPTION_TEMPLATES = (
     "{name}",
 )
 ZERO_SHOT_TEMPLATES = tuple(
-    template.replace("{face}", face)
+    template.replace("{face}", face).replace("{name}", "{}")
     for template in CAPTION_TEMPLATES
     for face in (
         ("sans", "bold sans", "italic serif", "bold serif") if "{face}" in template else ("",)
@@ -138,7 +138,7 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
 
 
 class GlyphSource:
-    """The pictures of one split, map-style: see ``clipcore.data.pairs.PairSource``.
+    """The pictures of one split, map-style: see ``clipcore.data.PairSource``.
 
     Args:
         split: one of ``SPLITS``.

@@ -1,44 +1,49 @@
-"""The order in which a run sees its data, and the processes that prepare it.
+"""Batches: which samples a rank reads at a step, and reading them with worker processes.
 
-Legend: B pairs on this rank, G pairs of the global batch, L tokens, S side of the image.
+Legend: B pairs on this rank, G = B * world_size pairs of the global batch, L tokens, S pixels of a side.
 
-Batch ``step`` of a run is a function of (seed, step): epoch and position follow from the step, a keyed permutation maps
-positions to samples, and the crop of a sample is a function of (seed, epoch, sample). There is no state to save, and
-neither workers nor, at one global batch size, ranks change what is seen.
+The state of the data is (seed, step). Step k takes positions k * G to (k + 1) * G of the order of its epoch, and rank r
+the rows r * B to (r + 1) * B of them; what a sample looks like depends on (seed, epoch, sample) alone. So any step can
+be read on its own, and at a fixed global batch neither workers nor ranks change what is trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from clipcore.data.pairs import BadSample, DataError, Pair, PairSource
-from clipcore.data.transforms import ImageTransform
+from clipcore.data import BadSample, DataError, Pair, PairSource
+from clipcore.data.order import SampleRandom, hash64, permutation
+from clipcore.data.transforms import ImageTransform, stack_images
 
-Tokenize = Callable[[list[str]], Tensor]
-
-# Replacements tried for a bad sample before the data is given up as broken.
+# Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
+PART_ROWS = 256
 MAX_REPLACEMENTS = 64
-# The share of bad samples is judged over at least so many.
-MIN_SAMPLES_JUDGED = 256
-# Caption lengths of a batch are rounded up to a multiple of this, so that few shapes occur.
-LENGTH_MULTIPLE = 8
+# Rows to read before the share of bad ones is judged.
+JUDGED_ROWS = 512
+_SHOWN_REASONS = 5
+
+Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass
 class Batch:
-    """The pairs of one step on one rank.
+    """What a step trains on.
 
     Attributes:
-        images: uint8 [B, 3, S, S].
-        tokens: int64 [B, L], cut to the longest caption.
-        indices: int64 [B], of the samples in their source.
-        bad: (key, reason) of each sample that was replaced, or left out in an evaluation.
+        images: uint8 [B, 3, S, S]; ``normalize_images`` makes them the model's input, on the device.
+        tokens: int64 [B, L].
+        indices: int64 [B], which samples of the source these are (of a replaced one, its replacement).
+        bad: (key, reason) of each sample that could not be read.
     """
 
     images: Tensor
@@ -46,206 +51,317 @@ class Batch:
     indices: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
 
-    def pin_memory(self) -> Batch:
-        """For DataLoader: page-locked copies."""
-        self.images, self.tokens = self.images.pin_memory(), self.tokens.pin_memory()
-        return self
-
-
-def mix(*words: int) -> int:
-    """A 64-bit hash of integers (the finaliser of SplitMix64, chained)."""
-    state = 0
-    for word in words:
-        state = (state ^ (word & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 31
-    return state
-
-
-def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed permutation of ``range(size)``, at the given positions only.
-
-    A Feistel network over the next even number of bits, walked along its cycle until it falls below ``size`` (Black and
-    Rogaway 2002): constant memory, any position on its own.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64(2**half - 1)
-    keys = [np.uint64(mix(key, r)) for r in range(6)]
-    shift = np.uint64(half)
-
-    def walk(values: np.ndarray) -> np.ndarray:
-        left, right = values >> shift, values & mask
-        for round_key in keys:
-            mixed = (right ^ round_key) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-        return left << shift | right
-
-    with np.errstate(over="ignore"):
-        values = walk(positions.astype(np.uint64))
-        while (outside := values >= size).any():
-            values[outside] = walk(values[outside])
-    return values.astype(np.int64)
-
 
 class PairLoader:
-    """Batches of a run on one rank.
+    """The batches of one rank.
 
     Args:
-        batch_size: B.
-        seed: of the order and the crops.
-        workers: processes that prepare batches; 0 prepares them in this one.
-        max_bad_fraction: share of unreadable samples above which the run stops.
-        trim_text: cut token rows to the longest caption of the batch. Nothing after the end-of-text token reaches it,
-            so that the features stay the same.
+        source: the pairs.
+        transform: crops; its ``image_size`` is S.
+        tokenizer: captions to token rows of one length, int64 [B, L].
+        batch_size: B, pairs on this rank.
+        seed: of the order, the crops, the choice among captions and the replacements.
+        rank, world_size: this process among those that share the global batch.
+        workers: processes that read; 0 reads in this one.
+        max_bad_fraction: share of unreadable samples, among those that this rank has met since the last ``batches``,
+            above which it stops; judged once ``JUDGED_ROWS`` were read.
+        trim_text: cut token rows behind the longest caption of this rank's batch, to a multiple of 8: a causal text
+            tower that reads the feature off at the end-of-text token, the largest id of a row, gives the same result.
+        pin_memory: page-locked batches, which copy to a GPU while it computes; where CUDA is there by default.
+
+    Attributes:
+        steps_per_epoch: whole global batches in the data; what is left over falls to other epochs' orders.
 
     Raises:
-        DataError: a batch larger than the data; later, too many unreadable samples.
+        DataError: the global batch is larger than the data.
+
+    Example:
+        >>> loader = PairLoader(source, transform, tokenizer, batch_size=256, seed=0)  # doctest: +SKIP
+        >>> for batch in loader.batches(step=1000): ...  # doctest: +SKIP
     """
 
     def __init__(
         self,
         source: PairSource,
         transform: ImageTransform,
-        tokenizer: Tokenize,
+        tokenizer: Tokenizer,
         batch_size: int,
-        seed: int = 0,
+        seed: int,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
         max_bad_fraction: float = 0.01,
         trim_text: bool = True,
+        pin_memory: bool | None = None,
     ) -> None:
-        self.global_batch_size = batch_size * world_size
-        self.steps_per_epoch = len(source) // self.global_batch_size
-        if not self.steps_per_epoch:
+        global_batch_size = batch_size * world_size
+        if batch_size < 1 or global_batch_size > len(source):
+            ranks = f" on {world_size} ranks = {global_batch_size} pairs" if world_size > 1 else ""
             raise DataError(
-                f"a batch of {self.global_batch_size} pairs is larger than the data, {len(source)} pairs of {source.name}; "
+                f"a batch of {batch_size}{ranks} does not fit the {len(source)} samples of {source.name}; "
                 "lower --batch-size"
             )
-        self._workers, self._max_bad_fraction = workers, max_bad_fraction
-        self._batches = _Batches(
-            source, transform, tokenizer, seed, batch_size, rank, self.global_batch_size, trim_text
+        assert 0 <= rank < world_size
+        self.steps_per_epoch = len(source) // global_batch_size
+        self.max_bad_fraction = max_bad_fraction
+        self.trim_text = trim_text
+        self.workers = workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._name = source.name
+        self._cuts = _cuts(batch_size)
+        self._parts = _TrainingParts(
+            _Reader(source, transform, tokenizer),
+            seed=seed,
+            steps_per_epoch=self.steps_per_epoch,
+            global_batch_size=global_batch_size,
+            first_row=rank * batch_size,
         )
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
-        """The batches of the run from global step ``step`` on, without end."""
-        loader = DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=range(step, 2**62),
-            num_workers=self._workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        num_bad = num_seen = 0
-        reasons: list[str] = []
-        for batch in loader:
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            num_seen += len(batch.indices)
-            num_bad += len(batch.bad)
-            reasons += [reason for _, reason in batch.bad][: 3 - len(reasons)]
-            if num_bad > self._max_bad_fraction * max(num_seen, MIN_SAMPLES_JUDGED):
+        """The batches from ``step`` on, counted from 0 over all epochs, without end.
+
+        Raises:
+            DataError: too many samples cannot be read; the message says why the first ones could not.
+        """
+        keys = ((k, *cut) for k in itertools.count(step) for cut in self._cuts)
+        # Two batches ahead, and never an idle worker.
+        ahead = 2 * max(len(self._cuts), self.workers)
+        parts = _read(self._parts, keys, self.workers, ahead)
+        num_rows, bad = 0, list[tuple[str, str]]()
+        while True:
+            batch = self._join([next(parts) for _ in self._cuts])
+            num_rows += len(batch.indices)
+            bad += batch.bad
+            if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
+                reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:_SHOWN_REASONS])
                 raise DataError(
-                    f"{num_bad} of the first {max(num_seen, num_bad)} samples cannot be read, more than "
-                    f"--max-bad-fraction {self._max_bad_fraction}; such as: {'; '.join(reasons)}"
+                    f"{len(bad)} of {num_rows} samples of {self._name} cannot be read, more than "
+                    f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
                 )
             yield batch
 
-
-@dataclass(frozen=True)
-class _Failure:
-    """A mistake in the data, found in a worker: travels as a value, so that its message stays one line."""
-
-    message: str
-
-
-@dataclass
-class _Batches(Dataset):  # type: ignore[type-arg]
-    """Batch ``step`` of a run, map-style: what a worker computes."""
-
-    source: PairSource
-    transform: ImageTransform
-    tokenizer: Tokenize
-    seed: int
-    batch_size: int
-    rank: int
-    global_batch_size: int
-    trim_text: bool
-
-    def __getitem__(self, step: int) -> Batch | _Failure:
-        epoch, in_epoch = divmod(step, len(self.source) // self.global_batch_size)
-        start = in_epoch * self.global_batch_size + self.rank * self.batch_size
-        positions = np.arange(start, start + self.batch_size)
-        indices = permute(positions, len(self.source), mix(self.seed, epoch))
-        bad: list[tuple[str, str]] = []
-        try:
-            rows = [self._readable(int(index), epoch, bad) for index in indices]
-            images = torch.from_numpy(np.stack([image for image, _, _ in rows]))
-            tokens = self.tokenizer([caption for _, caption, _ in rows])
-        except DataError as error:
-            return _Failure(str(error))
-        chosen = torch.tensor([index for _, _, index in rows])
-        return Batch(images, trim(tokens) if self.trim_text else tokens, chosen, bad)
-
-    def _readable(
-        self, index: int, epoch: int, bad: list[tuple[str, str]]
-    ) -> tuple[np.ndarray, str, int]:
-        """The crop, the caption and the index of a sample, or of the next readable one of a fixed sequence."""
-        size = len(self.source)
-        for attempt in range(MAX_REPLACEMENTS):
-            candidate = index if not attempt else mix(self.seed, epoch, index, attempt) % size
-            rng = np.random.Generator(np.random.Philox(mix(self.seed, epoch, candidate, -1)))
-            try:
-                pair = self.source[candidate]
-                return self.transform.crop(pair.image, rng), choose_caption(pair, rng), candidate
-            except BadSample as error:
-                bad.append((f"sample {candidate}", str(error)))
-        raise DataError(
-            f"{MAX_REPLACEMENTS} samples of {self.source.name} in a row cannot be read, the last: {bad[-1][1]}"
+    def _join(self, parts: list[Batch]) -> Batch:
+        tokens = _concatenated([part.tokens for part in parts], False)
+        return Batch(
+            _concatenated([part.images for part in parts], self.pin_memory),
+            _concatenated([trim_tokens(tokens) if self.trim_text else tokens], self.pin_memory),
+            _concatenated([part.indices for part in parts], False),
+            [entry for part in parts for entry in part.bad],
         )
-
-
-def choose_caption(pair: Pair, rng: np.random.Generator) -> str:
-    """The caption of a pair, or one of its captions."""
-    if isinstance(pair.caption, str):
-        return pair.caption
-    return pair.caption[int(rng.integers(len(pair.caption)))]
-
-
-def trim(tokens_BL: Tensor) -> Tensor:
-    """Token rows cut after the last end-of-text token, rounded up to a multiple of eight; the end has the largest id."""
-    longest = int(tokens_BL.argmax(1).max()) + 1
-    rounded = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return tokens_BL[:, : min(rounded, tokens_BL.shape[1])].contiguous()
 
 
 def eval_batches(
     source: PairSource,
     transform: ImageTransform,
-    tokenizer: Tokenize,
+    tokenizer: Tokenizer,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    indices: Sequence[int] | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's part of a source, in order, each sample once; unreadable samples are left out and named in ``bad``.
+    """A rank's share of a source, each sample once and in order: the shares of all ranks in turn are the source.
 
-    A pair with several captions gives its first.
+    Shares differ by one sample at most, and the last batch is as short as it comes out. A sample that cannot be read is
+    left out and named in ``bad``; a sample with several captions has its first one. Arguments as of ``PairLoader``.
     """
-    mine = np.array_split(np.arange(len(source)) if indices is None else np.asarray(indices), world_size)[rank]
-    for start in range(0, len(mine), batch_size):
-        images, captions, chosen, bad = [], [], [], list[tuple[str, str]]()
-        for index in mine[start : start + batch_size].tolist():
+    start, stop = len(source) * rank // world_size, len(source) * (rank + 1) // world_size
+    keys = ((at, min(at + batch_size, stop)) for at in range(start, stop, batch_size))
+    parts = _OrderedParts(_Reader(source, transform, tokenizer))
+    held: Batch | None = None
+    for part in _read(parts, keys, workers, 2 * workers):
+        # A batch without a readable sample would be empty; what was wrong with it goes to its predecessor.
+        if held is not None and not len(part.indices):
+            held.bad += part.bad
+            continue
+        if held is not None and len(held.indices):
+            yield held
+        elif held is not None:
+            part.bad = held.bad + part.bad
+        held = part
+        if len(part.indices):
+            part.tokens = trim_tokens(part.tokens)
+    if held is not None and len(held.indices):
+        yield held
+
+
+def trim_tokens(tokens_BL: Tensor) -> Tensor:
+    """Token rows cut behind the last end-of-text token, the largest id of each row, to a multiple of 8."""
+    longest = int(tokens_BL.argmax(-1).max()) + 1
+    return tokens_BL[:, : min(-(-longest // 8) * 8, tokens_BL.shape[1])].contiguous()
+
+
+class _Reader:
+    """Reads samples: from numbers to arrays."""
+
+    def __init__(self, source: PairSource, transform: ImageTransform, tokenizer: Tokenizer) -> None:
+        self.source = source
+        self.transform = transform
+        self.tokenizer = tokenizer
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Image.Image, str]:
+        """The crop and a caption; raises BadSample with its key."""
+        key = f"{self.source.name}, sample {index}"
+        try:
+            pair: Pair = self.source[index]
+            key = pair.key
+            caption = pair.caption
+            if not isinstance(caption, str):
+                if not caption:
+                    raise BadSample("no caption")
+                caption = caption[int(rng.random() * len(caption)) if rng is not None else 0]
+            return self.transform.crop_image(pair.image, rng), caption
+        except BadSample as error:
+            raise BadSample(error.reason, error.key or key) from None
+
+    def batch(self, samples: Sequence[tuple[Image.Image, str]], indices: np.ndarray) -> Batch:
+        """Samples as arrays; of none, arrays without rows."""
+        if not samples:
+            size = self.transform.image_size
+            images = torch.empty(0, 3, size, size, dtype=torch.uint8)
+            return Batch(images, torch.empty(0, 1, dtype=torch.long), torch.from_numpy(indices))
+        return Batch(
+            torch.from_numpy(stack_images([image for image, _ in samples])),
+            self.tokenizer([caption for _, caption in samples]),
+            torch.from_numpy(indices),
+        )
+
+
+class _Parts(Protocol):
+    """A part of a batch for each key; what DataLoader calls a map-style data set."""
+
+    def __getitem__(self, key: Any) -> Batch | DataError: ...
+
+
+class _TrainingParts:
+    """(step, first row, end row) of this rank's batch to the part of it."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        seed: int,
+        steps_per_epoch: int,
+        global_batch_size: int,
+        first_row: int,
+    ) -> None:
+        self.reader = reader
+        self.seed = seed
+        self.steps_per_epoch = steps_per_epoch
+        self.global_batch_size = global_batch_size
+        self.first_row = first_row
+        self.random = SampleRandom()
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Batch | DataError:
+        step, start, stop = key
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.global_batch_size + self.first_row
+        positions = np.arange(first + start, first + stop)
+        indices = permutation(positions, len(self.reader.source), self.seed, epoch)
+        states = self.random.states(indices, self.seed, epoch)
+        samples, bad = [], []
+        for row, (index, state) in enumerate(zip(indices.tolist(), states, strict=True)):
             try:
-                pair = source[index]
-                images.append(transform.crop(pair.image))
+                samples.append(self.reader.sample(index, self.random.at(state)))
             except BadSample as error:
-                bad.append((f"sample {index}", str(error)))
+                bad.append((error.key, error.reason))
+                if (replacement := self._replacement(index, epoch)) is None:
+                    return DataError(
+                        f"no sample of {self.reader.source.name} could be read in {MAX_REPLACEMENTS} tries; {error}"
+                    )
+                indices[row], sample = replacement
+                samples.append(sample)
+        batch = self.reader.batch(samples, indices)
+        batch.bad = bad
+        return batch
+
+    def _replacement(self, index: int, epoch: int) -> tuple[int, tuple[Image.Image, str]] | None:
+        """The first readable one of the samples that stand in for a bad one: a function of it and the epoch."""
+        drawn = hash64(np.arange(MAX_REPLACEMENTS), self.seed, epoch, index, 103)
+        candidates = (drawn % np.uint64(len(self.reader.source))).astype(np.int64)
+        states = self.random.states(candidates, self.seed, epoch)
+        for candidate, state in zip(candidates.tolist(), states, strict=True):
+            try:
+                return candidate, self.reader.sample(candidate, self.random.at(state))
+            except BadSample:
                 continue
-            captions.append(pair.caption if isinstance(pair.caption, str) else pair.caption[0])
-            chosen.append(index)
-        if images:
-            tokens = trim(tokenizer(captions))
-            yield Batch(torch.from_numpy(np.stack(images)), tokens, torch.tensor(chosen), bad)
+        return None
+
+
+class _OrderedParts:
+    """(first index, end index) to those of the samples that can be read."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | DataError:
+        samples, indices, bad = [], [], []
+        for index in range(*key):
+            try:
+                samples.append(self.reader.sample(index, None))
+                indices.append(index)
+            except BadSample as error:
+                bad.append((error.key, error.reason))
+        batch = self.reader.batch(samples, np.array(indices, np.int64))
+        batch.bad = bad
+        return batch
+
+
+def _cuts(batch_size: int) -> list[tuple[int, int]]:
+    """Rows of a batch in parts of at most PART_ROWS, alike in size."""
+    num_parts = -(-batch_size // PART_ROWS)
+    ends = [batch_size * i // num_parts for i in range(num_parts + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _concatenated(tensors: list[Tensor], pin_memory: bool) -> Tensor:
+    """Rows one below the other, in one copy, or none where there is nothing to do."""
+    if len(tensors) == 1 and not pin_memory:
+        return tensors[0]
+    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+    joined = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
+    return torch.cat(tensors, out=joined)
+
+
+def _read(parts: _Parts, keys: Iterable[Any], workers: int, ahead: int) -> Iterator[Batch]:
+    """The parts of the keys in order, read by worker processes that keep ``ahead`` parts ready."""
+    read: Iterable[Batch | DataError]
+    if workers:
+        read = DataLoader(
+            _Guarded(parts),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            prefetch_factor=-(-ahead // workers),
+            collate_fn=_same,
+            worker_init_fn=_ignore_signals,
+            # Of its own, so that the numbers that the caller draws do not depend on the workers.
+            generator=torch.Generator(),
+        )
+    else:
+        read = (_Guarded(parts)[key] for key in keys)
+    for part in read:
+        if isinstance(part, DataError):
+            raise part
+        yield part
+
+
+class _Guarded:
+    """Hands a DataError over as a value: raised in a worker, it would arrive wrapped in a page of traceback."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.parts = parts
+
+    def __getitem__(self, key: Any) -> Batch | DataError:
+        try:
+            return self.parts[key]
+        except DataError as error:
+            return error
+
+
+def _same(part: Batch) -> Batch:
+    return part
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach every process of a run; whether to stop is for the main one to say."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,185 +1,278 @@
-"""Opens what ``--train-data`` names: tar shards, tables, parquet, folders, synthetic pairs, and mixtures of them."""
+"""From what ``--train-data`` says to a source of pairs."""
 
 from __future__ import annotations
 
 import glob
-import math
+import itertools
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from clipcore.data.pairs import DataError, Pair, PairSource
-from clipcore.data.tables import ParquetSource, csv_source, folder_source, jsonl_source
+from clipcore.data import BadSample, DataError, Pair, PairSource
+from clipcore.data.tables import (
+    CsvSource,
+    JsonlSource,
+    ParquetSource,
+    caption_columns,
+    open_folder,
+)
 from clipcore.data.tar import TarSource
-from clipcore.data.transforms import DECODERS
+from clipcore.data.transforms import check_decoder
 
-KINDS = {
+__all__ = ["BadSample", "DataError", "MixtureSource", "Pair", "PairSource", "open_source"]
+
+DATASET_TYPES = ("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic")
+_SUFFIX_TYPES = {
     ".tar": "webdataset",
     ".csv": "csv",
     ".tsv": "csv",
-    ".txt": "csv",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+_MAX_EXPANSION = 1_000_000
+DEFAULT_IMAGE_KEY = "filepath"  # open_clip's
+DEFAULT_CAPTION_KEY = "title"
 
 
 def open_source(
-    train_data: str,
+    train_data: str | Sequence[str],
     dataset_type: str = "auto",
     *,
-    img_key: str = "filepath",
-    caption_key: str = "title",
+    img_key: str = DEFAULT_IMAGE_KEY,
+    caption_key: str = DEFAULT_CAPTION_KEY,
     separator: str = "\t",
     upsampling_factors: str | None = None,
     decoder: str = "pillow",
 ) -> PairSource:
-    """The pairs that a path or pattern names.
+    """Opens image-caption pairs.
 
     Args:
-        train_data: a file, a folder, or a pattern with ``{000..099}``, ``{a,b}`` or ``*``; ``a::b`` mixes sources.
-        dataset_type: ``webdataset``, ``csv``, ``jsonl``, ``parquet``, ``folder``, ``synthetic``; ``auto`` goes by the
-            name's ending.
-        img_key, caption_key, separator: of a table.
-        upsampling_factors: ``1::2``, how often each mixed source is seen in an epoch, relative to its size; as many
-            numbers as sources.
-        decoder: one of ``pillow``, ``simplejpeg``.
+        train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and ``?``
+            (quote them), several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those.
+        dataset_type: one of ``DATASET_TYPES``; ``auto`` goes by the endings. ``synthetic`` needs no data.
+        img_key, caption_key, separator: of csv tables, as open_clip's flags of these names. In other formats the two
+            default keys mean the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
+        upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
+            is seen, relative to the others; see ``MixtureSource``.
+        decoder: see ``clipcore.data.transforms.decode_image``.
 
     Raises:
-        DataError: names the file and the remedy.
+        DataError: anything that is missing, damaged, empty or unknown, in one line with the remedy.
+
+    Example:
+        >>> source = open_source("shards/{00000..00041}.tar")  # doctest: +SKIP
+        >>> source[0].caption  # doctest: +SKIP
+        'a dog on a beach'
     """
-    if decoder not in DECODERS:
-        raise DataError(f"--image-decoder knows {', '.join(DECODERS)}, not {decoder!r}")
-    if decoder == "simplejpeg":
-        _need_simplejpeg()
-    parts = train_data.split("::")
-    opened = [_open_one(part, dataset_type, img_key, caption_key, separator, decoder) for part in parts]
-    if upsampling_factors is None:
-        return opened[0] if len(opened) == 1 else MixtureSource(opened, [1.0] * len(opened))
-    try:
-        factors = [float(factor) for factor in upsampling_factors.split("::")]
-    except ValueError:
-        factors = []
-    if len(factors) != len(opened) or not all(0 < factor < math.inf for factor in factors):
-        raise DataError(
-            f"--train-data-upsampling-factors {upsampling_factors} should be {len(opened)} positive numbers joined by "
-            "'::', one for each source of --train-data"
-        )
-    return MixtureSource(opened, factors)
-
-
-def _need_simplejpeg() -> None:
-    try:
-        import simplejpeg  # noqa: F401
-    except ImportError as error:
-        raise DataError('--image-decoder simplejpeg needs it: pip install "clipcore[jpeg]"') from error
-
-
-def _open_one(
-    pattern: str, kind: str, img_key: str, caption_key: str, separator: str, decoder: str
-) -> PairSource:
-    if kind == "synthetic":
+    if dataset_type not in DATASET_TYPES:
+        raise DataError(f"the data set types are {', '.join(DATASET_TYPES)}; got {dataset_type!r}")
+    check_decoder(decoder)
+    if dataset_type == "synthetic":
         return SyntheticSource()
-    paths = expand(pattern)
-    if kind == "auto":
-        is_folder = len(paths) == 1 and paths[0].is_dir()
-        kind = "folder" if is_folder else KINDS.get(paths[0].suffix.lower(), "")
-        if not kind:
-            raise DataError(
-                f"cannot tell what {pattern} is: no such folder, and no ending of {', '.join(KINDS)}; set --dataset-type"
-            )
+    keys = {"img_key": img_key, "caption_key": caption_key, "separator": separator}
+    patterns = train_data.split("::") if isinstance(train_data, str) else list(train_data)
+    parts = [_open_part(part, dataset_type, decoder, **keys) for part in patterns]
+    if upsampling_factors is not None:
+        return MixtureSource(parts, parse_factors(upsampling_factors, len(parts)))
+    return parts[0] if len(parts) == 1 else MixtureSource(parts)
+
+
+def parse_factors(text: str, num_parts: int) -> list[float]:
+    """The numbers of ``--train-data-upsampling-factors``."""
+    try:
+        factors = [float(word) for word in text.split("::")]
+    except ValueError:
+        raise DataError(
+            f"--train-data-upsampling-factors are numbers joined by ::, got {text!r}"
+        ) from None
+    if len(factors) != num_parts or not all(0 < factor < float("inf") for factor in factors):
+        raise DataError(
+            f"--train-data-upsampling-factors needs a positive number for each of the {num_parts} parts of the data, "
+            f"got {text!r}"
+        )
+    return factors
+
+
+def _open_part(
+    pattern: str, dataset_type: str, decoder: str, img_key: str, caption_key: str, separator: str
+) -> PairSource:
+    """The source of one part between ``::``."""
+    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
+        raise DataError(f"{pattern}: only local files can be read; copy or mount the data first")
+    paths = expand_pattern(pattern)
+    name = os.path.basename(os.path.normpath(pattern))
+    if dataset_type in ("auto", "webdataset") and os.path.isdir(paths[0]):
+        shards = [s for path in paths for s in sorted(glob.glob(f"{glob.escape(path)}/*.tar"))]
+        paths, dataset_type = (shards, "webdataset") if shards else (paths, dataset_type)
+    kind = _detect(paths[0]) if dataset_type == "auto" else dataset_type
+    named_image = None if img_key == DEFAULT_IMAGE_KEY else img_key
+    named_caption = None if caption_key == DEFAULT_CAPTION_KEY else caption_key
     if kind == "webdataset":
-        return TarSource(paths, decoder)
-    if missing := next((path for path in paths if not path.exists()), None):
-        raise DataError(f"there is no {missing}; check --train-data")
-    if kind == "parquet":
-        return ParquetSource(paths, img_key, caption_key, decoder)
-    sources: list[PairSource] = []
-    for path in paths:
-        if kind == "folder":
-            sources.append(folder_source(path, decoder))
-        elif kind == "jsonl":
-            sources.append(jsonl_source(path, img_key, caption_key, decoder))
-        else:
-            sources.append(csv_source(path, img_key, caption_key, separator, decoder))
-    return sources[0] if len(sources) == 1 else MixtureSource(sources, [1.0] * len(sources))
+        return TarSource(paths, caption_columns(named_caption), decoder, name)
+    if len(paths) > 1:
+        parts = [_open_part(p, kind, decoder, img_key, caption_key, separator) for p in paths]
+        return MixtureSource(parts, name=name)
+    if kind == "csv":
+        return CsvSource(paths[0], img_key, caption_key, separator, decoder)
+    if kind == "folder":
+        return open_folder(paths[0], named_image, named_caption, decoder)
+    source = JsonlSource if kind == "jsonl" else ParquetSource
+    return source(paths[0], named_image, named_caption, decoder)
 
 
-def expand(pattern: str) -> list[Path]:
-    """The paths of a pattern: ``{000..012}`` and ``{a,b}`` as a shell expands them, then ``*``, ``?`` and ``[]``.
+def _detect(path: str) -> str:
+    """The kind of data by the path's ending."""
+    if os.path.isdir(path):
+        return "folder"
+    suffix = os.path.splitext(path)[1].lower()
+    if path.lower().endswith((".tar.gz", ".tgz")):
+        return "webdataset"  # whose reader names the remedy
+    if suffix in _SUFFIX_TYPES:
+        return _SUFFIX_TYPES[suffix]
+    if not os.path.exists(path):
+        raise DataError(f"there is no {path}")
+    raise DataError(
+        f"{path}: the kind of data is not known from its ending; name it with --dataset-type "
+        f"({', '.join(DATASET_TYPES[1:])})"
+    )
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """The paths of a pattern, at least one: braces as written, then ``*`` and ``?`` over the files that there are.
 
     Raises:
-        DataError: a pattern that matches nothing.
+        DataError: braces that are not closed, or no file that fits.
     """
-    paths: list[Path] = []
-    for name in _expand_braces(pattern):
-        if any(mark in name for mark in "*?[") and not Path(name).exists():
-            found = sorted(glob.glob(name))
-            if not found:
-                raise DataError(f"nothing matches {name}; check --train-data")
-            paths += map(Path, found)
+    paths: list[str] = []
+    for path in expand_braces(pattern):
+        if os.path.exists(path) or not re.search(r"[*?]", path):
+            paths.append(path)
+        elif not (found := sorted(glob.glob(path, recursive=True))):
+            raise DataError(f"no file fits the pattern {path}")
         else:
-            paths.append(Path(name))
+            paths += found
     return paths
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
+def expand_braces(pattern: str) -> list[str]:
+    """``{0000..0012}`` (width kept) and ``{a,b}`` as in a shell, nested or side by side, in order."""
+    if os.path.exists(pattern):
         return [pattern]
-    body, before, after = match.group(1), pattern[: match.start()], pattern[match.end() :]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if span is not None:
-        low, high = span.groups()
-        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
-        step = 1 if int(low) <= int(high) else -1
-        options = [str(i).zfill(width) for i in range(int(low), int(high) + step, step)]
-    elif "," in body:
-        options = body.split(",")
-    else:
-        raise DataError(f"cannot expand {{{body}}} in {pattern}; write {{000..099}} or {{a,b}}")
-    return [name for option in options for name in _expand_braces(before + option + after)]
+    choices: list[list[str]] = []
+    count = 1
+    for text, group in _split_braces(pattern):
+        expanded = [text] if group is None else _alternatives(group, pattern)
+        count *= len(expanded)
+        if count > _MAX_EXPANSION:
+            raise DataError(f"{pattern} means more than {_MAX_EXPANSION} files")
+        choices.append(expanded)
+    return ["".join(words) for words in itertools.product(*choices)]
+
+
+def _split_braces(pattern: str) -> list[tuple[str, str | None]]:
+    """(literal, None) and ("", content of braces) in turn."""
+    pieces: list[tuple[str, str | None]] = []
+    depth, start = 0, 0
+    for position, char in enumerate(pattern):
+        if char == "{":
+            if depth == 0:
+                pieces.append((pattern[start:position], None))
+                start = position + 1
+            depth += 1
+        elif char == "}" and depth:
+            depth -= 1
+            if depth == 0:
+                pieces.append(("", pattern[start:position]))
+                start = position + 1
+    if depth:
+        raise DataError(f"{pattern}: a brace is not closed")
+    return [*pieces, (pattern[start:], None)]
+
+
+def _alternatives(group: str, pattern: str) -> list[str]:
+    """What the content of one pair of braces stands for."""
+    if (ends := re.fullmatch(r"(\d+)\.\.(\d+)", group)) is not None:
+        first, last = int(ends[1]), int(ends[2])
+        if abs(last - first) >= _MAX_EXPANSION:
+            raise DataError(f"{pattern} means more than {_MAX_EXPANSION} files")
+        width = max(map(len, ends.groups())) if "0" in (ends[1][0], ends[2][0]) else 0
+        step = 1 if last >= first else -1
+        return [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    words, depth = [""], 0
+    for char in group:
+        depth += (char == "{") - (char == "}")
+        if char == "," and not depth:
+            words.append("")
+        else:
+            words[-1] += char
+    if len(words) == 1:
+        raise DataError(
+            f"{pattern}: {{{group}}} is neither a range such as {{000..012}} nor a list"
+        )
+    return [path for word in words for path in expand_braces(word)]
 
 
 class MixtureSource:
-    """Several sources as one: an epoch sees each ``factor`` times, the fraction as that share of its samples.
+    """Several sources as one: see ``clipcore.data.PairSource``.
 
-    The samples of the fraction are spread evenly over the source, and the same in every epoch.
+    An epoch sees every sample of the source with the smallest factor once, and those of another one factor / smallest
+    times: an evenly spread part of them once more where that is no whole number. So relative frequencies are those of
+    open_clip's upsampling factors, which multiply the natural share of a source, its size.
+
+    Args:
+        parts: the sources, in the order of their indices.
+        factors: one positive number each; all alike when left out.
+        name: for messages; the names of the parts when left out.
     """
 
-    def __init__(self, sources: Sequence[PairSource], factors: Sequence[float]) -> None:
-        self.sources = list(sources)
-        self.name = " + ".join(source.name for source in sources)
-        counts = [max(1, round(len(s) * f)) for s, f in zip(sources, factors, strict=True)]
-        self._counts = counts
-        self._ends = np.cumsum(counts)
+    def __init__(
+        self, parts: Sequence[PairSource], factors: Sequence[float] | None = None, name: str = ""
+    ) -> None:
+        self.parts = list(parts)
+        factors = [1.0] * len(self.parts) if factors is None else factors
+        self.name = name or "::".join(part.name for part in self.parts)
+        smallest = min(factors)
+        lengths = [
+            round(len(part) * factor / smallest)
+            for part, factor in zip(self.parts, factors, strict=True)
+        ]
+        self._ends = np.cumsum(lengths)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Pair:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - (int(self._ends[part - 1]) if part else 0)
-        size, count = len(self.sources[part]), self._counts[part]
-        whole, rest = divmod(count, size)
-        if row >= whole * size:
-            return self.sources[part][(row - whole * size) * size // rest]
-        return self.sources[part][row % size]
+        number, row = self.locate(index)
+        return self.parts[number][row]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, index in it) of a sample of the mixture."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[number - 1]) if number else 0
+        length = int(self._ends[number]) - start
+        return number, (index - start) * len(self.parts[number]) // length
 
 
 class SyntheticSource:
-    """Pictures of noise with numbered captions: for timing a run without its data."""
+    """Noise with numbered captions, to time a run without data."""
 
-    name = "synthetic pairs"
+    name = "synthetic"
 
-    def __init__(self, size: int = 100_000, image_size: int = 256) -> None:
-        self.size, self.image_size = size, image_size
+    def __init__(self, num_samples: int = 1_000_000, image_size: int = 224) -> None:
+        self._num_samples = num_samples
+        self._image_size = image_size
 
     def __len__(self) -> int:
-        return self.size
+        return self._num_samples
 
     def __getitem__(self, index: int) -> Pair:
-        rng = np.random.default_rng(index)
-        pixels = rng.integers(0, 256, (self.image_size, self.image_size, 3), dtype=np.uint8)
-        return Pair(pixels, f"a picture of noise, number {index}", f"synthetic/{index}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shape = (self._image_size, self._image_size, 3)
+        noise = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
+        return Pair(noise, f"picture number {index} of noise", f"synthetic/{index}")

@@ -1,9 +1,15 @@
-"""Tar shards in the WebDataset layout, read by index.
+"""Tar shards in the WebDataset layout, read in any order through a byte index.
 
-A sample is the run of members that share a name up to the first dot: ``0001.jpg`` and ``0001.txt``, or ``0001.json``
-with a ``caption``. A shard is scanned once for where its samples lie; the result is kept beside it as
-``<shard>.index.npz`` (or in the user's cache where the folder is read-only) and is used while size and time of the shard
-stay the same. Members are read in place; nothing is ever extracted, and only regular files are read.
+A sample is the members whose names are alike up to the first dot of the last path component: ``a/0001.jpg`` with
+``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Members of other kinds are passed over.
+
+The index (where each image and caption lies) is made by one pass over the headers on first use and kept beside the
+shard in ``<shard>.clipcore-index``, or in the user's cache folder where that cannot be written, or in memory. It
+belongs to the shard's size and modification time.
+
+Nothing is ever extracted, and names are used as keys only. The headers are read by a scanner of their own that takes
+regular files and refuses everything that could point elsewhere (links, devices, sparse files) or that does not fit in
+the file.
 """
 
 from __future__ import annotations
@@ -11,281 +17,381 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
+import struct
+import zlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from clipcore.data.pairs import BadSample, DataError, Pair, StringTable, clean_caption
+from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
 from clipcore.data.transforms import decode_image
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-CAPTION_EXTENSIONS = ("txt", "json")
-BLOCK = 512
-MAX_NAME_BYTES = 4096
-INDEX_VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
+CAPTION_SUFFIXES = ("txt", "json")
+MAX_NAME_BYTES = 4096  # of a long name or of an extended header
+MAX_IMAGE_BYTES = 1 << 28
+MAX_CAPTION_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 64
 
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+    b"M": "a file continued from another archive",
+}
+# The last path component up to its first dot is the end of the key; what follows is the suffix.
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_METADATA = re.compile(r"__[^/]*__(/|$)")
 
-@dataclass(frozen=True)
-class Member:
-    """A regular file in a tar archive: its name, and where its bytes lie."""
+
+class Member(NamedTuple):
+    """A regular file in a shard: its name, and where its bytes are."""
 
     name: str
     offset: int
     size: int
 
 
-def scan_members(path: Path) -> Iterator[Member]:
-    """The regular files of an uncompressed tar archive, by their headers alone.
+def scan_members(path: str) -> Iterator[Member]:
+    """The regular files of a tar file, from its headers alone.
 
     Raises:
-        DataError: missing, compressed, truncated, or no tar archive.
+        DataError: the file is no tar file, is cut off, or holds something other than plain files and folders.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"cannot open the shard {path}: {error.strerror}") from error
-    try:
-        yield from _scan(path, descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+    with open(path, "rb", buffering=0) as file:
+        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
+        if end == 0:
+            _refuse(path, "is empty; copy or write the shard again")
+        if os.pread(descriptor, 2, 0) == b"\x1f\x8b":
+            _refuse(path, "is compressed, and samples are read at random; gunzip it first")
+        offset, long_name, pax = 0, "", dict[str, str]()
+        while offset < end:
+            header = os.pread(descriptor, _BLOCK, offset)
+            if header == _ZEROS:
+                return
+            kind, size, name = _parse_header(path, header, offset)
+            data = offset + _BLOCK
+            if kind in (b"L", b"K", b"x", b"g"):
+                if size > MAX_NAME_BYTES:
+                    _refuse(path, f"has an extended header of {size} bytes at byte {offset}")
+                block = os.pread(descriptor, size, data)
+                if kind == b"L":
+                    long_name = block.rstrip(b"\0").decode("utf-8", "replace")
+                elif kind == b"x":
+                    pax = _parse_pax(path, block, offset)
+            else:
+                name = pax.get("path", long_name or name)
+                size = _decimal_size(path, pax["size"], offset) if "size" in pax else size
+                size = 0 if kind == b"5" else size  # of a folder it is a hint, no data follows
+                long_name, pax = "", {}
+            if data + size > end:
+                _refuse(
+                    path,
+                    f"is cut off or damaged: {printable(name)!r} at byte {offset} needs {size} bytes, "
+                    f"{max(end - data, 0)} are left; copy the shard again",
+                )
+            if kind in _REFUSED:
+                _refuse(
+                    path,
+                    f"holds {_REFUSED[kind]}, {printable(name)!r}; shards hold plain files "
+                    "(write them with tar --dereference --hard-dereference)",
+                )
+            if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                yield Member(name, data, size)
+            offset = data + -(-size // _BLOCK) * _BLOCK
 
 
-def _scan(path: Path, descriptor: int, total: int) -> Iterator[Member]:
-    position, long_name = 0, None
-    while position + BLOCK <= total:
-        header = os.pread(descriptor, BLOCK, position)
-        if header.count(0) == BLOCK:
-            return
-        _check_header(path, header, position)
-        size, kind, start = _parse_number(path, header[124:136]), header[156:157], position + BLOCK
-        if size > total - start:
-            raise DataError(
-                f"the shard {path} is truncated or corrupt: a member at byte {position} claims {size} bytes of "
-                f"{total - start} left"
-            )
-        position = start + (size + BLOCK - 1) // BLOCK * BLOCK
-        if kind in (b"L", b"x"):
-            if size > MAX_NAME_BYTES:
-                raise DataError(f"the shard {path} is corrupt: a name of {size} bytes at {start}")
-            long_name = _long_name(kind, os.pread(descriptor, size, start)) or long_name
-            continue
-        if kind in (b"0", b"\0", b"7"):
-            yield Member(long_name or _short_name(header), start, size)
-        # Folders, links, devices and sparse files are no data.
-        if kind != b"g":
-            long_name = None
-    if position > total or not total:
-        raise DataError(f"the shard {path} is truncated: it ends in the middle of a member")
+def _refuse(path: str, reason: str) -> NoReturn:
+    raise DataError(f"{path} {reason}")
 
 
-def _check_header(path: Path, header: bytes, position: int) -> None:
-    """The checksum of a header counts its own eight bytes as spaces."""
-    expected = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    stored = header[148:156].strip(b"\0 ")
-    if _is_octal(stored) and int(stored, 8) == expected:
-        return
-    if header[:2] == b"\x1f\x8b":
-        raise DataError(
-            f"the shard {path} is compressed; unpack it with gunzip, images gain nothing by it"
-        )
-    raise DataError(
-        f"the shard {path} is corrupt or no tar archive (bad header at byte {position}); fetch it again or leave it out"
-    )
+def _parse_header(path: str, header: bytes, offset: int) -> tuple[bytes, int, str]:
+    """(type, size, name) of a header block."""
+    # The checksum is taken with its own field as eight spaces.
+    if (
+        len(header) < _BLOCK
+        or _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32
+    ):
+        what = "is no tar file" if offset == 0 else f"is damaged at byte {offset}"
+        _refuse(path, f"{what}: the header's checksum is wrong; copy or write the shard again")
+    size_field = header[124:136]
+    if size_field[0] & 0x80:
+        # Base 256 for large files; a set bit below the flag makes it negative or far too large.
+        size = int.from_bytes(size_field[1:], "big") if size_field[0] == 0x80 else -1
+    else:
+        size = _octal(size_field)
+    if size < 0:
+        _refuse(path, f"has a header without a valid size at byte {offset}; write the shard again")
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return header[156:157], size, name.decode("utf-8", "replace")
 
 
-def _is_octal(text: bytes) -> bool:
-    return bool(text) and all(c in b"01234567" for c in text)
+def _octal(field: bytes) -> int:
+    """The number in a field, or -1."""
+    digits = field.split(b"\0", 1)[0].strip(b" ")
+    return int(digits or b"0", 8) if all(0x30 <= d < 0x38 for d in digits) else -1
 
 
-def _parse_number(path: Path, field: bytes) -> int:
-    """An octal number, or a positive base-256 one."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    text = field.strip(b"\0 ")
-    if not _is_octal(text):
-        raise DataError(f"the shard {path} is corrupt: a member's size is {field!r}")
-    return int(text, 8)
+def _parse_pax(path: str, block: bytes, offset: int) -> dict[str, str]:
+    """The records "length key=value\\n" of an extended header."""
+    records, start = {}, 0
+    while start < len(block) and block[start]:
+        length, _, _ = block[start : start + 8].partition(b" ")
+        record = block[start : start + int(length)] if length.isdigit() else b""
+        key, equals, value = record[len(length) + 1 : -1].partition(b"=")
+        if not equals or not record.endswith(b"\n") or len(record) != int(length):
+            _refuse(path, f"has a damaged extended header at byte {offset}; write the shard again")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        start += len(record)
+    if any(key.startswith("GNU.sparse") for key in records):
+        _refuse(path, f"holds a sparse file at byte {offset}; write it without --sparse")
+    return records
 
 
-def _short_name(header: bytes) -> str:
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:262] == b"ustar" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
-
-
-def _long_name(kind: bytes, data: bytes) -> str | None:
-    """The name in a GNU long-name member or in a pax header."""
-    if kind == b"L":
-        return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
-    for record in data.split(b"\n"):
-        _, _, assignment = record.partition(b" ")
-        key, _, value = assignment.partition(b"=")
-        if key == b"path":
-            return value.decode("utf-8", "surrogateescape")
-    return None
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension): WebDataset splits a name at the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+def _decimal_size(path: str, text: str, offset: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        _refuse(path, f"has an extended header without a valid size at byte {offset}")
+    return int(text)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of a shard lie: for each [image offset, image size, caption offset, caption size, is JSON]."""
+    """Where the samples of one shard are, in the order of their first members.
 
-    places_N5: np.ndarray
-    keys: StringTable
+    Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
+    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    columns_6N: np.ndarray
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return self.columns_6N.shape[1]
+
+    def key(self, row: int) -> str:
+        start = self.columns_6N[5, row - 1] if row else 0
+        return bytes(self.keys[start : self.columns_6N[5, row]]).decode("utf-8", "replace")
 
 
-def build_index(path: Path) -> ShardIndex:
-    """Scans a shard for samples that have both an image and a caption.
+def build_index(path: str) -> ShardIndex:
+    """Reads the headers of a shard. Samples without an image or a caption are left out, as in webdataset.
 
     Raises:
-        DataError: an unreadable shard, a member that occurs twice, or no sample at all.
+        DataError: as of ``scan_members``, or a member that is there twice.
     """
-    places, keys = [], []
-    for key, members in _samples(path):
-        image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-        kind = next((e for e in CAPTION_EXTENSIONS if e in members), None)
-        if image is not None and kind is not None:
-            text = members[kind]
-            places.append((image.offset, image.size, text.offset, text.size, kind == "json"))
-            keys.append(key)
-    if not places:
-        raise DataError(
-            f"the shard {path} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (txt, json)"
-        )
-    return ShardIndex(np.array(places, dtype=np.int64), StringTable(keys))
-
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    current, members = None, dict[str, Member]()
+    stat = os.stat(path)
+    samples: dict[str, dict[str, Member]] = {}
     for member in scan_members(path):
-        key, extension = split_name(member.name)
-        if key != current:
-            if current is not None:
-                yield current, members
-            current, members = key, {}
-        if extension in members:
-            raise DataError(f"the shard {path} holds {member.name} twice")
-        members[extension] = member
-    if current is not None:
-        yield current, members
+        match = _KEY.fullmatch(member.name)
+        if match is None or _METADATA.match(member.name):
+            continue
+        key, suffix = match[1], match[2].lower()
+        if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
+            members = samples.setdefault(key, {})
+            if suffix in members:
+                _refuse(path, f"holds {printable(member.name)!r} twice; write the shard again")
+            members[suffix] = member
+    columns, keys = array("q"), bytearray()
+    for key, members in samples.items():
+        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+        caption = members.get("txt") or members.get("json")
+        if image is not None and caption is not None:
+            keys += printable(key).encode("utf-8", "replace")
+            is_json = int("txt" not in members)
+            row = (image.offset, image.size, caption.offset, caption.size, is_json, len(keys))
+            columns.extend(row)
+    columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
+    keys_K = np.frombuffer(bytes(keys), np.uint8)
+    return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K)
 
 
-def load_index(path: Path) -> ShardIndex:
-    """The index of a shard: the kept one while the shard is unchanged, else a new one, which is kept."""
+# Magic, size and modification time of the shard, samples, bytes of keys; then the columns, the keys and a CRC-32.
+_SIDECAR = struct.Struct("<8sQQQQ")
+_MAGIC = b"CLIPIDX1"
+
+
+def load_index(path: str) -> ShardIndex:
+    """The index of a shard, from its sidecar file if that fits the shard, else made and kept."""
     try:
-        status = path.stat()
+        stat = os.stat(path)
     except OSError as error:
-        raise DataError(
-            f"cannot find the shard {path}: {error.strerror}; check the pattern of --train-data"
-        ) from error
-    stamp = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns])
-    places = [path.with_name(path.name + ".index.npz"), _cache_path(path)]
+        raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
+    places = sidecar_paths(path)
+    for place in places:
+        if (index := _read_sidecar(place, path, stat)) is not None:
+            return index
+    index = build_index(path)
     for place in places:
         try:
-            with np.load(place, allow_pickle=False) as kept:
-                if np.array_equal(kept["stamp"], stamp):
-                    keys = kept["keys"].tobytes().decode("utf-8", "surrogatepass").split("\0")
-                    return ShardIndex(kept["places"], StringTable(keys))
-        except (OSError, ValueError, KeyError, EOFError):
-            continue
-    index = build_index(path)
-    keys_text = "\0".join(index.keys[i] for i in range(len(index.keys)))
-    arrays = {
-        "stamp": stamp,
-        "places": index.places_N5,
-        "keys": np.frombuffer(keys_text.encode("utf-8", "surrogatepass"), dtype=np.uint8),
-    }
-    any(_write_atomically(place, arrays) for place in places)
+            _write_sidecar(place, index)
+            break
+        except OSError:
+            continue  # a folder that cannot be written costs one pass over the headers at each start
     return index
 
 
-def _cache_path(path: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return root / "clipcore" / f"{digest}.index.npz"
+def sidecar_paths(path: str) -> tuple[Path, Path]:
+    """Where the index of a shard may be: beside it, or in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcore"
+    digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+    return Path(path + ".clipcore-index"), cache / f"{digest[:32]}.clipcore-index"
 
 
-def _write_atomically(place: Path, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether the file could be written; an index that cannot be kept is made again next time."""
+def _write_sidecar(place: Path, index: ShardIndex) -> None:
+    head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, len(index), len(index.keys))
+    body = head + index.columns_6N.astype("<i8").tobytes() + index.keys.tobytes()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, place)
+        aside.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
+        os.replace(aside, place)
     except OSError:
-        return False
-    return True
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | None:
+    """The kept index, or None if it is missing, damaged, or of another state of the shard."""
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return None
+    if len(content) < _SIDECAR.size + 4:
+        return None
+    body, checksum = content[:-4], int.from_bytes(content[-4:], "little")
+    magic, size, mtime_ns, num_samples, num_bytes = _SIDECAR.unpack_from(body)
+    if (
+        (magic, size, mtime_ns) != (_MAGIC, stat.st_size, stat.st_mtime_ns)
+        or len(body) != _SIDECAR.size + 48 * num_samples + num_bytes
+        or zlib.crc32(body) != checksum
+    ):
+        return None
+    columns = np.frombuffer(body, "<i8", 6 * num_samples, _SIDECAR.size).reshape(6, num_samples)
+    keys = np.frombuffer(body, np.uint8, num_bytes, _SIDECAR.size + 48 * num_samples)
+    offsets, sizes = columns[0:4:2], columns[1:4:2]
+    # Written by nobody but this file, yet it lies in a shared folder: no offset may lead out of the shard.
+    if num_samples and (columns.min() < 0 or (offsets > size - sizes).any()):
+        return None
+    if (np.diff(columns[5], prepend=0) < 0).any() or (num_samples and columns[5, -1] > num_bytes):
+        return None
+    return ShardIndex(path, size, mtime_ns, columns, keys)
 
 
 class TarSource:
-    """The pairs of a list of shards, in the order of the list.
+    """The pairs of tar shards, in the order of the shards: see ``clipcore.data.PairSource``.
+
+    Args:
+        paths: the shards.
+        caption_keys: fields of a JSON member that may hold the caption, the first that is there counts.
+        decoder: see ``decode_image``.
+        name: for messages; the last component of the first shard when left out.
 
     Raises:
-        DataError: a shard that is missing or cannot be read.
+        DataError: a shard that cannot be read, or no sample in all of them.
     """
 
-    def __init__(self, paths: Sequence[Path], decoder: str = "pillow") -> None:
-        self.paths, self.decoder = list(paths), decoder
-        self.name = f"tar shards {self.paths[0].name}" + (f" to {self.paths[-1].name}" if len(paths) > 1 else "")
-        self.indexes = [load_index(path) for path in self.paths]
-        self._ends = np.cumsum([len(index.places_N5) for index in self.indexes])
+    def __init__(
+        self,
+        paths: Sequence[str],
+        caption_keys: Sequence[str] = ("caption",),
+        decoder: str = "pillow",
+        name: str = "",
+    ) -> None:
+        self.name = name or os.path.basename(paths[0])
+        self.shards = [load_index(path) for path in paths]
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+        self._caption_keys = tuple(caption_keys)
+        self._decoder = decoder
         self._open: OrderedDict[int, int] = OrderedDict()
+        if not len(self):
+            raise DataError(
+                f"{self.name} holds no samples: an image (.{', .'.join(IMAGE_SUFFIXES)}) needs a member of the same "
+                "name that ends in .txt or .json"
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Pair:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - (int(self._ends[shard - 1]) if shard else 0)
-        image_at, image_size, text_at, text_size, is_json = self.indexes[shard].places_N5[row].tolist()
-        key = f"{self.paths[shard].name}/{self.indexes[shard].keys[row]}"
-        text = self._read(shard, text_at, text_size)
-        caption = _json_caption(text, key) if is_json else clean_caption(text, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.shards[number]
+        row = index - (int(self._ends[number]) - len(shard))
+        image_at, image_size, caption_at, caption_size, is_json, _ = shard.columns_6N[
+            :, row
+        ].tolist()
+        key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
+        if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
+            raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
+        caption = self._read(number, caption_at, caption_size, key)
+        captions = checked_captions(self._json_caption(caption, key) if is_json else caption, key)
         try:
-            image = decode_image(self._read(shard, image_at, image_size), self.decoder)
+            image = decode_image(self._read(number, image_at, image_size, key), self._decoder)
         except BadSample as error:
-            raise BadSample(f"{key}: {error}") from error
-        return Pair(image, caption, key)
+            raise BadSample(error.reason, key) from None
+        return Pair(image, captions, key)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": OrderedDict()}
+    def _json_caption(self, data: bytes, key: str) -> object:
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadSample("damaged JSON", key) from None
+        fields = record if isinstance(record, dict) else {}
+        for name in self._caption_keys:
+            if name in fields:
+                return fields[name]
+        raise BadSample(f"no {' or '.join(self._caption_keys)} in the JSON member", key)
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            try:
-                self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"the shard {self.paths[shard]} is gone: {error.strerror}") from error
-        self._open.move_to_end(shard)
-        data = os.pread(self._open[shard], size, offset)
-        if len(data) < size:
-            raise DataError(f"the shard {self.paths[shard]} has shrunk since it was indexed")
+    def _read(self, number: int, offset: int, size: int, key: str) -> bytes:
+        try:
+            data = os.pread(self._descriptor(number), size, offset)
+        except OSError as error:
+            raise BadSample(f"reading failed: {error.strerror}", key) from None
+        if len(data) != size:
+            raise BadSample("the shard is cut off", key)
         return data
 
+    def _descriptor(self, number: int) -> int:
+        """An open shard; the least recently used of too many is closed."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.shards[number]
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[number] = descriptor
+        stat = os.fstat(descriptor)
+        if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            raise DataError(f"{shard.path} was changed after the run began; start the run again")
+        if len(self._open) > MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
 
-def _json_caption(data: bytes, key: str) -> str | tuple[str, ...]:
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise BadSample(f"{key}: the JSON cannot be read") from error
-    found = None
-    if isinstance(record, dict):
-        found = next((record[name] for name in ("caption", "text") if record.get(name)), None)
-    if isinstance(found, list) and found and all(isinstance(item, str) for item in found):
-        return tuple(clean_caption(item, key) for item in found)
-    if not isinstance(found, str):
-        raise BadSample(f"{key}: the JSON has no caption")
-    return clean_caption(found, key)
+    def close(self) -> None:
+        """Closes the shards; the next read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors cannot travel to another process; it opens its own.
+        return {**self.__dict__, "_open": OrderedDict()}
