@@ -1,0 +1,493 @@
+"""Captions to token ids, equal to OpenAI's: byte-level BPE with a 49,408-entry vocabulary, or with one of your own.
+
+A vocabulary is a list of merges. Its ids are, in this order: the 256 bytes, the 256 bytes that end a word
+(``</w>``), one id a merge, start of text, end of text. OpenAI's merges are not part of this package: they are looked
+for in an installed open_clip or CLIP, or read from a file. ``train_tokenizer`` makes a vocabulary in the same format
+from captions, also as ``python -m clipcore.tokenizer --train captions.txt --vocab-size N``; ``byte_tokenizer`` needs no
+file.
+
+Two differences from open_clip's SimpleTokenizer. Special strings in a caption ("<end_of_text>") are text: they would
+end the caption early. Letters and digits younger than Unicode 16 count as punctuation.
+
+Source: Radford et al. 2021, section 2.4; Sennrich et al. 2016 (BPE). Shapes: B texts, L tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import os
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ftfy
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers, trainers
+from torch import LongTensor, Tensor
+
+DEFAULT_CONTEXT_LENGTH = 77
+OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
+OPENAI_VOCAB_SIZE = 49408
+# Of the 48,894 merges in use, as Tokenizer.sha256 computes it.
+OPENAI_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+BYTE_VOCAB_SIZE = 514
+
+# The pieces that are encoded on their own: English endings, words, single digits, runs of anything else. U+0345
+# is in none: it folds to the letter iota, so that OpenAI's case-blind expression finds it in no class and drops it.
+_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+_MAX_CACHED_WORDS = 1 << 17
+_MAX_FILE_BYTES = 1 << 28
+
+
+class VocabularyError(ValueError):
+    """A vocabulary is missing, damaged, or cannot be made; the message names the remedy."""
+
+
+def clean(text: str) -> str:
+    """Mends broken encodings, resolves HTML entities, joins white space, and lowers the case, as OpenAI does."""
+    # On printable ASCII without "&" the first two steps change nothing.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@functools.cache
+def _byte_symbols() -> dict[int, str]:
+    """A printable character for each byte; the order of the keys is the order of the first 256 ids."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    pieces = pre_tokenizers.Split(tokenizers.Regex(_PIECES), "removed", invert=True)
+    return pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+class Tokenizer:
+    """Encodes captions with one vocabulary.
+
+    Safe to share between threads and forked workers (nothing in it starts a thread), and picklable.
+
+    Args:
+        merges: pairs of symbols, the most important first.
+        context_length: tokens a row, start and end included.
+
+    Attributes:
+        vocab_size: ids are below this; also the rows of a model's token embedding.
+        sot_token_id, eot_token_id: start and end of text, the two highest ids.
+        all_special_ids: both of them.
+        context_length: the default of ``__call__``.
+        truncated: texts that ``__call__`` has cut so far in this process.
+
+    Raises:
+        VocabularyError: a merge joins unknown symbols, or makes one that exists.
+
+    Example:
+        >>> byte_tokenizer()("a cat", context_length=8).tolist()
+        [[512, 320, 66, 64, 339, 513, 0, 0]]
+    """
+
+    def __init__(
+        self, merges: Iterable[tuple[str, str]], context_length: int = DEFAULT_CONTEXT_LENGTH
+    ) -> None:
+        self._merges = [(left, right) for left, right in merges]
+        symbols = list(_byte_symbols().values())
+        ids = {symbol: i for i, symbol in enumerate([*symbols, *(s + "</w>" for s in symbols)])}
+        for number, (left, right) in enumerate(self._merges, start=1):
+            if left not in ids or right not in ids or left + right in ids:
+                raise VocabularyError(
+                    f"merge {number}, {left!r} + {right!r}, does not follow from those before it: the vocabulary is "
+                    "damaged, or is not in OpenAI's format"
+                )
+            ids[left + right] = len(ids)
+        self._symbols = list(ids)
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(ids, self._merges, end_of_word_suffix="</w>", fuse_unk=False)
+        )
+        self._bpe.pre_tokenizer = _pre_tokenizer()
+        self._cache: dict[str, list[int]] = {}
+        self.sot_token_id, self.eot_token_id = len(ids), len(ids) + 1
+        self.all_special_ids = [self.sot_token_id, self.eot_token_id]
+        self.vocab_size = len(ids) + 2
+        self.context_length = context_length
+        self.truncated = 0
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+        """Reads a vocabulary: a header line, then a merge a line; plain or gzipped text.
+
+        Args:
+            path: what ``save`` wrote, OpenAI's file, or the merges.txt of a Hugging Face CLIP.
+            vocab_size: ids to use, 514 + merges [all merges; of OpenAI's file the 49,408 of the published models].
+
+        Raises:
+            VocabularyError: no such file, another format, or fewer than ``vocab_size`` entries.
+        """
+        header, *lines = _read_text(Path(path)).split("\n")
+        if "#version" not in header:
+            raise VocabularyError(
+                f'{path} is not a vocabulary: its first line has no "#version"; make one with python -m '
+                "clipcore.tokenizer --train captions.txt --vocab-size N"
+            )
+        if vocab_size is None and "bpe_simple_vocab_16e6" in header:
+            vocab_size = OPENAI_VOCAB_SIZE
+        lines = [line for line in lines if line.strip()]
+        num_merges = len(lines) if vocab_size is None else vocab_size - BYTE_VOCAB_SIZE
+        if not 0 <= num_merges <= len(lines):
+            raise VocabularyError(
+                f"{path} has {len(lines) + BYTE_VOCAB_SIZE:,} entries, so that a vocabulary of {vocab_size:,} cannot "
+                "be taken from it: the file is cut short, or belongs to another model"
+            )
+        merges = []
+        for number, line in enumerate(lines[:num_merges], start=1):
+            parts = line.split()
+            if len(parts) != 2:
+                raise VocabularyError(f"{path}: merge {number} is not two symbols: {line[:80]!r}")
+            merges.append((parts[0], parts[1]))
+        try:
+            return cls(merges)
+        except VocabularyError as error:
+            raise VocabularyError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the vocabulary, gzipped, in the format of OpenAI's file; the same bytes every time.
+
+        Raises:
+            VocabularyError: the file cannot be written.
+        """
+        # No newline at the end: open_clip would take the empty line after it for a merge.
+        text = "\n".join(["#version: 0.2 clipcore", *self._merge_lines()])
+        target = Path(path)
+        try:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(gzip.compress(text.encode(), mtime=0))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(target)
+        except OSError as error:
+            raise VocabularyError(f"cannot write {target}: {error.strerror}") from error
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identifies the vocabulary: the hash of its merges, however a file holds them."""
+        return hashlib.sha256("\n".join(self._merge_lines()).encode()).hexdigest()
+
+    def _merge_lines(self) -> Iterator[str]:
+        return (f"{left} {right}" for left, right in self._merges)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text of any length, without start and end."""
+        if not isinstance(text, str):
+            raise ValueError(f"a text to tokenize is a str, not {type(text).__name__}: {text!r}")
+        # No piece crosses white space, and captions repeat their words: looking a word up is several times as fast
+        # as encoding it again.
+        ids: list[int] = []
+        for word in clean(text).split():
+            ids += self._cache.get(word) or self._encode_word(word)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids = list(self._bpe.encode(word).ids)
+        if ids and len(self._cache) < _MAX_CACHED_WORDS and len(word) <= 32:
+            self._cache[word] = ids
+        return ids
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of a row of ids, up to the end of text; words are parted by one space.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        numbers = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        text = bytearray()
+        byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        for number in numbers:
+            if number == self.eot_token_id:
+                break
+            if not 0 <= number < self.vocab_size:
+                raise ValueError(f"id {number} is not in this vocabulary of {self.vocab_size:,}")
+            if number != self.sot_token_id:
+                symbol = self._symbols[number]
+                text += bytes(byte_of[s] for s in symbol.removesuffix("</w>"))
+                text += b" " * symbol.endswith("</w>")
+        return text.decode(errors="replace").removesuffix(" ")
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> LongTensor:
+        """Rows of start, ids, end, padded with 0; a longer text is cut, and keeps its end of text.
+
+        Args:
+            texts: one text, or B of them.
+            context_length: L, at least 2 [the tokenizer's].
+
+        Returns:
+            int64 [B, L].
+
+        Raises:
+            ValueError: a text is not a str, or the context length is too small.
+        """
+        length = self.context_length if context_length is None else context_length
+        if length < 2:
+            raise ValueError(
+                f"context_length holds start and end, so it is at least 2; got {length}"
+            )
+        batch = [texts] if isinstance(texts, str) else texts
+        rows_BL = torch.zeros(len(batch), length, dtype=torch.long)
+        rows = rows_BL.numpy()
+        for row, text in zip(rows, batch, strict=True):
+            ids = self.encode(text)
+            self.truncated += len(ids) > length - 2
+            tokens = [self.sot_token_id, *ids[: length - 2], self.eot_token_id]
+            row[: len(tokens)] = tokens
+        return rows_BL  # type: ignore[return-value]
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[tuple[str, str]], int]]:
+        return Tokenizer, (self._merges, self.context_length)
+
+
+def _read_text(path: Path) -> str:
+    """A text file, gzipped or not."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_FILE_BYTES)
+        if content.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(content)) as unzipped:
+                content = unzipped.read(_MAX_FILE_BYTES)
+        return content.decode()
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise VocabularyError(f"the vocabulary {path} is damaged: {error}") from error
+    except OSError as error:
+        raise VocabularyError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+
+
+def byte_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> Tokenizer:
+    """The vocabulary without merges: 514 entries, a token a byte, no file."""
+    return Tokenizer([], context_length)
+
+
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, context_length: int = DEFAULT_CONTEXT_LENGTH
+) -> Tokenizer:
+    """Learns merges from captions: the most frequent pair of symbols first, pairs that occur once never.
+
+    The result depends on the captions alone: not on their order, nor on the number of threads. It is smaller than
+    asked, with a warning, where the captions do not have enough pairs.
+
+    Args:
+        captions: any number of texts, read once.
+        vocab_size: entries to make, at least 514.
+
+    Raises:
+        VocabularyError: ``vocab_size`` is too small, or there is no caption with text.
+    """
+    if isinstance(captions, str):
+        raise VocabularyError("captions are several texts; put a single one into a list")
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise VocabularyError(
+            f"a vocabulary has at least {BYTE_VOCAB_SIZE} entries (bytes, bytes that end a word, start, end); "
+            f"got {vocab_size}"
+        )
+    merges = _learn_merges(captions, vocab_size)
+    tokenizer = Tokenizer(merges, context_length)
+    if tokenizer.vocab_size < vocab_size:
+        warnings.warn(
+            f"the captions give {len(merges):,} merges, so that the vocabulary has {tokenizer.vocab_size:,} entries "
+            f"rather than {vocab_size:,}; more text gives more",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def _learn_merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, str]]:
+    num_captions = 0
+
+    def cleaned() -> Iterator[str]:
+        nonlocal num_captions
+        for caption in captions:
+            if text := clean(caption):
+                num_captions += 1
+                yield text
+
+    bpe = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = _pre_tokenizer()
+    symbols = list(_byte_symbols().values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        # Equal counts are decided by the ids of the symbols. Left to itself the trainer numbers the ends of
+        # words in the order of a hash table, another one in each process; so all symbols are given here.
+        special_tokens=[*symbols, *(symbol + "</w>" for symbol in symbols)],
+    )
+    parallel = os.environ.get("TOKENIZERS_PARALLELISM")
+    # Unless the user wants them: a process that has had the library's threads cannot fork workers without a
+    # warning, or, where the variable is true, without a hang.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        bpe.train_from_iterator(cleaned(), trainer)
+    finally:
+        if parallel is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+    if not num_captions:
+        raise VocabularyError("there is no caption with text to learn a vocabulary from")
+    return [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def find_openai_vocabulary() -> Path:
+    """OpenAI's file: where CLIPCORE_BPE says, or in an installed open_clip or clip (which are not imported).
+
+    Raises:
+        VocabularyError: it is in none of them.
+    """
+    if given := os.environ.get("CLIPCORE_BPE"):
+        return Path(given)
+    for package in ("open_clip", "clip"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (path := Path(folder) / OPENAI_FILE).is_file():
+                return path
+    raise VocabularyError(
+        'OpenAI\'s vocabulary is not installed: pip install "clipcore[openai-vocab]", or set CLIPCORE_BPE to a '
+        f"{OPENAI_FILE}, or make a vocabulary of your own: python -m clipcore.tokenizer --train captions.txt"
+    )
+
+
+def get_tokenizer(
+    model_name: str = "",
+    context_length: int | None = None,
+    bpe_path: str | os.PathLike[str] | None = None,
+) -> Tokenizer:
+    """The tokenizer of the published models, or of another vocabulary.
+
+    Args:
+        model_name: taken for the sake of open_clip's users; all models here share one tokenizer.
+        context_length: of the model [77].
+        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``].
+
+    Raises:
+        VocabularyError: no vocabulary is found, or it is damaged.
+    """
+    path = find_openai_vocabulary() if bpe_path is None else Path(bpe_path)
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.vocab_size == OPENAI_VOCAB_SIZE and tokenizer.sha256 != OPENAI_SHA256:
+        warnings.warn(
+            f"{path} has the size of OpenAI's vocabulary, but other merges: not for a published model",
+            stacklevel=2,
+        )
+    if context_length is not None:
+        tokenizer.context_length = context_length
+    return tokenizer
+
+
+@functools.cache
+def _openai_tokenizer() -> Tokenizer:
+    return get_tokenizer()
+
+
+def tokenize(
+    texts: str | Sequence[str],
+    context_length: int = DEFAULT_CONTEXT_LENGTH,
+    truncate: bool = True,
+) -> LongTensor:
+    """Texts to ids of OpenAI's vocabulary, int64 [B, context_length].
+
+    Args:
+        truncate: whether a longer text is cut, as in open_clip; else it is an error, as in OpenAI's package.
+
+    Raises:
+        ValueError: a text is too long and ``truncate`` is False.
+    """
+    tokenizer = _openai_tokenizer()
+    if not truncate:
+        for text in [texts] if isinstance(texts, str) else texts:
+            if (num_tokens := len(tokenizer.encode(text)) + 2) > context_length:
+                raise ValueError(
+                    f"{text!r} has {num_tokens} tokens, more than context_length={context_length}; shorten it or "
+                    "pass truncate=True"
+                )
+    return tokenizer(texts, context_length)
+
+
+def _read_captions(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        yield from file
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clipcore.tokenizer", description="Make a vocabulary of your captions."
+    )
+    parser.add_argument(
+        "--train", required=True, type=Path, metavar="FILE", help="text file, a caption a line"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=OPENAI_VOCAB_SIZE,
+        metavar="N",
+        help=f"entries, at least {BYTE_VOCAB_SIZE} [{OPENAI_VOCAB_SIZE}]",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("vocabulary.txt.gz"),
+        metavar="FILE",
+        help="where to write it [vocabulary.txt.gz]",
+    )
+    return parser
+
+
+def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
+    """Size and hash of a vocabulary, and how long the captions are in it."""
+    lengths = [len(ids) + 2 for ids in map(tokenizer.encode, captions) if ids]
+    num_longer = sum(length > DEFAULT_CONTEXT_LENGTH for length in lengths)
+    return (
+        f"{tokenizer.vocab_size:,} entries, {tokenizer.vocab_size - BYTE_VOCAB_SIZE:,} of them merges; "
+        f"sha256 {tokenizer.sha256}\n"
+        f"{len(lengths):,} captions of {sum(lengths) / len(lengths):.1f} tokens on average (start and end included); "
+        f"{num_longer:,} are longer than {DEFAULT_CONTEXT_LENGTH}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit status 2 for a mistake, with one line on standard error."""
+    parsed = build_parser().parse_args(arguments)
+    # This process never forks, so that the library may use all cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        with warnings.catch_warnings(record=True) as notes:
+            tokenizer = train_tokenizer(_read_captions(parsed.train), parsed.vocab_size)
+        for note in notes:
+            print(f"clipcore.tokenizer: note: {note.message}", file=sys.stderr)
+        tokenizer.save(parsed.output)
+        print(_describe(tokenizer, _read_captions(parsed.train)))
+    except OSError as error:
+        print(f"clipcore.tokenizer: error: {parsed.train}: {error.strerror}", file=sys.stderr)
+        return 2
+    except VocabularyError as error:
+        print(f"clipcore.tokenizer: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"wrote {parsed.output}; use it with python -m clipcore.train --tokenizer {parsed.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,522 @@
+"""The tokenizer: OpenAI's ids on clean and dirty text, vocabularies of one's own, files, threads and forks."""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from clipcore import tokenizer as tokenizer_module
+from clipcore.tokenizer import (
+    OPENAI_FILE,
+    OPENAI_SHA256,
+    Tokenizer,
+    VocabularyError,
+    byte_tokenizer,
+    clean,
+    find_openai_vocabulary,
+    get_tokenizer,
+    main,
+    tokenize,
+    train_tokenizer,
+)
+
+ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+_DRAW = random.Random(0)
+_SYLLABLES = ["ba", "lo", "chi", "strü", "no", "ké", "ming", "黄色", "га", "x", "ther"]
+_WORDS = ["".join(_DRAW.choices(_SYLLABLES, k=_DRAW.randrange(1, 5))) for _ in range(250)]
+CAPTIONS = [
+    f"a {colour} {thing}, {number} of them; it's the {thing}s' {' '.join(_DRAW.choices(_WORDS, k=3))}!"
+    for colour in ("red", "bluish", "grün")
+    for thing in ("cat", "caterpillar", "house", "lighthouse")
+    for number in range(20)
+]
+
+
+@pytest.fixture(scope="module")
+def open_clip_tokenizer() -> ModuleType:
+    """open_clip/tokenizer.py alone: the package itself needs a torchvision that loads."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")  # it sets this on import
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def openai() -> Tokenizer:
+    return get_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer(CAPTIONS, 700)
+
+
+def dirty_strings(count: int, words: Sequence[str]) -> Iterable[str]:
+    """Captions as the web has them."""
+    draw = random.Random(20210226)
+    entities = [
+        "&amp;",
+        "&amp;amp;",
+        "&lt;b&gt;",
+        "&#39;",
+        "&#x1F600;",
+        "&quot;",
+        "&nbsp;",
+        "&eacute",
+        "&#0;",
+        "&",
+    ]
+    oddities = [
+        "\u2019s",
+        "ﬁne",
+        "ＦＵＬＬ",
+        "İ",
+        "ß",
+        "ſ'ſ",
+        "…",
+        "😀👩🏽‍🚀",
+        "\x00\x1c",
+        "\ufeff",
+        "\u200b",
+        "\r\n",
+        "\u2028",
+        "\x7f",
+    ]
+    ascii_bits = [
+        "it's",
+        "We'LL",
+        "they've",
+        "I'm",
+        "'d",
+        "$9.99!!",
+        "v1.0-rc2",
+        "<|endoftext|",
+        "a_b",
+        "@x #y",
+        "--",
+        "''",
+        "\t\t",
+    ]
+
+    def mojibake() -> str:
+        text = " ".join(draw.choices(["café", "naïve", "“quoted”", "Ünïcode", "日本"], k=2))
+        return text.encode().decode("latin-1")
+
+    makers: list[Callable[[], str]] = [
+        lambda: draw.choice(words),
+        lambda: draw.choice(words).title(),
+        lambda: str(draw.randrange(10 ** draw.randrange(1, 9))),
+        lambda: draw.choice(entities),
+        lambda: draw.choice(oddities),
+        lambda: draw.choice(ascii_bits),
+        lambda: "".join(draw.choices(ASSIGNED, k=draw.randrange(1, 6))),
+        lambda: "".join(map(chr, draw.choices(range(0x20, 0x250), k=draw.randrange(1, 8)))),
+        mojibake,
+    ]
+    for _ in range(count):
+        style = draw.choice(["clean", "mixed", "mixed"])
+        chosen = makers[:3] if style == "clean" else makers
+        parts = [draw.choice(chosen)() for _ in range(draw.randrange(0, 9))]
+        yield draw.choice([" ", " ", "", "  "]).join(parts)
+
+
+def test_ids_are_open_clips_on_20000_dirty_strings(open_clip_tokenizer, openai):
+    theirs = open_clip_tokenizer.SimpleTokenizer()
+    words = [w.removesuffix("</w>") for w in list(theirs.encoder)[512:49406] if w.endswith("</w>")]
+    texts = list(dirty_strings(20_000, words[:20_000]))
+    assert len(set(texts)) > 17_000
+    different = [t for t in texts if openai.encode(t) != theirs.encode(t)]
+    assert different == []
+    assert torch.equal(openai(texts[:2000]), theirs(texts[:2000]))
+    assert torch.equal(openai(texts[:2000], 16), theirs(texts[:2000], context_length=16))
+
+
+def test_ids_are_open_clips_on_every_assigned_character(open_clip_tokenizer, openai):
+    theirs = open_clip_tokenizer.SimpleTokenizer()
+    # Whole words: a character that one of the two takes for punctuation parts them elsewhere.
+    texts = [" ".join(f"x{c}y" for c in ASSIGNED[i : i + 32]) for i in range(0, len(ASSIGNED), 32)]
+    different = [t for t in texts if openai.encode(t) != theirs.encode(t)]
+    assert different == []
+
+
+def test_attributes_are_open_clips(open_clip_tokenizer, openai):
+    theirs = open_clip_tokenizer.SimpleTokenizer()
+    names = ("vocab_size", "sot_token_id", "eot_token_id", "all_special_ids", "context_length")
+    for name in names:
+        assert getattr(openai, name) == getattr(theirs, name)
+    text = "Don't panic — it's <i>mostly</i> harmless"
+    assert openai.decode(openai.encode(text)) == theirs.decode(theirs.encode(text)).removesuffix(
+        " "
+    )
+
+
+def test_the_hash_is_that_of_openais_file(openai):
+    content = find_openai_vocabulary().read_bytes()
+    published = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    assert hashlib.sha256(content).hexdigest() == published
+    merges = gzip.decompress(content).decode().split("\n")[1:48895]
+    assert hashlib.sha256("\n".join(merges).encode()).hexdigest() == OPENAI_SHA256 == openai.sha256
+
+
+def test_special_strings_are_text(openai):
+    for special in ("<start_of_text>", "<end_of_text>", "<|startoftext|>", "<|endoftext|>"):
+        row = openai(f"a {special} b")[0].tolist()
+        assert row[0] == openai.sot_token_id and row.count(openai.sot_token_id) == 1
+        assert row.count(openai.eot_token_id) == 1
+        assert openai.decode(row).replace(" ", "") == f"a{special}b"
+
+
+def test_empty_short_and_over_long_texts(openai):
+    start, end = openai.all_special_ids
+    assert openai("").tolist() == [[start, end] + [0] * 75]
+    assert openai(" \n\t").tolist() == openai([""]).tolist()
+    assert openai([]).shape == (0, 77)
+    before = openai.truncated
+    rows = openai(["cat " * 75, "cat " * 76, "cat"], context_length=77)
+    assert rows.dtype == torch.int64 and rows.shape == (3, 77)
+    assert rows[:, -1].tolist() == [end, end, 0] and openai.truncated == before + 1
+    assert openai("a cat", context_length=2).tolist() == [[start, end]]
+    with pytest.raises(ValueError, match="at least 2"):
+        openai("a cat", context_length=1)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), b"bytes"])
+def test_a_caption_that_is_no_text_is_named(openai, bad):
+    with pytest.raises(ValueError, match=type(bad).__name__):
+        openai(["a cat", bad])
+
+
+def test_tokenize_cuts_or_refuses():
+    assert torch.equal(tokenize("cat " * 90), get_tokenizer()("cat " * 90))
+    assert tokenize(["a", "b"], context_length=5).shape == (2, 5)
+    with pytest.raises(ValueError, match="92 tokens"):
+        tokenize("cat " * 90, truncate=False)
+
+
+def plain_bpe(merges: Sequence[tuple[str, str]], text: str) -> list[int]:
+    """BPE as the paper tells it: join the best pair of the word everywhere, until none is left."""
+    symbols = list(byte_symbols().values())
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
+    ids, rank = {s: i for i, s in enumerate(vocabulary)}, {m: i for i, m in enumerate(merges)}
+    found = []
+    for word in re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", clean(text)):
+        parts = [byte_symbols()[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        while pairs := [p for p in itertools.pairwise(parts) if p in rank]:
+            parts = join_pair(parts, min(pairs, key=rank.__getitem__))
+        found += [ids[p] for p in parts]
+    return found
+
+
+def byte_symbols() -> dict[int, str]:
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    hidden = [b for b in range(256) if b not in shown]
+    return {**{b: chr(b) for b in shown}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
+
+
+def join_pair(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    i = 0
+    while i < len(parts):
+        width = 2 if tuple(parts[i : i + 2]) == pair else 1
+        joined.append("".join(parts[i : i + width]))
+        i += width
+    return joined
+
+
+def plain_training(captions: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
+    """The most frequent pair first; of equals the one whose symbols are older."""
+    words: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for caption in captions:
+        for word in re.findall(
+            r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", clean(caption)
+        ):
+            parts = [byte_symbols()[b] for b in word.encode()]
+            words[(*parts[:-1], parts[-1] + "</w>")] += 1
+    symbols = list(byte_symbols().values())
+    ids = {s: i for i, s in enumerate([*symbols, *(s + "</w>" for s in symbols)])}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < num_merges:
+        counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                counts[pair] += count
+        best = max(counts, key=lambda p: (counts[p], -ids[p[0]], -ids[p[1]]))
+        ids.setdefault("".join(best), len(ids))
+        merges.append(best)
+        joined: collections.Counter[tuple[str, ...]] = collections.Counter()
+        for word, count in words.items():
+            joined[tuple(join_pair(word, best))] += count
+        words = joined
+    return merges
+
+
+def test_training_and_encoding_are_plain_bpe(trained):
+    assert trained.vocab_size == 700 and trained.all_special_ids == [698, 699]
+    merges = plain_training(CAPTIONS, 186)
+    assert Tokenizer(merges).sha256 == trained.sha256
+    for text in [*CAPTIONS, *dirty_strings(300, ["cats", "lighthouses"])]:
+        # The plain expression knows letters and digits, but not marks, odd numbers and the long s.
+        cleaned = clean(text).replace("ſ", "\u0300")
+        if all(unicodedata.category(c)[0] in "LPSZ" or c in "0123456789" for c in cleaned):
+            assert trained.encode(text) == plain_bpe(merges, text), text
+
+
+def test_a_trained_file_gives_open_clip_the_same_ids(open_clip_tokenizer, trained, tmp_path):
+    trained.save(tmp_path / "v.txt.gz")
+    theirs = open_clip_tokenizer.SimpleTokenizer(bpe_path=str(tmp_path / "v.txt.gz"))
+    assert theirs.vocab_size == trained.vocab_size
+    texts = [*CAPTIONS, *dirty_strings(500, ["cats", "lighthouses"])]
+    assert torch.equal(theirs(texts), trained(texts))
+
+
+def test_training_depends_on_the_captions_alone(trained):
+    program = (
+        "import sys; from clipcore.tokenizer import train_tokenizer; "
+        "print(train_tokenizer(eval(sys.stdin.read()), 700).sha256)"
+    )
+    shuffled = random.Random(1).sample(CAPTIONS, len(CAPTIONS))
+    for captions, parallel in ((CAPTIONS, "false"), (shuffled, "true")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=repr(captions),
+            env={
+                **os.environ,
+                "TOKENIZERS_PARALLELISM": parallel,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == trained.sha256
+
+
+def test_too_little_text_gives_a_smaller_vocabulary_and_says_so():
+    with pytest.warns(UserWarning, match=r"rather than 5,000"):
+        small = train_tokenizer(["a cat", "a cat"], 5000)
+    assert small.vocab_size == 514 + 2 and small.encode("cat") == [513]
+
+
+@pytest.mark.parametrize(
+    ("captions", "size", "message"),
+    [
+        ([], 600, "no caption"),
+        (["", " \n"], 600, "no caption"),
+        (["a"], 513, "514"),
+        ("abc", 600, "list"),
+    ],
+)
+def test_impossible_vocabularies_are_refused(captions, size, message):
+    with pytest.raises(VocabularyError, match=message):
+        train_tokenizer(captions, size)
+
+
+def test_bytes_need_no_file():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.vocab_size == 514 and tokenizer.all_special_ids == [512, 513]
+    assert tokenizer.encode("é") == [plain_bpe([], "é")[0], plain_bpe([], "é")[1]]
+    assert tokenizer.decode(tokenizer("Größe 42 日本")[0]) == "größe 4 2 日本"
+
+
+def test_decode_inverts_encode(openai, trained):
+    for tokenizer in (openai, trained, byte_tokenizer()):
+        for text in [*CAPTIONS[:20], *dirty_strings(200, ["cats", "lighthouses"])]:
+            ids = tokenizer.encode(text)
+            decoded = tokenizer.decode(ids)
+            assert decoded.replace(" ", "") == clean(text).replace(" ", "")
+            assert tokenizer.decode(tokenizer(text, len(ids) + 5)[0]) == decoded
+        with pytest.raises(ValueError, match="not in this vocabulary"):
+            tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_files_round_trip(openai, trained, tmp_path):
+    for name, tokenizer in {
+        "openai": openai,
+        "trained": trained,
+        "bytes": byte_tokenizer(),
+    }.items():
+        path = tmp_path / name
+        tokenizer.save(path)
+        again = Tokenizer.from_file(path)
+        assert (again.sha256, again.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
+        content = path.read_bytes()
+        again.save(path)
+        assert path.read_bytes() == content
+        plain = tmp_path / f"{name}.txt"
+        plain.write_bytes(gzip.decompress(content) + b"\n")
+        assert Tokenizer.from_file(plain).sha256 == tokenizer.sha256
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    assert Tokenizer.from_file(tmp_path / "trained", vocab_size=600).encode("cat") == plain_bpe(
+        trained._merges[:86], "cat"
+    )
+
+
+def test_damaged_files_are_named(trained, tmp_path):
+    path = tmp_path / "v.txt.gz"
+    trained.save(path)
+    content = path.read_bytes()
+    lines = gzip.decompress(content).decode().split("\n")
+    cases = {
+        "cut short": (content[:-20], "damaged"),
+        "no gzip": (b"\x1f\x8bnonsense", "damaged"),
+        "captions": ("\n".join(CAPTIONS).encode(), "#version"),
+        "empty": (b"", "#version"),
+        "binary": (b"#version\n\xff\xfe", "damaged"),
+        "three": ("\n".join([*lines[:5], "a b c"]).encode(), "merge 5 is not"),
+        "unknown": ("\n".join([*lines[:5], "zz qq"]).encode(), "merge 5, 'zz'"),
+        "twice": ("\n".join([*lines[:5], lines[2]]).encode(), "merge 5"),
+    }
+    for damaged, message in cases.values():
+        path.write_bytes(damaged)
+        with pytest.raises(VocabularyError, match=message) as caught:
+            Tokenizer.from_file(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(VocabularyError, match="No such file"):
+        Tokenizer.from_file(tmp_path / "none.gz")
+    with pytest.raises(VocabularyError, match="cannot write"):
+        trained.save(tmp_path / "none" / "v.gz")
+    trained.save(path)
+    with pytest.raises(VocabularyError, match="cut short"):
+        Tokenizer.from_file(path, vocab_size=701)
+
+
+def test_the_search_for_openais_file(trained, tmp_path, monkeypatch):
+    assert find_openai_vocabulary().name == OPENAI_FILE and "open_clip" not in sys.modules
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VocabularyError, match=r'pip install "clipcore\[openai-vocab\]"'):
+        get_tokenizer()
+    trained.save(tmp_path / "mine.gz")
+    monkeypatch.setenv("CLIPCORE_BPE", str(tmp_path / "mine.gz"))
+    assert get_tokenizer("ViT-B-32", context_length=16).context_length == 16
+    assert get_tokenizer().sha256 == trained.sha256
+
+
+def test_another_vocabulary_of_openais_size_warns(openai, tmp_path):
+    # The last merge is of symbols that no merge joins: the file is well-formed, and wrong.
+    swapped = [*openai._merges[:-1], ("Ā", "ā")]
+    Tokenizer(swapped).save(tmp_path / "other.gz")
+    with pytest.warns(UserWarning, match="other merges"):
+        get_tokenizer(bpe_path=tmp_path / "other.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        openai.save(tmp_path / "same.gz")
+        get_tokenizer(bpe_path=tmp_path / "same.gz")
+
+
+def _encode_in_a_child(
+    tokenizer: Tokenizer, texts: list[str], results: multiprocessing.Queue
+) -> None:
+    results.put(tokenizer(texts).tolist())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("parallel", [None, "true"])
+def test_workers_give_the_same_ids(trained, monkeypatch, method, parallel, capfd):
+    if parallel is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    else:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+    texts = list(dirty_strings(200, ["cats"]))
+    train_tokenizer(CAPTIONS, 600)  # training is where the library may start threads
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    worker = context.Process(target=_encode_in_a_child, args=(trained, texts, results))
+    worker.start()
+    try:
+        assert results.get(timeout=60) == trained(texts).tolist()
+    finally:
+        worker.kill()
+        worker.join()
+    assert "forked" not in capfd.readouterr().err
+
+
+def test_pickle_keeps_vocabulary_and_length(trained):
+    again = pickle.loads(pickle.dumps(Tokenizer(trained._merges, context_length=9)))
+    assert again.sha256 == trained.sha256 and again.context_length == 9
+
+
+def test_threads_share_a_tokenizer(trained):
+    texts = list(dirty_strings(300, ["cats", "lighthouses"]))
+    expected = trained(texts)
+    fresh = Tokenizer(trained._merges)
+    results: list[torch.Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(fresh(texts))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8 and all(torch.equal(r, expected) for r in results)
+
+
+def test_the_cache_of_words_is_bounded(trained, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_MAX_CACHED_WORDS", 10)
+    fresh = Tokenizer(trained._merges)
+    words = [f"cat{chr(97 + i)}" for i in range(26)]
+    assert [fresh.encode(w) for w in words] == [trained.encode(w) for w in words]
+    assert len(fresh._cache) == 10
+
+
+def test_the_command_makes_a_vocabulary(tmp_path, capsys, trained):
+    captions, output = tmp_path / "captions.txt", tmp_path / "v.txt.gz"
+    captions.write_text("\ufeff" + "\n\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    line = ["--train", str(captions), "--vocab-size", "700", "--output", str(output)]
+    assert main(line) == 0
+    assert Tokenizer.from_file(output).sha256 == trained.sha256
+    shown = capsys.readouterr()
+    mean = sum(len(trained.encode(c)) + 2 for c in CAPTIONS) / len(CAPTIONS)
+    for part in (
+        "700 entries, 186",
+        trained.sha256,
+        f"{len(CAPTIONS)} captions of {mean:.1f}",
+        str(output),
+    ):
+        assert part in shown.out
+    line[3] = "60000"
+    assert main(line) == 0
+    assert "rather than 60,000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", ["missing", "empty", "folder", "too small", "no place"])
+def test_mistakes_of_the_command_get_one_line(tmp_path, capsys, mistake):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("" if mistake == "empty" else "a cat\na cat\n")
+    source = {"missing": tmp_path / "none.txt", "folder": tmp_path}.get(mistake, captions)
+    size = "513" if mistake == "too small" else "600"
+    output = tmp_path / ("none/v.gz" if mistake == "no place" else "v.gz")
+    assert main(["--train", str(source), "--vocab-size", size, "--output", str(output)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("clipcore.tokenizer: error: ")
+    expected = {
+        "missing": "none.txt",
+        "empty": "no caption",
+        "folder": str(tmp_path),
+        "too small": "514",
+        "no place": "none",
+    }
+    assert expected[mistake] in error
