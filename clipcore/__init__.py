@@ -26,7 +26,7 @@ _HOMES = {
     "similarity_topk": "clipcore.kernels.similarity_topk",
     "tokenize": "clipcore.tokenizer",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -140,7 +140,13 @@ MODELS: dict[str, ModelConfig] = {
     # Small machines: the embedded data in minutes, tests in seconds.
     "ViT-glyphs": _vit(128, 4, 128, 16, _SMALL_TEXT, image_size=32, head_width=32),
     "ViT-nano-8-32": _vit(
-        32, 2, 32, 8, TextConfig(vocab_size=514, width=32, heads=2, layers=2), image_size=32, head_width=16
+        32,
+        2,
+        32,
+        8,
+        TextConfig(vocab_size=514, width=32, heads=2, layers=2),
+        image_size=32,
+        head_width=16,
     ),
     "RN-nano-32": ModelConfig(
         32,

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from clipcore.checkpoint import CheckpointError
-from clipcore.data.sources import BadSample
-from clipcore.data.transforms import ImageTransform, decode_image
-from clipcore.model import CLIP, create_model_from_pretrained
-from clipcore.tokenizer import Tokenizer, get_tokenizer
+from PIL import Image
 
+from clipcore.checkpoint import CheckpointError
+from clipcore.data import BadSample
+from clipcore.data.transforms import ImageTransform, decode_image
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
+from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import load_run
+from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def load_model(
     return model, transform, tokenizer, ("a photo of a {}.",)
 
 
-def read_image(path: str) -> object:
+def read_image(path: str) -> Image.Image:
     """The decoded picture of a file."""
     try:
         return decode_image(Path(path).read_bytes())

@@ -68,6 +68,9 @@ class TrainConfig:
     aug_scale: float = _option(
         0.9, DATA, "smallest share of the area that the random crop keeps", metavar="X"
     )
+    aug_ratio: float = _option(
+        4 / 3, DATA, "largest width over height of the crop, and height over width", metavar="X"
+    )
     tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
     vocab_size: int = _option(
         3072, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
@@ -97,9 +100,6 @@ class TrainConfig:
     lock_text: bool = _option(False, MODEL, "train the image tower alone")
     lock_text_unlocked_layers: int = _option(
         0, MODEL, "last layers of the text tower left free", metavar="N"
-    )
-    lock_text_freeze_layer_norm: bool = _option(
-        False, MODEL, "freeze LayerNorms of locked text layers too"
     )
 
     epochs: int | None = _option(None, OPTIMISATION, "passes over the data", metavar="N")
@@ -178,6 +178,7 @@ class TrainConfig:
     local_loss: bool = _option(False, ACCEPTED, "the loss is always the exact one")
     gather_with_grad: bool = _option(False, ACCEPTED, "likewise")
     dataset_resampled: bool = _option(False, ACCEPTED, "each epoch sees each sample once")
+    lock_text_freeze_layer_norm: bool = _option(False, ACCEPTED, "locked layers are frozen whole")
     save_most_recent: bool = _option(False, ACCEPTED, "--resume latest needs no extra file")
 
     def __post_init__(self) -> None:
@@ -207,6 +208,8 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if config.aug_ratio < 1:
+        raise ConfigError(f"--aug-ratio is at least 1, for square crops; got {config.aug_ratio}")
     for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes"):
         value = getattr(config, name)
         if value is not None and not value > 0:

@@ -70,12 +70,16 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(key.startswith("text_model.") for key in state):
         return from_hf(state)
     found = {
-        key.removeprefix("text.") if key.removeprefix("text.").startswith(TEXT_PARTS) else key: value
+        key.removeprefix("text.")
+        if key.removeprefix("text.").startswith(TEXT_PARTS)
+        else key: value
         for key, value in state.items()
     }
     if "logit_scale" not in found or "token_embedding.weight" not in found:
         first = ", ".join(list(state)[:3])
-        raise ConversionError(f"the weights are no CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)")
+        raise ConversionError(
+            f"the weights are no CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)"
+        )
     if found["logit_scale"].ndim:
         found["logit_scale"] = found["logit_scale"].reshape(())
     return found
@@ -94,11 +98,15 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for i in range(_num_blocks(state, theirs)):
                 for kind in ("weight", "bias"):
                     for our_part, their_part in _HF_BLOCK:
-                        found[f"{ours}{i}.{our_part}.{kind}"] = state[f"{theirs}{i}.{their_part}.{kind}"]
+                        found[f"{ours}{i}.{our_part}.{kind}"] = state[
+                            f"{theirs}{i}.{their_part}.{kind}"
+                        ]
                     packed = [state[f"{theirs}{i}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
                     found[f"{ours}{i}.attn.in_proj_{kind}"] = torch.cat(packed)
     except KeyError as error:
-        raise ConversionError(f"the weights look like transformers' CLIPModel but lack {error}") from error
+        raise ConversionError(
+            f"the weights look like transformers' CLIPModel but lack {error}"
+        ) from error
     return found
 
 
@@ -116,7 +124,9 @@ def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for i in range(_num_blocks(state, ours)):
             for kind in ("weight", "bias"):
                 for our_part, their_part in _HF_BLOCK:
-                    found[f"{theirs}{i}.{their_part}.{kind}"] = state[f"{ours}{i}.{our_part}.{kind}"]
+                    found[f"{theirs}{i}.{their_part}.{kind}"] = state[
+                        f"{ours}{i}.{our_part}.{kind}"
+                    ]
                 parts = state[f"{ours}{i}.attn.in_proj_{kind}"].chunk(3)
                 for letter, part in zip("qkv", parts, strict=True):
                     found[f"{theirs}{i}.self_attn.{letter}_proj.{kind}"] = part.clone()
@@ -181,7 +191,9 @@ def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> Model
             quick_gelu=quick_gelu,
         )
     except KeyError as error:
-        raise ConversionError(f"the weights have no {error}: not a CLIP of OpenAI or open_clip") from error
+        raise ConversionError(
+            f"the weights have no {error}: not a CLIP of OpenAI or open_clip"
+        ) from error
     return next((known for known in map(_like(config), MODELS.values()) if known), config)
 
 

@@ -242,6 +242,15 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 @torch.no_grad()
+def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """Each number summed over the ranks, in one collective; the same bits on every rank."""
+    if _group_size(group) == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The rows of all ranks, in rank order, without gradient; ranks may hold different numbers.
 

@@ -108,7 +108,10 @@ class _StripLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_loss.device.type, enabled=False):
-            gradients = similarity_gradients(*ctx.saved_tensors, ctx.first_label)
+            image_BE, text_GE, scale, row_lse_B, column_lse_G = ctx.saved_tensors
+            gradients = similarity_gradients(
+                image_BE, text_GE, scale, row_lse_B, column_lse_G, ctx.first_label
+            )
         return (*(gradient * grad_loss for gradient in gradients), None)
 
 

@@ -215,7 +215,9 @@ def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> None:
     Raises:
         ValueError: the weights are of another architecture; names the first that differ and what they look like.
     """
-    load_weights(model, to_open_clip_names(load_state_dict_file(checkpoint_path)), str(checkpoint_path))
+    load_weights(
+        model, to_open_clip_names(load_state_dict_file(checkpoint_path)), str(checkpoint_path)
+    )
 
 
 def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> None:

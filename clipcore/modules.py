@@ -6,6 +6,8 @@ Legend: B sequences, L tokens, D width, H heads, K head size, F width of the MLP
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,18 +127,22 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers)
         )
 
+    @property
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """The blocks in order."""
+        return cast(list[ResidualAttentionBlock], list(self.resblocks))
+
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Every token through every block: [B, L, D]."""
-        for block in self.resblocks:
+        for block in self.blocks:
             x_BLD = self._run(block, x_BLD)
         return x_BLD
 
     def pooled(self, x_BLD: Tensor, token_B: Tensor | None = None) -> Tensor:
         """``forward`` at one token of each sequence, [B, D]; the last block computes no other."""
-        *blocks, last = self.resblocks
+        *blocks, last = self.blocks
         for block in blocks:
             x_BLD = self._run(block, x_BLD)
-        assert isinstance(last, ResidualAttentionBlock)
         return last.pooled(x_BLD, token_B, self.is_causal)
 
     def _run(self, block: nn.Module, x_BLD: Tensor) -> Tensor:
@@ -154,7 +160,9 @@ def freeze(module: nn.Module | nn.Parameter, frozen: bool = True) -> None:
         parameter.requires_grad_(not frozen)
 
 
-def freeze_all_but_last(groups: list[list[nn.Module | nn.Parameter]], num_free: int) -> None:
+def freeze_all_but_last(
+    groups: Sequence[Sequence[nn.Module | nn.Parameter]], num_free: int
+) -> None:
     """Freezes a tower, given as groups from its input to its output, but for the last ``num_free`` groups."""
     for i, group in enumerate(groups):
         for part in group:

@@ -67,7 +67,9 @@ class AttentionPool2d(nn.Module):
     def __init__(self, grid: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, channels) * channels**-0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn(grid**2 + 1, channels) * channels**-0.5
+        )
         self.k_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
@@ -112,7 +114,12 @@ class ModifiedResNet(nn.Module):
 
     def _initialize(self, channels: int) -> None:
         """Attention pool by its width; each block starts as the identity."""
-        for part in (self.attnpool.q_proj, self.attnpool.k_proj, self.attnpool.v_proj, self.attnpool.c_proj):
+        for part in (
+            self.attnpool.q_proj,
+            self.attnpool.k_proj,
+            self.attnpool.v_proj,
+            self.attnpool.c_proj,
+        ):
             nn.init.normal_(part.weight, std=channels**-0.5)
         for block in self.modules():
             if isinstance(block, Bottleneck):

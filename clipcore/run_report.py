@@ -18,7 +18,7 @@ from torch import Tensor
 
 import clipcore
 from clipcore.config import TrainConfig
-from clipcore.data.sources import BadSample, PairSource
+from clipcore.data import BadSample, PairSource
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.distributed import World
 from clipcore.evaluate.tasks import Encoder, EvaluationPlan, ZeroShotTask

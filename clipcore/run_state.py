@@ -6,6 +6,7 @@ trained for the run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -23,13 +27,11 @@ from clipcore.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
 from clipcore.model import CLIP
-from clipcore.tokenizer import Tokenizer
-from torch import Tensor
-
-from clipcore.config import ConfigError, TrainConfig
 from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+from clipcore.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
 
@@ -113,7 +115,7 @@ class RunState:
         if self.ema is None:
             return self.model
         if not hasattr(self, "_averaged"):
-            self._averaged = self.model.twin()
+            self._averaged = copy.deepcopy(self.model)
         self._averaged.load_state_dict(self.ema.shadow)
         return self._averaged
 

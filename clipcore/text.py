@@ -6,6 +6,8 @@ Source: Radford et al. 2021, section 2.4; Radford et al. 2019 (GPT-2).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,11 +41,12 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            c_fc, _, c_proj = block.mlp
+            nn.init.normal_(cast(nn.Linear, c_fc).weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(cast(nn.Linear, c_proj).weight, std=width**-0.5 * (2 * depth) ** -0.5)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Features of token rows.
@@ -63,7 +66,9 @@ class TextTower(nn.Module):
         dtype = self._compute_dtype()
         x_BLD = self.token_embedding(text).to(dtype)
         x_BLD = x_BLD + self.positional_embedding[: text.shape[1]].to(dtype)
-        features_BE = self.ln_final(self.transformer.pooled(x_BLD, text.argmax(-1))) @ self.text_projection
+        features_BE = (
+            self.ln_final(self.transformer.pooled(x_BLD, text.argmax(-1))) @ self.text_projection
+        )
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
     def _compute_dtype(self) -> torch.dtype:
@@ -79,10 +84,10 @@ class TextTower(nn.Module):
             unlocked_layers: groups left free, counted from the end.
             freeze_layer_norm: accepted as by open_clip; a frozen group's LayerNorms are frozen with it.
         """
-        *blocks, last = self.transformer.resblocks
+        *blocks, last = self.transformer.blocks
         groups: list[list[nn.Module | nn.Parameter]] = [
             [self.token_embedding, self.positional_embedding],
-            *([block] for block in blocks),
+            *([block] for block in blocks),  # type: ignore[list-item]
             [last, self.ln_final],
             [self.text_projection],
         ]

@@ -16,19 +16,14 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from clipcore.checkpoint import CheckpointError, run_lock
-from clipcore.data.loader import PairLoader
-from clipcore.data.sources import DataError, PairSource, open_source
-from clipcore.data.transforms import normalize_images
-from clipcore.model import CLIP, create_model_and_transforms
-from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipcore.checkpoint import CheckpointError, run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -37,7 +32,11 @@ from clipcore.config import (
     resolve,
     warmup_steps,
 )
+from clipcore.data import DataError, PairSource
 from clipcore.data.glyphs import GlyphSource, training_captions
+from clipcore.data.loader import PairLoader
+from clipcore.data.sources import open_source
+from clipcore.data.transforms import normalize_images
 from clipcore.distributed import (
     World,
     all_reduce_sum,
@@ -50,6 +49,7 @@ from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.interrupt import Interrupt
 from clipcore.logbook import Logbook, PartClock
 from clipcore.loss import ClipLoss
+from clipcore.model import CLIP, create_model_and_transforms
 from clipcore.optim import (
     ExponentialMovingAverage,
     adam_defaults,
@@ -66,6 +66,7 @@ from clipcore.run_state import (
     write_config,
 )
 from clipcore.schedule import learning_rate
+from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 
 
 class NonFiniteError(RuntimeError):
@@ -103,7 +104,10 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         force_quick_gelu=config.force_quick_gelu,
         force_patch_dropout=config.force_patch_dropout,
         force_vocab_size=tokenizer.vocab_size,
-        aug_cfg={"scale": (config.aug_scale, 1.0)},
+        aug_cfg={
+            "scale": (config.aug_scale, 1.0),
+            "ratio": (1 / config.aug_ratio, config.aug_ratio),
+        },
     )
     tokenizer.context_length = model.context_length
     lock_towers(model, config)
@@ -148,7 +152,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
     # Resume
     identity = {
-        "model": model.config_dict(),
+        "model": model.config.to_dict(),
         "vocabulary": tokenizer.sha256,
         "data": f"{source.name} of {len(source)} samples",
         "image decoder": config.image_decoder,
@@ -157,9 +161,11 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if checkpoint is not None:
         state.load(checkpoint)
 
-    towers: nn.Module = torch.compile(model) if config.torchcompile else model
+    towers: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
+    if config.torchcompile:
+        towers = torch.compile(model)
     if world.world_size > 1:
-        towers = DistributedDataParallel(towers)
+        towers = DistributedDataParallel(towers if isinstance(towers, nn.Module) else model)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -326,12 +332,18 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory would cost a pass over every activation; the kernels' tests poison it instead.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def note_without_effect(config: TrainConfig) -> None:
     """Says which settings are taken from open_clip's users but change nothing."""
-    names = ("local_loss", "gather_with_grad", "dataset_resampled", "lock_text_freeze_layer_norm", "save_most_recent")
+    names = (
+        "local_loss",
+        "gather_with_grad",
+        "dataset_resampled",
+        "lock_text_freeze_layer_norm",
+        "save_most_recent",
+    )
     if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
         print(f"{', '.join(flags)}: accepted, without effect (see --help)")
 

@@ -49,7 +49,9 @@ class VisionTransformer(nn.Module):
         # Trailing pixels that fill no patch are left out, as a strided convolution does.
         cut = images[:, :, : grid * size, : grid * size]
         patches = cut.reshape(len(images), 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
-        x_BLD = F.linear(patches.reshape(len(images), grid * grid, -1), self.conv1.weight.flatten(1))
+        x_BLD = F.linear(
+            patches.reshape(len(images), grid * grid, -1), self.conv1.weight.flatten(1)
+        )
         token_BD = self.class_embedding.to(x_BLD.dtype).expand(len(images), 1, -1)
         return torch.cat([token_BD, x_BLD], 1) + self.positional_embedding.to(x_BLD.dtype)
 
@@ -65,10 +67,10 @@ class VisionTransformer(nn.Module):
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all but the last groups; they are stem, blocks, last block with ln_post, projection."""
-        *blocks, last = self.transformer.resblocks
+        *blocks, last = self.transformer.blocks
         groups: list[list[nn.Module | nn.Parameter]] = [
             [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre],
-            *([block] for block in blocks),
+            *([block] for block in blocks),  # type: ignore[list-item]
             [last, self.ln_post],
             [self.proj],
         ]

@@ -23,8 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from clipcore.data import Pair
 from PIL import Image, ImageDraw, ImageFont
+
+from clipcore.data import Pair
 
 CANVAS = 40  # pixels: the size of a picture before the random crop
 FONT_SIZE = 26  # pixels to the em: the largest at which nearly every character fits the canvas

@@ -357,7 +357,7 @@ class _Guarded:
             return error
 
 
-def _same(part: Batch) -> Batch:
+def _same(part: Any) -> Any:
     return part
 
 

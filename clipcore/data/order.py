@@ -60,7 +60,7 @@ def permutation(positions_N: np.ndarray, size: int, seed: int, epoch: int) -> np
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     result_N = positions_N.astype(np.int64)
-    assert len(result_N) == 0 or (0 <= result_N.min() and result_N.max() < size)
+    assert len(result_N) == 0 or (result_N.min() >= 0 and result_N.max() < size)
     walking = np.arange(len(result_N))
     while len(walking):
         result_N[walking] = _feistel(result_N[walking], a, b, seed, epoch)

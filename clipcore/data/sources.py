@@ -50,8 +50,8 @@ def open_source(
     """Opens image-caption pairs.
 
     Args:
-        train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and ``?``
-            (quote them), several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those.
+        train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and
+            ``?`` (quote them); several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those.
         dataset_type: one of ``DATASET_TYPES``; ``auto`` goes by the endings. ``synthetic`` needs no data.
         img_key, caption_key, separator: of csv tables, as open_clip's flags of these names. In other formats the two
             default keys mean the first of the usual names that is there (``image``, ``caption``, ``text``, ...).

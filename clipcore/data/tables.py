@@ -503,8 +503,8 @@ class ClassFolderSource:
 def open_folder(path: str, img_key: str | None, caption_key: str | None, decoder: str) -> Any:
     """The pairs of a folder, by what it holds.
 
-    ``metadata.jsonl`` (the layout of Hugging Face's imagefolder) wins; then images with a .txt or .json file each; then,
-    with no caption anywhere, class folders.
+    ``metadata.jsonl`` (the layout of Hugging Face's imagefolder) wins; then images with a .txt or .json file each;
+    then, with no caption anywhere, class folders.
     """
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
@@ -519,7 +519,7 @@ def open_folder(path: str, img_key: str | None, caption_key: str | None, decoder
 
 
 def _walk(path: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder relative to ``path``, sorted names of its files) in alphabetical order; links to folders are not followed."""
+    """(folder relative to ``path``, sorted names of its files) in order; links to folders are not followed."""
     for folder, folders, names in os.walk(path):
         folders.sort()
         yield os.path.relpath(folder, path) if folder != path else "", sorted(names)

@@ -4,8 +4,9 @@ Legend: B images, S pixels of a side.
 
 In evaluation the result is equal to open_clip's ``image_transform`` to the bit: bicubic resize of the shortest side,
 centre crop, RGB, [0, 1], mean and standard deviation. In training the paper takes "a random square crop from resized
-images" and no other augmentation (Radford et al. 2021, section 2.3); of the ways to do so this takes open_clip's,
-``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio of 3/4 to 4/3, so that results compare.
+images" and no other augmentation (Radford et al. 2021, section 2.3); The default is open_clip's stand-in for it,
+``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio of 3/4 to 4/3, so that results compare; with
+``ratio=None`` crops are square.
 
 As in open_clip and webdataset the orientation in a JPEG's EXIF block is not applied.
 """
@@ -108,7 +109,8 @@ class ImageTransform:
         is_train: random crops instead of the centre one.
         mean, std: of each channel, after scaling to [0, 1].
         scale: smallest and largest share of the area that a random crop keeps.
-        ratio: smallest and largest width over height of a random crop, before it is resized to a square.
+        ratio: smallest and largest width over height of a random crop, before it is resized to a square; None for
+            square crops, whose area is a share of the largest square's.
 
     Example:
         >>> transform = ImageTransform(224, is_train=False)
@@ -123,11 +125,11 @@ class ImageTransform:
         mean: Sequence[float] = OPENAI_MEAN,
         std: Sequence[float] = OPENAI_STD,
         scale: tuple[float, float] = (0.9, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        ratio: tuple[float, float] | None = (3 / 4, 4 / 3),
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"the scale of a crop is a range within (0, 1], got {scale}")
-        if not 0 < ratio[0] <= ratio[1]:
+        if ratio is not None and not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"the ratio of a crop is a positive range, got {ratio}")
         self.image_size = image_size
         self.is_train = is_train
@@ -166,9 +168,20 @@ class ImageTransform:
         if rng is None:
             # torch gives each worker of a DataLoader its own seed; a generator kept here would be the same in all.
             rng = np.random.default_rng(int(torch.randint(1 << 62, ())))
+        if self.ratio is None:
+            return self._square_crop(image, rng)
         left, top, width, height = random_box(*image.size, self.scale, self.ratio, rng)
         box = image.crop((left, top, left + width, top + height))
         return box.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+    def _square_crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        area, x, y = rng.random(3).tolist()
+        side = min(image.size) * math.sqrt(self.scale[0] + (self.scale[1] - self.scale[0]) * area)
+        left, top = x * (image.width - side), y * (image.height - side)
+        size = (self.image_size, self.image_size)
+        return image.resize(
+            size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+        )
 
     def _centre_crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -187,6 +200,16 @@ class ImageTransform:
     def __repr__(self) -> str:
         kind = f"random crop of {self.scale} of the area" if self.is_train else "centre crop"
         return f"ImageTransform({self.image_size}, {kind}, mean={self.mean}, std={self.std})"
+
+
+def image_transform(
+    image_size: int,
+    is_train: bool,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageTransform:
+    """The preprocessing for a model of ``image_size``, under the name that open_clip gives it."""
+    return ImageTransform(image_size, is_train, mean or OPENAI_MEAN, std or OPENAI_STD)
 
 
 def random_box(
@@ -222,7 +245,7 @@ def stack_images(images: Sequence[Image.Image]) -> np.ndarray:
     """Images of one size as uint8 [B, 3, S, S]; pictures that are not RGB become so."""
     width, height = images[0].size
     is_grey = all(image.mode == "L" for image in images)
-    # One tall picture that all are pasted into: leaving Pillow costs 15 microseconds, once a batch instead of once an image.
+    # All are pasted into one tall picture: leaving Pillow costs 15 microseconds, now once a batch.
     sheet = Image.new("L" if is_grey else "RGB", (width, height * len(images)))
     for i, image in enumerate(images):
         in_mode = image if image.mode == sheet.mode else image.convert(sheet.mode)

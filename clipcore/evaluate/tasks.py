@@ -5,25 +5,28 @@ Legend: B images of a batch, N images, E embedding size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from clipcore.data.loader import Batch, eval_batches
-from clipcore.data.sources import DataError, PairSource, open_source
-from clipcore.data.transforms import ImageTransform, normalize_images
-from clipcore.model import CLIP
 from torch import Tensor
 
 from clipcore.config import TrainConfig
+from clipcore.data import DataError, PairSource
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
+from clipcore.data.loader import Batch, eval_batches
+from clipcore.data.sources import open_source
+from clipcore.data.tables import ClassFolderSource
+from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.distributed import World, gather_rows
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.logbook import Logbook
 from clipcore.loss import ClipLoss
+from clipcore.model import CLIP
 
 # The seven prompts that OpenAI's notebook found to be nearly as good as all eighty (openai/CLIP, notebooks).
 SIMPLE_IMAGENET_TEMPLATES = (
@@ -125,6 +128,37 @@ def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
     return {"num_pairs": float(len(image_features_NE)), "val_loss": loss.item(), **recalls}
 
 
+def class_folders(folder: Path) -> ZeroShotTask:
+    """The images of a folder of one folder a class, as ImageNet's validation set is laid out.
+
+    ``classes.json`` in it may map folder names to class names, and ``templates.json`` hold the list of prompts.
+
+    Raises:
+        DataError: no such folders, or files that cannot be read.
+    """
+    source = ClassFolderSource(str(folder))
+    names = _read_json(folder / "classes.json", {})
+    templates = _read_json(folder / "templates.json", list(SIMPLE_IMAGENET_TEMPLATES))
+    if not isinstance(names, dict) or not isinstance(templates, list) or not templates:
+        raise DataError(
+            f"{folder}: classes.json maps folder names to class names, templates.json is a list of prompts with {{}}"
+        )
+    by_caption = {str(key).replace("_", " "): str(name) for key, name in names.items()}
+    classnames = [by_caption.get(name, name) for name in source.classnames]
+    return ZeroShotTask(
+        f"classes of {folder.name}", source, source.labels_N, classnames, tuple(map(str, templates))
+    )
+
+
+def _read_json(path: Path, default: object) -> object:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
 def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
     """The zero-shot evaluations that the settings ask for."""
     tasks = []
@@ -138,7 +172,7 @@ def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
                 ZeroShotTask(name, source, source.labels_N, source.classnames, ZERO_SHOT_TEMPLATES)
             )
     if config.imagenet_val is not None:
-        tasks.append(_class_folders(Path(config.imagenet_val)))
+        tasks.append(class_folders(Path(config.imagenet_val)))
     return tasks
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from clipcore.model import CLIP
 from torch import Tensor
 from torch.nn import functional as F
 
+from clipcore.data.loader import trim_tokens
 from clipcore.distributed import gather_rows
 from clipcore.kernels.similarity_topk import similarity_topk
+from clipcore.model import CLIP
 
 Template = str | Callable[[str], str]
 
@@ -55,7 +56,7 @@ def build_zero_shot_classifier(
     for start in starts:
         names = classnames[start : start + size]
         prompts = [_fill(template, name) for name in names for template in templates]
-        features = model.encode_text(tokenizer(prompts).to(device), normalize=True)
+        features = model.encode_text(trim_tokens(tokenizer(prompts)).to(device), normalize=True)
         mean_CE = features.unflatten(0, (len(names), len(templates))).mean(1)
         columns.append(F.normalize(mean_CE, dim=-1).T)
     return torch.cat(columns, 1)
