@@ -320,8 +320,9 @@ class TarSource:
         self._decoder = decoder
         self._open: OrderedDict[int, int] = OrderedDict()
         if not len(self):
+            where = paths[0] if len(paths) == 1 else self.name
             raise DataError(
-                f"{self.name} holds no samples: an image (.{', .'.join(IMAGE_SUFFIXES)}) needs a member of the same "
+                f"{where} holds no samples: an image (.{', .'.join(IMAGE_SUFFIXES)}) needs a member of the same "
                 "name that ends in .txt or .json"
             )
 
