@@ -121,8 +121,10 @@ def save_checkpoint(
         _remove_leftovers(directory)
         _write_folder(temporary, step, _next_sequence(directory), files)
         _commit(temporary, final)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(_write_failure(directory, step, tensors, error)) from error
     try:
         _remove_leftovers(directory)
@@ -154,7 +156,7 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _write_folder(
@@ -466,8 +468,8 @@ def _load_pickled_tensors(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)", str(error))
-        if wanted is not None and "." in wanted.group(1):
+        wanted = re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        if wanted is not None:
             raise CheckpointError(
                 f"{path} is refused: loading it would call {wanted.group(1)}, which weights do not need; nothing was "
                 "run. Ask for the weights as safetensors, or convert them where you trust their origin"

@@ -1,0 +1,642 @@
+"""Checkpoints: bits, crashes at every I/O call, damage, other people's files, the lock of a run."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from clipcore.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    load_latest,
+    load_state_dict_file,
+    run_lock,
+    save_checkpoint,
+)
+
+
+def groups(mark: int) -> dict[str, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(mark)
+    weight = torch.randn(5, 7, generator=generator)
+    return {
+        "model": {"weight": weight, "tied": weight, "scale": torch.tensor(float(mark))},
+        "optimizer": {"weight.step": torch.tensor(float(mark)), "weight.exp_avg": weight * 2},
+    }
+
+
+def save(directory: Path, step: int, mark: int | None = None, keep: int | None = 2) -> Path:
+    mark = step if mark is None else mark
+    return save_checkpoint(directory, step, groups(mark), {"mark": mark}, keep)
+
+
+def assert_whole(checkpoint: Checkpoint | None, step: int, mark: int | None = None) -> None:
+    mark = step if mark is None else mark
+    assert checkpoint is not None and (checkpoint.step, checkpoint.state) == (step, {"mark": mark})
+    assert checkpoint.tensors.keys() == groups(mark).keys()
+    for group, tensors in groups(mark).items():
+        assert checkpoint.tensors[group].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.tensors[group][name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path, dtype):
+    base = torch.randint(-(2**62), 2**62, (6, 8)).view(dtype)  # any bits, NaN payloads too
+    tensors = {
+        "matrix": base,
+        "transposed": base.t(),
+        "strided": base[1::2, ::3],
+        "row": base[2],
+        "expanded": base[:1].expand(4, -1),
+        "scalar": base[0, 0],
+        "empty": base[:0],
+        "none of nothing": torch.empty(0, 3, 0, dtype=dtype),
+        "parameter": nn.Parameter(base.clone()),
+        "int64": torch.tensor([-(2**63), 2**63 - 1]),
+        "bool": torch.tensor([True, False, True]),
+        "uint8": torch.arange(255, dtype=torch.uint8),
+        "int32.é/\u4e2d": torch.tensor(-5, dtype=torch.int32),
+        "float8": torch.randn(9).to(torch.float8_e4m3fn),
+    }
+    state = {
+        "float": 0.1 + 0.2,
+        "large": 2**70,
+        "text": "é\u2028",
+        "nested": {"a": [1, None, True]},
+    }
+    path = save_checkpoint(tmp_path / "new" / "folder", 7, {"model": tensors, "none": {}}, state)
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.state, loaded.path) == (7, state, path)
+    assert loaded.tensors["none"] == {} and loaded.tensors["model"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        back = loaded.tensors["model"][name]
+        assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape), name
+        assert bits(back) == bits(tensor), name
+    # The file is plain safetensors for everybody else.
+    theirs = safetensors.torch.load(Path(path, "model.safetensors").read_bytes())
+    assert {n: bits(t) for n, t in theirs.items()} == {n: bits(t) for n, t in tensors.items()}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_a_type_that_cannot_be_held_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"odd is torch\.complex64"):
+        save_checkpoint(tmp_path, 1, {"model": {"odd": torch.zeros(2, dtype=torch.complex64)}}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_k_are_kept(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep=3)
+        assert_whole(load_latest(tmp_path), step)
+    assert sorted(os.listdir(tmp_path)) == [f"step_{s:08d}" for s in (3, 4, 5)]
+    save(tmp_path, 6, keep=1)
+    assert os.listdir(tmp_path) == ["step_00000006"]
+    save(tmp_path, 123_456_789, keep=None)
+    assert_whole(load_latest(tmp_path), 123_456_789)
+
+
+def test_a_run_that_went_back_goes_on_from_there(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=None)
+    save(tmp_path, 15, keep=2)  # keeps itself, though its step is not among the highest
+    assert_whole(load_latest(tmp_path), 15)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000015"
+    assert sorted(os.listdir(tmp_path)) == ["step_00000015", "step_00000030"]
+    save(tmp_path, 30, mark=99, keep=2)
+    assert_whole(load_latest(tmp_path), 30, mark=99)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000015", "step_00000030"]
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert load_latest(tmp_path / "none") is None and latest_checkpoint(tmp_path / "none") is None
+    (tmp_path / "step_12").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert load_latest(tmp_path) is None
+
+
+# Crashes. A forked child saves, with the I/O functions of os replaced; one call goes wrong.
+
+CALLS = ("open", "write", "fsync", "rename", "mkdir", "close", "unlink", "rmdir")
+
+
+class Disk:
+    """Counts the I/O calls of this process, and has one of them fail.
+
+    Args:
+        fail_at: number of the call that goes wrong, or None.
+        fault: "kill" before the call; "power": the same, and what was not synced is lost; "torn": the same, in the
+            middle of a write; or the errno that the call raises, once or, for ENOSPC, from then on for every write.
+    """
+
+    def __init__(self, fail_at: int | None, fault: str | int) -> None:
+        self.fail_at, self.fault = fail_at, fault
+        self.is_full = False
+        self.calls: list[tuple[str, str]] = []
+        self.unsynced: dict[int, str] = {}
+        self.paths: dict[int, str] = {}
+        for name in CALLS:
+            setattr(os, name, self.wrap(name, getattr(os, name)))
+
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            target = arguments[0]
+            shown = self.paths.get(target, "") if isinstance(target, int) else str(target)
+            number = len(self.calls)
+            self.calls.append((name, shown))
+            if number == self.fail_at:
+                self.go_wrong(name, real, arguments)
+            elif self.is_full and name in ("write", "mkdir"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            result = real(*arguments, **keywords)
+            if name == "open" and "dir_fd" not in keywords:
+                self.paths[result] = shown
+                if arguments[1] & os.O_WRONLY:
+                    self.unsynced[result] = shown
+            if name == "fsync":
+                self.unsynced.pop(target, None)
+            return result
+
+        return call
+
+    def go_wrong(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if isinstance(self.fault, int):
+            self.is_full = self.fault == errno.ENOSPC
+            if name == "close":
+                real(*arguments)
+            raise OSError(self.fault, os.strerror(self.fault))
+        if self.fault == "torn" and name == "write":
+            real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        if self.fault in ("power", "torn"):
+            for descriptor in self.unsynced:
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+SAVED, REFUSED, KILLED = 0, 3, -signal.SIGKILL
+
+
+def save_in_a_child(directory: Path, scenario: str, fail_at: int | None, fault: str | int) -> int:
+    """Saves as the scenario wants; returns the exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 4
+    with contextlib.suppress(BaseException):
+        warnings.simplefilter("ignore")
+        Disk(fail_at, fault)
+        try:
+            save(directory, 2 if scenario == "again" else 3, mark=33)
+            status = SAVED
+        except CheckpointError:
+            status = REFUSED
+    os._exit(status)
+
+
+def prepare(directory: Path, scenario: str) -> None:
+    """Two checkpoints, and what the scenario adds: steps 1 and 2, of which 2 is the newest."""
+    save(directory, 1)
+    save(directory, 2)
+    if scenario == "left-overs":
+        shutil.copytree(directory / "step_00000002", directory / ".tmp_step_00000003")
+        shutil.copytree(directory / "step_00000001", directory / ".tmp_old_step_00000001")
+    if scenario == "displaced":
+        (directory / "step_00000002").rename(directory / ".displaced_step_00000002")
+
+
+def calls_of(directory: Path, scenario: str) -> list[tuple[str, str]]:
+    """The I/O calls of an undisturbed save."""
+    prepare(directory, scenario)
+    saved = {name: getattr(os, name) for name in CALLS}
+    try:
+        disk = Disk(None, "kill")
+        save(directory, 2 if scenario == "again" else 3, mark=33)
+        return disk.calls
+    finally:
+        for name, function in saved.items():
+            setattr(os, name, function)
+
+
+@pytest.mark.parametrize("fault", ["kill", "power", "torn", errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("scenario", ["plain", "again", "left-overs", "displaced"])
+def test_a_fault_at_any_io_call_loses_nothing(tmp_path, monkeypatch, scenario, fault):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what it does is up to Disk here
+    calls = calls_of(tmp_path / "count", scenario)
+    prepare(tmp_path / "before", scenario)
+    new_step = 2 if scenario == "again" else 3
+    outcomes: collections.Counter[tuple[int, int]] = collections.Counter()
+    numbers = [n for n, (name, _) in enumerate(calls) if fault != "torn" or name == "write"]
+    assert len(numbers) >= (8 if fault == "torn" else 35)
+    for number in numbers:
+        directory = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "before", directory)
+        status = save_in_a_child(directory, scenario, number, fault)
+        assert status in ((SAVED, REFUSED) if isinstance(fault, int) else (KILLED,)), calls[number]
+        for path in directory.glob("step_*"):
+            load_checkpoint(path)  # what has its name is whole
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            latest = load_latest(directory)
+        assert latest is not None
+        if latest.state == {"mark": 33}:
+            assert_whole(latest, new_step, mark=33)
+        else:
+            assert_whole(latest, 2)
+            assert status != SAVED, calls[number]
+        outcomes[status, latest.state["mark"]] += 1
+        if status == REFUSED:
+            assert not list(directory.glob(".tmp_step_*")), calls[number]
+        save(directory, 4)
+        assert_whole(load_latest(directory), 4)
+        assert not list(directory.glob(".*"))[1:], "at most a displaced one that is still kept"
+        assert len(os.listdir(directory)) == 2
+        shutil.rmtree(directory)
+    # Both sides of the commit were met.
+    assert {mark for _, mark in outcomes} == ({2} if fault == "torn" else {2, 33}), outcomes
+
+
+def test_the_new_name_is_on_the_disk_before_the_old_checkpoint_goes(tmp_path):
+    calls = calls_of(tmp_path, "plain")
+    committed = calls.index(("rename", str(tmp_path / ".tmp_step_00000003")))
+    synced = calls.index(("fsync", str(tmp_path)), committed)
+    removed = calls.index(("rename", str(tmp_path / "step_00000001")))
+    assert committed < synced < removed
+    assert {name for name, _ in calls[removed:]} & {"unlink", "rmdir"}
+    synced_files = [path for name, path in calls[:committed] if name == "fsync"]
+    assert len(synced_files) == 5 and synced_files[-1].endswith(".tmp_step_00000003")
+
+
+def test_a_full_disk_and_a_wrong_place_are_told(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left") as e:
+        patch.setattr(os, "write", full)
+        save(tmp_path, 2)
+    assert (
+        "free some space" in str(e.value)
+        and "step 2" in str(e.value)
+        and str(tmp_path) in str(e.value)
+    )
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"choose another|writable"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Read-only"):
+        patch.setattr(os, "mkdir", read_only)
+        save(tmp_path, 2)
+    assert_whole(load_latest(tmp_path), 1)
+
+
+# Damage.
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    draw = random.Random(0)
+    num_mutations = 0
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        mutants = [content[: draw.randrange(len(content))] for _ in range(15)]
+        mutants += [b"", content + b"\0", content[:-1], bytes(len(content))]
+        for _ in range(60):
+            place = draw.randrange(len(content))
+            flipped = content[place] ^ (1 << draw.randrange(8))
+            mutants.append(content[:place] + bytes([flipped]) + content[place + 1 :])
+        for mutant in mutants:
+            path.write_bytes(mutant)
+            with pytest.raises(CheckpointError) as caught:
+                load_checkpoint(newest)
+            assert path.name in str(caught.value)
+            num_mutations += 1
+        with pytest.warns(UserWarning, match=rf"skipped step_00000002: .*{path.name}"):
+            assert_whole(load_latest(tmp_path), 1)
+        path.unlink()
+        with pytest.warns(UserWarning, match=rf"skipped step_00000002: .*{path.name}"):
+            assert_whole(load_latest(tmp_path), 1)
+        path.write_bytes(content)
+    assert num_mutations >= 300
+    assert_whole(load_latest(tmp_path), 2)
+
+
+def test_files_of_two_checkpoints_do_not_mix(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    shutil.copy(first / "model.safetensors", second / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_checkpoint(second)
+    shutil.copy(first / "manifest.json", second / "manifest.json")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(second)
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*step_00000002.*step_00000001"):
+        load_latest(tmp_path)
+    shutil.rmtree(tmp_path / "step_00000002")
+    save(tmp_path, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_whole(load_latest(tmp_path), 2)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    import clipcore.checkpoint as module
+
+    real = module.load_checkpoint
+
+    def slow(path: Path, map_location: str = "cpu") -> Checkpoint:
+        if path.name == "step_00000001":
+            save(tmp_path, 2, keep=1)
+        return real(path, map_location)
+
+    monkeypatch.setattr(module, "load_checkpoint", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_whole(load_latest(tmp_path), 2)
+
+
+def test_not_a_checkpoint_and_a_newer_one(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("clipcore.checkpoint.FORMAT_VERSION", 2)
+        path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="newer clipcore"):
+        load_checkpoint(path)
+
+
+def test_loaded_tensors_do_not_hold_the_files(tmp_path):
+    checkpoint = load_checkpoint(save(tmp_path, 1))
+    for path in sorted(checkpoint.path.iterdir()):
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert_whole(checkpoint, 1)
+
+
+# Other people's files.
+
+WEIGHTS = {"visual.proj": torch.arange(6.0).reshape(2, 3), "logit_scale": torch.tensor(4.6)}
+
+
+def assert_weights(path: Path) -> None:
+    loaded = load_state_dict_file(path)
+    assert loaded.keys() == WEIGHTS.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.pth", "w"])
+def test_pytorch_files_are_unwrapped(tmp_path, name):
+    path = tmp_path / name
+    wrapped = {f"module._orig_mod.{n}": v for n, v in WEIGHTS.items()}
+    contents = [
+        WEIGHTS,
+        wrapped,
+        {"state_dict": wrapped, "epoch": 3, "name": "run"},
+        {"model": WEIGHTS},
+    ]
+    extras = {n: torch.tensor(224) for n in ("input_resolution", "context_length", "vocab_size")}
+    contents += [{**WEIGHTS, **extras}, collections.OrderedDict(WEIGHTS)]
+    for content in contents:
+        torch.save(content, path)
+        assert_weights(path)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
+    assert_weights(path)
+
+
+class Archived(nn.Module):
+    """As OpenAI's archives are: half a model, with its sizes as buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.proj = nn.Parameter(WEIGHTS["visual.proj"].clone())
+        self.logit_scale = nn.Parameter(WEIGHTS["logit_scale"].clone())
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            self.register_buffer(name, torch.tensor(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.visual.proj * self.logit_scale
+
+
+def test_openai_archives(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(Archived(), torch.ones(1, 2)), tmp_path / "ViT-B-32.pt")
+    assert_weights(tmp_path / "ViT-B-32.pt")
+    content = (tmp_path / "ViT-B-32.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"cut\.pt"):
+        load_state_dict_file(tmp_path / "cut.pt")
+
+
+def test_folders(tmp_path):
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "w.safetensors")
+    assert_weights(tmp_path / "w.safetensors")
+    for name in ("open_clip_model.safetensors", "model.safetensors"):
+        (tmp_path / "hub").mkdir()
+        shutil.copy(tmp_path / "w.safetensors", tmp_path / "hub" / name)
+        assert_weights(tmp_path / "hub")
+        shutil.rmtree(tmp_path / "hub")
+    (tmp_path / "hub").mkdir()
+    torch.save(WEIGHTS, tmp_path / "hub" / "open_clip_pytorch_model.bin")
+    assert_weights(tmp_path / "hub")
+    run = tmp_path / "run"
+    path = save_checkpoint(run / "checkpoints", 1, {"model": WEIGHTS}, {})
+    for place in (path, run, run / "checkpoints"):
+        assert_weights(place)
+    other = {n: v + 1 for n, v in WEIGHTS.items()}
+    save_checkpoint(run / "checkpoints", 2, {"model": other, "ema": WEIGHTS}, {})
+    assert_weights(run)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_state_dict_file(tmp_path / "nothing")
+
+
+def test_what_is_no_weights_is_named(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(WEIGHTS, path)
+    content = path.read_bytes()
+    cases: dict[str, tuple[bytes, str]] = {
+        "page": (b"<!DOCTYPE html><html>404</html>", "not a file of weights"),
+        "empty": (b"", "not a file of weights"),
+        "text": (b"hello world\n" * 100, "not a file of weights"),
+        "cut": (content[: len(content) // 2], "not a file of weights"),
+        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        "zip": (content[:4] + bytes(200), "not a file of weights"),
+    }
+    for damaged, message in cases.values():
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_state_dict_file(path)
+        assert str(path) in str(caught.value)
+    for holds in ([1, 2], {}, {"a": 1}, {3: torch.zeros(1)}, torch.zeros(2)):
+        torch.save(holds, path)
+        with pytest.raises(CheckpointError, match="holds"):
+            load_state_dict_file(path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_state_dict_file(tmp_path / "none.pt")
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="no readable safetensors"):
+        load_state_dict_file(tmp_path / "w.safetensors")
+
+
+class Malice:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def test_malicious_pickles_are_refused_and_not_run(tmp_path):
+    mark = tmp_path / "it ran"
+    touch = f"open({str(mark)!r}, 'w').close()"
+    payloads = [
+        Malice(os.system, f"touch '{mark}'"),
+        Malice(exec, touch),
+        Malice(eval, touch),
+        Malice(subprocess.check_call, ["touch", str(mark)]),
+        Malice(Path.touch, mark),
+        Malice(open, str(mark), "w"),
+        {"state_dict": {**WEIGHTS, "x": Malice(os.mkdir, str(mark))}},
+        Malice(torch.load, str(mark)),
+    ]
+    path = tmp_path / "w.pt"
+    for payload in payloads:
+        for is_zip in (True, False):
+            torch.save(payload, path, _use_new_zipfile_serialization=is_zip)
+            with pytest.raises(CheckpointError, match="refused: loading it would call"):
+                load_state_dict_file(path)
+        path.write_bytes(pickle.dumps(payload))
+        with pytest.raises(CheckpointError):
+            load_state_dict_file(path)
+        assert not mark.exists()
+    # A pickle under a name of ours is not even opened as one.
+    folder = save(tmp_path / "c", 1)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(payloads[0]))
+    with pytest.raises(CheckpointError):
+        load_state_dict_file(folder)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/constants.pkl", pickle.dumps(payloads[0]))
+        archive.writestr("a/data.pkl", pickle.dumps(payloads[0]))
+    with pytest.raises(CheckpointError):
+        load_state_dict_file(path)
+    assert not mark.exists()
+
+
+# The lock.
+
+HOLD = "import sys; from clipcore.checkpoint import run_lock\nwith run_lock(sys.argv[1]): print('held', flush=True); input()"
+
+
+@contextlib.contextmanager
+def holder(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with holder(tmp_path) as other:
+        with (
+            pytest.raises(CheckpointError, match=f"another run .*process {other.pid} on"),
+            run_lock(tmp_path),
+        ):
+            pass
+        other.kill()
+        other.wait()
+        with run_lock(tmp_path):
+            pass
+
+
+def test_the_lock_in_one_process_and_after_an_error(tmp_path):
+    with run_lock(tmp_path):
+        with pytest.raises(CheckpointError, match="this process"), run_lock(tmp_path / "." / ""):
+            pass
+        # The refused one has not taken the lock away.
+        child = os.fork()
+        if not child:
+            status = 0
+            try:
+                import clipcore.checkpoint as module
+
+                module._locked.clear()
+                with run_lock(tmp_path):
+                    status = 1
+            except CheckpointError:
+                pass
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(RuntimeError), run_lock(tmp_path):
+        raise RuntimeError
+    with run_lock(tmp_path):
+        pass
+    with pytest.raises(CheckpointError, match="No such file"), run_lock(tmp_path / "none"):
+        pass
+
+
+def test_workers_that_outlive_a_killed_run_do_not_hold_its_lock(tmp_path):
+    reader, writer = os.pipe()
+    run = os.fork()
+    if not run:
+        with run_lock(tmp_path):
+            worker = os.fork()
+            if worker:
+                os.write(writer, f"{worker}\n".encode())
+            signal.pause()
+    worker = int(os.read(reader, 20))
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    try:
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
