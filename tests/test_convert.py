@@ -1,0 +1,66 @@
+"""Weights between open_clip's and transformers' layouts: bit for bit, both ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clipcore.convert import (
+    ConversionError,
+    from_hf,
+    hf_config,
+    infer_config,
+    to_hf,
+    to_open_clip_names,
+)
+from clipcore.model import create_model
+
+
+def test_there_and_back_is_the_same_bits():
+    state = create_model("ViT-nano-8-32").state_dict()
+    back = from_hf(to_hf(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert to_open_clip_names(to_hf(state)).keys() == state.keys()
+
+
+def test_names_and_shapes_of_transformers():
+    """Spot checks, written out by hand from transformers' CLIPModel; 6 + 7 weights of the frame, 16 a block."""
+    model = create_model("ViT-nano-8-32")
+    found = to_hf(model.state_dict())
+    assert len(found) == 14 + 16 * 4
+    assert found["vision_model.pre_layrnorm.weight"].shape == (32,)
+    assert found["text_projection.weight"].shape == (32, 32)
+    assert torch.equal(found["visual_projection.weight"], model.visual.proj.T)
+    packed = model.visual.transformer.blocks[1].attn.in_proj_weight
+    assert torch.equal(
+        found["vision_model.encoder.layers.1.self_attn.k_proj.weight"], packed[32:64]
+    )
+    assert found["text_model.encoder.layers.0.mlp.fc1.weight"].shape == (128, 32)
+    assert found["vision_model.embeddings.position_embedding.weight"].shape == (17, 32)
+
+
+def test_the_configuration_of_transformers():
+    config = hf_config(create_model("ViT-nano-8-32", force_quick_gelu=True).config)
+    assert config["text_config"]["hidden_act"] == "quick_gelu"
+    assert config["vision_config"]["num_attention_heads"] == 2
+    assert config["text_config"]["eos_token_id"] == 513
+
+
+def test_old_position_id_buffers_are_left_out():
+    state = to_hf(create_model("ViT-nano-8-32").state_dict())
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    assert from_hf(state).keys() == create_model("ViT-nano-8-32").state_dict().keys()
+
+
+def test_what_cannot_be_converted_says_why():
+    with pytest.raises(ConversionError, match="ResNets"):
+        to_hf(create_model("RN-nano-32").state_dict())
+    with pytest.raises(ConversionError, match="no CLIP"):
+        to_open_clip_names({"fc.weight": torch.ones(2)})
+    broken = to_hf(create_model("ViT-nano-8-32").state_dict())
+    del broken["vision_model.pre_layrnorm.weight"]
+    with pytest.raises(ConversionError, match="pre_layrnorm"):
+        from_hf(broken)
+    with pytest.raises(ConversionError, match="text_projection"):
+        infer_config({})

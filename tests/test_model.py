@@ -1,0 +1,403 @@
+"""The models: open_clip's keys, shapes and outputs; the exact savings; locking, loading, and clear errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from openclip import import_open_clip
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import clipcore
+from clipcore.architectures import (
+    MODELS,
+    ModelConfig,
+    TextConfig,
+    UnknownModelError,
+    VisionConfig,
+    find_model,
+    get_model_config,
+    list_models,
+)
+from clipcore.model import (
+    CLIP,
+    create_model,
+    create_model_and_transforms,
+    create_model_from_pretrained,
+)
+
+PUBLISHED = {  # millions of parameters: (all, image tower)
+    "RN50": (102.0, 38.3),
+    "RN101": (119.7, 56.3),
+    "RN50x4": (178.3, 87.1),
+    "RN50x16": (291.0, 167.3),
+    "RN50x64": (623.3, 420.4),
+    "ViT-B-32": (151.3, 87.8),
+    "ViT-B-16": (149.6, 86.2),
+    "ViT-L-14": (427.6, 304.0),
+    "ViT-L-14-336": (427.9, 304.3),
+}
+OURS_ALONE = {"ViT-glyphs", "ViT-nano-8-32", "RN-nano-32"}
+NARROW_TEXT = TextConfig(width=64, heads=1, layers=3, vocab_size=600)
+FAMILIES = {
+    "vit": ModelConfig(32, VisionConfig(64, 3, 128, 16), NARROW_TEXT),
+    "vit-quickgelu-80": ModelConfig(
+        48, VisionConfig(56, 2, 160, 14, head_width=80), NARROW_TEXT, True
+    ),
+    "resnet": ModelConfig(40, VisionConfig(64, (2, 1, 2, 1), 8, None, head_width=32), NARROW_TEXT),
+    "resnet-quickgelu": ModelConfig(40, VisionConfig(96, (1, 1, 1, 1), 8, None), NARROW_TEXT, True),
+}
+
+
+def open_clip_model(config: ModelConfig) -> torch.nn.Module:
+    return import_open_clip().CLIP(**config.to_dict())
+
+
+def tokens(config: ModelConfig, num_rows: int = 3, length: int = 77) -> torch.Tensor:
+    """Rows that end at different places; the end has the largest id."""
+    rows = torch.randint(1, config.text.vocab_size - 2, (num_rows, length))
+    for row, end in enumerate([length // 2, length - 1, 2][:num_rows]):
+        rows[row, end] = config.text.vocab_size - 1
+        rows[row, end + 1 :] = 0
+    return rows
+
+
+def images(config: ModelConfig, num: int = 3) -> torch.Tensor:
+    return torch.randn(num, 3, config.vision.image_size, config.vision.image_size)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_the_paper(name):
+    with torch.device("meta"):
+        model = CLIP(find_model(name))
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.visual)]
+    assert tuple(round(count, 1) for count in counts) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(set(MODELS) - OURS_ALONE), "RN50-quickgelu", "ViT-B-32-quickgelu"]
+)
+def test_keys_shapes_and_meaning_are_open_clips(name):
+    theirs_config = import_open_clip().get_model_config(name)
+    with torch.device("meta"):
+        ours, theirs = CLIP(find_model(name)), import_open_clip().CLIP(**theirs_config)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert find_model(name).quick_gelu == theirs_config.get("quick_gelu", False)
+    config = get_model_config(name)
+    assert config["embed_dim"] == theirs_config["embed_dim"]
+    assert config["text_cfg"]["heads"] == theirs_config["text_cfg"]["heads"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_agree_with_open_clip(family):
+    config = FAMILIES[family]
+    theirs = open_clip_model(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            # What starts at zero or one would hide a mistake.
+            if name != "logit_scale":
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    ours = CLIP(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    image, text = images(config), tokens(config)
+    with torch.no_grad():
+        for got, expected in zip(ours(image, text), theirs(image, text), strict=True):
+            assert (got - expected).abs().max() <= 1e-4
+        assert (ours.encode_image(image) - theirs.encode_image(image)).abs().max() <= 1e-4
+        assert (ours.encode_text(text) - theirs.encode_text(text)).abs().max() <= 1e-4
+        for got, expected in zip(
+            ours.get_logits(image, text), theirs.get_logits(image, text), strict=True
+        ):
+            assert (got - expected).abs().max() <= 1e-3  # cosines times 14
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50"])
+def test_real_models_agree_with_open_clip(name):
+    theirs = import_open_clip().CLIP(**import_open_clip().get_model_config(name)).eval()
+    ours = create_model(name).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    image, text = images(ours.config, 2), tokens(ours.config, 2)
+    with torch.no_grad():
+        assert (ours.encode_image(image) - theirs.encode_image(image)).abs().max() <= 1e-4
+        assert (ours.encode_text(text) - theirs.encode_text(text)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["resnet", "vit"])
+def test_gradients_agree_with_open_clip_in_fp64(family):
+    config = FAMILIES[family]
+    theirs = open_clip_model(config).double().train()
+    ours = CLIP(config).double().train()
+    ours.load_state_dict(theirs.state_dict())
+    image, text = images(config).double(), tokens(config)
+    for model in (ours, theirs):
+        image_features, text_features, scale = model(image, text)
+        (
+            scale * (image_features @ text_features.T).square().sum() + image_features[0, 0]
+        ).backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    # open_clip scales its input by a float32 constant nowhere, so that only the order of sums differs.
+    for name, parameter in ours.named_parameters():
+        largest = max(1.0, gradients[name].abs().max().item())
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-10 * largest, name
+
+
+def test_the_pruned_last_block_and_trimmed_text_are_exact():
+    """Against every token through every block at full length, with every gradient, in fp64 to 1e-12."""
+    config = FAMILIES["vit"]
+    model = CLIP(config).double()
+    text = tokens(config, length=40)
+    full = F.pad(text, (0, 37))
+
+    def unpruned() -> torch.Tensor:
+        visual = model.visual
+        x = visual.ln_pre(visual._embed(image))
+        image_features = visual.ln_post(visual.transformer(x)[:, 0]) @ visual.proj
+        y = model.token_embedding(full) + model.positional_embedding
+        y = model.ln_final(model.transformer(y))
+        text_features = y[torch.arange(3), full.argmax(-1)] @ model.text_projection
+        return torch.cat([image_features, text_features])
+
+    image = images(config).double()
+    upstream = torch.randn(6, config.embed_dim, dtype=torch.float64)
+    results = []
+    for compute in (
+        unpruned,
+        lambda: torch.cat([model.encode_image(image), model.encode_text(text)]),
+    ):
+        model.zero_grad()
+        out = compute()
+        out.backward(upstream)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((out.detach(), grads))
+    (plain, plain_grads), (pruned, pruned_grads) = results
+    assert (plain - pruned).abs().max() <= 1e-12
+    assert plain_grads.keys() == pruned_grads.keys()
+    for name, gradient in plain_grads.items():
+        assert (gradient - pruned_grads[name]).abs().max() <= 1e-12 * max(
+            1.0, gradient.abs().max().item()
+        ), name
+
+
+def test_grad_checkpointing_gives_the_same_bits():
+    config = dataclasses.replace(
+        FAMILIES["vit"], vision=dataclasses.replace(FAMILIES["vit"].vision, patch_dropout=0.5)
+    )
+    image, text = images(config), tokens(config)
+    gradients = []
+    model = CLIP(config).train()
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(7)
+        image_features, text_features, _ = model(image, text)
+        (image_features * text_features).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_patch_dropout_drops_in_training_only_and_follows_the_seed():
+    model = create_model("ViT-nano-8-32", force_patch_dropout=0.5)
+    image = images(model.config)
+    kept = model.visual._drop_patches(model.visual._embed(image))
+    assert kept.shape[1] == 1 + 8
+
+    def features(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.encode_image(image)
+
+    assert torch.equal(features(1), features(1)) and not torch.equal(features(1), features(2))
+    model.eval()
+    assert torch.equal(features(1), features(2))
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_towers_compile_into_one_graph(tower):
+    model = create_model("ViT-nano-8-32").eval()
+    encode, x = (
+        (model.encode_image, images(model.config))
+        if tower == "visual"
+        else (model.encode_text, tokens(model.config))
+    )
+    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), encode(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_near_float32(dtype):
+    model = create_model("ViT-nano-8-32").eval()
+    image, text = images(model.config), tokens(model.config)
+    with torch.no_grad():
+        exact = model(image, text)[:2]
+        with torch.autocast("cpu", dtype):
+            low = model(image, text)[:2]
+    for a, b in zip(exact, low, strict=True):
+        assert F.cosine_similarity(a, b.float()).min() > 0.999
+
+
+@pytest.mark.parametrize("unlocked", [0, 1, 2, 3, 99])
+def test_locked_towers_leave_free_what_open_clip_leaves_free(unlocked):
+    config = FAMILIES["vit"]
+    ours, theirs = CLIP(config), open_clip_model(config)
+    for model in (ours, theirs):
+        model.lock_image_tower(unlocked_groups=unlocked)
+        model.lock_text_tower(unlocked_layers=unlocked)
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == {
+        n: p.requires_grad for n, p in theirs.named_parameters()
+    }
+
+
+def test_a_locked_resnet_can_freeze_its_statistics():
+    model = create_model("RN-nano-32")
+    model.lock_image_tower(freeze_bn_stats=True)
+    before = {n: b.clone() for n, b in model.visual.named_buffers()}
+    model.train()(images(model.config), tokens(model.config))
+    assert all(torch.equal(before[n], b) for n, b in model.visual.named_buffers())
+    assert not any(p.requires_grad for p in model.visual.parameters())
+    with pytest.raises(ValueError, match="locked whole"):
+        model.lock_image_tower(unlocked_groups=1)
+
+
+def test_initialisation():
+    """Standard deviations of clip's code, within the scatter of a sample of that size."""
+    model = CLIP(
+        ModelConfig(
+            64,
+            VisionConfig(64, 3, 256, 16),
+            TextConfig(width=256, heads=4, layers=6, vocab_size=4000),
+        )
+    )
+    expected = {
+        "token_embedding.weight": 0.02,
+        "positional_embedding": 0.01,
+        "text_projection": 256**-0.5,
+        "transformer.resblocks.2.attn.in_proj_weight": 256**-0.5,
+        "transformer.resblocks.2.attn.out_proj.weight": 256**-0.5 * 12**-0.5,
+        "transformer.resblocks.2.mlp.c_fc.weight": 512**-0.5,
+        "transformer.resblocks.2.mlp.c_proj.weight": 256**-0.5 * 12**-0.5,
+        "visual.proj": 256**-0.5,
+        "visual.positional_embedding": 256**-0.5,
+    }
+    state = model.state_dict()
+    for name, std in expected.items():
+        scatter = 5 / math.sqrt(2 * state[name].numel())
+        assert state[name].std().item() == pytest.approx(std, rel=scatter), name
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    resnet = create_model("RN-nano-32").visual
+    assert all(
+        not block.bn3.weight.any() for stage in (resnet.layer1, resnet.layer4) for block in stage
+    )
+
+
+def test_the_logit_scale_is_clamped_at_100():
+    model = create_model("ViT-nano-8-32")
+    for value, expected in ((9.0, 100.0), (-3.0, 1.0), (3.0, math.exp(3))):
+        torch.nn.init.constant_(model.logit_scale, value)
+        model.clamp_logit_scale_()
+        assert model.logit_scale.exp().item() == pytest.approx(expected)
+
+
+def test_names():
+    assert "ViT-B-32" in list_models() and "ViT-B-32-quickgelu" in list_models()
+    assert not find_model("ViT-B-32").quick_gelu and find_model("ViT-B/32").quick_gelu
+    assert find_model("ViT-L/14@336px").vision.image_size == 336
+    for wrong, near in (("ViT-B-23", "ViT-B-32"), ("vit-l-14", "ViT-L-14"), ("RN-50", "RN50")):
+        with pytest.raises(UnknownModelError, match=near):
+            find_model(wrong)
+
+
+def test_public_names_cost_nothing_until_used():
+    import subprocess
+    import sys
+
+    code = "import sys, clipcore; assert 'torch' not in sys.modules; print(len(clipcore.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(clipcore.__all__)
+    for name in clipcore.__all__:
+        assert getattr(clipcore, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        clipcore.nothing  # noqa: B018
+
+
+def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
+    model = create_model("ViT-nano-8-32")
+    with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\].*create_model_and_transforms"):
+        model.encode_image(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="at most 77.*context_length=77"):
+        model.encode_text(torch.zeros(1, 80, dtype=torch.long))
+
+
+def test_create_model_and_transforms():
+    model, train, val = create_model_and_transforms(
+        "ViT-nano-8-32", force_image_size=48, force_quick_gelu=True
+    )
+    assert model.visual.image_size == train.image_size == val.image_size == 48
+    assert train.is_train and not val.is_train and model.config.quick_gelu
+    assert create_model("RN-nano-32", precision="bf16").visual.conv1.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="ResNet"):
+        create_model("RN-nano-32", force_patch_dropout=0.5)
+
+
+def test_position_embeddings_are_resized_as_open_clip_does(tmp_path):
+    small, large = (
+        create_model("ViT-nano-8-32"),
+        open_clip_model(
+            dataclasses.replace(
+                find_model("ViT-nano-8-32"),
+                vision=dataclasses.replace(find_model("ViT-nano-8-32").vision, image_size=56),
+            )
+        ),
+    )
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    ours = create_model(
+        "ViT-nano-8-32", pretrained=tmp_path / "small.safetensors", force_image_size=56
+    )
+    state = dict(small.state_dict())
+    from open_clip.model import resize_pos_embed
+
+    resize_pos_embed(state, large)
+    assert torch.equal(ours.visual.positional_embedding, state["visual.positional_embedding"])
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "ddp", "state_dict", "custom_text"])
+def test_layouts_of_weights_are_read(tmp_path, layout):
+    source = create_model("ViT-nano-8-32")
+    state = dict(source.state_dict())
+    if layout == "ddp":
+        state = {f"module.{k}": v for k, v in state.items()}
+    if layout == "custom_text":
+        text = {k for k in state if not k.startswith("visual.") and k != "logit_scale"}
+        state = {f"text.{k}" if k in text else k: v for k, v in state.items()}
+        state["logit_scale"] = state["logit_scale"].reshape(1)
+    path = tmp_path / "weights.pt"
+    torch.save({"epoch": 3, "state_dict": state} if layout == "state_dict" else state, path)
+    torch.manual_seed(99)
+    loaded = create_model("ViT-nano-8-32", pretrained=path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True)
+    )
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    save_file(create_model("RN-nano-32").state_dict(), tmp_path / "rn.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"do not fit the model: visual\..* is the first of .*layers=\(1, 1, 1, 1\)",
+    ):
+        create_model("ViT-nano-8-32", pretrained=tmp_path / "rn.safetensors")
+
+
+def test_the_architecture_is_read_off_the_shapes(tmp_path):
+    source = create_model("ViT-B-32-quickgelu").state_dict()
+    from clipcore.convert import infer_config
+
+    assert infer_config(source, quick_gelu=True) == find_model("ViT-B/32")
+    nano = create_model("ViT-nano-8-32", force_quick_gelu=True)
+    save_file(nano.state_dict(), tmp_path / "nano.safetensors")
+    model, transform = create_model_from_pretrained(None, tmp_path / "nano.safetensors")
+    assert model.config == nano.config and transform.image_size == 32 and not model.training
