@@ -1,0 +1,357 @@
+"""Tables, parquet and folders, patterns and mixtures: every pair comes back; each mistake gets one clear line."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shards import (
+    picture,
+    write_csv,
+    write_folder,
+    write_images,
+    write_jsonl,
+    write_parquet,
+    write_shards,
+)
+
+from clipcore.data import BadSample, DataError, tables
+from clipcore.data.sources import (
+    MixtureSource,
+    expand_braces,
+    open_source,
+    parse_factors,
+)
+from clipcore.data.tables import ClassFolderSource, TextColumn
+from clipcore.data.transforms import decode_image
+
+WRITERS = {
+    "csv": write_csv,
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "folder": write_folder,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "clipcore"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("dataset_type", ["auto", "named"])
+def test_every_pair_comes_back_and_from_a_pickle(tmp_path, kind, dataset_type):
+    path = WRITERS[kind](tmp_path / "data", 20)
+    source = open_source(str(path), "auto" if dataset_type == "auto" else kind)
+    assert len(source) == 20 and source.name == path.name
+    for reader in (source, pickle.loads(pickle.dumps(source))):
+        for index in (19, 0, 7, 13):
+            data, caption = picture(index)
+            pair = reader[index]
+            assert pair.caption == caption and pair.key
+            assert np.array_equal(np.asarray(pair.image), np.asarray(decode_image(data)))
+    for index in (-1, 20):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_one_sample_lacks_is_a_bad_sample_and_counts(tmp_path, kind):
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        image, path = picture(0)[0], tmp_path / "a.parquet"
+        columns = {"image": [image, image[:200], None, image], "caption": [" ", "a", "b", "c"]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        reasons = ["empty caption", "unreadable", "no bytes", None]
+    else:
+        path = WRITERS[kind](tmp_path / "data", 4)
+        images = sorted((tmp_path / "data" / "images").glob("*.jpg"))
+        images[1].write_bytes(images[1].read_bytes()[:200])
+        reasons = [None, "unreadable", None, None]
+        if kind == "csv":
+            path.write_text(path.read_text() + "images/0000.jpg\n\nnone.jpg\tx\n\tx\n")
+            reasons += ["empty caption", "No such file", "no image path"]
+        elif kind == "jsonl":
+            odd = ['{"file_name": 3}', "{", "[1]", '{"file_name": "images/0000.jpg"}']
+            path.write_text(path.read_text() + "\n".join(odd) + "\n\n")
+            reasons += ["no image path", "no JSON", "no JSON object", "empty caption"]
+        else:
+            (tmp_path / "data" / "images" / "0002.txt").write_text("\n")
+            reasons[2] = "empty caption"
+    source = open_source(str(path))
+    assert len(source) == len(reasons)
+    for index, reason in enumerate(reasons):
+        if reason is None:
+            source[index]
+            continue
+        with pytest.raises(BadSample, match=reason) as caught:
+            source[index]
+        assert caught.value.key and "\n" not in str(caught.value)
+
+
+def test_csv_columns_separators_quotes_and_byte_order_mark(tmp_path):
+    write_images(tmp_path, 2)
+    path = tmp_path / "t.csv"
+    path.write_text('\ufeffurl,text,file\nx,"one, ""two""\nthree",images/0001.jpg\n', "utf-8")
+    source = open_source(str(path), img_key="file", caption_key="text", separator=",")
+    assert len(source) == 1 and source[0].caption == 'one, "two"\nthree'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pattern"),
+    [
+        ("t.csv", b"path\ttitle\na.jpg\tx\n", "no column 'filepath'; its columns are path, title"),
+        ("t.csv", b"filepath,title\na.jpg,x\n", "separated by ',': --csv-separator"),
+        ("t.csv", b"filepath\ttitle\n", "no rows"),
+        ("t.csv", b"", "its columns are none"),
+        ("t.csv", b"filepath\ttitle\nno.jpg\tx\n", r"none of the first 1 images .*/no\.jpg"),
+        ("t.csv", b"filepath\ttitle\na\tcaf\xe9\n", "not UTF-8"),
+        ("t.csv", b"filepath\ttitle\na\t" + b"x" * 200_000, "line 2: field larger"),
+        ("t.jsonl", b"", "no lines"),
+        ("t.jsonl", b"\n \n", "no lines"),
+        ("t.jsonl", b"x\n", "record 1: the line is no JSON"),
+        ("t.jsonl", b'{"url": "x", "caption": "y"}\n', "columns are url, caption"),
+        ("t.parquet", b"PAR1 nothing", "cannot read the table"),
+        ("t.xyz", b"", "--dataset-type"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, name, content, pattern):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=pattern) as caught:
+        open_source(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no.csv", "no.jsonl", "no.parquet", "no.tar", "no", "no*.csv"])
+def test_missing_data_is_named(tmp_path, name):
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_a_column_that_the_user_named_must_be_there(tmp_path):
+    for kind in ("jsonl", "parquet"):
+        path = str(WRITERS[kind](tmp_path / kind, 2))
+        with pytest.raises(DataError, match=r"no column 'text'; its columns are .*, caption"):
+            open_source(path, caption_key="text")
+
+
+def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] in ("pyarrow", "simplejpeg"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    path = write_parquet(tmp_path, 2)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=r"pip install 'clipcore\[parquet\]'"):
+        open_source(str(path))
+    with pytest.raises(DataError, match=r"pip install 'clipcore\[jpeg\]'"):
+        open_source(str(path), decoder="simplejpeg")
+    with pytest.raises(DataError, match="pillow, simplejpeg"):
+        open_source(str(path), decoder="opencv")
+
+
+def test_parquet_is_written_out_once_and_again_when_it_changes(tmp_path):
+    path = write_parquet(tmp_path, 3)
+    open_source(str(path))
+    (copy,) = tmp_path.glob("*.clipcore-arrow")
+    first = copy.stat().st_mtime_ns
+    open_source(str(path))
+    assert copy.stat().st_mtime_ns == first
+    write_parquet(tmp_path, 5)
+    assert open_source(str(path))[4].caption == picture(4)[1]
+    copy.write_bytes(b"damaged")
+    assert open_source(str(path))[4].caption == picture(4)[1]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_several_captions(tmp_path):
+    write_images(tmp_path, 1)
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"image": "images/0000.jpg", "text": ["one", " ", "two"]}))
+    assert open_source(str(path))[0].caption == ("one", "two")
+
+
+def test_folders_by_metadata_by_json_and_by_class(tmp_path):
+    images = tmp_path / "a"
+    rows = write_images(images, 3)
+    lines = [json.dumps({"file_name": image, "text": caption}) for image, caption in rows]
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(str(images))
+    assert source.name == "a" and [p.caption for p in map(source.__getitem__, range(3))] == [
+        caption for _, caption in rows
+    ]
+
+    write_images(tmp_path / "b", 2)
+    (tmp_path / "b" / "images" / "0001.JSON").write_text('{"caption": "in json"}')
+    source = open_source(str(tmp_path / "b"))
+    assert len(source) == 1 and source[0].caption == "in json"
+
+    for name in ("tabby_cat", "dog"):
+        write_images(tmp_path / "c" / name, 2)
+    (tmp_path / "c" / "0.jpg").write_bytes(picture(0)[0])
+    source = open_source(str(tmp_path / "c"))
+    assert isinstance(source, ClassFolderSource)
+    assert source.classnames == ["dog", "tabby cat"] and source.labels_N.tolist() == [0, 0, 1, 1]
+    assert [source[i].caption for i in range(4)] == ["dog", "dog", "tabby cat", "tabby cat"]
+
+
+def test_a_folder_of_shards_means_the_shards_and_an_empty_one_an_error(tmp_path):
+    write_shards(tmp_path / "shards", 2, 3)
+    assert len(open_source(str(tmp_path / "shards"))) == 6
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no image"):
+        open_source(str(tmp_path / "empty"))
+    write_images(tmp_path / "flat", 1)
+    (tmp_path / "flat" / "images" / "0000.jpg").rename(tmp_path / "flat" / "0.jpg")
+    with pytest.raises(DataError, match=r"no image .* in a folder of its class, and none with"):
+        open_source(str(tmp_path / "flat"))
+    with pytest.raises(DataError, match="there is no folder"):
+        open_source(str(tmp_path / "none"), "folder")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a", ["a"]),
+        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
+        ("{a,b{0..1},c}/x", ["a/x", "b0/x", "b1/x", "c/x"]),
+        ("{x{0..1},{y,z}w}", ["x0", "x1", "yw", "zw"]),
+        ("{a,}", ["a", ""]),
+        ("x}y", ["x}y"]),
+    ],
+)
+def test_braces_mean_what_they_mean_in_a_shell(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["{0..1", "{a}", "{}", "{0..99999999}", "{0..999}{0..9999}"])
+def test_braces_that_mean_nothing(pattern):
+    with pytest.raises(DataError, match=r"brace|neither a range|more than"):
+        expand_braces(pattern)
+
+
+def test_patterns_lists_and_parts(tmp_path):
+    pattern = write_shards(tmp_path / "a", 3, 2)
+    table = str(write_csv(tmp_path / "b", 5))
+    folder = str(tmp_path / "a")
+    for data in (pattern, f"{folder}/*.tar", f"{folder}/00?.tar", f"{folder}/00{{0,1,2}}.tar"):
+        source = open_source(data)
+        assert [source[i].caption for i in range(6)] == [picture(i)[1] for i in range(6)]
+    for mixed in (f"{pattern}::{table}", [pattern, table]):
+        source = open_source(mixed)
+        assert len(source) == 11 and source.name == "{000..002}.tar::pairs.csv"
+        assert source[5].caption == picture(5)[1] and source[6].caption == picture(0)[1]
+    several = open_source(f"{tmp_path}/b/pairs.csv::{tmp_path}/?/*.csv")
+    assert len(several) == 10
+
+
+class Numbers:
+    """A source whose captions are its indices."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        assert 0 <= index < self.size
+        return f"{self.name}{index}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factors", "counts"),
+    [
+        ([3, 4], None, [3, 4]),
+        ([3, 4], [2.0, 2.0], [3, 4]),
+        ([1000, 1], [0.001, 1.0], [1000, 1000]),
+        ([4, 6], [1.0, 2.5], [4, 15]),
+        ([5, 0, 2], [1.0, 1.0, 3.0], [5, 0, 6]),
+    ],
+)
+def test_mixtures_see_every_sample_in_proportion(sizes, factors, counts):
+    source = MixtureSource([Numbers("abc"[i], n) for i, n in enumerate(sizes)], factors)
+    assert len(source) == sum(counts)
+    seen: dict[Any, int] = {}
+    for index in range(len(source)):
+        seen[source[index]] = seen.get(source[index], 0) + 1
+    for part, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        times = [seen[f"{'abc'[part]}{i}"] for i in range(size)]
+        assert sum(times) == count and (not times or max(times) - min(times) <= 1)
+        assert not times or min(times) >= 1
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_factors(tmp_path):
+    assert parse_factors("1::2.5", 2) == [1.0, 2.5]
+    for text, parts in (
+        ("1", 2),
+        ("1::x", 2),
+        ("1::0", 2),
+        ("1::-1", 2),
+        ("1::nan", 2),
+        ("inf", 1),
+    ):
+        with pytest.raises(DataError, match="--train-data-upsampling-factors"):
+            parse_factors(text, parts)
+    table = str(write_csv(tmp_path, 5))
+    assert len(open_source(f"{table}::{table}", upsampling_factors="1::3")) == 20
+
+
+def test_synthetic_pairs_are_fixed():
+    source = open_source("ignored", "synthetic")
+    assert np.array_equal(source[3].image, source[3].image) and source[3].image.shape == (
+        224,
+        224,
+        3,
+    )
+    assert source[3].caption != source[4].caption
+    with pytest.raises(DataError, match="data set types"):
+        open_source("x", "wds")
+
+
+def test_a_hundred_thousand_rows_cost_their_own_bytes():
+    tracemalloc.start()
+    column = TextColumn(f"images/{i:09d}.jpg" for i in range(100_000))
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert column[99_999] == "images/000099999.jpg" and len(column) == 100_000
+    assert held < 100_000 * (20 + 8) * 1.01 + 10_000
+    assert peak < 3 * held
+
+
+def test_file_names_that_are_no_text_survive(tmp_path):
+    name = b"caf\xe9.jpg"
+    (tmp_path / "cat").mkdir()
+    try:
+        with open(bytes(tmp_path / "cat") + b"/" + name, "wb") as file:
+            file.write(picture(0)[0])
+    except OSError:
+        return  # a file system that has text names only has no such problem
+    source = ClassFolderSource(str(tmp_path))
+    assert source[0].caption == "cat" and source[0].key.isprintable()
+
+
+def test_an_image_file_that_is_too_large_is_not_read_whole(tmp_path, monkeypatch):
+    path = write_csv(tmp_path, 2)
+    monkeypatch.setattr(tables, "MAX_IMAGE_BYTES", 100)
+    with pytest.raises(BadSample, match="too large"):
+        open_source(str(path))[0]

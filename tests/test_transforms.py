@@ -1,0 +1,328 @@
+"""Preprocessing: evaluation equal to open_clip's to the bit, crops a function of the generator, damage a BadSample."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import random
+import resource
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from openclip import import_open_clip
+from PIL import Image
+from shards import picture
+
+from clipcore.data import BadSample
+from clipcore.data.transforms import (
+    MAX_PIXELS,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    ImageTransform,
+    decode_image,
+    image_transform,
+    normalize_images,
+    random_box,
+    stack_images,
+)
+
+SIZES = [
+    (32, 32),
+    (33, 32),
+    (32, 33),
+    (37, 64),
+    (640, 481),
+    (100, 31),
+    (31, 100),
+    (7, 5),
+    (1, 9),
+    (224, 225),
+]
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(width * 1000 + height).integers(
+        0, 256, (height, width, 4), np.uint8
+    )
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [32, 224, 15])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "LA", "1", "I;16"])
+def test_evaluation_equals_open_clip_to_the_bit(size, mode):
+    open_clip = import_open_clip()
+    theirs = open_clip.image_transform(size, is_train=False, mean=OPENAI_MEAN, std=OPENAI_STD)
+    ours = image_transform(size, is_train=False)
+    for width, height in SIZES:
+        image = (
+            Image.new("I;16", (width, height), 77) if mode == "I;16" else noise(width, height, mode)
+        )
+        assert torch.equal(ours(image), theirs(image)), (width, height)
+        crop = torch.from_numpy(ours.crop(image))
+        assert torch.equal(normalize_images(crop, ours.mean, ours.std), theirs(image))
+
+
+def test_training_crops_are_those_of_torchvision_for_the_same_box():
+    import_open_clip()
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as reference
+
+    transform = ImageTransform(32, is_train=True)
+    for width, height in SIZES:
+        image = noise(width, height)
+        for seed in range(20):
+            left, top, w, h = random_box(
+                width, height, transform.scale, transform.ratio, np.random.default_rng(seed)
+            )
+            theirs = reference.resized_crop(
+                image, top, left, h, w, [32, 32], InterpolationMode.BICUBIC
+            )
+            ours = transform.crop(image, np.random.default_rng(seed))
+            assert np.array_equal(ours.transpose(1, 2, 0), np.asarray(theirs))
+    image, rng = noise(640, 481), np.random.default_rng(0)
+    assert not np.array_equal(transform.crop(image, rng), transform.crop(image, rng))
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratio"),
+    [((0.3, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (3 / 4, 4 / 3)), ((1, 1), (5, 6))],
+)
+def test_the_same_uniform_numbers_give_torchvisions_box(monkeypatch, scale, ratio):
+    import_open_clip()
+    from torchvision.transforms import RandomResizedCrop
+
+    for width, height in [(40, 40), (64, 48), (300, 100), (20, 200), (9, 1)]:
+        for seed in range(50):
+            draws = np.random.default_rng(seed).random(40).reshape(10, 4)
+            # torchvision draws area, then ratio; for a box that fits, then top, then left.
+            turn = itertools.count()
+            place = iter((3, 2))
+
+            class Uniform:
+                def uniform_(self, low, high, draws=draws, turn=turn):  # type: ignore[no-untyped-def]
+                    attempt, which = divmod(next(turn), 2)
+                    value = float(low) + (float(high) - float(low)) * draws[attempt, which]
+                    return torch.tensor(value, dtype=torch.float64)
+
+            def randint(low, high, size, draws=draws, turn=turn, place=place):  # type: ignore[no-untyped-def]
+                attempt = next(turn) // 2 - 1
+                return torch.tensor(low + int((high - low) * draws[attempt, next(place)]))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", lambda *_: Uniform())
+                patch.setattr(torch, "randint", randint)
+                image = Image.new("L", (width, height))
+                top, left, h, w = RandomResizedCrop.get_params(image, scale, ratio)
+            ours = random_box(width, height, scale, ratio, np.random.default_rng(seed))
+            assert ours == (left, top, w, h)
+
+
+def test_areas_and_ratios_cover_their_ranges_evenly():
+    rng = np.random.default_rng(0)
+    boxes = [random_box(1000, 1000, (0.2, 0.5), (3 / 4, 4 / 3), rng) for _ in range(4000)]
+    areas = np.array([w * h for _, _, w, h in boxes]) / 1e6
+    logs = np.log([w / h for _, _, w, h in boxes]) / math.log(4 / 3)
+    lefts = np.array([left / (1000 - w) for left, _, w, _ in boxes])
+    for values, low, high in ((areas, 0.2, 0.5), (logs, -1, 1), (lefts, 0, 1)):
+        counts, _ = np.histogram(values, 20, (low - 0.002, high + 0.002))
+        assert abs(counts - 200).max() < 5 * math.sqrt(
+            200
+        )  # five standard deviations of a fixed draw
+
+
+def test_square_crops_keep_squares_square():
+    circle = Image.new("L", (60, 60), 0)
+    transform = ImageTransform(32, is_train=True, ratio=None, scale=(0.5, 0.5))
+    crop = transform.crop(circle, np.random.default_rng(0))
+    assert crop.shape == (3, 32, 32)
+    gradient = Image.fromarray(np.tile(np.arange(0, 240, 2, dtype=np.uint8), (60, 1)))
+    crop = transform.crop(gradient, np.random.default_rng(1))
+    steps = np.diff(crop[0, 16].astype(int))[4:-4]
+    assert abs(steps.mean() - 2 * 60 * math.sqrt(0.5) / 32) < 0.1
+
+
+def test_arrays_are_images_and_grey_ones_have_three_equal_channels():
+    grey = np.asarray(noise(40, 40, "L"))
+    for transform in (ImageTransform(32, True), ImageTransform(32, False)):
+        crops = [transform.crop(x, np.random.default_rng(0)) for x in (grey, Image.fromarray(grey))]
+        assert np.array_equal(crops[0], crops[1]) and crops[0].dtype == np.uint8
+        assert (crops[0] == crops[0][:1]).all() and crops[0].flags.c_contiguous
+    colour = np.asarray(noise(40, 40))
+    stacked = stack_images([Image.fromarray(grey), Image.fromarray(colour)])
+    assert np.array_equal(stacked[1], colour.transpose(2, 0, 1))
+    assert np.array_equal(stacked[0], np.broadcast_to(grey, (3, 40, 40)))
+
+
+def test_without_a_generator_crops_follow_torchs():
+    transform, image = ImageTransform(32, is_train=True), noise(60, 50)
+    torch.manual_seed(3)
+    first = [transform(image) for _ in range(2)]
+    torch.manual_seed(3)
+    assert torch.equal(first[0], transform(image)) and not torch.equal(first[0], first[1])
+    assert first[0].shape == (3, 32, 32) and first[0].dtype == torch.float32
+
+
+def test_normalised_images_of_all_values_and_other_types():
+    values = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    exact = (
+        values.double() / 255 - torch.tensor(OPENAI_MEAN).double().view(3, 1, 1)
+    ) / torch.tensor(OPENAI_STD).double().view(3, 1, 1)
+    single = normalize_images(values)
+    # Three roundings of at most half a unit in the last place of values below 3.
+    assert (single - exact).abs().max() < 3 * 2**-23
+    assert torch.equal(normalize_images(values, dtype=torch.bfloat16), single.bfloat16())
+    for wrong in (values.float(), values[0, 0], values[:, :1]):
+        with pytest.raises(ValueError, match=r"uint8 \[..., 3, S, S\]"):
+            normalize_images(wrong)
+
+
+@pytest.mark.parametrize("settings", [{"scale": (0, 1)}, {"scale": (1, 0.5)}, {"ratio": (0, 1)}])
+def test_settings_that_cannot_be(settings):
+    with pytest.raises(ValueError, match="crop"):
+        ImageTransform(32, True, **settings)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "I;16", "1"])
+def test_decoding_is_pillows_conversion_to_rgb(decoder, mode):
+    kinds = {
+        "RGB": ("JPEG", "PNG", "WEBP"),
+        "L": ("JPEG", "PNG"),
+        "CMYK": ("JPEG",),
+        "RGBA": ("PNG", "WEBP"),
+    }
+    for kind in kinds.get(mode, ("PNG",)):
+        image = Image.new("I;16", (21, 13), 7000) if mode == "I;16" else noise(21, 13, mode)
+        data = encoded(image, kind)
+        ours = decode_image(data, decoder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about palettes with transparency
+            theirs = Image.open(io.BytesIO(data)).convert("RGB")
+        assert ours.mode == "RGB" and ours.size == (21, 13)
+        gap = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
+        # Another decoder may round a colour differently by a little; Pillow itself may not.
+        assert gap == 0 if decoder == "pillow" or kind != "JPEG" or mode == "CMYK" else gap <= 8
+
+
+def test_orientation_is_not_applied_and_the_first_frame_counts():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(noise(20, 10), "JPEG", exif=exif)).size == (20, 10)
+    frames = [noise(20, 10), noise(20, 10, "L").convert("RGB")]
+    for kind in ("WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert np.array_equal(np.asarray(decode_image(data)), np.asarray(frames[0]))
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    parts = [
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, data)
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    data = bytearray(encoded(noise(16, 16), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def webp_header(width: int, height: int) -> bytes:
+    data = bytearray(encoded(noise(16, 16, "RGBA"), "WEBP", exif=b"Exif\0\0abcd"))
+    assert data[12:16] == b"VP8X"
+    data[24:27], data[27:30] = (width - 1).to_bytes(3, "little"), (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("header", [png_header, jpeg_header, webp_header])
+def test_bombs_are_refused_before_they_are_allocated(decoder, header: Callable[[int, int], bytes]):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for width, height in [(30_000, 30_000), (16_000, 16_000), (10_000, 8_948), (65_000, 65_000)]:
+        with pytest.raises(BadSample) as caught:
+            decode_image(header(width, height), decoder)
+        assert "\n" not in str(caught.value)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100 * 1024  # kilobytes; the smallest of them would take 268 MB
+
+
+def test_a_thin_image_is_refused_before_it_is_enlarged():
+    thin = Image.new("RGB", (1, 60_000))
+    with pytest.raises(BadSample, match=f"more than {MAX_PIXELS}"):
+        ImageTransform(224, is_train=False).crop(thin)
+    assert ImageTransform(224, is_train=True).crop(thin, np.random.default_rng(0)).shape == (
+        3,
+        224,
+        224,
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"x",
+        b"\xff\xd8\xff",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"8BPS\0\1" + bytes(100),
+        b"SIMPLE  =                    T" + bytes(2880),
+        encoded(noise(9, 9), "TIFF"),
+        encoded(noise(9, 9), "BMP"),
+        encoded(noise(9, 9), "GIF"),
+        encoded(noise(9, 9), "ICO"),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_other_formats_are_bad_samples(data, decoder):
+    with pytest.raises(BadSample):
+        decode_image(data, decoder)
+
+
+def test_fuzzed_images_decode_or_are_bad_samples():
+    rng, outcomes = random.Random(0), {"decoded": 0, "bad": 0}
+    image = noise(48, 40)
+    originals = [
+        picture(0)[0],
+        encoded(image, "JPEG", progressive=True),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image, "PNG"),
+        encoded(image.convert("P"), "PNG"),
+        encoded(image, "WEBP"),
+        encoded(image, "WEBP", save_all=True, append_images=[noise(48, 40, "L").convert("RGB")]),
+    ]
+    for number in range(1400):
+        data = bytearray(originals[number % len(originals)])
+        if number % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.choice([0, 1, 3, 30]) if number % 3 == 0 else rng.choice([1, 3, 30])):
+            if data:
+                at = rng.randrange(min(len(data), rng.choice([40, 10**6])))
+                data[at] = rng.choice(
+                    [data[at] ^ 1 << rng.randrange(8), rng.randrange(256), 0, 255]
+                )
+        start = time.perf_counter()
+        try:
+            decoded = decode_image(bytes(data), rng.choice(["pillow", "simplejpeg"]))
+            assert decoded.mode == "RGB"
+            outcomes["decoded"] += 1
+        except BadSample as error:
+            assert "\n" not in str(error)
+            outcomes["bad"] += 1
+        assert time.perf_counter() - start < 1
+    assert min(outcomes.values()) > 200
