@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -233,6 +234,7 @@ def plain_bpe(merges: Sequence[tuple[str, str]], text: str) -> list[int]:
     return found
 
 
+@functools.cache
 def byte_symbols() -> dict[int, str]:
     shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     hidden = [b for b in range(256) if b not in shown]
