@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcore.checkpoint import CheckpointError, run_lock
+from clipcore.checkpoint import run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -32,7 +32,7 @@ from clipcore.config import (
     resolve,
     warmup_steps,
 )
-from clipcore.data import DataError, PairSource
+from clipcore.data import PairSource
 from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
@@ -440,7 +440,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)
         return 1
-    except (ConfigError, DataError, CheckpointError) as error:
+    except ValueError as error:
+        # Every mistake of a user is a ValueError that names the remedy; a developer may want the trace.
+        if os.environ.get("CLIPCORE_TRACEBACK"):
+            raise
         print(f"clipcore.train: error: {error}", file=sys.stderr)
         return 2
     finally:

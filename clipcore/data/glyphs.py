@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipcore.data import Pair
 
-CANVAS = 40  # pixels: the size of a picture before the random crop
+CANVAS = 36  # pixels: the size of a picture before the random crop
 FONT_SIZE = 26  # pixels to the em: the largest at which nearly every character fits the canvas
-BASELINE = 28  # row of the baseline, so that height and depth stay visible
+BASELINE = 25  # row of the baseline, so that height and depth stay visible
 SHIFT_FAMILY = "monospaced"
 SPLITS = ("train", "unseen", "shift", "seen-shift")
 

@@ -22,10 +22,14 @@ _INCREMENT = (_GOLDEN << 64) | 0xBF58476D1CE4E5B9
 
 
 def hash64(values_N: np.ndarray, *key: int) -> np.ndarray:
-    """64 well-mixed bits for each of ``values_N`` (integers, [N]) under a key of integers: uint64 [N]."""
+    """64 well-mixed bits for each of ``values_N`` (integers, [N]) under a key of integers mod 2^64: uint64 [N]."""
+    return _hash(values_N, _key_word(*key))
+
+
+def _hash(values_N: np.ndarray, word: int) -> np.ndarray:
     hashed_N = values_N.astype(np.uint64)
     _mix(hashed_N)
-    hashed_N += np.uint64(_key_word(key))
+    hashed_N += np.uint64(word)
     _mix(hashed_N)
     return hashed_N
 
@@ -38,13 +42,15 @@ def _mix(x_N: np.ndarray) -> None:
     x_N ^= x_N >> np.uint64(31)
 
 
-def _key_word(key: tuple[int, ...]) -> int:
-    word_1 = np.zeros(1, np.uint64)
+def _key_word(*key: int) -> int:
+    """A key as one number: the same mixing in Python's integers, which for a single number is ten times as fast."""
+    word = 0
     for part in key:
-        word_1 += np.uint64(part & _MASK)
-        word_1 += np.uint64(_GOLDEN)
-        _mix(word_1)
-    return int(word_1[0])
+        word = (word + part + _GOLDEN) & _MASK
+        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
+        word ^= word >> 31
+    return word
 
 
 def permutation(positions_N: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -61,20 +67,19 @@ def permutation(positions_N: np.ndarray, size: int, seed: int, epoch: int) -> np
     b = -(-size // a)
     result_N = positions_N.astype(np.int64)
     assert len(result_N) == 0 or (result_N.min() >= 0 and result_N.max() < size)
+    words = [_key_word(seed, epoch, i) for i in range(_ROUNDS)]
     walking = np.arange(len(result_N))
     while len(walking):
-        result_N[walking] = _feistel(result_N[walking], a, b, seed, epoch)
+        result_N[walking] = _feistel(result_N[walking], a, b, words)
         walking = walking[result_N[walking] >= size]
     return result_N
 
 
-def _feistel(x_N: np.ndarray, a: int, b: int, seed: int, epoch: int) -> np.ndarray:
+def _feistel(x_N: np.ndarray, a: int, b: int, words: list[int]) -> np.ndarray:
     left_N, right_N = np.divmod(x_N, b)
-    for i in range(0, _ROUNDS, 2):
-        left_N = (left_N + (hash64(right_N, seed, epoch, i) % np.uint64(a)).astype(np.int64)) % a
-        right_N = (
-            right_N + (hash64(left_N, seed, epoch, i + 1) % np.uint64(b)).astype(np.int64)
-        ) % b
+    for word, next_word in zip(words[::2], words[1::2], strict=True):
+        left_N = (left_N + (_hash(right_N, word) % np.uint64(a)).astype(np.int64)) % a
+        right_N = (right_N + (_hash(left_N, next_word) % np.uint64(b)).astype(np.int64)) % b
     return left_N * b + right_N
 
 

@@ -1,0 +1,453 @@
+"""The page about a run: report.html, one file with everything in it.
+
+Curves are inline SVG and pictures data URIs; nothing is fetched and no script runs, so that the page can be mailed,
+archived and opened anywhere. Every string from the data is escaped: captions are written by strangers.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; CSS variables, so that dark pages can lighten them.
+COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+CHART_WIDTH, CHART_HEIGHT = 560, 240
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 12, 10, 34
+MAX_POINTS = 600
+
+
+@dataclass(frozen=True)
+class ZeroShotExample:
+    """An image uint8 [H, W, 3], its true name, and the most probable names with their probabilities."""
+
+    image: np.ndarray
+    label: str
+    predictions: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """A pair, the texts nearest to its image, and the images nearest to its text."""
+
+    image: np.ndarray
+    caption: str
+    retrieved_captions: tuple[str, ...]
+    retrieved_images: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class PairMatrix:
+    """Pairs and the cosine of every image (row) with every text (column)."""
+
+    images: tuple[np.ndarray, ...]
+    captions: tuple[str, ...]
+    similarity: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page shows; any part may be empty and is then left out.
+
+    Attributes:
+        summary: headline facts in order.
+        steps: rows with step, loss, lr, logit_scale, pairs_per_s, time_s.
+        evaluations: rows with step, task, acc1, acc5, chance (fractions), num_classes, num_images.
+        retrieval: rows with step, task, num_pairs, image_to_text_R@1 and the like.
+        timings: seconds by part of the run.
+    """
+
+    title: str
+    summary: dict[str, str]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    retrieval: list[dict[str, Any]]
+    examples: tuple[ZeroShotExample, ...]
+    retrieval_examples: tuple[RetrievalExample, ...]
+    pairs: PairMatrix | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a chart; a dashed one is a reference."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Writes the page; a reader never sees half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(render(data), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def render(data: ReportData) -> str:
+    """The page as HTML."""
+    sections = [
+        _summary(data.summary),
+        _curves(data.steps),
+        _zero_shot(data.evaluations),
+        _examples(data.examples),
+        _retrieval(data.retrieval, data.retrieval_examples),
+        _matrix(data.pairs),
+        _details(data),
+    ]
+    title = html.escape(data.title)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><main><header><p>clipcore run</p>"
+        f"<h1>{title}</h1></header>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _summary(facts: dict[str, str]) -> str:
+    tiles = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in facts.items()
+    )
+    return f'<section><dl class="tiles">{tiles}</dl></section>' if tiles else ""
+
+
+def _curves(steps: list[dict[str, Any]]) -> str:
+    if not steps:
+        return "<section><h2>Training</h2><p>No step was made yet.</p></section>"
+    loss = _points(steps, "loss")
+    charts = [
+        ("Loss", [Line("each step", loss), Line("running mean", smooth(loss))], "loss"),
+        ("Learning rate", [Line("learning rate", _points(steps, "lr"))], "rate"),
+        ("Scale of the cosine", [Line("logit scale", _points(steps, "logit_scale"))], "scale"),
+    ]
+    figures = "".join(_figure(title, lines, "step", unit) for title, lines, unit in charts)
+    return f'<section><h2>Training</h2><div class="charts">{figures}</div></section>'
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """The finite values of a column against the step."""
+    return [
+        (row["step"], row[key])
+        for row in rows
+        if row.get(key) is not None and math.isfinite(row[key])
+    ]
+
+
+def smooth(points: Sequence[tuple[float, float]], share: float = 0.02) -> list[tuple[float, float]]:
+    """An exponential mean over about ``share`` of the points, free of the bias of its start."""
+    decay = 1 - 1 / max(1.0, share * len(points))
+    mean, weight, result = 0.0, 0.0, []
+    for x, y in points:
+        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+        result.append((x, mean / weight))
+    return result
+
+
+def _zero_shot(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figures = []
+    for key, title in (("acc1", "Top-1 accuracy"), ("acc5", "Top-5 accuracy")):
+        lines = []
+        for task in tasks:
+            mine = [row for row in rows if row["task"] == task]
+            lines.append(Line(task, [(row["step"], 100 * row[key]) for row in mine]))
+        chance = [(row["step"], 100 * row["chance"] * (1 if key == "acc1" else 5)) for row in rows]
+        lines.append(Line("chance", [chance[0], chance[-1]], dashed=True))
+        figures.append(_figure(title, lines, "step", "%", floor=0.0))
+    last = [next(row for row in reversed(rows) if row["task"] == task) for task in tasks]
+    table = _table(
+        ("task", "images", "classes", "top-1", "top-5", "chance"),
+        [
+            (
+                row["task"],
+                f"{int(row['num_images']):,}",
+                f"{int(row['num_classes']):,}",
+                f"{row['acc1']:.1%}",
+                f"{row['acc5']:.1%}",
+                f"{row['chance']:.2%}",
+            )
+            for row in last
+        ],
+    )
+    return (
+        "<section><h2>Zero-shot classification</h2><p>Class names in prompts make the classifier; none of these classes "
+        f'needs an example.</p>{table}<div class="charts">{"".join(figures)}</div></section>'
+    )
+
+
+def _examples(examples: tuple[ZeroShotExample, ...]) -> str:
+    if not examples:
+        return ""
+    cards = []
+    for example in examples:
+        rows = []
+        for name, probability in example.predictions:
+            right = name == example.label
+            mark = "<b>✓</b> " if right else ""
+            rows.append(
+                f'<li class="{"right" if right else ""}"><span>{mark}{html.escape(name)}</span>'
+                f'<meter min="0" max="1" value="{probability:.4f}"></meter><i>{probability:.0%}</i></li>'
+            )
+        found = any(name == example.label for name, _ in example.predictions)
+        verdict = "" if found else "<small>not among the five</small>"
+        cards.append(
+            f"<article><header>{_picture(example.image, example.label, 72)}<h3>{html.escape(example.label)}{verdict}</h3>"
+            f"</header><ol>{''.join(rows)}</ol></article>"
+        )
+    return (
+        "<section><h2>Examples</h2><p>The true name above, the five most probable names below; ✓ marks the true one.</p>"
+        f'<div class="cards">{"".join(cards)}</div></section>'
+    )
+
+
+def _retrieval(rows: list[dict[str, Any]], examples: tuple[RetrievalExample, ...]) -> str:
+    if not rows and not examples:
+        return ""
+    parts = []
+    if rows:
+        last = rows[-1]
+        ranks = [key.partition("@")[2] for key in last if key.startswith("image_to_text_R@")]
+        body = [
+            (label, *(f"{last[f'{direction}_R@{k}']:.1%}" for k in ranks))
+            for direction, label in (
+                ("image_to_text", "image to text"),
+                ("text_to_image", "text to image"),
+            )
+        ]
+        parts.append(f"<p>{html.escape(last['task'])}, among {int(last['num_pairs']):,} pairs.</p>")
+        parts.append(_table(("direction", *(f"recall at {k}" for k in ranks)), body))
+    if examples:
+        items = []
+        for example in examples:
+            texts = "".join(
+                f'<li class="{"right" if text == example.caption else ""}">{"<b>✓</b> " if text == example.caption else ""}'
+                f"{html.escape(text)}</li>"
+                for text in example.retrieved_captions
+            )
+            pictures = "".join(
+                _picture(image, "retrieved image", 56) for image in example.retrieved_images
+            )
+            items.append(
+                f'<article class="pair"><div>{_picture(example.image, example.caption, 72)}<ol>{texts}</ol></div>'
+                f"<div><q>{html.escape(example.caption)}</q><span>{pictures}</span></div></article>"
+            )
+        parts.append(
+            "<p>Each image with its three nearest texts, then its text with the three nearest images.</p>"
+            f'<div class="cards wide">{"".join(items)}</div>'
+        )
+    return f"<section><h2>Retrieval</h2>{''.join(parts)}</section>"
+
+
+def _matrix(pairs: PairMatrix | None) -> str:
+    if pairs is None:
+        return ""
+    low, high = float(pairs.similarity.min()), float(pairs.similarity.max())
+    span = max(high - low, 1e-6)
+    head = "".join(
+        f'<th scope="col" title="{html.escape(c)}">{i + 1}</th>'
+        for i, c in enumerate(pairs.captions)
+    )
+    rows = []
+    for i, (image, values) in enumerate(zip(pairs.images, pairs.similarity.tolist(), strict=True)):
+        cells = "".join(
+            f'<td class="{"own" if i == j else ""}" style="--v:{(value - low) / span:.2f}">{100 * value:.0f}</td>'
+            for j, value in enumerate(values)
+        )
+        rows.append(
+            f'<tr><th scope="row">{i + 1} {_picture(image, pairs.captions[i], 28)}</th>{cells}</tr>'
+        )
+    captions = "".join(f"<li>{html.escape(caption)}</li>" for caption in pairs.captions)
+    return (
+        "<section><h2>Similarity of sixteen pairs</h2><p>Cosine times 100 of each image (row) with each text (column); "
+        "outlined: the pairs that belong together.</p>"
+        f'<div class="scroll"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><ol class="captions">{captions}</ol></section>'
+    )
+
+
+def _details(data: ReportData) -> str:
+    total = sum(data.timings.values()) or 1.0
+    timings = [
+        (part, f"{seconds:,.1f} s", f"{seconds / total:.0%}")
+        for part, seconds in data.timings.items()
+    ]
+    parts = []
+    if timings:
+        parts.append("<h2>Where the time went</h2>" + _table(("part", "seconds", "share"), timings))
+    if data.versions:
+        parts.append("<h2>Versions</h2>" + _table(("part", "version"), list(data.versions.items())))
+    if data.config:
+        settings = [(name, json.dumps(value)) for name, value in data.config.items()]
+        parts.append(
+            f"<details><summary>Configuration</summary>{_table(('setting', 'value'), settings)}</details>"
+        )
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _picture(image: np.ndarray, description: str, size: int) -> str:
+    """An image as a data URI; small pictures are shown with their pixels visible, not blurred."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image)
+    picture.thumbnail((160, 160))
+    picture.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}" width="{size}" height="{size}">'
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) from below ``low`` to above ``high``."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _figure(
+    title: str, lines: Sequence[Line], x_label: str, unit: str, floor: float | None = None
+) -> str:
+    chart = line_chart(lines, x_label, unit, floor)
+    legend = ""
+    if len(lines) > 1:
+        items = (
+            f'<li><svg width="18" height="8" aria-hidden="true"><path d="M0 4h18" class="{"dashed" if line.dashed else ""}" '
+            f'style="stroke:{_colour(i, line)}"/></svg>{html.escape(line.name)}</li>'
+            for i, line in enumerate(lines)
+        )
+        legend = f'<ul class="legend">{"".join(items)}</ul>'
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{chart}{legend}</figure>"
+
+
+def _colour(i: int, line: Line) -> str:
+    return "var(--muted)" if line.dashed or line.name == "each step" else COLOURS[i % len(COLOURS)]
+
+
+def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | None = None) -> str:
+    """The curves as an SVG that scales with the page; an empty string when there is no point."""
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return "<p>No finite value.</p>"
+    xs = ticks(min(p[0] for p in points), max(p[0] for p in points))
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    ys = ticks(low if floor is None else min(floor, low), high)
+    width = CHART_WIDTH - MARGIN_LEFT - MARGIN_RIGHT
+    height = CHART_HEIGHT - MARGIN_TOP - MARGIN_BOTTOM
+    x_low, x_high = (
+        min(p[0] for p in points),
+        max(max(p[0] for p in points), min(p[0] for p in points) + 1),
+    )
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            MARGIN_LEFT + width * (x - x_low) / (x_high - x_low),
+            MARGIN_TOP + height * (1 - (y - ys[0]) / (ys[-1] - ys[0])),
+        )
+
+    parts = []
+    for y in ys:
+        _, v = at(x_low, y)
+        parts.append(
+            f'<path class="grid" d="M{MARGIN_LEFT} {v:.1f}H{CHART_WIDTH - MARGIN_RIGHT}"/>'
+        )
+        parts.append(
+            f'<text x="{MARGIN_LEFT - 6}" y="{v + 4:.1f}" text-anchor="end">{_number(y)}</text>'
+        )
+    for x in (x for x in xs if x_low <= x <= x_high):
+        h, _ = at(x, ys[0])
+        parts.append(
+            f'<text x="{h:.1f}" y="{CHART_HEIGHT - 16}" text-anchor="middle">{_number(x)}</text>'
+        )
+    axis = f"{x_label} (across), {unit} (up)"
+    parts.append(
+        f'<text x="{CHART_WIDTH - MARGIN_RIGHT}" y="{CHART_HEIGHT - 2}" text-anchor="end">{html.escape(axis)}</text>'
+    )
+    for i, line in enumerate(lines):
+        shown = line.points[:: max(1, len(line.points) // MAX_POINTS)]
+        path = " ".join(f"{h:.1f},{v:.1f}" for h, v in (at(*point) for point in shown))
+        kind = "dashed" if line.dashed else "raw" if line.name == "each step" else "line"
+        parts.append(
+            f'<polyline class="{kind}" style="stroke:{_colour(i, line)}" points="{path}"/>'
+        )
+        if len(shown) <= 12 and not line.dashed:
+            parts += [
+                f'<circle cx="{h:.1f}" cy="{v:.1f}" r="3" style="fill:{_colour(i, line)}"/>'
+                for h, v in (at(*point) for point in shown)
+            ]
+    description = html.escape(", ".join(line.name for line in lines))
+    return f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{description}">{"".join(parts)}</svg>'
+
+
+def _number(value: float) -> str:
+    """A tick's label, short."""
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+_STYLE = """
+:root{--bg:#fbfaf8;--card:#fff;--ink:#1f2328;--muted:#8a9099;--rule:#e4e2dd;--a:#0072b2;--b:#d55e00;--c:#009e73;
+--d:#aa4499;--right:#00734f;color-scheme:light dark}@media(prefers-color-scheme:dark){
+:root{--bg:#15171a;--card:#1e2125;--ink:#e8e6e3;--muted:#8b929b;--rule:#33373d;--a:#56b4e9;--b:#f0a04b;
+--c:#35c79a;--d:#d98cc9;--right:#5fd3a6}}*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1160px;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.9rem;margin:0;overflow-wrap:anywhere}
+main>header p{margin:0;color:var(--muted)}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}
+h3{font-size:.95rem;margin:0;line-height:1.3}p{margin:.25rem 0 .75rem;max-width:46rem}
+.tiles{display:grid;gap:.75rem;margin:1.5rem 0 0;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr))}
+.tiles div,figure,article{background:var(--card);border:1px solid var(--rule);border-radius:10px;
+padding:.75rem .9rem}dt{color:var(--muted);font-size:.85rem}dd{margin:0;font-size:1.15rem;font-weight:600}
+.charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}figure{margin:0}
+figcaption{font-weight:600;font-size:.95rem}svg{width:100%;height:auto;display:block}
+svg text{font-size:12px;fill:var(--muted)}
+.legend svg{width:18px;display:inline-block;margin-right:.35rem;vertical-align:middle}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.25rem 0 0;padding:0;font-size:.82rem}
+.grid{stroke:var(--rule)}polyline,.legend path{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.55}
+.dashed{stroke-dasharray:5 4}.scroll{overflow-x:auto;margin:.5rem 0 1rem}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
+td:last-child{overflow-wrap:anywhere}
+.cards{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
+.cards.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
+article header{display:flex;gap:.75rem;align-items:center}
+h3 small{display:block;font-weight:400;color:var(--muted)}
+img{image-rendering:auto;border-radius:4px;background:#fff;flex:none;object-fit:contain}
+article ol{list-style:none;margin:.6rem 0 0;padding:0;font-size:.82rem}
+.cards:not(.wide) li{display:grid;grid-template-columns:1fr 3.5rem 2.4rem;gap:.5rem;align-items:center}
+li span{overflow-wrap:anywhere}li i{font-style:normal;text-align:right;color:var(--muted)}
+.right{color:var(--right);font-weight:600}meter{width:100%;height:.6rem}
+.pair>div{display:flex;gap:.75rem;align-items:flex-start}
+.pair>div+div{border-top:1px solid var(--rule);margin-top:.6rem;padding-top:.6rem;justify-content:space-between;
+align-items:center}.pair ol{margin:0}.pair q{font-size:.85rem}.pair span{display:flex;gap:.3rem}
+.matrix th,.matrix td{padding:.15rem .3rem;text-align:center;border:0;font-size:.78rem}
+.matrix th img{vertical-align:middle}.matrix tbody th{white-space:nowrap}
+.matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*75%),transparent);min-width:2rem}
+.matrix .own{outline:2px solid var(--b);outline-offset:-2px;font-weight:700}
+.captions{columns:2 22rem;font-size:.82rem;color:var(--muted);padding-left:1.6rem}details{margin-top:1.5rem}
+summary{cursor:pointer;font-size:1.25rem;font-weight:600}
+"""
