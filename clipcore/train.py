@@ -89,6 +89,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if world.is_main:
         note_without_effect(config)
     make_deterministic()
+    leave_cores_to_workers(config, world)
 
     # Data
     tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
@@ -105,8 +106,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         force_patch_dropout=config.force_patch_dropout,
         force_vocab_size=tokenizer.vocab_size,
         aug_cfg={
-            "scale": (config.aug_scale, 1.0),
-            "ratio": (1 / config.aug_ratio, config.aug_ratio),
+            "scale": (config.aug_scale or 1.0, 1.0),
+            "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
         },
     )
     tokenizer.context_length = model.context_length
@@ -346,6 +347,14 @@ def note_without_effect(config: TrainConfig) -> None:
     )
     if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
         print(f"{', '.join(flags)}: accepted, without effect (see --help)")
+
+
+def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
+    """On the CPU, as many threads as the ranks and data loader processes leave cores: threads that wait for each other
+    spin, and one core too few makes a step several times slower. OMP_NUM_THREADS has the last word."""
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) // world.world_size
+        torch.set_num_threads(max(1, cores - (config.workers or 0)))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

@@ -6,6 +6,7 @@ thread and differentiate as fresh ones do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,10 +40,8 @@ class Run:
 
     def kill(self) -> None:
         """SIGKILL, if it is still there."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     @property
     def text(self) -> str:

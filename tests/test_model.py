@@ -328,7 +328,7 @@ def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
     model = create_model("ViT-nano-8-32")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\].*create_model_and_transforms"):
         model.encode_image(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match="at most 77.*context_length=77"):
+    with pytest.raises(ValueError, match=r"at most 77.*context_length=77"):
         model.encode_text(torch.zeros(1, 80, dtype=torch.long))
 
 

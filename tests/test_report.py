@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from clipcore.report import (
     write_report,
 )
 
-HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\'&amp;'
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
 VOID = {"meta", "img", "path", "circle", "polyline", "br", "hr", "link", "input"}
 
 
@@ -52,11 +53,26 @@ class Balance(HTMLParser):
 def full_data(caption: str = "a bold sans glyph of plus sign") -> ReportData:
     image = np.full((32, 32, 3), 200, np.uint8)
     steps = [
-        {"step": i, "loss": 5 / i, "lr": 1e-3, "logit_scale": 14.3, "pairs_per_s": 900.0, "time_s": float(i)}
+        {
+            "step": i,
+            "loss": 5 / i,
+            "lr": 1e-3,
+            "logit_scale": 14.3,
+            "pairs_per_s": 900.0,
+            "time_s": float(i),
+        }
         for i in range(1, 2000)
     ]
     evaluations = [
-        {"step": s, "task": "unseen", "acc1": 0.2, "acc5": 0.5, "chance": 0.0015, "num_classes": 679.0, "num_images": 3500.0}
+        {
+            "step": s,
+            "task": "unseen",
+            "acc1": 0.2,
+            "acc5": 0.5,
+            "chance": 0.0015,
+            "num_classes": 679.0,
+            "num_images": 3500.0,
+        }
         for s in (500, 1000)
     ]
     recalls = {f"{d}_R@{k}": 0.3 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
@@ -67,7 +83,9 @@ def full_data(caption: str = "a bold sans glyph of plus sign") -> ReportData:
         evaluations=evaluations,
         retrieval=[{"step": 1000, "task": caption, "num_pairs": 100.0, **recalls}],
         examples=(ZeroShotExample(image, caption, ((caption, 0.7), ("minus sign", 0.2))),),
-        retrieval_examples=(RetrievalExample(image, caption, (caption, "x", "y"), (image, image, image)),),
+        retrieval_examples=(
+            RetrievalExample(image, caption, (caption, "x", "y"), (image, image, image)),
+        ),
         pairs=PairMatrix((image,) * 16, (caption,) * 16, np.eye(16, dtype=np.float32)),
         config={"name": caption},
         versions={"torch": caption},
@@ -86,7 +104,15 @@ def parse(page: str) -> Balance:
 def test_every_section_is_there_and_well_formed():
     page = render(full_data())
     parse(page)
-    for heading in ("Training", "Zero-shot", "Examples", "Retrieval", "Similarity", "Where the time went", "Versions"):
+    for heading in (
+        "Training",
+        "Zero-shot",
+        "Examples",
+        "Retrieval",
+        "Similarity",
+        "Where the time went",
+        "Versions",
+    ):
         assert f">{heading}" in page
     assert "75%" in page and "recall at 10" in page and "✓" in page
 
@@ -100,7 +126,11 @@ def test_hostile_captions_stay_text():
 def test_nothing_is_fetched():
     page = render(full_data())
     assert not re.search(r"https?://|@import|url\(", page)
-    assert all(value.startswith("data:") for name, value in parse(page).attributes if name == "src" and value)
+    assert all(
+        value.startswith("data:")
+        for name, value in parse(page).attributes
+        if name == "src" and value
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,11 +160,13 @@ def test_size_is_bounded_for_a_long_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000)]
+)
 def test_ticks_are_round_and_cover(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 12
-    steps = {round(b - a, 12) for a, b in zip(found, found[1:], strict=False)}
+    steps = {round(b - a, 12) for a, b in itertools.pairwise(found)}
     mantissa = min(steps) / 10 ** math.floor(math.log10(min(steps)) + 1e-9)
     assert round(mantissa, 6) in (1, 2, 5, 10)
 

@@ -16,8 +16,26 @@ from clipcore.logbook import read_metrics
 
 def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
     """A whole run of global batch 8 on ``num_ranks`` processes."""
-    line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), "--val-data", str(table)]
-    line += ["--model", "ViT-nano-8-32", "--tokenizer", "bytes", "--workers", "0", "--device", "cpu"]
+    line = [
+        "--logs",
+        str(tmp_path),
+        "--name",
+        name,
+        "--train-data",
+        str(table),
+        "--val-data",
+        str(table),
+    ]
+    line += [
+        "--model",
+        "ViT-nano-8-32",
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     line += ["--batch-size", str(8 // num_ranks), "--lr", "1e-3", "--quiet", *extra]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     start = [] if num_ranks == 1 else torchrun
@@ -41,7 +59,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
     launch(tmp_path, "one", 1, table, "--epochs", "2")
     launch(tmp_path, "two", 2, table, "--epochs", "1")
-    (one, one_evals), (two, two_evals) = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    (one, one_evals), (two, two_evals) = (
+        read_metrics(tmp_path / "one"),
+        read_metrics(tmp_path / "two"),
+    )
     # The first loss comes from the same weights and the same pairs; only the order of sums differs.
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
