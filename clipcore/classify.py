@@ -73,6 +73,11 @@ def load_model(
         arguments.model, pretrained=arguments.pretrained, device=arguments.device
     )
     tokenizer = get_tokenizer(context_length=model.context_length, bpe_path=arguments.bpe_path)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"the model has {model.vocab_size} tokens, but the vocabulary {tokenizer.vocab_size}: give the one it was "
+            "trained with as --bpe-path"
+        )
     return model, transform, tokenizer, ("a photo of a {}.",)
 
 
