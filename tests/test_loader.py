@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -229,13 +229,16 @@ def test_the_callers_random_numbers_are_left_alone(sources):
 def test_bad_samples_are_replaced_by_a_fixed_rule_named_and_counted_exactly():
     bad = frozenset({3, 11, 12, 40})
     pairs = make(Pictures(48, bad), batch_size=8, max_bad_fraction=1.0)
-    batches = take(pairs.batches(), 12)
+    batches, replacements = take(pairs.batches(), 12), []
     for epoch in (0, 1):
         part = batches[6 * epoch : 6 * epoch + 6]
         named = sorted(entry for batch in part for entry in batch.bad)
         assert named == sorted((f"key {index}", "broken") for index in bad)
         indices = torch.cat([batch.indices for batch in part]).tolist()
         assert not bad & set(indices) and set(range(48)) - bad <= set(indices)
+        replacements.append(sorted(indices.count(i) > 1 and i for i in set(indices)))
+    # Each bad sample has its own replacement, and another one in another epoch.
+    assert len(set(replacements[0])) > 2 and replacements[0] != replacements[1]
     good = take(make(Pictures(48), batch_size=8).batches(), 12)
     for step, batch in enumerate(batches):
         same = batch.indices == good[step].indices
@@ -323,20 +326,35 @@ def test_evaluation_of_nothing_readable_is_empty():
     assert not list(eval_batches(Pictures(1), EVAL, tokenize, 2, rank=0, world_size=2))
 
 
-def test_workers_outlive_a_signal_to_the_whole_group():
-    pairs = make(Pictures(64), workers=2)
-    batches = pairs.batches()
-    first = take(batches, 1)
-    children = [
-        int(pid)
-        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(children) >= 2
-    for pid, number in itertools.product(children, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
-        os.kill(pid, number)
-    time.sleep(0.1)
-    assert_same(first + take(batches, 5), take(make(Pictures(64)).batches(), 6))
+SIGNALLED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from test_loader import Pictures, make, take, assert_same
+signal.signal(signal.SIGUSR1, lambda *_: None)
+batches = make(Pictures(64), workers=2).batches()
+first = take(batches, 1)
+workers = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+assert len(workers) == 2
+numbers = ", ".join(str(int(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+stranger = f"import os; [os.kill(pid, n) for pid in {workers} for n in ({numbers})]"
+subprocess.run([sys.executable, "-c", stranger], check=True)
+time.sleep(0.2)
+assert_same(first + take(batches, 5), take(make(Pictures(64)).batches(), 6))
+print("went on")
+raise SystemExit(7)  # with the workers still there
+"""
+
+
+def test_workers_outlive_signals_to_the_whole_run_but_not_the_run():
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+    )
+    assert "went on" in done.stdout and done.returncode == 7, done.stderr
 
 
 def test_loaders_leave_no_process_and_no_file_behind(sources):

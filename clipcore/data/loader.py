@@ -10,7 +10,9 @@ be read on its own, and at a fixed global batch neither workers nor ranks change
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -362,6 +364,20 @@ def _same(part: Any) -> Any:
 
 
 def _ignore_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach every process of a run; whether to stop is for the main one to say."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's signals reach every process of a run; whether to stop is for the main one to say.
+
+    The main process itself ends its workers by SIGTERM, so that this one is obeyed if it comes from there.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # Blocked before the thread begins, so that it is the one to receive it: a handler would not know the sender.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
