@@ -300,6 +300,14 @@ def test_mixtures_see_every_sample_in_proportion(sizes, factors, counts):
         source[len(source)]
 
 
+def test_what_is_seen_once_more_is_spread_over_the_source():
+    source = MixtureSource([Numbers("a", 6), Numbers("b", 60)], [1.0, 1.5])
+    rows = [row for number, row in map(source.locate, range(len(source))) if number == 1]
+    assert len(rows) == 90
+    often = [row for row in range(60) if rows.count(row) == 2]
+    assert len(often) == 30 and max(np.diff(often)) == 2
+
+
 def test_factors(tmp_path):
     assert parse_factors("1::2.5", 2) == [1.0, 2.5]
     for text, parts in (

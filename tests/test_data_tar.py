@@ -57,7 +57,7 @@ def test_members_are_those_of_the_standard_library(tmp_path, tar_format):
         names.append("long/" * 60 + "z.txt")
     with tarfile.open(path, "w", format=tar_format) as archive:
         folder = tarfile.TarInfo("d")
-        folder.type = tarfile.DIRTYPE
+        folder.type, folder.size = tarfile.DIRTYPE, 600  # a hint; nothing follows
         archive.addfile(folder)
         for number, name in enumerate(names):
             member = tarfile.TarInfo(name)
