@@ -438,7 +438,7 @@ article header{display:flex;gap:.75rem;align-items:center}
 h3 small{display:block;font-weight:400;color:var(--muted)}
 img{image-rendering:auto;border-radius:4px;background:#fff;flex:none;object-fit:contain}
 article ol{list-style:none;margin:.6rem 0 0;padding:0;font-size:.82rem}
-.cards:not(.wide) li{display:grid;grid-template-columns:1fr 3.5rem 2.4rem;gap:.5rem;align-items:center}
+.cards:not(.wide) li{display:grid;grid-template-columns:minmax(0,1fr) 3.5rem 2.4rem;gap:.5rem;align-items:center}
 li span{overflow-wrap:anywhere}li i{font-style:normal;text-align:right;color:var(--muted)}
 .right{color:var(--right);font-weight:600}meter{width:100%;height:.6rem}
 .pair>div{display:flex;gap:.75rem;align-items:flex-start}

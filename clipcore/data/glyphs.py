@@ -34,16 +34,23 @@ SHIFT_FAMILY = "monospaced"
 SPLITS = ("train", "unseen", "shift", "seen-shift")
 
 CAPTION_TEMPLATES = (
-    "a {face} glyph of {name}",
+    "{a_face} glyph of {name}",
     "the character {name} in {face} type",
     "{name}, {face}",
     "{name}",
 )
+ZERO_SHOT_FACES = ("sans", "bold sans", "italic serif", "bold serif")
+
+
+def fill(template: str, face: str, name: str) -> str:
+    """A caption: the face with its article where the template asks for it."""
+    article = "an" if face[0] in "aeiou" else "a"
+    return template.format(a_face=f"{article} {face}", face=face, name=name)
+
+
 ZERO_SHOT_TEMPLATES = tuple(
-    template.replace("{face}", face).replace("{name}", "{}")
-    for template in CAPTION_TEMPLATES
-    for face in (
-        ("sans", "bold sans", "italic serif", "bold serif") if "{face}" in template else ("",)
+    dict.fromkeys(
+        fill(template, face, "{}") for template in CAPTION_TEMPLATES for face in ZERO_SHOT_FACES
     )
 )
 
@@ -178,7 +185,7 @@ class GlyphSource:
         if (pair := self._pairs.get(index)) is None:
             face, character = self.samples[index]
             name = character_name(character)
-            captions = tuple(t.format(face=face.description, name=name) for t in CAPTION_TEMPLATES)
+            captions = tuple(fill(t, face.description, name) for t in CAPTION_TEMPLATES)
             key = f"{face.file}/U+{ord(character):04X}"
             pair = self._pairs[index] = Pair(draw(character, self._font(face)), captions, key)
         return pair
@@ -200,7 +207,7 @@ def training_captions() -> Sequence[str]:
     """One caption for every trained character and template: what the vocabulary is trained on."""
     source = GlyphSource("train")
     return [
-        template.format(face=FACES[i % 8].description, name=name)
+        fill(template, FACES[i % 8].description, name)
         for i, name in enumerate(source.classnames)
         for template in CAPTION_TEMPLATES
     ]

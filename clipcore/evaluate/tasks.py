@@ -237,5 +237,5 @@ class EvaluationPlan:
 HEADLINE = ("acc1", "acc5", "chance", "image_to_text_R@1", "text_to_image_R@1")
 
 
-def _is_due(epoch: int, frequency: int, is_last: bool) -> bool:
-    return frequency > 0 and (is_last or epoch % frequency == 0)
+def _is_due(epoch: int, frequency: int | None, is_last: bool) -> bool:
+    return bool(frequency) and (is_last or epoch % (frequency or 1) == 0)
