@@ -146,8 +146,8 @@ class TrainConfig:
     val_data: str | None = _option(
         None, EVALUATION, "pairs for retrieval and validation loss", metavar="DATA"
     )
-    val_frequency: int = _option(
-        1, EVALUATION, "epochs between retrievals, 0 for never", metavar="N"
+    val_frequency: int | None = _option(
+        None, EVALUATION, "epochs between retrievals, 0 for never", metavar="N"
     )
     imagenet_val: str | None = _option(
         None, EVALUATION, "folder of one folder a class: zero-shot accuracy", metavar="DIR"

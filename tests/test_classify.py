@@ -19,8 +19,29 @@ from clipcore.tokenizer import byte_tokenizer
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     table = write_csv(folder / "data", num_pairs=40)
-    line = ["--logs", str(folder), "--name", "r", "--train-data", str(table), "--model", "ViT-nano-8-32"]
-    line += ["--tokenizer", "bytes", "--workers", "0", "--batch-size", "20", "--epochs", "1", "--quiet", "--ema-decay", "0.5"]
+    line = [
+        "--logs",
+        str(folder),
+        "--name",
+        "r",
+        "--train-data",
+        str(table),
+        "--model",
+        "ViT-nano-8-32",
+    ]
+    line += [
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        "0",
+        "--batch-size",
+        "20",
+        "--epochs",
+        "1",
+        "--quiet",
+        "--ema-decay",
+        "0.5",
+    ]
     server = RunServer()
     status, text = server.run([*line, "--device", "cpu"], folder / "out")
     server.close()
@@ -36,7 +57,19 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_table_of_probabilities(run_dir, image, capsys):
-    assert main([str(image), str(image), "--labels", "a red square, a circle ,a line", "--checkpoint", str(run_dir)]) == 0
+    assert (
+        main(
+            [
+                str(image),
+                str(image),
+                "--labels",
+                "a red square, a circle ,a line",
+                "--checkpoint",
+                str(run_dir),
+            ]
+        )
+        == 0
+    )
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 8 and rows[0] == str(image)
     shares = [float(row.split("%")[0].split()[-1]) for row in rows[1:4]]
@@ -47,7 +80,16 @@ def test_json_of_one_checkpoint_with_prompts(run_dir, image, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("cat\n\ndog\n")
     checkpoint = max((run_dir / "checkpoints").glob("step_*"))
-    line = [str(image), "--labels", str(names), "--checkpoint", str(checkpoint), "--json", "--top", "1"]
+    line = [
+        str(image),
+        "--labels",
+        str(names),
+        "--checkpoint",
+        str(checkpoint),
+        "--json",
+        "--top",
+        "1",
+    ]
     assert main([*line, "--templates", "a {}", "--templates", "one {}"]) == 0
     (row,) = json.loads(capsys.readouterr().out).values()
     assert len(row) == 1 and set(row) <= {"cat", "dog"}
@@ -57,7 +99,14 @@ def test_weights_of_others(image, tmp_path, capsys):
     model = create_model("ViT-nano-8-32", force_quick_gelu=True)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     byte_tokenizer().save(tmp_path / "bytes.txt.gz")
-    line = [str(image), "--labels", "a,b", "--pretrained", str(tmp_path / "weights.safetensors"), "--json"]
+    line = [
+        str(image),
+        "--labels",
+        "a,b",
+        "--pretrained",
+        str(tmp_path / "weights.safetensors"),
+        "--json",
+    ]
     assert main([*line, "--bpe-path", str(tmp_path / "bytes.txt.gz")]) == 0
     (row,) = json.loads(capsys.readouterr().out).values()
     assert sum(row.values()) == pytest.approx(1)
@@ -77,7 +126,10 @@ def test_weights_of_others(image, tmp_path, capsys):
 )
 def test_mistakes_are_one_line(run_dir, image, capsys, change, message):
     given = {"image": str(image), "labels": "a, b", "checkpoint": str(run_dir), **change}
-    assert main([given["image"], "--labels", given["labels"], "--checkpoint", given["checkpoint"]]) == 2
+    assert (
+        main([given["image"], "--labels", given["labels"], "--checkpoint", given["checkpoint"]])
+        == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

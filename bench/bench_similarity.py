@@ -1,0 +1,87 @@
+"""normalized_similarity and similarity_topk against plain PyTorch and the bare matrix product.
+
+python bench/bench_similarity.py [--sizes 1024 4096] [--width 512] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import record
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcore.kernels.similarity import normalized_similarity
+from clipcore.kernels.similarity_topk import similarity_topk
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """What one writes without clipcore."""
+    return scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+
+
+def forward_and_backward(
+    fn: Callable[..., Tensor], x: Tensor, y: Tensor, scale: Tensor
+) -> Callable[[], Any]:
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, y, scale)]
+    upstream = torch.randn(len(x), len(y), device=x.device, dtype=x.dtype)
+    return lambda: torch.autograd.grad(fn(*leaves), leaves, upstream)
+
+
+def bench_size(size: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    x, y = (torch.randn(size, width, device=device, dtype=dtype) for _ in range(2))
+    scale = torch.tensor(14.3, device=device, dtype=dtype)
+    case = {"N": size, "D": width, "dtype": str(dtype).removeprefix("torch.")}
+    product, item = 2.0 * size * size * width, dtype.itemsize
+    work = {
+        "device": device,
+        "flops": product,
+        "bytes_moved": item * (2.0 * size * width + size * size),
+    }
+    compiled = torch.compile(eager)
+    for name, fn in (
+        ("clipcore", normalized_similarity),
+        ("eager", eager),
+        ("torch.compile", compiled),
+    ):
+        record("similarity forward", name, lambda fn=fn: fn(x, y, scale), **work, **case)
+        both = forward_and_backward(fn, x, y, scale)
+        record("similarity forward+backward", name, both, **{**work, "flops": 3 * product}, **case)
+    record("similarity forward", "bare product", lambda: x @ y.T, **work, **case)
+    k = min(10, size)
+    topk = {"device": device, "flops": product, "bytes_moved": item * 2.0 * size * width}
+    record("similarity_topk", "clipcore", lambda: similarity_topk(x, y, k), **topk, **case, k=k)
+    record(
+        "similarity_topk", "full matrix", lambda: eager(x, y, scale).topk(k), **topk, **case, k=k
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=None)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    tests = [f"tests/test_similarity{part}.py" for part in ("", "_topk")]
+    # Figures of a kernel that is wrong are worth nothing.
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "not compiles", *tests], cwd=ROOT, check=True
+    )
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    sizes = arguments.sizes or ([4096, 16384, 32768] if on_gpu else [512, 2048])
+    for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.float32,):
+        for size in sizes:
+            bench_size(size, arguments.width, device, dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What every kernel file shares: Triton itself, the chip's table row, dtype rules, autocast, tile order.
+
+Kernel files import `tl` and `triton` from here. On Linux they are the real ones. Where Triton does not exist (macOS,
+Windows) the stand-ins let the modules import, because every operation there runs on the CPU path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+
+    class _NoTriton:
+        """Lets `@triton.jit` decorate; anything that would launch fails with AttributeError."""
+
+        @staticmethod
+        def jit(fn: Any) -> Any:
+            return fn
+
+    triton = tl = _NoTriton()
+
+# Fragments of one operator library: autocast rules are added to operators that torch.library.custom_op defined.
+_LIBRARY = torch.library.Library("clipcore", "FRAGMENT")
+
+# Multiprocessors of the full chip (A100, H100/H200, B200). A constant and not a device query: the split of the work,
+# and with it every rounding, is then the same on each card of a generation.
+NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+def architecture(device: torch.device) -> int:
+    """The launch-table row for a device: 80, 90 or 100.
+
+    Row 80 keeps to the 99 KB of shared memory that sm_86, sm_89 and sm_120 have too, so it serves every other chip.
+    The interpreter on the CPU reads row 90.
+    """
+    if device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64 (CPU only); everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_inner_stride(x_ND: Tensor) -> Tensor:
+    """x_ND itself when its rows are contiguous, else a contiguous copy: kernels take the row stride only."""
+    return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()
+
+
+def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
+    """x_ND itself when a tile kernel can stream it, else a copy widened by zeros to a multiple of elements.
+
+    Asynchronous copies to shared memory take 16 aligned bytes at a time; without them a tile kernel has no pipeline
+    (and spills). Every width of a CLIP embedding is a multiple of 64 and is not copied.
+    """
+    width = x_ND.shape[1]
+    aligned = x_ND.data_ptr() % 16 == 0 and x_ND.stride(0) * x_ND.element_size() % 16 == 0
+    if width % multiple == 0 and x_ND.stride(1) == 1 and aligned:
+        return x_ND
+    return torch.nn.functional.pad(x_ND, (0, -width % multiple)).contiguous()
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by the vendor's library with a float32 result that is never rounded to a 16-bit input dtype.
+
+    float32 operands follow torch.set_float32_matmul_precision, as every torch product does.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":  # the CPU has no product with a wider result
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def register_autocast(op: str, *, num_operands: int) -> None:
+    """Autocast rule of `clipcore::<op>`: the first `num_operands` arguments take the autocast dtype, the rest stay.
+
+    torch.library.register_autocast casts every floating-point argument to one fixed dtype. A logit scale of 14.29
+    would become 14.31 in bfloat16, and a float16 region would compute in bfloat16, so the rule is our own. Inside the
+    operator autocast is off in any case; num_operands=0 asks for just that.
+    """
+    overload = getattr(torch.ops.clipcore, op).default
+
+    def add(device_type: str) -> None:
+        def cast_and_call(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            operands = [
+                a.to(dtype) if a.device.type == device_type and a.dtype != torch.float64 else a
+                for a in args[:num_operands]
+            ]
+            with torch.autocast(device_type, enabled=False):
+                return overload(*operands, *args[num_operands:])
+
+        _LIBRARY.impl(op, cast_and_call, "Autocast" + device_type.upper())
+
+    add("cuda")
+    add("cpu")
+
+
+@triton.jit
+def grouped_tile(pid, num_tiles_n, num_tiles_m, GROUP_N: tl.constexpr):
+    """Tile (n, m) of program pid: GROUP_N tile rows advance together, so that neighbours find both operands in L2."""
+    tiles_per_group = GROUP_N * num_tiles_m
+    group = pid // tiles_per_group
+    first_n = group * GROUP_N
+    rows = min(num_tiles_n - first_n, GROUP_N)
+    within = pid % tiles_per_group
+    return first_n + within % rows, within // rows
+
+
+@triton.jit
+def dot_rows(
+    x_ptr,
+    y_ptr,
+    n,
+    m,
+    stride_x_n,
+    stride_y_m,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The float32 tile of x[n] . y[m] for row numbers n and m (int64, in range); BLOCK_D divides D.
+
+    float32 operands multiply in IEEE arithmetic: float32 is the exact path, 16-bit operands the fast one.
+    """
+    d = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + n[:, None] * stride_x_n + d[None, :]
+    y_ptrs = y_ptr + m[None, :] * stride_y_m + d[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for _ in range(0, D, BLOCK_D):
+        acc = tl.dot(tl.load(x_ptrs), tl.load(y_ptrs), acc, input_precision="ieee")
+        x_ptrs += BLOCK_D
+        y_ptrs += BLOCK_D
+    return acc

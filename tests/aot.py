@@ -1,0 +1,158 @@
+"""Compile every launch of a test module for GPUs that are not here, and say what came out.
+
+A test module defines `aot_launches()`, which calls Triton launchers with meta tensors. `compiled("test_x")` runs
+this file in a process of its own (Triton's compiler and its interpreter exclude each other), lets each call launch for
+sm_80, sm_90 and sm_100 with compilation in place of the launch, and returns one Kernel for each. What is compiled is
+therefore what the launcher asks for: its dtypes, its constants, its alignment, its row of the launch table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+# Largest shared memory of one block. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The matrix instructions of the chip's own generation, as the disassembler spells them.
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled launch."""
+
+    name: str
+    architecture: int
+    constants: dict[str, Any]
+    operand: str  # type of the first pointer: fp16, fp32, ...
+    num_warps: int
+    num_stages: int
+    shared_bytes: int
+    registers: int
+    spills: int  # loads from and stores to local memory in the machine code
+    matrix_instructions: int
+
+    def __str__(self) -> str:
+        return f"{self.name} sm_{self.architecture} {self.operand} {self.constants}"
+
+
+@functools.cache
+def compiled(test_module: str) -> tuple[Kernel, ...]:
+    """Every kernel that `aot_launches()` of a test module launches, for every architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests")])
+    result = subprocess.run(
+        [sys.executable, __file__, test_module], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return tuple(Kernel(**row) for row in json.loads(result.stdout.splitlines()[-1]))
+
+
+def assert_compiled_well(kernels: tuple[Kernel, ...]) -> None:
+    """No spills, and shared memory that the chip has."""
+    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel.spills == 0, f"{kernel}: {kernel.spills} spills, {kernel.registers} registers"
+        limit = SHARED_BYTES[kernel.architecture]
+        assert kernel.shared_bytes <= limit, f"{kernel}: {kernel.shared_bytes} B of {limit}"
+
+
+def _disassemble(cubin: bytes) -> str:
+    """Resource usage and machine code, by the tool that the triton package brings along."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
+    listing = _disassemble(kernel.asm["cubin"])
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", listing, re.MULTILINE)
+    assert opcodes, "no machine code found: has the disassembler changed its format?"
+    usage = re.search(r"REG:(\d+)", listing)
+    assert usage is not None
+    return Kernel(
+        name=kernel.metadata.name,
+        architecture=architecture,
+        constants={name: value for name, value in arguments.items() if name.isupper()},
+        operand=next(iter(kernel.src.signature.values())).lstrip("*"),
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        shared_bytes=kernel.metadata.shared,
+        registers=int(usage.group(1)),
+        spills=sum(opcode in ("LDL", "STL") for opcode in opcodes),
+        matrix_instructions=opcodes.count(MATRIX_INSTRUCTION[architecture]),
+    )
+
+
+class _AbsentGPU:
+    """What Triton asks of a driver before a launch. Its device number is the architecture: one cache for each."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextlib.contextmanager
+def _compiling_for(architecture: int) -> Iterator[dict[str, Kernel]]:
+    """Launches compile for the architecture and appear in the dictionary; nothing runs."""
+    from triton.runtime import JITFunction, driver
+
+    from clipcore.kernels import tiles
+
+    kernels: dict[
+        str, Kernel
+    ] = {}  # by the hash of what was compiled: a launch twice is one kernel
+    run, table_row = JITFunction.run, tiles.architecture
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in kernels:
+            kernels[kernel.hash] = _describe(kernel, architecture, kwargs)
+
+    driver.set_active(_AbsentGPU(architecture))
+    JITFunction.run, tiles.architecture = compile_only, lambda device: architecture
+    yield kernels
+    JITFunction.run, tiles.architecture = run, table_row
+
+
+def main(test_module: str) -> None:
+    """Print the kernels of one test module as one line of JSON."""
+    launches = importlib.import_module(test_module).aot_launches
+    rows: list[dict[str, Any]] = []
+    for architecture in ARCHITECTURES:
+        with _compiling_for(architecture) as kernels:
+            launches()
+        rows += [asdict(kernel) for kernel in kernels.values()]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,61 @@
+"""The one rule of accuracy, and where and in which dtypes kernels are tested.
+
+err(kernel) <= 2 * err(reference in the same dtype) + 1 ulp of the largest exact value, err = largest absolute
+difference from the exact value = the reference in float64. It holds for the output and for every gradient under random
+upstream gradients. No test has a tolerance of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Layer 2 (the interpreter on the CPU) and layer 4 (a GPU) are the same tests: kernels run where they can run best.
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's bfloat16 dot product is silently wrong.
+KERNEL_DTYPES = (
+    [torch.float32, torch.float16, torch.bfloat16]
+    if KERNEL_DEVICE == "cuda"
+    else [torch.float32, torch.float16]
+)
+# Public functions run on each.
+DEVICES = ["cpu", "cuda"] if KERNEL_DEVICE == "cuda" else ["cpu"]
+
+
+def ulp(largest: float, dtype: torch.dtype) -> float:
+    """Distance between the numbers of dtype around a magnitude."""
+    info = torch.finfo(dtype)
+    return info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
+
+
+def assert_accurate(name: str, actual: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """The rule for one tensor. actual and reference are of one dtype, exact is float64."""
+    assert actual.dtype == reference.dtype, f"{name}: {actual.dtype}, expected {reference.dtype}"
+    assert actual.shape == exact.shape, f"{name}: {actual.shape}, expected {exact.shape}"
+    assert exact.dtype == torch.float64 and exact.isfinite().all()
+    assert actual.isfinite().all(), f"{name}: {(~actual.isfinite()).sum()} elements are not finite"
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    reference_error = (reference.double() - exact).abs().max().item()
+    one_ulp = ulp(exact.abs().max().item(), actual.dtype)
+    assert error <= 2 * reference_error + one_ulp, (
+        f"{name}: error {error:.3e}, reference {reference_error:.3e}, one ulp {one_ulp:.3e}"
+    )
+
+
+def with_gradients(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor
+) -> list[Tensor]:
+    """[output, gradient of each input] of fn for one upstream gradient, by autograd."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = fn(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
+
+
+def exactly(fn: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """`with_gradients` in float64, from the very values of the inputs and of the upstream gradient."""
+    return with_gradients(fn, [tensor.double() for tensor in inputs], upstream.double())
