@@ -251,14 +251,14 @@ PAPER_LEARNING_RATES = {
 # For two processor cores and five minutes; the experiments behind it are in docs/log.md.
 GLYPHS_RECIPE: dict[str, Any] = {
     "model": "ViT-glyphs",
-    "epochs": 9,
+    "epochs": 10,
     "batch_size": 128,
     "lr": 3e-3,
     "aug_scale": 0.9,
     "aug_ratio": 1.0,
-    "val_frequency": 3,
-    "zeroshot_frequency": 3,
-    "wd": 0.2,
+    "val_frequency": 5,
+    "zeroshot_frequency": 5,
+    "wd": 0.6,
     "warmup": 60,
     "grad_clip_norm": 1.0,
     "tokenizer": "train",
