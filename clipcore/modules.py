@@ -31,10 +31,13 @@ class Activation(nn.Module):
 
     def __init__(self, quick: bool) -> None:
         super().__init__()
-        self.quick = quick
+        self.kind = "quick" if quick else "erf"
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(x, self.quick)
+        return gelu(x, self.kind)
+
+    def extra_repr(self) -> str:
+        return self.kind
 
 
 class Attention(nn.Module):
@@ -151,6 +154,15 @@ class Transformer(nn.Module):
             assert isinstance(y_BLD, Tensor)
             return y_BLD
         return block(x_BLD, self.is_causal)
+
+
+def check_image_size(images: Tensor, image_size: int) -> None:
+    """Raises ValueError when the images are not [B, 3, S, S] of the model's size."""
+    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
+        raise ValueError(
+            f"the model takes images of [B, 3, {image_size}, {image_size}], got {tuple(images.shape)}; use the "
+            "preprocessing that create_model_and_transforms returns, or build the model with force_image_size"
+        )
 
 
 def freeze(module: nn.Module | nn.Parameter, frozen: bool = True) -> None:

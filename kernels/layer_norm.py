@@ -2,11 +2,12 @@
 
 Legend: D width; x is [..., D].
 
-``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``; the statistics in float32 whatever the dtype of ``x``, the
-result in the dtype of ``x``, as in CLIP's own LayerNorm. Traffic: one read and one write of ``x`` forward, three reads
-and one write backward; memory bound.
+``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``. Statistics, and the sums over rows that are the gradients of
+weight and bias, are float32 whatever the dtype of ``x``; the result has the dtype of ``x``, as in CLIP's own LayerNorm.
+Traffic: one read and one write of ``x`` forward, three reads and one write backward; bound by memory.
 
-The implementation is torch's own on every device.
+The implementation is torch's own on every device, on a float32 copy where ``x`` is of lower precision: torch's bfloat16
+and float16 kernels for the CPU sum those gradients in that type.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def layer_norm_ref(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalises the last axis of ``x`` [..., D]; gain and bias are [D].
+    """Normalises the last axis of ``x`` [..., D]; weight and bias are [D], of any floating dtype.
 
     Raises:
-        ValueError: the gain or the bias does not fit the last axis.
+        ValueError: the weight or the bias does not fit the last axis.
 
     >>> layer_norm(torch.randn(2, 8), torch.ones(8), torch.zeros(8)).shape
     torch.Size([2, 8])
@@ -38,9 +39,6 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5) -
             f"weight and bias must be [{x.shape[-1]}] for x {tuple(x.shape)}, "
             f"got {tuple(weight_D.shape)} and {tuple(bias_D.shape)}"
         )
-    if x.dtype == weight_D.dtype or not x.is_floating_point():
-        # Outside autocast this keeps the dtype; inside, torch computes and returns float32.
-        return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps).to(x.dtype)
-    wide = torch.promote_types(x.dtype, weight_D.dtype)
-    y = F.layer_norm(x.to(wide), weight_D.shape, weight_D.to(wide), bias_D.to(wide), eps)
-    return y.to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight_D, bias_D = weight_D.to(dtype), bias_D.to(dtype)
+    return F.layer_norm(x.to(dtype), weight_D.shape, weight_D, bias_D, eps).to(x.dtype)
