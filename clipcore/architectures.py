@@ -72,8 +72,11 @@ class ModelConfig:
         """From open_clip's JSON shape.
 
         Raises:
-            ValueError: a key that this model does not have.
+            ValueError: a key that this model does not have, or a missing one.
         """
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+        if missing:
+            raise ValueError(f"the model's description has no {', '.join(sorted(missing))}")
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])
@@ -88,6 +91,19 @@ class ModelConfig:
             VisionConfig(**vision),
             TextConfig(**text),
             config.get("quick_gelu", False),
+        )
+
+    def describe(self) -> str:
+        """The model in words: its published name, or its towers."""
+        plain = dataclasses.replace(self, quick_gelu=False)
+        for name, config in MODELS.items():
+            if config == plain:
+                return name
+        vision, text = self.vision, self.text
+        kind = "ResNet" if vision.is_resnet else f"ViT with patches of {vision.patch_size}"
+        return (
+            f"a {kind}, {vision.image_size} pixels, width {vision.width}, layers {vision.layers}; text of "
+            f"{text.layers} layers, width {text.width}, {text.vocab_size} tokens; {self.embed_dim} features"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,6 +178,8 @@ OPENAI_NAMES: dict[str, str] = {
     "ViT-L/14": "ViT-L-14",
     "ViT-L/14@336px": "ViT-L-14-336",
 }
+# All that OpenAI published weights of.
+OPENAI_MODELS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", *OPENAI_NAMES.values())
 QUICK_GELU_SUFFIX = "-quickgelu"
 
 

@@ -1,14 +1,17 @@
 """State dicts of the field's packages, read and written under one set of names: open_clip's, which are OpenAI's.
 
-Letters in the tables: see the checkpoint layouts of openai/CLIP ``model.py``, open_clip ``CLIP`` and ``CustomTextCLIP``,
-and transformers ``CLIPModel``.
+The layouts are those of OpenAI's ``CLIP``, open_clip's ``CLIP`` and ``CustomTextCLIP``, and transformers' ``CLIPModel``
+with its ``CLIPConfig``. No number changes on the way: conversions rename, cut and transpose.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,48 +170,116 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The model of a config.json of transformers' ``CLIPConfig``; what a file leaves out has transformers' default.
+
+    Raises:
+        ConversionError: the file is not of a CLIP, or has an activation that CLIP does not.
+    """
+    if config.get("model_type") != "clip":
+        raise ConversionError(
+            f"the config.json is of a {config.get('model_type')!r}, not of a clip"
+        )
+    # Files of old versions repeat the towers in ..._config_dict, where those were given explicitly.
+    vision = {**config.get("vision_config", {}), **(config.get("vision_config_dict") or {})}
+    text = {**config.get("text_config", {}), **(config.get("text_config_dict") or {})}
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ConversionError(f"the towers have {activations}; clipcore's have quick_gelu or gelu")
+    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+    return ModelConfig(
+        embed_dim=config.get("projection_dim", 512),
+        vision=VisionConfig(
+            image_size=vision.get("image_size", 224),
+            layers=vision.get("num_hidden_layers", 12),
+            width=width,
+            patch_size=vision.get("patch_size", 32),
+            head_width=width // vision.get("num_attention_heads", 12),
+            mlp_ratio=vision.get("intermediate_size", 3072) / width,
+        ),
+        text=TextConfig(
+            context_length=text.get("max_position_embeddings", 77),
+            vocab_size=text.get("vocab_size", 49408),
+            width=text_width,
+            heads=text.get("num_attention_heads", 8),
+            layers=text.get("num_hidden_layers", 12),
+            mlp_ratio=text.get("intermediate_size", 2048) / text_width,
+        ),
+        quick_gelu=activations == {"quick_gelu"},
+    )
+
+
+def folder_config(path: Path) -> tuple[ModelConfig, dict[str, Any]] | None:
+    """The model that a folder's own description names, with the mean and std of its images where it has them.
+
+    Reads open_clip's open_clip_config.json, or the config.json of transformers with its preprocessor_config.json.
+
+    Returns:
+        None where the folder has no such file, or is none.
+
+    Raises:
+        ValueError: the description is of a model that clipcore does not have.
+    """
+    if content := _read_json(path / "open_clip_config.json"):
+        images = content.get("preprocess_cfg", {})
+        given = {key: images[key] for key in ("mean", "std") if key in images}
+        return ModelConfig.from_dict(content.get("model_cfg", {})), given
+    content = _read_json(path / "config.json")
+    # The folder of a run has a config.json too, of its settings.
+    if "model_type" not in content:
+        return None
+    images = _read_json(path / "preprocessor_config.json")
+    given = {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
+    return config_from_hf(content), given
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no description of a model")
+    return content
+
+
 def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> ModelConfig:
     """The architecture that a state dict under open_clip's names has, read off its shapes.
 
-    A published shape gives that model's head widths; otherwise heads are 64 wide. The activation leaves no trace in the
-    weights: OpenAI's have ``quick_gelu``.
+    Heads leave no trace in the shapes: a tower of a known width and depth has the known heads, others have heads of 64.
+    Nor does the activation: OpenAI's weights have ``quick_gelu``.
 
     Raises:
         ConversionError: the shapes are no CLIP's.
     """
     try:
-        config = ModelConfig(
-            embed_dim=state["text_projection"].shape[1],
-            vision=_infer_vision(state),
-            text=TextConfig(
-                context_length=state["positional_embedding"].shape[0],
-                vocab_size=state["token_embedding.weight"].shape[0],
-                width=(width := state["ln_final.weight"].shape[0]),
-                heads=max(1, width // 64),
-                layers=_num_blocks(state, "transformer.resblocks."),
-                mlp_ratio=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-            ),
-            quick_gelu=quick_gelu,
-        )
+        embed_dim = state["text_projection"].shape[1]
+        vision, text = _infer_vision(state), _infer_text(state)
     except KeyError as error:
         raise ConversionError(
             f"the weights have no {error}: not a CLIP of OpenAI or open_clip"
         ) from error
-    return next((known for known in map(_like(config), MODELS.values()) if known), config)
+    for known in MODELS.values():
+        if (known.vision.width, known.vision.layers) == (vision.width, vision.layers):
+            vision = dataclasses.replace(vision, head_width=known.vision.head_width)
+        if (known.text.width, known.text.layers) == (text.width, text.layers):
+            text = dataclasses.replace(text, heads=known.text.heads)
+    return ModelConfig(embed_dim, vision, text, quick_gelu)
 
 
-def _like(config: ModelConfig) -> Any:
-    """A function that gives the known model of the same shapes as ``config``, whose heads no shape shows."""
-
-    def compare(known: ModelConfig) -> ModelConfig | None:
-        from dataclasses import replace
-
-        vision = replace(config.vision, head_width=known.vision.head_width)
-        text = replace(config.text, heads=known.text.heads)
-        same = replace(config, vision=vision, text=text)
-        return same if same == replace(known, quick_gelu=config.quick_gelu) else None
-
-    return compare
+def _infer_text(state: Mapping[str, Tensor]) -> TextConfig:
+    width = state["ln_final.weight"].shape[0]
+    return TextConfig(
+        context_length=state["positional_embedding"].shape[0],
+        vocab_size=state["token_embedding.weight"].shape[0],
+        width=width,
+        heads=max(1, width // 64),
+        layers=_num_blocks(state, "transformer.resblocks."),
+        mlp_ratio=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+    )
 
 
 def _infer_vision(state: Mapping[str, Tensor]) -> VisionConfig:

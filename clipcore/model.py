@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import ModelConfig, find_model
+from clipcore.architectures import OPENAI_MODELS, ModelConfig, find_model
 from clipcore.checkpoint import load_state_dict_file
-from clipcore.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.convert import ConversionError, folder_config, infer_config, to_open_clip_names
 from clipcore.data.transforms import ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
+from clipcore.modules import Attention
 from clipcore.resnet import ModifiedResNet
 from clipcore.text import TextTower
 from clipcore.vision import VisionTransformer
@@ -27,6 +29,8 @@ from clipcore.vision import VisionTransformer
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 
+# open_clip's names, and fp64 for tests. The amp ones keep float32 weights: what is computed in which dtype is then
+# autocast's decision.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
@@ -34,6 +38,8 @@ PRECISIONS = {
     "amp_bfloat16": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "pure_bf16": torch.bfloat16,
+    "pure_fp16": torch.float16,
     "fp64": torch.float64,
 }
 
@@ -46,11 +52,13 @@ class CLIP(TextTower):
 
     Attributes:
         logit_scale: logarithm of what the cosine is multiplied with; starts at ln(1/0.07).
+        output_dict: ``forward`` returns a dict in place of a tuple.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, output_dict: bool = False) -> None:
         super().__init__(config.text, config.embed_dim, config.quick_gelu)
         self.config = config
+        self.output_dict = output_dict
         self.visual: VisionTransformer | ModifiedResNet
         if config.vision.is_resnet:
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
@@ -71,23 +79,21 @@ class CLIP(TextTower):
         features_BE = self.visual(image)
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
-    def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None, output_dict: bool = False
-    ) -> Any:
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
         """Unit features of both sides and the scale of their cosine.
 
         Args:
             image: [B, 3, S, S], or None.
             text: [B, L] ids, or None.
-            output_dict: return a dict in place of the tuple.
 
         Returns:
-            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()).
+            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()), or a dict of these names
+            with ``output_dict``.
         """
         image_features = None if image is None else self.encode_image(image, normalize=True)
         text_features = None if text is None else self.encode_text(text, normalize=True)
         scale = self.logit_scale.exp()
-        if output_dict:
+        if self.output_dict:
             return {
                 "image_features": image_features,
                 "text_features": text_features,
@@ -128,19 +134,26 @@ def create_model(
     force_patch_dropout: float | None = None,
     force_vocab_size: int | None = None,
     force_context_length: int | None = None,
+    output_dict: bool = False,
 ) -> CLIP:
     """A model of a known architecture, newly initialised or with weights from a file.
 
     Args:
         model_name: one of ``list_models()``, or OpenAI's spelling (``ViT-B/32``).
         pretrained: a file or folder of weights: OpenAI's, open_clip's, transformers', or a run of clipcore.
-        precision: ``fp32``; ``bf16`` or ``fp16`` for weights of that type.
+        precision: one of ``PRECISIONS``: ``bf16`` and ``fp16`` hold the matrices in that type, and gains, biases of the
+            norms, embeddings and the logit scale in float32; ``pure_bf16`` and ``pure_fp16`` hold everything in it.
         force_image_size: another side of the image, pixels; position embeddings of the weights are resized.
         force_quick_gelu: QuickGELU whatever the name says.
         force_patch_dropout, force_vocab_size, force_context_length: other values than the architecture's.
+        output_dict: ``forward`` returns a dict.
 
     Raises:
-        UnknownModelError: with the nearest names. ValueError: weights that do not fit.
+        UnknownModelError: with the nearest names.
+        ValueError: weights that do not fit, or an argument out of range.
+
+    >>> create_model("ViT-nano-8-32").visual.image_size
+    32
     """
     config = find_model(model_name)
     vision = {"image_size": force_image_size, "patch_dropout": force_patch_dropout}
@@ -153,12 +166,29 @@ def create_model(
     )
     if config.vision.is_resnet and config.vision.patch_dropout:
         raise ValueError("patch dropout is for Vision Transformers; leave it out for a ResNet")
+    _check_precision(precision)
+    model = CLIP(config, output_dict)
+    if pretrained is not None:
+        load_checkpoint(model, pretrained)
+    return _cast(model, precision).to(device)
+
+
+def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
-    model = CLIP(config)
-    if pretrained:
-        load_checkpoint(model, pretrained)
-    return model.to(device=device, dtype=PRECISIONS[precision])
+
+
+def _cast(model: CLIP, precision: str) -> CLIP:
+    dtype = PRECISIONS[precision]
+    if precision not in ("bf16", "fp16"):
+        return model.to(dtype)
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | Attention):
+            part.to(dtype)
+    model.text_projection.data = model.text_projection.to(dtype)
+    if isinstance(model.visual, VisionTransformer):
+        model.visual.proj.data = model.visual.proj.to(dtype)
+    return model
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -196,17 +226,40 @@ def create_model_from_pretrained(
     """A model with weights from a file, in evaluation mode, and its preprocessing.
 
     Args:
-        model_name: None reads the architecture off the shapes, with QuickGELU if they are a model's that OpenAI published:
-            the activation leaves no trace in the weights, so name the model when they are open_clip's own.
+        model_name: None takes the description beside the weights in a folder of open_clip's or transformers'. Without
+            one the architecture is read off the shapes; the activation, which leaves no trace there, is then taken to
+            be QuickGELU for models that OpenAI published and GELU for others, with a warning.
+        forced: the ``force_...`` arguments of ``create_model``; they need a name.
     """
+    _check_precision(precision)
+    preprocess: dict[str, Any] = {}
     if model_name is None:
-        state = to_open_clip_names(load_state_dict_file(pretrained))
-        model = CLIP(infer_config(state, quick_gelu=True))
-        load_weights(model, state, str(pretrained))
-        model = model.to(device=device, dtype=PRECISIONS[precision])
+        if forced:
+            raise ValueError(f"{', '.join(forced)} need the name of the model")
+        model, preprocess = _from_weights_alone(Path(pretrained))
+        model = _cast(model, precision).to(device)
     else:
         model = create_model(model_name, pretrained, precision, device, **forced)
-    return model.eval(), ImageTransform(model.visual.image_size, is_train=False)
+    return model.eval(), ImageTransform(model.visual.image_size, is_train=False, **preprocess)
+
+
+def _from_weights_alone(pretrained: Path) -> tuple[CLIP, dict[str, Any]]:
+    """The model that weights are of, and the mean and std of its images where a description beside them says so."""
+    state = to_open_clip_names(load_state_dict_file(pretrained))
+    config, preprocess = folder_config(pretrained) or (None, {})
+    if config is None:
+        config = infer_config(state)
+        name = config.describe()
+        config = dataclasses.replace(config, quick_gelu=name in OPENAI_MODELS)
+        activation = "QuickGELU" if config.quick_gelu else "GELU"
+        warnings.warn(
+            f"{pretrained} does not say which activation its model has: taken as {name} with {activation}; give the "
+            "name of the model if that is wrong",
+            stacklevel=3,
+        )
+    model = CLIP(config)
+    load_weights(model, state, str(pretrained))
+    return model, preprocess
 
 
 def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> None:
@@ -223,41 +276,65 @@ def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> None:
 def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> None:
     """Loads weights under open_clip's names; see ``load_checkpoint``."""
     own = model.state_dict()
-    state = resize_position_embeddings(state, own)
-    differing = sorted(own.keys() ^ state.keys()) or [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in own.items()
-        if state[name].shape != value.shape
-    ]
+    fitted = resize_position_embeddings(state, own)
+    differing = _differences(fitted, own)
     if differing:
         try:
-            config = infer_config(state)
-            looks = f"they look like {config.vision} with {config.text}"
+            looks = f"they look like {infer_config(state).describe()}"
         except ConversionError as error:
             looks = str(error)
+        rest = len(differing) - 3
+        more = f", and {rest} more" if rest > 0 else ""
         raise ValueError(
-            f"the weights in {origin} do not fit the model: {differing[0]} is the first of {len(differing)} that differ; "
-            f"{looks}"
+            f"the weights in {origin} do not fit {model.config.describe()}: {', '.join(differing[:3])}{more}; {looks}"
         )
-    model.load_state_dict(state)
+    model.load_state_dict(fitted)
+
+
+def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """In words: what ``state`` has in another shape than ``own``, lacks, or has alone."""
+    shapes = [
+        f"{name} is {list(state[name].shape)} instead of {list(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    missing = [f"{name} is missing" for name in own if name not in state]
+    return shapes + missing + [f"{name} is unknown" for name in state if name not in own]
 
 
 def resize_position_embeddings(
-    state: dict[str, Tensor], own: Mapping[str, Tensor]
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``state`` with position embeddings of the lengths in ``own``: images bicubic with antialiasing, texts linear."""
+    """``state`` with position embeddings of the lengths in ``own``: images bicubic with antialiasing, texts linear.
+
+    As in open_clip, and for ResNets too. Embeddings of another width are left as they are.
+    """
     resized = dict(state)
-    key = "visual.positional_embedding"
-    if key in state and key in own and state[key].shape[0] != own[key].shape[0]:
-        old, new = (math.isqrt(x[key].shape[0] - 1) for x in (state, own))
-        token_1D, grid = state[key][:1], state[key][1:].float()
-        grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-        patches = grid.permute(0, 2, 3, 1).reshape(new * new, -1).to(token_1D.dtype)
-        resized[key] = torch.cat([token_1D, patches])
-    key = "positional_embedding"
-    if key in state and state[key].shape[0] != own[key].shape[0]:
-        line = state[key].float().T[None]
-        line = F.interpolate(line, own[key].shape[0], mode="linear", align_corners=False)
-        resized[key] = line[0].T.to(state[key].dtype)
+    for key in (
+        "visual.positional_embedding",
+        "visual.attnpool.positional_embedding",
+        "positional_embedding",
+    ):
+        if key not in state or key not in own or state[key].shape[1:] != own[key].shape[1:]:
+            continue
+        old, length = state[key], own[key].shape[0]
+        if old.shape[0] != length:
+            resize = _resize_line if key == "positional_embedding" else _resize_grid
+            resized[key] = resize(old.float(), length).to(old.dtype)
     return resized
+
+
+def _resize_grid(old_LD: Tensor, length: int) -> Tensor:
+    """One embedding for the class token or the mean, which stays, then a square grid."""
+    old, new = math.isqrt(old_LD.shape[0] - 1), math.isqrt(length - 1)
+    if old_LD.shape[0] != old**2 + 1:
+        raise ConversionError(
+            f"the weights have {old_LD.shape[0]} image positions, which are no square and a class token"
+        )
+    grid = old_LD[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([old_LD[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
+
+
+def _resize_line(old_LD: Tensor, length: int) -> Tensor:
+    return F.interpolate(old_LD.T[None], length, mode="linear", align_corners=False)[0].T

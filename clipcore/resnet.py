@@ -6,25 +6,57 @@ size. Source: Radford et al. 2021, section 2.4; He et al. 2018 (ResNet-D); Zhang
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clipcore.architectures import VisionConfig
 from clipcore.kernels.attention import pooled_attention
-from clipcore.modules import freeze
-from clipcore.vision import check_image_size
+from clipcore.modules import check_image_size, freeze
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose statistics can be frozen for good, also in training."""
+    """Batch normalisation that can be frozen for good, also in training, and can see a batch again without counting it.
+
+    Attributes:
+        frozen: use the running statistics and leave them as they are, in training too.
+        replaying: normalise by the batch and leave the running statistics as they are.
+    """
 
     frozen = False
+    replaying = False
 
     def train(self, mode: bool = True) -> BatchNorm2d:
         super().train(mode and not self.frozen)
         return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.replaying and self.training):
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None
+        # Copies rather than None: the same tensors are saved as in the first pass, as a replay must.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(
+            x, mean, var, self.weight, self.bias, training=True, momentum=0.0, eps=self.eps
+        )
+
+
+@contextlib.contextmanager
+def replayed(module: nn.Module) -> Iterator[None]:
+    """Within it, passes in training mode leave the module's running statistics as they are."""
+    norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+    for norm in norms:
+        norm.replaying = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.replaying = False
 
 
 class Bottleneck(nn.Module):
@@ -85,7 +117,11 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32."""
+    """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
+
+    Attributes:
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
@@ -93,6 +129,7 @@ class ModifiedResNet(nn.Module):
         if config.image_size % 32:
             raise ValueError(f"a ResNet's image size is a multiple of 32, got {config.image_size}")
         self.image_size = config.image_size
+        self.grad_checkpointing = False
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = BatchNorm2d(width // 2)
@@ -127,12 +164,20 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_size(images, self.image_size)
-        x = self.relu(self.bn1(self.conv1(images.to(self.conv1.weight.dtype))))
+        # Channels last, which every layer then keeps: the faster layout for convolutions, and the attention pool's own.
+        x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
         for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
+            for block in getattr(self, f"layer{i}"):
+                x = self._run(block, x)
         return self.attnpool(x)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return _run_checkpointed(block, x)
+        return block(x)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes the whole tower, its BatchNorm statistics too if asked."""
@@ -145,4 +190,18 @@ class ModifiedResNet(nn.Module):
                 part.eval()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing: recomputing a block would count its batch in the BatchNorm statistics twice."""
+        """Recompute the blocks' activations in the backward pass; BatchNorm counts each batch once all the same."""
+        self.grad_checkpointing = enable
+
+
+# torch.compile knows no checkpoint with contexts of its own: such blocks run uncompiled.
+@torch.compiler.disable
+def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    y = checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), replayed(block)),
+    )
+    assert isinstance(y, Tensor)
+    return y

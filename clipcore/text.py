@@ -56,11 +56,11 @@ class TextTower(nn.Module):
             normalize: scale each feature to unit length.
 
         Raises:
-            ValueError: rows that are too long, or no rows at all.
+            ValueError: rows that are too long or empty.
         """
-        if text.ndim != 2 or text.shape[1] > self.context_length:
+        if text.ndim != 2 or not 1 <= text.shape[1] <= self.context_length:
             raise ValueError(
-                f"the model takes token rows [B, L] with L at most {self.context_length}, got {tuple(text.shape)}; "
+                f"the model takes token rows [B, L] with L from 1 to {self.context_length}, got {tuple(text.shape)}; "
                 f"tokenize with context_length={self.context_length}"
             )
         dtype = self._compute_dtype()
@@ -72,10 +72,11 @@ class TextTower(nn.Module):
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
     def _compute_dtype(self) -> torch.dtype:
-        device = self.token_embedding.weight.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.token_embedding.weight.dtype
+        """The dtype of the matrix products, which the stream between them shares."""
+        matrix = self.text_projection
+        if torch.is_autocast_enabled(matrix.device.type):
+            return torch.get_autocast_dtype(matrix.device.type)
+        return matrix.dtype
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes all but the last groups; they are embeddings, blocks, last block with ln_final, projection.

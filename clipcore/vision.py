@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import VisionConfig
-from clipcore.modules import LayerNorm, Transformer, freeze_all_but_last
+from clipcore.modules import LayerNorm, Transformer, check_image_size, freeze_all_but_last
 
 
 class VisionTransformer(nn.Module):
@@ -27,6 +27,14 @@ class VisionTransformer(nn.Module):
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.patch_dropout = config.patch_dropout
         self.grid = config.image_size // config.patch_size
+        if self.grid < 1:
+            raise ValueError(
+                f"an image of {config.image_size} pixels holds no patch of {config.patch_size}"
+            )
+        if not 0 <= config.patch_dropout < 1:
+            raise ValueError(
+                f"patch dropout is a share from 0 to below 1, got {config.patch_dropout}"
+            )
         width, scale = config.width, config.width**-0.5
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -47,7 +55,7 @@ class VisionTransformer(nn.Module):
         """Tokens [B, L, D]: the class token, then the patches row by row, with their positions."""
         size, grid = self.patch_size, self.grid
         # Trailing pixels that fill no patch are left out, as a strided convolution does.
-        cut = images[:, :, : grid * size, : grid * size]
+        cut = images[:, :, : grid * size, : grid * size].to(self.conv1.weight.dtype)
         patches = cut.reshape(len(images), 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
         x_BLD = F.linear(
             patches.reshape(len(images), grid * grid, -1), self.conv1.weight.flatten(1)
@@ -79,12 +87,3 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.transformer.grad_checkpointing = enable
-
-
-def check_image_size(images: Tensor, image_size: int) -> None:
-    """Raises ValueError when the images are not [B, 3, S, S] of the model's size."""
-    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
-        raise ValueError(
-            f"the model takes images of [B, 3, {image_size}, {image_size}], got {tuple(images.shape)}; use the "
-            "preprocessing that create_model_and_transforms returns, or build the model with force_image_size"
-        )

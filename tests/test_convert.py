@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clipcore.architectures import MODELS, find_model
 from clipcore.convert import (
     ConversionError,
+    config_from_hf,
+    folder_config,
     from_hf,
     hf_config,
     infer_config,
     to_hf,
     to_open_clip_names,
 )
-from clipcore.model import create_model
+from clipcore.model import CLIP, create_model
 
 
 def test_there_and_back_is_the_same_bits():
@@ -45,6 +48,49 @@ def test_the_configuration_of_transformers():
     assert config["text_config"]["hidden_act"] == "quick_gelu"
     assert config["vision_config"]["num_attention_heads"] == 2
     assert config["text_config"]["eos_token_id"] == 513
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-glyphs"])
+def test_configurations_there_and_back(name):
+    assert config_from_hf(hf_config(find_model(name))) == find_model(name)
+
+
+def test_a_configuration_that_says_nothing_has_the_defaults_of_transformers():
+    """Which are OpenAI's ViT-B/32."""
+    assert config_from_hf({"model_type": "clip"}) == find_model("ViT-B/32")
+    old = {"model_type": "clip", "vision_config_dict": {"patch_size": 16}, "text_config_dict": None}
+    assert config_from_hf(old) == find_model("ViT-B/16")
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_architecture_of_every_model_is_read_off_its_shapes(name):
+    with torch.device("meta"):
+        state = CLIP(find_model(name)).state_dict()
+    assert infer_config(state) == find_model(name)
+    assert infer_config(state).describe() == name
+
+
+def test_descriptions_of_other_models_are_refused(tmp_path):
+    with pytest.raises(ConversionError, match="of a 'siglip'"):
+        config_from_hf({"model_type": "siglip"})
+    with pytest.raises(ConversionError, match="relu"):
+        config_from_hf({"model_type": "clip", "text_config": {"hidden_act": "relu"}})
+    assert folder_config(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"batch_size": 64}')
+    assert folder_config(tmp_path) is None
+    described = tmp_path / "open_clip_config.json"
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[1]", "no description"),
+        ('{"model_cfg": {"embed_dim": 8}}', "no text_cfg, vision_cfg"),
+        (
+            '{"model_cfg": {"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"timm_model_name": "x"}}}',
+            "has timm_model_name",
+        ),
+    ):
+        described.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            folder_config(tmp_path)
 
 
 def test_old_position_id_buffers_are_left_out():

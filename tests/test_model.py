@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -22,12 +24,14 @@ from clipcore.architectures import (
     get_model_config,
     list_models,
 )
+from clipcore.convert import hf_config, to_hf
 from clipcore.model import (
     CLIP,
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
 )
+from clipcore.resnet import replayed
 
 PUBLISHED = {  # millions of parameters: (all, image tower)
     "RN50": (102.0, 38.3),
@@ -90,7 +94,11 @@ def test_keys_shapes_and_meaning_are_open_clips(name):
     assert find_model(name).quick_gelu == theirs_config.get("quick_gelu", False)
     config = get_model_config(name)
     assert config["embed_dim"] == theirs_config["embed_dim"]
-    assert config["text_cfg"]["heads"] == theirs_config["text_cfg"]["heads"]
+    for tower in ("vision_cfg", "text_cfg"):
+        # Heads too, which no shape shows; what open_clip leaves out has its default, heads of 64.
+        expected = {"head_width": 64} if tower == "vision_cfg" else {}
+        expected |= theirs_config[tower]
+        assert {key: config[tower][key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,21 +192,61 @@ def test_the_pruned_last_block_and_trimmed_text_are_exact():
         ), name
 
 
-def test_grad_checkpointing_gives_the_same_bits():
-    config = dataclasses.replace(
-        FAMILIES["vit"], vision=dataclasses.replace(FAMILIES["vit"].vision, patch_dropout=0.5)
-    )
+def saved_bytes(model: CLIP, image: torch.Tensor) -> int:
+    """What the image tower's forward pass keeps for its backward pass, its weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        features = model.encode_image(image)
+    total = sum(kept.values())
+    del features
+    return total
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_grad_checkpointing_gives_the_same_bits_in_less_memory(family):
+    """Gradients, running statistics and batch counts; with patch dropout in the ViT."""
+    config = FAMILIES[family]
+    if not config.vision.is_resnet:
+        config = dataclasses.replace(
+            config, vision=dataclasses.replace(config.vision, patch_dropout=0.5)
+        )
     image, text = images(config), tokens(config)
-    gradients = []
     model = CLIP(config).train()
+    for parameter in (p for n, p in model.named_parameters() if n.endswith("bn3.weight")):
+        torch.nn.init.ones_(parameter)  # a block that starts as the identity has few gradients
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    results, kept = [], []
     for enable in (False, True):
+        model.load_state_dict(initial)
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         torch.manual_seed(7)
         image_features, text_features, _ = model(image, text)
         (image_features * text_features).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append(gradients + [b.clone() for b in model.buffers()])
+        kept.append(saved_bytes(model, image))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_replayed_resnet_leaves_its_statistics():
+    model = create_model("RN-nano-32").train().visual
+    image = torch.randn(4, 3, 32, 32)
+    with replayed(model):
+        before = [b.clone() for b in model.buffers()]
+        features = model(image)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    assert torch.equal(model(image), features)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
 def test_patch_dropout_drops_in_training_only_and_follows_the_seed():
@@ -216,16 +264,47 @@ def test_patch_dropout_drops_in_training_only_and_follows_the_seed():
     assert torch.equal(features(1), features(2))
 
 
-@pytest.mark.parametrize("tower", ["visual", "text"])
-def test_towers_compile_into_one_graph(tower):
-    model = create_model("ViT-nano-8-32").eval()
-    encode, x = (
-        (model.encode_image, images(model.config))
-        if tower == "visual"
-        else (model.encode_text, tokens(model.config))
-    )
-    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), encode(x), atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "tower", "dtype"),
+    [
+        ("ViT-nano-8-32", "visual", torch.float32),
+        ("ViT-nano-8-32", "visual", torch.bfloat16),
+        ("ViT-nano-8-32", "text", torch.bfloat16),
+        ("RN-nano-32", "visual", torch.float32),
+    ],
+)
+def test_towers_compile_into_one_graph(name, tower, dtype):
+    """Forward and backward, in training, under autocast too."""
+    torch._dynamo.reset()
+    model = create_model(name, force_quick_gelu=True).train()
+    if tower == "visual":
+        encode, x = model.encode_image, images(model.config)
+    else:
+        encode, x = model.encode_text, tokens(model.config)
+    results = []
+    for function in (encode, torch.compile(encode, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features = function(x)
+        features.float().square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append([features.detach(), *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_checkpointed_resnet_runs_beside_compiled_code():
+    torch._dynamo.reset()
+    model = create_model("RN-nano-32").train()
+    model.set_grad_checkpointing()
+    image = images(model.config)
+    model.encode_image(image).sum().backward()
+    expected = [p.grad.clone() for p in model.visual.parameters()]
+    model.zero_grad()
+    torch.compile(model.encode_image, backend="aot_eager")(image).sum().backward()
+    for got, want in zip(model.visual.parameters(), expected, strict=True):
+        assert torch.equal(got.grad, want)
+    assert model.visual.bn1.num_batches_tracked == 2
+    assert model.visual.layer4[0].bn1.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -328,8 +407,24 @@ def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
     model = create_model("ViT-nano-8-32")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\].*create_model_and_transforms"):
         model.encode_image(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"at most 77.*context_length=77"):
-        model.encode_text(torch.zeros(1, 80, dtype=torch.long))
+    for length in (0, 78):
+        with pytest.raises(ValueError, match=r"from 1 to 77.*context_length=77"):
+            model.encode_text(torch.zeros(1, length, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"force_image_size": 4}, "holds no patch of 8"),
+        ({"force_patch_dropout": 1.0}, "from 0 to below 1"),
+        ({"precision": "int8"}, "is none of fp32, amp"),
+        ({"model_name": "RN-nano-32", "force_patch_dropout": 0.5}, "leave it out for a ResNet"),
+        ({"model_name": "RN-nano-32", "force_image_size": 50}, "multiple of 32"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**{"model_name": "ViT-nano-8-32", **arguments})
 
 
 def test_create_model_and_transforms():
@@ -338,30 +433,80 @@ def test_create_model_and_transforms():
     )
     assert model.visual.image_size == train.image_size == val.image_size == 48
     assert train.is_train and not val.is_train and model.config.quick_gelu
-    assert create_model("RN-nano-32", precision="bf16").visual.conv1.weight.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="ResNet"):
-        create_model("RN-nano-32", force_patch_dropout=0.5)
 
 
-def test_position_embeddings_are_resized_as_open_clip_does(tmp_path):
-    small, large = (
-        create_model("ViT-nano-8-32"),
-        open_clip_model(
-            dataclasses.replace(
-                find_model("ViT-nano-8-32"),
-                vision=dataclasses.replace(find_model("ViT-nano-8-32").vision, image_size=56),
-            )
-        ),
-    )
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+def test_low_precision_weights(name, precision):
+    """The dtypes are open_clip's, and the features stay near those of float32."""
+    torch.manual_seed(1)
+    exact = create_model(name).eval()
+    torch.manual_seed(1)
+    model = create_model(name, precision=precision).eval()
+    import_open_clip()
+    from open_clip.model import convert_weights_to_lp
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}[precision]
+    theirs = open_clip_model(exact.config)
+    if precision.startswith("pure"):
+        theirs.to(dtype)
+    else:
+        convert_weights_to_lp(theirs, dtype)
+        assert model.logit_scale.item() == exact.logit_scale.item()
+    assert {n: p.dtype for n, p in model.named_parameters()} == {
+        n: p.dtype for n, p in theirs.named_parameters()
+    }
+    image, text = images(model.config), tokens(model.config)
+    with torch.no_grad():
+        for low, high in zip(model(image, text)[:2], exact(image, text)[:2], strict=True):
+            assert low.dtype == dtype and F.cosine_similarity(low.float(), high).min() > 0.999
+
+
+def test_output_dict():
+    config = find_model("ViT-nano-8-32")
+    model = create_model("ViT-nano-8-32", output_dict=True).eval()
+    image, text = images(config), tokens(config)
+    found = model(image, text)
+    assert list(found) == ["image_features", "text_features", "logit_scale"]
+    assert torch.equal(found["image_features"], model.encode_image(image, normalize=True))
+    model.output_dict = False
+    image_features, none, scale = model(image)
+    assert torch.equal(image_features, found["image_features"]) and none is None
+    assert torch.equal(scale, found["logit_scale"])
+    assert model(text=text)[0] is None
+
+
+@pytest.mark.parametrize("image_size", [16, 56])
+@pytest.mark.parametrize("context_length", [20, 90])
+def test_position_embeddings_are_resized_as_open_clip_does(tmp_path, image_size, context_length):
+    small = create_model("ViT-nano-8-32")
     save_file(small.state_dict(), tmp_path / "small.safetensors")
     ours = create_model(
-        "ViT-nano-8-32", pretrained=tmp_path / "small.safetensors", force_image_size=56
+        "ViT-nano-8-32",
+        pretrained=tmp_path / "small.safetensors",
+        force_image_size=image_size,
+        force_context_length=context_length,
     )
-    state = dict(small.state_dict())
-    from open_clip.model import resize_pos_embed
+    import_open_clip()
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
+    state = dict(small.state_dict())
+    large = open_clip_model(ours.config)
     resize_pos_embed(state, large)
-    assert torch.equal(ours.visual.positional_embedding, state["visual.positional_embedding"])
+    resize_text_pos_embed(state, large)
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
+def test_position_embeddings_of_a_resnet_are_resized(tmp_path):
+    small = create_model("RN-nano-32")
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    large = create_model(
+        "RN-nano-32", pretrained=tmp_path / "small.safetensors", force_image_size=96
+    )
+    mean, grid = large.visual.attnpool.positional_embedding.split([1, 9])
+    # A grid of one place becomes that place everywhere.
+    assert torch.equal(mean, small.visual.attnpool.positional_embedding[:1])
+    assert torch.allclose(grid, small.visual.attnpool.positional_embedding[1:].expand(9, -1))
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "ddp", "state_dict", "custom_text"])
@@ -385,19 +530,75 @@ def test_layouts_of_weights_are_read(tmp_path, layout):
 
 def test_weights_of_another_architecture_are_named(tmp_path):
     save_file(create_model("RN-nano-32").state_dict(), tmp_path / "rn.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"do not fit the model: visual\..* is the first of .*layers=\(1, 1, 1, 1\)",
-    ):
+    with pytest.raises(ValueError) as error:
         create_model("ViT-nano-8-32", pretrained=tmp_path / "rn.safetensors")
+    message = str(error.value)
+    assert (
+        "rn.safetensors do not fit ViT-nano-8-32: visual.conv1.weight is [4, 3, 3, 3] " in message
+    )
+    assert "visual.class_embedding is missing" in message
+    assert message.endswith("and 151 more; they look like RN-nano-32")
+
+
+def test_weights_of_another_vocabulary_or_layout_are_named(tmp_path):
+    save_file(
+        create_model("ViT-nano-8-32", force_vocab_size=600).state_dict(), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"embedding.weight is \[600, 32\] instead of \[514, 32\]; .* 600 tokens"
+    ):
+        create_model("ViT-nano-8-32", pretrained=tmp_path / "a.safetensors")
+    extra = {**create_model("ViT-nano-8-32").state_dict(), "logit_bias": torch.zeros(())}
+    save_file(extra, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="logit_bias is unknown"):
+        create_model("ViT-nano-8-32", pretrained=tmp_path / "b.safetensors")
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="no CLIP of OpenAI"):
+        create_model("ViT-nano-8-32", pretrained=tmp_path / "c.safetensors")
 
 
 def test_the_architecture_is_read_off_the_shapes(tmp_path):
-    source = create_model("ViT-B-32-quickgelu").state_dict()
-    from clipcore.convert import infer_config
-
-    assert infer_config(source, quick_gelu=True) == find_model("ViT-B/32")
-    nano = create_model("ViT-nano-8-32", force_quick_gelu=True)
+    nano = create_model("ViT-nano-8-32", force_image_size=48, force_vocab_size=700)
     save_file(nano.state_dict(), tmp_path / "nano.safetensors")
-    model, transform = create_model_from_pretrained(None, tmp_path / "nano.safetensors")
-    assert model.config == nano.config and transform.image_size == 32 and not model.training
+    with pytest.warns(UserWarning, match="which activation.*with GELU"):
+        model, transform = create_model_from_pretrained(None, tmp_path / "nano.safetensors")
+    assert model.config == nano.config and transform.image_size == 48 and not model.training
+    with pytest.raises(ValueError, match="force_quick_gelu need the name"):
+        create_model_from_pretrained(None, tmp_path / "nano.safetensors", force_quick_gelu=True)
+
+
+def test_weights_of_openai_have_quick_gelu(tmp_path, monkeypatch):
+    """A published shape without a description is taken for OpenAI's; here a small one is called published."""
+    monkeypatch.setattr("clipcore.model.OPENAI_MODELS", ("ViT-nano-8-32",))
+    torch.save(create_model("ViT-nano-8-32").state_dict(), tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match="ViT-nano-8-32 with QuickGELU"):
+        model, _ = create_model_from_pretrained(None, tmp_path / "weights.pt")
+    assert model.config.quick_gelu
+    model, _ = create_model_from_pretrained("ViT-nano-8-32", tmp_path / "weights.pt")
+    assert not model.config.quick_gelu
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_a_folder_that_describes_its_model_needs_no_name(tmp_path, layout):
+    source = create_model("ViT-nano-8-32", force_quick_gelu=True, force_image_size=40).eval()
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.2, 0.1]
+    if layout == "open_clip":
+        described = {
+            "model_cfg": source.config.to_dict(),
+            "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bicubic"},
+        }
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+        save_file(source.state_dict(), tmp_path / "open_clip_model.safetensors")
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(hf_config(source.config)))
+        (tmp_path / "preprocessor_config.json").write_text(
+            json.dumps({"image_mean": mean, "image_std": std})
+        )
+        save_file(to_hf(source.state_dict()), tmp_path / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, transform = create_model_from_pretrained(None, tmp_path)
+    assert model.config == source.config
+    assert (transform.mean, transform.std) == (tuple(mean), tuple(std))
+    image = images(source.config)
+    assert torch.equal(model.encode_image(image), source.encode_image(image))
