@@ -70,7 +70,7 @@ def init_distributed(device: str | torch.device | None = None) -> World:
     if 0 < len(missing) < len(names):
         raise ValueError(
             f"the environment sets some of {', '.join(names)} but not {', '.join(missing)}; "
-            "start several processes with `torchrun --nproc-per-node N -m clipcore.train ...`, or "
+            "start several processes with `torchrun --nproc-per-node N -m -- clipcore.train ...`, or "
             "unset all of them for a single process"
         )
     rank, world_size, local_rank = (0, 1, 0) if missing else (int(os.environ[n]) for n in names)

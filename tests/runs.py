@@ -67,7 +67,8 @@ class RunServer:
             text=True,
             env=environment,
         )
-        self._status: dict[int, int] = {}
+        # It answers once it has imported everything, so that no run's time holds that.
+        assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
     def start(self, arguments: list[str], output: Path) -> Run:
         """Begins ``python -m clipcore.train`` with these arguments."""
@@ -105,6 +106,7 @@ _SERVER = """
 import json, os, sys
 import clipcore.train, clipcore.classify
 
+print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     if "poll" in request:

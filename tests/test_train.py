@@ -98,16 +98,17 @@ def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_p
 def test_killed_at_twenty_random_moments_ends_with_the_same_bits(server, shards, tmp_path):
     settings = {"epochs": 12, "ema_decay": 0.9, "force_patch_dropout": 0.25, "keep_checkpoints": 2}
     started = time.monotonic()
-    assert server.run(flags(tmp_path, "straight", shards, **settings), tmp_path / "a")[0] == 0
-    whole_s = time.monotonic() - started
+    straight = server.start(flags(tmp_path, "straight", shards, **settings), tmp_path / "a")
+    straight.wait_for("writing to")
+    starting_s = time.monotonic() - started
+    assert straight.wait() == 0, straight.text
     steps, _ = read_metrics(tmp_path / "straight")
-    training_s = steps[-1]["time_s"]
 
     line = [*flags(tmp_path, "killed", shards, **settings), "--resume", "latest"]
     moment, reached = random.Random(0), set()
     for _ in range(20):
         run = server.start(line, tmp_path / "b")
-        time.sleep(moment.uniform(0.0, whole_s - training_s + training_s / 5))
+        time.sleep(moment.uniform(0.0, starting_s + steps[-1]["time_s"] / 5))
         run.kill()
         assert run.wait() in (-signal.SIGKILL, 0)
         newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")

@@ -38,9 +38,10 @@ def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) 
     ]
     line += ["--batch-size", str(8 // num_ranks), "--lr", "1e-3", "--quiet", *extra]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    start = [] if num_ranks == 1 else torchrun
+    # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
+    start = ["-m"] if num_ranks == 1 else [*torchrun, "-m", "--"]
     done = subprocess.run(
-        [sys.executable, *start, "-m", "clipcore.train", *line],
+        [sys.executable, *start, "clipcore.train", *line],
         capture_output=True,
         text=True,
         timeout=240,
