@@ -241,7 +241,6 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     return bool(raised.item())
 
 
-@torch.no_grad()
 def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
     """Each number summed over the ranks, in one collective; the same bits on every rank."""
     if _group_size(group) == 1:
@@ -251,6 +250,7 @@ def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) 
     return total.tolist()
 
 
+@torch.no_grad()
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The rows of all ranks, in rank order, without gradient; ranks may hold different numbers.
 

@@ -19,6 +19,7 @@ from clipcore.distributed import (
     all_gather_with_grad,
     all_gather_with_grad_ref,
     all_reduce_flag,
+    all_reduce_sum,
     barrier,
     broadcast_object,
     gather_rows,
@@ -280,12 +281,14 @@ def test_gather_rows_of_unequal_size(pool: RankPool) -> None:
 def talk(world: World, raising: int) -> Any:
     barrier()
     told = broadcast_object({"rank": world.rank}, source=1)
-    return world, is_main(), all_reduce_flag(world.rank == raising), told
+    sums = all_reduce_sum([float(world.rank), 0.1])
+    return world, is_main(), all_reduce_flag(world.rank == raising), told, sums
 
 
 @pytest.mark.parametrize("raising", [-1, 0, 2])
 def test_flags_objects_and_places(pool: RankPool, raising: int) -> None:
-    for rank, (world, main, raised, told) in enumerate(pool.run(talk, raising)):
+    for rank, (world, main, raised, told, sums) in enumerate(pool.run(talk, raising)):
+        assert sums == [3.0, 0.1 + 0.1 + 0.1]
         assert world == World(rank, NUM_RANKS, rank, torch.device("cpu"))
         assert world.is_main is main is (rank == 0)
         assert raised is (raising >= 0)
@@ -304,6 +307,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gather_rows(x_BE).requires_grad
     assert is_main() and all_reduce_flag(True) and not all_reduce_flag(False)
     assert broadcast_object("told") == "told"
+    assert all_reduce_sum([1, 0.5]) == [1.0, 0.5]
     barrier()
 
 
