@@ -82,11 +82,12 @@ class ReportData:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a chart; a dashed one is a reference."""
+    """A curve of a chart; a dashed one is a reference, a faint one lies behind its own mean."""
 
     name: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    faint: bool = False
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -129,7 +130,7 @@ def _curves(steps: list[dict[str, Any]]) -> str:
         return "<section><h2>Training</h2><p>No step was made yet.</p></section>"
     loss = _points(steps, "loss")
     charts = [
-        ("Loss", [Line("each step", loss), Line("running mean", smooth(loss))], "loss"),
+        ("Loss", [Line("each step", loss, faint=True), Line("running mean", smooth(loss))], "loss"),
         ("Learning rate", [Line("learning rate", _points(steps, "lr"))], "rate"),
         ("Scale of the cosine", [Line("logit scale", _points(steps, "logit_scale"))], "scale"),
     ]
@@ -345,7 +346,7 @@ def _figure(
 
 
 def _colour(i: int, line: Line) -> str:
-    return "var(--muted)" if line.dashed or line.name == "each step" else COLOURS[i % len(COLOURS)]
+    return "var(--muted)" if line.dashed or line.faint else COLOURS[i % len(COLOURS)]
 
 
 def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | None = None) -> str:
@@ -390,7 +391,7 @@ def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | No
     for i, line in enumerate(lines):
         shown = line.points[:: max(1, len(line.points) // MAX_POINTS)]
         path = " ".join(f"{h:.1f},{v:.1f}" for h, v in (at(*point) for point in shown))
-        kind = "dashed" if line.dashed else "raw" if line.name == "each step" else "line"
+        kind = "dashed" if line.dashed else "raw" if line.faint else "line"
         parts.append(
             f'<polyline class="{kind}" style="stroke:{_colour(i, line)}" points="{path}"/>'
         )

@@ -1,7 +1,7 @@
 """What a run is between two steps, how it goes into a checkpoint and comes back, and where runs live.
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and the vocabulary when it was
-trained for the run.
+A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and a copy of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class RunState:
     Attributes:
         step: steps done.
         identity: what a checkpoint must share with the run that loads it: model, vocabulary, data.
+        evaluated_step: the last step after which the evaluations of an epoch's end were made.
         bad_samples: replaced so far, on all ranks.
         elapsed_s: seconds of training so far, over all processes of the run.
         timings: seconds by part of the run.
@@ -55,6 +56,7 @@ class RunState:
     ema: ExponentialMovingAverage | None
     identity: dict[str, Any]
     step: int = 0
+    evaluated_step: int = 0
     bad_samples: int = 0
     elapsed_s: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class RunState:
         """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all)."""
         record = {
             "identity": self.identity,
+            "evaluated_step": self.evaluated_step,
             "bad_samples": self.bad_samples,
             "elapsed_s": self.elapsed_s,
             "timings": self.timings,
@@ -105,6 +108,7 @@ class RunState:
             self.ema.load(checkpoint.tensors["ema"])
         self.scaler.load_state_dict(record["scaler"])
         self.step = checkpoint.step
+        self.evaluated_step = record["evaluated_step"]
         self.bad_samples = record["bad_samples"]
         self.elapsed_s = record["elapsed_s"]
         self.timings = dict(record["timings"])
@@ -145,13 +149,23 @@ def find_checkpoint(config: TrainConfig) -> tuple[Checkpoint | None, Path | None
                 f"--resume latest: no checkpoint in {named or config.logs} yet, starting from the beginning"
             )
         return checkpoint, run_dir
-    path = Path(config.resume)
-    if (path / "checkpoints").is_dir():
-        checkpoint = load_latest(path / "checkpoints")
-        if checkpoint is None:
-            raise CheckpointError(f"{path} has no checkpoint yet; leave out --resume to start")
-        return checkpoint, path
-    return load_checkpoint(path), path.parent.parent
+    return open_run(Path(config.resume))
+
+
+def open_run(path: Path) -> tuple[Checkpoint, Path]:
+    """The checkpoint at ``path``, or the newest of the run there, and the run's folder.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    if not (path / "checkpoints").is_dir():
+        return load_checkpoint(path), path.parent.parent
+    checkpoint = load_latest(path / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} has no checkpoint yet; give a run that has, or one of its checkpoints"
+        )
+    return checkpoint, path
 
 
 def _newest_run(logs: Path) -> Path | None:
@@ -206,12 +220,7 @@ def load_run(
     Raises:
         CheckpointError: no loadable checkpoint there, or its vocabulary is not to be found.
     """
-    run_dir = path if (path / "checkpoints").is_dir() else path.parent.parent
-    checkpoint = load_latest(path / "checkpoints") if run_dir == path else load_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path} has no checkpoint yet; give a run's folder or one of its checkpoints"
-        )
+    checkpoint, run_dir = open_run(path)
     identity = checkpoint.state["identity"]
     tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     if tokenizer.sha256 != identity["vocabulary"]:

@@ -16,8 +16,9 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,11 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     )
     global_batch_size = batch_size * world.world_size
     steps_per_epoch = (config.train_num_samples or len(source)) // global_batch_size
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"--train-num-samples {config.train_num_samples} is less than one batch of {global_batch_size}; "
+            "raise it or lower --batch-size"
+        )
     num_steps = epochs * steps_per_epoch
     config = dataclasses.replace(
         config, warmup=warmup_steps(config, "warmup" in given, num_steps), name=run_dir.name
@@ -162,11 +168,11 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if checkpoint is not None:
         state.load(checkpoint)
 
-    towers: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
+    towers: nn.Module = model
     if config.torchcompile:
-        towers = torch.compile(model)
+        towers = cast(nn.Module, torch.compile(model))
     if world.world_size > 1:
-        towers = DistributedDataParallel(towers if isinstance(towers, nn.Module) else model)
+        towers = DistributedDataParallel(towers)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -191,6 +197,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         clock = PartClock(state.timings)
         batches = loader.batches(state.step)
         saved_at = time.monotonic()
+        if state.step > state.evaluated_step and state.step % steps_per_epoch == 0:
+            epoch = state.step // steps_per_epoch
+            evaluate_epoch(state, evaluations, log, epoch, state.step == num_steps)
 
         for step in range(state.step, num_steps):
             batch = next(batches)
@@ -260,8 +269,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
             is_last, is_stopping = state.step == num_steps, num_signalled > 0
-            if is_last or (not into_epoch and not is_stopping):
-                evaluations.run(state.evaluated_model(), log, state.step, epoch, is_last)
+            # A signal leaves little time: the resumed run makes up for the evaluation.
+            if not into_epoch and not is_stopping:
+                evaluate_epoch(state, evaluations, log, epoch, is_last)
                 clock.charge("evaluation")
             if (
                 is_last
@@ -284,6 +294,14 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         report_run(run_dir, config, state, evaluations, source, log)
     barrier()
     return 0
+
+
+def evaluate_epoch(
+    state: RunState, evaluations: EvaluationPlan, log: Logbook, epoch: int, is_last: bool
+) -> None:
+    """The evaluations due after ``epoch`` epochs, noted as made."""
+    evaluations.run(state.evaluated_model(), log, state.step, epoch, is_last)
+    state.evaluated_step = state.step
 
 
 def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Layer 2 (the interpreter on the CPU) and layer 4 (a GPU) are the same tests: kernels run where they can run best.
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +24,19 @@ KERNEL_DTYPES = (
 )
 # Public functions run on each.
 DEVICES = ["cpu", "cuda"] if KERNEL_DEVICE == "cuda" else ["cpu"]
+
+
+class LargestStorage(TorchDispatchMode):
+    """Watches every operation inside a ``with``; ``bytes`` is the largest storage that one of them returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
 
 
 def ulp(largest: float, dtype: torch.dtype) -> float:

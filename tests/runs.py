@@ -22,6 +22,19 @@ from clipcore.logbook import CLOCK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# A model and a vocabulary that train in milliseconds.
+NANO = [
+    "--model",
+    "ViT-nano-8-32",
+    "--tokenizer",
+    "bytes",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--quiet",
+]
+
 
 @dataclass
 class Run:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import RunServer
+from runs import NANO, RunServer
 from safetensors.torch import save_file
 from shards import picture, write_csv
 
@@ -19,31 +19,10 @@ from clipcore.tokenizer import byte_tokenizer
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     table = write_csv(folder / "data", num_pairs=40)
-    line = [
-        "--logs",
-        str(folder),
-        "--name",
-        "r",
-        "--train-data",
-        str(table),
-        "--model",
-        "ViT-nano-8-32",
-    ]
-    line += [
-        "--tokenizer",
-        "bytes",
-        "--workers",
-        "0",
-        "--batch-size",
-        "20",
-        "--epochs",
-        "1",
-        "--quiet",
-        "--ema-decay",
-        "0.5",
-    ]
+    line = ["--logs", str(folder), "--name", "r", "--train-data", str(table), *NANO]
+    line += ["--batch-size", "20", "--epochs", "1", "--ema-decay", "0.5"]
     server = RunServer()
-    status, text = server.run([*line, "--device", "cpu"], folder / "out")
+    status, text = server.run(line, folder / "out")
     server.close()
     assert status == 0, text
     return folder / "r"

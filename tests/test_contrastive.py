@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numerics import LargestStorage
 from torch.nn import functional as F
 
 from clipcore.kernels import contrastive
@@ -72,20 +73,9 @@ def test_nothing_of_n_by_n_is_held(monkeypatch):
     num_pairs, width = 4096, 32
     monkeypatch.setattr(contrastive, "WORKSPACE_BYTES", 2**20)
     image, text = (x.detach().float().requires_grad_() for x in pairs(num_pairs, width))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.untyped_storage().nbytes())
-            return out
-
-    with Watch():
+    with LargestStorage() as largest:
         ClipLoss()(image, text, torch.tensor(20.0)).backward()
-    assert largest <= max(2**20, num_pairs * width * 4)
+    assert largest.bytes <= max(2**20, num_pairs * width * 4)
 
 
 def test_open_clip_call_and_return():

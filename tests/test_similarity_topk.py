@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from aot import assert_compiled_well, compiled
-from numerics import DEVICES, KERNEL_DEVICE, KERNEL_DTYPES, assert_accurate
+from numerics import DEVICES, KERNEL_DEVICE, KERNEL_DTYPES, LargestStorage, assert_accurate
 from torch import Tensor
 
 from clipcore.kernels import similarity_topk as topk_file
@@ -135,21 +135,10 @@ def test_kernel_repeats_bit_for_bit_and_reads_any_strides() -> None:
 
 def test_stream_never_holds_the_matrix() -> None:
     """The largest tensor is a chunk, at 2,000 x 50,000."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.untyped_storage().nbytes())
-            return out
-
     x, y = torch.randn(2000, 16), torch.randn(50_000, 16)
-    with Watch():
+    with LargestStorage() as largest:
         _similarity_topk_cpu(x, y, 5)
-    assert largest <= topk_file.CHUNK_N * topk_file.CHUNK_M * 4 < 2000 * 50_000 * 4
+    assert largest.bytes <= topk_file.CHUNK_N * topk_file.CHUNK_M * 4 < 2000 * 50_000 * 4
 
 
 def aot_launches() -> None:

@@ -12,24 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import RunServer, assert_same_bits, final_state
+from runs import NANO, RunServer, assert_same_bits, final_state
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
 
 from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
-
-NANO = [
-    "--model",
-    "ViT-nano-8-32",
-    "--tokenizer",
-    "bytes",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--quiet",
-]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +80,26 @@ def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_p
         run.signal(signal.SIGTERM)
         assert run.wait() in (143, 0), run.text
     assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
+    assert_same_bits(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):
+    """Every step ends an epoch here, so that every signal falls on an evaluation."""
+    settings = {"batch_size": 40, "epochs": 12, "val_data": table}
+    assert server.run(flags(tmp_path, "straight", table, **settings), tmp_path / "a")[0] == 0
+    line = [*flags(tmp_path, "broken", table, **settings), "--resume", "latest"]
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    statuses = []
+    for _ in range(4):
+        run = server.start(line, tmp_path / "b")
+        before = latest_checkpoint(checkpoints)
+        while latest_checkpoint(checkpoints) == before:
+            time.sleep(0.002)
+        run.signal(signal.SIGTERM)
+        statuses.append(run.wait())
+    assert 143 in statuses
+    assert server.run(line, tmp_path / "b")[0] == 0
+    assert len(read_metrics(tmp_path / "straight")[1]) == 12
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
 
 
@@ -225,6 +233,10 @@ def mistakes(tmp_path: Path, table: Path) -> dict[str, tuple[list[str], str]]:
         "unknown model": ([*flags(tmp_path, "m", table), "--model", "ViT-B-23"], r"ViT-B-32"),
         "unknown flag": ([*flags(tmp_path, "m", table), "--epoch", "3"], r"--epochs"),
         "large batch": (flags(tmp_path, "m", table, batch_size=64), r"64.*40"),
+        "short epoch": (
+            flags(tmp_path, "m", table, train_num_samples=5),
+            r"--train-num-samples 5.*8",
+        ),
         "long warm-up": (flags(tmp_path, "m", table, warmup=500), r"--warmup 500.*20 steps"),
         "no vocabulary": ([*flags(tmp_path, "m", table), "--tokenizer", "none.gz"], r"none\.gz"),
         "no checkpoint": (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, assert_same_bits
+from runs import NANO, ROOT, assert_same_bits
 from shards import write_csv
 
 from clipcore.logbook import read_metrics
@@ -16,27 +16,8 @@ from clipcore.logbook import read_metrics
 
 def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
     """A whole run of global batch 8 on ``num_ranks`` processes."""
-    line = [
-        "--logs",
-        str(tmp_path),
-        "--name",
-        name,
-        "--train-data",
-        str(table),
-        "--val-data",
-        str(table),
-    ]
-    line += [
-        "--model",
-        "ViT-nano-8-32",
-        "--tokenizer",
-        "bytes",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    line += ["--batch-size", str(8 // num_ranks), "--lr", "1e-3", "--quiet", *extra]
+    line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
+    line += ["--val-data", str(table), "--batch-size", str(8 // num_ranks), "--lr", "1e-3", *extra]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
     start = ["-m"] if num_ranks == 1 else [*torchrun, "-m", "--"]

@@ -91,9 +91,12 @@ class Encoder:
             image_features.append(self.model.encode_image(images, normalize=True))
             tokens = batch.tokens.to(self.world.device)
             text_features.append(self.model.encode_text(tokens, normalize=True))
-        if not image_features:
-            raise DataError(f"{source.name} holds no readable pairs for rank {self.world.rank}")
-        return gather_rows(torch.cat(image_features)), gather_rows(torch.cat(text_features))
+        # A rank may have no pair of a small source; the others wait for it in the gathering all the same.
+        none = torch.zeros(0, self.model.config.embed_dim, device=self.world.device)
+        return (
+            gather_rows(torch.cat([none, *image_features])),
+            gather_rows(torch.cat([none, *text_features])),
+        )
 
 
 def run_zero_shot(task: ZeroShotTask, encoder: Encoder) -> dict[str, float]:
