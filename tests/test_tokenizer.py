@@ -409,7 +409,8 @@ def test_damaged_files_are_named(trained, tmp_path):
 
 
 def test_the_search_for_openais_file(trained, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "open_clip", raising=False)  # another test may have imported it
+    # Another test may have imported it.
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
     assert find_openai_vocabulary().name == OPENAI_FILE and "open_clip" not in sys.modules
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(VocabularyError, match=r'pip install "clipcore\[openai-vocab\]"'):
