@@ -10,8 +10,9 @@ many backward. At CLIP's lengths (50 to 257) it is bound by memory.
 ``pooled_attention`` computes one query a sequence: the last block of a tower is read at one token, so that the other
 queries would be thrown away. It reads keys and values once.
 
-The implementation is torch's scaled_dot_product_attention on every device: nothing of L x L is kept, scores and sums
-are float32.
+The implementation is torch's scaled_dot_product_attention: nothing of L x L is kept, scores and sums are float32. On the
+CPU its kernel takes a task for each sequence and head, which costs more than the work in it where sequences are short;
+up to ``SHORT`` tokens batched matrix products are faster, and their L x L scores no larger than the keys.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+SHORT = 32  # tokens, on the CPU: 3.5 times as fast at 5 tokens, 1.4 times at 24, equal at 50
 
 
 def attention_ref(qkv_BL3HK: Tensor, is_causal: bool = False) -> Tensor:
@@ -46,9 +49,24 @@ def attention(qkv_BL3HK: Tensor, is_causal: bool = False) -> Tensor:
     """
     if qkv_BL3HK.ndim != 5 or qkv_BL3HK.shape[2] != 3:
         raise ValueError(f"qkv must be [B, L, 3, H, K], got {tuple(qkv_BL3HK.shape)}")
+    exact = qkv_BL3HK.dtype in (torch.float32, torch.float64)
+    if qkv_BL3HK.device.type == "cpu" and exact and qkv_BL3HK.shape[1] <= SHORT:
+        return _short_attention(qkv_BL3HK, is_causal)
     q_BHLK, k_BHLK, v_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
     out_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=is_causal)
     return out_BHLK.transpose(1, 2).flatten(2)
+
+
+def _short_attention(qkv_BL3HK: Tensor, is_causal: bool) -> Tensor:
+    """By batched products, one matrix a sequence and head (G = B * H of them)."""
+    batch, length, _, heads, size = qkv_BL3HK.shape
+    q_GLK, k_GLK, v_GLK = qkv_BL3HK.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind()
+    offset_LL = qkv_BL3HK.new_zeros(length, length)
+    if is_causal:
+        offset_LL = offset_LL.fill_(-torch.inf).triu_(1)
+    scores_GLL = torch.baddbmm(offset_LL, q_GLK, k_GLK.mT, alpha=size**-0.5)
+    out_GLK = torch.bmm(scores_GLL.softmax(-1), v_GLK)
+    return out_GLK.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
 
 
 def pooled_attention(q_BHK: Tensor, kv_BL2HK: Tensor, last_B: Tensor | None = None) -> Tensor:

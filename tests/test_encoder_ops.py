@@ -42,7 +42,17 @@ def check(
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads", "size"),
-    [(1, 1, 4), (17, 3, 8), (50, 12, 64), (77, 8, 64), (197, 2, 64), (257, 2, 80), (5, 2, 88)],
+    [
+        (1, 1, 4),
+        (17, 3, 8),
+        (32, 2, 16),
+        (33, 2, 16),
+        (50, 12, 64),
+        (77, 8, 64),
+        (197, 2, 64),
+        (257, 2, 80),
+        (5, 2, 88),
+    ],
 )
 def test_attention(length, heads, size, is_causal):
     qkv = torch.randn(2, length, 3, heads, size)
