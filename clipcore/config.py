@@ -257,7 +257,7 @@ GLYPHS_RECIPE: dict[str, Any] = {
     "aug_scale": 0.9,
     "aug_ratio": 1.0,
     "val_frequency": 7,
-    "zeroshot_frequency": 7,
+    "zeroshot_frequency": 2,
     "wd": 0.6,
     "warmup": 60,
     "grad_clip_norm": 1.0,
