@@ -51,6 +51,11 @@ class World:
         """Whether this process writes logs and checkpoints."""
         return self.rank == 0
 
+    def say(self, message: str) -> None:
+        """Prints a line once for all processes."""
+        if self.is_main:
+            print(message)
+
 
 def init_distributed(device: str | torch.device | None = None) -> World:
     """Joins the process group that torchrun describes in the environment.

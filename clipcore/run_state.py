@@ -29,6 +29,7 @@ from clipcore.checkpoint import (
 )
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
+from clipcore.distributed import World
 from clipcore.model import CLIP
 from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
 from clipcore.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class RunState:
         return self._averaged
 
 
-def find_checkpoint(config: TrainConfig) -> tuple[Checkpoint | None, Path | None]:
+def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
     """The checkpoint that ``--resume`` names and the folder of its run.
 
     ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given; where there
@@ -145,7 +146,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[Checkpoint | None, Path | None
         run_dir = named or _newest_run(Path(config.logs))
         checkpoint = load_latest(run_dir / "checkpoints") if run_dir is not None else None
         if checkpoint is None:
-            print(
+            world.say(
                 f"--resume latest: no checkpoint in {named or config.logs} yet, starting from the beginning"
             )
         return checkpoint, run_dir
@@ -175,7 +176,9 @@ def _newest_run(logs: Path) -> Path | None:
     return max(committed)[1] if committed else None
 
 
-def resumed_config(run_dir: Path, config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+def resumed_config(
+    run_dir: Path, config: TrainConfig, given: frozenset[str], world: World
+) -> TrainConfig:
     """The settings of the run, with those the user gave again laid over; each difference is printed."""
     path = run_dir / "config.json"
     try:
@@ -189,7 +192,8 @@ def resumed_config(run_dir: Path, config: TrainConfig, given: frozenset[str]) ->
     for name in sorted(given - {"resume", "logs", "name"}):
         value = getattr(config, name)
         if settings.get(name) != value:
-            print(f"--{name.replace('_', '-')} was {settings.get(name)} in this run, now {value}")
+            flag = f"--{name.replace('_', '-')}"
+            world.say(f"{flag} was {settings.get(name)} in this run, now {value}")
         settings[name] = value
     return TrainConfig(
         **{**settings, "logs": config.logs, "name": config.name, "resume": config.resume}

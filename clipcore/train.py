@@ -81,14 +81,13 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         given: the names of the settings that the user gave, which win over those of a resumed run.
     """
     # Settings
-    checkpoint, run_dir = find_checkpoint(config)
+    checkpoint, run_dir = find_checkpoint(config, world)
     if checkpoint is not None and run_dir is not None:
-        config = resumed_config(run_dir, config, given)
+        config = resumed_config(run_dir, config, given, world)
     config = resolve(config)
     run_dir = Path(broadcast_object(str(run_dir or new_run_dir(config))))
     run_dir.mkdir(parents=True, exist_ok=True)
-    if world.is_main:
-        note_without_effect(config)
+    note_without_effect(config, world)
     make_deterministic()
     leave_cores_to_workers(config, world)
 
@@ -354,7 +353,7 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def note_without_effect(config: TrainConfig) -> None:
+def note_without_effect(config: TrainConfig, world: World) -> None:
     """Says which settings are taken from open_clip's users but change nothing."""
     names = (
         "local_loss",
@@ -364,7 +363,7 @@ def note_without_effect(config: TrainConfig) -> None:
         "save_most_recent",
     )
     if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
-        print(f"{', '.join(flags)}: accepted, without effect (see --help)")
+        world.say(f"{', '.join(flags)}: accepted, without effect (see --help)")
 
 
 def leave_cores_to_workers(config: TrainConfig, world: World) -> None:

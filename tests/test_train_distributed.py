@@ -40,7 +40,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
     launch(tmp_path, "one", 1, table, "--epochs", "2")
-    launch(tmp_path, "two", 2, table, "--epochs", "1")
+    said = launch(tmp_path, "two", 2, table, "--epochs", "1", "--resume", "latest")
+    assert said.count("starting from the beginning") == 1  # once, not once a rank
     (one, one_evals), (two, two_evals) = (
         read_metrics(tmp_path / "one"),
         read_metrics(tmp_path / "two"),
