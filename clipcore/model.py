@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import OPENAI_MODELS, ModelConfig, find_model
-from clipcore.checkpoint import load_state_dict_file
 from clipcore.convert import ConversionError, folder_config, infer_config, to_open_clip_names
 from clipcore.data.transforms import ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
@@ -25,6 +24,7 @@ from clipcore.modules import Attention
 from clipcore.resnet import ModifiedResNet
 from clipcore.text import TextTower
 from clipcore.vision import VisionTransformer
+from clipcore.weights import load_state_dict_file
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)

@@ -25,7 +25,7 @@ LAYERS = [
         "report",
     },
     {"data"},
-    {"config", "modules", "convert"},
+    {"config", "modules", "convert", "weights"},
     {"vision", "text"},
     {"resnet"},
     {"model", "loss"},

@@ -1,0 +1,149 @@
+"""Weights that other people wrote: files and folders of every origin to tensors by name, without running their code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipcore.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_latest,
+    read_safetensors,
+)
+
+# Files of a model's folder as open_clip and Hugging Face name them, the preferred first.
+_WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights by name, on the CPU, from a file or folder of whatever origin; code in them is never run by Python.
+
+    Takes a safetensors file; a PyTorch file of tensors, bare or under "state_dict" or "model"; OpenAI's TorchScript
+    archives; a folder that holds one of them under its usual name; a checkpoint or run of clipcore (its moving average
+    where there is one). ``module.`` and ``_orig_mod.`` before all names are taken off.
+
+    Raises:
+        CheckpointError: there is no such file, it holds no weights, is damaged, or wants to run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error.strerror}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
+        )
+    if path.suffix == ".safetensors":
+        return _unwrap(read_safetensors(path, "cpu"), path)
+    if _is_torchscript(path):
+        return _unwrap(_load_torchscript(path), path)
+    return _unwrap(_load_pickled_tensors(path), path)
+
+
+def _load_folder(path: Path) -> dict[str, Tensor]:
+    if (path / MANIFEST).is_file():
+        checkpoint: Checkpoint | None = load_checkpoint(path)
+    else:
+        inner = path / "checkpoints"
+        checkpoint = load_latest(inner if inner.is_dir() else path)
+    if checkpoint is not None:
+        return checkpoint.tensors.get("ema", checkpoint.tensors["model"])
+    for name in _WEIGHT_FILES:
+        if (path / name).is_file():
+            return load_state_dict_file(path / name)
+    raise CheckpointError(
+        f"{path} holds no weights: neither a checkpoint of a run nor any of {', '.join(_WEIGHT_FILES)}"
+    )
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+def _load_torchscript(path: Path) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        # TorchScript is deprecated; OpenAI's files are what they are.
+        warnings.simplefilter("ignore")
+        try:
+            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is a damaged TorchScript archive: {reason}") from error
+
+
+def _load_pickled_tensors(path: Path) -> object:
+    """torch.load that builds tensors and plain containers only."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        if wanted is not None:
+            raise CheckpointError(
+                f"{path} is refused: loading it would call {wanted.group(1)}, which weights do not need; nothing was "
+                "run. Ask for the weights as safetensors, or convert them where you trust their origin"
+            ) from None
+        raise CheckpointError(
+            f"{path} is not a file of weights, or is damaged; download it again"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is not a file of weights, or is damaged ({reason}); download it again"
+        ) from None
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    """The weights inside what a file holds, under their plain names."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds no weights: it is a {type(content).__name__}")
+    weights: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} holds more than weights by name: {name!r} is a {type(value).__name__}"
+            )
+        if name not in _OPENAI_EXTRAS:
+            weights[name] = value
+    while prefix := next(
+        (p for p in ("module.", "_orig_mod.") if weights and all(n.startswith(p) for n in weights)),
+        None,
+    ):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
