@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 from clipcore.schedule import SCHEDULES
 
 
@@ -284,9 +285,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fills the unset fields from the recipe of the data; what depends on the number of steps stays for the run."""
     recipe = dict(GLYPHS_RECIPE if config.train_data == "glyphs" else PAPER_RECIPE)
     if config.model is not None and config.train_data != "glyphs":
-        recipe["lr"] = PAPER_LEARNING_RATES.get(
-            config.model.replace("-quickgelu", ""), recipe["lr"]
-        )
+        name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
+        recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1

@@ -93,10 +93,23 @@ def init_distributed(device: str | torch.device | None = None) -> World:
 
 
 def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if kind != "cuda":
-        return torch.device(kind)
+    try:
+        asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device is cpu or cuda, not {device!r}") from None
+    if asked.type != "cuda":
+        return torch.device(asked.type)
     num_gpus = torch.cuda.device_count()
+    if asked.index is not None:
+        if "LOCAL_RANK" in os.environ:
+            raise ValueError(
+                f"--device {asked} names one GPU, but torchrun gives each process its own; pass --device cuda"
+            )
+        if asked.index >= num_gpus:
+            raise ValueError(
+                f"--device {asked}: this machine shows {num_gpus} GPUs, counted from 0"
+            )
+        return asked
     if local_rank >= num_gpus:
         raise ValueError(
             f"local rank {local_rank} needs GPU {local_rank}, but this machine shows {num_gpus}; "

@@ -72,7 +72,8 @@ class Logbook:
             if "wandb" in reporters:
                 self._wandb = _wandb(run_dir, config or {})
             self._file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115
-            self._file.truncate(size_bytes)
+            # Never longer than it is: that would fill it with zeros.
+            self._file.truncate(min(size_bytes, self._file.seek(0, os.SEEK_END)))
         self._start = self._last_step = time.perf_counter()
         self._elapsed_before_s = elapsed_s
         self._bar = tqdm(
@@ -174,7 +175,9 @@ def _tensorboard(run_dir: Path, first_step: int) -> Any:
         raise ValueError(
             '--report-to tensorboard needs TensorBoard: pip install "clipcore[tensorboard]"'
         ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+    return SummaryWriter(
+        str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+    )
 
 
 def _wandb(run_dir: Path, config: dict[str, Any]) -> Any:

@@ -107,7 +107,9 @@ class RunState:
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load(checkpoint.tensors["ema"])
-        self.scaler.load_state_dict(record["scaler"])
+        # Empty where the run computed without one until now: the scaler then starts anew.
+        if record["scaler"]:
+            self.scaler.load_state_dict(record["scaler"])
         self.step = checkpoint.step
         self.evaluated_step = record["evaluated_step"]
         self.bad_samples = record["bad_samples"]

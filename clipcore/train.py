@@ -135,8 +135,10 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             "raise it or lower --batch-size"
         )
     num_steps = epochs * steps_per_epoch
+    # A resumed run has the warm-up that it began with, whether from the user or cut from the recipe's.
+    is_chosen = "warmup" in given or checkpoint is not None
     config = dataclasses.replace(
-        config, warmup=warmup_steps(config, "warmup" in given, num_steps), name=run_dir.name
+        config, warmup=warmup_steps(config, is_chosen, num_steps), name=run_dir.name
     )
 
     # Optimizer

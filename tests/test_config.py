@@ -7,7 +7,9 @@ import re
 
 import pytest
 
+from clipcore.architectures import OPENAI_NAMES
 from clipcore.config import (
+    PAPER_LEARNING_RATES,
     ConfigError,
     TrainConfig,
     build_parser,
@@ -93,6 +95,13 @@ def test_recipes_fill_what_is_not_given():
     paper = resolve(parse_command_line("--train-data x.tar --model ViT-L-14 --wd 0.1".split())[0])
     assert (paper.lr, paper.wd, paper.epochs, paper.tokenizer) == (4e-4, 0.1, 32, "openai")
     assert resolve(glyphs) == glyphs
+
+
+@pytest.mark.parametrize("openai", ["ViT-L/14", "ViT-L/14@336px"])
+def test_openais_spelling_has_the_papers_learning_rate(openai):
+    names = (openai, OPENAI_NAMES[openai], OPENAI_NAMES[openai] + "-quickgelu")
+    rates = [resolve(TrainConfig(train_data="x.tar", model=name)).lr for name in names]
+    assert rates == [PAPER_LEARNING_RATES[OPENAI_NAMES[openai]]] * 3
 
 
 def test_warm_up_longer_than_the_run():

@@ -34,6 +34,12 @@ def test_a_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path):
     assert steps[1]["time_s"] >= round(before, 3)
 
 
+def test_a_log_that_went_missing_is_begun_anew(tmp_path):
+    with Logbook(tmp_path, num_steps=2, first_step=1, size_bytes=500, quiet=True) as log:
+        log.step(row(2), num_pairs=8)
+    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [2]
+
+
 def test_lines_are_json_without_infinities_and_as_often_as_asked(tmp_path):
     with Logbook(tmp_path, num_steps=4, quiet=True) as log:
         for step in range(1, 5):

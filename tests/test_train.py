@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -196,6 +197,28 @@ def test_resume_without_other_flags_takes_the_settings_of_the_run(server, table,
     )
     assert status == 0 and "--epochs was 2 in this run, now 3" in text
     assert read_metrics(tmp_path / "r")[0][-1]["step"] == 15
+
+
+def test_a_warm_up_of_the_users_outlives_a_plain_resume(server, table, tmp_path):
+    """Longer than a tenth of the run, to which a recipe's would be cut."""
+    line = flags(tmp_path, "r", table, warmup=15, keep_checkpoints=0)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    straight = [row["lr"] for row in read_metrics(tmp_path / "r")[0]]
+    for checkpoint in sorted((tmp_path / "r" / "checkpoints").glob("step_*"))[1:]:
+        shutil.rmtree(checkpoint)
+    status, text = server.run(["--logs", str(tmp_path), "--resume", "latest"], tmp_path / "out")
+    assert status == 0, text
+    resumed = [row["lr"] for row in read_metrics(tmp_path / "r")[0]]
+    assert resumed == straight and len(straight) == 20 and max(straight) == straight[14]
+
+
+def test_resume_with_the_loss_scaler_that_the_run_did_not_have(server, table, tmp_path):
+    line = flags(tmp_path, "r", table, epochs=1)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    more = ["--logs", str(tmp_path), "--resume", "latest", "--epochs", "2", "--precision", "amp"]
+    status, text = server.run(more, tmp_path / "out")
+    assert status == 0, text
+    assert read_metrics(tmp_path / "r")[0][-1]["step"] == 10
 
 
 def test_weights_that_are_not_finite_stop_before_the_update(server, table, tmp_path):

@@ -184,6 +184,8 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
     if config.val_data is not None:
         source = open_source(
             config.val_data,
+            dataset_type=config.dataset_type,
+            decoder=config.image_decoder,
             img_key=config.csv_img_key,
             caption_key=config.csv_caption_key,
             separator=config.csv_separator,
