@@ -10,6 +10,7 @@ N rows on this rank, M rows of all ranks together.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -266,6 +267,16 @@ def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) 
     total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
     dist.all_reduce(total, group=group)
     return total.tolist()
+
+
+@torch.no_grad()
+def broadcast_tensors(
+    tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Writes the values of the group's first rank into the tensors of all others."""
+    if _group_size(group) > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, group_src=0, group=group)
 
 
 @torch.no_grad()

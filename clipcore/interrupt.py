@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
+
+# A launcher hands its own signal on to processes that may have had it from the scheduler or the terminal already.
+REPEAT_S = 3.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -16,12 +20,17 @@ class Interrupt:
     The exit status is the shell's convention, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 138 for
     SIGUSR1 (which schedulers send before the time limit).
 
+    Args:
+        repeat_s: for so many seconds a further signal counts as the first one once more.
+
     Attributes:
         signal_number: the signal received, or 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_s: float = 0.0) -> None:
         self.signal_number = 0
+        self._repeat_s = repeat_s
+        self._received_at = 0.0
         self._previous: dict[int, object] = {}
 
     @property
@@ -39,10 +48,12 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal_number and time.monotonic() < self._received_at + self._repeat_s:
+            return
         if self.signal_number:
             # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
             os._exit(self.exit_status)
-        self.signal_number = number
+        self.signal_number, self._received_at = number, time.monotonic()
         # os.write, because print is not safe inside a signal handler.
         message = (
             f"\n{signal.Signals(number).name}: saving after this step; once more to leave now\n"

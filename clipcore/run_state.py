@@ -44,6 +44,7 @@ class RunState:
     Attributes:
         step: steps done.
         identity: what a checkpoint must share with the run that loads it: model, vocabulary, data.
+        global_batch_size: pairs of a step, on all ranks; a checkpoint must share it too, since it counts in steps.
         evaluated_step: the last step after which the evaluations of an epoch's end were made.
         bad_samples: replaced so far, on all ranks.
         elapsed_s: seconds of training so far, over all processes of the run.
@@ -56,6 +57,7 @@ class RunState:
     scaler: torch.amp.GradScaler
     ema: ExponentialMovingAverage | None
     identity: dict[str, Any]
+    global_batch_size: int
     step: int = 0
     evaluated_step: int = 0
     bad_samples: int = 0
@@ -77,6 +79,7 @@ class RunState:
         """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all)."""
         record = {
             "identity": self.identity,
+            "global_batch_size": self.global_batch_size,
             "evaluated_step": self.evaluated_step,
             "bad_samples": self.bad_samples,
             "elapsed_s": self.elapsed_s,
@@ -93,6 +96,12 @@ class RunState:
             CheckpointError: it belongs to another model, vocabulary or data set.
         """
         record = checkpoint.state
+        if (saved := record.get("global_batch_size")) not in (None, self.global_batch_size):
+            raise CheckpointError(
+                f"{checkpoint.path} counts its steps in global batches of {saved} pairs, and this run has "
+                f"{self.global_batch_size} (--batch-size times the number of ranks); choose --batch-size so that it is "
+                f"{saved} again, or start anew with --pretrained"
+            )
         for key, value in self.identity.items():
             if record["identity"].get(key) != value:
                 raise CheckpointError(

@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcore.checkpoint import run_lock
+from clipcore.checkpoint import CheckpointError, run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -43,11 +44,12 @@ from clipcore.distributed import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    broadcast_tensors,
     close_distributed,
     init_distributed,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
-from clipcore.interrupt import Interrupt
+from clipcore.interrupt import REPEAT_S, Interrupt
 from clipcore.logbook import Logbook, PartClock
 from clipcore.loss import ClipLoss
 from clipcore.model import CLIP, create_model_and_transforms
@@ -165,15 +167,19 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         "data": f"{source.name} of {len(source)} samples",
         "image decoder": config.image_decoder,
     }
-    state = RunState(model, optimizer, scaler, ema, identity)
+    state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
+        check_same_step(state.step, world)
 
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
     if world.world_size > 1:
-        towers = DistributedDataParallel(towers)
+        # Looking for unused parameters keeps the buckets as they are. Else they are built anew after the first step of
+        # a process, and with three ranks or more a resumed run would add its gradients in another order.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        towers = DistributedDataParallel(towers, find_unused_parameters=True)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -181,7 +187,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             stack.enter_context(run_lock(run_dir))
             write_config(run_dir, config)
             tokenizer.save(run_dir / VOCABULARY_FILE)
-        interrupt = stack.enter_context(Interrupt())
+        interrupt = stack.enter_context(Interrupt(REPEAT_S if world.world_size > 1 else 0.0))
         log = stack.enter_context(
             Logbook(
                 run_dir if world.is_main else None,
@@ -270,10 +276,6 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
             is_last, is_stopping = state.step == num_steps, num_signalled > 0
-            # A signal leaves little time: the resumed run makes up for the evaluation.
-            if not into_epoch and not is_stopping:
-                evaluate_epoch(state, evaluations, log, epoch, is_last)
-                clock.charge("evaluation")
             if (
                 is_last
                 or is_stopping
@@ -286,23 +288,44 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                     state.save(run_dir, config.keep_checkpoints)
                 saved_at = time.monotonic()
                 clock.charge("checkpoint")
+            # After the checkpoint, so that what goes wrong in an evaluation costs no training; a resumed run makes up for
+            # one that was not made, and a signal leaves no time for it.
+            if not into_epoch and not is_stopping:
+                evaluate_epoch(state, evaluations, log, epoch, is_last)
+                clock.charge("evaluation")
             if is_stopping:
                 log.say(
                     f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}"
                 )
-                return interrupt.exit_status
-
-        report_run(run_dir, config, state, evaluations, source, log)
+                status = interrupt.exit_status
+                break
+        else:
+            report_run(run_dir, config, state, evaluations, source, log)
+            status = 0
+    # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.
     barrier()
-    return 0
+    return status
 
 
 def evaluate_epoch(
     state: RunState, evaluations: EvaluationPlan, log: Logbook, epoch: int, is_last: bool
 ) -> None:
     """The evaluations due after ``epoch`` epochs, noted as made."""
-    evaluations.run(state.evaluated_model(), log, state.step, epoch, is_last)
+    model = state.evaluated_model()
+    # BatchNorm's statistics are each rank's own after a step; the checkpoint has rank 0's.
+    broadcast_tensors(model.buffers())
+    evaluations.run(model, log, state.step, epoch, is_last)
     state.evaluated_step = state.step
+
+
+def check_same_step(step: int, world: World) -> None:
+    """Raises CheckpointError on all ranks unless all resume at one step."""
+    first = broadcast_object(step)
+    if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
+        raise CheckpointError(
+            f"{num_others} of {world.world_size} ranks found another checkpoint than rank 0, which resumes at step "
+            f"{first}; --logs has to be a folder that all machines share"
+        )
 
 
 def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:

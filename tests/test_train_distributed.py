@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from runs import NANO, ROOT, assert_same_bits
 from shards import write_csv
 
+from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
     """A whole run of global batch 8 on ``num_ranks`` processes."""
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
     line += ["--val-data", str(table), "--batch-size", str(8 // num_ranks), "--lr", "1e-3", *extra]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
-    start = ["-m"] if num_ranks == 1 else [*torchrun, "-m", "--"]
+    start = ["-m"] if num_ranks == 1 else [*TORCHRUN, str(num_ranks), "-m", "--"]
     done = subprocess.run(
         [sys.executable, *start, "clipcore.train", *line],
         capture_output=True,
@@ -55,6 +60,60 @@ def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
     launch(tmp_path, "two", 1, table, "--epochs", "2", "--resume", "latest")
     resumed = read_metrics(tmp_path / "two")[0]
     assert [row["step"] for row in resumed] == list(range(1, 11))
+
+
+def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
+    """Three sums depend on their order, and a ResNet's ranks on whose BatchNorm statistics they evaluate with."""
+    line = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "3",
+        "--model",
+        "RN-nano-32",
+        "--keep-checkpoints",
+        "0",
+    ]
+    launch(tmp_path, "straight", 3, table, *line)
+    shutil.copytree(tmp_path / "straight", tmp_path / "broken")
+    (first, *later) = sorted((tmp_path / "broken" / "checkpoints").glob("step_*"))
+    assert first.name == "step_00000004" and len(later) == 1
+    shutil.rmtree(later[0])
+    launch(tmp_path, "broken", 3, table, *line, "--resume", "latest")
+    assert len(read_metrics(tmp_path / "broken")[1]) == 2
+    assert_same_bits(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_another_global_batch_is_refused(table, tmp_path):
+    launch(tmp_path, "r", 1, table, "--epochs", "1")
+    with pytest.raises(AssertionError, match="choose --batch-size so that it is 8 again"):
+        launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
+
+
+def test_a_signal_to_launcher_and_ranks_at_once_saves(table, tmp_path):
+    """As a scheduler sends it: each rank has it twice, from there and from torchrun."""
+    command = [*TORCHRUN, "2", "-m", "--", "clipcore.train", "--logs", str(tmp_path), "--name", "r"]
+    command += ["--train-data", str(table), *NANO, "--batch-size", "4", "--epochs", "100000"]
+    command += ["--save-frequency", "0"]
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as run:
+        log = tmp_path / "r" / "metrics.jsonl"
+        limit = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size > 2000):
+            assert time.monotonic() < limit and run.poll() is None
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        said, _ = run.communicate(timeout=90)
+    steps, _ = read_metrics(tmp_path / "r")
+    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}", said
+    assert "go on with: python -m clipcore.train --resume" in said
 
 
 def test_two_ranks_give_the_same_bits_every_time(table, tmp_path):
