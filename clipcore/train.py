@@ -16,7 +16,6 @@ import hashlib
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -178,7 +177,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if world.world_size > 1:
         # Looking for unused parameters keeps the buckets as they are. Else they are built anew after the first step of
         # a process, and with three ranks or more a resumed run would add its gradients in another order.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # torch's warning about it, once a process, cannot be silenced from Python.
         towers = DistributedDataParallel(towers, find_unused_parameters=True)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
