@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there; ``clipcore.weights`` reads those that other people wrote.
+"""Checkpoints that are whole or not there; ``clipcore.weights`` reads files that other people wrote.
 
 A checkpoint is a folder, ``step_00000042``: one safetensors file a group of tensors, state.json, and manifest.json with
 the size and the SHA-256 of each and of itself. It is written aside, put on the disk, and then renamed, so that a crash

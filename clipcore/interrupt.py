@@ -48,9 +48,9 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal_number and time.monotonic() < self._received_at + self._repeat_s:
-            return
         if self.signal_number:
+            if time.monotonic() < self._received_at + self._repeat_s:
+                return
             # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
             os._exit(self.exit_status)
         self.signal_number, self._received_at = number, time.monotonic()

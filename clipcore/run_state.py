@@ -29,7 +29,7 @@ from clipcore.checkpoint import (
 )
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
-from clipcore.distributed import World
+from clipcore.distributed import World, all_reduce_sum, broadcast_object
 from clipcore.model import CLIP
 from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
 from clipcore.tokenizer import Tokenizer
@@ -137,15 +137,28 @@ class RunState:
 
 
 def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
-    """The checkpoint that ``--resume`` names and the folder of its run.
+    """The checkpoint that ``--resume`` names and the folder of its run, the same on all ranks.
 
     ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given; where there
     is none yet the run starts from the beginning, so that a job script can always pass it.
 
     Raises:
         ConfigError: the run exists and is not resumed.
-        CheckpointError: the path that was given holds no loadable checkpoint.
+        CheckpointError: the path that was given holds no loadable checkpoint, or ranks found different ones.
     """
+    checkpoint, run_dir = _find_checkpoint(config, world)
+    step = checkpoint.step if checkpoint is not None else 0
+    first = broadcast_object(step)
+    if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
+        raise CheckpointError(
+            f"{num_others} of {world.world_size} ranks do not find the checkpoint of step {first} that rank 0 finds; "
+            "--logs has to be a folder that all machines share"
+        )
+    return checkpoint, run_dir
+
+
+def _find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
+    """What this rank finds."""
     named = Path(config.logs) / config.name if config.name else None
     if config.resume is None:
         if named is not None and latest_checkpoint(named / "checkpoints") is not None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcore.checkpoint import CheckpointError, run_lock
+from clipcore.checkpoint import run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -169,15 +169,13 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
-        check_same_step(state.step, world)
 
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
     if world.world_size > 1:
-        # Looking for unused parameters keeps the buckets as they are. Else they are built anew after the first step of
-        # a process, and with three ranks or more a resumed run would add its gradients in another order.
-        # torch's warning about it, once a process, cannot be silenced from Python.
+        # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
+        # would add gradients in another order. torch's warning about it cannot be silenced from Python.
         towers = DistributedDataParallel(towers, find_unused_parameters=True)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
@@ -206,6 +204,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         if state.step > state.evaluated_step and state.step % steps_per_epoch == 0:
             epoch = state.step // steps_per_epoch
             evaluate_epoch(state, evaluations, log, epoch, state.step == num_steps)
+            clock.charge("evaluation")
 
         for step in range(state.step, num_steps):
             batch = next(batches)
@@ -315,16 +314,6 @@ def evaluate_epoch(
     broadcast_tensors(model.buffers())
     evaluations.run(model, log, state.step, epoch, is_last)
     state.evaluated_step = state.step
-
-
-def check_same_step(step: int, world: World) -> None:
-    """Raises CheckpointError on all ranks unless all resume at one step."""
-    first = broadcast_object(step)
-    if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
-        raise CheckpointError(
-            f"{num_others} of {world.world_size} ranks found another checkpoint than rank 0, which resumes at step "
-            f"{first}; --logs has to be a folder that all machines share"
-        )
 
 
 def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:

@@ -49,6 +49,28 @@ def test_lines_are_json_without_infinities_and_as_often_as_asked(tmp_path):
     assert [(r["step"], r["grad_norm"]) for r in parsed] == [(2, None), (4, None)]
 
 
+def test_tensorboard_keeps_the_step_that_is_resumed_at(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    size = 0
+    for first in (0, 2):  # the step after the checkpoint is made twice, differently
+        with Logbook(
+            tmp_path,
+            num_steps=3,
+            first_step=first,
+            size_bytes=size,
+            reporters=["tensorboard"],
+            quiet=True,
+        ) as log:
+            for step in range(first + 1, 4):
+                log.step(row(step, loss=step + first / 10), num_pairs=8)
+                size = log.sync() if step == 2 else size
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")]
+    assert told == [(1, 1.0), (2, 2.0), (3, 3.2)]
+
+
 def test_weights_and_biases_receives_every_figure(tmp_path, monkeypatch):
     calls: dict[str, list[Any]] = {"init": [], "log": [], "finish": []}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import NANO, RunServer, assert_same_bits, final_state
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
@@ -219,6 +220,29 @@ def test_resume_with_the_loss_scaler_that_the_run_did_not_have(server, table, tm
     status, text = server.run(more, tmp_path / "out")
     assert status == 0, text
     assert read_metrics(tmp_path / "r")[0][-1]["step"] == 10
+
+
+def test_an_evaluation_that_fails_costs_no_training(server, table, tmp_path):
+    classes = tmp_path / "classes"
+    for name in ("a", "b"):
+        (classes / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(classes / name / "0.png")
+    (classes / "templates.json").write_text('["no place for the name"]')
+    line = flags(tmp_path, "r", table, imagenet_val=classes, zeroshot_frequency=1)
+    line[line.index("--save-every-steps") + 1] = "1000"
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 2 and "no place for the name" in text
+    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None and newest.name == "step_00000005"
+
+
+def test_validation_data_is_read_as_the_training_data_is(server, table, tmp_path):
+    text_file = table.with_suffix(".txt")
+    shutil.copy(table, text_file)
+    line = flags(tmp_path, "r", text_file, dataset_type="csv", val_data=text_file, epochs=1)
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0, text
+    assert len(read_metrics(tmp_path / "r")[1]) == 1
 
 
 def test_weights_that_are_not_finite_stop_before_the_update(server, table, tmp_path):

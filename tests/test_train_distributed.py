@@ -11,11 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import RankPool
 from runs import NANO, ROOT, assert_same_bits
 from shards import write_csv
 
-from clipcore.checkpoint import latest_checkpoint
+from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+from clipcore.config import TrainConfig
+from clipcore.distributed import World
 from clipcore.logbook import read_metrics
+from clipcore.run_state import find_checkpoint
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -64,16 +69,7 @@ def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
 
 def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
     """Three sums depend on their order, and a ResNet's ranks on whose BatchNorm statistics they evaluate with."""
-    line = [
-        "--epochs",
-        "2",
-        "--batch-size",
-        "3",
-        "--model",
-        "RN-nano-32",
-        "--keep-checkpoints",
-        "0",
-    ]
+    line = "--epochs 2 --batch-size 3 --model RN-nano-32 --keep-checkpoints 0".split()
     launch(tmp_path, "straight", 3, table, *line)
     shutil.copytree(tmp_path / "straight", tmp_path / "broken")
     (first, *later) = sorted((tmp_path / "broken" / "checkpoints").glob("step_*"))
@@ -84,19 +80,46 @@ def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
 
 
+def resume(world: World, folder: Path) -> str:
+    config = TrainConfig(logs=str(folder / str(world.rank)), name="r", resume="latest")
+    with pytest.raises(CheckpointError) as raised:
+        find_checkpoint(config, world)
+    return str(raised.value)
+
+
+def test_ranks_that_find_another_checkpoint_stop_together(tmp_path):
+    """Folders that the machines do not share: rank 1 finds an older one, or none."""
+    with RankPool(2) as pool:
+        for step in (2, 1):
+            weights = {"model": {"weight": torch.ones(2)}}
+            save_checkpoint(tmp_path / "0" / "r" / "checkpoints", 3 - step, weights, {})
+            told = pool.run(resume, tmp_path)
+            assert told[0] == told[1] and "1 of 2 ranks" in told[0] and "share" in told[0]
+            save_checkpoint(tmp_path / "1" / "r" / "checkpoints", 1, weights, {})
+
+
 def test_another_global_batch_is_refused(table, tmp_path):
     launch(tmp_path, "r", 1, table, "--epochs", "1")
     with pytest.raises(AssertionError, match="choose --batch-size so that it is 8 again"):
         launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
 
 
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(0.4), fsync(file))[1]
+"""
+NO_REPEATS = """
+import clipcore.interrupt
+clipcore.interrupt.REPEAT_S = 0.0
+"""
+
+
 @pytest.mark.parametrize("to_launcher", [True, False])
 def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
-    """As a scheduler sends it: each rank has it from there, and from torchrun if that has it too, or sees a rank end. On
-    a slow disk, where rank 0 still writes its checkpoint when the second signal comes."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(1.0), fsync(file))[1]\n"
-    )
+    """On a slow disk, where rank 0 still writes its checkpoint when torchrun signals once more: because it has had the
+    signal as well, or, with every further signal taken for a second one, because another rank has ended."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK + ("" if to_launcher else NO_REPEATS))
     command = [*TORCHRUN, "2", "-m", "--", "clipcore.train", "--logs", str(tmp_path), "--name", "r"]
     command += ["--train-data", str(table), *NANO, "--batch-size", "4", "--epochs", "100000"]
     command += ["--save-frequency", "0"]
