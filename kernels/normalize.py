@@ -158,10 +158,10 @@ def lengths(x_ND: Tensor) -> Tensor:
     return length_N
 
 
-def normalize(x_ND: Tensor) -> Tensor:
-    """[N, D] contiguous in x's dtype: each row over its norm, 0 for short rows. Unit inner stride."""
+def normalize(x_ND: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[N, D] contiguous in `dtype` (x's own by default): each row over its norm, 0 for short rows. Unit inner stride."""
     N, D = x_ND.shape
-    unit_ND = torch.empty((N, D), dtype=x_ND.dtype, device=x_ND.device)
+    unit_ND = torch.empty((N, D), dtype=dtype or x_ND.dtype, device=x_ND.device)
     if N > 0:
         grid, config = _launch_config(N, D)
         _normalize_fwd_kernel[grid](
@@ -170,13 +170,16 @@ def normalize(x_ND: Tensor) -> Tensor:
     return unit_ND
 
 
-def normalize_bwd(x_ND: Tensor, grad_unit_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_bwd(
+    x_ND: Tensor, grad_unit_ND: Tensor, scale: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradient of `scale * <t, normalize(x)>` for t = grad_unit_ND (float32, contiguous): (dx_ND, along_N).
 
-    dx has x's dtype. along_N = <x_hat, t> in float32: its sum in row order is the gradient of the scale.
+    dx has x's dtype; it goes to `out` (contiguous) where one is given, which may be grad_unit_ND itself.
+    along_N = <x_hat, t> in float32: its sum in row order is the gradient of the scale.
     """
     N, D = x_ND.shape
-    grad_x_ND = torch.empty((N, D), dtype=x_ND.dtype, device=x_ND.device)
+    grad_x_ND = torch.empty((N, D), dtype=x_ND.dtype, device=x_ND.device) if out is None else out
     along_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
     if N > 0:
         grid, config = _launch_config(N, D)

@@ -68,16 +68,26 @@ def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x_ND, (0, -width % multiple)).contiguous()
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b by the vendor's library with a float32 result that is never rounded to a 16-bit input dtype.
 
-    float32 operands follow torch.set_float32_matmul_precision, as every torch product does.
+    float32 operands follow torch.set_float32_matmul_precision, as every torch product does. `out` is contiguous.
     """
     if a.dtype == torch.float32:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # the CPU has no product with a wider result
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_fp32_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a @ b in place, acc float32 and contiguous: `matmul_fp32` that continues a sum."""
+    if a.dtype == torch.float32:
+        acc.addmm_(a, b)
+    elif a.device.type == "cpu":
+        acc.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
 
 
 def register_autocast(op: str, *, num_operands: int) -> None:
