@@ -1,4 +1,4 @@
-"""The contrastive loss over one rank or many.
+"""The contrastive losses over one rank or many, under open_clip's names.
 
 Legend: B pairs on this rank, G pairs of the global batch, E embedding size.
 
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipcore.distributed import all_gather_with_grad
-from clipcore.kernels.contrastive import similarity_gradients, similarity_lse
+from clipcore.kernels import contrastive, tiles
+from clipcore.kernels.contrastive import contrastive_loss, contrastive_terms
 
 
 class ClipLoss(nn.Module):
@@ -29,6 +30,11 @@ class ClipLoss(nn.Module):
             together stand for.
         cache_labels: accepted, nothing to cache.
         rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
+        use_horovod: accepted if false.
+        label_smoothing: in [0, 1), as in torch's cross-entropy.
+        same_id: what equal ids mean, see `forward`: "ignore" or "positive".
+        stash_bytes, workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
+            `clipcore.kernels.contrastive.contrastive_loss`.
 
     Source: Radford et al. 2021, figure 3.
 
@@ -42,16 +48,34 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        label_smoothing: float = 0.0,
+        same_id: str = "ignore",
+        stash_bytes: int | None = None,
+        workspace_bytes: int | None = None,
+        operand_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod is not supported: start the ranks with torchrun")
         if world_size > 1 and local_loss != gather_with_grad:
             warnings.warn(
                 "ClipLoss ignores local_loss and gather_with_grad: it always computes the exact loss of the "
                 "global batch, as open_clip does with both",
                 stacklevel=2,
             )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing has to be in [0, 1), got {label_smoothing}")
         self.rank = rank
         self.world_size = world_size
+        self.label_smoothing = label_smoothing
+        self.same_id = same_id
+        self.memory: dict[str, Any] = {
+            "stash_bytes": stash_bytes,
+            "workspace_bytes": workspace_bytes,
+            "operand_dtype": operand_dtype,
+        }
 
     def forward(
         self,
@@ -60,6 +84,9 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Any:
         """The mean loss over this rank's pairs.
 
@@ -68,6 +95,8 @@ class ClipLoss(nn.Module):
             logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
             logit_bias: accepted; one constant added to all logits changes neither this loss nor its gradients.
             output_dict: return ``{"contrastive_loss": loss}``.
+            image_ids, text_ids: int64 [B], both or none; rows of equal ids belong together, on whichever rank they
+                are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
 
         Raises:
             ValueError: shapes that are no pairs.
@@ -77,48 +106,120 @@ class ClipLoss(nn.Module):
                 "image_features and text_features must be pairs of one shape [B, E], "
                 f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
             )
-        # 16-bit features lose nothing here: the sums and the softmax want float32.
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        image_BE, text_BE = image_features.to(dtype), text_features.to(dtype)
-        scale = torch.as_tensor(logit_scale, dtype=dtype, device=image_BE.device).reshape(())
-        text_GE = all_gather_with_grad(text_BE) if self.world_size > 1 else text_BE
-        loss = _StripLoss.apply(image_BE, text_GE, scale, self.rank * len(image_BE))
+        settings = {"normalize": False, "same_id": self.same_id, **self.memory}
+        if self.world_size > 1:
+            loss = self._strip_loss(
+                image_features, text_features, logit_scale, image_ids, text_ids, settings
+            )
+        else:
+            loss = contrastive_loss(
+                *(image_features, text_features, logit_scale),
+                image_ids=image_ids,
+                text_ids=text_ids,
+                label_smoothing=self.label_smoothing,
+                **settings,
+            )
+        if logit_bias is not None and logit_bias.requires_grad:
+            loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not absent
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def _strip_loss(
+        self,
+        image_BE: Tensor,
+        text_BE: Tensor,
+        scale: Tensor | float,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        """The mean over this rank's rows and columns of the loss of all ranks' pairs."""
+        B = len(image_BE)
+        dtype = tiles.accumulate_dtype(text_BE.dtype)
+        text_GE = all_gather_with_grad(text_BE.to(dtype))
+        own = slice(self.rank * B, self.rank * B + B)
+        image_ids_G = None if image_ids is None else _all_gather(image_ids, self.world_size)
+        text_ids_G = None if text_ids is None else _all_gather(text_ids, self.world_size)
+        targets = None
+        if image_ids_G is not None or self.label_smoothing > 0:
+            targets = contrastive.uniform_targets(
+                *(text_GE, text_GE, 0, image_ids_G, text_ids_G),
+                *(self.same_id, self.label_smoothing),
+            )
+            rows = (targets.row_positive_B[own], targets.row_uniform_B[own])
+            targets = contrastive.Targets(*rows, *targets[2:])
+        terms = contrastive_terms(
+            *(image_BE, text_GE, scale),
+            first_label=own.start,
+            image_ids=image_ids,
+            text_ids=text_ids_G,
+            targets=targets,
+            **settings,
+        )
+        column_lse_G = _CompleteLse.apply(terms.column_lse_G)
+        column_target_G = terms.column_target_G
+        if targets is not None:  # parts of a target lie on every rank
+            column_target_G = _CompleteSum.apply(column_target_G)
+        row_loss_B = terms.row_lse_B - terms.row_target_B
+        column_loss_B = (column_lse_G - column_target_G)[own]
+        by_id = image_ids is not None and self.same_id == "positive"
+        if not by_id:
+            return ((row_loss_B.mean() + column_loss_B.mean()) / 2).to(dtype)
+        assert targets is not None
+        parts = []
+        for loss_B, weight_B in (
+            (row_loss_B, targets.row_positive_B),
+            (column_loss_B, targets.column_positive_G[own]),
+        ):
+            # The mean over all ranks' rows that have a positive, times the number of ranks: they average.
+            has_positive_B = weight_B > 0
+            count = has_positive_B.sum().double()
+            dist.all_reduce(count)
+            parts.append(torch.where(has_positive_B, loss_B, 0.0).sum() * (self.world_size / count))
+        return ((parts[0] + parts[1]) / 2).to(dtype)
 
-class _StripLoss(torch.autograd.Function):
-    """Mean loss of a strip of B image rows against all G text rows, positives from column ``first_label``."""
+
+def _all_gather(ids_B: Tensor, world_size: int) -> Tensor:
+    """Ids of all ranks, in rank order."""
+    parts = [torch.empty_like(ids_B) for _ in range(world_size)]
+    dist.all_gather(parts, ids_B.contiguous())
+    return torch.cat(parts)
+
+
+class _CompleteLse(torch.autograd.Function):
+    """log sum over ranks of exp(lse); the gradient is that of the sum of all ranks' losses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, image_BE: Tensor, text_GE: Tensor, scale: Tensor, first_label: int
-    ) -> Tensor:
-        with torch.autocast(image_BE.device.type, enabled=False):
-            row_lse_B, column_lse_G = similarity_lse(image_BE, text_GE, scale)
-            if len(text_GE) > len(image_BE):
-                column_lse_G = _all_reduce_logsumexp(column_lse_G)
-            own = slice(first_label, first_label + len(image_BE))
-            positive_B = scale * (image_BE * text_GE[own]).sum(1)
-            loss = (row_lse_B + column_lse_G[own] - 2 * positive_B).mean() / 2
-        ctx.save_for_backward(image_BE, text_GE, scale, row_lse_B, column_lse_G)
-        ctx.first_label = first_label
-        return loss
+    def forward(ctx: Any, lse_G: Tensor) -> Tensor:
+        # The maximum first, so that no exponential overflows.
+        maximum_G = lse_G.clone()
+        dist.all_reduce(maximum_G, dist.ReduceOp.MAX)
+        total_G = (lse_G - maximum_G).exp()
+        dist.all_reduce(total_G)
+        complete_G = total_G.log_() + maximum_G
+        ctx.save_for_backward(lse_G, complete_G)
+        return complete_G
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_loss.device.type, enabled=False):
-            image_BE, text_GE, scale, row_lse_B, column_lse_G = ctx.saved_tensors
-            gradients = similarity_gradients(
-                image_BE, text_GE, scale, row_lse_B, column_lse_G, ctx.first_label
-            )
-        return (*(gradient * grad_loss for gradient in gradients), None)
+    def backward(ctx: Any, grad_G: Tensor) -> Tensor:
+        lse_G, complete_G = ctx.saved_tensors
+        grad_G = grad_G.contiguous().clone()
+        dist.all_reduce(grad_G)
+        return grad_G * (lse_G - complete_G).exp()
 
 
-def _all_reduce_logsumexp(lse_G: Tensor) -> Tensor:
-    """log sum over ranks of exp(lse): the maximum first, so that no exponential overflows."""
-    maximum_G = lse_G.clone()
-    dist.all_reduce(maximum_G, dist.ReduceOp.MAX)
-    total_G = (lse_G - maximum_G).exp()
-    dist.all_reduce(total_G)
-    return total_G.log_() + maximum_G
+class _CompleteSum(torch.autograd.Function):
+    """The sum over ranks; the gradient is that of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, part_G: Tensor) -> Tensor:
+        complete_G = part_G.clone()
+        dist.all_reduce(complete_G)
+        return complete_G
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_G: Tensor) -> Tensor:
+        grad_G = grad_G.contiguous().clone()
+        dist.all_reduce(grad_G)
+        return grad_G

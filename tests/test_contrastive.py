@@ -1,91 +1,529 @@
-"""The contrastive arithmetic against the N x N reference, and its bounded memory."""
+"""The contrastive loss: the reference, both devices' paths against it, memory, determinism, and open_clip's call."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+
 import pytest
 import torch
-from numerics import LargestStorage
+from aot import assert_compiled_well, compiled
+from numerics import (
+    DEVICES,
+    KERNEL_DEVICE,
+    KERNEL_DTYPES,
+    LargestStorage,
+    assert_accurate,
+    with_gradients,
+)
+from openclip import import_open_clip
+from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import contrastive
-from clipcore.kernels.contrastive import contrastive_ref
+from clipcore.kernels import contrastive_triton
+from clipcore.kernels.contrastive import (
+    contrastive_loss,
+    contrastive_ref,
+    contrastive_terms,
+    count_equal,
+    plan,
+)
+from clipcore.kernels.contrastive_triton import contrastive_bwd_triton, contrastive_fwd_triton
 from clipcore.loss import ClipLoss
 
+logging.getLogger("clipcore").addHandler(logging.NullHandler())
 
-def pairs(num_pairs: int, width: int, kind: str = "random") -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_pairs * 1000 + width)
-    image = torch.randn(num_pairs, width, dtype=torch.float64, generator=generator)
-    text = torch.randn(num_pairs, width, dtype=torch.float64, generator=generator)
-    if kind == "identical":
-        image, text = image[:1].expand_as(image), text[:1].expand_as(text)
+STASHES = [0, 2**40]
+KINDS = ["random", "identical", "matched", "zero rows", "huge"]
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignore": {"same_id": "ignore"},
+    "ignore, smoothed": {"same_id": "ignore", "label_smoothing": 0.2},
+    "positive": {"same_id": "positive"},
+    "positive, smoothed": {"same_id": "positive", "label_smoothing": 0.2},
+}
+
+
+def embeddings(
+    B: int, G: int, E: int, kind: str = "random", dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths; pairs are somewhat alike."""
+    image, text = torch.randn(B, E, dtype=torch.float64), torch.randn(G, E, dtype=torch.float64)
+    num_pairs = min(B, G)
+    if kind == "random":
+        text[:num_pairs] += 0.5 * image[:num_pairs]
     if kind == "matched":
-        text = image + 1e-3 * text
-    return F.normalize(image, dim=1).requires_grad_(), F.normalize(text, dim=1).requires_grad_()
+        text[:num_pairs] = image[:num_pairs] + 1e-3 * text[:num_pairs]
+    if kind == "identical":
+        image, text = image[:1].expand(B, E).clone(), image[:1].expand(G, E).clone()
+    if kind == "zero rows":
+        image[:: max(1, B // 3)] = 0
+        text[-1] = 0
+    if kind == "huge":
+        image, text = 1e15 * image, 1e15 * text
+    return image.to(dtype), text.to(dtype)
 
 
-def loss_and_gradients(loss_fn, image, text, scale, upstream=1.0):
-    loss = loss_fn(image, text, scale)
-    return loss.detach(), *torch.autograd.grad(loss * upstream, (image, text, scale))
+def unit_embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    image, text = embeddings(*shape)
+    return F.normalize(image).to(dtype), F.normalize(text).to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["random", "identical", "matched"])
+def ids_for(option: dict[str, object], B: int, G: int, device: str = "cpu") -> dict[str, object]:
+    """The option with ids of which each stands on several rows."""
+    if "same_id" not in option:
+        return dict(option)
+    image_ids, text_ids = torch.arange(B) // 3, torch.arange(G) // 3
+    return {**option, "image_ids": image_ids.to(device), "text_ids": text_ids.to(device)}
+
+
+def assert_exact(actual: list[Tensor], expected: list[Tensor], scale: float = 1.0) -> None:
+    """To 1e-12 of the largest element in float64; logits of a hundred round a hundred times more coarsely."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        limit = 1e-12 * max(1.0, scale / 10) * max(1e-3, theirs.abs().max().item())
+        assert (ours - theirs).abs().max().item() <= limit
+
+
+# 1. The reference.
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_reference_is_the_cross_entropy_of_torch(smoothing: float) -> None:
+    image, text = embeddings(9, 9, 6)
+    z = 7.0 * image @ text.T
+    labels = torch.arange(9)
+    expected = sum(F.cross_entropy(m, labels, label_smoothing=smoothing) for m in (z, z.T)) / 2
+    actual = contrastive_ref(image, text, 7.0, label_smoothing=smoothing)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+
+
+def test_finite_differences() -> None:
+    image, text = embeddings(5, 7, 4)
+    inputs = [t.requires_grad_() for t in (image, text, torch.tensor(3.0, dtype=torch.float64))]
+    assert torch.autograd.gradcheck(contrastive_loss, inputs)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: contrastive_loss(*inputs, **ids_for(OPTIONS["positive, smoothed"], 5, 7)),
+        inputs,
+    )
+
+
+# The CPU path in float64: exact.
+
+
+@pytest.mark.parametrize("stash_bytes", STASHES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize(("num_pairs", "width"), [(1, 8), (2, 3), (63, 16), (200, 32)])
-def test_loss_and_every_gradient_agree_with_the_dense_loss(
-    num_pairs, width, scale, kind, monkeypatch
-):
-    # A workspace of a few rows makes every case cross chunks.
-    monkeypatch.setattr(contrastive, "WORKSPACE_BYTES", 7 * 2 * 8 * num_pairs)
-    image, text = pairs(num_pairs, width, kind)
-    logit_scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    got = loss_and_gradients(ClipLoss(), image, text, logit_scale, upstream=0.37)
-    expected = loss_and_gradients(contrastive_ref, image, text, logit_scale, upstream=0.37)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-12 * max(1.0, theirs.abs().max().item())
+@pytest.mark.parametrize(("B", "E"), [(1, 8), (2, 8), (3, 640), (63, 8), (127, 384), (1000, 512)])
+def test_cpu_is_exact(B: int, E: int, scale: float, kind: str, stash_bytes: int) -> None:
+    image, text = embeddings(B, B, E, kind)
+    inputs = (image, text, torch.tensor(scale, dtype=torch.float64))
+    upstream = torch.tensor(0.37, dtype=torch.float64)
+
+    def chunked(*inputs: Tensor) -> Tensor:
+        # A workspace of a few rows makes every case cross blocks.
+        workspace_bytes = max(7, B // 5) * 2 * 8 * B
+        return contrastive_loss(*inputs, stash_bytes=stash_bytes, workspace_bytes=workspace_bytes)
+
+    expected = with_gradients(lambda *x: contrastive_ref(*x, normalize=True), inputs, upstream)
+    assert_exact(with_gradients(chunked, inputs, upstream), expected, scale)
 
 
-def test_finite_differences():
-    image, text = pairs(5, 4)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ClipLoss(), (image, text, scale))
+@pytest.mark.parametrize("first_label", [0, 2, -3])
+@pytest.mark.parametrize(("B", "G"), [(20, 20), (20, 31), (31, 20)])
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("stash_bytes", STASHES)
+def test_cpu_is_exact_with_every_option(
+    B: int, G: int, first_label: int, option: str, stash_bytes: int
+) -> None:
+    image, text = embeddings(B, G, 16)
+    inputs = (image, text, torch.tensor(12.0, dtype=torch.float64))
+    keywords = {**ids_for(OPTIONS[option], B, G), "first_label": first_label}
+    upstream = torch.tensor(-1.3, dtype=torch.float64)
+    expected = with_gradients(
+        lambda *x: contrastive_ref(*x, normalize=True, **keywords), inputs, upstream
+    )
+    actual = with_gradients(
+        lambda *x: contrastive_loss(
+            *x, stash_bytes=stash_bytes, workspace_bytes=5 * 16 * G, **keywords
+        ),
+        inputs,
+        upstream,
+    )
+    assert_exact(actual, expected)
 
 
-def test_same_bits_every_time():
-    image, text = (x.detach().float().requires_grad_() for x in pairs(500, 64))
-    scale = torch.tensor(30.0, requires_grad=True)
-    first = loss_and_gradients(ClipLoss(), image, text, scale)
-    for _ in range(3):
-        again = loss_and_gradients(ClipLoss(), image, text, scale)
+@pytest.mark.parametrize("scale", [400.0, 3000.0])
+@pytest.mark.parametrize("option", ["plain", "ignore", "positive, smoothed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_beyond_the_fixed_offset_take_the_running_maximum(
+    scale: float, option: str, dtype: torch.dtype
+) -> None:
+    """Opposite pairs: the sums of a row underflow, or a raw logit overflows."""
+    image, _ = unit_embeddings(12, 12, 8, dtype=dtype)
+    text = -image + 0.01 * torch.randn_like(image)
+    inputs = (image, text, torch.tensor(scale, dtype=dtype))
+    keywords = ids_for(OPTIONS[option], 12, 12)
+    exact = with_gradients(
+        lambda *x: contrastive_ref(*x, **keywords), [t.double() for t in inputs], torch.tensor(1.0)
+    )
+    reference = with_gradients(
+        lambda *x: contrastive_ref(*x, **keywords), inputs, torch.tensor(1.0)
+    )
+    actual = with_gradients(
+        lambda *x: contrastive_loss(*x, normalize=False, stash_bytes=2**40, **keywords),
+        inputs,
+        torch.tensor(1.0),
+    )
+    if dtype == torch.float64:
+        assert_exact(actual, exact, scale)
+    else:
+        for name, *tensors in zip(
+            ("loss", "image", "text", "scale"), actual, reference, exact, strict=True
+        ):
+            assert_accurate(name, *tensors)
+
+
+# 2 and 4. The Triton kernels: in the interpreter, or on the GPU where there is one.
+
+
+def in_triton(
+    image: Tensor, text: Tensor, scale: Tensor, monkeypatch: pytest.MonkeyPatch, **keywords: object
+) -> list[Tensor]:
+    """[loss, gradients] through the Triton path, wherever the tensors are."""
+    from clipcore.kernels import contrastive
+
+    if not image.is_cuda:
+        operand = keywords.pop("operand", None) or (
+            torch.float32 if image.dtype == torch.float32 else torch.float16
+        )
+        monkeypatch.setattr(contrastive, "contrastive_fwd_cpu", contrastive_fwd_triton)
+        monkeypatch.setattr(contrastive, "contrastive_bwd_cpu", contrastive_bwd_triton)
+        monkeypatch.setattr(contrastive.logits, "operand_dtype", lambda *_: operand)
+    else:
+        keywords["operand_dtype"] = keywords.pop("operand", None)
+    return with_gradients(
+        lambda *x: contrastive_loss(*x, **keywords), (image, text, scale), torch.tensor(1.0)
+    )
+
+
+ENGINES_AND_STASHES = list(itertools.product(("library", "fused"), STASHES))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 8), (63, 130, 40), (130, 127, 64)], ids=str)
+def test_kernels_are_accurate(
+    shape: tuple[int, int, int],
+    engine: str,
+    stash_bytes: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, text = (t.to(KERNEL_DEVICE) for t in embeddings(*shape, dtype=dtype))
+    scale = torch.tensor(14.3, device=KERNEL_DEVICE)
+    exact = with_gradients(
+        lambda *x: contrastive_ref(*x, normalize=True),
+        [t.double() for t in (image, text, scale)],
+        torch.tensor(1.0),
+    )
+    # float32 with a stash rounds logits to 16 bits: its rule is the stash's own, of the module docstring.
+    operand = torch.float16 if stash_bytes or dtype != torch.float32 else torch.float32
+    actual = in_triton(
+        *(image, text, scale, monkeypatch),
+        engine=engine,
+        stash_bytes=stash_bytes,
+        operand=operand,
+    )
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert ours.isfinite().all()
+        limit = 3e-6 if operand == torch.float32 else 2e-3
+        assert (ours.double() - theirs).norm() <= limit * max(theirs.norm().item(), 1e-3)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+def test_kernels_have_every_option(
+    option: str, engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, G = 37, 45
+    image, text = (t.to(KERNEL_DEVICE) for t in embeddings(B, G, 16, dtype=torch.float32))
+    scale = torch.tensor(20.0, device=KERNEL_DEVICE)
+    keywords = {**ids_for(OPTIONS[option], B, G, KERNEL_DEVICE), "first_label": 3}
+    exact = with_gradients(
+        lambda *x: contrastive_ref(*x, normalize=True, **keywords),
+        [t.double() for t in (image, text, scale)],
+        torch.tensor(1.0),
+    )
+    actual = in_triton(
+        *(image, text, scale, monkeypatch), engine=engine, stash_bytes=stash_bytes, **keywords
+    )
+    limit = 2e-4 if stash_bytes else 5e-6
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert (ours.double() - theirs).norm() <= limit * theirs.norm()
+
+
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+def test_kernels_cross_blocks(
+    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrastive_triton, "SUM_SIDE", 256)
+    image, text = (t.to(KERNEL_DEVICE) for t in embeddings(300, 520, 24, dtype=torch.float32))
+    scale = torch.tensor(20.0, device=KERNEL_DEVICE)
+    exact = with_gradients(
+        lambda *x: contrastive_ref(*x, normalize=True),
+        [t.double() for t in (image, text, scale)],
+        torch.tensor(1.0),
+    )
+    actual = in_triton(
+        *(image, text, scale, monkeypatch),
+        engine=engine,
+        stash_bytes=stash_bytes,
+        workspace_bytes=4 * 256 * 256,
+    )
+    limit = 2e-4 if stash_bytes else 1e-5
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert (ours.double() - theirs).norm() <= limit * theirs.norm()
+
+
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+def test_kernels_fall_back_to_the_running_maximum(
+    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = unit_embeddings(70, 70, 16)
+    text = -image + 0.01 * torch.randn_like(image)
+    inputs = [t.to(KERNEL_DEVICE) for t in (image, text, torch.tensor(400.0))]
+    exact = with_gradients(contrastive_ref, [t.double() for t in inputs], torch.tensor(1.0))
+    actual = in_triton(
+        *inputs, monkeypatch, engine=engine, stash_bytes=stash_bytes, normalize=False
+    )
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert (ours.double() - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+def test_kernels_keep_nan(
+    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, text = (t.to(KERNEL_DEVICE) for t in unit_embeddings(9, 9, 16))
+    image[3, 2] = torch.nan
+    loss = in_triton(
+        *(image, text, torch.tensor(20.0, device=KERNEL_DEVICE), monkeypatch),
+        engine=engine,
+        stash_bytes=stash_bytes,
+    )[0]
+    assert loss.isnan()
+
+
+# 3. Ahead of time.
+
+
+def aot_launches() -> None:
+    """Every row of the launch table, with and without a stash, ids and spread targets."""
+    from clipcore.kernels.contrastive import uniform_targets
+    from clipcore.kernels.contrastive_problem import Problem
+
+    for operand, engine, stash, option in [
+        (torch.float16, "library", False, "plain"),
+        (torch.float16, "library", True, "plain"),
+        (torch.float32, "library", False, "plain"),
+        (torch.float16, "library", False, "ignore, smoothed"),
+        (torch.float16, "fused", False, "plain"),
+        (torch.bfloat16, "fused", True, "plain"),
+        (torch.float16, "fused", False, "positive, smoothed"),
+        (torch.float32, "fused", False, "plain"),
+    ]:
+        B, G = 1000, 2000
+        dtype = torch.float32 if operand == torch.float32 else torch.bfloat16
+        image, text = (torch.empty(rows, 512, dtype=dtype, device="meta") for rows in (B, G))
+        keywords = ids_for(OPTIONS[option], B, G, "meta")
+        ids = keywords.get("image_ids"), keywords.get("text_ids")
+        same_id = keywords.get("same_id", "ignore")
+        targets = None
+        if keywords:
+            targets = uniform_targets(image, text, 0, *ids, same_id, 0.1)
+        scale = torch.empty((), device="meta")
+        problem = Problem(
+            *(image, text, scale, *ids, 0, same_id, False, operand, engine, 576 * 10**6)
+        )
+        *terms, flag, stashed, ranges = contrastive_fwd_triton(problem, targets, stash)
+        contrastive_bwd_triton(
+            *(problem, targets, terms, *terms[:2], flag, stashed, ranges, (True, True))
+        )
+
+
+def test_compiles_without_spills_in_the_memory_there_is() -> None:
+    assert_compiled_well(compiled("test_contrastive"))
+
+
+def test_compiles_the_fused_kernels_to_matrix_instructions() -> None:
+    for kernel in compiled("test_contrastive"):
+        if kernel.constants.get("FUSED") and kernel.operand != "fp32":
+            assert kernel.matrix_instructions > 0, str(kernel)
+
+
+# The public functions.
+
+
+def test_same_bits_ten_times() -> None:
+    image, text = unit_embeddings(700, 700, 64)
+    inputs = (image, text, torch.tensor(100.0))
+    first = with_gradients(contrastive_loss, inputs, torch.tensor(1.0))
+    for _ in range(10):
+        again = with_gradients(contrastive_loss, inputs, torch.tensor(1.0))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_low_precision_features_are_summed_in_float32():
-    image, text = (x.detach().bfloat16().requires_grad_() for x in pairs(64, 32))
-    scale = torch.tensor(100.0, requires_grad=True)
-    loss, d_image, *_ = loss_and_gradients(ClipLoss(), image, text, scale)
-    exact = contrastive_ref(image.float(), text.float(), scale)
-    assert loss.dtype == torch.float32 and d_image.dtype == torch.bfloat16
-    assert torch.allclose(loss, exact)
+def test_a_stash_changes_no_bit_on_the_cpu() -> None:
+    inputs = (*unit_embeddings(300, 200, 32), torch.tensor(50.0))
+    stashed, recomputed = (
+        with_gradients(
+            lambda *x, s=stash: contrastive_loss(*x, stash_bytes=s), inputs, torch.tensor(1.0)
+        )
+        for stash in (2**40, 0)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(stashed, recomputed, strict=True))
 
 
-def test_nothing_of_n_by_n_is_held(monkeypatch):
-    """The largest tensor that the loss makes is a chunk of the workspace or an embedding."""
-    num_pairs, width = 4096, 32
-    monkeypatch.setattr(contrastive, "WORKSPACE_BYTES", 2**20)
-    image, text = (x.detach().float().requires_grad_() for x in pairs(num_pairs, width))
+@pytest.mark.parametrize("frozen", ["image", "text", "scale", "both"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_what_is_asked_for_is_computed(device: str, frozen: str) -> None:
+    inputs = [t.to(device) for t in (*unit_embeddings(40, 30, 16), torch.tensor(20.0))]
+    full = with_gradients(contrastive_loss, inputs, torch.tensor(1.0))[1:]
+    leaves = [
+        t.clone().requires_grad_(name != frozen and (frozen != "both" or name == "scale"))
+        for name, t in zip(("image", "text", "scale"), inputs, strict=True)
+    ]
+    contrastive_loss(*leaves).backward()
+    for leaf, expected in zip(leaves, full, strict=True):
+        assert (leaf.grad is None) == (not leaf.requires_grad)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_zero_rows_have_gradient_zero_and_no_effect_on_others() -> None:
+    image, text = embeddings(20, 20, 8, dtype=torch.float32)
+    image[4] = 0
+    loss, d_image, d_text, _ = with_gradients(
+        contrastive_loss, (image, text, torch.tensor(30.0)), torch.tensor(1.0)
+    )
+    assert loss.isfinite() and (d_image[4] == 0).all() and d_text.isfinite().all()
+
+
+def test_nothing_of_n_by_n_is_held() -> None:
+    """The largest tensor that the loss makes is a block of the workspace or an embedding."""
+    num_pairs, width, workspace_bytes = 4096, 32, 2**20
+    image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
     with LargestStorage() as largest:
-        ClipLoss()(image, text, torch.tensor(20.0)).backward()
-    assert largest.bytes <= max(2**20, num_pairs * width * 4)
+        contrastive_loss(
+            image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
+        ).backward()
+    assert largest.bytes <= max(workspace_bytes, num_pairs * width * 4)
 
 
-def test_open_clip_call_and_return():
-    image, text = pairs(4, 8)
+def test_the_plan_says_what_it_chose_and_why() -> None:
+    image, text = unit_embeddings(64, 128, 8)
+    assert plan(image, text).stash and not plan(image, text, backward=False).stash
+    tight = plan(image, text, stash_bytes=64 * 128 * 4 - 1)
+    assert not tight.stash
+    assert "64 x 128 x 8 on cpu: recompute, 4 products in float32, library engine" in str(tight)
+    assert "fits the budget of 1,024.0 MiB" in str(plan(image, text))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    image, text = (t.to(device).requires_grad_() for t in unit_embeddings(9, 9, 16))
+    scale = torch.tensor(20.0, device=device, requires_grad=True)
+    operand = torch.float32
+    arguments = (image, text, scale, None, None, [], 0, "ignore", True, operand, "library", 2**20)
+    for stash in (False, True):
+        torch.library.opcheck(torch.ops.clipcore.contrastive_fwd, (*arguments, stash))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("option", ["plain", "positive, smoothed"])
+def test_compiles_into_one_graph_with_equal_results(device: str, option: str) -> None:
+    inputs = [t.to(device) for t in (*unit_embeddings(9, 9, 16), torch.tensor(3.0))]
+    keywords = ids_for(OPTIONS[option], 9, 9, device)
+
+    def loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+        return contrastive_loss(image, text, log_scale.exp(), **keywords)
+
+    whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(loss, inputs, torch.tensor(1.0))
+    actual = with_gradients(whole, inputs, torch.tensor(1.0))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_counts_equal_ids() -> None:
+    ids, others = torch.tensor([5, 1, 7, 5]), torch.tensor([5, 5, 2, 1])
+    assert count_equal(ids, others).tolist() == [2, 1, 0, 2]
+
+
+@pytest.mark.parametrize("B", [0, 3])
+def test_terms_of_no_rows(B: int) -> None:
+    """An empty shard: its columns have no sum yet, and there is nothing to differentiate."""
+    image, text = torch.empty(0, 4), torch.randn(B, 4, requires_grad=True)
+    terms = contrastive_terms(image, text, 10.0)
+    assert terms.row_lse_B.shape == (0,) and (terms.column_lse_G == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"first_label": 9}, "first_label 9"),
+        ({"same_id": "drop"}, "same_id"),
+        ({"engine": "fast"}, "engine"),
+        ({"image_ids": torch.arange(4)}, "both or none"),
+        ({"image_ids": torch.arange(4), "text_ids": torch.arange(3)}, r"text_ids has to be int64"),
+        ({"operand_dtype": torch.int8}, "operand_dtype"),
+        ({"scale": torch.ones(2)}, "scale has to be"),
+    ],
+)
+def test_a_wrong_argument_is_named(keywords: dict[str, object], message: str) -> None:
+    image, text = unit_embeddings(4, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(image, text, **{"scale": 1.0, **keywords})
+
+
+# ClipLoss.
+
+
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_clip_loss_is_open_clips(scale: float) -> None:
+    inputs = (*unit_embeddings(200, 200, 32), torch.tensor(scale))
+    theirs = import_open_clip().loss.ClipLoss()
+    exact = with_gradients(theirs, [t.double() for t in inputs], torch.tensor(1.0))
+    reference = with_gradients(theirs, inputs, torch.tensor(1.0))
+    actual = with_gradients(ClipLoss(), inputs, torch.tensor(1.0))
+    for name, *tensors in zip(
+        ("loss", "image", "text", "scale"), actual, reference, exact, strict=True
+    ):
+        assert_accurate(name, *tensors)
+
+
+def test_open_clip_call_and_return() -> None:
+    image, text = unit_embeddings(4, 4, 8)
+    bias = torch.tensor(3.0, requires_grad=True)
     loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
     value = loss(image, text, 10.0, output_dict=True)["contrastive_loss"]
-    assert torch.equal(value, loss(image, text, logit_scale=10.0, logit_bias=torch.tensor(3.0)))
+    with_bias = loss(image, text, logit_scale=10.0, logit_bias=bias)
+    with_bias.backward()
+    assert torch.equal(value, with_bias) and bias.grad == 0
+
+
+def test_low_precision_features_are_summed_in_float32() -> None:
+    image, text = (t.bfloat16().requires_grad_() for t in unit_embeddings(64, 64, 32))
+    loss = ClipLoss()(image, text, torch.tensor(100.0))
+    loss.backward()
+    exact = contrastive_ref(image.double(), text.double(), 100.0).float()
+    assert loss.dtype == torch.float32 and image.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, exact)
 
 
 @pytest.mark.parametrize(("image", "text"), [((3, 4), (2, 4)), ((3, 4), (3, 5)), ((4,), (4,))])
-def test_what_is_no_pairs_is_refused(image, text):
+def test_what_is_no_pairs_is_refused(image: tuple[int, ...], text: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="pairs of one shape"):
         ClipLoss()(torch.ones(image), torch.ones(text), 1.0)

@@ -1,0 +1,218 @@
+"""The contrastive loss in PyTorch on the CPU: the same walk over blocks, which stay in the cache.
+
+Legend and maths: contrastive.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from clipcore.kernels import logits
+from clipcore.kernels.contrastive_problem import Problem, Targets, Upstream, logarithms
+from clipcore.kernels.logits import LOG2E
+
+
+def contrastive_fwd_cpu(
+    problem: Problem, targets: Targets | None, stash: bool
+) -> tuple[Tensor, ...]:
+    """The same sums in blocks that stay in the cache; a stash holds the exponentials."""
+    x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
+    y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
+    B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
+    row_sum, row_target = (torch.zeros(B, dtype=torch.float64) for _ in range(2))
+    column_sum, column_target = (torch.zeros(G, dtype=torch.float64) for _ in range(2))
+    stash_BG = x_BE.new_empty((B, G) if stash else (0, 0))
+    to_power, offset = problem.powers()
+    side_R, side_C = logits.cpu_sides(G, wide, problem.workspace_bytes)
+    buffer = x_BE.new_empty(0 if stash else min(side_R, B) * min(side_C, G))
+    for rows in logits.blocks(B, side_R):
+        scaled_RE = x_BE[rows] * to_power
+        for columns in logits.blocks(G, side_C):
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            out = stash_BG[rows, columns] if stash else buffer[: math.prod(shape)].view(shape)
+            power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=out)
+            invalid, positive = _masks_cpu(problem, rows, columns)
+            _add_targets_cpu(
+                power_RC,
+                targets,
+                row_target,
+                column_target,
+                problem,
+                rows,
+                columns,
+                invalid,
+                positive,
+            )
+            if offset:
+                power_RC.sub_(offset)
+            power_RC.exp2_()
+            if invalid is not None:
+                power_RC.masked_fill_(invalid, 0)
+            row_sum[rows] += power_RC.sum(1)
+            column_sum[columns] += power_RC.sum(0)
+    row_lse, column_lse, flag = logarithms(problem, row_sum, column_sum, wide)
+    if flag:
+        row_lse, column_lse = _online_cpu(problem, x_BE, y_GE)
+    no_ranges = torch.empty(0, 0, 2)
+    return row_lse, column_lse, row_target, column_target, flag, stash_BG, no_ranges
+
+
+def _masks_cpu(
+    problem: Problem, rows: slice, columns: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """(invalid, positive) of a block, where ids make them differ from nothing and the diagonal."""
+    if problem.image_ids is None or problem.text_ids is None:
+        return None, None
+    same_RC = problem.image_ids[rows, None] == problem.text_ids[columns]
+    if problem.same_id == "positive":
+        return None, same_RC
+    same_RC.diagonal(problem.first_label + rows.start - columns.start).fill_(False)
+    return same_RC, None
+
+
+def _diagonal(
+    matrix_RC: Tensor, first_label: int, rows: slice, columns: slice
+) -> tuple[Tensor, slice, slice]:
+    """The positives of a block: a view of them, and which rows and columns of the problem they belong to."""
+    offset = first_label + rows.start - columns.start
+    if not -matrix_RC.shape[0] < offset < matrix_RC.shape[1]:
+        offset = matrix_RC.shape[1]  # none: an empty diagonal
+    view = matrix_RC.diagonal(offset)
+    first_row, first_column = rows.start + max(0, -offset), columns.start + max(0, offset)
+    return (
+        view,
+        slice(first_row, first_row + len(view)),
+        slice(first_column, first_column + len(view)),
+    )
+
+
+def _add_targets_cpu(
+    power_RC: Tensor,
+    targets: Targets | None,
+    row_target: Tensor,
+    column_target: Tensor,
+    problem: Problem,
+    rows: slice,
+    columns: slice,
+    invalid: Tensor | None,
+    positive: Tensor | None,
+) -> None:
+    """Add a block's part of the targets, in powers of two, before the block is exponentiated."""
+    diagonal, own_rows, own_columns = _diagonal(power_RC, problem.first_label, rows, columns)
+    if targets is None:
+        row_target[own_rows] = diagonal
+        column_target[own_columns] = diagonal
+        return
+    valid_RC = power_RC if invalid is None else power_RC.masked_fill(invalid, 0)
+    row_target[rows] += targets.row_uniform_B[rows] * valid_RC.sum(1)
+    column_target[columns] += targets.column_uniform_G[columns] * valid_RC.sum(0)
+    if positive is None:
+        row_target[own_rows] += targets.row_positive_B[own_rows] * diagonal
+        column_target[own_columns] += targets.column_positive_G[own_columns] * diagonal
+    else:
+        matched_RC = power_RC.masked_fill(~positive, 0)
+        row_target[rows] += targets.row_positive_B[rows] * matched_RC.sum(1)
+        column_target[columns] += targets.column_positive_G[columns] * matched_RC.sum(0)
+
+
+def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, Tensor]:
+    """(row_lse, column_lse) in powers of two with a running maximum, for logits of any size."""
+    row_lse = torch.full((len(x_BE),), -torch.inf, dtype=torch.float64)
+    column_lse = torch.full((len(y_GE),), -torch.inf, dtype=torch.float64)
+    scale = problem.scale.to(x_BE.dtype).reshape(())
+    side_R, side_C = logits.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
+    for rows in logits.blocks(len(x_BE), side_R):
+        for columns in logits.blocks(len(y_GE), side_C):
+            z_RC = (x_BE[rows] * scale) @ y_GE[columns].T
+            invalid, _ = _masks_cpu(problem, rows, columns)
+            if invalid is not None:
+                z_RC.masked_fill_(invalid, -torch.inf)
+            row_lse[rows] = torch.logaddexp(row_lse[rows], z_RC.logsumexp(1).double())
+            column_lse[columns] = torch.logaddexp(column_lse[columns], z_RC.logsumexp(0).double())
+    return row_lse * LOG2E, column_lse * LOG2E
+
+
+def contrastive_bwd_cpu(
+    problem: Problem,
+    targets: Targets | None,
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
+    row_lse: Tensor,
+    column_lse: Tensor,
+    flag: Tensor,
+    stash_BG: Tensor,
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
+    x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
+    y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
+    wide, flagged = x_BE.dtype, bool(flag)
+    need_image, need_text = need[0] or not need[1], need[1]  # the scale takes one side at least
+    d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
+    if need_text:
+        d_y = torch.zeros_like(y_GE)
+    parts = Upstream.spread(*upstream, targets)
+    to_power, offset = problem.powers()
+    row_factor, column_factor = (
+        factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset.double())
+    )
+    parts = parts.to(wide)
+    row_lse, column_lse = row_lse.to(wide), column_lse.to(wide)
+    side_R, side_C = logits.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
+    size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
+    buffers = [x_BE.new_empty(size) for _ in range(1 if stash_BG.numel() and not flagged else 2)]
+    for rows in logits.blocks(len(x_BE), side_R):
+        scaled_RE = x_BE[rows] * to_power
+        for columns in logits.blocks(len(y_GE), side_C):
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            grad_RC, *power = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            if power:
+                power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=power[0])
+            invalid, positive = _masks_cpu(problem, rows, columns)
+            if flagged:
+                torch.sub(power_RC, row_lse[rows, None], out=grad_RC)
+                grad_RC.exp2_().mul_(parts.row_lse_B[rows, None])
+                power_RC.sub_(column_lse[columns]).exp2_().mul_(parts.column_lse_G[columns])
+                grad_RC += power_RC
+            else:
+                torch.add(row_factor[rows, None], column_factor[columns], out=grad_RC)
+                if power and offset:
+                    power_RC.sub_(offset)
+                grad_RC *= power_RC.exp2_() if power else stash_BG[rows, columns]
+            _add_target_gradients_cpu(grad_RC, parts, targets, problem, rows, columns, positive)
+            if invalid is not None:
+                grad_RC.masked_fill_(invalid, 0)
+            if need_image:
+                d_x[rows].addmm_(grad_RC, y_GE[columns])
+            if need_text:
+                d_y[columns].addmm_(grad_RC.T, x_BE[rows])
+    along = logits.dot(d_x, x_BE) if need_image else logits.dot(d_y, y_GE)
+    d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
+    if need[0]:
+        d_image = logits.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
+    if need[1]:
+        d_text = logits.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
+    return d_image, d_text, (along * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
+
+
+def _add_target_gradients_cpu(
+    grad_RC: Tensor,
+    parts: Upstream,
+    targets: Targets | None,
+    problem: Problem,
+    rows: slice,
+    columns: slice,
+    positive: Tensor | None,
+) -> None:
+    """Add what the targets give to a block's gradient."""
+    if positive is None:
+        view, own_rows, own_columns = _diagonal(grad_RC, problem.first_label, rows, columns)
+        view += parts.row_positive_B[own_rows] + parts.column_positive_G[own_columns]
+    else:
+        both_RC = parts.row_positive_B[rows, None] + parts.column_positive_G[columns]
+        grad_RC += both_RC.masked_fill_(~positive, 0)
+    if targets is not None:
+        grad_RC += parts.row_uniform_B[rows, None]
+        grad_RC += parts.column_uniform_G[columns]

@@ -1,0 +1,597 @@
+"""The contrastive loss in Triton: the kernels, their launch table, and the walk over blocks that launches them.
+
+Legend, maths, precision and traffic: contrastive.py. N and M are rows and columns of a block, tiles are parts of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipcore.kernels import logits, tiles
+from clipcore.kernels.contrastive_problem import Problem, Targets, Upstream, logarithms
+from clipcore.kernels.logits import LOG2E, load_product, multiply, positives, tile_numbers
+from clipcore.kernels.normalize import cosine_tile, lengths
+from clipcore.kernels.tiles import dot_rows, tl, triton
+
+# |dz| over the largest upstream gradient is at most 4 (each direction takes off and puts back at most 1 of 2).
+FP16_GRADIENT_SCALE = 2.0**13
+# Sides of a block that the fused engine sums at once: partial sums take 67 MB.
+SUM_SIDE = 32768
+# The finest tile that a stash is scaled by.
+STASH_TILE = (64, 128)
+
+
+@triton.jit
+def _store_sums(partial_ptr, tile, length, index, values):
+    """One row of a [tiles, length] buffer of partial sums."""
+    tl.store(partial_ptr + tile.to(tl.int64) * length + index, values, mask=index < length)
+
+
+@triton.jit
+def _pack(cosine, valid, stash_ptr, range_ptr, offsets, BLOCK_N: tl.constexpr):
+    """Store a tile in 16 bits between its least and greatest value; returns the values that were stored."""
+    least = tl.min(tl.min(tl.where(valid, cosine, float("inf")), axis=1), axis=0)
+    most = tl.max(tl.max(tl.where(valid, cosine, float("-inf")), axis=1), axis=0)
+    # A tile without a valid pair has no range, one of equal values a range of 0.
+    step = tl.maximum((most - least) / 65535.0, 1e-30)
+    tl.store(range_ptr, least)
+    tl.store(range_ptr + 1, step)
+    code = tl.minimum(tl.maximum(tl.floor((cosine - least) / step + 0.5), 0.0), 65535.0)
+    tl.store(stash_ptr + offsets, (code - 32768.0).to(tl.int16), mask=valid)
+    stored = least + step * code
+    return tl.where(cosine == cosine, stored, cosine)  # a NaN stays one
+
+
+@triton.jit
+def _unpack(stash_ptr, range_ptr, offsets, valid):
+    """The values of a stored tile."""
+    code = tl.load(stash_ptr + offsets, mask=valid, other=0).to(tl.float32) + 32768.0
+    return tl.load(range_ptr) + tl.load(range_ptr + 1) * code
+
+
+@triton.jit
+def _contrastive_sums_kernel(
+    x_desc,
+    y_desc,
+    product_ptr,
+    scale_ptr,
+    image_id_ptr,
+    text_id_ptr,
+    row_positive_ptr,
+    row_uniform_ptr,
+    column_positive_ptr,
+    column_uniform_ptr,
+    row_sum_ptr,
+    column_sum_ptr,
+    row_target_ptr,
+    column_target_ptr,
+    stash_ptr,
+    range_ptr,
+    N,
+    M,
+    D,
+    stride_product,
+    stride_stash,
+    stride_range,
+    first_label,
+    IDS: tl.constexpr,
+    TARGETS: tl.constexpr,
+    STASH: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if FUSED:
+        cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
+    else:
+        cosine = load_product(product_ptr, stride_product, n, m, inside)
+    valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+    if STASH:
+        offsets = n.to(tl.int64)[:, None] * stride_stash + m[None, :]
+        tile_range_ptr = range_ptr + tile_n.to(tl.int64) * stride_range + 2 * tile_m
+        cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets, BLOCK_N)
+    z = cosine * tl.load(scale_ptr)
+    power = tl.where(valid, tl.exp2(z - tl.load(scale_ptr + 1)), 0.0)
+    _store_sums(row_sum_ptr, tile_m, N, n, tl.sum(power, axis=1))
+    _store_sums(column_sum_ptr, tile_n, M, m, tl.sum(power, axis=0))
+    if TARGETS:
+        row_positive = tl.load(row_positive_ptr + n, mask=n < N, other=0.0)
+        row_uniform = tl.load(row_uniform_ptr + n, mask=n < N, other=0.0)
+        column_positive = tl.load(column_positive_ptr + m, mask=m < M, other=0.0)
+        column_uniform = tl.load(column_uniform_ptr + m, mask=m < M, other=0.0)
+        z = tl.where(valid, z, 0.0)
+        row = z * (tl.where(positive, row_positive[:, None], 0.0) + row_uniform[:, None])
+        column = z * (tl.where(positive, column_positive[None, :], 0.0) + column_uniform[None, :])
+        _store_sums(row_target_ptr, tile_m, N, n, tl.sum(row, axis=1))
+        _store_sums(column_target_ptr, tile_n, M, m, tl.sum(column, axis=0))
+    else:
+        # Each positive lies in one tile, which stores it for its row and its column.
+        first_m = tile_m * BLOCK_M - first_label
+        if (first_m < tile_n * BLOCK_N + BLOCK_N) & (first_m + BLOCK_M > tile_n * BLOCK_N):
+            z = tl.where(positive, z, 0.0)
+            has_label = tl.max(positive.to(tl.int32), axis=1) > 0
+            tl.store(row_target_ptr + n, tl.sum(z, axis=1), mask=has_label)
+            is_label = tl.max(positive.to(tl.int32), axis=0) > 0
+            tl.store(column_target_ptr + m, tl.sum(z, axis=0), mask=is_label)
+
+
+@triton.jit
+def _contrastive_online_kernel(
+    x_ptr,
+    y_ptr,
+    length_x_ptr,
+    length_y_ptr,
+    scale_ptr,
+    image_id_ptr,
+    text_id_ptr,
+    flag_ptr,
+    lse_ptr,
+    stride_x_n,
+    stride_y_m,
+    N,
+    M,
+    D,
+    first_label,
+    IDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """log-sum-exp of the rows of x over y by a running maximum; for columns, exchange x and y."""
+    if tl.load(flag_ptr) == 0:
+        return
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_n = tl.minimum(n, N - 1)
+    length_x = tl.load(length_x_ptr + row_n)
+    scale = tl.load(scale_ptr)
+    largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first_m in range(0, M, BLOCK_M):
+        m = first_m + tl.arange(0, BLOCK_M)
+        row_m = tl.minimum(m, M - 1).to(tl.int64)
+        dot = dot_rows(
+            x_ptr, y_ptr, row_n, row_m, stride_x_n, stride_y_m, D, BLOCK_N, BLOCK_M, BLOCK_D
+        )
+        cosine = cosine_tile(dot, length_x, tl.load(length_y_ptr + row_m), True)
+        inside = (n[:, None] < N) & (m[None, :] < M)
+        valid, _ = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+        # Not -inf: a row without a valid pair has to stay clear of inf - inf.
+        power = tl.where(valid, cosine * scale, -3e38)
+        next_largest = tl.maximum(largest, tl.max(power, axis=1))
+        part = tl.sum(tl.where(valid, tl.exp2(power - next_largest[:, None]), 0.0), axis=1)
+        total = total * tl.exp2(largest - next_largest) + part
+        largest = next_largest
+    tl.store(lse_ptr + n, (largest + tl.log2(total)).to(tl.float64), mask=n < N)
+
+
+@triton.jit
+def _contrastive_grad_kernel(
+    x_desc,
+    y_desc,
+    product_ptr,
+    range_ptr,
+    scale_ptr,
+    image_id_ptr,
+    text_id_ptr,
+    flag_ptr,
+    row_lse_ptr,
+    column_lse_ptr,
+    row_grad_ptr,
+    column_grad_ptr,
+    row_factor_ptr,
+    column_factor_ptr,
+    row_positive_ptr,
+    row_uniform_ptr,
+    column_positive_ptr,
+    column_uniform_ptr,
+    grad_ptr,
+    along_ptr,
+    N,
+    M,
+    D,
+    stride_product,
+    stride_range,
+    stride_grad,
+    first_label,
+    SKIP: tl.constexpr,
+    RANGE_N: tl.constexpr,
+    RANGE_M: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
+    IDS: tl.constexpr,
+    TARGETS: tl.constexpr,
+    STASH: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    flagged = tl.load(flag_ptr) != 0
+    if SKIP != "none" and flagged == (SKIP == "flagged"):
+        return
+    tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if FUSED:
+        cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
+    elif STASH:
+        offsets = n.to(tl.int64)[:, None] * stride_product + m[None, :]
+        range_n = (tile_n * BLOCK_N // RANGE_N).to(tl.int64)
+        tile_range_ptr = range_ptr + range_n * stride_range + 2 * (tile_m * BLOCK_M // RANGE_M)
+        cosine = _unpack(product_ptr, tile_range_ptr, offsets, inside)
+    else:
+        cosine = load_product(product_ptr, stride_product, n, m, inside)
+    valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+    z = cosine * tl.load(scale_ptr)
+    if flagged:
+        row_lse = tl.load(row_lse_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        column_lse = tl.load(column_lse_ptr + m, mask=m < M, other=0.0).to(tl.float32)
+        row_grad = tl.load(row_grad_ptr + n, mask=n < N, other=0.0)
+        column_grad = tl.load(column_grad_ptr + m, mask=m < M, other=0.0)
+        grad = row_grad[:, None] * tl.exp2(z - row_lse[:, None])
+        grad += column_grad[None, :] * tl.exp2(z - column_lse[None, :])
+    else:
+        row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
+        column_factor = tl.load(column_factor_ptr + m, mask=m < M, other=0.0)
+        power = tl.exp2(z - tl.load(scale_ptr + 1))
+        grad = power * (row_factor[:, None] + column_factor[None, :])
+    row_positive = tl.load(row_positive_ptr + n, mask=n < N, other=0.0)
+    column_positive = tl.load(column_positive_ptr + m, mask=m < M, other=0.0)
+    grad += tl.where(positive, row_positive[:, None] + column_positive[None, :], 0.0)
+    if TARGETS:
+        grad += tl.load(row_uniform_ptr + n, mask=n < N, other=0.0)[:, None]
+        grad += tl.load(column_uniform_ptr + m, mask=m < M, other=0.0)[None, :]
+    grad = tl.where(valid, grad, 0.0)
+    along = tl.sum(tl.sum(grad * cosine, axis=1), axis=0)
+    tl.store(along_ptr + tl.program_id(0), along)
+    offsets = n.to(tl.int64)[:, None] * stride_grad + m[None, :]
+    stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + offsets, stored, mask=inside)
+
+
+# (architecture, kind) -> BLOCK_N, BLOCK_M, BLOCK_D, num_warps, num_stages. "pass" reads a block that the library
+# multiplied; "fused" multiplies 16-bit operands itself and "exact" float32 ones; "online" and "online exact" are the
+# kernel of the running maximum. Not yet measured.
+_LAUNCH_TABLE = {
+    (80, "pass"): (64, 128, 16, 4, 1),
+    (80, "fused"): (128, 128, 32, 8, 3),
+    (80, "exact"): (64, 128, 16, 8, 2),
+    (80, "online"): (64, 64, 64, 4, 3),
+    (80, "online exact"): (32, 64, 32, 4, 3),
+    (90, "pass"): (64, 128, 16, 4, 1),
+    (90, "fused"): (128, 256, 64, 8, 3),
+    (90, "exact"): (64, 128, 16, 8, 2),
+    (90, "online"): (64, 64, 64, 4, 3),
+    (90, "online exact"): (32, 64, 32, 4, 3),
+    (100, "pass"): (64, 128, 16, 4, 1),
+    (100, "fused"): (128, 256, 64, 8, 3),
+    (100, "exact"): (64, 128, 16, 8, 2),
+    (100, "online"): (64, 64, 64, 4, 3),
+    (100, "online exact"): (32, 64, 32, 4, 3),
+}
+
+# The engine by (architecture, width, operand bits), where both were measured; elsewhere the library's.
+ENGINE_TABLE: dict[tuple[int, int, int], str] = {}
+
+
+def _launch_config(
+    N: int, M: int, kind: str, architecture: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and launch keywords of a tile kernel over N x M logits."""
+    block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[architecture, kind]
+    config = {
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
+        "BLOCK_D": block_d,
+        "GROUP_N": 8,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+    return (triton.cdiv(N, block_n) * triton.cdiv(M, block_m),), config
+
+
+def _kind(fused: bool, operand: torch.dtype) -> str:
+    if not fused:
+        return "pass"
+    return "exact" if operand == torch.float32 else "fused"
+
+
+def _tile_arguments(
+    problem: Problem, x_RE: Tensor, y_CE: Tensor, rows: slice, columns: slice, fused: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and the launch keywords that every tile kernel has, for one block."""
+    R, C = len(x_RE), len(y_CE)
+    grid, config = _launch_config(R, C, _kind(fused, problem.operand), problem.architecture)
+    descriptors = (None, None)
+    if fused:
+        block_n, block_m, block_d = (config[f"BLOCK_{axis}"] for axis in "NMD")
+        descriptors = (
+            logits.descriptor(x_RE, block_n, block_d),
+            logits.descriptor(y_CE, block_m, block_d),
+        )
+    return grid, {
+        "x_desc": descriptors[0],
+        "y_desc": descriptors[1],
+        "scale_ptr": problem.powers(),
+        "image_id_ptr": None if problem.image_ids is None else problem.image_ids[rows],
+        "text_id_ptr": None if problem.text_ids is None else problem.text_ids[columns],
+        "N": R,
+        "M": C,
+        "D": x_RE.shape[1],
+        "first_label": problem.first_label + rows.start - columns.start,
+        "IDS": problem.ids,
+        "FUSED": fused,
+        **config,
+    }
+
+
+def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int], torch.dtype]:
+    rows, columns = STASH_TILE
+    return (B, -(-G // 8) * 8), (-(-B // rows), -(-G // columns), 2), torch.int16
+
+
+def _sum_sides(problem: Problem) -> tuple[int, int]:
+    """Sides of a block in the forward: float32 logits for the library's engine, partial sums for the fused one."""
+    return (SUM_SIDE, SUM_SIDE) if problem.engine == "fused" else problem.sides(4)
+
+
+def contrastive_fwd_triton(
+    problem: Problem, targets: Targets | None, stash: bool
+) -> tuple[Tensor, ...]:
+    """(row_lse, column_lse, row_target, column_target, flag, stash, ranges)."""
+    image_BE, text_GE = problem.image_BE, problem.text_GE
+    B, G, device = len(image_BE), len(text_GE), image_BE.device
+    shape, range_shape, dtype = packed_shapes(B, G) if stash else ((0, 0), (0, 0, 2), torch.int16)
+    stash_BG = torch.empty(shape, dtype=dtype, device=device)
+    ranges = torch.empty(range_shape, dtype=torch.float32, device=device)
+    row_sum, row_target = (torch.zeros(B, dtype=torch.float64, device=device) for _ in range(2))
+    column_sum, column_target = (
+        torch.zeros(G, dtype=torch.float64, device=device) for _ in range(2)
+    )
+    fused = problem.engine == "fused"
+    side_R, side_C = _sum_sides(problem)
+    block = torch.empty(
+        0 if fused else min(side_R, B) * min(side_C, G), dtype=torch.float32, device=device
+    )
+    for rows in logits.blocks(B, side_R):
+        x_RE = logits.operand(image_BE[rows], problem.normalized, problem.operand)
+        for columns in logits.blocks(G, side_C):
+            y_CE = logits.operand(text_GE[columns], problem.normalized, problem.operand)
+            R, C = len(x_RE), len(y_CE)
+            product_RC = None
+            if not fused:
+                product_RC = tiles.matmul_fp32(x_RE, y_CE.T, block[: R * C].view(R, C))
+            grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, fused)
+            tiles_n = triton.cdiv(R, arguments["BLOCK_N"])
+            tiles_m = triton.cdiv(C, arguments["BLOCK_M"])
+            sums = [
+                torch.empty(length, dtype=torch.float32, device=device)
+                for length in ((tiles_m, R), (tiles_n, C))
+            ]
+            spread = (
+                [torch.empty_like(total) for total in sums]
+                if targets is not None
+                else [row_target[rows], column_target[columns]]
+            )
+            _contrastive_sums_kernel[grid](
+                product_ptr=product_RC,
+                **_target_pointers(targets, rows, columns),
+                row_sum_ptr=sums[0],
+                column_sum_ptr=sums[1],
+                row_target_ptr=spread[0],
+                column_target_ptr=spread[1],
+                stash_ptr=stash_BG[rows, columns.start :] if stash else None,
+                range_ptr=_range_block(ranges, arguments, rows, columns) if stash else None,
+                stride_product=C,
+                stride_stash=stash_BG.stride(0),
+                stride_range=ranges.stride(0),
+                TARGETS=targets is not None,
+                STASH=stash,
+                **arguments,
+            )
+            row_sum[rows] += sums[0].sum(0)
+            column_sum[columns] += sums[1].sum(0)
+            if targets is not None:
+                row_target[rows] += spread[0].sum(0)
+                column_target[columns] += spread[1].sum(0)
+    row_lse, column_lse, flag = logarithms(problem, row_sum, column_sum, torch.float32)
+    _recompute_where_flagged(problem, flag, row_lse, column_lse)
+    return row_lse, column_lse, row_target, column_target, flag, stash_BG, ranges
+
+
+def _target_pointers(
+    targets: Targets | None, rows: slice, columns: slice
+) -> dict[str, Tensor | None]:
+    """The target weights of a block, as launch keywords."""
+    names = ("row_positive_ptr", "row_uniform_ptr", "column_positive_ptr", "column_uniform_ptr")
+    if targets is None:
+        return dict.fromkeys(names)
+    sides = (rows, rows, columns, columns)
+    return {name: weight[side] for name, weight, side in zip(names, targets, sides, strict=True)}
+
+
+def _range_block(ranges: Tensor, arguments: dict[str, Any], rows: slice, columns: slice) -> Tensor:
+    """The ranges from a block's first tile on, in the grid of the tiles that wrote them."""
+    return ranges[rows.start // arguments["BLOCK_N"] :, columns.start // arguments["BLOCK_M"] :]
+
+
+def _recompute_where_flagged(
+    problem: Problem, flag: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> None:
+    """Launch the online kernels, which return at once unless the flag is set."""
+    kind = "online exact" if problem.operand == torch.float32 else "online"
+    dtype = torch.promote_types(problem.image_BE.dtype, problem.text_GE.dtype)
+    if problem.operand == torch.float32 or dtype == torch.float32:
+        kind, dtype = "online exact", torch.float32
+    block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[problem.architecture, kind]
+    image_BE, text_GE = (
+        tiles.aligned_rows(side.to(dtype), block_d) for side in (problem.image_BE, problem.text_GE)
+    )
+    length_B, length_G = (
+        side.new_ones(len(side), dtype=torch.float32) if problem.normalized else lengths(side)
+        for side in (image_BE, text_GE)
+    )
+    for x, y, length_x, length_y, x_ids, y_ids, first_label, lse in (
+        (
+            *(image_BE, text_GE, length_B, length_G),
+            *(problem.image_ids, problem.text_ids, problem.first_label, row_lse),
+        ),
+        (
+            *(text_GE, image_BE, length_G, length_B),
+            *(problem.text_ids, problem.image_ids, -problem.first_label, column_lse),
+        ),
+    ):
+        _contrastive_online_kernel[(triton.cdiv(len(x), block_n),)](
+            x_ptr=x,
+            y_ptr=y,
+            length_x_ptr=length_x,
+            length_y_ptr=length_y,
+            scale_ptr=problem.powers(),
+            image_id_ptr=x_ids,
+            text_id_ptr=y_ids,
+            flag_ptr=flag,
+            lse_ptr=lse,
+            stride_x_n=x.stride(0),
+            stride_y_m=y.stride(0),
+            N=len(x),
+            M=len(y),
+            D=x.shape[1],
+            first_label=first_label,
+            IDS=problem.ids,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+
+def contrastive_bwd_triton(
+    problem: Problem,
+    targets: Targets | None,
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
+    row_lse: Tensor,
+    column_lse: Tensor,
+    flag: Tensor,
+    stash_BG: Tensor,
+    ranges: Tensor,
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_image, d_text, d_scale); a side that nobody needs costs no product."""
+    image_BE, text_GE, operand = problem.image_BE, problem.text_GE, problem.operand
+    B, G, device = len(image_BE), len(text_GE), image_BE.device
+    stash = stash_BG.numel() > 0
+    fused = problem.engine == "fused" and not stash
+    grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
+    parts, largest = Upstream.spread(*upstream, targets).over_largest()
+    to_power, offset = problem.powers()
+    row_factor, column_factor = (
+        factor.float() for factor in parts.factors(row_lse, column_lse, offset.double())
+    )
+    parts = parts.to(torch.float32)
+    factor = (to_power * largest / grad_scale).float()
+    gradients = logits.Gradients(image_BE, text_GE, problem.normalized, need)
+    d_scale = torch.zeros((), dtype=torch.float64, device=device)
+    # float32 gradients take the place of the logits.
+    own_product = not (fused or stash)
+    in_place = own_product and operand == torch.float32
+    side_R, side_C = problem.sides(
+        (4 if own_product else 0) + (0 if in_place else operand.itemsize)
+    )
+    size = min(side_R, B) * min(side_C, G)
+    products = torch.empty(size if own_product else 0, dtype=torch.float32, device=device)
+    grads = products if in_place else torch.empty(size, dtype=operand, device=device)
+    for rows in logits.blocks(B, side_R):
+        x_RE = logits.operand(image_BE[rows], problem.normalized, operand)
+        gradients.begin_rows(rows)
+        for columns in logits.blocks(G, side_C):
+            y_CE = logits.operand(text_GE[columns], problem.normalized, operand)
+            R, C = len(x_RE), len(y_CE)
+            grad_RC = grads[: R * C].view(R, C)
+            common = {
+                "flag_ptr": flag,
+                "row_lse_ptr": row_lse[rows],
+                "column_lse_ptr": column_lse[columns],
+                "row_factor_ptr": row_factor[rows],
+                "column_factor_ptr": column_factor[columns],
+                **parts.pointers(rows, columns),
+                "grad_ptr": grad_RC,
+                "stride_grad": C,
+                "GRADIENT_SCALE": grad_scale,
+                "TARGETS": targets is not None,
+            }
+            if stash:
+                d_scale += _grad_of_stash(
+                    problem, common, x_RE, y_CE, rows, columns, stash_BG, ranges
+                )
+            else:
+                product_RC = None
+                if own_product:
+                    product_RC = tiles.matmul_fp32(x_RE, y_CE.T, products[: R * C].view(R, C))
+                grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, fused)
+                d_scale += _launch_grad(grid, arguments, common, product_RC, C, "none")
+            gradients.add(grad_RC, x_RE, y_CE, columns)
+        gradients.end_rows(rows, factor)
+    grad_scalar = (d_scale * largest * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
+    return gradients.image_grad, gradients.text_grad(factor), grad_scalar
+
+
+def _grad_of_stash(
+    problem: Problem,
+    common: dict[str, Any],
+    x_RE: Tensor,
+    y_CE: Tensor,
+    rows: slice,
+    columns: slice,
+    stash_BG: Tensor,
+    ranges: Tensor,
+) -> Tensor:
+    """The gradient of a stashed block. A flagged problem may have had any range: its logits are multiplied again."""
+    range_n, range_m, *_ = _LAUNCH_TABLE[
+        problem.architecture, _kind(problem.engine == "fused", problem.operand)
+    ]
+    grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, False)
+    along = _launch_grad(
+        grid,
+        arguments,
+        {
+            **common,
+            "range_ptr": ranges[rows.start // range_n :, columns.start // range_m :],
+            "stride_range": ranges.stride(0),
+            "RANGE_N": range_n,
+            "RANGE_M": range_m,
+            "STASH": True,
+        },
+        stash_BG[rows, columns.start :],
+        stash_BG.stride(0),
+        "flagged",
+    )
+    grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, True)
+    return along + _launch_grad(grid, arguments, common, None, 0, "plain")
+
+
+def _launch_grad(
+    grid: tuple[int],
+    arguments: dict[str, Any],
+    common: dict[str, Any],
+    product: Tensor | None,
+    stride_product: int,
+    skip: str,
+) -> Tensor:
+    """Launch the gradient kernel on one block; returns the block's sum of gradient times cosine."""
+    along = torch.zeros(grid, dtype=torch.float32, device=common["grad_ptr"].device)
+    defaults = {"range_ptr": None, "stride_range": 0, "RANGE_N": 1, "RANGE_M": 1, "STASH": False}
+    _contrastive_grad_kernel[grid](
+        product_ptr=product,
+        stride_product=stride_product,
+        along_ptr=along,
+        SKIP=skip,
+        **{**defaults, **common, **arguments},
+    )
+    return along.sum(dtype=torch.float64)
