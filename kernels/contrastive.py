@@ -168,9 +168,8 @@ def _contrastive_fwd(
         *(operand, engine, workspace_bytes),
     )
     targets = Targets(*target_weights) if target_weights else None
-    if image_BE.is_cuda:
-        return contrastive_fwd_triton(problem, targets, stash)  # type: ignore[return-value]
-    return contrastive_fwd_cpu(problem, targets, stash)  # type: ignore[return-value]
+    forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
+    return forward(problem, targets, stash)  # type: ignore[return-value]
 
 
 @_contrastive_fwd.register_fake
@@ -227,17 +226,8 @@ def _contrastive_bwd(
         *(operand, engine, workspace_bytes),
     )
     targets = Targets(*target_weights) if target_weights else None
-    row_lse, column_lse, flag, stash, ranges = terms
-    given = (*upstream,)
-    if image_BE.is_cuda:
-        return contrastive_bwd_triton(
-            *(problem, targets, given, row_lse, column_lse, flag, stash, ranges),  # type: ignore[arg-type]
-            (need_image, need_text),
-        )
-    return contrastive_bwd_cpu(
-        *(problem, targets, given, row_lse, column_lse, flag, stash),  # type: ignore[arg-type]
-        (need_image, need_text),
-    )
+    backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
+    return backward(problem, targets, upstream, terms, (need_image, need_text))
 
 
 @_contrastive_bwd.register_fake

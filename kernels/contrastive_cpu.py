@@ -6,6 +6,7 @@ Legend and maths: contrastive.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -120,32 +121,31 @@ def _add_targets_cpu(
 
 def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, Tensor]:
     """(row_lse, column_lse) in powers of two with a running maximum, for logits of any size."""
-    row_lse = torch.full((len(x_BE),), -torch.inf, dtype=torch.float64)
-    column_lse = torch.full((len(y_GE),), -torch.inf, dtype=torch.float64)
-    scale = problem.scale.to(x_BE.dtype).reshape(())
+    lse = [torch.full((len(side),), -torch.inf, dtype=torch.float64) for side in (x_BE, y_GE)]
+    to_power, _ = problem.powers()
     side_R, side_C = logits.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
     for rows in logits.blocks(len(x_BE), side_R):
         for columns in logits.blocks(len(y_GE), side_C):
-            z_RC = (x_BE[rows] * scale) @ y_GE[columns].T
+            z_RC = (x_BE[rows] * to_power) @ y_GE[columns].T
             invalid, _ = _masks_cpu(problem, rows, columns)
             if invalid is not None:
                 z_RC.masked_fill_(invalid, -torch.inf)
-            row_lse[rows] = torch.logaddexp(row_lse[rows], z_RC.logsumexp(1).double())
-            column_lse[columns] = torch.logaddexp(column_lse[columns], z_RC.logsumexp(0).double())
-    return row_lse * LOG2E, column_lse * LOG2E
+            for total, part, dim in ((lse[0], rows, 1), (lse[1], columns, 0)):
+                largest = z_RC.amax(dim).clamp(min=torch.finfo(z_RC.dtype).min)
+                power = (z_RC - largest.unsqueeze(dim)).exp2_().sum(dim, dtype=torch.float64)
+                total[part] = torch.logaddexp2(total[part], power.log2() + largest)
+    return lse[0], lse[1]
 
 
 def contrastive_bwd_cpu(
     problem: Problem,
     targets: Targets | None,
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
-    row_lse: Tensor,
-    column_lse: Tensor,
-    flag: Tensor,
-    stash_BG: Tensor,
+    upstream: Sequence[Tensor],
+    terms: Sequence[Tensor],
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
+    row_lse, column_lse, flag, stash_BG, _ = terms
     x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
     y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
     wide, flagged = x_BE.dtype, bool(flag)
@@ -158,8 +158,10 @@ def contrastive_bwd_cpu(
     row_factor, column_factor = (
         factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset.double())
     )
+    row_online, row_offset, column_online, column_offset = (
+        part.to(wide) for part in parts.online_factors(row_lse, column_lse)
+    )
     parts = parts.to(wide)
-    row_lse, column_lse = row_lse.to(wide), column_lse.to(wide)
     side_R, side_C = logits.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
     size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
     buffers = [x_BE.new_empty(size) for _ in range(1 if stash_BG.numel() and not flagged else 2)]
@@ -172,9 +174,9 @@ def contrastive_bwd_cpu(
                 power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=power[0])
             invalid, positive = _masks_cpu(problem, rows, columns)
             if flagged:
-                torch.sub(power_RC, row_lse[rows, None], out=grad_RC)
-                grad_RC.exp2_().mul_(parts.row_lse_B[rows, None])
-                power_RC.sub_(column_lse[columns]).exp2_().mul_(parts.column_lse_G[columns])
+                torch.sub(power_RC, row_offset[rows, None], out=grad_RC)
+                grad_RC.exp2_().mul_(row_online[rows, None])
+                power_RC.sub_(column_offset[columns]).exp2_().mul_(column_online[columns])
                 grad_RC += power_RC
             else:
                 torch.add(row_factor[rows, None], column_factor[columns], out=grad_RC)

@@ -104,6 +104,21 @@ class Upstream(NamedTuple):
             self.column_lse_G * torch.exp2(offset - column_lse),
         )
 
+    def online_factors(
+        self, row_lse: Tensor, column_lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same for a flagged problem: (row factor, its offset, column factor, its offset).
+
+        The offset of each lse is the integer below it, which float32 holds and from which logits subtract exactly.
+        """
+        row_offset, column_offset = row_lse.floor(), column_lse.floor()
+        return (
+            self.row_lse_B * torch.exp2(row_offset - row_lse),
+            row_offset,
+            self.column_lse_G * torch.exp2(column_offset - column_lse),
+            column_offset,
+        )
+
     def to(self, dtype: torch.dtype) -> Upstream:
         """Every part in another dtype."""
         return Upstream(*(part.to(dtype) for part in self))
@@ -111,8 +126,6 @@ class Upstream(NamedTuple):
     def pointers(self, rows: slice, columns: slice) -> dict[str, Tensor]:
         """The part of a block, as launch keywords."""
         return {
-            "row_grad_ptr": self.row_lse_B[rows],
-            "column_grad_ptr": self.column_lse_G[columns],
             "row_positive_ptr": self.row_positive_B[rows],
             "row_uniform_ptr": self.row_uniform_B[rows],
             "column_positive_ptr": self.column_positive_G[columns],

@@ -5,6 +5,7 @@ Legend, maths, precision and traffic: contrastive.py. N and M are rows and colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -181,10 +182,10 @@ def _contrastive_grad_kernel(
     image_id_ptr,
     text_id_ptr,
     flag_ptr,
-    row_lse_ptr,
-    column_lse_ptr,
-    row_grad_ptr,
-    column_grad_ptr,
+    row_online_ptr,
+    row_offset_ptr,
+    column_online_ptr,
+    column_offset_ptr,
     row_factor_ptr,
     column_factor_ptr,
     row_positive_ptr,
@@ -230,12 +231,12 @@ def _contrastive_grad_kernel(
     valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
     z = cosine * tl.load(scale_ptr)
     if flagged:
-        row_lse = tl.load(row_lse_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        column_lse = tl.load(column_lse_ptr + m, mask=m < M, other=0.0).to(tl.float32)
-        row_grad = tl.load(row_grad_ptr + n, mask=n < N, other=0.0)
-        column_grad = tl.load(column_grad_ptr + m, mask=m < M, other=0.0)
-        grad = row_grad[:, None] * tl.exp2(z - row_lse[:, None])
-        grad += column_grad[None, :] * tl.exp2(z - column_lse[None, :])
+        row_online = tl.load(row_online_ptr + n, mask=n < N, other=0.0)
+        row_offset = tl.load(row_offset_ptr + n, mask=n < N, other=0.0)
+        column_online = tl.load(column_online_ptr + m, mask=m < M, other=0.0)
+        column_offset = tl.load(column_offset_ptr + m, mask=m < M, other=0.0)
+        grad = row_online[:, None] * tl.exp2(z - row_offset[:, None])
+        grad += column_online[None, :] * tl.exp2(z - column_offset[None, :])
     else:
         row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
         column_factor = tl.load(column_factor_ptr + m, mask=m < M, other=0.0)
@@ -475,17 +476,14 @@ def _recompute_where_flagged(
 def contrastive_bwd_triton(
     problem: Problem,
     targets: Targets | None,
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
-    row_lse: Tensor,
-    column_lse: Tensor,
-    flag: Tensor,
-    stash_BG: Tensor,
-    ranges: Tensor,
+    upstream: Sequence[Tensor],
+    terms: Sequence[Tensor],
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_image, d_text, d_scale); a side that nobody needs costs no product."""
     image_BE, text_GE, operand = problem.image_BE, problem.text_GE, problem.operand
     B, G, device = len(image_BE), len(text_GE), image_BE.device
+    row_lse, column_lse, flag, stash_BG, ranges = terms
     stash = stash_BG.numel() > 0
     fused = problem.engine == "fused" and not stash
     grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
@@ -493,6 +491,9 @@ def contrastive_bwd_triton(
     to_power, offset = problem.powers()
     row_factor, column_factor = (
         factor.float() for factor in parts.factors(row_lse, column_lse, offset.double())
+    )
+    row_online, row_offset, column_online, column_offset = (
+        part.float() for part in parts.online_factors(row_lse, column_lse)
     )
     parts = parts.to(torch.float32)
     factor = (to_power * largest / grad_scale).float()
@@ -516,8 +517,10 @@ def contrastive_bwd_triton(
             grad_RC = grads[: R * C].view(R, C)
             common = {
                 "flag_ptr": flag,
-                "row_lse_ptr": row_lse[rows],
-                "column_lse_ptr": column_lse[columns],
+                "row_online_ptr": row_online[rows],
+                "row_offset_ptr": row_offset[rows],
+                "column_online_ptr": column_online[columns],
+                "column_offset_ptr": column_offset[columns],
                 "row_factor_ptr": row_factor[rows],
                 "column_factor_ptr": column_factor[columns],
                 **parts.pointers(rows, columns),

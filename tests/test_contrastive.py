@@ -302,9 +302,7 @@ def test_kernels_fall_back_to_the_running_maximum(
 
 
 @pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
-def test_kernels_keep_nan(
-    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_keep_nan(engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = (t.to(KERNEL_DEVICE) for t in unit_embeddings(9, 9, 16))
     image[3, 2] = torch.nan
     loss = in_triton(
@@ -347,9 +345,8 @@ def aot_launches() -> None:
             *(image, text, scale, *ids, 0, same_id, False, operand, engine, 576 * 10**6)
         )
         *terms, flag, stashed, ranges = contrastive_fwd_triton(problem, targets, stash)
-        contrastive_bwd_triton(
-            *(problem, targets, terms, *terms[:2], flag, stashed, ranges, (True, True))
-        )
+        saved = (*terms[:2], flag, stashed, ranges)
+        contrastive_bwd_triton(problem, targets, terms, saved, (True, True))
 
 
 def test_compiles_without_spills_in_the_memory_there_is() -> None:
