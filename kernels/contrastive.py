@@ -18,7 +18,9 @@ several ranks `clipcore.loss` completes c first.
 
 Sums: with a fixed offset o, 0 up to scale 70 and scale - 70 beyond, the one exponential exp(z - o) serves r and c at
 once: |cosine| <= 1 keeps it below e^70, so that 2^24 rows of them fit in float32, and cosines down to -0.57 at scale
-100 stay normal numbers. In powers of two o is an integer, so that z - o is exact and the target's exponential cancels.
+100 stay normal numbers. In powers of two o is an integer, so that z - o is exact.
+A positive that is known by its place (no ids, no smoothing) stays out of the sums; its exponential is added in float64,
+so that the loss and 1 - P of a pair that is found with near certainty keep their relative accuracy.
 Every row's and column's sum is checked on the device; where one is too small to be exact, or not finite (scale above
 100, rows that are not of length one), an online maximum recomputes r and c, and the backward takes two exponentials.
 No host synchronisation; a kernel that is not needed returns at once.
@@ -162,10 +164,10 @@ def _contrastive_fwd(
     engine: str,
     workspace_bytes: int,
     stash: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
-        *(operand, engine, workspace_bytes),
+        *(operand, engine, workspace_bytes, not target_weights),
     )
     targets = Targets(*target_weights) if target_weights else None
     forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
@@ -195,7 +197,7 @@ def _(
     if not stash:
         shape, range_shape = (0, 0), (0, 0, 2)
     return (
-        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G)),
+        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G)),
         image_BE.new_empty((), dtype=torch.int32),
         image_BE.new_empty(shape, dtype=dtype),
         image_BE.new_empty(range_shape, dtype=torch.float32),
@@ -223,7 +225,7 @@ def _contrastive_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(
         *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
-        *(operand, engine, workspace_bytes),
+        *(operand, engine, workspace_bytes, not target_weights),
     )
     targets = Targets(*target_weights) if target_weights else None
     backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
@@ -249,9 +251,9 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image_BE, text_GE, scale, image_ids, text_ids, target_weights, *settings, _ = inputs
-    row_lse, column_lse, _, _, flag, stash, ranges = output
+    row_lse, column_lse, _, _, *rest = output
     ctx.save_for_backward(
-        *(image_BE, text_GE, scale, row_lse, column_lse, flag, stash, ranges, image_ids, text_ids),
+        *(image_BE, text_GE, scale, row_lse, column_lse, *rest, image_ids, text_ids),
         *target_weights,
     )
     ctx.settings = settings
@@ -261,8 +263,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:10]
-    target_weights = list(ctx.saved_tensors[10:])
+    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:12]
+    target_weights = list(ctx.saved_tensors[12:])
     row_lse, column_lse = terms[:2]
     upstream = [
         torch.zeros_like(like) if grad is None else grad.to(like.dtype).contiguous()

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels import logits
-from clipcore.kernels.contrastive_problem import Problem, Targets, Upstream, logarithms
+from clipcore.kernels.contrastive_problem import (
+    Problem,
+    Targets,
+    Upstream,
+    logarithms,
+    new_sums,
+)
 from clipcore.kernels.logits import LOG2E
 
 
@@ -23,14 +29,14 @@ def contrastive_fwd_cpu(
     x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
     y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
     B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
-    row_sum, row_target = (torch.zeros(B, dtype=torch.float64) for _ in range(2))
-    column_sum, column_target = (torch.zeros(G, dtype=torch.float64) for _ in range(2))
+    row_sum, row_target = new_sums(B, targets, x_BE.device)
+    column_sum, column_target = new_sums(G, targets, x_BE.device)
     stash_BG = x_BE.new_empty((B, G) if stash else (0, 0))
     to_power, offset = problem.powers()
     side_R, side_C = logits.cpu_sides(G, wide, problem.workspace_bytes)
     buffer = x_BE.new_empty(0 if stash else min(side_R, B) * min(side_C, G))
     for rows in logits.blocks(B, side_R):
-        scaled_RE = x_BE[rows] * to_power
+        scaled_RE = _scaled(x_BE[rows], to_power)
         for columns in logits.blocks(G, side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             out = stash_BG[rows, columns] if stash else buffer[: math.prod(shape)].view(shape)
@@ -47,18 +53,27 @@ def contrastive_fwd_cpu(
                 invalid,
                 positive,
             )
-            if offset:
-                power_RC.sub_(offset)
+            if offset > 0:
+                power_RC.sub_(offset.to(wide))
             power_RC.exp2_()
             if invalid is not None:
                 power_RC.masked_fill_(invalid, 0)
+            if targets is None:
+                # A positive that is known by its place is added from its logit, in `logarithms`.
+                _diagonal(power_RC, problem.first_label, rows, columns)[0].zero_()
             row_sum[rows] += power_RC.sum(1)
             column_sum[columns] += power_RC.sum(0)
-    row_lse, column_lse, flag = logarithms(problem, row_sum, column_sum, wide)
-    if flag:
+    logs = logarithms(problem, row_sum, column_sum, row_target, column_target, wide)
+    if logs.flag:
         row_lse, column_lse = _online_cpu(problem, x_BE, y_GE)
-    no_ranges = torch.empty(0, 0, 2)
-    return row_lse, column_lse, row_target, column_target, flag, stash_BG, no_ranges
+        logs = logs._replace(row_lse_B=row_lse, column_lse_G=column_lse)
+        logs = logs.with_rests(row_target, column_target)
+    return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, torch.empty(0, 0, 2))
+
+
+def _scaled(x_RE: Tensor, to_power: Tensor) -> Tensor:
+    """The operand of logits: rounding the factor to float32 by itself would shift all logits alike."""
+    return (x_RE.double() * to_power).to(x_RE.dtype)
 
 
 def _masks_cpu(
@@ -126,7 +141,7 @@ def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, T
     side_R, side_C = logits.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
     for rows in logits.blocks(len(x_BE), side_R):
         for columns in logits.blocks(len(y_GE), side_C):
-            z_RC = (x_BE[rows] * to_power) @ y_GE[columns].T
+            z_RC = _scaled(x_BE[rows], to_power) @ y_GE[columns].T
             invalid, _ = _masks_cpu(problem, rows, columns)
             if invalid is not None:
                 z_RC.masked_fill_(invalid, -torch.inf)
@@ -145,7 +160,7 @@ def contrastive_bwd_cpu(
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
-    row_lse, column_lse, flag, stash_BG, _ = terms
+    row_lse, column_lse, row_rest, column_rest, flag, stash_BG, _ = terms
     x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
     y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
     wide, flagged = x_BE.dtype, bool(flag)
@@ -153,10 +168,10 @@ def contrastive_bwd_cpu(
     d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
     if need_text:
         d_y = torch.zeros_like(y_GE)
-    parts = Upstream.spread(*upstream, targets)
+    parts = Upstream.spread(upstream, targets, row_rest, column_rest)
     to_power, offset = problem.powers()
     row_factor, column_factor = (
-        factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset.double())
+        factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset)
     )
     row_online, row_offset, column_online, column_offset = (
         part.to(wide) for part in parts.online_factors(row_lse, column_lse)
@@ -166,7 +181,7 @@ def contrastive_bwd_cpu(
     size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
     buffers = [x_BE.new_empty(size) for _ in range(1 if stash_BG.numel() and not flagged else 2)]
     for rows in logits.blocks(len(x_BE), side_R):
-        scaled_RE = x_BE[rows] * to_power
+        scaled_RE = _scaled(x_BE[rows], to_power)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             grad_RC, *power = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
@@ -180,8 +195,8 @@ def contrastive_bwd_cpu(
                 grad_RC += power_RC
             else:
                 torch.add(row_factor[rows, None], column_factor[columns], out=grad_RC)
-                if power and offset:
-                    power_RC.sub_(offset)
+                if power and offset > 0:
+                    power_RC.sub_(offset.to(wide))
                 grad_RC *= power_RC.exp2_() if power else stash_BG[rows, columns]
             _add_target_gradients_cpu(grad_RC, parts, targets, problem, rows, columns, positive)
             if invalid is not None:
@@ -211,7 +226,11 @@ def _add_target_gradients_cpu(
     """Add what the targets give to a block's gradient."""
     if positive is None:
         view, own_rows, own_columns = _diagonal(grad_RC, problem.first_label, rows, columns)
-        view += parts.row_positive_B[own_rows] + parts.column_positive_G[own_columns]
+        at_positive = parts.row_positive_B[own_rows] + parts.column_positive_G[own_columns]
+        if targets is None:
+            view.copy_(at_positive)  # the whole gradient
+        else:
+            view += at_positive
     else:
         both_RC = parts.row_positive_B[rows, None] + parts.column_positive_G[columns]
         grad_RC += both_RC.masked_fill_(~positive, 0)

@@ -5,6 +5,7 @@ Legend and maths: contrastive.py. Everything here is of the size of the rows, ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     operand: torch.dtype
     engine: str
     workspace_bytes: int
+    by_place: bool  # no ids and no spread targets: a positive is known by its place
 
     @property
     def ids(self) -> str:
@@ -49,11 +51,11 @@ class Problem(NamedTuple):
     def architecture(self) -> int:
         return tiles.architecture(self.image_BE.device)
 
-    def powers(self) -> Tensor:
-        """[2]: what turns a cosine into a power of two, and the offset of the powers; see the module docstring."""
-        wide = tiles.accumulate_dtype(self.operand)
-        to_power = self.scale.to(wide).reshape(()) * LOG2E
-        return torch.stack((to_power, (to_power - HEADROOM[wide]).clamp(min=0).ceil()))
+    def powers(self) -> tuple[Tensor, Tensor]:
+        """(what turns a cosine into a power of two, the offset of the powers), float64; see contrastive.py."""
+        headroom = HEADROOM[tiles.accumulate_dtype(self.operand)]
+        to_power = self.scale.double().reshape(()) * LOG2E
+        return to_power, (to_power - headroom).clamp(min=0).ceil()
 
     def sides(self, element_bytes: int) -> tuple[int, int]:
         """Rows and columns of a block on a GPU."""
@@ -73,15 +75,20 @@ class Upstream(NamedTuple):
     @classmethod
     def spread(
         cls,
-        row_lse: Tensor,
-        column_lse: Tensor,
-        row_target: Tensor,
-        column_target: Tensor,
+        upstream: Sequence[Tensor],
         targets: Targets | None,
+        row_rest: Tensor,
+        column_rest: Tensor,
     ) -> Upstream:
-        """Each target's gradient times the weights by which it was spread."""
-        if targets is None:  # all on the positive: the uniform parts are not read
-            return cls(row_lse, column_lse, row_target, row_target, column_target, column_target)
+        """From the gradients of (row_lse, column_lse, row_target, column_target).
+
+        Without targets a positive's gradient is whole here: P - 1 = -rest has no cancellation to suffer.
+        """
+        row_lse, column_lse, row_target, column_target = upstream
+        if targets is None:
+            at_row = (row_lse + row_target) - row_lse * row_rest
+            at_column = (column_lse + column_target) - column_lse * column_rest
+            return cls(row_lse, column_lse, at_row, at_row, at_column, at_column)
         return cls(
             row_lse,
             column_lse,
@@ -133,14 +140,54 @@ class Upstream(NamedTuple):
         }
 
 
+class Logarithms(NamedTuple):
+    """What the sums came to, in powers of two."""
+
+    row_lse_B: Tensor
+    column_lse_G: Tensor
+    row_rest_B: Tensor  # 1 - probability of the row's positive, where its place makes it known
+    column_rest_G: Tensor
+    flag: Tensor  # int32: 1 where a sum is not to be trusted
+
+    def with_rests(self, row_target: Tensor, column_target: Tensor) -> Logarithms:
+        """With the rests of a flagged problem, whose logarithms were recomputed."""
+        flagged = self.flag != 0
+        rests = [
+            torch.where(flagged, -torch.expm1((target - lse) / LOG2E), rest)
+            for target, lse, rest in zip(
+                (row_target, column_target), self[:2], self[2:4], strict=True
+            )
+        ]
+        return self._replace(row_rest_B=rests[0], column_rest_G=rests[1])
+
+
+def new_sums(length: int, targets: Targets | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(sums of exponentials, target logits) to fill, float64. A row without a positive keeps the logit -inf."""
+    no_target = -torch.inf if targets is None else 0.0
+    return (
+        torch.zeros(length, dtype=torch.float64, device=device),
+        torch.full((length,), no_target, dtype=torch.float64, device=device),
+    )
+
+
 def logarithms(
-    problem: Problem, row_sum: Tensor, column_sum: Tensor, wide: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_lse, column_lse, flag) in powers of two; flag is 1 where a sum is not to be trusted."""
+    problem: Problem,
+    row_sum: Tensor,
+    column_sum: Tensor,
+    row_target: Tensor,
+    column_target: Tensor,
+    wide: torch.dtype,
+) -> Logarithms:
+    """The logarithms of the sums. With ids or spread targets the sums are whole, else positives are added here."""
     # Terms below the smallest normal number are lost: harmless where all of them together are below the sum's last place.
     info = torch.finfo(wide)
     least = 2 * max(len(row_sum), len(column_sum)) * info.tiny / info.eps
-    trusted = [((total >= least) & (total < torch.inf)).all() for total in (row_sum, column_sum)]
+    _, offset = problem.powers()
+    lse, rests, trusted = [], [], []
+    for rest, target in ((row_sum, row_target), (column_sum, column_target)):
+        total = rest + torch.exp2(target - offset) if problem.by_place else rest
+        lse.append(total.log2() + offset)
+        rests.append(rest / total)
+        trusted.append(((total >= least) & (total < torch.inf)).all())
     flag = (~(trusted[0] & trusted[1])).to(torch.int32)
-    offset = problem.powers()[1].double()
-    return row_sum.log2() + offset, column_sum.log2() + offset, flag
+    return Logarithms(lse[0], lse[1], rests[0], rests[1], flag)

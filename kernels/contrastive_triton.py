@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels import logits, tiles
-from clipcore.kernels.contrastive_problem import Problem, Targets, Upstream, logarithms
+from clipcore.kernels.contrastive_problem import (
+    Problem,
+    Targets,
+    Upstream,
+    logarithms,
+    new_sums,
+)
 from clipcore.kernels.logits import LOG2E, load_product, multiply, positives, tile_numbers
 from clipcore.kernels.normalize import cosine_tile, lengths
 from clipcore.kernels.tiles import dot_rows, tl, triton
@@ -22,7 +28,13 @@ FP16_GRADIENT_SCALE = 2.0**13
 # Sides of a block that the fused engine sums at once: partial sums take 67 MB.
 SUM_SIDE = 32768
 # The finest tile that a stash is scaled by.
-STASH_TILE = (64, 128)
+STASH_TILE = (32, 128)
+
+
+@triton.jit
+def _logit(cosine, scale_ptr):
+    """cosine times a factor of two floats: rounding the factor to one would shift all logits alike."""
+    return cosine * tl.load(scale_ptr) + cosine * tl.load(scale_ptr + 1)
 
 
 @triton.jit
@@ -98,8 +110,10 @@ def _contrastive_sums_kernel(
         offsets = n.to(tl.int64)[:, None] * stride_stash + m[None, :]
         tile_range_ptr = range_ptr + tile_n.to(tl.int64) * stride_range + 2 * tile_m
         cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets, BLOCK_N)
-    z = cosine * tl.load(scale_ptr)
-    power = tl.where(valid, tl.exp2(z - tl.load(scale_ptr + 1)), 0.0)
+    z = _logit(cosine, scale_ptr)
+    # A positive that is known by its place is added to the sums from its logit: see the module docstring.
+    counted = valid if TARGETS else valid & (positive == 0)
+    power = tl.where(counted, tl.exp2(z - tl.load(scale_ptr + 2)), 0.0)
     _store_sums(row_sum_ptr, tile_m, N, n, tl.sum(power, axis=1))
     _store_sums(column_sum_ptr, tile_n, M, m, tl.sum(power, axis=0))
     if TARGETS:
@@ -151,7 +165,6 @@ def _contrastive_online_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_n = tl.minimum(n, N - 1)
     length_x = tl.load(length_x_ptr + row_n)
-    scale = tl.load(scale_ptr)
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for first_m in range(0, M, BLOCK_M):
@@ -164,7 +177,7 @@ def _contrastive_online_kernel(
         inside = (n[:, None] < N) & (m[None, :] < M)
         valid, _ = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
         # Not -inf: a row without a valid pair has to stay clear of inf - inf.
-        power = tl.where(valid, cosine * scale, -3e38)
+        power = tl.where(valid, _logit(cosine, scale_ptr), -3e38)
         next_largest = tl.maximum(largest, tl.max(power, axis=1))
         part = tl.sum(tl.where(valid, tl.exp2(power - next_largest[:, None]), 0.0), axis=1)
         total = total * tl.exp2(largest - next_largest) + part
@@ -229,8 +242,14 @@ def _contrastive_grad_kernel(
     else:
         cosine = load_product(product_ptr, stride_product, n, m, inside)
     valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
-    z = cosine * tl.load(scale_ptr)
-    if flagged:
+    z = _logit(cosine, scale_ptr)
+    if SKIP == "plain":
+        online = True
+    elif SKIP == "flagged":
+        online = False
+    else:
+        online = flagged
+    if online:
         row_online = tl.load(row_online_ptr + n, mask=n < N, other=0.0)
         row_offset = tl.load(row_offset_ptr + n, mask=n < N, other=0.0)
         column_online = tl.load(column_online_ptr + m, mask=m < M, other=0.0)
@@ -240,14 +259,17 @@ def _contrastive_grad_kernel(
     else:
         row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
         column_factor = tl.load(column_factor_ptr + m, mask=m < M, other=0.0)
-        power = tl.exp2(z - tl.load(scale_ptr + 1))
+        power = tl.exp2(z - tl.load(scale_ptr + 2))
         grad = power * (row_factor[:, None] + column_factor[None, :])
     row_positive = tl.load(row_positive_ptr + n, mask=n < N, other=0.0)
     column_positive = tl.load(column_positive_ptr + m, mask=m < M, other=0.0)
-    grad += tl.where(positive, row_positive[:, None] + column_positive[None, :], 0.0)
+    at_positive = row_positive[:, None] + column_positive[None, :]
     if TARGETS:
+        grad += tl.where(positive, at_positive, 0.0)
         grad += tl.load(row_uniform_ptr + n, mask=n < N, other=0.0)[:, None]
         grad += tl.load(column_uniform_ptr + m, mask=m < M, other=0.0)[None, :]
+    else:
+        grad = tl.where(positive, at_positive, grad)
     grad = tl.where(valid, grad, 0.0)
     along = tl.sum(tl.sum(grad * cosine, axis=1), axis=0)
     tl.store(along_ptr + tl.program_id(0), along)
@@ -257,23 +279,28 @@ def _contrastive_grad_kernel(
 
 
 # (architecture, kind) -> BLOCK_N, BLOCK_M, BLOCK_D, num_warps, num_stages. "pass" reads a block that the library
-# multiplied; "fused" multiplies 16-bit operands itself and "exact" float32 ones; "online" and "online exact" are the
-# kernel of the running maximum. Not yet measured.
+# multiplied; "fused" multiplies 16-bit operands itself, "spread" does so with ids or spread targets, and "exact"
+# multiplies float32 ones; "online" and "online exact" are the kernel of the running maximum. No row spills. Not yet
+# measured. On sm_100 Triton 3.7 cannot compile the epilogues on a tile in tensor memory: tiles of fewer than 64 rows
+# take the older matrix instruction.
 _LAUNCH_TABLE = {
-    (80, "pass"): (64, 128, 16, 4, 1),
+    (80, "pass"): (64, 128, 16, 8, 1),
     (80, "fused"): (128, 128, 32, 8, 3),
+    (80, "spread"): (64, 128, 32, 8, 3),
     (80, "exact"): (64, 128, 16, 8, 2),
     (80, "online"): (64, 64, 64, 4, 3),
     (80, "online exact"): (32, 64, 32, 4, 3),
-    (90, "pass"): (64, 128, 16, 4, 1),
-    (90, "fused"): (128, 256, 64, 8, 3),
+    (90, "pass"): (64, 128, 16, 8, 1),
+    (90, "fused"): (128, 128, 64, 8, 3),
+    (90, "spread"): (64, 128, 64, 8, 3),
     (90, "exact"): (64, 128, 16, 8, 2),
     (90, "online"): (64, 64, 64, 4, 3),
     (90, "online exact"): (32, 64, 32, 4, 3),
-    (100, "pass"): (64, 128, 16, 4, 1),
-    (100, "fused"): (128, 256, 64, 8, 3),
+    (100, "pass"): (64, 128, 16, 8, 1),
+    (100, "fused"): (32, 128, 64, 4, 3),
+    (100, "spread"): (32, 128, 64, 4, 3),
     (100, "exact"): (64, 128, 16, 8, 2),
-    (100, "online"): (64, 64, 64, 4, 3),
+    (100, "online"): (32, 64, 64, 4, 3),
     (100, "online exact"): (32, 64, 32, 4, 3),
 }
 
@@ -297,10 +324,13 @@ def _launch_config(
     return (triton.cdiv(N, block_n) * triton.cdiv(M, block_m),), config
 
 
-def _kind(fused: bool, operand: torch.dtype) -> str:
+def _kind(problem: Problem, fused: bool) -> str:
+    """The row of the launch table for a block of the problem."""
     if not fused:
         return "pass"
-    return "exact" if operand == torch.float32 else "fused"
+    if problem.operand == torch.float32:
+        return "exact"
+    return "fused" if problem.by_place else "spread"
 
 
 def _tile_arguments(
@@ -308,7 +338,7 @@ def _tile_arguments(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and the launch keywords that every tile kernel has, for one block."""
     R, C = len(x_RE), len(y_CE)
-    grid, config = _launch_config(R, C, _kind(fused, problem.operand), problem.architecture)
+    grid, config = _launch_config(R, C, _kind(problem, fused), problem.architecture)
     descriptors = (None, None)
     if fused:
         block_n, block_m, block_d = (config[f"BLOCK_{axis}"] for axis in "NMD")
@@ -319,7 +349,7 @@ def _tile_arguments(
     return grid, {
         "x_desc": descriptors[0],
         "y_desc": descriptors[1],
-        "scale_ptr": problem.powers(),
+        "scale_ptr": _factors(problem),
         "image_id_ptr": None if problem.image_ids is None else problem.image_ids[rows],
         "text_id_ptr": None if problem.text_ids is None else problem.text_ids[columns],
         "N": R,
@@ -330,6 +360,13 @@ def _tile_arguments(
         "FUSED": fused,
         **config,
     }
+
+
+def _factors(problem: Problem) -> Tensor:
+    """float32 [3]: the factor from cosines to powers of two in two parts, and the offset of the powers."""
+    to_power, offset = problem.powers()
+    high = to_power.float()
+    return torch.stack((high, (to_power - high).float(), offset.float()))
 
 
 def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int], torch.dtype]:
@@ -345,16 +382,14 @@ def _sum_sides(problem: Problem) -> tuple[int, int]:
 def contrastive_fwd_triton(
     problem: Problem, targets: Targets | None, stash: bool
 ) -> tuple[Tensor, ...]:
-    """(row_lse, column_lse, row_target, column_target, flag, stash, ranges)."""
+    """The outputs of `clipcore::contrastive_fwd`."""
     image_BE, text_GE = problem.image_BE, problem.text_GE
     B, G, device = len(image_BE), len(text_GE), image_BE.device
     shape, range_shape, dtype = packed_shapes(B, G) if stash else ((0, 0), (0, 0, 2), torch.int16)
     stash_BG = torch.empty(shape, dtype=dtype, device=device)
     ranges = torch.empty(range_shape, dtype=torch.float32, device=device)
-    row_sum, row_target = (torch.zeros(B, dtype=torch.float64, device=device) for _ in range(2))
-    column_sum, column_target = (
-        torch.zeros(G, dtype=torch.float64, device=device) for _ in range(2)
-    )
+    row_sum, row_target = new_sums(B, targets, device)
+    column_sum, column_target = new_sums(G, targets, device)
     fused = problem.engine == "fused"
     side_R, side_C = _sum_sides(problem)
     block = torch.empty(
@@ -401,9 +436,10 @@ def contrastive_fwd_triton(
             if targets is not None:
                 row_target[rows] += spread[0].sum(0)
                 column_target[columns] += spread[1].sum(0)
-    row_lse, column_lse, flag = logarithms(problem, row_sum, column_sum, torch.float32)
-    _recompute_where_flagged(problem, flag, row_lse, column_lse)
-    return row_lse, column_lse, row_target, column_target, flag, stash_BG, ranges
+    logs = logarithms(problem, row_sum, column_sum, row_target, column_target, torch.float32)
+    _recompute_where_flagged(problem, logs.flag, logs.row_lse_B, logs.column_lse_G)
+    logs = logs.with_rests(row_target, column_target)
+    return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, ranges)
 
 
 def _target_pointers(
@@ -453,7 +489,7 @@ def _recompute_where_flagged(
             y_ptr=y,
             length_x_ptr=length_x,
             length_y_ptr=length_y,
-            scale_ptr=problem.powers(),
+            scale_ptr=_factors(problem),
             image_id_ptr=x_ids,
             text_id_ptr=y_ids,
             flag_ptr=flag,
@@ -483,14 +519,14 @@ def contrastive_bwd_triton(
     """(d_image, d_text, d_scale); a side that nobody needs costs no product."""
     image_BE, text_GE, operand = problem.image_BE, problem.text_GE, problem.operand
     B, G, device = len(image_BE), len(text_GE), image_BE.device
-    row_lse, column_lse, flag, stash_BG, ranges = terms
+    row_lse, column_lse, row_rest, column_rest, flag, stash_BG, ranges = terms
     stash = stash_BG.numel() > 0
     fused = problem.engine == "fused" and not stash
     grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
-    parts, largest = Upstream.spread(*upstream, targets).over_largest()
+    parts, largest = Upstream.spread(upstream, targets, row_rest, column_rest).over_largest()
     to_power, offset = problem.powers()
     row_factor, column_factor = (
-        factor.float() for factor in parts.factors(row_lse, column_lse, offset.double())
+        factor.float() for factor in parts.factors(row_lse, column_lse, offset)
     )
     row_online, row_offset, column_online, column_offset = (
         part.float() for part in parts.online_factors(row_lse, column_lse)
@@ -557,7 +593,7 @@ def _grad_of_stash(
 ) -> Tensor:
     """The gradient of a stashed block. A flagged problem may have had any range: its logits are multiplied again."""
     range_n, range_m, *_ = _LAUNCH_TABLE[
-        problem.architecture, _kind(problem.engine == "fused", problem.operand)
+        problem.architecture, _kind(problem, problem.engine == "fused")
     ]
     grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, False)
     along = _launch_grad(

@@ -342,11 +342,12 @@ def aot_launches() -> None:
             targets = uniform_targets(image, text, 0, *ids, same_id, 0.1)
         scale = torch.empty((), device="meta")
         problem = Problem(
-            *(image, text, scale, *ids, 0, same_id, False, operand, engine, 576 * 10**6)
+            *(image, text, scale, *ids, 0, same_id, False, operand, engine, 576 * 10**6),
+            by_place=targets is None,
         )
-        *terms, flag, stashed, ranges = contrastive_fwd_triton(problem, targets, stash)
-        saved = (*terms[:2], flag, stashed, ranges)
-        contrastive_bwd_triton(problem, targets, terms, saved, (True, True))
+        terms = contrastive_fwd_triton(problem, targets, stash)
+        saved = (*terms[:2], *terms[4:])
+        contrastive_bwd_triton(problem, targets, terms[:4], saved, (True, True))
 
 
 def test_compiles_without_spills_in_the_memory_there_is() -> None:
