@@ -137,19 +137,19 @@ def _add_targets_cpu(
 def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, Tensor]:
     """(row_lse, column_lse) in powers of two with a running maximum, for logits of any size."""
     lse = [torch.full((len(side),), -torch.inf, dtype=torch.float64) for side in (x_BE, y_GE)]
-    to_power, _ = problem.powers()
+    scale = problem.scale.double().reshape(())
     side_R, side_C = logits.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
     for rows in logits.blocks(len(x_BE), side_R):
         for columns in logits.blocks(len(y_GE), side_C):
-            z_RC = _scaled(x_BE[rows], to_power) @ y_GE[columns].T
+            z_RC = _scaled(x_BE[rows], scale) @ y_GE[columns].T
             invalid, _ = _masks_cpu(problem, rows, columns)
             if invalid is not None:
                 z_RC.masked_fill_(invalid, -torch.inf)
             for total, part, dim in ((lse[0], rows, 1), (lse[1], columns, 0)):
                 largest = z_RC.amax(dim).clamp(min=torch.finfo(z_RC.dtype).min)
-                power = (z_RC - largest.unsqueeze(dim)).exp2_().sum(dim, dtype=torch.float64)
-                total[part] = torch.logaddexp2(total[part], power.log2() + largest)
-    return lse[0], lse[1]
+                power = (z_RC - largest.unsqueeze(dim)).exp_().sum(dim, dtype=torch.float64)
+                total[part] = torch.logaddexp(total[part], power.log() + largest)
+    return lse[0] * LOG2E, lse[1] * LOG2E
 
 
 def contrastive_bwd_cpu(
@@ -170,18 +170,20 @@ def contrastive_bwd_cpu(
         d_y = torch.zeros_like(y_GE)
     parts = Upstream.spread(upstream, targets, row_rest, column_rest)
     to_power, offset = problem.powers()
+    scale = problem.scale.double().reshape(())
     row_factor, column_factor = (
         factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset)
     )
     row_online, row_offset, column_online, column_offset = (
-        part.to(wide) for part in parts.online_factors(row_lse, column_lse)
+        part.to(wide) for part in parts.online_factors(row_lse, column_lse, 1 / LOG2E)
     )
     parts = parts.to(wide)
     side_R, side_C = logits.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
     size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
     buffers = [x_BE.new_empty(size) for _ in range(1 if stash_BG.numel() and not flagged else 2)]
     for rows in logits.blocks(len(x_BE), side_R):
-        scaled_RE = _scaled(x_BE[rows], to_power)
+        # A flagged problem has natural exponents: powers of two would round its large logits more coarsely.
+        scaled_RE = _scaled(x_BE[rows], scale if flagged else to_power)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             grad_RC, *power = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
@@ -190,8 +192,8 @@ def contrastive_bwd_cpu(
             invalid, positive = _masks_cpu(problem, rows, columns)
             if flagged:
                 torch.sub(power_RC, row_offset[rows, None], out=grad_RC)
-                grad_RC.exp2_().mul_(row_online[rows, None])
-                power_RC.sub_(column_offset[columns]).exp2_().mul_(column_online[columns])
+                grad_RC.exp_().mul_(row_online[rows, None])
+                power_RC.sub_(column_offset[columns]).exp_().mul_(column_online[columns])
                 grad_RC += power_RC
             else:
                 torch.add(row_factor[rows, None], column_factor[columns], out=grad_RC)

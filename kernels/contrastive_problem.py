@@ -112,17 +112,18 @@ class Upstream(NamedTuple):
         )
 
     def online_factors(
-        self, row_lse: Tensor, column_lse: Tensor
+        self, row_lse: Tensor, column_lse: Tensor, power: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same for a flagged problem: (row factor, its offset, column factor, its offset).
 
-        The offset of each lse is the integer below it, which float32 holds and from which logits subtract exactly.
+        The offset of each lse is the integer below it, which float32 holds and from which logits subtract exactly; in
+        units of which a power of two has `power`.
         """
-        row_offset, column_offset = row_lse.floor(), column_lse.floor()
+        row_offset, column_offset = (row_lse * power).floor(), (column_lse * power).floor()
         return (
-            self.row_lse_B * torch.exp2(row_offset - row_lse),
+            self.row_lse_B * torch.exp2(row_offset / power - row_lse),
             row_offset,
-            self.column_lse_G * torch.exp2(column_offset - column_lse),
+            self.column_lse_G * torch.exp2(column_offset / power - column_lse),
             column_offset,
         )
 
