@@ -28,7 +28,7 @@ FP16_GRADIENT_SCALE = 2.0**13
 # Sides of a block that the fused engine sums at once: partial sums take 67 MB.
 SUM_SIDE = 32768
 # The finest tile that a stash is scaled by.
-STASH_TILE = (32, 128)
+STASH_TILE = (32, 64)
 
 
 @triton.jit
@@ -287,7 +287,7 @@ _LAUNCH_TABLE = {
     (80, "pass"): (64, 128, 16, 8, 1),
     (80, "fused"): (128, 128, 32, 8, 3),
     (80, "spread"): (64, 128, 32, 8, 3),
-    (80, "exact"): (64, 128, 16, 8, 2),
+    (80, "exact"): (64, 64, 16, 8, 2),
     (80, "online"): (64, 64, 64, 4, 3),
     (80, "online exact"): (32, 64, 32, 4, 3),
     (90, "pass"): (64, 128, 16, 8, 1),
