@@ -285,7 +285,7 @@ def _contrastive_grad_kernel(
 # take the older matrix instruction.
 _LAUNCH_TABLE = {
     (80, "pass"): (64, 128, 16, 8, 1),
-    (80, "fused"): (128, 128, 32, 8, 3),
+    (80, "fused"): (64, 128, 32, 8, 3),
     (80, "spread"): (64, 128, 32, 8, 3),
     (80, "exact"): (64, 64, 16, 8, 2),
     (80, "online"): (64, 64, 64, 4, 3),

@@ -367,8 +367,10 @@ def test_compiles_without_spills_in_the_memory_there_is() -> None:
 
 
 def test_compiles_the_fused_kernels_to_matrix_instructions() -> None:
+    """On sm_100 they are the older ones, as the launch table says, and are not counted."""
     for kernel in compiled("test_contrastive"):
-        if kernel.constants.get("FUSED") and "fp32" not in kernel.operand:
+        fused = kernel.constants.get("FUSED") and "fp32" not in kernel.operand
+        if fused and kernel.architecture < 100:
             assert kernel.matrix_instructions > 0, str(kernel)
 
 
