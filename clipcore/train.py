@@ -220,7 +220,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             tokens = batch.tokens.to(world.device, non_blocking=True)
             with autocast(world.device, precision):
                 image_features, text_features, scale = towers(images, tokens)
-            loss = loss_fn(image_features, text_features, scale)
+                loss = loss_fn(image_features, text_features, scale)
             clock.charge("forward")
 
             scaler.scale(loss).backward()

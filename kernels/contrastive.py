@@ -43,7 +43,6 @@ MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +74,7 @@ class ContrastiveTerms(NamedTuple):
     column_target_G: Tensor  # of each text's target, the part of these images
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a problem will be computed; `str` says so in one line."""
 
     shape: tuple[int, int, int]  # B, G, E
