@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipcore.distributed import all_gather_with_grad
-from clipcore.kernels import contrastive, tiles
+from clipcore.distributed import all_gather_with_grad, gather_rows
+from clipcore.kernels import contrastive, logits, tiles
 from clipcore.kernels.contrastive import contrastive_loss, contrastive_terms
 
 
@@ -65,8 +65,7 @@ class ClipLoss(nn.Module):
                 "global batch, as open_clip does with both",
                 stacklevel=2,
             )
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing has to be in [0, 1), got {label_smoothing}")
+        contrastive.check_label_smoothing(label_smoothing)
         self.rank = rank
         self.world_size = world_size
         self.label_smoothing = label_smoothing
@@ -134,11 +133,16 @@ class ClipLoss(nn.Module):
     ) -> Tensor:
         """The mean over this rank's rows and columns of the loss of all ranks' pairs."""
         B = len(image_BE)
-        dtype = tiles.accumulate_dtype(text_BE.dtype)
+        dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
+        if (
+            image_BE.is_cuda
+        ):  # gathered in float32 so that gradients add up in it, multiplied as given
+            asked = settings["operand_dtype"]
+            settings["operand_dtype"] = logits.operand_dtype(image_BE, text_BE, asked)
         text_GE = all_gather_with_grad(text_BE.to(dtype))
         own = slice(self.rank * B, self.rank * B + B)
-        image_ids_G = None if image_ids is None else _all_gather(image_ids, self.world_size)
-        text_ids_G = None if text_ids is None else _all_gather(text_ids, self.world_size)
+        image_ids_G = None if image_ids is None else gather_rows(image_ids)
+        text_ids_G = None if text_ids is None else gather_rows(text_ids)
         targets = None
         if image_ids_G is not None or self.label_smoothing > 0:
             targets = contrastive.uniform_targets(
@@ -176,13 +180,6 @@ class ClipLoss(nn.Module):
             dist.all_reduce(count)
             parts.append(torch.where(has_positive_B, loss_B, 0.0).sum() * (self.world_size / count))
         return ((parts[0] + parts[1]) / 2).to(dtype)
-
-
-def _all_gather(ids_B: Tensor, world_size: int) -> Tensor:
-    """Ids of all ranks, in rank order."""
-    parts = [torch.empty_like(ids_B) for _ in range(world_size)]
-    dist.all_gather(parts, ids_B.contiguous())
-    return torch.cat(parts)
 
 
 class _CompleteLse(torch.autograd.Function):

@@ -165,29 +165,15 @@ def _contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
-        *(operand, engine, workspace_bytes, not target_weights),
+        *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
-    targets = Targets(*target_weights) if target_weights else None
     forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
-    return forward(problem, targets, stash)  # type: ignore[return-value]
+    return forward(problem, stash)  # type: ignore[return-value]
 
 
 @_contrastive_fwd.register_fake
-def _(
-    image_BE: Tensor,
-    text_GE: Tensor,
-    scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    target_weights: list[Tensor],
-    first_label: int,
-    same_id: str,
-    normalized: bool,
-    operand: torch.dtype,
-    engine: str,
-    workspace_bytes: int,
-    stash: bool,
-) -> tuple[Tensor, ...]:
+def _(image_BE: Tensor, text_GE: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    stash = arguments[-1]
     B, G = image_BE.shape[0], text_GE.shape[0]
     on_cpu = image_BE.device.type == "cpu"
     wide = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
@@ -221,13 +207,18 @@ def _contrastive_bwd(
     need_image: bool,
     need_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if 0 in (len(image_BE), len(text_GE)):  # no logits, and sums whose logarithms are -inf
+        return (
+            torch.zeros_like(image_BE) if need_image else image_BE.new_empty(0),
+            torch.zeros_like(text_GE) if need_text else text_GE.new_empty(0),
+            torch.zeros_like(scale),
+        )
     problem = Problem(
         *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
-        *(operand, engine, workspace_bytes, not target_weights),
+        *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
-    targets = Targets(*target_weights) if target_weights else None
     backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
-    return backward(problem, targets, upstream, terms, (need_image, need_text))
+    return backward(problem, upstream, terms, (need_image, need_text))
 
 
 @_contrastive_bwd.register_fake
@@ -309,7 +300,8 @@ def plan(
     operand = logits.operand_dtype(image_BE, text_GE, operand_dtype)
     budget = STASH_BYTES if stash_bytes is None else stash_bytes
     on_cpu = not image_BE.is_cuda
-    needed = B * G * operand.itemsize if on_cpu else 2 * B * (-(-G // 8) * 8)
+    shape, dtype = ((B, G), operand) if on_cpu else packed_shapes(B, G)[::2]
+    needed = shape[0] * shape[1] * dtype.itemsize
     if not on_cpu and engine is None:
         key = (tiles.architecture(image_BE.device), E, 8 * operand.itemsize)
         engine = ENGINE_TABLE.get(key, "library")
@@ -346,7 +338,7 @@ def contrastive_terms(
         ValueError: shapes, dtypes, devices or ids do not fit.
     """
     check_arguments(image_BE, text_GE, image_ids, text_ids, same_id, operand_dtype, engine)
-    scale = logits.as_scalar("scale", scale, image_BE)
+    scale = tiles.as_scalar("scale", scale, image_BE, text_GE)
     if image_ids is not None and targets is None:
         targets = uniform_targets(image_BE, text_GE, first_label, image_ids, text_ids, same_id, 0.0)
     wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
@@ -420,8 +412,7 @@ def contrastive_loss(
     >>> contrastive_loss(torch.eye(2), torch.eye(2), 10.0)
     tensor(4.5399e-05)
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing has to be in [0, 1), got {label_smoothing}")
+    check_label_smoothing(label_smoothing)
     check_arguments(image_BE, text_GE, image_ids, text_ids, same_id, operand_dtype, engine)
     B, G = image_BE.shape[0], text_GE.shape[0]
     rows = slice(max(0, -first_label), min(B, G - first_label))
@@ -476,28 +467,21 @@ def uniform_targets(
     """Targets spread evenly over a row's positives, and a share of `label_smoothing` over its valid columns."""
     B, G = image_BE.shape[0], text_GE.shape[0]
     wide = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
-    if image_ids is None or text_ids is None:
-        counts = [image_BE.new_ones(length, dtype=wide) for length in (B, G)]
-        valid = [
-            image_BE.new_full((length,), other, dtype=wide) for length, other in ((B, G), (G, B))
-        ]
-    else:
+    # Positives and valid columns of each image, and of each text its positives and valid rows.
+    counts = [image_BE.new_ones(length, dtype=wide) for length in (B, G)]
+    valid = [image_BE.new_full((length,), other, dtype=wide) for length, other in ((B, G), (G, B))]
+    if image_ids is not None and text_ids is not None:
         same = count_equal(image_ids, text_ids), count_equal(text_ids, image_ids)
         if same_id == "positive":
             counts = [count.to(wide) for count in same]
-            valid = [
-                image_BE.new_full((length,), other, dtype=wide)
-                for length, other in ((B, G), (G, B))
-            ]
         else:
             own = (
                 _equal_to_partner(image_ids, text_ids, first_label),
                 _equal_to_partner(text_ids, image_ids, -first_label),
             )
-            counts = [image_BE.new_ones(length, dtype=wide) for length in (B, G)]
             valid = [
-                (other - (count - by_position)).to(wide)
-                for other, count, by_position in zip((G, B), same, own, strict=True)
+                number - (count - by_position)
+                for number, count, by_position in zip(valid, same, own, strict=True)
             ]
     weights = [
         (
@@ -525,6 +509,12 @@ def _equal_to_partner(ids_N: Tensor, others_M: Tensor, first_label: int) -> Tens
         partners = others_M[start + first_label : stop + first_label]
         equal_N[start:stop] = (ids_N[start:stop] == partners).to(ids_N.dtype)
     return equal_N
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """ValueError unless it is a share of a target that leaves some."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing has to be in [0, 1), got {label_smoothing}")
 
 
 def check_arguments(

@@ -14,7 +14,6 @@ from torch import Tensor
 from clipcore.kernels import logits
 from clipcore.kernels.contrastive_problem import (
     Problem,
-    Targets,
     Upstream,
     logarithms,
     new_sums,
@@ -22,15 +21,13 @@ from clipcore.kernels.contrastive_problem import (
 from clipcore.kernels.logits import LOG2E
 
 
-def contrastive_fwd_cpu(
-    problem: Problem, targets: Targets | None, stash: bool
-) -> tuple[Tensor, ...]:
+def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     """The same sums in blocks that stay in the cache; a stash holds the exponentials."""
     x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
     y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
     B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
-    row_sum, row_target = new_sums(B, targets, x_BE.device)
-    column_sum, column_target = new_sums(G, targets, x_BE.device)
+    row_sum, row_target = new_sums(problem, B)
+    column_sum, column_target = new_sums(problem, G)
     stash_BG = x_BE.new_empty((B, G) if stash else (0, 0))
     to_power, offset = problem.powers()
     side_R, side_C = logits.cpu_sides(G, wide, problem.workspace_bytes)
@@ -43,22 +40,15 @@ def contrastive_fwd_cpu(
             power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=out)
             invalid, positive = _masks_cpu(problem, rows, columns)
             _add_targets_cpu(
-                power_RC,
-                targets,
-                row_target,
-                column_target,
-                problem,
-                rows,
-                columns,
-                invalid,
-                positive,
+                *(problem, power_RC, rows, columns, invalid, positive),
+                *(row_target, column_target),
             )
             if offset > 0:
                 power_RC.sub_(offset.to(wide))
             power_RC.exp2_()
             if invalid is not None:
                 power_RC.masked_fill_(invalid, 0)
-            if targets is None:
+            if problem.by_place:
                 # A positive that is known by its place is added from its logit, in `logarithms`.
                 _diagonal(power_RC, problem.first_label, rows, columns)[0].zero_()
             row_sum[rows] += power_RC.sum(1)
@@ -106,17 +96,17 @@ def _diagonal(
 
 
 def _add_targets_cpu(
-    power_RC: Tensor,
-    targets: Targets | None,
-    row_target: Tensor,
-    column_target: Tensor,
     problem: Problem,
+    power_RC: Tensor,
     rows: slice,
     columns: slice,
     invalid: Tensor | None,
     positive: Tensor | None,
+    row_target: Tensor,
+    column_target: Tensor,
 ) -> None:
     """Add a block's part of the targets, in powers of two, before the block is exponentiated."""
+    targets = problem.targets
     diagonal, own_rows, own_columns = _diagonal(power_RC, problem.first_label, rows, columns)
     if targets is None:
         row_target[own_rows] = diagonal
@@ -154,7 +144,6 @@ def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, T
 
 def contrastive_bwd_cpu(
     problem: Problem,
-    targets: Targets | None,
     upstream: Sequence[Tensor],
     terms: Sequence[Tensor],
     need: tuple[bool, bool],
@@ -168,7 +157,7 @@ def contrastive_bwd_cpu(
     d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
     if need_text:
         d_y = torch.zeros_like(y_GE)
-    parts = Upstream.spread(upstream, targets, row_rest, column_rest)
+    parts = Upstream.spread(upstream, problem.targets, row_rest, column_rest)
     to_power, offset = problem.powers()
     scale = problem.scale.double().reshape(())
     row_factor, column_factor = (
@@ -200,7 +189,7 @@ def contrastive_bwd_cpu(
                 if power and offset > 0:
                     power_RC.sub_(offset.to(wide))
                 grad_RC *= power_RC.exp2_() if power else stash_BG[rows, columns]
-            _add_target_gradients_cpu(grad_RC, parts, targets, problem, rows, columns, positive)
+            _add_target_gradients_cpu(problem, grad_RC, parts, rows, columns, positive)
             if invalid is not None:
                 grad_RC.masked_fill_(invalid, 0)
             if need_image:
@@ -217,10 +206,9 @@ def contrastive_bwd_cpu(
 
 
 def _add_target_gradients_cpu(
+    problem: Problem,
     grad_RC: Tensor,
     parts: Upstream,
-    targets: Targets | None,
-    problem: Problem,
     rows: slice,
     columns: slice,
     positive: Tensor | None,
@@ -229,13 +217,13 @@ def _add_target_gradients_cpu(
     if positive is None:
         view, own_rows, own_columns = _diagonal(grad_RC, problem.first_label, rows, columns)
         at_positive = parts.row_positive_B[own_rows] + parts.column_positive_G[own_columns]
-        if targets is None:
+        if problem.by_place:
             view.copy_(at_positive)  # the whole gradient
         else:
             view += at_positive
     else:
         both_RC = parts.row_positive_B[rows, None] + parts.column_positive_G[columns]
         grad_RC += both_RC.masked_fill_(~positive, 0)
-    if targets is not None:
+    if not problem.by_place:
         grad_RC += parts.row_uniform_B[rows, None]
         grad_RC += parts.column_uniform_G[columns]

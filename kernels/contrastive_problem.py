@@ -41,14 +41,21 @@ class Problem(NamedTuple):
     operand: torch.dtype
     engine: str
     workspace_bytes: int
-    by_place: bool  # no ids and no spread targets: a positive is known by its place
+    targets: Targets | None  # None: each on the pair's own column
+
+    @property
+    def by_place(self) -> bool:
+        """No ids and no spread targets: a positive is known by its place."""
+        return self.targets is None
 
     @property
     def ids(self) -> str:
+        """The kernels' IDS: "none", "ignore" or "positive"."""
         return "none" if self.image_ids is None else self.same_id
 
     @property
     def architecture(self) -> int:
+        """The row of the launch tables."""
         return tiles.architecture(self.image_BE.device)
 
     def powers(self) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,7 @@ class Upstream(NamedTuple):
 
     def over_largest(self) -> tuple[Upstream, Tensor]:
         """(itself over its largest element, that element), so that the block's gradients are of order one."""
-        largest = torch.stack([part.abs().amax() for part in self]).amax()
+        largest = torch.cat(self).abs().amax()
         divisor = torch.where(largest > 0, largest, 1.0)
         return Upstream(*(part / divisor for part in self)), largest
 
@@ -162,9 +169,10 @@ class Logarithms(NamedTuple):
         return self._replace(row_rest_B=rests[0], column_rest_G=rests[1])
 
 
-def new_sums(length: int, targets: Targets | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def new_sums(problem: Problem, length: int) -> tuple[Tensor, Tensor]:
     """(sums of exponentials, target logits) to fill, float64. A row without a positive keeps the logit -inf."""
-    no_target = -torch.inf if targets is None else 0.0
+    device = problem.image_BE.device
+    no_target = -torch.inf if problem.by_place else 0.0
     return (
         torch.zeros(length, dtype=torch.float64, device=device),
         torch.full((length,), no_target, dtype=torch.float64, device=device),

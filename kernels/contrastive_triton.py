@@ -27,8 +27,6 @@ from clipcore.kernels.tiles import dot_rows, tl, triton
 FP16_GRADIENT_SCALE = 2.0**13
 # Sides of a block that the fused engine sums at once: partial sums take 67 MB.
 SUM_SIDE = 32768
-# The finest tile that a stash is scaled by.
-STASH_TILE = (32, 64)
 
 
 @triton.jit
@@ -44,7 +42,7 @@ def _store_sums(partial_ptr, tile, length, index, values):
 
 
 @triton.jit
-def _pack(cosine, valid, stash_ptr, range_ptr, offsets, BLOCK_N: tl.constexpr):
+def _pack(cosine, valid, stash_ptr, range_ptr, offsets):
     """Store a tile in 16 bits between its least and greatest value; returns the values that were stored."""
     least = tl.min(tl.min(tl.where(valid, cosine, float("inf")), axis=1), axis=0)
     most = tl.max(tl.max(tl.where(valid, cosine, float("-inf")), axis=1), axis=0)
@@ -109,7 +107,7 @@ def _contrastive_sums_kernel(
     if STASH:
         offsets = n.to(tl.int64)[:, None] * stride_stash + m[None, :]
         tile_range_ptr = range_ptr + tile_n.to(tl.int64) * stride_range + 2 * tile_m
-        cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets, BLOCK_N)
+        cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets)
     z = _logit(cosine, scale_ptr)
     # A positive that is known by its place is added to the sums from its logit: see the module docstring.
     counted = valid if TARGETS else valid & (positive == 0)
@@ -349,7 +347,6 @@ def _tile_arguments(
     return grid, {
         "x_desc": descriptors[0],
         "y_desc": descriptors[1],
-        "scale_ptr": _factors(problem),
         "image_id_ptr": None if problem.image_ids is None else problem.image_ids[rows],
         "text_id_ptr": None if problem.text_ids is None else problem.text_ids[columns],
         "N": R,
@@ -370,7 +367,9 @@ def _factors(problem: Problem) -> Tensor:
 
 
 def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int], torch.dtype]:
-    rows, columns = STASH_TILE
+    """Shapes of a stash and of its ranges, as many as the finest tile makes, and the stash's dtype."""
+    finest = [row for (_, kind), row in _LAUNCH_TABLE.items() if not kind.startswith("online")]
+    rows, columns = min(row[0] for row in finest), min(row[1] for row in finest)
     return (B, -(-G // 8) * 8), (-(-B // rows), -(-G // columns), 2), torch.int16
 
 
@@ -379,17 +378,16 @@ def _sum_sides(problem: Problem) -> tuple[int, int]:
     return (SUM_SIDE, SUM_SIDE) if problem.engine == "fused" else problem.sides(4)
 
 
-def contrastive_fwd_triton(
-    problem: Problem, targets: Targets | None, stash: bool
-) -> tuple[Tensor, ...]:
+def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     """The outputs of `clipcore::contrastive_fwd`."""
     image_BE, text_GE = problem.image_BE, problem.text_GE
     B, G, device = len(image_BE), len(text_GE), image_BE.device
     shape, range_shape, dtype = packed_shapes(B, G) if stash else ((0, 0), (0, 0, 2), torch.int16)
     stash_BG = torch.empty(shape, dtype=dtype, device=device)
     ranges = torch.empty(range_shape, dtype=torch.float32, device=device)
-    row_sum, row_target = new_sums(B, targets, device)
-    column_sum, column_target = new_sums(G, targets, device)
+    scale = _factors(problem)
+    row_sum, row_target = new_sums(problem, B)
+    column_sum, column_target = new_sums(problem, G)
     fused = problem.engine == "fused"
     side_R, side_C = _sum_sides(problem)
     block = torch.empty(
@@ -411,13 +409,14 @@ def contrastive_fwd_triton(
                 for length in ((tiles_m, R), (tiles_n, C))
             ]
             spread = (
-                [torch.empty_like(total) for total in sums]
-                if targets is not None
-                else [row_target[rows], column_target[columns]]
+                [row_target[rows], column_target[columns]]
+                if problem.by_place
+                else [torch.empty_like(total) for total in sums]
             )
             _contrastive_sums_kernel[grid](
                 product_ptr=product_RC,
-                **_target_pointers(targets, rows, columns),
+                scale_ptr=scale,
+                **_target_pointers(problem.targets, rows, columns),
                 row_sum_ptr=sums[0],
                 column_sum_ptr=sums[1],
                 row_target_ptr=spread[0],
@@ -427,17 +426,17 @@ def contrastive_fwd_triton(
                 stride_product=C,
                 stride_stash=stash_BG.stride(0),
                 stride_range=ranges.stride(0),
-                TARGETS=targets is not None,
+                TARGETS=not problem.by_place,
                 STASH=stash,
                 **arguments,
             )
             row_sum[rows] += sums[0].sum(0)
             column_sum[columns] += sums[1].sum(0)
-            if targets is not None:
+            if not problem.by_place:
                 row_target[rows] += spread[0].sum(0)
                 column_target[columns] += spread[1].sum(0)
     logs = logarithms(problem, row_sum, column_sum, row_target, column_target, torch.float32)
-    _recompute_where_flagged(problem, logs.flag, logs.row_lse_B, logs.column_lse_G)
+    _recompute_where_flagged(problem, scale, logs.flag, logs.row_lse_B, logs.column_lse_G)
     logs = logs.with_rests(row_target, column_target)
     return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, ranges)
 
@@ -459,13 +458,12 @@ def _range_block(ranges: Tensor, arguments: dict[str, Any], rows: slice, columns
 
 
 def _recompute_where_flagged(
-    problem: Problem, flag: Tensor, row_lse: Tensor, column_lse: Tensor
+    problem: Problem, scale: Tensor, flag: Tensor, row_lse: Tensor, column_lse: Tensor
 ) -> None:
     """Launch the online kernels, which return at once unless the flag is set."""
-    kind = "online exact" if problem.operand == torch.float32 else "online"
     dtype = torch.promote_types(problem.image_BE.dtype, problem.text_GE.dtype)
-    if problem.operand == torch.float32 or dtype == torch.float32:
-        kind, dtype = "online exact", torch.float32
+    exact = torch.float32 in (dtype, problem.operand)
+    kind, dtype = ("online exact", torch.float32) if exact else ("online", dtype)
     block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[problem.architecture, kind]
     image_BE, text_GE = (
         tiles.aligned_rows(side.to(dtype), block_d) for side in (problem.image_BE, problem.text_GE)
@@ -489,7 +487,7 @@ def _recompute_where_flagged(
             y_ptr=y,
             length_x_ptr=length_x,
             length_y_ptr=length_y,
-            scale_ptr=_factors(problem),
+            scale_ptr=scale,
             image_id_ptr=x_ids,
             text_id_ptr=y_ids,
             flag_ptr=flag,
@@ -511,7 +509,6 @@ def _recompute_where_flagged(
 
 def contrastive_bwd_triton(
     problem: Problem,
-    targets: Targets | None,
     upstream: Sequence[Tensor],
     terms: Sequence[Tensor],
     need: tuple[bool, bool],
@@ -523,7 +520,9 @@ def contrastive_bwd_triton(
     stash = stash_BG.numel() > 0
     fused = problem.engine == "fused" and not stash
     grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
-    parts, largest = Upstream.spread(upstream, targets, row_rest, column_rest).over_largest()
+    parts, largest = Upstream.spread(
+        upstream, problem.targets, row_rest, column_rest
+    ).over_largest()
     to_power, offset = problem.powers()
     row_factor, column_factor = (
         factor.float() for factor in parts.factors(row_lse, column_lse, offset)
@@ -534,7 +533,7 @@ def contrastive_bwd_triton(
     parts = parts.to(torch.float32)
     factor = (to_power * largest / grad_scale).float()
     gradients = logits.Gradients(image_BE, text_GE, problem.normalized, need)
-    d_scale = torch.zeros((), dtype=torch.float64, device=device)
+    d_scale, scale = torch.zeros((), dtype=torch.float64, device=device), _factors(problem)
     # float32 gradients take the place of the logits.
     own_product = not (fused or stash)
     in_place = own_product and operand == torch.float32
@@ -552,6 +551,7 @@ def contrastive_bwd_triton(
             R, C = len(x_RE), len(y_CE)
             grad_RC = grads[: R * C].view(R, C)
             common = {
+                "scale_ptr": scale,
                 "flag_ptr": flag,
                 "row_online_ptr": row_online[rows],
                 "row_offset_ptr": row_offset[rows],
@@ -563,7 +563,7 @@ def contrastive_bwd_triton(
                 "grad_ptr": grad_RC,
                 "stride_grad": C,
                 "GRADIENT_SCALE": grad_scale,
-                "TARGETS": targets is not None,
+                "TARGETS": not problem.by_place,
             }
             if stash:
                 d_scale += _grad_of_stash(

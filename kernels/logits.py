@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clipcore.kernels import tiles
 from clipcore.kernels.normalize import (
-    MAX_WIDTH,
+    check_rows,
     normalize,
     normalize_bwd,
     normalize_bwd_ref,
@@ -211,8 +211,7 @@ class Gradients:
         total_GE, dtype = self._text_sum, self.text_GE.dtype
         out_GE = total_GE if dtype == torch.float32 else torch.empty_like(total_GE, dtype=dtype)
         if self.need_text:
-            for rows in blocks(len(self.text_GE), block_sides(1, 4, 2**29)[0]):
-                self._finish(self.text_GE[rows], total_GE[rows], factor, out_GE[rows])
+            self._finish(self.text_GE, total_GE, factor, out_GE)
         return out_GE
 
     def _finish(self, x_RE: Tensor, sum_RE: Tensor, factor: Tensor, out_RE: Tensor) -> None:
@@ -248,38 +247,7 @@ def dot(x_NE: Tensor, y_NE: Tensor) -> Tensor:
 
 
 def check_embeddings(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) -> None:
-    """ValueError unless the two can be compared on their device."""
-    if image_BE.dim() != 2 or text_GE.dim() != 2 or image_BE.shape[1] != text_GE.shape[1]:
-        raise ValueError(
-            "expected image features [B, E] and text features [G, E] with one E, "
-            f"got {list(image_BE.shape)} and {list(text_GE.shape)}"
-        )
-    for name, tensor in (("image", image_BE), ("text", text_GE)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} features have to be floating-point, got {tensor.dtype}")
-    if image_BE.device != text_GE.device:
-        raise ValueError(
-            f"image features are on {image_BE.device}, text features on {text_GE.device}: move one of them"
-        )
-    if image_BE.is_cuda and torch.float64 in (image_BE.dtype, text_GE.dtype):
-        raise ValueError("float64 is computed on the CPU only: pass float32 or CPU tensors")
-    if image_BE.is_cuda and image_BE.shape[1] > MAX_WIDTH:
-        raise ValueError(
-            f"E = {image_BE.shape[1]} is wider than the {MAX_WIDTH} that the kernels hold"
-        )
+    """ValueError unless the two can be compared on their device, with operands of the dtype asked for."""
+    check_rows(image_BE, text_GE, ("image features", "text features"))
     if asked not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"operand_dtype has to be float16, bfloat16 or float32, got {asked}")
-
-
-def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """A number, or one floating-point element on the device of `like`, as a tensor on that device."""
-    if not isinstance(value, Tensor):
-        return torch.full(
-            (), float(value), dtype=tiles.accumulate_dtype(like.dtype), device=like.device
-        )
-    if value.numel() != 1 or not value.is_floating_point() or value.device != like.device:
-        raise ValueError(
-            f"{name} has to be a number or one floating-point element on {like.device}, "
-            f"got {value.dtype} {list(value.shape)} on {value.device}"
-        )
-    return value

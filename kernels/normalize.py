@@ -196,3 +196,22 @@ def normalize_bwd(
             **config,
         )
     return grad_x_ND, along_N
+
+
+def check_rows(x_ND: Tensor, y_MD: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
+    """ValueError unless x and y are two matrices of rows that can be compared on their device."""
+    x, y = names
+    if x_ND.dim() != 2 or y_MD.dim() != 2 or x_ND.shape[1] != y_MD.shape[1] or x_ND.shape[1] == 0:
+        raise ValueError(
+            f"expected {x} [N, D] and {y} [M, D] with the same D >= 1, "
+            f"got {x} {list(x_ND.shape)} and {y} {list(y_MD.shape)}"
+        )
+    for name, tensor in ((x, x_ND), (y, y_MD)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has to be a floating-point tensor, got {tensor.dtype}")
+    if x_ND.device != y_MD.device:
+        raise ValueError(f"{x} is on {x_ND.device} and {y} on {y_MD.device}: move one of them")
+    if x_ND.is_cuda and torch.float64 in (x_ND.dtype, y_MD.dtype):
+        raise ValueError("float64 is computed on the CPU only: pass float32 or CPU tensors")
+    if x_ND.is_cuda and x_ND.shape[1] > MAX_WIDTH:
+        raise ValueError(f"D = {x_ND.shape[1]} is wider than the {MAX_WIDTH} that the kernels hold")

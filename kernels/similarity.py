@@ -32,7 +32,7 @@ from torch import Tensor
 
 from clipcore.kernels import tiles
 from clipcore.kernels.normalize import (
-    MAX_WIDTH,
+    check_rows,
     cosine_tile,
     lengths,
     normalize,
@@ -236,24 +236,6 @@ tiles.register_autocast("similarity_fwd", num_operands=2)
 tiles.register_autocast("similarity_bwd", num_operands=0)
 
 
-def check_rows(x_ND: Tensor, y_MD: Tensor) -> None:
-    """ValueError unless x and y are two matrices of rows that can be compared on their device."""
-    if x_ND.dim() != 2 or y_MD.dim() != 2 or x_ND.shape[1] != y_MD.shape[1] or x_ND.shape[1] == 0:
-        raise ValueError(
-            "expected x [N, D] and y [M, D] with the same D >= 1, "
-            f"got x {list(x_ND.shape)} and y {list(y_MD.shape)}"
-        )
-    for name, tensor in (("x", x_ND), ("y", y_MD)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has to be a floating-point tensor, got {tensor.dtype}")
-    if x_ND.device != y_MD.device:
-        raise ValueError(f"x is on {x_ND.device} and y on {y_MD.device}: move one of them")
-    if x_ND.is_cuda and torch.float64 in (x_ND.dtype, y_MD.dtype):
-        raise ValueError("float64 is computed on the CPU only: pass float32 or CPU tensors")
-    if x_ND.is_cuda and x_ND.shape[1] > MAX_WIDTH:
-        raise ValueError(f"D = {x_ND.shape[1]} is wider than the {MAX_WIDTH} that the kernels hold")
-
-
 def normalized_similarity(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> Tensor:
     """Cosine similarity of each row of x with each row of y, times scale.
 
@@ -277,12 +259,5 @@ def normalized_similarity(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> 
     tensor([[6.]])
     """
     check_rows(x_ND, y_MD)
-    if not isinstance(scale, Tensor):
-        wide = tiles.accumulate_dtype(torch.promote_types(x_ND.dtype, y_MD.dtype))
-        scale = torch.full((), float(scale), dtype=wide, device=x_ND.device)
-    if scale.numel() != 1 or not scale.is_floating_point() or scale.device != x_ND.device:
-        raise ValueError(
-            f"scale has to be a number or one floating-point element on {x_ND.device}, "
-            f"got {scale.dtype} {list(scale.shape)} on {scale.device}"
-        )
+    scale = tiles.as_scalar("scale", scale, x_ND, y_MD)
     return torch.ops.clipcore.similarity_fwd(x_ND, y_MD, scale)

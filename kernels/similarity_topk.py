@@ -30,8 +30,13 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels import tiles
-from clipcore.kernels.normalize import cosine_tile, lengths, lengths_ref, normalize_ref
-from clipcore.kernels.similarity import check_rows
+from clipcore.kernels.normalize import (
+    check_rows,
+    cosine_tile,
+    lengths,
+    lengths_ref,
+    normalize_ref,
+)
 from clipcore.kernels.tiles import dot_rows, tl, triton
 
 # The most keys a row keeps in registers. Beyond it the CPU path has no limit.

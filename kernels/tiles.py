@@ -50,6 +50,19 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_scalar(name: str, value: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+    """A number, or a tensor of one floating-point element beside x and y, as a tensor on their device."""
+    if not isinstance(value, Tensor):
+        dtype = accumulate_dtype(torch.promote_types(x.dtype, y.dtype))
+        return torch.full((), float(value), dtype=dtype, device=x.device)
+    if value.numel() != 1 or not value.is_floating_point() or value.device != x.device:
+        raise ValueError(
+            f"{name} has to be a number or one floating-point element on {x.device}, "
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
+    return value
+
+
 def unit_inner_stride(x_ND: Tensor) -> Tensor:
     """x_ND itself when its rows are contiguous, else a contiguous copy: kernels take the row stride only."""
     return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()
