@@ -57,12 +57,11 @@ from clipcore.kernels.contrastive_triton import (
     contrastive_fwd_triton,
     packed_shapes,
 )
-from clipcore.kernels.logits import LOG2E
+from clipcore.kernels.logits import LOG2E, Pairs
 from clipcore.kernels.normalize import normalize_ref
 
 # A stash larger than this is recomputed instead, unless the caller allows more.
 STASH_BYTES = 2**30
-SAME_ID = ("ignore", "positive")
 
 
 class ContrastiveTerms(NamedTuple):
@@ -164,7 +163,7 @@ def _contrastive_fwd(
     stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
-        *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
+        *(image_BE, text_GE, scale, Pairs(image_ids, text_ids, first_label, same_id), normalized),
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
@@ -214,7 +213,7 @@ def _contrastive_bwd(
             torch.zeros_like(scale),
         )
     problem = Problem(
-        *(image_BE, text_GE, scale, image_ids, text_ids, first_label, same_id, normalized),
+        *(image_BE, text_GE, scale, Pairs(image_ids, text_ids, first_label, same_id), normalized),
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
@@ -337,7 +336,8 @@ def contrastive_terms(
     Raises:
         ValueError: shapes, dtypes, devices or ids do not fit.
     """
-    check_arguments(image_BE, text_GE, image_ids, text_ids, same_id, operand_dtype, engine)
+    logits.check_embeddings(image_BE, text_GE, operand_dtype, engine)
+    Pairs(image_ids, text_ids, first_label, same_id).check(image_BE, text_GE)
     scale = tiles.as_scalar("scale", scale, image_BE, text_GE)
     if image_ids is not None and targets is None:
         targets = uniform_targets(image_BE, text_GE, first_label, image_ids, text_ids, same_id, 0.0)
@@ -413,7 +413,8 @@ def contrastive_loss(
     tensor(4.5399e-05)
     """
     check_label_smoothing(label_smoothing)
-    check_arguments(image_BE, text_GE, image_ids, text_ids, same_id, operand_dtype, engine)
+    logits.check_embeddings(image_BE, text_GE, operand_dtype, engine)
+    Pairs(image_ids, text_ids, first_label, same_id).check(image_BE, text_GE)
     B, G = image_BE.shape[0], text_GE.shape[0]
     rows = slice(max(0, -first_label), min(B, G - first_label))
     columns = slice(rows.start + first_label, rows.stop + first_label)
@@ -515,30 +516,3 @@ def check_label_smoothing(label_smoothing: float) -> None:
     """ValueError unless it is a share of a target that leaves some."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing has to be in [0, 1), got {label_smoothing}")
-
-
-def check_arguments(
-    image_BE: Tensor,
-    text_GE: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    same_id: str,
-    operand_dtype: torch.dtype | None,
-    engine: str | None,
-) -> None:
-    """ValueError unless the arguments of `contrastive_terms` make a problem."""
-    logits.check_embeddings(image_BE, text_GE, operand_dtype)
-    if engine not in (None, *logits.ENGINES):
-        raise ValueError(f"engine has to be one of {logits.ENGINES}, got {engine!r}")
-    if same_id not in SAME_ID:
-        raise ValueError(f"same_id has to be one of {SAME_ID}, got {same_id!r}")
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids: pass both or none")
-    for name, ids, rows in (("image_ids", image_ids, image_BE), ("text_ids", text_ids, text_GE)):
-        if ids is None:
-            continue
-        if ids.shape != rows.shape[:1] or ids.dtype != torch.int64 or ids.device != rows.device:
-            raise ValueError(
-                f"{name} has to be int64 [{rows.shape[0]}] on {rows.device}, "
-                f"got {ids.dtype} {list(ids.shape)} on {ids.device}"
-            )

@@ -11,37 +11,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipcore.kernels import logits
+from clipcore.kernels import logits, logits_cpu
 from clipcore.kernels.contrastive_problem import (
     Problem,
+    Targets,
     Upstream,
     logarithms,
     new_sums,
 )
-from clipcore.kernels.logits import LOG2E
+from clipcore.kernels.logits import LOG2E, Pairs
 
 
 def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     """The same sums in blocks that stay in the cache; a stash holds the exponentials."""
-    x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
     B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
     row_sum, row_target = new_sums(problem, B)
     column_sum, column_target = new_sums(problem, G)
-    stash_BG = x_BE.new_empty((B, G) if stash else (0, 0))
+    stash_BG = logits_cpu.buffer((B, G) if stash else (0, 0), wide)
     to_power, offset = problem.powers()
-    side_R, side_C = logits.cpu_sides(G, wide, problem.workspace_bytes)
-    buffer = x_BE.new_empty(0 if stash else min(side_R, B) * min(side_C, G))
+    side_R, side_C = logits_cpu.cpu_sides(G, wide, problem.workspace_bytes)
+    buffer = logits_cpu.buffer((0 if stash else min(side_R, B) * min(side_C, G),), wide)
     for rows in logits.blocks(B, side_R):
-        scaled_RE = _scaled(x_BE[rows], to_power)
+        scaled_RE = logits_cpu.scaled(x_BE[rows], to_power)
         for columns in logits.blocks(G, side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             out = stash_BG[rows, columns] if stash else buffer[: math.prod(shape)].view(shape)
             power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=out)
-            invalid, positive = _masks_cpu(problem, rows, columns)
+            pairs = problem.pairs.block(rows, columns)
+            invalid, positive = logits_cpu.masks(pairs)
             _add_targets_cpu(
-                *(problem, power_RC, rows, columns, invalid, positive),
-                *(row_target, column_target),
+                *(problem.targets, pairs, power_RC, rows, columns, invalid, positive),
+                *(row_target[rows], column_target[columns]),
             )
             if offset > 0:
                 power_RC.sub_(offset.to(wide))
@@ -50,7 +52,7 @@ def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
                 power_RC.masked_fill_(invalid, 0)
             if problem.by_place:
                 # A positive that is known by its place is added from its logit, in `logarithms`.
-                _diagonal(power_RC, problem.first_label, rows, columns)[0].zero_()
+                logits_cpu.diagonal(power_RC, pairs)[0].zero_()
             row_sum[rows] += power_RC.sum(1)
             column_sum[columns] += power_RC.sum(0)
     logs = logarithms(problem, row_sum, column_sum, row_target, column_target, wide)
@@ -61,78 +63,47 @@ def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, torch.empty(0, 0, 2))
 
 
-def _scaled(x_RE: Tensor, to_power: Tensor) -> Tensor:
-    """The operand of logits: rounding the factor to float32 by itself would shift all logits alike."""
-    return (x_RE.double() * to_power).to(x_RE.dtype)
-
-
-def _masks_cpu(
-    problem: Problem, rows: slice, columns: slice
-) -> tuple[Tensor | None, Tensor | None]:
-    """(invalid, positive) of a block, where ids make them differ from nothing and the diagonal."""
-    if problem.image_ids is None or problem.text_ids is None:
-        return None, None
-    same_RC = problem.image_ids[rows, None] == problem.text_ids[columns]
-    if problem.same_id == "positive":
-        return None, same_RC
-    same_RC.diagonal(problem.first_label + rows.start - columns.start).fill_(False)
-    return same_RC, None
-
-
-def _diagonal(
-    matrix_RC: Tensor, first_label: int, rows: slice, columns: slice
-) -> tuple[Tensor, slice, slice]:
-    """The positives of a block: a view of them, and which rows and columns of the problem they belong to."""
-    offset = first_label + rows.start - columns.start
-    if not -matrix_RC.shape[0] < offset < matrix_RC.shape[1]:
-        offset = matrix_RC.shape[1]  # none: an empty diagonal
-    view = matrix_RC.diagonal(offset)
-    first_row, first_column = rows.start + max(0, -offset), columns.start + max(0, offset)
-    return (
-        view,
-        slice(first_row, first_row + len(view)),
-        slice(first_column, first_column + len(view)),
-    )
-
-
 def _add_targets_cpu(
-    problem: Problem,
+    targets: Targets | None,
+    pairs: Pairs,
     power_RC: Tensor,
     rows: slice,
     columns: slice,
     invalid: Tensor | None,
     positive: Tensor | None,
-    row_target: Tensor,
-    column_target: Tensor,
+    row_target_R: Tensor,
+    column_target_C: Tensor,
 ) -> None:
     """Add a block's part of the targets, in powers of two, before the block is exponentiated."""
-    targets = problem.targets
-    diagonal, own_rows, own_columns = _diagonal(power_RC, problem.first_label, rows, columns)
+    diagonal, own_rows, own_columns = logits_cpu.diagonal(power_RC, pairs)
     if targets is None:
-        row_target[own_rows] = diagonal
-        column_target[own_columns] = diagonal
+        row_target_R[own_rows] = diagonal
+        column_target_C[own_columns] = diagonal
         return
+    row_positive_R, row_uniform_R = targets.row_positive_B[rows], targets.row_uniform_B[rows]
+    column_positive_C = targets.column_positive_G[columns]
+    column_uniform_C = targets.column_uniform_G[columns]
     valid_RC = power_RC if invalid is None else power_RC.masked_fill(invalid, 0)
-    row_target[rows] += targets.row_uniform_B[rows] * valid_RC.sum(1)
-    column_target[columns] += targets.column_uniform_G[columns] * valid_RC.sum(0)
+    row_target_R += row_uniform_R * valid_RC.sum(1)
+    column_target_C += column_uniform_C * valid_RC.sum(0)
     if positive is None:
-        row_target[own_rows] += targets.row_positive_B[own_rows] * diagonal
-        column_target[own_columns] += targets.column_positive_G[own_columns] * diagonal
+        row_target_R[own_rows] += row_positive_R[own_rows] * diagonal
+        column_target_C[own_columns] += column_positive_C[own_columns] * diagonal
     else:
         matched_RC = power_RC.masked_fill(~positive, 0)
-        row_target[rows] += targets.row_positive_B[rows] * matched_RC.sum(1)
-        column_target[columns] += targets.column_positive_G[columns] * matched_RC.sum(0)
+        row_target_R += row_positive_R * matched_RC.sum(1)
+        column_target_C += column_positive_C * matched_RC.sum(0)
 
 
 def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, Tensor]:
     """(row_lse, column_lse) in powers of two with a running maximum, for logits of any size."""
     lse = [torch.full((len(side),), -torch.inf, dtype=torch.float64) for side in (x_BE, y_GE)]
     scale = problem.scale.double().reshape(())
-    side_R, side_C = logits.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
+    side_R, side_C = logits_cpu.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
     for rows in logits.blocks(len(x_BE), side_R):
         for columns in logits.blocks(len(y_GE), side_C):
-            z_RC = _scaled(x_BE[rows], scale) @ y_GE[columns].T
-            invalid, _ = _masks_cpu(problem, rows, columns)
+            z_RC = logits_cpu.scaled(x_BE[rows], scale) @ y_GE[columns].T
+            invalid, _ = logits_cpu.masks(problem.pairs.block(rows, columns))
             if invalid is not None:
                 z_RC.masked_fill_(invalid, -torch.inf)
             for total, part, dim in ((lse[0], rows, 1), (lse[1], columns, 0)):
@@ -150,8 +121,8 @@ def contrastive_bwd_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
     row_lse, column_lse, row_rest, column_rest, flag, stash_BG, _ = terms
-    x_BE = logits.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits.unit_rows_cpu(problem.text_GE, problem.normalized)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
     wide, flagged = x_BE.dtype, bool(flag)
     need_image, need_text = need[0] or not need[1], need[1]  # the scale takes one side at least
     d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
@@ -167,18 +138,20 @@ def contrastive_bwd_cpu(
         part.to(wide) for part in parts.online_factors(row_lse, column_lse, 1 / LOG2E)
     )
     parts = parts.to(wide)
-    side_R, side_C = logits.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
+    side_R, side_C = logits_cpu.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
     size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
-    buffers = [x_BE.new_empty(size) for _ in range(1 if stash_BG.numel() and not flagged else 2)]
+    recomputed = flagged or not stash_BG.numel()
+    buffers = [logits_cpu.buffer((size,), wide) for _ in range(2 if recomputed else 1)]
     for rows in logits.blocks(len(x_BE), side_R):
         # A flagged problem has natural exponents: powers of two would round its large logits more coarsely.
-        scaled_RE = _scaled(x_BE[rows], scale if flagged else to_power)
+        scaled_RE = logits_cpu.scaled(x_BE[rows], scale if flagged else to_power)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             grad_RC, *power = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             if power:
                 power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=power[0])
-            invalid, positive = _masks_cpu(problem, rows, columns)
+            pairs = problem.pairs.block(rows, columns)
+            invalid, positive = logits_cpu.masks(pairs)
             if flagged:
                 torch.sub(power_RC, row_offset[rows, None], out=grad_RC)
                 grad_RC.exp_().mul_(row_online[rows, None])
@@ -189,41 +162,38 @@ def contrastive_bwd_cpu(
                 if power and offset > 0:
                     power_RC.sub_(offset.to(wide))
                 grad_RC *= power_RC.exp2_() if power else stash_BG[rows, columns]
-            _add_target_gradients_cpu(problem, grad_RC, parts, rows, columns, positive)
+            _add_target_gradients_cpu(
+                problem.by_place, pairs, grad_RC, parts.block(rows, columns), positive
+            )
             if invalid is not None:
                 grad_RC.masked_fill_(invalid, 0)
             if need_image:
                 d_x[rows].addmm_(grad_RC, y_GE[columns])
             if need_text:
                 d_y[columns].addmm_(grad_RC.T, x_BE[rows])
-    along = logits.dot(d_x, x_BE) if need_image else logits.dot(d_y, y_GE)
+    along = logits_cpu.dot(d_x, x_BE) if need_image else logits_cpu.dot(d_y, y_GE)
     d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
     if need[0]:
-        d_image = logits.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
+        d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
     if need[1]:
-        d_text = logits.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
+        d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
     return d_image, d_text, (along * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
 
 
 def _add_target_gradients_cpu(
-    problem: Problem,
-    grad_RC: Tensor,
-    parts: Upstream,
-    rows: slice,
-    columns: slice,
-    positive: Tensor | None,
+    by_place: bool, pairs: Pairs, grad_RC: Tensor, parts: Upstream, positive: Tensor | None
 ) -> None:
-    """Add what the targets give to a block's gradient."""
+    """Add what the targets give to a block's gradient; `parts` are the block's."""
     if positive is None:
-        view, own_rows, own_columns = _diagonal(grad_RC, problem.first_label, rows, columns)
+        view, own_rows, own_columns = logits_cpu.diagonal(grad_RC, pairs)
         at_positive = parts.row_positive_B[own_rows] + parts.column_positive_G[own_columns]
-        if problem.by_place:
+        if by_place:
             view.copy_(at_positive)  # the whole gradient
         else:
             view += at_positive
     else:
-        both_RC = parts.row_positive_B[rows, None] + parts.column_positive_G[columns]
+        both_RC = parts.row_positive_B[:, None] + parts.column_positive_G
         grad_RC += both_RC.masked_fill_(~positive, 0)
-    if not problem.by_place:
-        grad_RC += parts.row_uniform_B[rows, None]
-        grad_RC += parts.column_uniform_G[columns]
+    if not by_place:
+        grad_RC += parts.row_uniform_B[:, None]
+        grad_RC += parts.column_uniform_G

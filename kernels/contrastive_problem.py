@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipcore.kernels import logits, tiles
-from clipcore.kernels.logits import LOG2E
+from clipcore.kernels import logits_triton, tiles
+from clipcore.kernels.logits import LOG2E, Pairs
 
 # exp(z - o) is at most 2^101 (e^70) for logits up to the scale; float64 has room for any scale of use.
 HEADROOM = {torch.float32: 101.0, torch.float64: 900.0}
@@ -33,10 +33,7 @@ class Problem(NamedTuple):
     image_BE: Tensor
     text_GE: Tensor
     scale: Tensor
-    image_ids: Tensor | None
-    text_ids: Tensor | None
-    first_label: int
-    same_id: str
+    pairs: Pairs
     normalized: bool
     operand: torch.dtype
     engine: str
@@ -47,11 +44,6 @@ class Problem(NamedTuple):
     def by_place(self) -> bool:
         """No ids and no spread targets: a positive is known by its place."""
         return self.targets is None
-
-    @property
-    def ids(self) -> str:
-        """The kernels' IDS: "none", "ignore" or "positive"."""
-        return "none" if self.image_ids is None else self.same_id
 
     @property
     def architecture(self) -> int:
@@ -66,7 +58,9 @@ class Problem(NamedTuple):
 
     def sides(self, element_bytes: int) -> tuple[int, int]:
         """Rows and columns of a block on a GPU."""
-        return logits.block_sides(self.image_BE.shape[1], element_bytes, self.workspace_bytes)
+        return logits_triton.block_sides(
+            self.image_BE.shape[1], element_bytes, self.workspace_bytes
+        )
 
 
 class Upstream(NamedTuple):
@@ -138,13 +132,18 @@ class Upstream(NamedTuple):
         """Every part in another dtype."""
         return Upstream(*(part.to(dtype) for part in self))
 
-    def pointers(self, rows: slice, columns: slice) -> dict[str, Tensor]:
-        """The part of a block, as launch keywords."""
+    def block(self, rows: slice, columns: slice) -> Upstream:
+        """The part of a block."""
+        sides = (rows, columns, rows, rows, columns, columns)
+        return Upstream(*(part[side] for part, side in zip(self, sides, strict=True)))
+
+    def pointers(self) -> dict[str, Tensor]:
+        """Those at targets, as launch keywords."""
         return {
-            "row_positive_ptr": self.row_positive_B[rows],
-            "row_uniform_ptr": self.row_uniform_B[rows],
-            "column_positive_ptr": self.column_positive_G[columns],
-            "column_uniform_ptr": self.column_uniform_G[columns],
+            "row_positive_ptr": self.row_positive_B,
+            "row_uniform_ptr": self.row_uniform_B,
+            "column_positive_ptr": self.column_positive_G,
+            "column_uniform_ptr": self.column_uniform_G,
         }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.kernels import logits, tiles
+from clipcore.kernels import logits, logits_triton, tiles
 from clipcore.kernels.contrastive_problem import (
     Problem,
     Targets,
@@ -19,7 +19,8 @@ from clipcore.kernels.contrastive_problem import (
     logarithms,
     new_sums,
 )
-from clipcore.kernels.logits import LOG2E, load_product, multiply, positives, tile_numbers
+from clipcore.kernels.logits import LOG2E
+from clipcore.kernels.logits_triton import load_product, multiply, positives, tile_numbers
 from clipcore.kernels.normalize import cosine_tile, lengths
 from clipcore.kernels.tiles import dot_rows, tl, triton
 
@@ -306,22 +307,6 @@ _LAUNCH_TABLE = {
 ENGINE_TABLE: dict[tuple[int, int, int], str] = {}
 
 
-def _launch_config(
-    N: int, M: int, kind: str, architecture: int
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and launch keywords of a tile kernel over N x M logits."""
-    block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[architecture, kind]
-    config = {
-        "BLOCK_N": block_n,
-        "BLOCK_M": block_m,
-        "BLOCK_D": block_d,
-        "GROUP_N": 8,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-    return (triton.cdiv(N, block_n) * triton.cdiv(M, block_m),), config
-
-
 def _kind(problem: Problem, fused: bool) -> str:
     """The row of the launch table for a block of the problem."""
     if not fused:
@@ -335,28 +320,9 @@ def _tile_arguments(
     problem: Problem, x_RE: Tensor, y_CE: Tensor, rows: slice, columns: slice, fused: bool
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and the launch keywords that every tile kernel has, for one block."""
-    R, C = len(x_RE), len(y_CE)
-    grid, config = _launch_config(R, C, _kind(problem, fused), problem.architecture)
-    descriptors = (None, None)
-    if fused:
-        block_n, block_m, block_d = (config[f"BLOCK_{axis}"] for axis in "NMD")
-        descriptors = (
-            logits.descriptor(x_RE, block_n, block_d),
-            logits.descriptor(y_CE, block_m, block_d),
-        )
-    return grid, {
-        "x_desc": descriptors[0],
-        "y_desc": descriptors[1],
-        "image_id_ptr": None if problem.image_ids is None else problem.image_ids[rows],
-        "text_id_ptr": None if problem.text_ids is None else problem.text_ids[columns],
-        "N": R,
-        "M": C,
-        "D": x_RE.shape[1],
-        "first_label": problem.first_label + rows.start - columns.start,
-        "IDS": problem.ids,
-        "FUSED": fused,
-        **config,
-    }
+    launch = _LAUNCH_TABLE[problem.architecture, _kind(problem, fused)]
+    pairs = problem.pairs.block(rows, columns)
+    return logits_triton.tile_arguments(pairs, x_RE, y_CE, launch, fused)
 
 
 def _factors(problem: Problem) -> Tensor:
@@ -394,9 +360,9 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
         0 if fused else min(side_R, B) * min(side_C, G), dtype=torch.float32, device=device
     )
     for rows in logits.blocks(B, side_R):
-        x_RE = logits.operand(image_BE[rows], problem.normalized, problem.operand)
+        x_RE = logits_triton.operand(image_BE[rows], problem.normalized, problem.operand)
         for columns in logits.blocks(G, side_C):
-            y_CE = logits.operand(text_GE[columns], problem.normalized, problem.operand)
+            y_CE = logits_triton.operand(text_GE[columns], problem.normalized, problem.operand)
             R, C = len(x_RE), len(y_CE)
             product_RC = None
             if not fused:
@@ -472,15 +438,9 @@ def _recompute_where_flagged(
         side.new_ones(len(side), dtype=torch.float32) if problem.normalized else lengths(side)
         for side in (image_BE, text_GE)
     )
-    for x, y, length_x, length_y, x_ids, y_ids, first_label, lse in (
-        (
-            *(image_BE, text_GE, length_B, length_G),
-            *(problem.image_ids, problem.text_ids, problem.first_label, row_lse),
-        ),
-        (
-            *(text_GE, image_BE, length_G, length_B),
-            *(problem.text_ids, problem.image_ids, -problem.first_label, column_lse),
-        ),
+    for x, y, length_x, length_y, pairs, lse in (
+        (image_BE, text_GE, length_B, length_G, problem.pairs, row_lse),
+        (text_GE, image_BE, length_G, length_B, problem.pairs.exchanged(), column_lse),
     ):
         _contrastive_online_kernel[(triton.cdiv(len(x), block_n),)](
             x_ptr=x,
@@ -488,8 +448,8 @@ def _recompute_where_flagged(
             length_x_ptr=length_x,
             length_y_ptr=length_y,
             scale_ptr=scale,
-            image_id_ptr=x_ids,
-            text_id_ptr=y_ids,
+            image_id_ptr=pairs.image_ids,
+            text_id_ptr=pairs.text_ids,
             flag_ptr=flag,
             lse_ptr=lse,
             stride_x_n=x.stride(0),
@@ -497,8 +457,8 @@ def _recompute_where_flagged(
             N=len(x),
             M=len(y),
             D=x.shape[1],
-            first_label=first_label,
-            IDS=problem.ids,
+            first_label=pairs.first_label,
+            IDS=pairs.ids,
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
@@ -532,7 +492,7 @@ def contrastive_bwd_triton(
     )
     parts = parts.to(torch.float32)
     factor = (to_power * largest / grad_scale).float()
-    gradients = logits.Gradients(image_BE, text_GE, problem.normalized, need)
+    gradients = logits_triton.Gradients(image_BE, text_GE, problem.normalized, need)
     d_scale, scale = torch.zeros((), dtype=torch.float64, device=device), _factors(problem)
     # float32 gradients take the place of the logits.
     own_product = not (fused or stash)
@@ -544,10 +504,10 @@ def contrastive_bwd_triton(
     products = torch.empty(size if own_product else 0, dtype=torch.float32, device=device)
     grads = products if in_place else torch.empty(size, dtype=operand, device=device)
     for rows in logits.blocks(B, side_R):
-        x_RE = logits.operand(image_BE[rows], problem.normalized, operand)
+        x_RE = logits_triton.operand(image_BE[rows], problem.normalized, operand)
         gradients.begin_rows(rows)
         for columns in logits.blocks(G, side_C):
-            y_CE = logits.operand(text_GE[columns], problem.normalized, operand)
+            y_CE = logits_triton.operand(text_GE[columns], problem.normalized, operand)
             R, C = len(x_RE), len(y_CE)
             grad_RC = grads[: R * C].view(R, C)
             common = {
@@ -559,7 +519,7 @@ def contrastive_bwd_triton(
                 "column_offset_ptr": column_offset[columns],
                 "row_factor_ptr": row_factor[rows],
                 "column_factor_ptr": column_factor[columns],
-                **parts.pointers(rows, columns),
+                **parts.block(rows, columns).pointers(),
                 "grad_ptr": grad_RC,
                 "stride_grad": C,
                 "GRADIENT_SCALE": grad_scale,

@@ -11,138 +11,84 @@ A loss walks over blocks of R x C logits. Two engines make a block on a GPU:
 - "fused": a Triton product whose epilogue does the pass on the accumulators, with operands from tensor descriptors.
 
 Either leaves the gradient of the block, which two library products with float32 sums turn into those of the
-embeddings. The operands of a block are made for the block, so that nothing beside the sums grows with B or G.
+embeddings. The operands of a block are made for the block, so that nothing beside the sums grows with B or G. The CPU
+walks over smaller blocks, which stay in its cache.
 
 Precision: rows are normalised in float32 and rounded once to the operand dtype. For float16 and bfloat16 that is
 float16 by default: a row of length one has nothing near the ends of its range, and its rounding moves a logit eight
 times less than bfloat16's. float32 operands multiply in float32.
+
+What either device needs is here, the GPU's part in logits_triton.py, the CPU's in logits_cpu.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipcore.kernels import tiles
-from clipcore.kernels.normalize import (
-    check_rows,
-    normalize,
-    normalize_bwd,
-    normalize_bwd_ref,
-    normalize_ref,
-)
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels.normalize import check_rows
 
 LOG2E = math.log2(math.e)
-# Columns of a block on the CPU: wide enough for the library's product, and its rows stay in the cache.
-CPU_COLUMNS = 8192
 # What one call may hold beside embeddings, gradients and a stash.
 WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 576 * 10**6}
 ENGINES = ("library", "fused")
-# Blocks keep to multiples of every tile, so that each tile of the matrix lies in one block.
-BLOCK_MULTIPLE = 256
+SAME_ID = ("ignore", "positive")
 
 
-@triton.jit
-def tile_numbers(N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr):
-    """Place of this program's tile in the block: (tile_n, tile_m, n [BLOCK_N], m [BLOCK_M])."""
-    tile_n, tile_m = tiles.grouped_tile(
-        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP_N
-    )
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tile_n, tile_m, n, m
+class Pairs(NamedTuple):
+    """Which pairs of rows count, and which of them belong together; see `contrastive_loss`."""
 
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    first_label: int
+    same_id: str
 
-@triton.jit
-def load_product(product_ptr, stride_n, n, m, inside):
-    """The float32 tile of a block that the library has multiplied."""
-    offsets = n.to(tl.int64)[:, None] * stride_n + m[None, :]
-    return tl.load(product_ptr + offsets, mask=inside, other=0.0)
+    @property
+    def ids(self) -> str:
+        """The kernels' IDS: "none", "ignore" or "positive"."""
+        return "none" if self.image_ids is None else self.same_id
 
+    def exchanged(self) -> Pairs:
+        """The same with texts as images and images as texts."""
+        return Pairs(self.text_ids, self.image_ids, -self.first_label, self.same_id)
 
-@triton.jit
-def multiply(
-    x_desc,
-    y_desc,
-    tile_n,
-    tile_m,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The float32 tile of x . y by tensor descriptors; rows and columns past the ends count as 0."""
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for d in range(0, D, BLOCK_D):
-        x = x_desc.load([tile_n * BLOCK_N, d])
-        y = y_desc.load([tile_m * BLOCK_M, d])
-        acc = tl.dot(x, y.T, acc, input_precision="ieee")
-    return acc
+    def block(self, rows: slice, columns: slice) -> Pairs:
+        """Those of a block."""
+        return Pairs(
+            None if self.image_ids is None else self.image_ids[rows],
+            None if self.text_ids is None else self.text_ids[columns],
+            self.first_label + rows.start - columns.start,
+            self.same_id,
+        )
 
-
-@triton.jit
-def positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS: tl.constexpr):
-    """(valid, positive) of a tile: which pairs count, and which of them match. IDS as in contrastive.py."""
-    label = (m[None, :] - n[:, None]) == first_label
-    if IDS == "none":
-        valid = inside
-        positive = label & inside
-    else:
-        in_n = tl.max(inside.to(tl.int32), axis=1) > 0
-        in_m = tl.max(inside.to(tl.int32), axis=0) > 0
-        image_id = tl.load(image_id_ptr + n, mask=in_n, other=0)
-        text_id = tl.load(text_id_ptr + m, mask=in_m, other=0)
-        same = image_id[:, None] == text_id[None, :]
-        if IDS == "ignore":
-            valid = inside & (label | (same == 0))
-            positive = label & inside
-        else:
-            valid = inside
-            positive = same & inside
-    return valid, positive
-
-
-def descriptor(x_ND: Tensor, block_n: int, block_d: int) -> Any:
-    """A tensor descriptor of an operand for `multiply`."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x_ND, [block_n, block_d])
+    def check(self, image_BE: Tensor, text_GE: Tensor) -> None:
+        """ValueError unless they are pairs of these rows."""
+        if self.same_id not in SAME_ID:
+            raise ValueError(f"same_id has to be one of {SAME_ID}, got {self.same_id!r}")
+        if (self.image_ids is None) != (self.text_ids is None):
+            raise ValueError("image_ids and text_ids: pass both or none")
+        for name, ids, rows in (
+            ("image_ids", self.image_ids, image_BE),
+            ("text_ids", self.text_ids, text_GE),
+        ):
+            if ids is None:
+                continue
+            if ids.shape != rows.shape[:1] or ids.dtype != torch.int64 or ids.device != rows.device:
+                raise ValueError(
+                    f"{name} has to be int64 [{rows.shape[0]}] on {rows.device}, "
+                    f"got {ids.dtype} {list(ids.shape)} on {ids.device}"
+                )
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover `length`."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
-
-
-def block_sides(width: int, element_bytes: int, workspace_bytes: int) -> tuple[int, int]:
-    """Rows R and columns C of a block on a GPU whose logits take `element_bytes` each.
-
-    Estimated, to be measured: the library's tiles are 128 x 256 and 132 processors want whole waves of them, for
-    R x E and C x E results alike.
-    """
-    if element_bytes <= 2:
-        rows, columns = 16896, 16896
-    elif 512 < width <= 768:
-        rows, columns = 16896, 5632
-    else:
-        rows, columns = 8448, 8448
-    shrink = math.sqrt(min(1.0, workspace_bytes / (rows * columns * element_bytes)))
-    if shrink < 1:
-        rows, columns = int(rows * shrink), int(columns * shrink)
-    rows, columns = (max(1, side // BLOCK_MULTIPLE) * BLOCK_MULTIPLE for side in (rows, columns))
-    return rows, columns
-
-
-def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a block on the CPU: two buffers of it fit the workspace."""
-    columns = max(1, min(num_columns, CPU_COLUMNS))
-    return max(1, workspace_bytes // (2 * dtype.itemsize * columns)), columns
 
 
 def operand_dtype(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) -> torch.dtype:
@@ -156,98 +102,12 @@ def operand_dtype(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) 
     return torch.float32 if promoted == torch.float32 and not autocast else torch.float16
 
 
-def operand(x_RE: Tensor, normalized: bool, dtype: torch.dtype) -> Tensor:
-    """A block of rows as the kernels and the library multiply them: [R, E'] with E' >= E, zeros behind E."""
-    x_RE = tiles.unit_inner_stride(x_RE)
-    unit_RE = x_RE.to(dtype) if normalized else normalize(x_RE, dtype)
-    return tiles.aligned_rows(unit_RE, 16 // dtype.itemsize)
-
-
-class Gradients:
-    """Sums of the gradients of both sides over blocks, float32, and what makes them the embeddings' own.
-
-    A side that nobody needs has no sum and costs no product. The image rows are complete with their row of blocks,
-    the text rows at the end, so that only the text's sums have the size of the embeddings; they are the gradient
-    itself where that is float32.
-    """
-
-    def __init__(
-        self, image_BE: Tensor, text_GE: Tensor, normalized: bool, need: tuple[bool, bool]
-    ):
-        self.image_BE, self.text_GE, self.normalized = image_BE, text_GE, normalized
-        self.need_image, self.need_text = need
-        device = image_BE.device
-        self.image_grad = torch.empty(
-            image_BE.shape if self.need_image else 0, dtype=image_BE.dtype, device=device
-        )
-        self._text_sum = torch.zeros(
-            text_GE.shape if self.need_text else 0, dtype=torch.float32, device=device
-        )
-        self._image_sum = self._text_sum
-
-    def begin_rows(self, rows: slice) -> None:
-        """A new row of blocks."""
-        if self.need_image:
-            R = rows.stop - rows.start
-            self._image_sum = torch.zeros(
-                (R, self.image_BE.shape[1]), dtype=torch.float32, device=self.image_BE.device
-            )
-
-    def add(self, grad_RC: Tensor, x_RE: Tensor, y_CE: Tensor, columns: slice) -> None:
-        """The products of one block's gradient with its operands."""
-        E = self.image_BE.shape[1]
-        if self.need_image:
-            tiles.addmm_fp32_(self._image_sum, grad_RC, y_CE[:, :E])
-        if self.need_text:
-            tiles.addmm_fp32_(self._text_sum[columns], grad_RC.T, x_RE[:, :E])
-
-    def end_rows(self, rows: slice, factor: Tensor) -> None:
-        """The row of blocks is complete: its image gradient, times factor."""
-        if self.need_image:
-            self._finish(self.image_BE[rows], self._image_sum, factor, self.image_grad[rows])
-
-    def text_grad(self, factor: Tensor) -> Tensor:
-        """The text gradient, times factor; the last call."""
-        total_GE, dtype = self._text_sum, self.text_GE.dtype
-        out_GE = total_GE if dtype == torch.float32 else torch.empty_like(total_GE, dtype=dtype)
-        if self.need_text:
-            self._finish(self.text_GE, total_GE, factor, out_GE)
-        return out_GE
-
-    def _finish(self, x_RE: Tensor, sum_RE: Tensor, factor: Tensor, out_RE: Tensor) -> None:
-        if self.normalized:
-            torch.mul(sum_RE, factor, out=sum_RE)
-            out_RE.copy_(sum_RE)
-        else:
-            normalize_bwd(tiles.unit_inner_stride(x_RE), sum_RE, factor, out_RE)
-
-
-def unit_rows_cpu(x_NE: Tensor, normalized: bool) -> Tensor:
-    """The CPU's operand: float32, or float64 for float64."""
-    wide_NE = x_NE.to(tiles.accumulate_dtype(x_NE.dtype))
-    return wide_NE if normalized else normalize_ref(wide_NE)
-
-
-def finish_cpu(x_NE: Tensor, sum_NE: Tensor, normalized: bool, scale: Tensor) -> Tensor:
-    """From the gradient of unit rows to that of the embeddings, times scale, in place and in their dtype."""
-    for rows in blocks(len(x_NE), CPU_COLUMNS):
-        if normalized:
-            sum_NE[rows] *= scale
-        else:
-            sum_NE[rows] = normalize_bwd_ref(x_NE[rows].to(sum_NE.dtype), sum_NE[rows], scale)[0]
-    return sum_NE.to(x_NE.dtype)
-
-
-def dot(x_NE: Tensor, y_NE: Tensor) -> Tensor:
-    """The float64 sum of x * y over all elements, in a fixed order and without a copy of their size."""
-    total = torch.zeros((), dtype=torch.float64, device=x_NE.device)
-    for rows in blocks(len(x_NE), CPU_COLUMNS):
-        total += (x_NE[rows] * y_NE[rows]).sum(dtype=torch.float64)
-    return total
-
-
-def check_embeddings(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) -> None:
+def check_embeddings(
+    image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None, engine: str | None
+) -> None:
     """ValueError unless the two can be compared on their device, with operands of the dtype asked for."""
     check_rows(image_BE, text_GE, ("image features", "text features"))
     if asked not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"operand_dtype has to be float16, bfloat16 or float32, got {asked}")
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"engine has to be one of {ENGINES}, got {engine!r}")

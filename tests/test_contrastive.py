@@ -327,6 +327,7 @@ def aot_launches() -> None:
     """Every row of the launch table, with and without a stash, ids and spread targets."""
     from clipcore.kernels.contrastive import uniform_targets
     from clipcore.kernels.contrastive_problem import Problem
+    from clipcore.kernels.logits import Pairs
 
     for operand, engine, stash, option in [
         (torch.float16, "library", False, "plain"),
@@ -349,7 +350,8 @@ def aot_launches() -> None:
             targets = uniform_targets(image, text, 0, *ids, same_id, 0.1)
         scale = torch.empty((), device="meta")
         problem = Problem(
-            *(image, text, scale, *ids, 0, same_id, False, operand, engine, 576 * 10**6),
+            *(image, text, scale, Pairs(*ids, 0, same_id), False, operand, engine),
+            workspace_bytes=576 * 10**6,
             targets=targets,
         )
         terms = contrastive_fwd_triton(problem, stash)

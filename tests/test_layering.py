@@ -102,6 +102,7 @@ def test_kernels_import_torch_and_triton_only():
                 "triton",
                 "typing",
                 "math",
+                "mmap",
                 "collections",
                 "clipcore",
             ), module

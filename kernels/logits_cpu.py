@@ -1,0 +1,87 @@
+"""Blocks of logits on the CPU: sides that stay in the cache, their buffers, and what turns sums into gradients.
+
+Legend: logits.py.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from clipcore.kernels import logits, tiles
+from clipcore.kernels.logits import Pairs
+from clipcore.kernels.normalize import normalize_bwd_ref, normalize_ref
+
+# Columns of a block: wide enough for the library's product, and its rows stay in the cache.
+CPU_COLUMNS = 8192
+HUGE_PAGE = 2**21
+
+
+def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in huge pages where it is large: the first touch of small ones costs more than a pass."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < 4 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a block on the CPU: two buffers of it fit the workspace."""
+    columns = max(1, min(num_columns, CPU_COLUMNS))
+    return max(1, workspace_bytes // (2 * dtype.itemsize * columns)), columns
+
+
+def scaled(x_RE: Tensor, factor: Tensor) -> Tensor:
+    """The operand of logits: rounding the factor to float32 by itself would shift all logits alike."""
+    return (x_RE.double() * factor).to(x_RE.dtype)
+
+
+def masks(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
+    """(invalid, positive) of a block's pairs, where ids make them differ from nothing and the diagonal."""
+    if pairs.image_ids is None or pairs.text_ids is None:
+        return None, None
+    same_RC = pairs.image_ids[:, None] == pairs.text_ids
+    if pairs.same_id == "positive":
+        return None, same_RC
+    same_RC.diagonal(pairs.first_label).fill_(False)
+    return same_RC, None
+
+
+def diagonal(matrix_RC: Tensor, pairs: Pairs) -> tuple[Tensor, slice, slice]:
+    """A block's elements that are pairs by their place: a view of them, their rows and their columns in the block."""
+    view = matrix_RC.diagonal(pairs.first_label)
+    first_row, first_column = max(0, -pairs.first_label), max(0, pairs.first_label)
+    return (
+        view,
+        slice(first_row, first_row + len(view)),
+        slice(first_column, first_column + len(view)),
+    )
+
+
+def unit_rows_cpu(x_NE: Tensor, normalized: bool) -> Tensor:
+    """The CPU's operand: float32, or float64 for float64."""
+    wide_NE = x_NE.to(tiles.accumulate_dtype(x_NE.dtype))
+    return wide_NE if normalized else normalize_ref(wide_NE)
+
+
+def finish_cpu(x_NE: Tensor, sum_NE: Tensor, normalized: bool, scale: Tensor) -> Tensor:
+    """From the gradient of unit rows to that of the embeddings, times scale, in place and in their dtype."""
+    for rows in logits.blocks(len(x_NE), CPU_COLUMNS):
+        if normalized:
+            sum_NE[rows] *= scale
+        else:
+            sum_NE[rows] = normalize_bwd_ref(x_NE[rows].to(sum_NE.dtype), sum_NE[rows], scale)[0]
+    return sum_NE.to(x_NE.dtype)
+
+
+def dot(x_NE: Tensor, y_NE: Tensor) -> Tensor:
+    """The float64 sum of x * y over all elements, in a fixed order and without a copy of their size."""
+    total = torch.zeros((), dtype=torch.float64, device=x_NE.device)
+    for rows in logits.blocks(len(x_NE), CPU_COLUMNS):
+        total += (x_NE[rows] * y_NE[rows]).sum(dtype=torch.float64)
+    return total
