@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -427,6 +430,36 @@ def test_nothing_of_n_by_n_is_held() -> None:
             image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
         ).backward()
     assert largest.bytes <= max(workspace_bytes, num_pairs * width * 4)
+
+
+MEASURE_PEAK = """
+import re, torch
+from pathlib import Path
+from clipcore.kernels.contrastive import contrastive_loss
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def step(num_pairs):
+    image, text = (torch.nn.functional.normalize(torch.randn(num_pairs, 512)) for _ in range(2))
+    image.requires_grad_(), text.requires_grad_()
+    before = kib("VmRSS")
+    contrastive_loss(image, text, torch.tensor(20.0, requires_grad=True), normalize=False).backward()
+    return before + 2 * image.nbytes // 1024
+
+step(64)  # threads and lazy imports
+without = step(32768)
+print((kib("VmHWM") - without) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
+def test_peak_memory_of_the_papers_batch() -> None:
+    """32,768 pairs: the peak of a fresh process is at most 1 GB above embeddings and their gradients."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE_PEAK], check=True, capture_output=True, text=True
+    )
+    assert 0 < int(found.stdout) <= 10**9
 
 
 def test_the_plan_says_what_it_chose_and_why() -> None:
