@@ -175,8 +175,10 @@ def contrastive_bwd_cpu(
     d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
     if need[0]:
         d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
+        d_image = d_image.to(problem.image_BE.dtype)
     if need[1]:
         d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
+        d_text = d_text.to(problem.text_GE.dtype)
     return d_image, d_text, (along * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
 
 

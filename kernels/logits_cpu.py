@@ -70,13 +70,13 @@ def unit_rows_cpu(x_NE: Tensor, normalized: bool) -> Tensor:
 
 
 def finish_cpu(x_NE: Tensor, sum_NE: Tensor, normalized: bool, scale: Tensor) -> Tensor:
-    """From the gradient of unit rows to that of the embeddings, times scale, in place and in their dtype."""
+    """From the gradient of unit rows to that of the embeddings, times scale, in place."""
     for rows in logits.blocks(len(x_NE), CPU_COLUMNS):
         if normalized:
             sum_NE[rows] *= scale
         else:
             sum_NE[rows] = normalize_bwd_ref(x_NE[rows].to(sum_NE.dtype), sum_NE[rows], scale)[0]
-    return sum_NE.to(x_NE.dtype)
+    return sum_NE
 
 
 def dot(x_NE: Tensor, y_NE: Tensor) -> Tensor:

@@ -144,17 +144,23 @@ class Gradients:
 
     A side that nobody needs has no sum and costs no product. The image rows are complete with their row of blocks,
     the text rows at the end, so that only the text's sums have the size of the embeddings; they are the gradient
-    itself where that is float32.
+    itself where that is float32. Gradients have the dtype of the embeddings unless another is given.
     """
 
     def __init__(
-        self, image_BE: Tensor, text_GE: Tensor, normalized: bool, need: tuple[bool, bool]
+        self,
+        image_BE: Tensor,
+        text_GE: Tensor,
+        normalized: bool,
+        need: tuple[bool, bool],
+        dtype: torch.dtype | None = None,
     ):
         self.image_BE, self.text_GE, self.normalized = image_BE, text_GE, normalized
+        self.text_dtype = dtype or text_GE.dtype
         self.need_image, self.need_text = need
         device = image_BE.device
         self.image_grad = torch.empty(
-            image_BE.shape if self.need_image else 0, dtype=image_BE.dtype, device=device
+            image_BE.shape if self.need_image else 0, dtype=dtype or image_BE.dtype, device=device
         )
         self._text_sum = torch.zeros(
             text_GE.shape if self.need_text else 0, dtype=torch.float32, device=device
@@ -184,7 +190,7 @@ class Gradients:
 
     def text_grad(self, factor: Tensor) -> Tensor:
         """The text gradient, times factor; the last call."""
-        total_GE, dtype = self._text_sum, self.text_GE.dtype
+        total_GE, dtype = self._text_sum, self.text_dtype
         out_GE = total_GE if dtype == torch.float32 else torch.empty_like(total_GE, dtype=dtype)
         if self.need_text:
             self._finish(self.text_GE, total_GE, factor, out_GE)

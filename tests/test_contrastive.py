@@ -18,6 +18,7 @@ from numerics import (
     assert_accurate,
     with_gradients,
 )
+from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +33,6 @@ from clipcore.kernels.contrastive import (
 from clipcore.kernels.contrastive_triton import contrastive_bwd_triton, contrastive_fwd_triton
 
 STASHES = [0, 2**40]
-KINDS = ["random", "identical", "matched", "zero rows", "huge"]
 OPTIONS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
@@ -41,46 +41,6 @@ OPTIONS = {
     "positive": {"same_id": "positive"},
     "positive, smoothed": {"same_id": "positive", "label_smoothing": 0.2},
 }
-
-
-def embeddings(
-    B: int, G: int, E: int, kind: str = "random", dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """Rows of several lengths; pairs are somewhat alike."""
-    image, text = torch.randn(B, E, dtype=torch.float64), torch.randn(G, E, dtype=torch.float64)
-    num_pairs = min(B, G)
-    if kind == "random":
-        text[:num_pairs] += 0.5 * image[:num_pairs]
-    if kind == "matched":
-        text[:num_pairs] = image[:num_pairs] + 1e-3 * text[:num_pairs]
-    if kind == "identical":
-        image, text = image[:1].expand(B, E).clone(), image[:1].expand(G, E).clone()
-    if kind == "zero rows":
-        image[:: max(1, B // 3)] = 0
-        text[-1] = 0
-    if kind == "huge":
-        image, text = 1e15 * image, 1e15 * text
-    return image.to(dtype), text.to(dtype)
-
-
-def unit_embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    image, text = embeddings(*shape)
-    return F.normalize(image).to(dtype), F.normalize(text).to(dtype)
-
-
-def ids_for(option: dict[str, object], B: int, G: int, device: str = "cpu") -> dict[str, object]:
-    """The option with ids of which each stands on several rows."""
-    if "same_id" not in option:
-        return dict(option)
-    image_ids, text_ids = torch.arange(B) // 3, torch.arange(G) // 3
-    return {**option, "image_ids": image_ids.to(device), "text_ids": text_ids.to(device)}
-
-
-def assert_exact(actual: list[Tensor], expected: list[Tensor], length: float = 1.0) -> None:
-    """To 1e-12 in float64: [loss, d_image, d_text, d_scale]; gradients of rows `length` long as of unit rows."""
-    for ours, theirs, unit in zip(actual, expected, (1.0, length, length, 1.0), strict=True):
-        limit = 1e-12 * max(1.0, (unit * theirs).abs().max().item())
-        assert (unit * (ours - theirs)).abs().max().item() <= limit
 
 
 # 1. The reference.
