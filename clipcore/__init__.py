@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CLIP": "clipcore.model",
     "ClipLoss": "clipcore.loss",
+    "SigLipLoss": "clipcore.loss",
     "build_zero_shot_classifier": "clipcore.evaluate.zero_shot",
     "create_model": "clipcore.model",
     "create_model_and_transforms": "clipcore.model",

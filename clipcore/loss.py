@@ -3,9 +3,10 @@
 Legend: B pairs on this rank, G pairs of the global batch, E embedding size.
 
 One distributed mode, which is always right: each rank keeps its B image rows, gathers the G text rows,
-computes its strip of the similarity once, completes the column sums over the ranks, and gives the gradient
-of the mean over its B rows. Averaging the parameters' gradients over ranks, as DistributedDataParallel does,
-then gives exactly the gradient of the loss of the whole batch. The maths is in ``clipcore.kernels.contrastive``.
+computes its strip of the similarity once, completes the column sums over the ranks (the sigmoid loss has none), and
+gives the gradient of the mean over its B rows. Averaging the parameters' gradients over ranks, as
+DistributedDataParallel does, then gives exactly the gradient of the loss of the whole batch. The maths is in
+``clipcore.kernels.contrastive`` and ``clipcore.kernels.sigmoid``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from clipcore.distributed import all_gather_with_grad, gather_rows
 from clipcore.kernels import contrastive, logits, tiles
 from clipcore.kernels.contrastive import contrastive_loss, contrastive_terms
+from clipcore.kernels.sigmoid import sigmoid_loss
 
 
 class ClipLoss(nn.Module):
@@ -90,21 +92,18 @@ class ClipLoss(nn.Module):
         """The mean loss over this rank's pairs.
 
         Args:
-            image_features, text_features: [B, E], L2-normalised, pair i in row i of both; the same B on every rank.
+            image_features, text_features: [B, E], L2-normalised, pair i in row i of both; the same B on every rank. On
+                one rank either side may have more rows: extra negatives of the other side.
             logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
             logit_bias: accepted; one constant added to all logits changes neither this loss nor its gradients.
             output_dict: return ``{"contrastive_loss": loss}``.
-            image_ids, text_ids: int64 [B], both or none; rows of equal ids belong together, on whichever rank they
+            image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank they
                 are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
 
         Raises:
             ValueError: shapes that are no pairs.
         """
-        if image_features.shape != text_features.shape or image_features.ndim != 2:
-            raise ValueError(
-                "image_features and text_features must be pairs of one shape [B, E], "
-                f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-            )
+        _check_pairs(image_features, text_features, self.world_size)
         settings = {"normalize": False, "same_id": self.same_id, **self.memory}
         if self.world_size > 1:
             loss = self._strip_loss(
@@ -134,12 +133,7 @@ class ClipLoss(nn.Module):
         """The mean over this rank's rows and columns of the loss of all ranks' pairs."""
         B = len(image_BE)
         dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
-        if (
-            image_BE.is_cuda
-        ):  # gathered in float32 so that gradients add up in it, multiplied as given
-            asked = settings["operand_dtype"]
-            settings["operand_dtype"] = logits.operand_dtype(image_BE, text_BE, asked)
-        text_GE = all_gather_with_grad(text_BE.to(dtype))
+        text_GE = _gather_text(image_BE, text_BE, settings)
         own = slice(self.rank * B, self.rank * B + B)
         image_ids_G = None if image_ids is None else gather_rows(image_ids)
         text_ids_G = None if text_ids is None else gather_rows(text_ids)
@@ -180,6 +174,110 @@ class ClipLoss(nn.Module):
             dist.all_reduce(count)
             parts.append(torch.where(has_positive_B, loss_B, 0.0).sum() * (self.world_size / count))
         return ((parts[0] + parts[1]) / 2).to(dtype)
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP's sigmoid loss: the sum over all pairs of images and texts, over the number of images (open_clip's call).
+
+    Args:
+        cache_labels: accepted, nothing to cache.
+        rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
+        dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather"; accepted, the texts are
+            always gathered once and compared in blocks, so that memory does not grow with the number of ranks.
+        same_id: what equal ids mean, see `forward`: "ignore" or "positive".
+        workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
+            `clipcore.kernels.sigmoid.sigmoid_loss`.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343).
+
+    >>> loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        same_id: str = "ignore",
+        workspace_bytes: int | None = None,
+        operand_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                f"dist_impl has to be bidir, shift, reduce, gather or None, got {dist_impl!r}"
+            )
+        self.rank = rank
+        self.world_size = world_size
+        self.settings: dict[str, Any] = {
+            "normalize": False,
+            "same_id": same_id,
+            "workspace_bytes": workspace_bytes,
+            "operand_dtype": operand_dtype,
+        }
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> Any:
+        """The loss of this rank's images with the texts of all ranks, over the number of these images.
+
+        Args:
+            image_features, text_features: [B, E], L2-normalised, pair i in row i of both; the same B on every rank. On
+                one rank either side may have more rows: extra negatives of the other side.
+            logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
+            logit_bias: what is added to the logits, ``model.logit_bias``; a scalar, None for 0.
+            output_dict: return ``{"contrastive_loss": loss}``.
+            image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank
+                they are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
+
+        Raises:
+            ValueError: shapes that are no pairs.
+        """
+        _check_pairs(image_features, text_features, self.world_size)
+        settings, first_label = dict(self.settings), 0
+        if self.world_size > 1:
+            first_label = self.rank * len(image_features)
+            text_features = _gather_text(image_features, text_features, settings)
+            text_ids = None if text_ids is None else gather_rows(text_ids)
+        loss = sigmoid_loss(
+            *(image_features, text_features, logit_scale),
+            0.0 if logit_bias is None else logit_bias,
+            first_label=first_label,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            **settings,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_pairs(image_BE: Tensor, text_BE: Tensor, world_size: int) -> None:
+    """ValueError unless rows can be pairs; more of one side only on one rank, where nobody takes them for his own."""
+    fit = image_BE.ndim == text_BE.ndim == 2 and image_BE.shape[1] == text_BE.shape[1]
+    if not fit or (world_size > 1 and len(image_BE) != len(text_BE)):
+        more = "" if world_size > 1 else " (or [G, E] with extra rows of one)"
+        raise ValueError(
+            f"image_features and text_features must be pairs of one shape [B, E]{more}, "
+            f"got {tuple(image_BE.shape)} and {tuple(text_BE.shape)}"
+        )
+
+
+def _gather_text(image_BE: Tensor, text_BE: Tensor, settings: dict[str, Any]) -> Tensor:
+    """All ranks' texts, in float32 so that their gradients add up in it; a GPU still multiplies what was given."""
+    if image_BE.is_cuda:
+        asked = settings["operand_dtype"]
+        settings["operand_dtype"] = logits.operand_dtype(image_BE, text_BE, asked)
+    dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
+    return all_gather_with_grad(text_BE.to(dtype))
 
 
 class _CompleteLse(torch.autograd.Function):
