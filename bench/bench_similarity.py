@@ -9,6 +9,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,18 @@ def bench_size(size: int, width: int, device: torch.device, dtype: torch.dtype) 
         "bytes_moved": item * (2.0 * size * width + size * size),
     }
     compiled = torch.compile(eager)
-    for name, fn in (
-        ("clipcore", normalized_similarity),
-        ("eager", eager),
-        ("torch.compile", compiled),
-    ):
-        record("similarity forward", name, lambda fn=fn: fn(x, y, scale), **work, **case)
-        both = forward_and_backward(fn, x, y, scale)
-        record("similarity forward+backward", name, both, **{**work, "flops": 3 * product}, **case)
-    record("similarity forward", "bare product", lambda: x @ y.T, **work, **case)
+    fns = {"clipcore": normalized_similarity, "eager": eager, "torch.compile": compiled}
+    forward = {name: partial(fn, x, y, scale) for name, fn in fns.items()}
+    record("similarity forward", {**forward, "bare product": lambda: x @ y.T}, **work, **case)
+    both = {name: forward_and_backward(fn, x, y, scale) for name, fn in fns.items()}
+    record("similarity forward+backward", both, **{**work, "flops": 3 * product}, **case)
     k = min(10, size)
     topk = {"device": device, "flops": product, "bytes_moved": item * 2.0 * size * width}
-    record("similarity_topk", "clipcore", lambda: similarity_topk(x, y, k), **topk, **case, k=k)
-    record(
-        "similarity_topk", "full matrix", lambda: eager(x, y, scale).topk(k), **topk, **case, k=k
-    )
+    ranked = {
+        "clipcore": lambda: similarity_topk(x, y, k),
+        "full matrix": lambda: eager(x, y, scale).topk(k),
+    }
+    record("similarity_topk", ranked, **topk, **case, k=k)
 
 
 def main() -> None:

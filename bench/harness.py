@@ -1,4 +1,4 @@
-"""Measuring: one call records one row, with what is needed to believe it.
+"""Measuring: one call records a row a provider, with what is needed to believe it.
 
 Rows are appended to bench/results/<device>.jsonl; ``python bench/harness.py`` writes bench/results/RESULTS.md from the
 newest row of each case. A figure of a GPU is only ever recorded on that GPU.
@@ -6,7 +6,9 @@ newest row of each case. A figure of a GPU is only ever recorded on that GPU.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import json
 import platform
 import re
@@ -15,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,80 +33,132 @@ def device_name(device: torch.device) -> str:
     return f"{model.group(1) if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+class Measured(NamedTuple):
+    """What calls of one provider took."""
+
+    times_ms: list[float]
+    extra_bytes: int  # peak above what was there before a call, without what the call returns
+
+
 def measure(
-    fn: Callable[[], Any], device: torch.device, budget_s: float = 2.0
-) -> tuple[list[float], int]:
-    """Times of single calls in ms, after a warm-up, and the peak of extra memory in bytes (0 on a CPU)."""
-    fn()
+    fns: dict[str, Callable[[], Any]], device: torch.device, budget_s: float = 2.0
+) -> dict[str, Measured]:
+    """Times of single calls after a warm-up, the providers in turn: what slows the machine down slows them all.
+
+    At least five rounds, more while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs
+    out of memory is left out.
+    """
     on_gpu = device.type == "cuda"
-    extra = 0
+    found: dict[str, Measured] = {}
+    for name, fn in fns.items():
+        try:
+            fn()
+            found[name] = Measured([], _peak_on_gpu(fn) if on_gpu else _peak_on_cpu(fn))
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name}: out of memory", flush=True)
+            torch.cuda.empty_cache()
+    limit = time.perf_counter() + budget_s * len(found)
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() < limit and rounds < 200):
+        rounds += 1
+        for name, measured in found.items():
+            measured.times_ms.append(_time_ms(fns[name], on_gpu))
+    return found
+
+
+def _time_ms(fn: Callable[[], Any], on_gpu: bool) -> float:
     if on_gpu:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         fn()
+        last.record()
         torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before
-    times_ms: list[float] = []
-    limit = time.perf_counter() + budget_s
-    while len(times_ms) < 5 or (time.perf_counter() < limit and len(times_ms) < 200):
-        start = time.perf_counter()
-        if on_gpu:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            fn()
-            last.record()
-            torch.cuda.synchronize()
-            times_ms.append(first.elapsed_time(last))
-        else:
-            fn()
-            times_ms.append(1e3 * (time.perf_counter() - start))
-    return times_ms, extra
+        return first.elapsed_time(last)
+    start = time.perf_counter()
+    fn()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _bytes_of(result: Any) -> int:
+    """Bytes of the tensors that a call returned."""
+    tensors = result if isinstance(result, (tuple, list)) else [result]
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _peak_on_gpu(fn: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - _bytes_of(result)
+
+
+def _peak_on_cpu(fn: Callable[[], Any]) -> int:
+    """The resident set's high-water mark, which Linux lets a process set back; 0 elsewhere."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return 0
+
+    def field(name: str) -> int:
+        return 1024 * int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = field("VmRSS")
+    result = fn()
+    return max(0, field("VmHWM") - before - _bytes_of(result))
 
 
 def record(
     op: str,
-    provider: str,
-    fn: Callable[[], Any],
+    fns: dict[str, Callable[[], Any]],
     *,
     device: torch.device,
     flops: float,
     bytes_moved: float,
+    extras: dict[str, dict[str, Any]] | None = None,
     **case: Any,
-) -> dict[str, Any]:
-    """Measures ``fn`` and appends its row; prints it too.
+) -> dict[str, float]:
+    """Measures providers of one operation, appends and prints their rows; returns their medians in ms.
 
     Args:
-        flops, bytes_moved: of the operation, not of this implementation, so that providers compare.
+        flops, bytes_moved: of the operation, not of one implementation, so that providers compare.
+        extras: what else was found of a provider, of `EXTRAS`.
         case: what tells this case from others: sizes and dtype.
     """
-    times_ms, extra = measure(fn, device)
-    median = statistics.median(times_ms)
-    fifths = statistics.quantiles(times_ms, n=5)
-    row = {
-        "op": op,
-        "provider": provider,
-        **case,
-        "median_ms": round(median, 4),
-        "p20_ms": round(fifths[0], 4),
-        "p80_ms": round(fifths[-1], 4),
-        "tflops": round(flops / median / 1e9, 4),
-        "gb_per_s": round(bytes_moved / median / 1e6, 2),
-        "extra_bytes": extra,
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        **_commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{_slug(row['device'])}.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(
-        f"{op} {provider} {case}: {median:.3f} ms, {row['tflops']} TFLOP/s, {row['gb_per_s']} GB/s",
-        flush=True,
-    )
-    return row
+    medians: dict[str, float] = {}
+    for provider, (times_ms, extra_bytes) in measure(fns, device).items():
+        median = statistics.median(times_ms)
+        fifths = statistics.quantiles(times_ms, n=5)
+        medians[provider] = median
+        row = {
+            "op": op,
+            "provider": provider,
+            **case,
+            "median_ms": round(median, 4),
+            "p20_ms": round(fifths[0], 4),
+            "p80_ms": round(fifths[-1], 4),
+            "tflops": round(flops / median / 1e9, 4),
+            "gb_per_s": round(bytes_moved / median / 1e6, 2),
+            "extra_bytes": extra_bytes,
+            **(extras or {}).get(provider, {}),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            **_commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        with open(RESULTS / f"{_slug(row['device'])}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{op} {provider} {case}: {median:.3f} ms, {row['tflops']} TFLOP/s, "
+            f"{extra_bytes / 2**20:.1f} MiB",
+            flush=True,
+        )
+    return medians
 
 
 def _commit() -> dict[str, Any]:
@@ -145,18 +199,29 @@ def results_page() -> str:
             lines += [
                 f"## {op} on {device}",
                 "",
-                "| case | provider | ms | TFLOP/s | GB/s | commit |",
-                "|---|---|---|---|---|---|",
+                "| case | provider | ms | TFLOP/s | GB/s | extra MiB | gradient's error | same bits | commit |",
+                "|---|---|---|---|---|---|---|---|---|",
             ]
         values = ", ".join(f"{k} {v}" for k, v in json.loads(case).items())
         dirty = " (changed)" if row["dirty"] else ""
         lines.append(
-            f"| {values} | {provider} | {row['median_ms']} | {row['tflops']} | {row['gb_per_s']} | {row['commit']}{dirty} |"
+            f"| {values} | {provider} | {row['median_ms']} | {row['tflops']} | {row['gb_per_s']} "
+            f"| {row['extra_bytes'] / 2**20:.1f} | {_error(row)} | {_yes_no(row)} | {row['commit']}{dirty} |"
         )
     return "\n".join(lines) + "\n"
 
 
-_MEASURED = {
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+
+
+def _yes_no(row: dict[str, Any]) -> str:
+    return {True: "yes", False: "no", None: ""}[row.get("repeatable")]
+
+
+# Errors relative to float64, and whether three runs gave the same bits.
+EXTRAS = {"loss_error", "gradient_error", "scale_error", "repeatable"}
+_MEASURED = EXTRAS | {
     "op",
     "provider",
     "median_ms",

@@ -37,8 +37,9 @@ def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tup
 
 
 def scaled(x_RE: Tensor, factor: Tensor) -> Tensor:
-    """The operand of logits: rounding the factor to float32 by itself would shift all logits alike."""
-    return (x_RE.double() * factor).to(x_RE.dtype)
+    """The operand of logits, by a factor of two numbers: rounding it to one float32 would shift all logits alike."""
+    high = factor.to(x_RE.dtype)
+    return (x_RE * high).add_(x_RE, alpha=(factor - high.double()).item())
 
 
 def masks(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:

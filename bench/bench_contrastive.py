@@ -1,0 +1,182 @@
+"""The contrastive and the sigmoid loss against their peers and against the matrix products that none can do without.
+
+python bench/bench_contrastive.py [--sizes 1024 8192] [--widths 512] [--loss softmax sigmoid] [--providers "open_clip"]
+python bench/bench_contrastive.py --largest     on a GPU: doubles N until each provider runs out of memory
+
+Rows: forward (with a graph for the backward) and forward+backward; peak memory above embeddings and gradients; relative
+errors of loss and gradients against float64 up to N = 8,192; whether three runs gave the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contrastive_providers import SIGMOID, SOFTMAX, Loss, bare_products, providers
+from harness import record
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcore.kernels.contrastive import contrastive_ref
+from clipcore.kernels.sigmoid import sigmoid_ref
+
+ROOT = Path(__file__).resolve().parent.parent
+# Above it the float64 reference takes longer and more memory than it is worth.
+LARGEST_EXACT = 8192
+# Above it a dense provider does not fit any one GPU.
+LARGEST_DENSE = 131072
+FACTORS = {"softmax": (100.0,), "sigmoid": (10.0, -10.0)}
+TABLES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+REFERENCES: dict[str, Loss] = {"softmax": contrastive_ref, "sigmoid": sigmoid_ref}
+
+
+def inputs_for(
+    loss: str, size: int, width: int, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Leaves: pairs whose cosine is about 0.3 among random ones, and the loss's factors."""
+    generator = torch.Generator(device).manual_seed(0)
+    image, noise = (
+        F.normalize(torch.randn(size, width, generator=generator, device=device)) for _ in range(2)
+    )
+    text = F.normalize(0.3 * image + noise)
+    factors = (torch.tensor(factor, device=device) for factor in FACTORS[loss])
+    return [t.requires_grad_() for t in (image.to(dtype), text.to(dtype), *factors)]
+
+
+def forward_and_backward(loss_fn: Loss, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients, which are all that a step keeps."""
+    return torch.autograd.grad(loss_fn(*leaves), leaves)
+
+
+def errors(
+    loss_fn: Loss, leaves: Sequence[Tensor], exact: Sequence[Tensor] | None
+) -> dict[str, Any]:
+    """Relative errors against float64, and whether three runs give the same bits."""
+
+    def run() -> list[Tensor]:
+        loss = loss_fn(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    first = run()
+    repeatable = all(torch.equal(a, b) for _ in range(2) for a, b in zip(first, run(), strict=True))
+    found: dict[str, Any] = {"repeatable": repeatable}
+    if exact is not None:
+        relative = [
+            float(torch.linalg.vector_norm(ours.double() - theirs) / theirs.norm())
+            for ours, theirs in zip(first, exact, strict=True)
+        ]
+        found["loss_error"], found["gradient_error"] = relative[0], max(relative[1:3])
+        found["scale_error"] = relative[3]
+    return found
+
+
+def exact_results(loss: str, leaves: Sequence[Tensor]) -> list[Tensor] | None:
+    """Loss and gradients in float64 from the very values of the inputs."""
+    if len(leaves[0]) > LARGEST_EXACT:
+        return None
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    value = REFERENCES[loss](*wide)
+    return [value.detach(), *torch.autograd.grad(value, wide)]
+
+
+def bench(
+    loss: str,
+    size: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: list[str] | None,
+) -> None:
+    leaves = inputs_for(loss, size, width, device, dtype)
+    case = {"N": size, "E": width, "dtype": str(dtype).removeprefix("torch.")}
+    product, item = 2.0 * size * size * width, dtype.itemsize
+    work = {"device": device, "flops": 3 * product, "bytes_moved": 4.0 * item * size * width}
+    title = {"softmax": "contrastive loss", "sigmoid": "sigmoid loss"}[loss]
+    # The bare products multiply what clipcore's would: float16 for 16-bit embeddings.
+    operands = [t.detach() if dtype == torch.float32 else t.detach().half() for t in leaves[:2]]
+    counts = (3, 4) if loss == "softmax" else (3,)
+    steps: dict[str, Callable[[], Any]] = {
+        f"{count} bare products": bare_products(*operands, count) for count in counts
+    }
+    forwards: dict[str, Callable[[], Any]] = {}
+    extras: dict[str, dict[str, Any]] = {}
+    exact = exact_results(loss, leaves)
+    for name, loss_fn, dense in providers(TABLES[loss], device.type == "cuda", names):
+        if dense and size > LARGEST_DENSE:
+            continue
+        try:
+            extras[name] = errors(loss_fn, leaves, exact)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name} {case}: out of memory", flush=True)
+            torch.cuda.empty_cache()
+            continue
+        forwards[name] = partial(loss_fn, *leaves)
+        steps[name] = partial(forward_and_backward, loss_fn, leaves)
+    record(f"{title} forward", forwards, **{**work, "flops": product}, **case)
+    medians = record(f"{title} forward+backward", steps, **work, extras=extras, **case)
+    torch._dynamo.reset()
+    for name, median in medians.items():
+        shares = ", ".join(
+            f"{medians[key] / median:.2f} x {key}"
+            for key in ("open_clip", *(f"{count} bare products" for count in counts))
+            if key in medians
+        )
+        print(f"{loss} {size} x {width}, {name}: {median:.1f} ms; speed {shares}", flush=True)
+
+
+def largest(loss: str, width: int, device: torch.device, names: list[str] | None) -> None:
+    """Doubles N until each provider runs out of memory, up to 4 Mi pairs."""
+    for name, loss_fn, _ in providers(TABLES[loss], True, names):
+        size, fits = 8192, 0
+        while size <= 2**22:
+            try:
+                leaves = inputs_for(loss, size, width, device, torch.bfloat16)
+                forward_and_backward(loss_fn, leaves)
+                torch.cuda.synchronize()
+            except torch.cuda.OutOfMemoryError:
+                break
+            finally:
+                leaves = []
+                torch.cuda.empty_cache()
+            size, fits = 2 * size, size
+        print(f"{loss}, E = {width}, {name}: N = {fits:,} fits", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=None)
+    parser.add_argument("--widths", type=int, nargs="+", default=None)
+    parser.add_argument("--loss", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--providers", nargs="+", default=None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--largest", action="store_true")
+    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
+    arguments = parser.parse_args()
+    if not arguments.untested:
+        # Figures of a loss that is wrong are worth nothing.
+        tests = ["tests/test_contrastive.py", "tests/test_sigmoid.py"]
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-k", "not compiles", *tests], cwd=ROOT, check=True
+        )
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    sizes = arguments.sizes or ([1024, 8192, 32768, 65536] if on_gpu else [1024, 4096, 8192])
+    widths = arguments.widths or ([512, 768, 1024] if on_gpu else [512])
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    for loss in arguments.loss:
+        for width in widths:
+            if arguments.largest:
+                largest(loss, width, device, arguments.providers)
+                continue
+            for size in sizes:
+                bench(loss, size, width, device, dtype, arguments.providers)
+
+
+if __name__ == "__main__":
+    main()
