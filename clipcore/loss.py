@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipcore.distributed import all_gather_with_grad, gather_rows
 from clipcore.kernels import contrastive, logits, tiles
-from clipcore.kernels.contrastive import contrastive_loss, contrastive_terms
+from clipcore.kernels.contrastive import Plan, contrastive_loss, contrastive_terms
 from clipcore.kernels.sigmoid import sigmoid_loss
 
 
@@ -120,6 +120,14 @@ class ClipLoss(nn.Module):
         if logit_bias is not None and logit_bias.requires_grad:
             loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not absent
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def plan(self, image_features: Tensor, text_features: Tensor) -> Plan:
+        """How `forward` will compute the loss of these features; `str` says it in one line."""
+        stash_bytes, operand_dtype = self.memory["stash_bytes"], self.memory["operand_dtype"]
+        text_GE = text_features[:1].expand(len(text_features) * self.world_size, -1)
+        return contrastive.plan(
+            image_features, text_GE, stash_bytes=stash_bytes, operand_dtype=operand_dtype
+        )
 
     def _strip_loss(
         self,

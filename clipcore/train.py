@@ -206,7 +206,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             evaluate_epoch(state, evaluations, log, epoch, state.step == num_steps)
             clock.charge("evaluation")
 
-        for step in range(state.step, num_steps):
+        first_step = state.step
+        for step in range(first_step, num_steps):
             batch = next(batches)
             clock.charge("data")
 
@@ -220,6 +221,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             tokens = batch.tokens.to(world.device, non_blocking=True)
             with autocast(world.device, precision):
                 image_features, text_features, scale = towers(images, tokens)
+                if step == first_step:
+                    log.say(str(loss_fn.plan(image_features, text_features)))
                 loss = loss_fn(image_features, text_features, scale)
             clock.charge("forward")
 

@@ -85,6 +85,12 @@ def test_low_precision_features_are_summed_in_float32() -> None:
     torch.testing.assert_close(loss, exact)
 
 
+def test_the_plan_is_of_all_ranks_texts() -> None:
+    loss_fn = ClipLoss(world_size=4, stash_bytes=16 * 64 * 4 - 1)
+    plan = loss_fn.plan(*unit_embeddings(16, 8))
+    assert plan.shape == (16, 64, 8) and not plan.stash
+
+
 def test_siglip_call_and_return() -> None:
     image, text = unit_embeddings(4, 8)
     loss_fn = SigLipLoss(cache_labels=True, rank=0, world_size=1, dist_impl="shift")

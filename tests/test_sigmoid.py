@@ -68,6 +68,13 @@ def test_cpu_is_exact(B: int, E: int, scale: float, bias: float, kind: str) -> N
     assert_exact(actual, expected, 1e15 if kind == "huge" else 1.0)
 
 
+@pytest.mark.parametrize(("B", "E"), [(4096, 768), (4096, 1024)])
+def test_cpu_is_exact_in_a_large_batch(B: int, E: int) -> None:
+    inputs = (*embeddings(B, B, E), *factors(10.0, -10.0))
+    expected = with_gradients(lambda *x: sigmoid_ref(*x, normalize=True), inputs, ONE)
+    assert_exact(with_gradients(sigmoid_loss, inputs, ONE), expected)
+
+
 @pytest.mark.parametrize("first_label", [0, 2, -3, 40, -40])
 @pytest.mark.parametrize(("B", "G"), [(20, 20), (20, 31), (31, 20)])
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
