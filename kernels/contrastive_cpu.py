@@ -38,23 +38,24 @@ def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
         for columns in logits.blocks(G, side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             out = stash_BG[rows, columns] if stash else buffer[: math.prod(shape)].view(shape)
-            power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=out)
-            pairs = problem.pairs.block(rows, columns)
-            invalid, positive = logits_cpu.masks(pairs)
-            _add_targets_cpu(
-                *(problem.targets, pairs, power_RC, rows, columns, invalid, positive),
-                *(row_target[rows], column_target[columns]),
-            )
-            if offset > 0:
-                power_RC.sub_(offset.to(wide))
-            power_RC.exp2_()
-            if invalid is not None:
-                power_RC.masked_fill_(invalid, 0)
-            if problem.by_place:
-                # A positive that is known by its place is added from its logit, in `logarithms`.
-                logits_cpu.diagonal(power_RC, pairs)[0].zero_()
-            row_sum[rows] += power_RC.sum(1)
-            column_sum[columns] += power_RC.sum(0)
+            block = torch.mm(scaled_RE, y_GE[columns].T, out=out)
+            for strip, part in logits_cpu.strips(rows, shape[1], wide):
+                power_RC, pairs = block[part], problem.pairs.block(strip, columns)
+                invalid, positive = logits_cpu.masks(pairs)
+                _add_targets_cpu(
+                    *(problem.targets, pairs, power_RC, strip, columns, invalid, positive),
+                    *(row_target[strip], column_target[columns]),
+                )
+                if offset > 0:
+                    power_RC.sub_(offset.to(wide))
+                power_RC.exp2_()
+                if invalid is not None:
+                    power_RC.masked_fill_(invalid, 0)
+                if problem.by_place:
+                    # A positive that is known by its place is added from its logit, in `logarithms`.
+                    logits_cpu.diagonal(power_RC, pairs)[0].zero_()
+                row_sum[strip] += power_RC.sum(1)
+                column_sum[columns] += power_RC.sum(0)
     logs = logarithms(problem, row_sum, column_sum, row_target, column_target, wide)
     if logs.flag:
         row_lse, column_lse = _online_cpu(problem, x_BE, y_GE)
@@ -139,38 +140,43 @@ def contrastive_bwd_cpu(
     )
     parts = parts.to(wide)
     side_R, side_C = logits_cpu.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
-    size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
-    recomputed = flagged or not stash_BG.numel()
-    buffers = [logits_cpu.buffer((size,), wide) for _ in range(2 if recomputed else 1)]
+    buffer = logits_cpu.buffer((min(side_R, len(x_BE)) * min(side_C, len(y_GE)),), wide)
+    stashed = not flagged and stash_BG.numel() > 0
     for rows in logits.blocks(len(x_BE), side_R):
         # A flagged problem has natural exponents: powers of two would round its large logits more coarsely.
         scaled_RE = logits_cpu.scaled(x_BE[rows], scale if flagged else to_power)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
-            grad_RC, *power = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-            if power:
-                power_RC = torch.mm(scaled_RE, y_GE[columns].T, out=power[0])
-            pairs = problem.pairs.block(rows, columns)
-            invalid, positive = logits_cpu.masks(pairs)
-            if flagged:
-                torch.sub(power_RC, row_offset[rows, None], out=grad_RC)
-                grad_RC.exp_().mul_(row_online[rows, None])
-                power_RC.sub_(column_offset[columns]).exp_().mul_(column_online[columns])
-                grad_RC += power_RC
-            else:
-                torch.add(row_factor[rows, None], column_factor[columns], out=grad_RC)
-                if power and offset > 0:
-                    power_RC.sub_(offset.to(wide))
-                grad_RC *= power_RC.exp2_() if power else stash_BG[rows, columns]
-            _add_target_gradients_cpu(
-                problem.by_place, pairs, grad_RC, parts.block(rows, columns), positive
-            )
-            if invalid is not None:
-                grad_RC.masked_fill_(invalid, 0)
+            block = buffer[: math.prod(shape)].view(shape)
+            if not stashed:
+                torch.mm(scaled_RE, y_GE[columns].T, out=block)
+            other = x_BE.new_empty(logits_cpu.strip_rows(shape[1], wide), shape[1])
+            for strip, part in logits_cpu.strips(rows, shape[1], wide):
+                grad_RC, pairs = block[part], problem.pairs.block(strip, columns)
+                invalid, positive = logits_cpu.masks(pairs)
+                other_RC = other[: len(grad_RC)]
+                if flagged:
+                    torch.sub(grad_RC, row_offset[strip, None], out=other_RC)
+                    other_RC.exp_().mul_(row_online[strip, None])
+                    grad_RC.sub_(column_offset[columns]).exp_().mul_(column_online[columns])
+                    grad_RC += other_RC
+                elif stashed:
+                    torch.add(row_factor[strip, None], column_factor[columns], out=grad_RC)
+                    grad_RC *= stash_BG[strip, columns]
+                else:
+                    if offset > 0:
+                        grad_RC.sub_(offset.to(wide))
+                    torch.add(row_factor[strip, None], column_factor[columns], out=other_RC)
+                    grad_RC.exp2_().mul_(other_RC)
+                _add_target_gradients_cpu(
+                    problem.by_place, pairs, grad_RC, parts.block(strip, columns), positive
+                )
+                if invalid is not None:
+                    grad_RC.masked_fill_(invalid, 0)
             if need_image:
-                d_x[rows].addmm_(grad_RC, y_GE[columns])
+                d_x[rows].addmm_(block, y_GE[columns])
             if need_text:
-                d_y[columns].addmm_(grad_RC.T, x_BE[rows])
+                d_y[columns].addmm_(block.T, x_BE[rows])
     along = logits_cpu.dot(d_x, x_BE) if need_image else logits_cpu.dot(d_y, y_GE)
     d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
     if need[0]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from clipcore.kernels import logits, tiles
 from clipcore.kernels.logits import Pairs
 from clipcore.kernels.normalize import normalize_bwd_ref, normalize_ref
 
-# Columns of a block: wide enough for the library's product, and its rows stay in the cache.
+# Columns of a block. A block is as large as the workspace, for the library's products; the passes over its elements
+# walk over strips of it that stay in the cache.
 CPU_COLUMNS = 8192
+STRIP_BYTES = 2**20
 HUGE_PAGE = 2**21
 
 
@@ -31,9 +34,20 @@ def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a block on the CPU: two buffers of it fit the workspace."""
+    """Rows and columns of a block on the CPU, which fills the workspace."""
     columns = max(1, min(num_columns, CPU_COLUMNS))
-    return max(1, workspace_bytes // (2 * dtype.itemsize * columns)), columns
+    return max(1, workspace_bytes // (dtype.itemsize * columns)), columns
+
+
+def strip_rows(num_columns: int, dtype: torch.dtype) -> int:
+    """Rows of a strip."""
+    return max(1, STRIP_BYTES // (dtype.itemsize * num_columns))
+
+
+def strips(rows: slice, num_columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Strips of a block with these rows: their rows among all and in the block."""
+    for part in logits.blocks(rows.stop - rows.start, strip_rows(num_columns, dtype)):
+        yield slice(rows.start + part.start, rows.start + part.stop), part
 
 
 def scaled(x_RE: Tensor, factor: Tensor) -> Tensor:

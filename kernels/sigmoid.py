@@ -260,7 +260,7 @@ def sigmoid_fwd_triton(
 def sigmoid_fwd_cpu(
     problem: Problem, backward: bool, need: tuple[bool, bool]
 ) -> tuple[Tensor, ...]:
-    """The same in blocks that stay in the cache. The scale's gradient is <d_x, x>, which float32 blocks make exact."""
+    """The same in strips that stay in the cache. The scale's gradient is <d_x, x>, which float32 blocks make exact."""
     x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
     y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
     wide = x_BE.dtype
@@ -270,24 +270,24 @@ def sigmoid_fwd_cpu(
     loss, d_scale, d_bias = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     scale, bias = (part.double().reshape(()) for part in (problem.scale, problem.bias))
     side_R, side_C = logits_cpu.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
-    size = min(side_R, len(x_BE)) * min(side_C, len(y_GE))
-    buffers = [logits_cpu.buffer((size,), wide) for _ in range(2)]
+    buffer = logits_cpu.buffer((min(side_R, len(x_BE)) * min(side_C, len(y_GE)),), wide)
     for rows in logits.blocks(len(x_BE), side_R):
         scaled_RE = logits_cpu.scaled(x_BE[rows], scale * LOG2E)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
-            block, other = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-            pairs = problem.pairs.block(rows, columns)
-            torch.mm(scaled_RE, y_GE[columns].T, out=block)
-            part = math.inf
-            if pairs.ids != "positive":
-                part = _block_by_place(block, other, pairs, scale, bias, backward)
-            if part == math.inf:  # any logits and any positives
-                torch.mm(logits_cpu.scaled(x_BE[rows], scale), y_GE[columns].T, out=block)
-                part = _block_of_any(block, pairs, bias, backward)
-            loss += part
-            if backward:
-                d_bias += block.sum(1).sum(dtype=torch.float64)
+            block = torch.mm(scaled_RE, y_GE[columns].T, out=buffer[: math.prod(shape)].view(shape))
+            other = x_BE.new_empty(logits_cpu.strip_rows(shape[1], wide), shape[1])
+            for strip, part in logits_cpu.strips(rows, shape[1], wide):
+                here, pairs = block[part], problem.pairs.block(strip, columns)
+                total = math.inf
+                if pairs.ids != "positive":
+                    total = _strip_by_place(here, other[: len(here)], pairs, scale, bias, backward)
+                if total == math.inf:  # any logits and any positives
+                    torch.mm(logits_cpu.scaled(x_BE[strip], scale), y_GE[columns].T, out=here)
+                    total = _strip_of_any(here, pairs, bias, backward)
+                loss += total
+                if backward:
+                    d_bias += here.sum(1).sum(dtype=torch.float64)
             if need_image:
                 d_x[rows].addmm_(block, y_GE[columns])
             if need_text:
@@ -302,52 +302,52 @@ def sigmoid_fwd_cpu(
     return loss, d_image, d_text, d_scale, d_bias
 
 
-def _block_by_place(
-    block_RC: Tensor,
+def _strip_by_place(
+    strip_RC: Tensor,
     other_RC: Tensor,
     pairs: Pairs,
     scale: Tensor,
     bias: Tensor,
     backward: bool,
 ) -> float:
-    """The sum of a block's losses, its powers of two turned into gradients; inf where an exponential overflows.
+    """The sum of a strip's losses, its powers of two turned into gradients; inf where an exponential overflows.
 
     With exp(bias) as a factor c of its own: log1p(c q), and c q / (1 + c q) as q / (1 / c + q).
     """
     invalid, _ = logits_cpu.masks(pairs)
     if invalid is not None:
-        block_RC.masked_fill_(invalid, -torch.inf)
-    diagonal, _, _ = logits_cpu.diagonal(block_RC, pairs)
+        strip_RC.masked_fill_(invalid, -torch.inf)
+    diagonal, _, _ = logits_cpu.diagonal(strip_RC, pairs)
     z = diagonal.double() / LOG2E + bias
     diagonal.fill_(-torch.inf)
     bias_power = (bias * LOG2E).item()
     if max(abs(bias_power), (scale * LOG2E).abs().item()) > SAFE_POWER:
         whole = round(bias_power)
-        block_RC += whole
+        strip_RC += whole
         bias_power -= whole
-    block_RC.exp2_()
-    torch.mul(block_RC, 2.0**bias_power, out=other_RC).log1p_()
+    strip_RC.exp2_()
+    torch.mul(strip_RC, 2.0**bias_power, out=other_RC).log1p_()
     total = other_RC.sum(1).sum(dtype=torch.float64) + F.softplus(-z, threshold=LINEAR).sum()
     if backward:
-        torch.add(block_RC, 2.0**-bias_power, out=other_RC)
-        block_RC /= other_RC
+        torch.add(strip_RC, 2.0**-bias_power, out=other_RC)
+        strip_RC /= other_RC
         diagonal.copy_(-torch.sigmoid(-z))
     return total.item()
 
 
-def _block_of_any(block_RC: Tensor, pairs: Pairs, bias: Tensor, backward: bool) -> float:
-    """The same of any logits, which the block holds without the bias, and with any positives."""
+def _strip_of_any(strip_RC: Tensor, pairs: Pairs, bias: Tensor, backward: bool) -> float:
+    """The same of any logits, which the strip holds without the bias, and with any positives."""
     invalid, positive = logits_cpu.masks(pairs)
-    sign = block_RC.new_ones(()) if positive is None else 1 - 2 * positive.to(block_RC.dtype)
-    block_RC.add_(bias.to(block_RC.dtype)).mul_(sign)
-    diagonal, _, _ = logits_cpu.diagonal(block_RC, pairs)
+    sign = strip_RC.new_ones(()) if positive is None else 1 - 2 * positive.to(strip_RC.dtype)
+    strip_RC.add_(bias.to(strip_RC.dtype)).mul_(sign)
+    diagonal, _, _ = logits_cpu.diagonal(strip_RC, pairs)
     if positive is None:
         diagonal.neg_()
     if invalid is not None:
-        block_RC.masked_fill_(invalid, -torch.inf)
-    total = F.softplus(block_RC, threshold=LINEAR).sum(1).sum(dtype=torch.float64)
+        strip_RC.masked_fill_(invalid, -torch.inf)
+    total = F.softplus(strip_RC, threshold=LINEAR).sum(1).sum(dtype=torch.float64)
     if backward:
-        block_RC.sigmoid_().mul_(sign)
+        strip_RC.sigmoid_().mul_(sign)
         if positive is None:
             diagonal.neg_()
     return total.item()
