@@ -294,7 +294,8 @@ def test_kernels_keep_nan(engine: str, stash_bytes: int, monkeypatch: pytest.Mon
 
 
 # Gradients at scale 100 from operands of 16 bits: the N at which the requirement is stated on a GPU, a smaller one here.
-NUM_PRECISE = 8192 if KERNEL_DEVICE == "cuda" else 512
+NUM_PRECISE = 8192 if KERNEL_DEVICE == "cuda" else 256
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 def pairs_found(num_pairs: int, width: int, accuracy: float) -> tuple[Tensor, Tensor]:
@@ -311,19 +312,19 @@ def pairs_found(num_pairs: int, width: int, accuracy: float) -> tuple[Tensor, Te
     return image, text
 
 
-@pytest.mark.parametrize(
-    ("operand", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 6e-3)], ids=str
-)
+@pytest.mark.parametrize("operand", KERNEL_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("accuracy", [0.0, 0.97])
 @pytest.mark.parametrize("stash_bytes", STASHES)
 def test_gradients_of_16_bit_operands_at_scale_100(
     operand: torch.dtype,
-    limit: float,
     accuracy: float,
     stash_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Relative error of both embedding gradients; operands of a GPU's library engine."""
+    """Relative error of both embedding gradients; operands of a GPU's library engine.
+
+    Not bfloat16 in the interpreter, which cuts it off instead of rounding it.
+    """
     image, text = pairs_found(NUM_PRECISE, 768, accuracy)
     scale = torch.tensor(100.0)
     exact = with_gradients(
@@ -340,7 +341,7 @@ def test_gradients_of_16_bit_operands_at_scale_100(
     )
     for ours, theirs in zip(actual[1:3], exact[1:3], strict=True):
         error = torch.linalg.vector_norm(ours.cpu().double() - theirs) / theirs.norm()
-        assert error.item() <= limit
+        assert error.item() <= LIMITS[operand]
 
 
 # 3. Ahead of time.
