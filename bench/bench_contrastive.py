@@ -92,6 +92,7 @@ def bench(
     device: torch.device,
     dtype: torch.dtype,
     names: list[str] | None,
+    once: bool,
 ) -> None:
     leaves = inputs_for(loss, size, width, device, dtype)
     case = {"N": size, "E": width, "dtype": str(dtype).removeprefix("torch.")}
@@ -101,25 +102,29 @@ def bench(
     # The bare products multiply what clipcore's would: float16 for 16-bit embeddings.
     operands = [t.detach() if dtype == torch.float32 else t.detach().half() for t in leaves[:2]]
     counts = (3, 4) if loss == "softmax" else (3,)
-    steps: dict[str, Callable[[], Any]] = {
-        f"{count} bare products": bare_products(*operands, count) for count in counts
-    }
+    steps: dict[str, Callable[[], Any]] = {}
+    if not once:
+        for count in counts:
+            steps[f"{count} bare products"] = bare_products(*operands, count)
     forwards: dict[str, Callable[[], Any]] = {}
     extras: dict[str, dict[str, Any]] = {}
-    exact = exact_results(loss, leaves)
+    exact = None if once else exact_results(loss, leaves)
     for name, loss_fn, dense in providers(TABLES[loss], device.type == "cuda", names):
         if dense and size > LARGEST_DENSE:
             continue
         try:
-            extras[name] = errors(loss_fn, leaves, exact)
+            if not once:
+                extras[name] = errors(loss_fn, leaves, exact)
         except torch.cuda.OutOfMemoryError:
             print(f"{name} {case}: out of memory", flush=True)
             torch.cuda.empty_cache()
             continue
         forwards[name] = partial(loss_fn, *leaves)
         steps[name] = partial(forward_and_backward, loss_fn, leaves)
-    record(f"{title} forward", forwards, **{**work, "flops": product}, **case)
-    medians = record(f"{title} forward+backward", steps, **work, extras=extras, **case)
+    if not once:
+        record(f"{title} forward", forwards, **{**work, "flops": product}, **case)
+    both = {"extras": extras, "min_rounds": 1 if once else 5}
+    medians = record(f"{title} forward+backward", steps, **work, **both, **case)
     torch._dynamo.reset()
     for name, median in medians.items():
         shares = ", ".join(
@@ -127,7 +132,8 @@ def bench(
             for key in ("open_clip", *(f"{count} bare products" for count in counts))
             if key in medians
         )
-        print(f"{loss} {size} x {width}, {name}: {median:.1f} ms; speed {shares}", flush=True)
+        compared = f"; speed {shares}" if shares else ""
+        print(f"{loss} {size} x {width}, {name}: {median:.1f} ms{compared}", flush=True)
 
 
 def largest(loss: str, width: int, device: torch.device, names: list[str] | None) -> None:
@@ -156,6 +162,9 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", action="store_true")
+    parser.add_argument(
+        "--once", action="store_true", help="the step alone, one timed call: for millions of pairs"
+    )
     parser.add_argument("--untested", action="store_true", help="the tests have just passed")
     arguments = parser.parse_args()
     if not arguments.untested:
@@ -169,13 +178,13 @@ def main() -> None:
     sizes = arguments.sizes or ([1024, 8192, 32768, 65536] if on_gpu else [1024, 4096, 8192])
     widths = arguments.widths or ([512, 768, 1024] if on_gpu else [512])
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    for loss in arguments.loss:
-        for width in widths:
+    for width in widths:
+        for loss in arguments.loss:
             if arguments.largest:
                 largest(loss, width, device, arguments.providers)
                 continue
             for size in sizes:
-                bench(loss, size, width, device, dtype, arguments.providers)
+                bench(loss, size, width, device, dtype, arguments.providers, arguments.once)
 
 
 if __name__ == "__main__":

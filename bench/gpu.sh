@@ -23,9 +23,9 @@ losses="tests/test_contrastive.py tests/test_sigmoid.py tests/test_loss.py"
 # shellcheck disable=SC2086
 part tests 200 python -m pytest tests/test_similarity.py tests/test_similarity_topk.py $losses -k "not compiles" || exit 1
 part contrastive 150 python bench/bench_contrastive.py --untested --widths 768 512
-part large 50 python bench/bench_contrastive.py --untested --sizes 1048576 --widths 512 --loss softmax \
+part large 70 python bench/bench_contrastive.py --untested --once --sizes 1048576 --widths 512 --loss softmax \
     --providers "clipcore recompute" "clipcore fused"
 part largest 40 python bench/bench_contrastive.py --untested --largest --widths 768 --loss softmax
-part similarity 40 python bench/bench_similarity.py --untested
-part train 100 python -m clipcore.train --device cuda --quiet --logs "$OUT/logs" --name glyphs
+part similarity 30 python bench/bench_similarity.py --untested
+part train 90 python -m clipcore.train --device cuda --quiet --logs "$OUT/logs" --name glyphs
 python bench/harness.py

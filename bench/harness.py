@@ -41,25 +41,29 @@ class Measured(NamedTuple):
 
 
 def measure(
-    fns: dict[str, Callable[[], Any]], device: torch.device, budget_s: float = 2.0
+    fns: dict[str, Callable[[], Any]],
+    device: torch.device,
+    budget_s: float = 2.0,
+    min_rounds: int = 5,
 ) -> dict[str, Measured]:
     """Times of single calls after a warm-up, the providers in turn: what slows the machine down slows them all.
 
-    At least five rounds, more while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs
-    out of memory is left out.
+    At least `min_rounds`, more while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs out
+    of memory is left out. With one round the call that watches the memory is the warm-up.
     """
     on_gpu = device.type == "cuda"
     found: dict[str, Measured] = {}
     for name, fn in fns.items():
         try:
-            fn()
+            if min_rounds > 1:
+                fn()
             found[name] = Measured([], _peak_on_gpu(fn) if on_gpu else _peak_on_cpu(fn))
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
             torch.cuda.empty_cache()
     limit = time.perf_counter() + budget_s * len(found)
     rounds = 0
-    while rounds < 5 or (time.perf_counter() < limit and rounds < 200):
+    while rounds < min_rounds or (time.perf_counter() < limit and rounds < 200):
         rounds += 1
         for name, measured in found.items():
             measured.times_ms.append(_time_ms(fns[name], on_gpu))
@@ -119,6 +123,7 @@ def record(
     flops: float,
     bytes_moved: float,
     extras: dict[str, dict[str, Any]] | None = None,
+    min_rounds: int = 5,
     **case: Any,
 ) -> dict[str, float]:
     """Measures providers of one operation, appends and prints their rows; returns their medians in ms.
@@ -126,12 +131,14 @@ def record(
     Args:
         flops, bytes_moved: of the operation, not of one implementation, so that providers compare.
         extras: what else was found of a provider, of `EXTRAS`.
+        min_rounds: see `measure`; 1 for calls of many seconds.
         case: what tells this case from others: sizes and dtype.
     """
     medians: dict[str, float] = {}
-    for provider, (times_ms, extra_bytes) in measure(fns, device).items():
+    for provider, (times_ms, extra_bytes) in measure(fns, device, min_rounds=min_rounds).items():
         median = statistics.median(times_ms)
-        fifths = statistics.quantiles(times_ms, n=5)
+        # One time has no spread.
+        fifths = statistics.quantiles(times_ms, n=5) if len(times_ms) > 1 else times_ms
         medians[provider] = median
         row = {
             "op": op,
