@@ -310,17 +310,19 @@ def _strip_by_place(
     bias: Tensor,
     backward: bool,
 ) -> float:
-    """The sum of a strip's losses, its powers of two turned into gradients; inf where an exponential overflows.
+    """The sum of a strip's losses, its powers of two turned into gradients; inf where one overflows.
 
     With exp(bias) as a factor c of its own: log1p(c q), and c q / (1 + c q) as q / (1 / c + q).
     """
+    bias_power = (bias * LOG2E).item()
+    if math.isinf(bias_power):
+        return math.inf
     invalid, _ = logits_cpu.masks(pairs)
     if invalid is not None:
         strip_RC.masked_fill_(invalid, -torch.inf)
     diagonal, _, _ = logits_cpu.diagonal(strip_RC, pairs)
     z = diagonal.double() / LOG2E + bias
     diagonal.fill_(-torch.inf)
-    bias_power = (bias * LOG2E).item()
     if max(abs(bias_power), (scale * LOG2E).abs().item()) > SAFE_POWER:
         whole = round(bias_power)
         strip_RC += whole

@@ -199,6 +199,20 @@ def test_nan_stays(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0].isnan() and found[1][3].isnan().any() and found[2].isnan().any()
 
 
+@pytest.mark.parametrize(
+    "broken", [(torch.nan, 0.0), (10.0, torch.nan), (10.0, torch.inf), (torch.inf, -10.0)], ids=str
+)
+@pytest.mark.parametrize("engine", ["cpu", "library"])
+def test_what_is_not_finite_shows(
+    broken: tuple[float, float], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scale or bias: the loss is not finite either, and nothing is raised."""
+    if engine != "cpu":
+        in_triton_everywhere(monkeypatch, torch.float32)
+    image, text = (t.to(KERNEL_DEVICE) for t in unit_embeddings(9, 9, 16))
+    assert not sigmoid_loss(image, text, *broken).isfinite()
+
+
 # 3. Ahead of time.
 
 
