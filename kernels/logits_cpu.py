@@ -5,8 +5,11 @@ Legend: logits.py.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -24,13 +27,36 @@ HUGE_PAGE = 2**21
 
 
 def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor, in huge pages where it is large: the first touch of small ones costs more than a pass."""
+    """An uninitialised tensor; a large one in huge pages that stay with the process for the next call's.
+
+    The first touch of memory costs more than a pass over it, in a virtual machine ten times as much.
+    """
     size = math.prod(shape) * dtype.itemsize
     if size < 4 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
+    pages = _take_pages(size)
+    # The tensor holds the array, and with its end the pages are idle again.
+    array = (ctypes.c_byte * size).from_buffer(pages)
+    weakref.finalize(array, _idle_pages.append, pages).atexit = False
+    return torch.frombuffer(array, dtype=dtype).view(shape)
+
+
+_idle_pages: list[mmap.mmap] = []
+_taking = threading.Lock()
+
+
+def _take_pages(size: int) -> mmap.mmap:
+    """Idle pages of about this size. Where there are none all idle ones are given back: they were another problem's."""
+    with _taking:
+        fitting = [pages for pages in _idle_pages if size <= len(pages) <= 2 * size]
+        if fitting:
+            smallest = min(fitting, key=len)
+            _idle_pages.remove(smallest)
+            return smallest
+        _idle_pages.clear()
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return pages
 
 
 def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:

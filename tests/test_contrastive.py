@@ -22,7 +22,7 @@ from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import contrastive, contrastive_triton
+from clipcore.kernels import contrastive, contrastive_triton, logits_cpu
 from clipcore.kernels.contrastive import (
     contrastive_loss,
     contrastive_ref,
@@ -451,6 +451,22 @@ def test_nothing_of_n_by_n_is_held() -> None:
             image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
         ).backward()
     assert largest.bytes <= max(workspace_bytes, num_pairs * width * 4)
+
+
+def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
+    """Pages of a buffer that is gone serve the next one of about its size; another size gives idle ones back."""
+    shape, dtype = (5 * logits_cpu.HUGE_PAGE,), torch.uint8
+    first, second = (logits_cpu.buffer(shape, dtype).fill_(i) for i in (1, 2))
+    view, address = first[7:], first.data_ptr()
+    del first
+    third = logits_cpu.buffer(shape, dtype).fill_(3)
+    assert (view == 1).all() and (second == 2).all() and (third == 3).all()
+    del view
+    assert logits_cpu.buffer(shape, dtype).data_ptr() == address
+    idle = list(logits_cpu._idle_pages)
+    assert idle and not any(pages.closed for pages in idle)
+    logits_cpu.buffer((3 * shape[0],), dtype)
+    assert [len(pages) for pages in logits_cpu._idle_pages] == [3 * shape[0]]
 
 
 MEASURE_PEAK = """
