@@ -321,7 +321,8 @@ def _picture(image: np.ndarray, description: str, size: int) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten apart) from below ``low`` to above ``high``."""
-    if not high > low:
+    # A constant curve, up to what its mean has lost in rounding.
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))

@@ -154,14 +154,15 @@ def test_a_run_of_one_step_or_of_broken_values_has_a_page():
 
 
 def test_size_is_bounded_for_a_long_run(tmp_path):
-    rows = [dict(full_data().steps[0], step=i) for i in range(1, 200_001)]
-    write_report(tmp_path / "report.html", dataclasses.replace(full_data(), steps=rows))
+    data = full_data()
+    rows = [dict(data.steps[0], step=i) for i in range(1, 200_001)]
+    write_report(tmp_path / "report.html", dataclasses.replace(data, steps=rows))
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000)]
+    ("low", "high"), [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000), (100, 100 + 1e-11)]
 )
 def test_ticks_are_round_and_cover(low, high):
     found = ticks(low, high)
