@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class UnknownModelError(ValueError):
@@ -66,6 +69,10 @@ class ModelConfig:
     text: TextConfig
     quick_gelu: bool = False
     """QuickGELU in place of GELU, as in OpenAI's weights."""
+    init_logit_scale: float = INITIAL_LOGIT_SCALE
+    """Logarithm of what the cosine is multiplied with, before training."""
+    init_logit_bias: float | None = None
+    """What is added to the logits, before training; None for a model without (SigLIP's has -10)."""
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
@@ -91,11 +98,13 @@ class ModelConfig:
             VisionConfig(**vision),
             TextConfig(**text),
             config.get("quick_gelu", False),
+            config.get("init_logit_scale", INITIAL_LOGIT_SCALE),
+            config.get("init_logit_bias"),
         )
 
     def describe(self) -> str:
         """The model in words: its published name, or its towers."""
-        plain = dataclasses.replace(self, quick_gelu=False)
+        plain = ModelConfig(self.embed_dim, self.vision, self.text)
         for name, config in MODELS.items():
             if config == plain:
                 return name
@@ -116,7 +125,13 @@ class ModelConfig:
             "vision_cfg": vision,
             "text_cfg": dataclasses.asdict(self.text),
         }
-        return {**config, "quick_gelu": True} if self.quick_gelu else config
+        for name in ("quick_gelu", "init_logit_scale", "init_logit_bias"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                config[name] = getattr(self, name)
+        return config
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def _vit(

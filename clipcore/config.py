@@ -104,7 +104,15 @@ class TrainConfig:
     )
 
     epochs: int | None = _option(None, OPTIMISATION, "passes over the data", metavar="N")
-    batch_size: int | None = _option(None, OPTIMISATION, "pairs a device and step", metavar="N")
+    global_batch_size: int | None = _option(
+        None, OPTIMISATION, "pairs of the loss, on all devices together", metavar="N"
+    )
+    batch_size: int | None = _option(
+        None, OPTIMISATION, "in its place: pairs a device, times --accum-freq", metavar="N"
+    )
+    accum_freq: int = _option(
+        1, OPTIMISATION, "micro-batches of --batch-size a device and step, exact", metavar="K"
+    )
     lr: float | None = _option(
         None, OPTIMISATION, "peak learning rate [the paper's for the model]", metavar="X"
     )
@@ -130,6 +138,9 @@ class TrainConfig:
     ema_decay: float | None = _option(
         None, OPTIMISATION, "evaluate a moving average of the weights", metavar="X"
     )
+    siglip: bool = _option(
+        False, OPTIMISATION, "SigLIP's sigmoid loss, with its first scale and bias"
+    )
     seed: int = _option(0, OPTIMISATION, "of the weights, the order and the crops", metavar="N")
 
     precision: str | None = _option(
@@ -137,6 +148,18 @@ class TrainConfig:
         COST,
         "arithmetic [amp_bf16 on a GPU, else fp32]",
         choices=("fp32", "amp_bf16", "amp_bfloat16", "amp"),
+    )
+    micro_batch_size: int | None = _option(
+        None, COST, "pairs that a device embeds at once [found]", metavar="N"
+    )
+    keep_graphs: int | None = _option(
+        None, COST, "micro-batches that are not embedded twice [as many as fit]", metavar="N"
+    )
+    step_memory: float | None = _option(
+        None, COST, "GB of a step beside the model [90%% of a free GPU; 4 on a CPU]", metavar="X"
+    )
+    verify_gradients: bool = _option(
+        False, COST, "first compare a small step with plain float64, and stop if they differ"
     )
     grad_checkpointing: bool = _option(False, COST, "recompute activations in the backward pass")
     torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
@@ -190,7 +213,11 @@ def _check(config: TrainConfig) -> None:
     """Refuses values that no run can use."""
     for name in (
         "epochs",
+        "global_batch_size",
         "batch_size",
+        "accum_freq",
+        "micro_batch_size",
+        "keep_graphs",
         "train_num_samples",
         "save_every_steps",
         "log_every_n_steps",
@@ -211,7 +238,7 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if config.aug_ratio is not None and config.aug_ratio < 1:
         raise ConfigError(f"--aug-ratio is at least 1, for square crops; got {config.aug_ratio}")
-    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes"):
+    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes", "step_memory"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -288,9 +315,41 @@ def resolve(config: TrainConfig) -> TrainConfig:
         name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    if config.global_batch_size is not None:
+        del unset["batch_size"]
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1
     return dataclasses.replace(config, **unset)
+
+
+def in_global_batches(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The same with ``--batch-size`` and ``--accum-freq`` turned into a global batch and its micro-batches.
+
+    open_clip's ``--batch-size`` is what a device embeds at once, ``--accum-freq`` how often a step does so.
+
+    Raises:
+        ConfigError: both ways are taken and say different things.
+    """
+    if config.batch_size is None:
+        if config.accum_freq > 1:
+            raise ConfigError(
+                "--accum-freq counts micro-batches of --batch-size: give that too, or choose --micro-batch-size"
+            )
+        return config
+    total = config.batch_size * config.accum_freq * world_size
+    if config.global_batch_size not in (None, total):
+        raise ConfigError(
+            f"--batch-size {config.batch_size} x --accum-freq {config.accum_freq} x {world_size} devices is {total} "
+            f"pairs, and --global-batch-size says {config.global_batch_size}; leave one of them out"
+        )
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    return dataclasses.replace(
+        config,
+        global_batch_size=total,
+        micro_batch_size=micro_batch_size,
+        batch_size=None,
+        accum_freq=1,
+    )
 
 
 def warmup_steps(config: TrainConfig, explicit: bool, num_steps: int) -> int:
@@ -321,7 +380,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, derived from the fields of ``TrainConfig``."""
     parser = _Parser(
         prog="python -m clipcore.train",
-        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--batch-size N] ...",
+        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...",
         description="Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
         formatter_class=_Lines,
         allow_abbrev=False,

@@ -83,8 +83,9 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ConversionError(
             f"the weights are no CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)"
         )
-    if found["logit_scale"].ndim:
-        found["logit_scale"] = found["logit_scale"].reshape(())
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in found and found[scalar].ndim:
+            found[scalar] = found[scalar].reshape(())
     return found
 
 
@@ -267,7 +268,8 @@ def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> Model
             vision = dataclasses.replace(vision, head_width=known.vision.head_width)
         if (known.text.width, known.text.layers) == (text.width, text.layers):
             text = dataclasses.replace(text, heads=known.text.heads)
-    return ModelConfig(embed_dim, vision, text, quick_gelu)
+    bias = float(state["logit_bias"]) if "logit_bias" in state else None
+    return ModelConfig(embed_dim, vision, text, quick_gelu, init_logit_bias=bias)
 
 
 def _infer_text(state: Mapping[str, Tensor]) -> TextConfig:

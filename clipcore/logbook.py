@@ -74,7 +74,7 @@ class Logbook:
             self._file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115
             # Never longer than it is: that would fill it with zeros.
             self._file.truncate(min(size_bytes, self._file.seek(0, os.SEEK_END)))
-        self._start = self._last_step = time.perf_counter()
+        self._start = self._last_step = self._last_progress = time.perf_counter()
         self._elapsed_before_s = elapsed_s
         self._bar = tqdm(
             total=num_steps,
@@ -119,6 +119,13 @@ class Logbook:
             refresh=False,
         )
         self._bar.update()
+
+    def progress(self, num_done: int, num_passes: int) -> None:
+        """How far a step of several passes has come, on the bar, twice a second at most."""
+        now = time.perf_counter()
+        if num_done < num_passes and now - self._last_progress > 0.5:
+            self._last_progress = now
+            self._bar.set_postfix_str(f"micro-batch {num_done} of {num_passes} of this step")
 
     def evaluation(self, row: dict[str, Any], headline: Sequence[str]) -> None:
         """One evaluation: a line in the file, and the figures named in ``headline`` above the bar."""

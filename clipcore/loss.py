@@ -121,6 +121,13 @@ class ClipLoss(nn.Module):
             loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not absent
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
+        """What `forward` and its backward hold at their peak beside these features and their gradients."""
+        chosen = self.plan(image_features, text_features)
+        asked = self.memory["workspace_bytes"]
+        workspace = _workspace_bytes(image_features, text_features, self.world_size, asked)
+        return workspace + (chosen.stash_bytes if chosen.stash else 0)
+
     def plan(self, image_features: Tensor, text_features: Tensor) -> Plan:
         """How `forward` will compute the loss of these features; `str` says it in one line."""
         stash_bytes, operand_dtype = self.memory["stash_bytes"], self.memory["operand_dtype"]
@@ -266,6 +273,30 @@ class SigLipLoss(nn.Module):
             **settings,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
+        """What `forward` and its backward hold at their peak beside these features and their gradients."""
+        asked = self.settings["workspace_bytes"]
+        return _workspace_bytes(image_features, text_features, self.world_size, asked)
+
+    def plan(self, image_features: Tensor, text_features: Tensor) -> str:
+        """How `forward` will compute the loss of these features, in one line."""
+        B, E = image_features.shape
+        G = self.world_size * len(text_features)
+        dtype = logits.operand_dtype(image_features, text_features, self.settings["operand_dtype"])
+        return (
+            f"sigmoid loss of {B:,} x {G:,} x {E} on {image_features.device.type}: one pass, 3 products in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+
+
+def _workspace_bytes(image_BE: Tensor, text_BE: Tensor, world_size: int, asked: int | None) -> int:
+    """Of a loss without a stash: a block of logits, sums of the size of rows, and over ranks the texts of all."""
+    B, G, E = len(image_BE), world_size * len(text_BE), image_BE.shape[1]
+    if asked is None:
+        asked = logits.WORKSPACE_BYTES[image_BE.device.type]
+    gathered = 0 if world_size == 1 else 2 * 4 * G * E
+    return min(asked, 4 * B * G) + 12 * 8 * (B + G) + gathered
 
 
 def _check_pairs(image_BE: Tensor, text_BE: Tensor, world_size: int) -> None:

@@ -26,7 +26,6 @@ from clipcore.text import TextTower
 from clipcore.vision import VisionTransformer
 from clipcore.weights import load_state_dict_file
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 
 # open_clip's names, and fp64 for tests. The amp ones keep float32 weights: what is computed in which dtype is then
@@ -52,6 +51,7 @@ class CLIP(TextTower):
 
     Attributes:
         logit_scale: logarithm of what the cosine is multiplied with; starts at ln(1/0.07).
+        logit_bias: what is added to the logits, in SigLIP's models; None in the others.
         output_dict: ``forward`` returns a dict in place of a tuple.
     """
 
@@ -64,48 +64,67 @@ class CLIP(TextTower):
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
         else:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_bias: nn.Parameter | None = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
     @property
     def is_resnet(self) -> bool:
         return self.config.vision.is_resnet
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(
+        self, image: Tensor, normalize: bool = False, dropout_seeds: Tensor | None = None
+    ) -> Tensor:
         """Features [B, E] of preprocessed images [B, 3, S, S]; ``normalize`` scales them to unit length.
+
+        Args:
+            dropout_seeds: see ``VisionTransformer.forward``; for a model with patch dropout, in training.
 
         Raises:
             ValueError: images of another size than the model's.
         """
-        features_BE = self.visual(image)
+        features_BE = self.visual(image, *(() if dropout_seeds is None else (dropout_seeds,)))
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Any:
         """Unit features of both sides and the scale of their cosine.
 
         Args:
             image: [B, 3, S, S], or None.
             text: [B, L] ids, or None.
+            dropout_seeds: see ``encode_image``.
 
         Returns:
-            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()), or a dict of these names
-            with ``output_dict``.
+            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()), and logit_bias in a model
+            that has one; or a dict of these names with ``output_dict``.
         """
-        image_features = None if image is None else self.encode_image(image, normalize=True)
+        image_features = None
+        if image is not None:
+            image_features = self.encode_image(image, True, dropout_seeds)
         text_features = None if text is None else self.encode_text(text, normalize=True)
         scale = self.logit_scale.exp()
-        if self.output_dict:
-            return {
-                "image_features": image_features,
-                "text_features": text_features,
-                "logit_scale": scale,
-            }
-        return image_features, text_features, scale
+        named = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": scale,
+        }
+        if self.logit_bias is not None:
+            named["logit_bias"] = self.logit_bias
+        return named if self.output_dict else tuple(named.values())
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines of every image with every text, and their transpose."""
+        """Scaled cosines of every image with every text, with the model's bias, and their transpose."""
         logits = normalized_similarity(
             self.encode_image(image), self.encode_text(text), self.logit_scale.exp()
         )
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return logits, logits.T
 
     @torch.no_grad()
@@ -134,6 +153,8 @@ def create_model(
     force_patch_dropout: float | None = None,
     force_vocab_size: int | None = None,
     force_context_length: int | None = None,
+    init_logit_scale: float | None = None,
+    init_logit_bias: float | None = None,
     output_dict: bool = False,
 ) -> CLIP:
     """A model of a known architecture, newly initialised or with weights from a file.
@@ -146,6 +167,7 @@ def create_model(
         force_image_size: another side of the image, pixels; position embeddings of the weights are resized.
         force_quick_gelu: QuickGELU whatever the name says.
         force_patch_dropout, force_vocab_size, force_context_length: other values than the architecture's.
+        init_logit_scale, init_logit_bias: of a new model; SigLIP's are ln(10) and -10. A model without a bias has None.
         output_dict: ``forward`` returns a dict.
 
     Raises:
@@ -163,6 +185,7 @@ def create_model(
         vision=dataclasses.replace(config.vision, **_given(vision)),
         text=dataclasses.replace(config.text, **_given(text)),
         quick_gelu=config.quick_gelu or force_quick_gelu,
+        **_given({"init_logit_scale": init_logit_scale, "init_logit_bias": init_logit_bias}),
     )
     if config.vision.is_resnet and config.vision.patch_dropout:
         raise ValueError("patch dropout is for Vision Transformers; leave it out for a ResNet")
@@ -208,7 +231,7 @@ def create_model_and_transforms(
 
     Args:
         aug_cfg: of the random crop in training, such as ``{"scale": (0.9, 1.0)}``.
-        forced: the ``force_...`` arguments of ``create_model``.
+        forced: the ``force_...`` and ``init_...`` arguments of ``create_model``.
     """
     model = create_model(model_name, pretrained, precision, device, **forced)
     size = model.visual.image_size
@@ -277,6 +300,8 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> None:
     """Loads weights under open_clip's names; see ``load_checkpoint``."""
     own = model.state_dict()
     fitted = resize_position_embeddings(state, own)
+    if "logit_bias" in own and "logit_bias" not in fitted:
+        fitted["logit_bias"] = torch.zeros_like(own["logit_bias"])  # as open_clip does
     differing = _differences(fitted, own)
     if differing:
         try:

@@ -50,13 +50,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 def replayed(module: nn.Module) -> Iterator[None]:
     """Within it, passes in training mode leave the module's running statistics as they are."""
     norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+    before = [norm.replaying for norm in norms]
     for norm in norms:
         norm.replaying = True
     try:
         yield
     finally:
-        for norm in norms:
-            norm.replaying = False
+        for norm, replaying in zip(norms, before, strict=True):
+            norm.replaying = replaying
 
 
 class Bottleneck(nn.Module):

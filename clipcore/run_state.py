@@ -99,7 +99,7 @@ class RunState:
         if (saved := record.get("global_batch_size")) not in (None, self.global_batch_size):
             raise CheckpointError(
                 f"{checkpoint.path} counts its steps in global batches of {saved} pairs, and this run has "
-                f"{self.global_batch_size} (--batch-size times the number of ranks); choose --batch-size so that it is "
+                f"{self.global_batch_size}; leave --batch-size and --accum-freq out and choose --global-batch-size "
                 f"{saved} again, or start anew with --pretrained"
             )
         for key, value in self.identity.items():
@@ -213,6 +213,11 @@ def resumed_config(
         ) from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     settings = {name: value for name, value in saved.items() if name in known}
+    if given & {"batch_size", "accum_freq"}:
+        # The other way to give a global batch, and what was found for it.
+        settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
+    if given & {"micro_batch_size", "step_memory"}:
+        settings["keep_graphs"] = None
     for name in sorted(given - {"resume", "logs", "name"}):
         value = getattr(config, name)
         if settings.get(name) != value:
@@ -228,7 +233,9 @@ def new_run_dir(config: TrainConfig) -> Path:
     """A folder for a new run, named by date, model and batch where the user gives no name."""
     stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
     model = str(config.model).replace("/", "-")
-    return Path(config.logs) / (config.name or f"{stamp}-model_{model}-b_{config.batch_size}")
+    return Path(config.logs) / (
+        config.name or f"{stamp}-model_{model}-b_{config.global_batch_size}"
+    )
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:

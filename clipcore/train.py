@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import math
 import os
 import sys
 import time
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
+    in_global_batches,
     parse_command_line,
     reporters,
     resolve,
@@ -35,9 +36,8 @@ from clipcore.config import (
 )
 from clipcore.data import PairSource
 from clipcore.data.glyphs import GlyphSource, training_captions
-from clipcore.data.loader import PairLoader
+from clipcore.data.loader import Batch, PairLoader
 from clipcore.data.sources import open_source
-from clipcore.data.transforms import normalize_images
 from clipcore.distributed import (
     World,
     all_reduce_sum,
@@ -48,9 +48,10 @@ from clipcore.distributed import (
     init_distributed,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.grad_cache import Found
 from clipcore.interrupt import REPEAT_S, Interrupt
 from clipcore.logbook import Logbook, PartClock
-from clipcore.loss import ClipLoss
+from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP, create_model_and_transforms
 from clipcore.optim import (
     ExponentialMovingAverage,
@@ -68,7 +69,9 @@ from clipcore.run_state import (
     write_config,
 )
 from clipcore.schedule import learning_rate
+from clipcore.step import TrainingStep
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
+from clipcore.verify import verify_gradients
 
 
 class NonFiniteError(RuntimeError):
@@ -85,7 +88,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     checkpoint, run_dir = find_checkpoint(config, world)
     if checkpoint is not None and run_dir is not None:
         config = resumed_config(run_dir, config, given, world)
-    config = resolve(config)
+    config = in_global_batches(resolve(config), world.world_size)
     run_dir = Path(broadcast_object(str(run_dir or new_run_dir(config))))
     run_dir.mkdir(parents=True, exist_ok=True)
     note_without_effect(config, world)
@@ -106,6 +109,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         force_quick_gelu=config.force_quick_gelu,
         force_patch_dropout=config.force_patch_dropout,
         force_vocab_size=tokenizer.vocab_size,
+        # SigLIP's start: of many thousands of pairs in a batch all but a few are none.
+        init_logit_scale=math.log(10) if config.siglip else None,
+        init_logit_bias=-10.0 if config.siglip else None,
         aug_cfg={
             "scale": (config.aug_scale or 1.0, 1.0),
             "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
@@ -116,24 +122,23 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     model.set_grad_checkpointing(config.grad_checkpointing)
 
     # Order and length
-    batch_size, epochs = config.batch_size or 1, config.epochs or 1
+    global_batch_size, epochs = config.global_batch_size or 1, config.epochs or 1
     loader = PairLoader(
         source,
         transform,
         tokenizer,
-        batch_size=batch_size,
+        global_batch_size,
         seed=config.seed,
         rank=world.rank,
         world_size=world.world_size,
         workers=config.workers or 0,
         max_bad_fraction=config.max_bad_fraction,
     )
-    global_batch_size = batch_size * world.world_size
     steps_per_epoch = (config.train_num_samples or len(source)) // global_batch_size
     if not steps_per_epoch:
         raise ConfigError(
             f"--train-num-samples {config.train_num_samples} is less than one batch of {global_batch_size}; "
-            "raise it or lower --batch-size"
+            "raise it or lower --global-batch-size"
         )
     num_steps = epochs * steps_per_epoch
     # A resumed run has the warm-up that it began with, whether from the user or cut from the recipe's.
@@ -157,7 +162,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "amp")
-    loss_fn = ClipLoss(rank=world.rank, world_size=world.world_size)
+    loss_type = SigLipLoss if config.siglip else ClipLoss
+    loss_fn = loss_type(rank=world.rank, world_size=world.world_size)
 
     # Resume
     identity = {
@@ -173,10 +179,17 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
+    training = TrainingStep(
+        *(model, towers, loss_fn, world, transform, precision, config.seed, scaler.scale),
+        *(config.micro_batch_size, config.keep_graphs),
+    )
     if world.world_size > 1:
         # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
         # would add gradients in another order. torch's warning about it cannot be silenced from Python.
-        towers = DistributedDataParallel(towers, find_unused_parameters=True)
+        replicated = DistributedDataParallel(
+            towers, find_unused_parameters=True, broadcast_buffers=False
+        )
+        training.reduce_through(replicated, replicated.no_sync)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -210,32 +223,23 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         for step in range(first_step, num_steps):
             batch = next(batches)
             clock.charge("data")
+            if step == first_step:
+                config = prepare_steps(training, batch, step, config, run_dir, log)
+                clock.charge("plan")
 
-            torch.manual_seed(step_seed(config.seed, step, world.rank))
             lr = scheduled_lr(config, step, num_steps, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = normalize_images(
-                batch.images.to(world.device, non_blocking=True), transform.mean, transform.std
-            )
-            tokens = batch.tokens.to(world.device, non_blocking=True)
-            with autocast(world.device, precision):
-                image_features, text_features, scale = towers(images, tokens)
-                if step == first_step:
-                    log.say(str(loss_fn.plan(image_features, text_features)))
-                loss = loss_fn(image_features, text_features, scale)
-            clock.charge("forward")
-
-            scaler.scale(loss).backward()
+            found = training.gradients(batch, step, clock.charge, log.progress)
             scaler.unscale_(optimizer)
             grad_norm = gradient_norm(model.parameters())
             clock.charge("backward")
 
             # One small all-reduce, so that every rank decides alike: to update, to stop, to save.
-            finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
+            finite = found.loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
             mean_loss, num_broken, num_bad, num_signalled, num_late = all_reduce_sum(
                 [
-                    loss.item() / world.world_size,
+                    found.loss.item() / world.world_size,
                     float(not finite),
                     len(batch.bad),
                     interrupt.signal_number > 0,
@@ -243,9 +247,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 ]
             )
             if num_broken:
-                suspects = {"images": images, "image_features": image_features}
-                suspects |= {"text_features": text_features, "logit_scale": scale, "loss": loss}
-                raise NonFiniteError(describe_non_finite(step, suspects, model, run_dir))
+                raise NonFiniteError(describe_non_finite(step, found, model, run_dir))
 
             if config.grad_clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip_norm, grad_norm)
@@ -306,6 +308,29 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.
     barrier()
     return status
+
+
+def prepare_steps(
+    training: TrainingStep,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+    run_dir: Path,
+    log: Logbook,
+) -> TrainConfig:
+    """Plans the steps where that is not done yet, and verifies their gradients on request; returns the settings with the
+    plan, which a resumed run takes over."""
+    if training.needs_plan(batch):
+        log.say(str(training.plan(batch, step, config.step_memory)))
+        config = dataclasses.replace(
+            config, micro_batch_size=training.micro_batch_size, keep_graphs=training.kept
+        )
+        if log.writes:
+            write_config(run_dir, config)
+    log.say(training.describe_loss(batch))
+    if config.verify_gradients:
+        log.say(verify_gradients(training, batch, step))
+    return config
 
 
 def evaluate_epoch(
@@ -390,19 +415,6 @@ def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
         torch.set_num_threads(max(1, cores - (config.workers or 0)))
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision for the towers."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.float16 if precision == "amp" else torch.bfloat16)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout: a function of its place, so that nothing of the generator needs saving."""
-    digest = hashlib.sha256(f"step {seed} {step} {rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def scheduled_lr(config: TrainConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
     """The learning rate of a step under the settings."""
     assert config.lr is not None and config.warmup is not None
@@ -430,10 +442,10 @@ def minutes_passed(since_s: float, minutes: float | None) -> bool:
     return minutes is not None and time.monotonic() - since_s >= 60 * minutes
 
 
-def describe_non_finite(
-    step: int, suspects: dict[str, Tensor], model: nn.Module, run_dir: Path
-) -> str:
+def describe_non_finite(step: int, found: Found, model: nn.Module, run_dir: Path) -> str:
     """Which tensor went bad first, in the order in which a step computes them."""
+    names = ("image_features", "text_features", "logit_scale", "logit_bias")
+    suspects = dict(zip(names, (*found[1:3], *found.scalars), strict=False)) | {"loss": found.loss}
     parameters = dict(model.named_parameters())
     gradients = {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
     # A bad weight explains everything after it, so that weights come first.
@@ -467,7 +479,7 @@ def describe(
     return (
         f"{config.model}: {all_m:.1f} M parameters, {image_m:.1f} M of them in the image tower\n"
         f"{source.name}: {len(source):,} pairs; {config.epochs} epochs of batch "
-        f"{(config.batch_size or 1) * world.world_size} = {num_steps:,} steps{resumed}, "
+        f"{config.global_batch_size} = {num_steps:,} steps{resumed}, "
         f"on {world.world_size} x {world.device.type}\n"
         f"writing to {run_dir}"
     )

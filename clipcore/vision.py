@@ -46,9 +46,15 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+        """Features of images.
+
+        Args:
+            dropout_seeds: int64 [B]: which patches of an image are dropped is a function of its seed, whatever batch or
+                rank it is in; None draws from torch's generator.
+        """
         check_image_size(images, self.image_size)
-        x_BLD = self.ln_pre(self._drop_patches(self._embed(images)))
+        x_BLD = self.ln_pre(self._drop_patches(self._embed(images), dropout_seeds))
         return self.ln_post(self.transformer.pooled(x_BLD)) @ self.proj
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -63,13 +69,17 @@ class VisionTransformer(nn.Module):
         token_BD = self.class_embedding.to(x_BLD.dtype).expand(len(images), 1, -1)
         return torch.cat([token_BD, x_BLD], 1) + self.positional_embedding.to(x_BLD.dtype)
 
-    def _drop_patches(self, x_BLD: Tensor) -> Tensor:
+    def _drop_patches(self, x_BLD: Tensor, seeds_B: Tensor | None) -> Tensor:
         """In training, a random subset of the patches of each image, and the class token (Li et al. 2022)."""
         if not self.training or self.patch_dropout == 0:
             return x_BLD
         num_patches = x_BLD.shape[1] - 1
         num_kept = max(1, int(num_patches * (1 - self.patch_dropout)))
-        kept = torch.rand(len(x_BLD), num_patches, device=x_BLD.device).topk(num_kept).indices + 1
+        if seeds_B is None:
+            drawn = torch.rand(len(x_BLD), num_patches, device=x_BLD.device)
+        else:
+            drawn = _hashes(seeds_B, num_patches)
+        kept = drawn.topk(num_kept).indices + 1
         rows = torch.arange(len(x_BLD), device=x_BLD.device)[:, None]
         return torch.cat([x_BLD[:, :1], x_BLD[rows, kept]], 1)
 
@@ -87,3 +97,21 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.transformer.grad_checkpointing = enable
+
+
+def _hashes(seeds_B: Tensor, num_hashes: int) -> Tensor:
+    """int64 [B, num_hashes], well mixed: the outputs of a splitmix64 generator that each seed starts."""
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # of the bits, not of the signed number
+
+    steps = torch.arange(1, num_hashes + 1, device=seeds_B.device)
+    x = seeds_B[:, None] + steps * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ shifted(x, 31)
+
+
+def _signed(word: int) -> int:
+    """64 bits as torch's integers hold them."""
+    return word - (1 << 64)

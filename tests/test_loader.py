@@ -55,7 +55,9 @@ def tokenize(texts: list[str]) -> torch.Tensor:
 
 
 def make(source: PairSource, batch_size: int = 8, **settings: object) -> PairLoader:
-    return PairLoader(source, TRAIN, tokenize, batch_size, **{"seed": 1, **settings})  # type: ignore[arg-type]
+    """``batch_size`` pairs a rank."""
+    total = batch_size * settings.get("world_size", 1)  # type: ignore[operator]
+    return PairLoader(source, TRAIN, tokenize, total, **{"seed": 1, **settings})  # type: ignore[arg-type]
 
 
 def take(batches: object, count: int) -> list[Batch]:
@@ -275,10 +277,10 @@ def test_nothing_readable_stops_at_once(workers):
     [
         (
             {"batch_size": 64},
-            r"batch of 64 does not fit the 40 samples of pictures; lower --batch-size",
+            r"batch of 64 pairs does not fit the 40 samples of pictures; lower --global-batch-size",
         ),
-        ({"batch_size": 16, "world_size": 4}, r"16 on 4 ranks = 64 pairs .* 40 samples"),
-        ({"batch_size": 0}, r"batch of 0"),
+        ({"batch_size": 16, "world_size": 4}, r"64 pairs .* 40 samples"),
+        ({"batch_size": 0}, r"batch of 0 .* 1 ranks without any"),
     ],
 )
 def test_batches_that_do_not_fit(settings, pattern):

@@ -162,7 +162,8 @@ def test_size_is_bounded_for_a_long_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000), (100, 100 + 1e-11)]
+    ("low", "high"),
+    [(0, 1), (0.13, 5.7), (1e-6, 3e-5), (-3, 3), (7, 7), (0, 0), (1, 240_000), (100, 100 + 1e-11)],
 )
 def test_ticks_are_round_and_cover(low, high):
     found = ticks(low, high)

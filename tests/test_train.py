@@ -345,5 +345,5 @@ def test_two_runs_on_one_folder(server, table, tmp_path):
 def test_config_is_written_whole(server, table, tmp_path):
     server.run(flags(tmp_path, "r", table, epochs=1), tmp_path / "out")
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert saved["batch_size"] == 8 and saved["warmup"] == 0 and saved["wd"] == 0.2
+    assert saved["global_batch_size"] == 8 and saved["warmup"] == 0 and saved["wd"] == 0.2
     assert isinstance(torch.__version__, str)

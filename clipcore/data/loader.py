@@ -61,7 +61,7 @@ class PairLoader:
         source: the pairs.
         transform: crops; its ``image_size`` is S.
         tokenizer: captions to token rows of one length, int64 [B, L].
-        batch_size: B, pairs on this rank.
+        global_batch_size: pairs of a step on all ranks; a rank's share B is its even part of them, to one pair.
         seed: of the order, the crops, the choice among captions and the replacements.
         rank, world_size: this process among those that share the global batch.
         workers: processes that read; 0 reads in this one.
@@ -72,13 +72,14 @@ class PairLoader:
         pin_memory: page-locked batches, which copy to a GPU while it computes; where CUDA is there by default.
 
     Attributes:
+        share: of the rows of a global batch, this rank's.
         steps_per_epoch: whole global batches in the data; what is left over falls to other epochs' orders.
 
     Raises:
-        DataError: the global batch is larger than the data.
+        DataError: the global batch is larger than the data, or smaller than the number of ranks.
 
     Example:
-        >>> loader = PairLoader(source, transform, tokenizer, batch_size=256, seed=0)  # doctest: +SKIP
+        >>> loader = PairLoader(source, transform, tokenizer, 256, seed=0)  # doctest: +SKIP
         >>> for batch in loader.batches(step=1000): ...  # doctest: +SKIP
     """
 
@@ -87,7 +88,7 @@ class PairLoader:
         source: PairSource,
         transform: ImageTransform,
         tokenizer: Tokenizer,
-        batch_size: int,
+        global_batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -96,27 +97,31 @@ class PairLoader:
         trim_text: bool = True,
         pin_memory: bool | None = None,
     ) -> None:
-        global_batch_size = batch_size * world_size
-        if batch_size < 1 or global_batch_size > len(source):
-            ranks = f" on {world_size} ranks = {global_batch_size} pairs" if world_size > 1 else ""
+        if global_batch_size > len(source):
             raise DataError(
-                f"a batch of {batch_size}{ranks} does not fit the {len(source)} samples of {source.name}; "
-                "lower --batch-size"
+                f"a global batch of {global_batch_size} pairs does not fit the {len(source)} samples of "
+                f"{source.name}; lower --global-batch-size or --batch-size"
+            )
+        if global_batch_size < world_size:
+            raise DataError(
+                f"a global batch of {global_batch_size} pairs leaves some of {world_size} ranks without any; raise "
+                "--global-batch-size or start fewer ranks"
             )
         assert 0 <= rank < world_size
+        self.share = share_of_rank(global_batch_size, rank, world_size)
         self.steps_per_epoch = len(source) // global_batch_size
         self.max_bad_fraction = max_bad_fraction
         self.trim_text = trim_text
         self.workers = workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._name = source.name
-        self._cuts = _cuts(batch_size)
+        self._cuts = _cuts(self.share.stop - self.share.start)
         self._parts = _TrainingParts(
             _Reader(source, transform, tokenizer),
             seed=seed,
             steps_per_epoch=self.steps_per_epoch,
             global_batch_size=global_batch_size,
-            first_row=rank * batch_size,
+            first_row=self.share.start,
         )
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
@@ -126,8 +131,8 @@ class PairLoader:
             DataError: too many samples cannot be read; the message says why the first ones could not.
         """
         keys = ((k, *cut) for k in itertools.count(step) for cut in self._cuts)
-        # Two batches ahead, and never an idle worker.
-        ahead = 2 * max(len(self._cuts), self.workers)
+        # A batch and the beginning of the next ahead, and never an idle worker.
+        ahead = max(2 * self.workers, len(self._cuts) + min(len(self._cuts), 4))
         parts = _read(self._parts, keys, self.workers, ahead)
         num_rows, bad = 0, list[tuple[str, str]]()
         while True:
@@ -152,6 +157,11 @@ class PairLoader:
         )
 
 
+def share_of_rank(num_rows: int, rank: int, world_size: int) -> slice:
+    """The even part of a number of rows that falls to a rank, to one row."""
+    return slice(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)
+
+
 def eval_batches(
     source: PairSource,
     transform: ImageTransform,
@@ -166,8 +176,9 @@ def eval_batches(
     Shares differ by one sample at most, and the last batch is as short as it comes out. A sample that cannot be read is
     left out and named in ``bad``; a sample with several captions has its first one. Arguments as of ``PairLoader``.
     """
-    start, stop = len(source) * rank // world_size, len(source) * (rank + 1) // world_size
-    keys = ((at, min(at + batch_size, stop)) for at in range(start, stop, batch_size))
+    share = share_of_rank(len(source), rank, world_size)
+    starts = range(share.start, share.stop, batch_size)
+    keys = ((at, min(at + batch_size, share.stop)) for at in starts)
     parts = _OrderedParts(_Reader(source, transform, tokenizer))
     held: Batch | None = None
     for part in _read(parts, keys, workers, 2 * workers):

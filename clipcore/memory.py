@@ -1,0 +1,82 @@
+"""Memory of a device: what is in use, what is free, and the peak of a piece of work.
+
+On a GPU torch's allocator counts; on the CPU the process's resident set, whose high-water mark Linux lets a process set
+back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMORY, _LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass
+class Watched:
+    """What a piece of work took beyond what was in use before it, bytes; valid after its end."""
+
+    peak: int = 0
+    held: int = 0  # still in use at its end
+
+
+@contextlib.contextmanager
+def watch(device: torch.device) -> Iterator[Watched]:
+    """Measures what is done within it.
+
+    >>> with watch(torch.device("cpu")) as watched:
+    ...     numbers = torch.zeros(2**22)
+    >>> watched.peak >= watched.held > 2**23
+    True
+    """
+    gc.collect()
+    watched = Watched()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        _RESET.write_text("5")
+    before = in_use(device)
+    yield watched
+    watched.held = in_use(device) - before
+    if device.type == "cuda":
+        watched.peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        watched.peak = max(0, _of_process("VmHWM") - before)
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes that this process has in use on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS")
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process could still take on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds for itself but does not use.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kib = re.search(r"MemAvailable:\s+(\d+)", _MEMORY.read_text())
+    assert kib is not None
+    free = 1024 * int(kib[1])
+    if _LIMIT.exists() and (limit := _LIMIT.read_text().strip()).isdigit():
+        free = min(free, int(limit) - in_use(device))
+    return free
+
+
+def _of_process(field: str) -> int:
+    kib = re.search(rf"{field}:\s+(\d+)", _STATUS.read_text())
+    assert kib is not None
+    return 1024 * int(kib[1])

@@ -1,0 +1,207 @@
+"""How a rank's share of a batch goes through memory: the size of a micro-batch, and how many graphs are kept.
+
+Both are measured on the batch in hand, once, before the first step: micro-batches of growing size run forward and
+backward, while their time and their memory are watched. ``str`` of a plan says what was chosen and what it should take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clipcore import memory
+from clipcore.grad_cache import Embed, micro_batches
+from clipcore.resnet import replayed
+
+GB = 10**9
+SMALLEST_PROBE = 32
+# A larger micro-batch is taken while it is faster a pair by this factor.
+WORTHWHILE = 1.03
+# Of a GPU's free memory; the rest is for what an allocator cannot use, and for longer captions than the first batch's.
+SHARE_OF_GPU = 0.9
+CPU_BYTES = 4 * GB
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step will do; bytes are on the device that computes.
+
+    Attributes:
+        num_rows: pairs of this rank.
+        micro_batch_size, kept: as ``grad_cache.differentiate`` takes them.
+        parts: expected bytes by part, all of which are held at the peak.
+        budget_bytes: what the peak may be.
+        cost: expected share that a step takes more than a direct one would.
+    """
+
+    num_rows: int
+    micro_batch_size: int
+    kept: int
+    parts: dict[str, int]
+    budget_bytes: int
+    cost: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        number = len(micro_batches(self.num_rows, self.micro_batch_size))
+        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
+        how = (
+            f"{number} micro-batches of {-(-self.num_rows // number):,}, {self.kept} of which keep their graphs"
+            if number > 1
+            else "at once"
+        )
+        return (
+            f"step of {self.num_rows:,} pairs on this device: {how}; about {100 * self.cost:.0f}% more than a direct "
+            f"step\nexpected memory, GB: {parts}; {self.peak_bytes / GB:.2f} of {self.budget_bytes / GB:.2f} together"
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A micro-batch that ran forward and backward: its rows, seconds, and bytes beside the parameters' gradients."""
+
+    rows: int
+    forward_s: float
+    backward_s: float
+    graph_bytes: int  # held from the forward pass to the backward pass
+    peak_bytes: int  # of both
+
+    @property
+    def seconds_a_row(self) -> float:
+        return (self.forward_s + self.backward_s) / self.rows
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that a step may take beside model and optimizer where the user says nothing."""
+    free = memory.available(device)
+    return int(SHARE_OF_GPU * free) if device.type == "cuda" else min(CPU_BYTES, free // 2)
+
+
+def make_plan(
+    embed: Embed,
+    module: nn.Module,
+    num_rows: int,
+    device: torch.device,
+    *,
+    fixed: dict[str, int],
+    loss_bytes: int,
+    budget_bytes: int,
+    micro_batch_size: int | None = None,
+    kept: int | None = None,
+    all_but_last: bool = False,
+    agree: Callable[[bool], bool] = bool,
+) -> StepPlan:
+    """The plan of a step, by measurement; leaves no gradients, and BatchNorm's statistics as they were.
+
+    Args:
+        embed: as of ``grad_cache.differentiate``.
+        fixed: bytes by part that a step holds whatever the plan.
+        loss_bytes: what the loss takes at its peak, beside its inputs and their gradients.
+        budget_bytes: what all parts together may take.
+        micro_batch_size, kept: where the user has chosen.
+        all_but_last: the last micro-batch cannot keep its graph.
+        agree: makes a decision the same on all ranks, whose towers may have to run in step.
+
+    Raises:
+        ValueError: the smallest micro-batch does not fit.
+    """
+    gradients = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    fixed = {**fixed, "gradients": gradients}
+    on_cpu = device.type == "cpu"
+
+    def room(probe: Probe) -> int:
+        """Bytes left for kept graphs beside one micro-batch; on the CPU the loss's memory stays with the process."""
+        transient = probe.peak_bytes - probe.graph_bytes
+        others = transient + loss_bytes if on_cpu else max(transient, loss_bytes)
+        return budget_bytes - sum(fixed.values()) - others
+
+    with replayed(module):
+        if micro_batch_size is not None:
+            chosen = _probe(embed, module, min(micro_batch_size, num_rows), device)
+        else:
+            chosen = _fastest(embed, module, num_rows, device, room, agree)
+    number = len(micro_batches(num_rows, chosen.rows))
+    rows = -(-num_rows // number)
+    graph = max(1, chosen.graph_bytes * rows // chosen.rows)
+    most = number - 1 if all_but_last and number > 1 else number
+    if kept is None:
+        kept = max(1, min(most, room(chosen) // graph))
+    kept = min(kept, most)
+    transient = (chosen.peak_bytes - chosen.graph_bytes) * rows // chosen.rows
+    parts = {**fixed, "kept graphs": kept * graph}
+    if on_cpu:
+        parts |= {"loss": loss_bytes, "one micro-batch": transient}
+    elif loss_bytes > transient:
+        parts |= {"loss": loss_bytes}
+    else:
+        parts |= {"one micro-batch": transient}
+    replayed_share = (number - kept) / number
+    forward_share = chosen.forward_s / (chosen.forward_s + chosen.backward_s)
+    return StepPlan(num_rows, rows, kept, parts, budget_bytes, replayed_share * forward_share)
+
+
+def _fastest(
+    embed: Embed,
+    module: nn.Module,
+    num_rows: int,
+    device: torch.device,
+    room: Callable[[Probe], int],
+    agree: Callable[[bool], bool],
+) -> Probe:
+    """The smallest micro-batch that fits and that no larger one beats by much."""
+    best = _probe(embed, module, min(SMALLEST_PROBE, num_rows), device)
+    if not agree(room(best) >= best.graph_bytes):
+        raise ValueError(
+            f"a micro-batch of {best.rows} pairs takes {best.peak_bytes / GB:.2f} GB, and "
+            f"{(room(best) + best.peak_bytes - best.graph_bytes) / GB:.2f} GB are left for it; raise --step-memory, or "
+            "lower --global-batch-size, --micro-batch-size or the memory of a pair (--grad-checkpointing)"
+        )
+    size = best.rows
+    while size < num_rows:
+        size = min(2 * size, num_rows)
+        try:
+            probe = _probe(embed, module, size, device)
+            fits = room(probe) >= probe.graph_bytes
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            fits = False
+        if not agree(fits):
+            break
+        if not agree(best.seconds_a_row > WORTHWHILE * probe.seconds_a_row):
+            break
+        best = probe
+    return best
+
+
+def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
+    """Runs ``rows`` rows forward and backward twice, and measures the second time."""
+    for _ in range(2):
+        with memory.watch(device) as whole:
+            with memory.watch(device) as forward:
+                start = time.perf_counter()
+                features = list(embed(slice(0, rows), None))
+                _wait_for(device)
+                middle = time.perf_counter()
+            trained: list[Tensor] = [part for part in features if part.requires_grad]
+            torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
+            _wait_for(device)
+            end = time.perf_counter()
+            del features, trained
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+    seconds = middle - start, end - middle
+    module.zero_grad(set_to_none=True)
+    return Probe(rows, *seconds, max(1, forward.held), max(whole.peak, forward.peak))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

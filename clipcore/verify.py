@@ -1,0 +1,139 @@
+"""``--verify-gradients``: a small step of the run, with everything that the run does to it, against plain float64.
+
+Legend: B pairs of this rank in the small step, G of all ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from clipcore.data.loader import Batch
+from clipcore.distributed import all_reduce_flag, gather_rows
+from clipcore.grad_cache import micro_batches
+from clipcore.kernels.contrastive import contrastive_ref
+from clipcore.kernels.sigmoid import sigmoid_ref
+from clipcore.loss import SigLipLoss
+from clipcore.resnet import replayed
+from clipcore.step import TrainingStep
+
+# Pairs of the small step on each rank, and its micro-batches.
+NUM_PAIRS, NUM_PARTS = 48, 3
+# How far the gradient may be from the exact one, relative to it: what rounding explains, and no wrong factor.
+LIMITS = {"fp32": 1e-3, "amp_bf16": 0.1, "amp_bfloat16": 0.1, "amp": 0.03}
+
+
+class VerificationError(RuntimeError):
+    """The gradients of a step are not those of the loss; the message says by how much."""
+
+
+def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
+    """Compares the gradients of the first pairs of a batch, on all ranks, with the plain computation in float64.
+
+    The small step goes the way of every step of the run: micro-batches, replays, the loss over all ranks, its kernels, the
+    reduction over ranks, in the run's precision. The plain one is made by each rank alone: the float64 model, the whole
+    matrix of logits, one backward pass. A ResNet's micro-batches are normalised on their own in both.
+
+    Returns:
+        What agrees how well, in a line.
+
+    Raises:
+        VerificationError: on all ranks, if any rank's do not agree.
+    """
+    # As many on every rank, whose shares may differ by one.
+    smallest = gather_rows(torch.tensor([len(batch.images)])).min()
+    rows = slice(0, min(NUM_PAIRS, int(smallest)))
+    num_pairs = rows.stop
+    small = dataclasses.replace(
+        batch, images=batch.images[rows], tokens=batch.tokens[rows], indices=batch.indices[rows]
+    )
+    size = -(-num_pairs // NUM_PARTS)
+    with replayed(training.model):  # leaves BatchNorm's statistics alone
+        found = dataclasses.replace(training, micro_batch_size=size, kept=1).gradients(small, step)
+    gradients = _take_gradients(training)
+    loss, exact = _plain(training, small, size, step)
+
+    def error(ours: Tensor, theirs: Tensor) -> float:
+        largest = torch.linalg.vector_norm(theirs).clamp(min=torch.finfo(torch.float64).tiny)
+        return float(torch.linalg.vector_norm(ours - theirs) / largest)
+
+    assert gradients.keys() == exact.keys()
+    ours, theirs = (
+        torch.cat([parts[name].flatten() for name in exact]) for parts in (gradients, exact)
+    )
+    errors = {"all gradients": error(ours, theirs)}
+    for name in ("logit_scale", "logit_bias"):
+        if name in exact:
+            errors[f"that of {name}"] = error(gradients[name], exact[name])
+    ratio = float(ours.norm() / theirs.norm())
+    mean_loss = _mean_over_ranks(found.loss, training.world.world_size)
+    errors["the loss"] = abs(float(mean_loss - loss)) / abs(float(loss))
+    limit = LIMITS[training.precision]
+    told = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
+    total = num_pairs * training.world.world_size
+    if all_reduce_flag(not max(errors.values()) <= limit):
+        raise VerificationError(
+            f"--verify-gradients: the gradients of {total} pairs are not those of the plain computation in float64: "
+            f"relative errors: {told}; length {ratio:.3f} times the exact one's; at most {limit:g} is rounding in "
+            f"{training.precision}. Nothing was trained; this is a defect, in clipcore or in this machine"
+        )
+    return (
+        f"gradients of {total} pairs verified against float64 (limit {limit:g}); relative errors: {told}; "
+        f"length {ratio:.6f} times the exact one's"
+    )
+
+
+def _take_gradients(training: TrainingStep) -> dict[str, Tensor]:
+    """The parameters' gradients without the factor of the loss's scaler; the parameters then have none."""
+    factor = training.scale_loss(torch.ones((), device=training.world.device)).double()
+    taken = {
+        name: parameter.grad.double() / factor
+        for name, parameter in training.model.named_parameters()
+        if parameter.grad is not None
+    }
+    training.model.zero_grad(set_to_none=True)
+    return taken
+
+
+def _mean_over_ranks(loss: Tensor, world_size: int) -> Tensor:
+    return gather_rows(loss.double().reshape(1)).mean() if world_size > 1 else loss.double()
+
+
+def _plain(
+    training: TrainingStep, small: Batch, size: int, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, gradients) of all ranks' pairs by this rank alone, in float64."""
+    device = training.world.device
+    images, tokens, indices = (
+        gather_rows(part.to(device)).cpu()
+        for part in (small.images, _padded(training, small), small.indices)
+    )
+    whole = Batch(images, tokens, indices)
+    model = copy.deepcopy(training.model).double()
+    plain = dataclasses.replace(training, model=model, towers=model, precision="fp32")
+    embed = plain.embedder(whole, step)
+    starts = range(0, len(whole.images), len(small.images))
+    parts = [
+        embed(slice(start + rows.start, start + rows.stop), None)
+        for start in starts
+        for rows in micro_batches(len(small.images), size)
+    ]
+    image_GE, text_GE = (torch.cat([part[i] for part in parts]) for i in range(2))
+    reference = sigmoid_ref if isinstance(training.loss_fn, SigLipLoss) else contrastive_ref
+    loss = reference(image_GE, text_GE, *parts[-1][2:])
+    loss.backward()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return loss.detach(), gradients
+
+
+def _padded(training: TrainingStep, small: Batch) -> Tensor:
+    """Tokens of the full length, which is the same on all ranks."""
+    missing = training.model.context_length - small.tokens.shape[1]
+    return torch.nn.functional.pad(small.tokens, (0, missing))
