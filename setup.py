@@ -125,12 +125,20 @@ def build_settings() -> dict[str, object]:
     # One compiler needs up to 2 GB for torch's headers; more jobs than sources do not help.
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, 4))))
     extension_type = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
+    suffixes, macros = [".cpp"], [("CLIPCORE_CUDA_VERSION", f'"{torch.version.cuda}"')]
+    if toolkit:
+        suffixes.append(".cu")
+        macros.append(("CLIPCORE_WITH_CUDA", None))
     extension = extension_type(
         name="clipcore._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
+        sources=sorted(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "csrc").iterdir()
+            if path.suffix in suffixes
+        ),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
-        define_macros=[("CLIPCORE_CUDA_VERSION", f'"{torch.version.cuda}"')],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-Wall"]},
+        define_macros=macros,
+        extra_compile_args={"cxx": ["-O2", "-g0", "-Wall"], "nvcc": ["-O3"]},
     )
     return {
         "ext_modules": [extension],

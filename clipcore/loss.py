@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipcore.distributed import all_gather_with_grad, gather_rows
+from clipcore.distributed import gather_rows, start_gather
 from clipcore.kernels import contrastive, logits, tiles
 from clipcore.kernels.contrastive import Plan, contrastive_loss, contrastive_terms
 from clipcore.kernels.sigmoid import sigmoid_loss
@@ -316,7 +316,12 @@ def _gather_text(image_BE: Tensor, text_BE: Tensor, settings: dict[str, Any]) ->
         asked = settings["operand_dtype"]
         settings["operand_dtype"] = logits.operand_dtype(image_BE, text_BE, asked)
     dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
-    return all_gather_with_grad(text_BE.to(dtype))
+    gathered = start_gather(text_BE.to(dtype)).wait()
+    if len(set(gathered.shard_sizes)) > 1:
+        raise ValueError(
+            f"every rank has to bring the same number of pairs, they bring {list(gathered.shard_sizes)}"
+        )
+    return gathered.rows_GE
 
 
 class _CompleteLse(torch.autograd.Function):

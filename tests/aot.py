@@ -76,7 +76,7 @@ def assert_compiled_well(kernels: tuple[Kernel, ...]) -> None:
         assert kernel.shared_bytes <= limit, f"{kernel}: {kernel.shared_bytes} B of {limit}"
 
 
-def _disassemble(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
     """Resource usage and machine code, by the tool that the triton package brings along."""
     import triton
 
@@ -89,7 +89,7 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
-    listing = _disassemble(kernel.asm["cubin"])
+    listing = disassemble(kernel.asm["cubin"])
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", listing, re.MULTILINE)
     assert opcodes, "no machine code found: has the disassembler changed its format?"
     usage = re.search(r"REG:(\d+)", listing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 from clipcore import native
 
@@ -245,3 +247,27 @@ def test_build_isolation_does_not_hide_the_torch_of_the_target(
     assert version.partition("+")[0] == torch.__version__.partition("+")[0]
     assert setup.required_torch().specifier.contains(version)
     assert not setup.required_torch().specifier.contains("2.10.0")
+
+
+@pytest.mark.parametrize("toolkit", [None, Path("/usr/local/cuda")], ids=str)
+def test_cuda_kernels_are_built_where_there_is_a_toolkit(
+    toolkit: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_module_of(ROOT)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(setup, "import_torch", lambda: (torch, toolkit))
+    monkeypatch.setenv("MAX_JOBS", "1")
+    (extension,) = setup.build_settings()["ext_modules"]
+    kernels = [source for source in extension.sources if source.endswith(".cu")]
+    assert kernels == (["csrc/pack_kernels.cu"] if toolkit else [])
+    assert (("CLIPCORE_WITH_CUDA", None) in extension.define_macros) == bool(toolkit)
+    # An object file is named after its source without the suffix: two of one name would overwrite each other.
+    stems = [Path(source).stem for source in extension.sources]
+    assert len(set(stems)) == len(stems) >= 3
+
+
+def test_cuda_kernels_include_no_header_of_torch() -> None:
+    for name in ("pack_kernels.cu", "pack_kernels.h"):
+        included = re.findall(r"#include [<\"](.*)[>\"]", (ROOT / "csrc" / name).read_text())
+        own = {"pack_kernels.h", "algorithm", "cstdint"}
+        assert included and all(header in own or header.startswith("cuda_") for header in included)
