@@ -575,6 +575,15 @@ def broadcast_tensors(
             dist.broadcast(tensor, group_src=0, group=group)
 
 
+def gather_numbers(values: list[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """The integers of every rank, in rank order; as many on each. The host waits for them."""
+    if _group_size(group) == 1:
+        return [values]
+    own = torch.tensor([values], device=_wire_device(group))
+    found: list[list[int]] = _gather(own, group).tolist()
+    return found
+
+
 @torch.no_grad()
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The rows of all ranks, in rank order, without gradient; ranks may hold different numbers.

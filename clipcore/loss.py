@@ -1,27 +1,29 @@
 """The contrastive losses over one rank or many, under open_clip's names.
 
-Legend: B pairs on this rank, G pairs of the global batch, E embedding size.
+Legend: B rows of one side on this rank, G of the other on all ranks, K pairs of all ranks, E embedding size.
 
-One distributed mode, which is always right: each rank keeps its B image rows, gathers the G text rows,
-computes its strip of the similarity once, completes the column sums over the ranks (the sigmoid loss has none), and
-gives the gradient of the mean over its B rows. Averaging the parameters' gradients over ranks, as
-DistributedDataParallel does, then gives exactly the gradient of the loss of the whole batch. The maths is in
-``clipcore.kernels.contrastive`` and ``clipcore.kernels.sigmoid``.
+One distributed mode, which is always right: ``clipcore.strip``. What a rank returns is its part of the loss times the
+number of ranks, so that averaging the parameters' gradients, as DistributedDataParallel does, gives exactly the gradient
+of the loss of the whole batch. With equal shares it is the mean over the rank's own pairs. Shares may differ and be empty.
+The maths is in ``clipcore.kernels.contrastive`` and ``clipcore.kernels.sigmoid``.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clipcore.distributed import gather_rows, start_gather
+from clipcore.distributed import gather_rows
 from clipcore.kernels import contrastive, logits, tiles
-from clipcore.kernels.contrastive import Plan, contrastive_loss, contrastive_terms
+from clipcore.kernels.contrastive import Plan, Targets, contrastive_loss, contrastive_terms
 from clipcore.kernels.sigmoid import sigmoid_loss
+from clipcore.strip import CompleteLse, CompleteSum, Ranks, Side, Strip
 
 
 class ClipLoss(nn.Module):
@@ -37,6 +39,12 @@ class ClipLoss(nn.Module):
         same_id: what equal ids mean, see `forward`: "ignore" or "positive".
         stash_bytes, workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
             `clipcore.kernels.contrastive.contrastive_loss`.
+        wire_dtype: what features travel in between ranks; None for their own.
+        uneven: on GPUs, whether ranks may have different numbers of rows: the host then waits for these numbers. On the
+            CPU they always may.
+        group: the ranks that share the loss, ``rank`` and ``world_size`` among them; None for all.
+
+    A subclass that overrides ``get_logits`` gets open_clip's computation from it, with the matrix in memory.
 
     Source: Radford et al. 2021, figure 3.
 
@@ -57,21 +65,25 @@ class ClipLoss(nn.Module):
         stash_bytes: int | None = None,
         workspace_bytes: int | None = None,
         operand_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None = None,
+        uneven: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod is not supported: start the ranks with torchrun")
-        if world_size > 1 and local_loss != gather_with_grad:
-            warnings.warn(
+        if local_loss or gather_with_grad:
+            _say_once(
                 "ClipLoss ignores local_loss and gather_with_grad: it always computes the exact loss of the "
-                "global batch, as open_clip does with both",
-                stacklevel=2,
+                "global batch, as open_clip does with both"
             )
         contrastive.check_label_smoothing(label_smoothing)
-        self.rank = rank
-        self.world_size = world_size
-        self.label_smoothing = label_smoothing
-        self.same_id = same_id
+        _check_same_id(same_id)
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.cache_labels, self.use_horovod = cache_labels, use_horovod
+        self.rank, self.world_size = rank, world_size
+        self.label_smoothing, self.same_id = label_smoothing, same_id
+        self.ranks = Ranks(rank, world_size, wire_dtype, uneven, group)
         self.memory: dict[str, Any] = {
             "stash_bytes": stash_bytes,
             "workspace_bytes": workspace_bytes,
@@ -83,43 +95,77 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
     ) -> Any:
-        """The mean loss over this rank's pairs.
+        """The loss of this rank's pairs, as a mean (module docstring).
 
         Args:
-            image_features, text_features: [B, E], L2-normalised, pair i in row i of both; the same B on every rank. On
-                one rank either side may have more rows: extra negatives of the other side.
+            image_features, text_features: [B, E], L2-normalised, pair i in row i of both. Either side may have more
+                rows: extra negatives of the other side, on all ranks.
             logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
             logit_bias: accepted; one constant added to all logits changes neither this loss nor its gradients.
-            output_dict: return ``{"contrastive_loss": loss}``.
+            output_dict: return ``{"contrastive_loss": loss}``. May stand in the place of logit_bias.
             image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank they
                 are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
 
         Raises:
-            ValueError: shapes that are no pairs.
+            ValueError: shapes that are no pairs, or a rank that is in another call than this one.
         """
-        _check_pairs(image_features, text_features, self.world_size)
-        settings = {"normalize": False, "same_id": self.same_id, **self.memory}
-        if self.world_size > 1:
-            loss = self._strip_loss(
-                image_features, text_features, logit_scale, image_ids, text_ids, settings
-            )
+        if isinstance(logit_bias, bool):
+            logit_bias, output_dict = None, logit_bias
+        _check_pairs(image_features, text_features)
+        logit_scale = _as_factor(logit_scale, image_features)
+        if type(self).get_logits is not ClipLoss.get_logits:
+            loss = self._dense(image_features, text_features, logit_scale, logit_bias)
+        elif self.world_size > 1:
+            sides = Side(image_features, image_ids), Side(text_features, text_ids)
+            loss = self._over_ranks(*sides, logit_scale)
         else:
             loss = contrastive_loss(
                 *(image_features, text_features, logit_scale),
+                normalize=False,
+                same_id=self.same_id,
                 image_ids=image_ids,
                 text_ids=text_ids,
                 label_smoothing=self.label_smoothing,
-                **settings,
+                **self.memory,
             )
-        if logit_bias is not None and logit_bias.requires_grad:
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not absent
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """open_clip's: the column of each row's pair."""
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """open_clip's, for one rank: the logits of each image and of each text, [B, B] in memory. `forward` needs none."""
+        logits_BB = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits_BB = logits_BB + logit_bias
+        return logits_BB, logits_BB.T
+
+    def _dense(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | float,
+        bias: Tensor | float | None,
+    ) -> Tensor:
+        """The loss of a subclass's own logits."""
+        image_logits, text_logits = self.get_logits(image, text, scale, logit_bias=bias)
+        labels = self.get_ground_truth(image.device, image_logits.shape[0])
+        return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
     def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
         """What `forward` and its backward hold at their peak beside these features and their gradients."""
@@ -136,59 +182,96 @@ class ClipLoss(nn.Module):
             image_features, text_GE, stash_bytes=stash_bytes, operand_dtype=operand_dtype
         )
 
-    def _strip_loss(
-        self,
-        image_BE: Tensor,
-        text_BE: Tensor,
-        scale: Tensor | float,
-        image_ids: Tensor | None,
-        text_ids: Tensor | None,
-        settings: dict[str, Any],
-    ) -> Tensor:
-        """The mean over this rank's rows and columns of the loss of all ranks' pairs."""
-        B = len(image_BE)
-        dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
-        text_GE = _gather_text(image_BE, text_BE, settings)
-        own = slice(self.rank * B, self.rank * B + B)
-        image_ids_G = None if image_ids is None else gather_rows(image_ids)
-        text_ids_G = None if text_ids is None else gather_rows(text_ids)
-        targets = None
-        if image_ids_G is not None or self.label_smoothing > 0:
-            targets = contrastive.uniform_targets(
-                *(text_GE, text_GE, 0, image_ids_G, text_ids_G),
-                *(self.same_id, self.label_smoothing),
-            )
-            rows = (targets.row_positive_B[own], targets.row_uniform_B[own])
-            targets = contrastive.Targets(*rows, *targets[2:])
-        terms = contrastive_terms(
-            *(image_BE, text_GE, scale),
-            first_label=own.start,
-            image_ids=image_ids,
-            text_ids=text_ids_G,
-            targets=targets,
-            **settings,
+    def _over_ranks(self, image: Side, text: Side, scale: Tensor | float) -> Tensor:
+        """This rank's part of the loss of all ranks' pairs, times the number of ranks."""
+        strip = self.ranks.strip(image, text)
+        kept, settings = strip.kept, {"normalize": False, **self.memory}
+        settings["operand_dtype"] = strip.operand(settings["operand_dtype"])
+        all_rows = kept.rows.new_empty(1, kept.rows.shape[1]).expand(sum(strip.shards), -1)
+        chosen = contrastive.plan(
+            *(kept.rows, all_rows),
+            stash_bytes=settings["stash_bytes"],
+            operand_dtype=settings["operand_dtype"],
         )
-        column_lse_G = _CompleteLse.apply(terms.column_lse_G)
-        column_target_G = terms.column_target_G
+        settings["stash_bytes"] = 2**62 if chosen.stash else 0
+        targets = None
+        if self.label_smoothing > 0 or (kept.ids is not None and self.same_id == "positive"):
+            targets = self._targets(strip)
+        row_lse_B: Tensor | None = None
+        row_target_B = kept.rows.new_zeros(len(kept.rows), dtype=torch.float64)
+        column_lse: dict[int, Tensor] = {}
+        column_target: dict[int, Tensor] = {}
+        for block in strip.blocks():
+            terms = contrastive_terms(
+                *(kept.rows, block.rows, scale),
+                first_label=block.first_label,
+                image_ids=kept.ids,
+                text_ids=block.ids,
+                same_id=self.same_id,
+                targets=None if targets is None else _columns_of(targets, block.columns),
+                **settings,
+            )
+            row_lse_B = (
+                terms.row_lse_B
+                if row_lse_B is None
+                else torch.logaddexp(row_lse_B, terms.row_lse_B)
+            )
+            if targets is not None or block.is_own:
+                row_target_B = row_target_B + terms.row_target_B
+            column_lse[block.columns.start] = terms.column_lse_G
+            column_target[block.columns.start] = terms.column_target_G
+        assert row_lse_B is not None
+        own, group = strip.own, self.ranks.group
+        column_lse_G = CompleteLse.apply(_in_order(column_lse), group)
+        column_target_G = _in_order(column_target)
         if targets is not None:  # parts of a target lie on every rank
-            column_target_G = _CompleteSum.apply(column_target_G)
-        row_loss_B = terms.row_lse_B - terms.row_target_B
-        column_loss_B = (column_lse_G - column_target_G)[own]
-        by_id = image_ids is not None and self.same_id == "positive"
-        if not by_id:
-            return ((row_loss_B.mean() + column_loss_B.mean()) / 2).to(dtype)
+            column_target_G = CompleteSum.apply(column_target_G, group)
+        row_loss_B = row_lse_B - row_target_B
+        column_loss_B = column_lse_G[own] - column_target_G[own]
+        wide = tiles.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
+        if kept.ids is None or self.same_id == "ignore":
+            pairs = slice(0, strip.num_own_pairs)
+            total = row_loss_B[pairs].sum() + column_loss_B[pairs].sum()
+            return (total * (self.world_size / (2 * strip.num_pairs))).to(wide)
         assert targets is not None
-        parts = []
+        # The mean over all ranks' rows that have a positive.
+        totals, counts = [], []
         for loss_B, weight_B in (
             (row_loss_B, targets.row_positive_B),
             (column_loss_B, targets.column_positive_G[own]),
         ):
-            # The mean over all ranks' rows that have a positive, times the number of ranks: they average.
-            has_positive_B = weight_B > 0
-            count = has_positive_B.sum().double()
-            dist.all_reduce(count)
-            parts.append(torch.where(has_positive_B, loss_B, 0.0).sum() * (self.world_size / count))
-        return ((parts[0] + parts[1]) / 2).to(dtype)
+            totals.append(torch.where(weight_B > 0, loss_B, 0.0).sum())
+            counts.append((weight_B > 0).sum().double())
+        shared = torch.stack(counts)
+        dist.all_reduce(shared, group=group)
+        return (self.world_size / 2 * (torch.stack(totals) / shared).sum()).to(wide)
+
+    def _targets(self, strip: Strip) -> Targets:
+        """Of this rank's rows and of all columns; positives and valid pairs are counted over all ranks."""
+        kept, group = strip.kept, self.ranks.group
+        num_rows, num_columns = sum(strip.kept_shards), sum(strip.shards)
+        wide = tiles.accumulate_dtype(kept.rows.dtype)
+        counts = [kept.rows.new_ones(n, dtype=wide) for n in (len(kept.rows), num_columns)]
+        valid = [torch.full_like(counts[0], num_columns), torch.full_like(counts[1], num_rows)]
+        if kept.ids is not None:
+            ids_G, ids_K = strip.all_ids(), gather_rows(kept.ids, group)
+            same = [contrastive.count_equal(kept.ids, ids_G), contrastive.count_equal(ids_G, ids_K)]
+            if self.same_id == "positive":
+                counts = [number.to(wide) for number in same]
+            else:
+                # A pair by place is valid, also if its ids are equal.
+                assert strip.own_ids is not None
+                pairs = slice(0, strip.num_own_pairs)
+                by_place_B, by_place_own = (torch.zeros_like(i) for i in (kept.ids, strip.own_ids))
+                by_place_B[pairs] = (kept.ids[pairs] == strip.own_ids[pairs]).to(kept.ids.dtype)
+                by_place_own[pairs] = by_place_B[pairs]
+                by_place = [by_place_B, gather_rows(by_place_own, group)]
+                valid = [n - (i - j) for n, i, j in zip(valid, same, by_place, strict=True)]
+        row, column = (
+            contrastive.spread_evenly(count, number, self.label_smoothing)
+            for count, number in zip(counts, valid, strict=True)
+        )
+        return Targets(*row, *column)
 
 
 class SigLipLoss(nn.Module):
@@ -200,6 +283,7 @@ class SigLipLoss(nn.Module):
         dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather"; accepted, the texts are
             always gathered once and compared in blocks, so that memory does not grow with the number of ranks.
         same_id: what equal ids mean, see `forward`: "ignore" or "positive".
+        wire_dtype, uneven, group: as of `ClipLoss`.
         workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
             `clipcore.kernels.sigmoid.sigmoid_loss`.
 
@@ -218,14 +302,19 @@ class SigLipLoss(nn.Module):
         same_id: str = "ignore",
         workspace_bytes: int | None = None,
         operand_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None = None,
+        uneven: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
                 f"dist_impl has to be bidir, shift, reduce, gather or None, got {dist_impl!r}"
             )
-        self.rank = rank
-        self.world_size = world_size
+        _check_same_id(same_id)
+        self.cache_labels, self.dist_impl = cache_labels, dist_impl
+        self.rank, self.world_size = rank, world_size
+        self.ranks = Ranks(rank, world_size, wire_dtype, uneven, group)
         self.settings: dict[str, Any] = {
             "normalize": False,
             "same_id": same_id,
@@ -247,8 +336,8 @@ class SigLipLoss(nn.Module):
         """The loss of this rank's images with the texts of all ranks, over the number of these images.
 
         Args:
-            image_features, text_features: [B, E], L2-normalised, pair i in row i of both; the same B on every rank. On
-                one rank either side may have more rows: extra negatives of the other side.
+            image_features, text_features: [B, E], L2-normalised, pair i in row i of both. Either side may have more
+                rows: extra negatives of the other side, on all ranks.
             logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
             logit_bias: what is added to the logits, ``model.logit_bias``; a scalar, None for 0.
             output_dict: return ``{"contrastive_loss": loss}``.
@@ -256,23 +345,62 @@ class SigLipLoss(nn.Module):
                 they are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
 
         Raises:
-            ValueError: shapes that are no pairs.
+            ValueError: shapes that are no pairs, or a rank that is in another call than this one.
         """
-        _check_pairs(image_features, text_features, self.world_size)
-        settings, first_label = dict(self.settings), 0
+        _check_pairs(image_features, text_features)
+        logit_scale = _as_factor(logit_scale, image_features)
+        bias = _as_factor(0.0 if logit_bias is None else logit_bias, image_features)
         if self.world_size > 1:
-            first_label = self.rank * len(image_features)
-            text_features = _gather_text(image_features, text_features, settings)
-            text_ids = None if text_ids is None else gather_rows(text_ids)
-        loss = sigmoid_loss(
-            *(image_features, text_features, logit_scale),
-            0.0 if logit_bias is None else logit_bias,
-            first_label=first_label,
-            image_ids=image_ids,
-            text_ids=text_ids,
-            **settings,
-        )
+            sides = Side(image_features, image_ids), Side(text_features, text_ids)
+            loss = self._over_ranks(*sides, logit_scale, bias)
+        else:
+            loss = sigmoid_loss(
+                *(image_features, text_features, logit_scale, bias),
+                image_ids=image_ids,
+                text_ids=text_ids,
+                **self.settings,
+            )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """open_clip's: 1 on the diagonal, -1 elsewhere, [B, B] in memory. `forward` needs none."""
+        signs_BB = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return signs_BB if negative_only else signs_BB.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """open_clip's: the logits of one rank, [B, B] in memory. `forward` needs none."""
+        logits_BB = logit_scale * image_features @ text_features.T
+        return logits_BB if logit_bias is None else logits_BB + logit_bias
+
+    def _over_ranks(
+        self, image: Side, text: Side, scale: Tensor | float, bias: Tensor | float
+    ) -> Tensor:
+        """This rank's part of the loss of all ranks' pairs, times the number of ranks."""
+        strip = self.ranks.strip(image, text)
+        settings = dict(self.settings)
+        settings["operand_dtype"] = strip.operand(settings["operand_dtype"])
+        kept = strip.kept
+        total: Tensor | None = None
+        for block in strip.blocks():
+            loss = sigmoid_loss(
+                *(kept.rows, block.rows, scale, bias),
+                first_label=block.first_label,
+                image_ids=kept.ids,
+                text_ids=block.ids,
+                **settings,
+            )
+            total = loss if total is None else total + loss
+        assert total is not None
+        # The operation divides by its number of rows, open_clip by that of the images.
+        return total * (max(1, len(kept.rows)) * self.world_size / max(1, strip.num_images))
 
     def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
         """What `forward` and its backward hold at their peak beside these features and their gradients."""
@@ -299,66 +427,38 @@ def _workspace_bytes(image_BE: Tensor, text_BE: Tensor, world_size: int, asked: 
     return min(asked, 4 * B * G) + 12 * 8 * (B + G) + gathered
 
 
-def _check_pairs(image_BE: Tensor, text_BE: Tensor, world_size: int) -> None:
-    """ValueError unless rows can be pairs; more of one side only on one rank, where nobody takes them for his own."""
-    fit = image_BE.ndim == text_BE.ndim == 2 and image_BE.shape[1] == text_BE.shape[1]
-    if not fit or (world_size > 1 and len(image_BE) != len(text_BE)):
-        more = "" if world_size > 1 else " (or [G, E] with extra rows of one)"
+def _columns_of(targets: Targets, columns: slice) -> Targets:
+    """The targets of some columns."""
+    row_positive, row_uniform, column_positive, column_uniform = targets
+    return Targets(row_positive, row_uniform, column_positive[columns], column_uniform[columns])
+
+
+def _in_order(parts: dict[int, Tensor]) -> Tensor:
+    """Parts of all columns, by their first one, one behind the other."""
+    return torch.cat([parts[first] for first in sorted(parts)])
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _check_same_id(same_id: str) -> None:
+    if same_id not in logits.SAME_ID:
+        raise ValueError(f"same_id has to be one of {logits.SAME_ID}, got {same_id!r}")
+
+
+def _as_factor(factor: Tensor | float, features: Tensor) -> Tensor | float:
+    """A scale or bias as the operations take it; a number on the host is no reason to refuse, nor is an integer."""
+    if not isinstance(factor, Tensor):
+        return factor
+    return factor.to(features.device) if factor.is_floating_point() else factor.to(features)
+
+
+def _check_pairs(image_BE: Tensor, text_BE: Tensor) -> None:
+    """ValueError unless rows can be pairs."""
+    if not image_BE.ndim == text_BE.ndim == 2 or image_BE.shape[1] != text_BE.shape[1]:
         raise ValueError(
-            f"image_features and text_features must be pairs of one shape [B, E]{more}, "
+            "image_features and text_features must be pairs of one shape [B, E] (or [G, E] with extra rows of one), "
             f"got {tuple(image_BE.shape)} and {tuple(text_BE.shape)}"
         )
-
-
-def _gather_text(image_BE: Tensor, text_BE: Tensor, settings: dict[str, Any]) -> Tensor:
-    """All ranks' texts, in float32 so that their gradients add up in it; a GPU still multiplies what was given."""
-    if image_BE.is_cuda:
-        asked = settings["operand_dtype"]
-        settings["operand_dtype"] = logits.operand_dtype(image_BE, text_BE, asked)
-    dtype = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_BE.dtype))
-    gathered = start_gather(text_BE.to(dtype)).wait()
-    if len(set(gathered.shard_sizes)) > 1:
-        raise ValueError(
-            f"every rank has to bring the same number of pairs, they bring {list(gathered.shard_sizes)}"
-        )
-    return gathered.rows_GE
-
-
-class _CompleteLse(torch.autograd.Function):
-    """log sum over ranks of exp(lse); the gradient is that of the sum of all ranks' losses."""
-
-    @staticmethod
-    def forward(ctx: Any, lse_G: Tensor) -> Tensor:
-        # The maximum first, so that no exponential overflows.
-        maximum_G = lse_G.clone()
-        dist.all_reduce(maximum_G, dist.ReduceOp.MAX)
-        total_G = (lse_G - maximum_G).exp()
-        dist.all_reduce(total_G)
-        complete_G = total_G.log_() + maximum_G
-        ctx.save_for_backward(lse_G, complete_G)
-        return complete_G
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_G: Tensor) -> Tensor:
-        lse_G, complete_G = ctx.saved_tensors
-        grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G)
-        return grad_G * (lse_G - complete_G).exp()
-
-
-class _CompleteSum(torch.autograd.Function):
-    """The sum over ranks; the gradient is that of the sum of all ranks' losses."""
-
-    @staticmethod
-    def forward(ctx: Any, part_G: Tensor) -> Tensor:
-        complete_G = part_G.clone()
-        dist.all_reduce(complete_G)
-        return complete_G
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_G: Tensor) -> Tensor:
-        grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G)
-        return grad_G

@@ -484,14 +484,21 @@ def uniform_targets(
                 number - (count - by_position)
                 for number, count, by_position in zip(valid, same, own, strict=True)
             ]
-    weights = [
-        (
-            torch.where(count > 0, (1 - label_smoothing) / count, 0.0),
-            torch.where(number > 0, label_smoothing / number, 0.0),
-        )
+    row, column = (
+        spread_evenly(count, number, label_smoothing)
         for count, number in zip(counts, valid, strict=True)
-    ]
-    return Targets(*weights[0], *weights[1])
+    )
+    return Targets(*row, *column)
+
+
+def spread_evenly(
+    positives_N: Tensor, valid_N: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Weights of a positive and of any valid pair of rows that have so many of them; 0 where there are none."""
+    return (
+        torch.where(positives_N > 0, (1 - label_smoothing) / positives_N, 0.0),
+        torch.where(valid_N > 0, label_smoothing / valid_N, 0.0),
+    )
 
 
 def count_equal(ids_N: Tensor, others_M: Tensor) -> Tensor:

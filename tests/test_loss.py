@@ -5,10 +5,15 @@ Letters: B pairs of one rank, E embedding size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from numerics import assert_accurate, with_gradients
 from openclip import import_open_clip
 from ranks import RankPool
@@ -16,16 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import clipcore
-from clipcore.kernels.contrastive import contrastive_ref
+from clipcore.distributed import World
+from clipcore.kernels.contrastive import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
-from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.loss import ClipLoss, SigLipLoss, _say_once
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from clipcore.distributed import World
-
-NUM_RANKS = 3
+NUM_RANKS = 4
+NAMES = ("loss", "image", "text", "scale", "bias")
 
 
 def unit_embeddings(B: int, E: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -76,6 +78,43 @@ def test_open_clip_call_and_return() -> None:
     assert torch.equal(value, with_bias) and bias.grad == 0
 
 
+def test_flags_of_open_clip_say_once_that_they_change_nothing() -> None:
+    _say_once.cache_clear()
+    with pytest.warns(UserWarning, match="always computes the exact loss") as told:
+        for _ in range(3):
+            kept = ClipLoss(local_loss=True, rank=1, world_size=2)
+    assert len(told) == 1 and kept.local_loss and not kept.gather_with_grad
+
+
+def test_calls_that_open_clip_takes() -> None:
+    """The bias as a number, output_dict in its old place, an integer scale, a subclass with logits of its own."""
+    image, text = unit_embeddings(4, 8)
+    value = ClipLoss()(image, text, 10.0)
+    assert torch.equal(ClipLoss()(image, text, 10.0, -10.0), value)
+    assert torch.equal(ClipLoss()(image, text, 10.0, True)["contrastive_loss"], value)
+    assert torch.equal(ClipLoss()(image, text, torch.tensor(10)), value)
+    with pytest.raises(ValueError, match="same_id"):
+        ClipLoss(same_id="drop")
+
+    class Harder(ClipLoss):
+        def get_logits(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+            image_logits, _ = super().get_logits(*arguments, **keywords)
+            return image_logits + 1 - torch.eye(4), image_logits.T + 1 - torch.eye(4)
+
+    theirs = import_open_clip().loss.ClipLoss
+    hard = type(
+        "Theirs", (theirs,), {"get_logits": lambda _, *x, **k: Harder().get_logits(*x, **k)}
+    )
+    assert torch.equal(Harder()(image, text, 10.0), hard()(image, text, 10.0))
+    for ours, other in (
+        (ClipLoss(), theirs()),
+        (SigLipLoss(), import_open_clip().loss.SigLipLoss()),
+    ):
+        found, expected = (x.get_logits(image, text, torch.tensor(10.0)) for x in (ours, other))
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two)
+
+
 def test_low_precision_features_are_summed_in_float32() -> None:
     image, text = (t.bfloat16().requires_grad_() for t in unit_embeddings(64, 32))
     loss = ClipLoss()(image, text, torch.tensor(100.0))
@@ -122,11 +161,19 @@ def test_what_is_no_pairs_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="pairs of one shape"):
         loss()(torch.ones(image), torch.ones(text), 1.0)
-    with pytest.raises(ValueError, match="pairs of one shape"):
-        loss(world_size=2)(torch.ones(3, 4), torch.ones(2, 4), 1.0)
 
 
-# Over ranks.
+# Over ranks. One pool serves all: groups of its first ranks are the smaller numbers of ranks.
+
+_groups: dict[int, Any] = {}
+
+
+def group_of(num_ranks: int) -> Any:
+    """Within a rank: the group of the first ``num_ranks``, which all ranks have to ask for alike."""
+    for number in range(1, NUM_RANKS + 1):
+        if number not in _groups:
+            _groups[number] = dist.new_group(list(range(number)))
+    return _groups[num_ranks]
 
 
 @pytest.fixture(scope="module")
@@ -135,91 +182,231 @@ def pool() -> Iterator[RankPool]:
         yield ranks
 
 
-def ids_of(num_pairs: int) -> Tensor:
-    """Ids of which some stand on several ranks."""
-    return torch.arange(num_pairs) % (num_pairs * 2 // 3)
+@dataclass(frozen=True)
+class Case:
+    """A problem over several ranks, drawn from its number; the same in the test and in every rank."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.number)
+
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("num_ranks", draw.choice([1, 2, 2, 3, 3, 4]))
+        put("is_siglip", draw.random() < 0.4)
+        shape = draw.choice(
+            ["even", "even", "uneven", "uneven", "empty", "more texts", "more images"]
+        )
+        images = [draw.randint(1, 7)] * self.num_ranks
+        if shape != "even":
+            images = [draw.randint(1, 7) for _ in images]
+        if shape == "empty":
+            images[draw.randrange(self.num_ranks)] = 0
+            images[0] += not any(images)
+        texts = list(images)
+        for side, name in ((texts, "more texts"), (images, "more images")):
+            if shape == name:
+                side[:] = [rows + draw.randint(0, 4) for rows in side]
+        put("images", images)
+        put("texts", texts)
+        option = draw.choice(["plain", "ignore", "positive"])
+        put("ids", option != "plain")
+        settings: dict[str, Any] = {"same_id": option} if option != "plain" else {}
+        if not self.is_siglip and draw.random() < 0.3:
+            settings["label_smoothing"] = 0.2
+        wire = draw.choice([None, None, torch.float16, torch.bfloat16, torch.float32])
+        put("wire", wire)
+        put("settings", settings)
+        put("scale", draw.choice([1.0, 5.0, 14.3, 50.0, 100.0]))
+        put("frozen", draw.choice([None, None, None, "image", "text"]))
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.number)
+        image, text = (
+            torch.randn(sum(side), 6, generator=generator, dtype=torch.float64)
+            for side in (self.images, self.texts)
+        )
+        return F.normalize(image), F.normalize(text)
+
+    def all_ids(self) -> tuple[Tensor, Tensor]:
+        """Some captions stand twice, on one rank or two; a row has its own or one of the others'."""
+        generator = torch.Generator().manual_seed(self.number)
+        image, text = (
+            torch.randint(0, 2 * sum(side) + 1, (sum(side),), generator=generator)
+            for side in (self.images, self.texts)
+        )
+        for rows, columns in self.own_pairs():
+            text[columns] = image[rows]
+        return image, text
+
+    def own_pairs(self) -> Iterator[tuple[slice, slice]]:
+        """Of each rank: its pairs among all images and among all texts."""
+        for rank, number in enumerate(map(min, self.images, self.texts)):
+            starts = sum(self.images[:rank]), sum(self.texts[:rank])
+            yield tuple(slice(start, start + number) for start in starts)  # type: ignore[misc]
+
+    def factors(self) -> list[Tensor]:
+        values = (self.scale, -3.0) if self.is_siglip else (self.scale,)
+        return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+    def dense(self) -> list[Tensor]:
+        """[loss, gradients] of all ranks' pairs by the whole matrix, with what travels rounded as it is on the wire."""
+        image, text = self.rows()
+        leaves = [t.requires_grad_() for t in (image, text, *self.factors())]
+        label = torch.zeros(len(image), len(text), dtype=torch.bool)
+        same_rank = torch.zeros_like(label)
+        for rank, (rows, columns) in enumerate(self.own_pairs()):
+            label[rows, columns] = torch.eye(rows.stop - rows.start, dtype=torch.bool)
+            ends = rows.start + self.images[rank], columns.start + self.texts[rank]
+            same_rank[rows.start : ends[0], columns.start : ends[1]] = True
+        sent = image if sum(self.images) < sum(self.texts) else text
+        rounded = sent + (sent.to(self.wire or sent.dtype).double() - sent).detach()
+        remote = rounded @ text.T if sent is image else image @ rounded.T
+        z = leaves[2] * torch.where(same_rank, image @ text.T, remote)
+        valid, positive = torch.ones_like(label), label
+        if self.ids:
+            image_ids, text_ids = self.all_ids()
+            same = image_ids[:, None] == text_ids
+            if self.settings["same_id"] == "positive":
+                positive = same
+            else:
+                valid = label | ~same
+        if self.is_siglip:
+            sign = 2 * positive.double() - 1
+            losses = -F.logsigmoid(sign * (z + leaves[3])).masked_fill(~valid, 0)
+            loss = losses.sum() / len(image)
+        else:
+            smoothing = self.settings.get("label_smoothing", 0.0)
+            sides = ((z, valid, positive), (z.T, valid.T, positive.T))
+            loss = sum(_cross_entropy_ref(*side, smoothing) for side in sides) / 2
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def rank_loss(
-    world: World,
-    name: str,
-    B: int,
-    factors: tuple[float, ...],
-    settings: dict[str, Any],
-    with_ids: bool,
-) -> list[Tensor]:
-    """[loss, d_image, d_text, d_scale, d_bias if any] of one rank's pairs."""
-    image, text = unit_embeddings(B * world.world_size, 16, torch.float64)
-    own = slice(world.rank * B, world.rank * B + B)
-    ids = ids_of(B * world.world_size)[own]
-    loss_fn = getattr(clipcore, name)(rank=world.rank, world_size=world.world_size, **settings)
-    keywords = {"image_ids": ids, "text_ids": ids} if with_ids else {}
-    return with_gradients(
-        lambda *x: loss_fn(*x, **keywords),
-        (image[own], text[own], *(torch.tensor(f, dtype=torch.float64) for f in factors)),
-        torch.tensor(1.0),
+def of_rank(world: World, numbers: list[int]) -> list[list[Tensor] | None]:
+    """[loss, d_image, d_text, d_scale, d_bias if any] of this rank for each case that it has a part in."""
+    found: list[list[Tensor] | None] = []
+    for number in numbers:
+        case = Case(number)
+        group = group_of(case.num_ranks)
+        if world.rank >= case.num_ranks:
+            found.append(None)
+            continue
+        name = "SigLipLoss" if case.is_siglip else "ClipLoss"
+        loss_fn = getattr(clipcore, name)(
+            rank=world.rank,
+            world_size=case.num_ranks,
+            wire_dtype=case.wire,
+            group=group,
+            **case.settings,
+        )
+        parts = [
+            rows[sum(side[: world.rank]) : sum(side[: world.rank + 1])]
+            for rows, side in zip(
+                (*case.rows(), *case.all_ids()), (case.images, case.texts) * 2, strict=True
+            )
+        ]
+        keywords = {"image_ids": parts[2], "text_ids": parts[3]} if case.ids else {}
+        leaves = [*parts[:2], *case.factors()]
+        for leaf, name in zip(leaves, ("image", "text", "scale", "bias"), strict=False):
+            leaf.requires_grad_(name != case.frozen)
+        loss = loss_fn(*leaves, **keywords)
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    return found
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_loss_over_ranks_is_that_of_all_pairs(pool: RankPool, block: int) -> None:
+    """The mean over ranks, which DistributedDataParallel takes, to 1e-12 in float64, gradients included."""
+    numbers = list(range(100 * block, 100 * block + 100))
+    found = pool.run(of_rank, numbers)
+    for number, *of_ranks in zip(numbers, *found, strict=True):
+        case = Case(number)
+        loss, d_image, d_text, *others = zip(*of_ranks[: case.num_ranks], strict=True)
+        actual = [
+            torch.stack(loss).mean(),
+            None if case.frozen == "image" else torch.cat(d_image) / case.num_ranks,
+            None if case.frozen == "text" else torch.cat(d_text) / case.num_ranks,
+            *(torch.stack(other).mean() for other in others),
+        ]
+        for name, ours, theirs in zip(NAMES, actual, case.dense(), strict=False):
+            if ours is not None:
+                limit = 1e-12 * max(1.0, theirs.abs().max().item())
+                assert (ours - theirs).abs().max().item() <= limit, (case, vars(case), name)
+
+
+def test_the_cases_are_of_all_kinds() -> None:
+    cases = [Case(number) for number in range(400)]
+    assert {case.num_ranks for case in cases} == {1, 2, 3, 4}
+    for kind in (
+        lambda case: len(set(case.images)) > 1,
+        lambda case: 0 in case.images,
+        lambda case: sum(case.images) < sum(case.texts),
+        lambda case: sum(case.images) > sum(case.texts),
+        lambda case: case.wire in (torch.float16, torch.bfloat16),
+        lambda case: case.ids and len(set(case.all_ids()[1].tolist())) < sum(case.texts),
+        lambda case: case.scale == 100.0,
+        lambda case: case.frozen is not None,
+    ):
+        for is_siglip in (False, True):
+            assert sum(kind(case) and case.is_siglip == is_siglip for case in cases) >= 10
+
+
+def open_clips(world: World, gather: bool) -> list[Tensor]:
+    """Gradients of open_clip's own loss, where it is exact, or of ours."""
+    image, text = (t.requires_grad_() for t in unit_embeddings(4 * world.world_size, 8))
+    own = slice(4 * world.rank, 4 * world.rank + 4)
+    scale = torch.tensor(20.0, requires_grad=True)
+    if gather:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it gathers by a name that torch has given up
+            theirs = import_open_clip().loss.ClipLoss(
+                local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.world_size
+            )
+            theirs(image[own], text[own], scale).backward()
+    else:
+        ours = ClipLoss(rank=world.rank, world_size=world.world_size)
+        ours(image[own], text[own], scale).backward()
+    return [image.grad, text.grad, scale.grad]  # type: ignore[list-item]
+
+
+def test_open_clips_loss_over_ranks_agrees(pool: RankPool) -> None:
+    theirs, ours = (
+        [torch.stack(parts).sum(0) for parts in zip(*pool.run(open_clips, gather), strict=True)]
+        for gather in (True, False)
     )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def assert_ranks_agree(
-    pool: RankPool,
-    name: str,
-    reference: Callable[..., Tensor],
-    B: int,
-    factors: tuple[float, ...],
-    settings: dict[str, Any],
-) -> None:
-    """The mean over ranks, which DistributedDataParallel takes, is the loss of all pairs; to 1e-12 in float64."""
-    with_ids = "same_id" in settings
-    image, text = unit_embeddings(B * NUM_RANKS, 16, torch.float64)
-    ids = ids_of(B * NUM_RANKS)
-    keywords = {**settings, **({"image_ids": ids, "text_ids": ids} if with_ids else {})}
-    keywords.pop("dist_impl", None)
-    expected = with_gradients(
-        lambda *x: reference(*x, **keywords),
-        (image, text, *(torch.tensor(f, dtype=torch.float64) for f in factors)),
-        torch.tensor(1.0),
-    )
-    found = pool.run(rank_loss, name, B, factors, settings, with_ids)
-    loss, d_image, d_text, *others = zip(*found, strict=True)
-    actual = [
-        torch.stack(loss).mean(),
-        torch.cat(d_image) / NUM_RANKS,
-        torch.cat(d_text) / NUM_RANKS,
-        *(torch.stack(other).mean() for other in others),
-    ]
-    for ours, theirs in zip(actual, expected, strict=True):
-        limit = 1e-12 * max(1.0, theirs.abs().max().item())
-        assert (ours - theirs).abs().max().item() <= limit
+def call_once_too_often(world: World, name: str) -> str:
+    image, text = unit_embeddings(3, 8)
+    loss_fn = getattr(clipcore, name)(rank=world.rank, world_size=world.world_size)
+    loss_fn.ranks.num_calls += world.rank == 2
+    try:
+        loss_fn(image, text, 10.0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
 
 
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize("B", [1, 7])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"label_smoothing": 0.1},
-        {"same_id": "ignore"},
-        {"same_id": "positive"},
-        {"same_id": "positive", "label_smoothing": 0.2},
-    ],
-    ids=str,
-)
-def test_clip_loss_of_ranks_is_that_of_all_pairs(
-    pool: RankPool, settings: dict[str, Any], B: int, scale: float
-) -> None:
-    assert_ranks_agree(pool, "ClipLoss", contrastive_ref, B, (scale,), settings)
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_a_rank_in_another_call_is_named(pool: RankPool, name: str) -> None:
+    told = pool.run(call_once_too_often, name)
+    assert all("rank 2 is at step 2, this rank at step 1" in message for message in told[:2])
 
 
-@pytest.mark.parametrize("factors", [(1.0, 0.0), (10.0, -10.0), (100.0, -3.0)])
-@pytest.mark.parametrize("B", [1, 7])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"dist_impl": "bidir"}, {"same_id": "ignore"}, {"same_id": "positive"}],
-    ids=str,
-)
-def test_siglip_loss_of_ranks_is_that_of_all_pairs(
-    pool: RankPool, settings: dict[str, Any], B: int, factors: tuple[float, float]
-) -> None:
-    assert_ranks_agree(pool, "SigLipLoss", sigmoid_ref, B, factors, settings)
+def without_pairs(world: World, name: str) -> str:
+    loss_fn = getattr(clipcore, name)(rank=world.rank, world_size=world.world_size)
+    try:
+        loss_fn(torch.ones(0, 4), torch.ones(2, 4), 1.0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("name", ["ClipLoss"])
+def test_ranks_without_any_pair_are_told(pool: RankPool, name: str) -> None:
+    assert all("no rank has a pair" in message for message in pool.run(without_pairs, name))

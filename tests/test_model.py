@@ -252,7 +252,7 @@ def test_a_replayed_resnet_leaves_its_statistics():
 def test_patch_dropout_drops_in_training_only_and_follows_the_seed():
     model = create_model("ViT-nano-8-32", force_patch_dropout=0.5)
     image = images(model.config)
-    kept = model.visual._drop_patches(model.visual._embed(image))
+    kept = model.visual._drop_patches(model.visual._embed(image), None)
     assert kept.shape[1] == 1 + 8
 
     def features(seed: int) -> torch.Tensor:

@@ -1,0 +1,185 @@
+"""A rank's strip of the logits of several ranks: its rows of one side against all rows of the other.
+
+Legend: B rows of one side on this rank, G of the other on all ranks, E embedding size.
+
+Each rank keeps its rows of the larger side and gathers the smaller one's; while they are under way it computes the block
+of its own rows, then those of the other ranks. Each logit is computed once, on one rank. Sums over a row are complete
+there, sums over a column after an all-reduce of [G] numbers; the gradient of the kept side is complete too, that of the
+gathered side is summed by a reduce-scatter in float32, which travels while the own block is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipcore.distributed import PendingGather, gather_numbers, start_gather
+from clipcore.kernels import logits, tiles
+
+
+class Side(NamedTuple):
+    """One side's rows of this rank, and what they are called."""
+
+    rows: Tensor
+    ids: Tensor | None
+
+
+class Block(NamedTuple):
+    """Columns of this rank's strip, those of one or several ranks."""
+
+    rows: Tensor
+    ids: Tensor | None
+    columns: slice
+    first_label: int
+    is_own: bool
+
+
+class Ranks:
+    """The ranks that share a loss. Every rank has to make the same calls, which are counted to find one out of step."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        wire_dtype: torch.dtype | None,
+        uneven: bool,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.rank, self.world_size, self.group = rank, world_size, group
+        self.wire_dtype, self.uneven = wire_dtype, uneven
+        self.num_calls = 0
+
+    def strip(self, image: Side, text: Side) -> Strip:
+        """This rank's rows of the larger side against all rows of the smaller one, whose gathering has begun."""
+        own = [len(image.rows), len(text.rows)]
+        known = [own] * self.world_size
+        if image.rows.is_cpu or self.uneven:
+            known = gather_numbers(own, self.group)
+        image_shards, text_shards = (tuple(side) for side in zip(*known, strict=True))
+        kept, sent, kept_shards, shards = image, text, image_shards, text_shards
+        if sum(image_shards) < sum(text_shards):
+            kept, sent, kept_shards, shards = text, image, text_shards, image_shards
+        num_pairs = sum(map(min, image_shards, text_shards))
+        if num_pairs == 0:
+            raise ValueError("no rank has a pair: image_features and text_features have no rows")
+        # In float32, so that gradients add up in it.
+        wide = tiles.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
+        self.num_calls += 1
+        pending = start_gather(
+            sent.rows.to(wide),
+            sent.ids,
+            wire_dtype=self.wire_dtype or sent.rows.dtype,
+            step=self.num_calls,
+            shard_sizes=shards,
+            group=self.group,
+        )
+        return Strip(
+            kept=kept,
+            kept_shards=kept_shards,
+            own_ids=sent.ids,
+            shards=shards,
+            rank=self.rank,
+            pending=pending,
+            num_pairs=num_pairs,
+            num_images=sum(image_shards),
+            promoted=torch.promote_types(image.rows.dtype, text.rows.dtype),
+        )
+
+
+@dataclass
+class Strip:
+    """This rank's rows of one side against all rows of the other; see `Ranks.strip`."""
+
+    kept: Side
+    kept_shards: tuple[int, ...]
+    own_ids: Tensor | None  # of this rank's rows of the side that is gathered
+    shards: tuple[int, ...]
+    rank: int
+    pending: PendingGather
+    num_pairs: int  # of all ranks
+    num_images: int  # of all ranks
+    promoted: torch.dtype  # of both sides as they were given
+
+    @property
+    def own(self) -> slice:
+        """The columns that are this rank's."""
+        first = sum(self.shards[: self.rank])
+        return slice(first, first + self.shards[self.rank])
+
+    @property
+    def num_own_pairs(self) -> int:
+        return min(self.kept_shards[self.rank], self.shards[self.rank])
+
+    def all_ids(self) -> Tensor:
+        """The ids of all columns."""
+        ids_G = self.pending.wait().ids_G
+        assert ids_G is not None
+        return ids_G
+
+    def operand(self, asked: torch.dtype | None) -> torch.dtype | None:
+        """What a GPU multiplies: what was given, although it has come in float32."""
+        if not self.kept.rows.is_cuda:
+            return asked
+        given = self.kept.rows.new_empty(0, 1, dtype=self.promoted)
+        return logits.operand_dtype(given, given, asked)
+
+    def blocks(self) -> Iterator[Block]:
+        """The strip in blocks: this rank's own columns, while the others are under way, then theirs."""
+        own = self.own
+        yield Block(self.pending.own_BE, self.own_ids, own, 0, True)
+        gathered = self.pending.wait()
+        others = (slice(0, own.start), own, slice(own.stop, sum(self.shards)))
+        parts = gathered.rows_GE.split([part.stop - part.start for part in others])
+        for rows, columns in zip(parts, others, strict=True):
+            if columns == own or columns.start == columns.stop:
+                continue
+            ids = None if gathered.ids_G is None else gathered.ids_G[columns]
+            # No pair by place lies here.
+            yield Block(rows, ids, columns, len(rows), False)
+
+
+class CompleteLse(torch.autograd.Function):
+    """log sum over ranks of exp(lse); the gradient is that of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, lse_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        # The maximum first, so that no exponential overflows.
+        maximum_G = lse_G.clone()
+        dist.all_reduce(maximum_G, dist.ReduceOp.MAX, group=group)
+        total_G = (lse_G - maximum_G).exp()
+        dist.all_reduce(total_G, group=group)
+        complete_G = total_G.log_() + maximum_G
+        ctx.save_for_backward(lse_G, complete_G)
+        ctx.group = group
+        return complete_G
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_G: Tensor) -> tuple[Tensor, None]:
+        lse_G, complete_G = ctx.saved_tensors
+        grad_G = grad_G.contiguous().clone()
+        dist.all_reduce(grad_G, group=ctx.group)
+        return grad_G * (lse_G - complete_G).exp(), None
+
+
+class CompleteSum(torch.autograd.Function):
+    """The sum over ranks; the gradient is that of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, part_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        complete_G = part_G.clone()
+        dist.all_reduce(complete_G, group=group)
+        return complete_G
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_G: Tensor) -> tuple[Tensor, None]:
+        grad_G = grad_G.contiguous().clone()
+        dist.all_reduce(grad_G, group=ctx.group)
+        return grad_G, None
