@@ -57,6 +57,7 @@ from clipcore.optim import (
     adam_defaults,
     build_optimizer,
     gradient_norm,
+    local_part,
 )
 from clipcore.run_report import report_run
 from clipcore.run_state import (
@@ -68,6 +69,7 @@ from clipcore.run_state import (
     write_config,
 )
 from clipcore.schedule import learning_rate
+from clipcore.sharding import gradient_sync, shard
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 
 
@@ -97,11 +99,12 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     source = open_training_source(config)
 
     # Model
+    is_split = config.fsdp and world.world_size > 1
     torch.manual_seed(config.seed)
     model, transform, eval_transform = create_model_and_transforms(
         str(config.model),
         pretrained=config.pretrained if checkpoint is None else None,
-        device=world.device,
+        device="cpu" if is_split else world.device,
         force_image_size=config.force_image_size,
         force_quick_gelu=config.force_quick_gelu,
         force_patch_dropout=config.force_patch_dropout,
@@ -114,6 +117,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     tokenizer.context_length = model.context_length
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
+    if is_split:
+        shard(model, world)
 
     # Order and length
     batch_size, epochs = config.batch_size or 1, config.epochs or 1
@@ -169,11 +174,12 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
+    del checkpoint  # its files stay open, and on the disk, for as long as it is there
 
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
-    if world.world_size > 1:
+    if world.world_size > 1 and not is_split:
         # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
         # would add gradients in another order. torch's warning about it cannot be silenced from Python.
         towers = DistributedDataParallel(towers, find_unused_parameters=True)
@@ -219,14 +225,14 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 batch.images.to(world.device, non_blocking=True), transform.mean, transform.std
             )
             tokens = batch.tokens.to(world.device, non_blocking=True)
-            with autocast(world.device, precision):
-                image_features, text_features, scale = towers(images, tokens)
-                if step == first_step:
-                    log.say(str(loss_fn.plan(image_features, text_features)))
-                loss = loss_fn(image_features, text_features, scale)
-            clock.charge("forward")
-
-            scaler.scale(loss).backward()
+            with gradient_sync(towers, is_last=True):
+                with autocast(world.device, precision, is_split):
+                    image_features, text_features, scale = towers(images, tokens)
+                    if step == first_step:
+                        log.say(str(loss_fn.plan(image_features, text_features)))
+                    loss = loss_fn(image_features, text_features, scale)
+                clock.charge("forward")
+                scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             grad_norm = gradient_norm(model.parameters())
             clock.charge("backward")
@@ -285,7 +291,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 or is_due(state.step, config.save_every_steps)
             ):
                 state.elapsed_s, state.metrics_bytes = log.elapsed_s, log.sync()
-                if world.is_main:
+                if world.is_main or is_split:
                     state.save(run_dir, config.keep_checkpoints)
                 saved_at = time.monotonic()
                 clock.charge("checkpoint")
@@ -380,6 +386,8 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
     )
     if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
         world.say(f"{', '.join(flags)}: accepted, without effect (see --help)")
+    if config.fsdp and world.world_size == 1:
+        world.say("--fsdp: one process has nobody to split the model with, and trains it whole")
 
 
 def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
@@ -390,11 +398,15 @@ def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
         torch.set_num_threads(max(1, cores - (config.workers or 0)))
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+def autocast(
+    device: torch.device, precision: str, is_split: bool
+) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for the towers."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.float16 if precision == "amp" else torch.bfloat16)
+    dtype = torch.float16 if precision == "amp" else torch.bfloat16
+    # Casts of weights are kept until the end of the context, where a sharded model would be whole again.
+    return torch.autocast(device.type, dtype, cache_enabled=not is_split)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -438,7 +450,8 @@ def describe_non_finite(
     gradients = {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
     # A bad weight explains everything after it, so that weights come first.
     ordered = {**parameters, **suspects, **gradients}
-    bad = next((name for name, value in ordered.items() if not value.isfinite().all()), None)
+    # Of what is split, this rank's rows: the ranks may stop at different tensors, so that none may ask the others.
+    bad = next((n for n, value in ordered.items() if not local_part(value).isfinite().all()), None)
     where = f"{bad} is the first tensor that is not finite" if bad else "it came from another rank"
     return (
         f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; the last good "

@@ -30,6 +30,7 @@ LAYERS = [
     {"vision", "text"},
     {"resnet"},
     {"model", "loss"},
+    {"sharding"},
     {"evaluate"},
     {"run_state"},
     {"run_report"},
