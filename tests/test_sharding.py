@@ -24,6 +24,7 @@ from shards import write_csv
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
 from clipcore.config import ConfigError, TrainConfig, parse_command_line
@@ -222,6 +223,25 @@ def test_steps_are_those_of_the_unsharded_model(
         norm = gradient_norm(model.parameters())
         assert_close(results[0][0][0], gradients(model))
         assert_close(results[0][0][1], {"loss": loss.detach(), "norm": norm})
+
+
+def accumulate(world: World) -> list[Tensor]:
+    """The gradient of a replicated layer after a pass that keeps to its rank, and after the last."""
+    layer = nn.Linear(2, 1, bias=False)
+    replica = DistributedDataParallel(layer)
+    seen = []
+    for is_last in (False, True):
+        with gradient_sync(replica, is_last):
+            replica(torch.full((1, 2), float(world.rank + 10 * is_last))).sum().backward()
+        assert layer.weight.grad is not None
+        seen.append(layer.weight.grad.clone())
+    return seen
+
+
+def test_replicas_average_after_the_last_pass_only(pool: RankPool) -> None:
+    for rank, (first, last) in enumerate(pool.run(accumulate)):
+        assert torch.equal(first, torch.full((1, 2), float(rank)))
+        assert torch.equal(last, torch.full((1, 2), 12.0))
 
 
 def mixed_precision(world: World) -> Any:
