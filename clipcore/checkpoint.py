@@ -4,6 +4,10 @@ A checkpoint is a folder, ``step_00000042``: one safetensors file a group of ten
 the size and the SHA-256 of each and of itself. It is written aside, put on the disk, and then renamed, so that a crash
 at any moment leaves the ones before it and either all or nothing of the new one. No pickle is read on this path.
 
+Several processes may write one together (``Writers``), each a file of its own in every group, with the rows that it
+holds: ``model-00002-of-00003.safetensors``. A tensor of the group is then its parts in all the files, in order, joined
+along the first axis; one that is not split is in the first file alone. Whoever reads need not know how many wrote.
+
 The newest checkpoint is the one committed last, by the sequence number in its manifest: a run that went back to step 10
 goes on from there, not from a step 40 that it abandoned.
 
@@ -23,21 +27,25 @@ import re
 import shutil
 import socket
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+T = TypeVar("T")
+
 FORMAT = "clipcore checkpoint"
-FORMAT_VERSION = 1
+# 1: every group is one file. 2: it may be several.
+FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 
 _COMMITTED = re.compile(r"(?:\.displaced_)?(step_\d{8,})")
+_GROUP_FILE = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _CHUNK_BYTES = 1 << 24
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -65,15 +73,56 @@ class Checkpoint:
 
     Attributes:
         step: steps done.
-        tensors: by group and name.
+        tensors: by group and name; dicts, or where asked for ``TensorGroup``s.
         state: the JSON values.
         path: its folder.
     """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Mapping[str, Tensor]]
     state: dict[str, Any]
     path: Path
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The processes that write a checkpoint together; by default, this one alone.
+
+    Attributes:
+        rank: of this process, counted from 0.
+        num_ranks: how many they are.
+        gather: called by all alike; returns what each passed, in the order of ranks.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def file_name(self, group: str) -> str:
+        """Of this process's part of a group."""
+        part = f"-{self.rank + 1:05d}-of-{self.num_ranks:05d}" if self.num_ranks > 1 else ""
+        return f"{group}{part}.safetensors"
+
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """What ``act`` returned on each; where it failed on one, all raise, so that none waits for another."""
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+        told = self.gather((result, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (_, reason) in enumerate(told):
+            if reason is not None:
+                raise CheckpointError(f"rank {rank} of {self.num_ranks}: {reason}")
+        return [value for value, _ in told]
+
+    def by_first(self, act: Callable[[], T]) -> T:
+        """What ``act`` returned on the first, which alone acts."""
+        first = self.together(lambda: act() if self.rank == 0 else None)[0]
+        return first  # type: ignore[return-value]
 
 
 def save_checkpoint(
@@ -82,46 +131,77 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int | None = None,
+    writers: Writers = Writers(),
 ) -> Path:
     """Writes a checkpoint, then removes all but the newest ``keep``; returns its folder.
 
-    One process writes to a directory at a time (see ``run_lock``). Tensors of any device, stride and shared storage are
+    One run writes to a directory at a time (see ``run_lock``). Tensors of any device, stride and shared storage are
     written one after the other, without a second copy of the whole.
 
     Args:
-        directory: of the run's checkpoints; made where it is missing.
+        directory: of the run's checkpoints, the same for all writers; made where it is missing.
         step: steps done; a checkpoint of the same step is replaced.
-        tensors: tensors by group ("model", "optimizer", ...) and name.
-        state: values that JSON can hold.
+        tensors: tensors by group ("model", "optimizer", ...) and name. Of a tensor that several writers share each
+            passes its rows, be they none; of any other the first alone passes all.
+        state: values that JSON can hold; the first writer's counts.
         keep: checkpoints to keep, at least 1 [all].
+        writers: who calls this together, each with its own tensors.
 
     Raises:
-        CheckpointError: the disk is full, or the directory cannot be written. The older checkpoints are untouched.
+        CheckpointError: the disk is full, or the directory cannot be written, for one of the writers; all of them raise.
+            The older checkpoints are untouched.
     """
     assert step >= 0 and (keep is None or keep >= 1), (step, keep)
     directory = Path(directory)
     files: dict[str, Iterable[bytes | memoryview]] = {
-        f"{group}.safetensors": _safetensors_chunks(named) for group, named in tensors.items()
+        writers.file_name(group): _safetensors_chunks(named) for group, named in tensors.items()
     }
-    files[STATE] = [json.dumps(state, indent=2).encode()]
+    if writers.rank == 0:
+        files[STATE] = [json.dumps(state, indent=2).encode()]
     final = directory / f"step_{step:08d}"
     temporary = directory / f".tmp_{final.name}"
+
+    def begin() -> None:
+        with _told(directory, step, tensors):
+            _make_directory(directory)
+            _remove_leftovers(directory)
+            os.mkdir(temporary)
+
+    def write() -> dict[str, Any]:
+        with _told(directory, step, tensors):
+            return {name: _write_file(temporary / name, chunks) for name, chunks in files.items()}
+
+    def commit() -> None:
+        with _told(directory, step, tensors):
+            _write_manifest(temporary, step, _next_sequence(directory), records, writers)
+            _commit(temporary, final)
+
     try:
-        _make_directory(directory)
-        _remove_leftovers(directory)
-        _write_folder(temporary, step, _next_sequence(directory), files)
-        _commit(temporary, final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise CheckpointError(_write_failure(directory, step, tensors, error)) from error
-    try:
-        _remove_leftovers(directory)
-        _prune(directory, keep)
-    except OSError as error:
-        warnings.warn(f"cannot remove an old checkpoint in {directory}: {error}", stacklevel=2)
+        writers.by_first(begin)
+        records = {n: record for part in writers.together(write) for n, record in part.items()}
+        writers.by_first(commit)
+    except BaseException:
+        if writers.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if writers.rank == 0:
+        try:
+            _remove_leftovers(directory)
+            _prune(directory, keep)
+        except OSError as error:
+            warnings.warn(f"cannot remove an old checkpoint in {directory}: {error}", stacklevel=2)
     return final
+
+
+@contextlib.contextmanager
+def _told(
+    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """What the system refuses in it is raised as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(_write_failure(directory, step, tensors, error)) from error
 
 
 def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -149,18 +229,17 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
         yield flat.view(torch.uint8).numpy().data
 
 
-def _write_folder(
-    folder: Path, step: int, sequence: int, files: Mapping[str, Iterable[bytes | memoryview]]
+def _write_manifest(
+    folder: Path, step: int, sequence: int, records: Mapping[str, Any], writers: Writers
 ) -> None:
-    """All files of a checkpoint, the manifest last, each on the disk before the next begins."""
-    os.mkdir(folder)
-    records = {name: _write_file(folder / name, chunks) for name, chunks in files.items()}
+    """The last file of a checkpoint, when all others are on the disk."""
     manifest = {
         "format": FORMAT,
-        "version": FORMAT_VERSION,
+        # What an older clipcore can read is marked so.
+        "version": FORMAT_VERSION if writers.num_ranks > 1 else 1,
         "step": step,
         "sequence": sequence,
-        "files": records,
+        "files": dict(records),
     }
     _write_file(folder / MANIFEST, [_manifest_text(manifest)])
     _sync_directory(folder)
@@ -305,31 +384,98 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(fields)
 
 
-def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(
+    path: Path, map_location: str | torch.device = "cpu", lazily: bool = False
+) -> Checkpoint:
     """Reads one checkpoint, after comparing every byte of it with its manifest.
 
     Args:
         path: its folder, ``.../step_00000042``.
         map_location: device of the tensors.
+        lazily: read each tensor when it is asked for, so that what is not asked for takes no memory; the files stay open
+            meanwhile, and so readable when the checkpoint is removed.
 
     Raises:
         CheckpointError: it is not there, or something in it is missing, cut short or changed.
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    tensors, state = {}, {}
-    for name, record in manifest["files"].items():
+    state: dict[str, Any] = {}
+    groups: dict[str, list[Path]] = {}
+    # By name: the parts of a group in the order of their ranks.
+    for name, record in sorted(manifest["files"].items()):
         assert Path(name).name == name, name
         try:
             _verify(path / name, record)
             if name == STATE:
                 state = json.loads((path / name).read_bytes())
-            else:
-                group = name.removesuffix(".safetensors")
-                tensors[group] = read_safetensors(path / name, map_location)
         except OSError as error:
             raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
+        if (match := _GROUP_FILE.fullmatch(name)) is not None:
+            groups.setdefault(match.group(1), []).append(path / name)
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for group, paths in groups.items():
+        lazy = TensorGroup(paths, map_location)
+        tensors[group] = lazy if lazily else dict(lazy)
     return Checkpoint(manifest["step"], tensors, state, path)
+
+
+class TensorGroup(Mapping[str, Tensor]):
+    """The tensors in the files of one group, read when asked for, each time anew and into memory of their own.
+
+    Args:
+        paths: of the group's files in the order of ranks.
+        device: of what is read.
+    """
+
+    def __init__(self, paths: Iterable[Path], device: str | torch.device) -> None:
+        self._device = device
+        # By name: the files that hold a part of the tensor, with its rows there.
+        self._parts: dict[str, list[tuple[Any, int]]] = {}
+        self._tails: dict[str, list[int] | None] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+            for name in file.keys():  # noqa: SIM118  # it is no dict
+                shape = file.get_slice(name).get_shape()
+                self._parts.setdefault(name, []).append((file, shape[0] if shape else 1))
+                self._tails.setdefault(name, shape[1:] if shape else None)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        tail = self._tails[name]
+        if tail is None:
+            return torch.Size(())
+        return torch.Size((sum(rows for _, rows in self._parts[name]), *tail))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor that has an axis; no others are read."""
+        parts, first = [], 0
+        for file, num_rows in self._parts[name]:
+            low, high = max(start - first, 0), min(stop - first, num_rows)
+            if low < high:
+                parts.append(file.get_slice(name)[low:high])
+            first += num_rows
+        if not parts:
+            return self._parts[name][0][0].get_tensor(name)[:0].to(self._device, copy=True)
+        # What was read is a view of the mapped file, until it is joined.
+        return torch.cat(parts).to(self._device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._tails[name] is None:
+            ((file, _),) = self._parts[name]
+            return file.get_tensor(name).to(self._device, copy=True)
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def _verify(path: Path, record: Mapping[str, Any]) -> None:
@@ -362,8 +508,12 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return readable[0] if readable else None
 
 
-def load_latest(directory: Path, map_location: str | torch.device = "cpu") -> Checkpoint | None:
+def load_latest(
+    directory: Path, map_location: str | torch.device = "cpu", lazily: bool = False
+) -> Checkpoint | None:
     """The newest checkpoint that is whole; warns of each newer one that is not. None where there was never any.
+
+    The arguments are those of ``load_checkpoint``.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -377,7 +527,7 @@ def load_latest(directory: Path, map_location: str | torch.device = "cpu") -> Ch
         if not remaining:
             break
         try:
-            checkpoint = load_checkpoint(remaining[0], map_location)
+            checkpoint = load_checkpoint(remaining[0], map_location, lazily)
         except CheckpointError as error:
             failures[remaining[0]] = error
             continue

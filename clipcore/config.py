@@ -162,6 +162,11 @@ class TrainConfig:
         False, COST, "first compare a small step with plain float64, and stop if they differ"
     )
     grad_checkpointing: bool = _option(False, COST, "recompute activations in the backward pass")
+    fsdp: bool = _option(
+        False,
+        COST,
+        "split weights, gradients and moments among the ranks (FSDP2), for large models",
+    )
     torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
     device: str | None = _option(
         None, COST, "'cpu' or 'cuda' [cuda where there is one]", metavar="NAME"
@@ -253,6 +258,8 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+    if config.fsdp and config.torchcompile:
+        raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():

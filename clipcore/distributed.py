@@ -626,3 +626,12 @@ def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None 
     values = [value]
     dist.broadcast_object_list(values, group_src=source, group=group, device=_wire_device(group))
     return values[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The picklable values of all ranks of the group, in rank order, on every rank."""
+    if _group_size(group) == 1:
+        return [value]
+    values: list[T | None] = [None] * _group_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values  # type: ignore[return-value]

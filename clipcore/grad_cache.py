@@ -44,9 +44,8 @@ class Found(NamedTuple):
     scalars: tuple[Tensor, ...]  # the logit scale, and the bias where the model has one
 
 
-def micro_batches(num_rows: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` rows, alike to one row, so that a compiled model meets few shapes."""
-    number = max(1, -(-num_rows // size))
+def micro_batches(num_rows: int, number: int) -> list[slice]:
+    """The rows in so many slices, alike to one row, so that a compiled model meets few shapes."""
     ends = [num_rows * i // number for i in range(number + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
@@ -56,11 +55,11 @@ def differentiate(
     loss_fn: Callable[..., Tensor],
     module: nn.Module,
     num_rows: int,
-    micro_batch_size: int,
+    num_parts: int,
     kept: int = 1,
     *,
     scale_loss: Callable[[Tensor], Tensor] | None = None,
-    unsynchronized: Callable[[], AbstractContextManager[object]] = nullcontext,
+    sync: Callable[[bool], AbstractContextManager[object]] | None = None,
     on_phase: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Found:
@@ -72,12 +71,11 @@ def differentiate(
             loss takes. It has to compute the same each time.
         loss_fn: (image features, text features, *scalars) to the loss.
         module: what holds the parameters; its BatchNorm statistics count each pair once.
-        micro_batch_size: rows that are embedded at once; ``num_rows`` or more is the direct step.
+        num_parts: micro-batches, 1 to ``num_rows``; 1 is the direct step.
         kept: of the first micro-batches, how many keep their graphs until their replay, at least 1.
         scale_loss: what is differentiated in place of the loss, such as ``GradScaler.scale``.
-        unsynchronized: a context in which a backward pass leaves the gradients of other ranks alone, such as
-            ``DistributedDataParallel.no_sync``; used for all micro-batches but the last. The last one is then always
-            replayed.
+        sync: a context around the passes over a micro-batch, called with whether its backward pass is the last and
+            averages gradients over ranks, such as ``sharding.gradient_sync``. The last one is then always replayed.
         on_phase: called with "forward", "loss" and "backward" at the end of each.
         on_progress: called with (passes done, passes in all) after each pass over a micro-batch.
 
@@ -85,23 +83,24 @@ def differentiate(
     >>> images, texts = torch.rand(6, 4), torch.rand(6, 4)
     >>> found = differentiate(
     ...     lambda rows, _: (model(images[rows]), model(texts[rows])),
-    ...     lambda image, text: (image * text).sum(), model, num_rows=6, micro_batch_size=2)
+    ...     lambda image, text: (image * text).sum(), model, num_rows=6, num_parts=3)
     """
-    parts = micro_batches(num_rows, micro_batch_size)
-    *others, last = parts
+    parts = micro_batches(num_rows, num_parts)
+    sync_here = sync or (lambda is_last: nullcontext())
     scale_loss = scale_loss or (lambda loss: loss)
     on_phase = on_phase or (lambda phase: None)
-    if not others:
-        image_BE, text_BE, *scalars = embed(last, None)
-        on_phase("forward")
-        loss = loss_fn(image_BE, text_BE, *scalars)
-        on_phase("loss")
-        scale_loss(loss).backward()
+    if num_parts == 1:
+        with sync_here(True):
+            image_BE, text_BE, *scalars = embed(parts[0], None)
+            on_phase("forward")
+            loss = loss_fn(image_BE, text_BE, *scalars)
+            on_phase("loss")
+            scale_loss(loss).backward()
         on_phase("backward")
         return Found(loss.detach(), image_BE, text_BE, tuple(scalars))
 
     # The first is embedded with its graph in any case: it shows what has a gradient.
-    kept = max(1, min(kept, len(others) if unsynchronized is not nullcontext else len(parts)))
+    kept = max(1, min(kept, num_parts if sync is None else num_parts - 1))
     num_passes = 2 * len(parts) - kept
     num_done = 0
 
@@ -118,7 +117,7 @@ def differentiate(
     upcoming = [*parts[1:], parts[kept] if kept < len(parts) else None]
     for i, (rows, following) in enumerate(zip(parts, upcoming, strict=True)):
         states.append(_RandomStates(i >= kept))
-        with torch.set_grad_enabled(i < kept), unsynchronized():
+        with torch.set_grad_enabled(i < kept), sync_here(False):
             embedded = embed(rows, following)
         if i < kept:
             graphs.append(embedded)
@@ -143,7 +142,7 @@ def differentiate(
     with replayed(module):
         for i, rows in enumerate(parts):
             is_last = i == len(parts) - 1
-            with nullcontext() if is_last else unsynchronized():
+            with sync_here(is_last):
                 if i < kept:
                     embedded, graphs[i] = graphs[i], ()
                 else:

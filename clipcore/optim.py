@@ -9,9 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is split among ranks, without a copy; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def adam_defaults(is_resnet: bool) -> tuple[float, float, float]:
@@ -27,21 +34,25 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 def build_optimizer(
     model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: decayed, and gains and biases."""
+    """AdamW over the trainable parameters, in two groups: decayed, and gains and biases.
+
+    What a sharded model does not split, its logit scale, is a group of its own, since one kernel updates a whole group.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("nothing to train: both towers and the logit scale are locked; unlock one")
+    are_split = any(isinstance(p, DTensor) for _, p in named)
+    kinds: dict[str, list[nn.Parameter]] = {"kept": [], "decayed": [], "whole": []}
+    for name, parameter in named:
+        is_whole = are_split and not isinstance(parameter, DTensor)
+        assert not (is_whole and is_decayed(name, parameter)), name
+        kind = "whole" if is_whole else "decayed" if is_decayed(name, parameter) else "kept"
+        kinds[kind].append(parameter)
     groups = [
-        {
-            "params": [p for n, p in named if not is_decayed(n, p)],
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for n, p in named if is_decayed(n, p)],
-            "weight_decay": weight_decay,
-        },
+        {"params": parameters, "weight_decay": weight_decay if kind == "decayed" else 0.0}
+        for kind, parameters in kinds.items()
+        if parameters
     ]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -95,7 +106,9 @@ class ExponentialMovingAverage:
         current = model.state_dict()
         averaged = [n for n, v in self.shadow.items() if v.is_floating_point()]
         torch._foreach_lerp_(
-            [self.shadow[n] for n in averaged], [current[n] for n in averaged], 1 - decay
+            [local_part(self.shadow[n]) for n in averaged],
+            [local_part(current[n]) for n in averaged],
+            1 - decay,
         )
         for name in self.shadow.keys() - set(averaged):
             self.shadow[name].copy_(current[name])
@@ -105,7 +118,15 @@ class ExponentialMovingAverage:
             value.copy_(tensors[name])
 
 
+@torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all gradients, on their device."""
+    """L2 norm over all gradients, on their device; of a sharded model over all ranks, with the same bits on each."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    split = [g for g in gradients if isinstance(g, DTensor)]
+    if not split:
+        return torch.nn.utils.get_total_norm(gradients)
+    rest = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    # Squared in float64, which holds the square of every float32.
+    square = torch.nn.utils.get_total_norm([local_part(g) for g in split]).double().square()
+    dist.all_reduce(square, group=split[0].device_mesh.get_group())
+    return (square + rest.double().to(square.device).square()).sqrt().to(split[0].dtype)

@@ -60,15 +60,15 @@ def report_run(
     training_source: PairSource,
     log: Logbook,
 ) -> None:
-    """Writes report.html into the run's folder, on the main rank.
+    """Writes report.html into the run's folder, on the main rank; called by all.
 
     Args:
         training_source: shown where the run has no pairs to validate on.
     """
+    model = state.evaluated_model()
     if not plan.world.is_main:
         return
     steps, evaluations = read_metrics(run_dir)
-    model = state.evaluated_model()
     was_training = model.training
     model.eval()
     # The other ranks have nothing to do here: this rank encodes alone.

@@ -22,6 +22,7 @@ from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
     Checkpoint,
     CheckpointError,
+    Writers,
     latest_checkpoint,
     load_checkpoint,
     load_latest,
@@ -32,6 +33,7 @@ from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World, all_reduce_sum, broadcast_object
 from clipcore.model import CLIP
 from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
 from clipcore.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
@@ -67,6 +69,7 @@ class RunState:
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The groups of tensors of a checkpoint."""
+        # A sharded model's state_dict() brings back the split parameters, under which the optimizer keeps its state.
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
@@ -76,7 +79,10 @@ class RunState:
         return groups
 
     def save(self, run_dir: Path, keep: int) -> None:
-        """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all)."""
+        """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all).
+
+        Called by one rank; by all ranks together where the model is sharded.
+        """
         record = {
             "identity": self.identity,
             "global_batch_size": self.global_batch_size,
@@ -87,7 +93,11 @@ class RunState:
             "metrics_bytes": self.metrics_bytes,
             "scaler": self.scaler.state_dict(),
         }
-        save_checkpoint(run_dir / "checkpoints", self.step, self.tensors(), record, keep or None)
+        groups, writers = self.tensors(), Writers()
+        if is_sharded(self.model):
+            writers = checkpoint_writers(self.model)
+            groups = {name: own_parts(group, writers.rank) for name, group in groups.items()}
+        save_checkpoint(run_dir / "checkpoints", self.step, groups, record, keep or None, writers)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint of the same run.
@@ -112,10 +122,13 @@ class RunState:
             raise CheckpointError(
                 f"{checkpoint.path} holds no moving average; resume without --ema-decay"
             )
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
+        groups = checkpoint.tensors
+        if is_sharded(self.model):
+            groups = {name: OwnRows(group, self.model) for name, group in groups.items()}
+        self.model.load_state_dict(groups["model"])
+        load_optimizer_tensors(self.optimizer, self.model, groups["optimizer"])
         if self.ema is not None:
-            self.ema.load(checkpoint.tensors["ema"])
+            self.ema.load(groups["ema"])
         # Empty where the run computed without one until now: the scaler then starts anew.
         if record["scaler"]:
             self.scaler.load_state_dict(record["scaler"])
@@ -127,7 +140,10 @@ class RunState:
         self.metrics_bytes = record["metrics_bytes"]
 
     def evaluated_model(self) -> CLIP:
-        """The model to evaluate and to ship: the moving average where there is one."""
+        """The model to evaluate and to ship: the moving average where there is one; a whole copy where it is sharded,
+        made anew by all ranks together."""
+        if is_sharded(self.model):
+            return gathered(self.model, None if self.ema is None else self.ema.shadow)
         if self.ema is None:
             return self.model
         if not hasattr(self, "_averaged"):
@@ -168,7 +184,9 @@ def _find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | No
         return None, named
     if config.resume == "latest":
         run_dir = named or _newest_run(Path(config.logs))
-        checkpoint = load_latest(run_dir / "checkpoints") if run_dir is not None else None
+        checkpoint = (
+            load_latest(run_dir / "checkpoints", lazily=True) if run_dir is not None else None
+        )
         if checkpoint is None:
             world.say(
                 f"--resume latest: no checkpoint in {named or config.logs} yet, starting from the beginning"
@@ -178,14 +196,14 @@ def _find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | No
 
 
 def open_run(path: Path) -> tuple[Checkpoint, Path]:
-    """The checkpoint at ``path``, or the newest of the run there, and the run's folder.
+    """The checkpoint at ``path``, or the newest of the run there, and the run's folder; its tensors are read when asked for.
 
     Raises:
         CheckpointError: neither is there.
     """
     if not (path / "checkpoints").is_dir():
-        return load_checkpoint(path), path.parent.parent
-    checkpoint = load_latest(path / "checkpoints")
+        return load_checkpoint(path, lazily=True), path.parent.parent
+    checkpoint = load_latest(path / "checkpoints", lazily=True)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} has no checkpoint yet; give a run that has, or one of its checkpoints"
@@ -263,6 +281,7 @@ def load_run(
             f"{run_dir / VOCABULARY_FILE} is not the vocabulary that {checkpoint.path} was trained with"
         )
     model = CLIP(ModelConfig.from_dict(identity["model"])).to(device)
-    model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    groups = checkpoint.tensors
+    model.load_state_dict(groups["ema" if "ema" in groups else "model"])
     tokenizer.context_length = model.context_length
     return model.eval(), ImageTransform(model.visual.image_size, is_train=False), tokenizer

@@ -5,12 +5,11 @@ Legend: B pairs of this rank, L tokens, S side of an image.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from clipcore.distributed import World, broadcast_object
 from clipcore.grad_cache import Embed, Found, differentiate
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
+from clipcore.sharding import gradient_sync, is_sharded
 from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
@@ -34,10 +34,11 @@ class TrainingStep:
     """The forward and backward passes of one step.
 
     Attributes:
-        model: what is trained; ``towers`` is the same as it is called in training, compiled or wrapped.
+        model: what is trained; ``towers`` is the same as it is called in training, compiled or not.
         scale_loss: what is differentiated in place of the loss.
-        micro_batch_size, kept: as ``grad_cache.differentiate`` takes them; None until there is a plan.
-        unsynchronized: see there.
+        micro_batch_size: pairs that are embedded at once; None until there is a plan.
+        kept: micro-batches that keep their graphs; likewise.
+        reduced: the towers in what averages gradients over ranks, where there are several and the model is whole.
     """
 
     model: CLIP
@@ -47,11 +48,22 @@ class TrainingStep:
     transform: ImageTransform
     precision: str
     seed: int
+    global_batch_size: int
     scale_loss: Callable[[Tensor], Tensor]
     micro_batch_size: int | None = None
     kept: int | None = None
-    unsynchronized: Callable[[], AbstractContextManager[object]] = nullcontext
-    replica: nn.Module | None = None  # the towers beneath what reduces gradients
+    reduced: nn.Module | None = None
+
+    @property
+    def largest_share(self) -> int:
+        """Pairs of the rank that has most of a global batch; another may have one less."""
+        return -(-self.global_batch_size // self.world.world_size)
+
+    @property
+    def num_parts(self) -> int:
+        """Micro-batches of a step, as many on every rank."""
+        parts = -(-self.largest_share // (self.micro_batch_size or self.largest_share))
+        return min(parts, self.global_batch_size // self.world.world_size)
 
     def gradients(
         self,
@@ -59,60 +71,64 @@ class TrainingStep:
         step: int,
         on_phase: Callable[[str], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        num_parts: int | None = None,
     ) -> Found:
         """Adds a batch's gradients to the parameters' own, averaged over ranks.
 
         Dropout is a function of the seed and the step, that of patches of the sample too: it does not depend on the
         rank or the micro-batch that a sample is in.
+
+        Args:
+            num_parts: other than those of the plan, for another batch.
         """
-        num_rows = len(batch.images)
         torch.manual_seed(step_seed(self.seed, step, self.world.rank))
+        towers = self.reduced or self.towers
         return differentiate(
-            self.embedder(batch, step),
+            self.embedder(batch, step, towers),
             self.loss,
             self.model,
-            num_rows,
-            self.micro_batch_size or num_rows,
+            len(batch.images),
+            num_parts or self.num_parts,
             self.kept or 1,
             scale_loss=self.scale_loss,
-            unsynchronized=self.unsynchronized,
+            sync=partial(gradient_sync, towers) if self.world.world_size > 1 else None,
             on_phase=on_phase,
             on_progress=on_progress,
         )
 
-    def embedder(self, batch: Batch, step: int, towers: nn.Module | None = None) -> Embed:
-        """What embeds a micro-batch of a batch."""
+    def embedder(self, batch: Batch, step: int, towers: nn.Module) -> Embed:
+        """What embeds a micro-batch of a batch by some form of the towers."""
         inputs = [batch.images, batch.tokens]
         if getattr(self.model.visual, "patch_dropout", 0.0) > 0:
             words = hash64(batch.indices.numpy(), self.seed, step, _DROPOUT)
             inputs.append(torch.from_numpy(words.view("int64")))
         upload = Upload(inputs, self.world.device)
-        forward = towers or self.towers
 
         def embed(rows: slice, following: slice | None) -> tuple[Tensor, ...]:
             images, *others = upload.rows(rows, following)
             images = normalize_images(images, self.transform.mean, self.transform.std)
-            with autocast(self.world.device, self.precision):
-                return forward(images, *others)
+            with self.autocast():
+                return towers(images, *others)
 
         return embed
 
     def loss(self, *features: Tensor) -> Tensor:
         """The loss of all pairs; what it multiplies follows the precision of the run."""
-        with autocast(self.world.device, self.precision):
+        with self.autocast():
             return self.loss_fn(*features)
 
-    def reduce_through(
-        self, towers: nn.Module, unsynchronized: Callable[[], AbstractContextManager[object]]
-    ) -> None:
-        """From now on the towers are called through a wrapper that averages gradients over ranks."""
-        self.replica, self.towers, self.unsynchronized = self.towers, towers, unsynchronized
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision for what is computed in it."""
+        if self.precision == "fp32":
+            return nullcontext()
+        dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
+        # Casts of weights are kept until the end of the context, where a sharded model would be whole again.
+        cached = not is_sharded(self.model)
+        return torch.autocast(self.world.device.type, dtype, cache_enabled=cached)
 
-    def needs_plan(self, batch: Batch) -> bool:
+    def needs_plan(self) -> bool:
         """Whether ``plan`` has something to choose: the micro-batch, or how many of several keep their graphs."""
-        if self.micro_batch_size is None:
-            return True
-        return self.kept is None and self.micro_batch_size < len(batch.images)
+        return self.micro_batch_size is None or (self.num_parts > 1 and self.kept is None)
 
     def plan(self, batch: Batch, step: int, step_memory: float | None = None) -> StepPlan:
         """Chooses what is not chosen yet of ``micro_batch_size`` and ``kept``, the same on every rank.
@@ -120,16 +136,15 @@ class TrainingStep:
         Args:
             step_memory: GB that a step may take beside model and optimizer; None for `step_plan.default_budget`.
         """
-        device, num_rows = self.world.device, len(batch.images)
+        device, num_rows = self.world.device, self.largest_share
         budget_bytes = default_budget(device) if step_memory is None else int(step_memory * GB)
-        wide = torch.float32.itemsize
-        embeddings = 2 * num_rows * self.model.config.embed_dim * wide
-        fixed = {"embeddings": 2 * embeddings}
+        embeddings = 2 * num_rows * self.model.config.embed_dim * torch.float32.itemsize
+        fixed = {"embeddings": 2 * embeddings}  # and their gradients
         if device.type == "cpu":
             fixed = {"inputs": batch.images.nbytes + batch.tokens.nbytes, **fixed}
-        some = self._some_features(batch)
+        some = self._some_features()
         made = make_plan(
-            self.embedder(batch, step, self.replica or self.towers),
+            self.embedder(batch, step, self.towers),
             self.model,
             num_rows,
             device,
@@ -138,30 +153,23 @@ class TrainingStep:
             budget_bytes=budget_bytes,
             micro_batch_size=self.micro_batch_size,
             kept=self.kept,
-            all_but_last=self.unsynchronized is not nullcontext,
+            all_but_last=self.world.world_size > 1,
             agree=broadcast_object,
         )
         made = broadcast_object(made)
         self.micro_batch_size, self.kept = made.micro_batch_size, made.kept
         return made
 
-    def describe_loss(self, batch: Batch) -> str:
-        """How the loss of a batch will be computed, in a line."""
-        some = self._some_features(batch)
-        with autocast(self.world.device, self.precision):
+    def describe_loss(self) -> str:
+        """How the loss of a step will be computed, in a line."""
+        some = self._some_features()
+        with self.autocast():
             return str(self.loss_fn.plan(some, some))
 
-    def _some_features(self, batch: Batch) -> Tensor:
-        """As many features as the batch has pairs, in the memory of one."""
+    def _some_features(self) -> Tensor:
+        """As many features as a rank has pairs, in the memory of one."""
         one = torch.empty(1, self.model.config.embed_dim, device=self.world.device)
-        return one.expand(len(batch.images), -1)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for the towers."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.float16 if precision == "amp" else torch.bfloat16)
+        return one.expand(self.largest_share, -1)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

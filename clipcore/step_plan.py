@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcore import memory
-from clipcore.grad_cache import Embed, micro_batches
+from clipcore.grad_cache import Embed
 from clipcore.resnet import replayed
 
 GB = 10**9
@@ -31,8 +31,9 @@ class StepPlan:
     """What a step will do; bytes are on the device that computes.
 
     Attributes:
-        num_rows: pairs of this rank.
-        micro_batch_size, kept: as ``grad_cache.differentiate`` takes them.
+        num_rows: pairs of the rank that has most.
+        micro_batch_size: pairs that are embedded at once.
+        kept: micro-batches that keep their graphs.
         parts: expected bytes by part, all of which are held at the peak.
         budget_bytes: what the peak may be.
         cost: expected share that a step takes more than a direct one would.
@@ -50,7 +51,7 @@ class StepPlan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        number = len(micro_batches(self.num_rows, self.micro_batch_size))
+        number = -(-self.num_rows // self.micro_batch_size)
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
         how = (
             f"{number} micro-batches of {-(-self.num_rows // number):,}, {self.kept} of which keep their graphs"
@@ -127,7 +128,7 @@ def make_plan(
             chosen = _probe(embed, module, min(micro_batch_size, num_rows), device)
         else:
             chosen = _fastest(embed, module, num_rows, device, room, agree)
-    number = len(micro_batches(num_rows, chosen.rows))
+    number = -(-num_rows // chosen.rows)
     rows = -(-num_rows // number)
     graph = max(1, chosen.graph_bytes * rows // chosen.rows)
     most = number - 1 if all_but_last and number > 1 else number
@@ -181,25 +182,35 @@ def _fastest(
 
 
 def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
-    """Runs ``rows`` rows forward and backward twice, and measures the second time."""
-    for _ in range(2):
-        with memory.watch(device) as whole:
-            with memory.watch(device) as forward:
-                start = time.perf_counter()
-                features = list(embed(slice(0, rows), None))
-                _wait_for(device)
-                middle = time.perf_counter()
-            trained: list[Tensor] = [part for part in features if part.requires_grad]
-            torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
-            _wait_for(device)
-            end = time.perf_counter()
-            del features, trained
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-    seconds = middle - start, end - middle
+    """Runs ``rows`` rows forward and backward, and measures a second pass of each while a first graph is still there:
+    what a first one takes for good, and what an allocator has left over, is then no longer counted."""
+    first = _forward(embed, rows)
+    _backward(_forward(embed, rows))
+    _wait_for(device)
+    with memory.watch(device) as forward:
+        start = time.perf_counter()
+        second = _forward(embed, rows)
+        _wait_for(device)
+        middle = time.perf_counter()
+    with memory.watch(device) as backward:
+        again = time.perf_counter()
+        _backward(second)
+        _wait_for(device)
+        end = time.perf_counter()
+    del first, second
     module.zero_grad(set_to_none=True)
-    return Probe(rows, *seconds, max(1, forward.held), max(whole.peak, forward.peak))
+    graph = max(1, forward.held)
+    peak = max(forward.peak, graph + backward.peak)
+    return Probe(rows, middle - start, end - again, graph, peak)
+
+
+def _forward(embed: Embed, rows: int) -> list[Tensor]:
+    return [part for part in embed(slice(0, rows), None) if part.requires_grad]
+
+
+def _backward(trained: list[Tensor]) -> None:
+    """Ends the graph; the parameters then have gradients, and go on having them."""
+    torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
 
 
 def _wait_for(device: torch.device) -> None:

@@ -58,6 +58,7 @@ from clipcore.optim import (
     adam_defaults,
     build_optimizer,
     gradient_norm,
+    local_part,
 )
 from clipcore.run_report import report_run
 from clipcore.run_state import (
@@ -69,6 +70,7 @@ from clipcore.run_state import (
     write_config,
 )
 from clipcore.schedule import learning_rate
+from clipcore.sharding import shard
 from clipcore.step import TrainingStep
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.verify import verify_gradients
@@ -100,11 +102,12 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     source = open_training_source(config)
 
     # Model
+    is_split = config.fsdp and world.world_size > 1
     torch.manual_seed(config.seed)
     model, transform, eval_transform = create_model_and_transforms(
         str(config.model),
         pretrained=config.pretrained if checkpoint is None else None,
-        device=world.device,
+        device="cpu" if is_split else world.device,
         force_image_size=config.force_image_size,
         force_quick_gelu=config.force_quick_gelu,
         force_patch_dropout=config.force_patch_dropout,
@@ -120,6 +123,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     tokenizer.context_length = model.context_length
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
+    if is_split:
+        shard(model, world)
 
     # Order and length
     global_batch_size, epochs = config.global_batch_size or 1, config.epochs or 1
@@ -175,21 +180,21 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
+    del checkpoint  # its files stay open, and on the disk, for as long as it is there
 
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
     training = TrainingStep(
-        *(model, towers, loss_fn, world, transform, precision, config.seed, scaler.scale),
-        *(config.micro_batch_size, config.keep_graphs),
+        *(model, towers, loss_fn, world, transform, precision, config.seed, global_batch_size),
+        *(scaler.scale, config.micro_batch_size, config.keep_graphs),
     )
-    if world.world_size > 1:
+    if world.world_size > 1 and not is_split:
         # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
         # would add gradients in another order. torch's warning about it cannot be silenced from Python.
-        replicated = DistributedDataParallel(
+        training.reduced = DistributedDataParallel(
             towers, find_unused_parameters=True, broadcast_buffers=False
         )
-        training.reduce_through(replicated, replicated.no_sync)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -287,7 +292,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 or is_due(state.step, config.save_every_steps)
             ):
                 state.elapsed_s, state.metrics_bytes = log.elapsed_s, log.sync()
-                if world.is_main:
+                if world.is_main or is_split:
                     state.save(run_dir, config.keep_checkpoints)
                 saved_at = time.monotonic()
                 clock.charge("checkpoint")
@@ -320,14 +325,14 @@ def prepare_steps(
 ) -> TrainConfig:
     """Plans the steps where that is not done yet, and verifies their gradients on request; returns the settings with the
     plan, which a resumed run takes over."""
-    if training.needs_plan(batch):
+    if training.needs_plan():
         log.say(str(training.plan(batch, step, config.step_memory)))
         config = dataclasses.replace(
             config, micro_batch_size=training.micro_batch_size, keep_graphs=training.kept
         )
         if log.writes:
             write_config(run_dir, config)
-    log.say(training.describe_loss(batch))
+    log.say(training.describe_loss())
     if config.verify_gradients:
         log.say(verify_gradients(training, batch, step))
     return config
@@ -405,6 +410,8 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
     )
     if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(config, name)]:
         world.say(f"{', '.join(flags)}: accepted, without effect (see --help)")
+    if config.fsdp and world.world_size == 1:
+        world.say("--fsdp: one process has nobody to split the model with, and trains it whole")
 
 
 def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
@@ -450,7 +457,8 @@ def describe_non_finite(step: int, found: Found, model: nn.Module, run_dir: Path
     gradients = {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
     # A bad weight explains everything after it, so that weights come first.
     ordered = {**parameters, **suspects, **gradients}
-    bad = next((name for name, value in ordered.items() if not value.isfinite().all()), None)
+    # Of what is split, this rank's rows: the ranks may stop at different tensors, so that none may ask the others.
+    bad = next((n for n, value in ordered.items() if not local_part(value).isfinite().all()), None)
     where = f"{bad} is the first tensor that is not finite" if bad else "it came from another rank"
     return (
         f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; the last good "

@@ -18,6 +18,7 @@ from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import SigLipLoss
 from clipcore.resnet import replayed
+from clipcore.sharding import gathered, is_sharded, whole
 from clipcore.step import TrainingStep
 
 # Pairs of the small step on each rank, and its micro-batches.
@@ -50,11 +51,11 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
     small = dataclasses.replace(
         batch, images=batch.images[rows], tokens=batch.tokens[rows], indices=batch.indices[rows]
     )
-    size = -(-num_pairs // NUM_PARTS)
+    num_parts = min(NUM_PARTS, num_pairs)
     with replayed(training.model):  # leaves BatchNorm's statistics alone
-        found = dataclasses.replace(training, micro_batch_size=size, kept=1).gradients(small, step)
+        found = dataclasses.replace(training, kept=1).gradients(small, step, num_parts=num_parts)
     gradients = _take_gradients(training)
-    loss, exact = _plain(training, small, size, step)
+    loss, exact = _plain(training, small, num_parts, step)
 
     def error(ours: Tensor, theirs: Tensor) -> float:
         largest = torch.linalg.vector_norm(theirs).clamp(min=torch.finfo(torch.float64).tiny)
@@ -90,7 +91,7 @@ def _take_gradients(training: TrainingStep) -> dict[str, Tensor]:
     """The parameters' gradients without the factor of the loss's scaler; the parameters then have none."""
     factor = training.scale_loss(torch.ones((), device=training.world.device)).double()
     taken = {
-        name: parameter.grad.double() / factor
+        name: whole(parameter.grad).double() / factor
         for name, parameter in training.model.named_parameters()
         if parameter.grad is not None
     }
@@ -103,7 +104,7 @@ def _mean_over_ranks(loss: Tensor, world_size: int) -> Tensor:
 
 
 def _plain(
-    training: TrainingStep, small: Batch, size: int, step: int
+    training: TrainingStep, small: Batch, num_parts: int, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradients) of all ranks' pairs by this rank alone, in float64."""
     device = training.world.device
@@ -111,15 +112,16 @@ def _plain(
         gather_rows(part.to(device)).cpu()
         for part in (small.images, _padded(training, small), small.indices)
     )
-    whole = Batch(images, tokens, indices)
-    model = copy.deepcopy(training.model).double()
+    everything = Batch(images, tokens, indices)
+    model = gathered(training.model) if is_sharded(training.model) else training.model
+    model = copy.deepcopy(model).double()
     plain = dataclasses.replace(training, model=model, towers=model, precision="fp32")
-    embed = plain.embedder(whole, step)
-    starts = range(0, len(whole.images), len(small.images))
+    embed = plain.embedder(everything, step, model)
+    starts = range(0, len(everything.images), len(small.images))
     parts = [
         embed(slice(start + rows.start, start + rows.stop), None)
         for start in starts
-        for rows in micro_batches(len(small.images), size)
+        for rows in micro_batches(len(small.images), num_parts)
     ]
     image_GE, text_GE = (torch.cat([part[i] for part in parts]) for i in range(2))
     reference = sigmoid_ref if isinstance(training.loss_fn, SigLipLoss) else contrastive_ref

@@ -68,7 +68,7 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
         inner = path / "checkpoints"
         checkpoint = load_latest(inner if inner.is_dir() else path)
     if checkpoint is not None:
-        return checkpoint.tensors.get("ema", checkpoint.tensors["model"])
+        return dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
     for name in _WEIGHT_FILES:
         if (path / name).is_file():
             return load_state_dict_file(path / name)

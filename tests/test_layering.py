@@ -31,7 +31,7 @@ LAYERS = [
     {"vision", "text"},
     {"resnet"},
     {"model", "strip", "grad_cache"},
-    {"loss", "step_plan"},
+    {"loss", "step_plan", "sharding"},
     {"evaluate", "step"},
     {"verify"},
     {"run_state"},
