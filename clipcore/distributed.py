@@ -3,8 +3,8 @@
 One process without a launcher is world size 1: it starts no process group, and every function here
 then returns at once with what a group of one would give.
 
-Letters: B pairs on this rank, G pairs of the global batch (G = world size * B), E embedding size,
-N rows on this rank, M rows of all ranks together.
+Letters: B rows on this rank that G rows of all ranks are gathered from, E embedding size, W ranks;
+N and M the same as B and G where rows are of any kind.
 """
 
 from __future__ import annotations
