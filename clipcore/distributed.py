@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipcore import native
+from clipcore import native, roll_call
 
 T = TypeVar("T")
 
-# The longest wait for another rank. A rank may be late by a checkpoint that only it writes; beyond
-# this it is dead, and the others must end too.
-TIMEOUT = timedelta(minutes=10)
+# The longest wait for another rank, in seconds. A rank may be late by a checkpoint that only it
+# writes; beyond this it is dead, and the others must end too.
+TIMEOUT_S = 600.0
 
 # torch 2.13 renamed the single-tensor collectives and warns about the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -58,11 +58,14 @@ class World:
             print(message)
 
 
-def init_distributed(device: str | torch.device | None = None) -> World:
+def init_distributed(
+    device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S
+) -> World:
     """Joins the process group that torchrun describes in the environment.
 
     Args:
         device: "cpu" or "cuda" to insist on one; None takes CUDA where there is a GPU.
+        timeout_s: how long a rank may keep the others waiting in a collective, in seconds.
 
     Returns:
         The place of this process; world size 1, and no process group, without torchrun.
@@ -70,6 +73,7 @@ def init_distributed(device: str | torch.device | None = None) -> World:
     Raises:
         ValueError: the environment is torchrun's only in part, or there are more ranks on this
             machine than GPUs, or CUDA is asked for and there is none.
+        RankError: another rank did not start.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in names if name not in os.environ]
@@ -85,9 +89,19 @@ def init_distributed(device: str | torch.device | None = None) -> World:
         torch.cuda.set_device(world.device)
     if world_size > 1 and not dist.is_initialized():
         on_cuda = world.device.type == "cuda"
+        # The start has a time limit of its own: machines differ more in it than in a step.
+        start = timedelta(seconds=roll_call.START_S)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
+        is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = roll_call.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
+        # NCCL's own watchdog aborts without a word about the other ranks: the roll call's comes first.
+        slack_s = 2 * (roll_call.MARGIN_S + roll_call.PATIENCE_S) if on_cuda else 0.0
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
-            timeout=TIMEOUT,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s + slack_s),
             device_id=world.device if on_cuda else None,
         )
     return world
@@ -121,6 +135,7 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
 
 def close_distributed() -> None:
     """Leaves the process group, if there is one."""
+    roll_call.close_roll_call()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,7 +148,8 @@ def is_main() -> bool:
 def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Waits until every rank of the group (None: all ranks) has come here."""
     if _group_size(group) > 1:
-        dist.barrier(group=group)
+        with roll_call.collective("barrier", group):
+            _meet("barrier", group)
 
 
 def _group_size(group: dist.ProcessGroup | None) -> int:
@@ -152,6 +168,19 @@ def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     y = x.new_empty((_group_size(group) * x.shape[0], *x.shape[1:]))
     _all_gather_single(y, x, group=group)
     return y
+
+
+def _meet(
+    name: str, group: dist.ProcessGroup | None, a: int = 0, b: int = 0
+) -> list[tuple[int, int]]:
+    """Two numbers of each rank, after checking that all ranks came to this collective of this step.
+
+    One header for all: ranks that are out of step exchange headers, and never each other's payload.
+    """
+    header = torch.tensor([roll_call.mark(name), a, b], device=_wire_device(group))
+    headers = _gather(header, group).view(-1, 3).tolist()
+    roll_call.compare_marks(name, [mark for mark, _, _ in headers])
+    return [(a, b) for _, a, b in headers]
 
 
 def _check_same_on_all_ranks(x_BE: torch.Tensor, group: dist.ProcessGroup | None) -> None:
@@ -191,7 +220,8 @@ class _AllGatherRef(torch.autograd.Function):
         sum_dtype = torch.float64 if dy_GE.dtype == torch.float64 else torch.float32
         rows = dy_GE.shape[0] // _group_size(ctx.group)
         dx_BE = dy_GE.new_empty((rows, dy_GE.shape[1]), dtype=sum_dtype)
-        _reduce_scatter_single(dx_BE, dy_GE.to(sum_dtype).contiguous(), group=ctx.group)
+        with roll_call.collective("reduce-scatter of the texts' gradient", ctx.group):
+            _reduce_scatter_single(dx_BE, dy_GE.to(sum_dtype).contiguous(), group=ctx.group)
         return dx_BE.to(dy_GE.dtype), None
 
 
@@ -234,13 +264,18 @@ def all_gather_with_grad(
     _check_rows(x_BE)
     if _group_size(group) == 1:
         return x_BE
-    extension = native.load()
-    if extension is None:
-        return all_gather_with_grad_ref(x_BE, group)
-    group = group or dist.group.WORLD
-    assert group is not None, "a group of several ranks exists"
-    gathered: torch.Tensor = extension.all_gather_with_grad(x_BE.contiguous(), group.group_name)
-    return gathered
+    with roll_call.collective("all-gather of texts", group):
+        if (
+            x_BE.is_cpu
+        ):  # on a GPU the host would wait; there a step that differs shows in its sum of numbers
+            _meet("all-gather of texts", group)
+        extension = native.load()
+        if extension is None:
+            return all_gather_with_grad_ref(x_BE, group)
+        group = group or dist.group.WORLD
+        assert group is not None, "a group of several ranks exists"
+        gathered: torch.Tensor = extension.all_gather_with_grad(x_BE.contiguous(), group.group_name)
+        return gathered
 
 
 def _check_rows(x_BE: torch.Tensor) -> None:
@@ -255,18 +290,25 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether any rank raised its flag; the same answer on all ranks."""
     if _group_size(group) == 1:
         return flag
-    raised = torch.tensor([int(flag)], dtype=torch.int32, device=_wire_device(group))
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
-    return bool(raised.item())
+    with roll_call.collective("vote", group):
+        return any(raised for raised, _ in _meet("vote", group, int(flag)))
 
 
 def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
     """Each number summed over the ranks, in one collective; the same bits on every rank."""
     if _group_size(group) == 1:
         return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
-    dist.all_reduce(total, group=group)
-    return total.tolist()
+    with roll_call.collective("sum of numbers", group):
+        _meet("sum of numbers", group)
+        total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
+        dist.all_reduce(total, group=group)
+        return total.tolist()
+
+
+def all_reduce_(x: torch.Tensor, name: str, op: Any = dist.ReduceOp.SUM) -> None:
+    """Replaces the tensor by its sum (or another ``op``) over all ranks; ``name`` is for a rank that fails in it."""
+    with roll_call.collective(name):
+        dist.all_reduce(x, op)
 
 
 @torch.no_grad()
@@ -275,8 +317,10 @@ def broadcast_tensors(
 ) -> None:
     """Writes the values of the group's first rank into the tensors of all others."""
     if _group_size(group) > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, group_src=0, group=group)
+        with roll_call.collective("broadcast of tensors", group):
+            _meet("broadcast of tensors", group)
+            for tensor in tensors:
+                dist.broadcast(tensor, group_src=0, group=group)
 
 
 @torch.no_grad()
@@ -299,17 +343,19 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torc
         return x.detach()
     wire_device = _wire_device(group)
     row_bytes = torch.Size(x.shape[1:]).numel() * x.element_size()
-    header = torch.tensor([x.shape[0], row_bytes], device=wire_device)
-    headers = _gather(header, group).view(-1, 2).tolist()
-    if any(theirs != row_bytes for _, theirs in headers):
-        raise ValueError(f"gather_rows: ranks differ in bytes per row: {[b for _, b in headers]}")
-    counts = [count for count, _ in headers]
-    if max(counts) * row_bytes == 0:
-        return x.new_empty((sum(counts), *x.shape[1:]))
-    # Bytes, because gloo does not carry every dtype.
-    padded = torch.zeros((max(counts), row_bytes), dtype=torch.uint8, device=wire_device)
-    padded[: x.shape[0]] = x.contiguous().flatten().view(torch.uint8).view(-1, row_bytes)
-    blocks = _gather(padded, group).view(len(counts), max(counts), row_bytes)
+    with roll_call.collective("gathering of rows", group):
+        headers = _meet("gathering of rows", group, x.shape[0], row_bytes)
+        if any(theirs != row_bytes for _, theirs in headers):
+            raise ValueError(
+                f"gather_rows: ranks differ in bytes per row: {[b for _, b in headers]}"
+            )
+        counts = [count for count, _ in headers]
+        if max(counts) * row_bytes == 0:
+            return x.new_empty((sum(counts), *x.shape[1:]))
+        # Bytes, because gloo does not carry every dtype.
+        padded = torch.zeros((max(counts), row_bytes), dtype=torch.uint8, device=wire_device)
+        padded[: x.shape[0]] = x.contiguous().flatten().view(torch.uint8).view(-1, row_bytes)
+        blocks = _gather(padded, group).view(len(counts), max(counts), row_bytes)
     rows = torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
     return rows.flatten().view(x.dtype).view(-1, *x.shape[1:]).to(x.device)
 
@@ -319,5 +365,9 @@ def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None 
     if _group_size(group) == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, group_src=source, group=group, device=_wire_device(group))
+    with roll_call.collective("broadcast of a value", group):
+        _meet("broadcast of a value", group)
+        dist.broadcast_object_list(
+            values, group_src=source, group=group, device=_wire_device(group)
+        )
     return values[0]

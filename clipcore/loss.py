@@ -15,10 +15,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
-from clipcore.distributed import all_gather_with_grad, gather_rows
+from clipcore.distributed import all_gather_with_grad, all_reduce_, gather_rows
 from clipcore.kernels import contrastive, logits, tiles
 from clipcore.kernels.contrastive import Plan, contrastive_loss, contrastive_terms
 from clipcore.kernels.sigmoid import sigmoid_loss
@@ -179,7 +179,7 @@ class ClipLoss(nn.Module):
             # The mean over all ranks' rows that have a positive, times the number of ranks: they average.
             has_positive_B = weight_B > 0
             count = has_positive_B.sum().double()
-            dist.all_reduce(count)
+            all_reduce_(count, "count of positives")
             parts.append(torch.where(has_positive_B, loss_B, 0.0).sum() * (self.world_size / count))
         return ((parts[0] + parts[1]) / 2).to(dtype)
 
@@ -295,9 +295,9 @@ class _CompleteLse(torch.autograd.Function):
     def forward(ctx: Any, lse_G: Tensor) -> Tensor:
         # The maximum first, so that no exponential overflows.
         maximum_G = lse_G.clone()
-        dist.all_reduce(maximum_G, dist.ReduceOp.MAX)
+        all_reduce_(maximum_G, "columns' maximum", ReduceOp.MAX)
         total_G = (lse_G - maximum_G).exp()
-        dist.all_reduce(total_G)
+        all_reduce_(total_G, "columns' sum")
         complete_G = total_G.log_() + maximum_G
         ctx.save_for_backward(lse_G, complete_G)
         return complete_G
@@ -307,7 +307,7 @@ class _CompleteLse(torch.autograd.Function):
     def backward(ctx: Any, grad_G: Tensor) -> Tensor:
         lse_G, complete_G = ctx.saved_tensors
         grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G)
+        all_reduce_(grad_G, "columns' gradient")
         return grad_G * (lse_G - complete_G).exp()
 
 
@@ -317,12 +317,12 @@ class _CompleteSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part_G: Tensor) -> Tensor:
         complete_G = part_G.clone()
-        dist.all_reduce(complete_G)
+        all_reduce_(complete_G, "columns' targets")
         return complete_G
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_G: Tensor) -> Tensor:
         grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G)
+        all_reduce_(grad_G, "columns' gradient")
         return grad_G
