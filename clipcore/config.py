@@ -203,6 +203,9 @@ class TrainConfig:
     wandb_project_name: str = _option("clipcore", RUN, "Weights & Biases project", metavar="NAME")
     log_every_n_steps: int = _option(1, RUN, "steps between lines of metrics.jsonl", metavar="N")
     quiet: bool = _option(False, RUN, "no progress bar")
+    timeout: float = _option(
+        600.0, RUN, "seconds that a rank may keep the others waiting", metavar="S"
+    )
 
     local_loss: bool = _option(False, ACCEPTED, "the loss is always the exact one")
     gather_with_grad: bool = _option(False, ACCEPTED, "likewise")
@@ -243,7 +246,7 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if config.aug_ratio is not None and config.aug_ratio < 1:
         raise ConfigError(f"--aug-ratio is at least 1, for square crops; got {config.aug_ratio}")
-    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes", "step_memory"):
+    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes", "step_memory", "timeout"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipcore import native
+from clipcore import native, roll_call
 
 T = TypeVar("T")
 
-# The longest wait for another rank. A rank may be late by a checkpoint that only it writes; beyond
-# this it is dead, and the others must end too.
-TIMEOUT = timedelta(minutes=10)
+# The longest wait for another rank, in seconds. A rank may be late by a checkpoint that only it
+# writes; beyond this it is dead, and the others must end too.
+TIMEOUT_S = 600.0
 
 # torch 2.13 renamed the single-tensor collectives and warns about the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -59,11 +59,14 @@ class World:
             print(message)
 
 
-def init_distributed(device: str | torch.device | None = None) -> World:
+def init_distributed(
+    device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S
+) -> World:
     """Joins the process group that torchrun describes in the environment.
 
     Args:
         device: "cpu" or "cuda" to insist on one; None takes CUDA where there is a GPU.
+        timeout_s: how long a rank may keep the others waiting in a collective, in seconds.
 
     Returns:
         The place of this process; world size 1, and no process group, without torchrun.
@@ -71,6 +74,7 @@ def init_distributed(device: str | torch.device | None = None) -> World:
     Raises:
         ValueError: the environment is torchrun's only in part, or there are more ranks on this
             machine than GPUs, or CUDA is asked for and there is none.
+        RankError: another rank did not start.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in names if name not in os.environ]
@@ -86,9 +90,19 @@ def init_distributed(device: str | torch.device | None = None) -> World:
         torch.cuda.set_device(world.device)
     if world_size > 1 and not dist.is_initialized():
         on_cuda = world.device.type == "cuda"
+        # The start has a time limit of its own: machines differ more in it than in a step.
+        start = timedelta(seconds=roll_call.START_S)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
+        is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = roll_call.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
+        # NCCL's own watchdog aborts without a word about the other ranks: the roll call's comes first.
+        slack_s = 2 * (roll_call.MARGIN_S + roll_call.PATIENCE_S) if on_cuda else 0.0
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
-            timeout=TIMEOUT,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s + slack_s),
             device_id=world.device if on_cuda else None,
         )
     return world
@@ -122,6 +136,7 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
 
 def close_distributed() -> None:
     """Leaves the process group, if there is one."""
+    roll_call.close_roll_call()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -134,7 +149,8 @@ def is_main() -> bool:
 def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Waits until every rank of the group (None: all ranks) has come here."""
     if _group_size(group) > 1:
-        dist.barrier(group=group)
+        with roll_call.collective("barrier", group):
+            _meet("barrier", group)
 
 
 def _group_size(group: dist.ProcessGroup | None) -> int:
@@ -153,6 +169,19 @@ def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     y = x.new_empty((_group_size(group) * x.shape[0], *x.shape[1:]))
     _all_gather_single(y, x, group=group)
     return y
+
+
+def _meet(
+    name: str, group: dist.ProcessGroup | None, a: int = 0, b: int = 0
+) -> list[tuple[int, int]]:
+    """Two numbers of each rank, after checking that all ranks came to this collective of this step.
+
+    One header for all: ranks that are out of step exchange headers, and never each other's payload.
+    """
+    header = torch.tensor([roll_call.mark(name), a, b], device=_wire_device(group))
+    headers = _gather(header, group).view(-1, 3).tolist()
+    roll_call.compare_marks(name, [mark for mark, _, _ in headers])
+    return [(a, b) for _, a, b in headers]
 
 
 # What opens a rank's part of a gather: eight int64. The last byte of the first is the version of the format.
@@ -275,7 +304,8 @@ class _ExchangeRef:
         assert self.sum is not None
         (total, work), self.sum = self.sum, None
         if work is not None:
-            work.wait()
+            with roll_call.collective("reduce-scatter of the features' gradient", self.group):
+                work.wait()
         return total[: self.rows[0]]
 
 
@@ -341,9 +371,10 @@ class PendingGather:
         exchange: Any = None,
         extension: Any = None,
         expected: _Expected | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.own_BE = own_BE
-        self._gathered = gathered
+        self._gathered, self._group = gathered, group
         self._exchange, self._extension, self._expected = exchange, extension, expected
 
     def wait(self) -> GatheredRows:
@@ -354,12 +385,13 @@ class PendingGather:
         """
         if self._gathered is None:
             assert self._expected is not None, "an exchange knows what has to arrive"
-            if self._extension is None:
-                self._expected.check(self._exchange.headers())
-                rows_GE, ids_G = _GatherRef.apply(self.own_BE, self._exchange)
-            else:
-                self._expected.check(self._extension.headers(self._exchange))
-                rows_GE, ids_G = self._extension.unpack_gather(self._exchange, self.own_BE)
+            with roll_call.collective("all-gather of features", self._group):
+                if self._extension is None:
+                    self._expected.check(self._exchange.headers())
+                    rows_GE, ids_G = _GatherRef.apply(self.own_BE, self._exchange)
+                else:
+                    self._expected.check(self._extension.headers(self._exchange))
+                    rows_GE, ids_G = self._extension.unpack_gather(self._exchange, self.own_BE)
             self._gathered = GatheredRows(rows_GE, ids_G, self._expected.shard_sizes)
             self._exchange = None
         return self._gathered
@@ -430,7 +462,8 @@ def start_gather(
     if shard_sizes is None:
         shard_sizes = [len(x_BE)] * len(ranks)
         if x_BE.is_cpu:
-            headers = _gather(torch.tensor([header]), group)
+            with roll_call.collective("sizes of the shards", group):
+                headers = _gather(torch.tensor([header]), group)
             shard_sizes = headers[:, _HEADER_FIELDS.index("rows")].tolist()
             _Expected(header, tuple(shard_sizes), ranks).check(headers)
     sizes = tuple(shard_sizes)
@@ -439,14 +472,15 @@ def start_gather(
     extension = native.load()
     if extension is None or (x_BE.is_cuda and not extension.has_cuda_kernels()):
         exchange = _ExchangeRef(x_BE, ids_B, header, sizes, layout, wire_dtype, group)
-        return PendingGather(_AnchorRef.apply(x_BE, exchange), None, exchange, None, expected)
+        own_BE = _AnchorRef.apply(x_BE, exchange)
+        return PendingGather(own_BE, None, exchange, None, expected, group)
     group = group or dist.group.WORLD
     assert group is not None, "a group of several ranks exists"
     exchange, own_BE = extension.start_gather(
         *(x_BE, ids_B, header, sizes),
         *(layout.ids_at, layout.rows_at, layout.part_bytes, wire_dtype, group.group_name),
     )
-    return PendingGather(own_BE, None, exchange, extension, expected)
+    return PendingGather(own_BE, None, exchange, extension, expected, group)
 
 
 def _check_rows(x_BE: torch.Tensor, ids_B: torch.Tensor | None, wire_dtype: torch.dtype) -> None:
@@ -551,18 +585,30 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether any rank raised its flag; the same answer on all ranks."""
     if _group_size(group) == 1:
         return flag
-    raised = torch.tensor([int(flag)], dtype=torch.int32, device=_wire_device(group))
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
-    return bool(raised.item())
+    with roll_call.collective("vote", group):
+        return any(raised for raised, _ in _meet("vote", group, int(flag)))
 
 
 def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
     """Each number summed over the ranks, in one collective; the same bits on every rank."""
     if _group_size(group) == 1:
         return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
-    dist.all_reduce(total, group=group)
-    return total.tolist()
+    with roll_call.collective("sum of numbers", group):
+        _meet("sum of numbers", group)
+        total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
+        dist.all_reduce(total, group=group)
+        return total.tolist()
+
+
+def all_reduce_(
+    x: torch.Tensor,
+    name: str,
+    op: Any = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Replaces the tensor by its sum (or another ``op``) over the ranks; ``name`` is for a rank that fails in it."""
+    with roll_call.collective(name, group):
+        dist.all_reduce(x, op, group=group)
 
 
 @torch.no_grad()
@@ -571,17 +617,20 @@ def broadcast_tensors(
 ) -> None:
     """Writes the values of the group's first rank into the tensors of all others."""
     if _group_size(group) > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, group_src=0, group=group)
+        with roll_call.collective("broadcast of tensors", group):
+            _meet("broadcast of tensors", group)
+            for tensor in tensors:
+                dist.broadcast(tensor, group_src=0, group=group)
 
 
-def gather_numbers(values: list[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """The integers of every rank, in rank order; as many on each. The host waits for them."""
+def gather_sizes(
+    first: int, second: int, name: str, group: dist.ProcessGroup | None = None
+) -> list[tuple[int, int]]:
+    """Two numbers of every rank, in rank order; the host waits for them. ``name`` is for a rank that does not come."""
     if _group_size(group) == 1:
-        return [values]
-    own = torch.tensor([values], device=_wire_device(group))
-    found: list[list[int]] = _gather(own, group).tolist()
-    return found
+        return [(first, second)]
+    with roll_call.collective(name, group):
+        return _meet(name, group, first, second)
 
 
 @torch.no_grad()
@@ -604,17 +653,19 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torc
         return x.detach()
     wire_device = _wire_device(group)
     row_bytes = torch.Size(x.shape[1:]).numel() * x.element_size()
-    header = torch.tensor([x.shape[0], row_bytes], device=wire_device)
-    headers = _gather(header, group).view(-1, 2).tolist()
-    if any(theirs != row_bytes for _, theirs in headers):
-        raise ValueError(f"gather_rows: ranks differ in bytes per row: {[b for _, b in headers]}")
-    counts = [count for count, _ in headers]
-    if max(counts) * row_bytes == 0:
-        return x.new_empty((sum(counts), *x.shape[1:]))
-    # Bytes, because gloo does not carry every dtype.
-    padded = torch.zeros((max(counts), row_bytes), dtype=torch.uint8, device=wire_device)
-    padded[: x.shape[0]] = x.contiguous().flatten().view(torch.uint8).view(-1, row_bytes)
-    blocks = _gather(padded, group).view(len(counts), max(counts), row_bytes)
+    with roll_call.collective("gathering of rows", group):
+        headers = _meet("gathering of rows", group, x.shape[0], row_bytes)
+        if any(theirs != row_bytes for _, theirs in headers):
+            raise ValueError(
+                f"gather_rows: ranks differ in bytes per row: {[b for _, b in headers]}"
+            )
+        counts = [count for count, _ in headers]
+        if max(counts) * row_bytes == 0:
+            return x.new_empty((sum(counts), *x.shape[1:]))
+        # Bytes, because gloo does not carry every dtype.
+        padded = torch.zeros((max(counts), row_bytes), dtype=torch.uint8, device=wire_device)
+        padded[: x.shape[0]] = x.contiguous().flatten().view(torch.uint8).view(-1, row_bytes)
+        blocks = _gather(padded, group).view(len(counts), max(counts), row_bytes)
     rows = torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
     return rows.flatten().view(x.dtype).view(-1, *x.shape[1:]).to(x.device)
 
@@ -624,7 +675,11 @@ def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None 
     if _group_size(group) == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, group_src=source, group=group, device=_wire_device(group))
+    with roll_call.collective("broadcast of a value", group):
+        _meet("broadcast of a value", group)
+        dist.broadcast_object_list(
+            values, group_src=source, group=group, device=_wire_device(group)
+        )
     return values[0]
 
 
@@ -633,5 +688,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     if _group_size(group) == 1:
         return [value]
     values: list[T | None] = [None] * _group_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with roll_call.collective("gather of values", group):
+        _meet("gather of values", group)
+        dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]

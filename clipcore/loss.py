@@ -15,11 +15,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.distributed import gather_rows
+from clipcore.distributed import all_reduce_, gather_rows
 from clipcore.kernels import contrastive, logits, tiles
 from clipcore.kernels.contrastive import Plan, Targets, contrastive_loss, contrastive_terms
 from clipcore.kernels.sigmoid import sigmoid_loss
@@ -243,7 +242,7 @@ class ClipLoss(nn.Module):
             totals.append(torch.where(weight_B > 0, loss_B, 0.0).sum())
             counts.append((weight_B > 0).sum().double())
         shared = torch.stack(counts)
-        dist.all_reduce(shared, group=group)
+        all_reduce_(shared, "count of positives", group=group)
         return (self.world_size / 2 * (torch.stack(totals) / shared).sum()).to(wide)
 
     def _targets(self, strip: Strip) -> Targets:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +39,7 @@ from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded,
 from clipcore.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
+LAUNCH_FILE = ".launch"
 
 
 @dataclass
@@ -155,14 +158,15 @@ class RunState:
 def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
     """The checkpoint that ``--resume`` names and the folder of its run, the same on all ranks.
 
-    ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given; where there
-    is none yet the run starts from the beginning, so that a job script can always pass it.
+    ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given, which for a
+    process that torchrun has started anew is the run of its predecessor; where there is none yet the run starts from the
+    beginning, so that a job script can always pass it.
 
     Raises:
         ConfigError: the run exists and is not resumed.
         CheckpointError: the path that was given holds no loadable checkpoint, or ranks found different ones.
     """
-    checkpoint, run_dir = _find_checkpoint(config, world)
+    checkpoint, run_dir = _find_checkpoint(config, world, broadcast_object(launch_id()))
     step = checkpoint.step if checkpoint is not None else 0
     first = broadcast_object(step)
     if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
@@ -173,7 +177,9 @@ def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | Non
     return checkpoint, run_dir
 
 
-def _find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
+def _find_checkpoint(
+    config: TrainConfig, world: World, launch: str | None
+) -> tuple[Checkpoint | None, Path | None]:
     """What this rank finds."""
     named = Path(config.logs) / config.name if config.name else None
     if config.resume is None:
@@ -183,7 +189,8 @@ def _find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | No
             )
         return None, named
     if config.resume == "latest":
-        run_dir = named or _newest_run(Path(config.logs))
+        logs = Path(config.logs)
+        run_dir = named or _run_of_launch(logs, launch) or _newest_run(logs)
         checkpoint = (
             load_latest(run_dir / "checkpoints", lazily=True) if run_dir is not None else None
         )
@@ -211,6 +218,20 @@ def open_run(path: Path) -> tuple[Checkpoint, Path]:
     return checkpoint, path
 
 
+def launch_id() -> str | None:
+    """Names the torchrun that started this process, the same when it starts one anew; None without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return run and f"{run} {socket.gethostname()} {os.getppid()}"
+
+
+def _run_of_launch(logs: Path, launch: str | None) -> Path | None:
+    """The run under ``logs`` that a launch has begun, as ``write_config`` noted it."""
+    for path in sorted(logs.glob(f"*/{LAUNCH_FILE}")) if launch else []:
+        if path.read_text() == launch:
+            return path.parent
+    return None
+
+
 def _newest_run(logs: Path) -> Path | None:
     """The run under ``logs`` whose newest checkpoint was written last."""
     found = [(path, latest_checkpoint(path / "checkpoints")) for path in logs.glob("*/")]
@@ -236,15 +257,15 @@ def resumed_config(
         settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
     if given & {"micro_batch_size", "step_memory"}:
         settings["keep_graphs"] = None
-    for name in sorted(given - {"resume", "logs", "name"}):
+    for name in sorted(given - {"resume", "logs", "name", "timeout"}):
         value = getattr(config, name)
         if settings.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
             world.say(f"{flag} was {settings.get(name)} in this run, now {value}")
         settings[name] = value
-    return TrainConfig(
-        **{**settings, "logs": config.logs, "name": config.name, "resume": config.resume}
-    )
+    # What this launch alone decides; the process group has its timeout already.
+    own = {name: getattr(config, name) for name in ("logs", "name", "resume", "timeout")}
+    return TrainConfig(**{**settings, **own})
 
 
 def new_run_dir(config: TrainConfig) -> Path:
@@ -257,11 +278,12 @@ def new_run_dir(config: TrainConfig) -> Path:
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """The settings, as config.json in the run's folder."""
+    """The settings, as config.json in the run's folder, and beside them which launch it is that writes there."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     temporary = run_dir / "config.json.tmp"
     temporary.write_text(text)
     temporary.replace(run_dir / "config.json")
+    (run_dir / LAUNCH_FILE).write_text(launch_id() or "")
 
 
 def load_run(

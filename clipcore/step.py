@@ -6,14 +6,15 @@ Legend: B pairs of this rank, L tokens, S side of an image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from clipcore import roll_call
 from clipcore.data.loader import Batch
 from clipcore.data.order import hash64
 from clipcore.data.transforms import ImageTransform, normalize_images
@@ -91,7 +92,7 @@ class TrainingStep:
             num_parts or self.num_parts,
             self.kept or 1,
             scale_loss=self.scale_loss,
-            sync=partial(gradient_sync, towers) if self.world.world_size > 1 else None,
+            sync=partial(_pass, towers) if self.world.world_size > 1 else None,
             on_phase=on_phase,
             on_progress=on_progress,
         )
@@ -170,6 +171,14 @@ class TrainingStep:
         """As many features as a rank has pairs, in the memory of one."""
         one = torch.empty(1, self.model.config.embed_dim, device=self.world.device)
         return one.expand(self.largest_share, -1)
+
+
+@contextmanager
+def _pass(towers: nn.Module, is_last: bool) -> Iterator[None]:
+    """Around the passes over a micro-batch on one of several ranks."""
+    name = "last passes and the gradients' average" if is_last else "passes over a micro-batch"
+    with roll_call.collective(name), gradient_sync(towers, is_last):
+        yield
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipcore.distributed import PendingGather, gather_numbers, start_gather
+from clipcore.distributed import PendingGather, all_reduce_, gather_sizes, start_gather
 from clipcore.kernels import logits, tiles
 
 
@@ -56,10 +56,10 @@ class Ranks:
 
     def strip(self, image: Side, text: Side) -> Strip:
         """This rank's rows of the larger side against all rows of the smaller one, whose gathering has begun."""
-        own = [len(image.rows), len(text.rows)]
+        own = len(image.rows), len(text.rows)
         known = [own] * self.world_size
         if image.rows.is_cpu or self.uneven:
-            known = gather_numbers(own, self.group)
+            known = gather_sizes(*own, "sizes of the shards", self.group)
         image_shards, text_shards = (tuple(side) for side in zip(*known, strict=True))
         kept, sent, kept_shards, shards = image, text, image_shards, text_shards
         if sum(image_shards) < sum(text_shards):
@@ -150,9 +150,9 @@ class CompleteLse(torch.autograd.Function):
     def forward(ctx: Any, lse_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         # The maximum first, so that no exponential overflows.
         maximum_G = lse_G.clone()
-        dist.all_reduce(maximum_G, dist.ReduceOp.MAX, group=group)
+        all_reduce_(maximum_G, "columns' maximum", dist.ReduceOp.MAX, group)
         total_G = (lse_G - maximum_G).exp()
-        dist.all_reduce(total_G, group=group)
+        all_reduce_(total_G, "columns' sum", group=group)
         complete_G = total_G.log_() + maximum_G
         ctx.save_for_backward(lse_G, complete_G)
         ctx.group = group
@@ -163,7 +163,7 @@ class CompleteLse(torch.autograd.Function):
     def backward(ctx: Any, grad_G: Tensor) -> tuple[Tensor, None]:
         lse_G, complete_G = ctx.saved_tensors
         grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G, group=ctx.group)
+        all_reduce_(grad_G, "columns' gradient", group=ctx.group)
         return grad_G * (lse_G - complete_G).exp(), None
 
 
@@ -174,12 +174,12 @@ class CompleteSum(torch.autograd.Function):
     def forward(ctx: Any, part_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         complete_G = part_G.clone()
-        dist.all_reduce(complete_G, group=group)
+        all_reduce_(complete_G, "columns' targets", group=group)
         return complete_G
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_G: Tensor) -> tuple[Tensor, None]:
         grad_G = grad_G.contiguous().clone()
-        dist.all_reduce(grad_G, group=ctx.group)
+        all_reduce_(grad_G, "columns' gradient", group=ctx.group)
         return grad_G, None

@@ -4,8 +4,8 @@ Settings, data, model, optimizer, resume, then one loop; at the end the report. 
 moving average, step): the order of the data, the crops and the dropout are functions of the seed and the step, so that
 a run continues bit for bit from any of its checkpoints.
 
-Exit status: 0 done; 1 stopped by a non-finite loss; 2 a mistake in the settings or the data; 128 + n stopped by signal
-n, after saving a checkpoint.
+Exit status: 0 done; 1 stopped by a non-finite loss; 2 a mistake in the settings or the data; 3 ended because another rank
+died or kept the others waiting for longer than ``--timeout``; 128 + n stopped by signal n, after saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipcore import roll_call
 from clipcore.checkpoint import run_lock
 from clipcore.config import (
     ConfigError,
@@ -192,9 +193,10 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if world.world_size > 1 and not is_split:
         # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
         # would add gradients in another order. torch's warning about it cannot be silenced from Python.
-        training.reduced = DistributedDataParallel(
-            towers, find_unused_parameters=True, broadcast_buffers=False
-        )
+        with roll_call.collective("comparison of the models"):
+            training.reduced = DistributedDataParallel(
+                towers, find_unused_parameters=True, broadcast_buffers=False
+            )
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:
@@ -226,6 +228,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
         first_step = state.step
         for step in range(first_step, num_steps):
+            roll_call.at_step(step + 1)
             batch = next(batches)
             clock.charge("data")
             if step == first_step:
@@ -497,8 +500,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; mistakes of the user end in one line on standard error."""
     try:
         config, given = parse_command_line(arguments)
-        world = init_distributed(config.device)
-        return train(config, given, world)
+        world = init_distributed(config.device, config.timeout)
+        with roll_call.farewell():
+            return train(config, given, world)
+    except roll_call.RankError as error:
+        rank = os.environ.get("RANK")
+        print(f"clipcore.train: rank {rank} ends: {error}", file=sys.stderr, flush=True)
+        # At once: to take the group apart would wait for collectives that never end.
+        os._exit(roll_call.EXIT_STATUS)
     except NonFiniteError as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)
         return 1

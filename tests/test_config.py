@@ -75,6 +75,7 @@ def test_an_unknown_flag_names_the_nearest():
         ("--warmup -1", "--warmup must not be negative"),
         ("--lr 0", "--lr must be positive"),
         ("--lr nan", "--lr must be positive"),
+        ("--timeout 0", "--timeout must be positive"),
         ("--force-patch-dropout 1.5", "between 0 and 1"),
         ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
         ("--lr-scheduler linear", "cosine"),

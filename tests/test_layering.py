@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top; a module may import those of lower layers only, and kernels each other.
 LAYERS = [
-    {"native"},
+    {"native", "roll_call"},
     {"kernels"},
     {
         "distributed",
