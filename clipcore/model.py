@@ -115,7 +115,8 @@ class CLIP(TextTower):
             "logit_scale": scale,
         }
         if self.logit_bias is not None:
-            named["logit_bias"] = self.logit_bias
+            # A copy: DistributedDataParallel takes a parameter that is itself an output for an unused one.
+            named["logit_bias"] = self.logit_bias.clone()
         return named if self.output_dict else tuple(named.values())
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

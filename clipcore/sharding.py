@@ -2,7 +2,7 @@
 
 ``shard`` splits a model by ``torch.distributed.fsdp.fully_shard``: the rows of every parameter lie with the ranks in
 order, and a block's are brought together while it computes. Logit scale and bias, single numbers, stay on every rank.
-The rest here is what a run does otherwise with such a model; ``gradient_sync`` is for any.
+The rest here is what a run does otherwise with such a model; ``gradient_sync`` is for any, ``replicate`` for whole ones.
 
 Source: Rajbhandari et al. 2020 (ZeRO, stage 3); Zhao et al. 2023 (FSDP).
 """
@@ -10,7 +10,9 @@ Source: Rajbhandari et al. 2020 (ZeRO, stage 3); Zhao et al. 2023 (FSDP).
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +67,20 @@ def shard(model: CLIP, world: World, group: dist.ProcessGroup | None = None) -> 
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(scalars))
     for name in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, name)
+
+
+def replicate(towers: nn.Module, group: dist.ProcessGroup | None = None) -> DistributedDataParallel:
+    """The towers in what averages their gradients over ranks that each hold all of them.
+
+    Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they would
+    add gradients in another order. torch's warning about it cannot be silenced from Python. BatchNorm's statistics are
+    each rank's own: brought into line before each of several passes, they would break the graphs of those before.
+    """
+    # torch 2.13 renamed the argument and warns about the old name.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {name: False, "find_unused_parameters": True}
+    return DistributedDataParallel(towers, process_group=group, **settings)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -22,7 +22,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clipcore import roll_call
 from clipcore.checkpoint import run_lock
@@ -71,7 +70,7 @@ from clipcore.run_state import (
     write_config,
 )
 from clipcore.schedule import learning_rate
-from clipcore.sharding import shard
+from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.verify import verify_gradients
@@ -191,12 +190,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         *(scaler.scale, config.micro_batch_size, config.keep_graphs),
     )
     if world.world_size > 1 and not is_split:
-        # Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they
-        # would add gradients in another order. torch's warning about it cannot be silenced from Python.
         with roll_call.collective("comparison of the models"):
-            training.reduced = DistributedDataParallel(
-                towers, find_unused_parameters=True, broadcast_buffers=False
-            )
+            training.reduced = replicate(towers)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:

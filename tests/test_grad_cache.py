@@ -7,20 +7,25 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankPool
 from torch import Tensor, nn
 
-from clipcore.data.loader import Batch
+from clipcore.data.loader import Batch, share_of_rank
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World
 from clipcore.grad_cache import differentiate, micro_batches
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP, create_model
+from clipcore.sharding import replicate
 from clipcore.step import TrainingStep
+from clipcore.verify import VerificationError, verify_gradients
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 NUM_PAIRS = 11
@@ -259,6 +264,135 @@ def test_one_graph_at_a_time() -> None:
         return most
 
     assert largest(32) <= 1.3 * largest(8)
+
+
+# Several ranks.
+
+NUM_RANKS = 4
+_groups: list[Any] = []
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(NUM_RANKS) as ranks:
+        yield ranks
+
+
+def gradients_of_rank(
+    world: World, num_ranks: int, siglip: bool, size: int | None, kept: int
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """This rank's share of the batch through DistributedDataParallel, in the group of the first ranks."""
+    if not _groups:
+        _groups.extend(dist.new_group(list(range(number))) for number in range(1, NUM_RANKS + 1))
+    if world.rank >= num_ranks:
+        return None
+    group = _groups[num_ranks - 1]
+    model, whole = tower(siglip), pairs()
+    share = share_of_rank(NUM_PAIRS, world.rank, num_ranks)
+    batch = Batch(whole.images[share], whole.tokens[share], whole.indices[share])
+    loss_type = SigLipLoss if siglip else ClipLoss
+    step = training(model, size, kept)
+    step.world = dataclasses.replace(world, world_size=num_ranks)
+    step.loss_fn = loss_type(rank=world.rank, world_size=num_ranks, group=group)
+    step.reduced = replicate(model, group)
+    return gradients(step, batch)
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize(
+    ("num_ranks", "size", "kept"),
+    [(2, None, 1), (3, None, 1), (4, None, 1), (2, 2, 1), (3, 1, 2), (4, 2, 9)],
+)
+def test_ranks_and_micro_batches_have_the_direct_gradients(
+    pool: RankPool, siglip: bool, num_ranks: int, size: int | None, kept: int
+) -> None:
+    """Uneven shares of 11 pairs; only the last pass averages."""
+    direct_loss, direct = gradients(training(tower(siglip)), pairs())
+    found = pool.run(gradients_of_rank, num_ranks, siglip, size, kept)[:num_ranks]
+    assert abs(torch.stack([loss for loss, _ in found]).mean() - direct_loss) <= 1e-12
+    for _, of_rank in found:
+        assert_equal_to_1e12(of_rank, direct)
+
+
+# The small step that is verified.
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+def test_gradients_are_verified(siglip: bool, name: str) -> None:
+    """And nothing is left of it: no gradient, no statistics, no random state that a step would see."""
+    model = tower(siglip, name, "fp32")
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    told = verify_gradients(training(model, num_pairs=20), pairs(20), 0)
+    assert "gradients of 20 pairs verified against float64" in told and "logit_scale" in told
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+
+
+def double_scale(features: Sequence[Tensor]) -> Tensor:
+    image, text, scale = features
+    return ClipLoss()(image, text, scale + 0.05 * (scale - scale.detach()))
+
+
+def one_side(features: Sequence[Tensor]) -> Tensor:
+    image, text, scale = features
+    return ClipLoss()(image, 1.002 * text - 0.002 * text.detach(), scale)
+
+
+@pytest.mark.parametrize("wrong", [double_scale, one_side])
+def test_wrong_gradients_stop_a_run(wrong: Callable[[Sequence[Tensor]], Tensor]) -> None:
+    """A twentieth too much of the logit scale's, a five-hundredth too much of the texts'."""
+    step = training(tower(dtype="fp32"))
+    broken = type("Broken", (TrainingStep,), {"loss": lambda _, *features: wrong(features)})
+    step.__class__ = broken
+    with pytest.raises(VerificationError, match="not those of the plain computation"):
+        verify_gradients(step, pairs(), 0)
+
+
+def verified_on_rank(world: World) -> str:
+    step = training(tower(dtype="fp32"), num_pairs=NUM_RANKS * 6 + 1)
+    share = share_of_rank(NUM_RANKS * 6 + 1, world.rank, NUM_RANKS)
+    whole = pairs(NUM_RANKS * 6 + 1)
+    step.world, step.loss_fn = world, ClipLoss(rank=world.rank, world_size=NUM_RANKS)
+    step.reduced = replicate(step.model)
+    batch = Batch(whole.images[share], whole.tokens[share], whole.indices[share])
+    return verify_gradients(step, batch, 0)
+
+
+def test_gradients_are_verified_over_ranks(pool: RankPool) -> None:
+    told = pool.run(verified_on_rank)
+    assert all("gradients of 24 pairs verified" in line for line in told)
+
+
+# The plan.
+
+
+def test_a_plan_is_made_of_what_was_measured() -> None:
+    model = tower(dtype="fp32")
+    step = training(model, num_pairs=256)
+    step.kept = None
+    assert step.needs_plan()
+    plan = step.plan(pairs(256), 0)
+    assert not step.needs_plan() and (step.micro_batch_size, step.kept) == (
+        plan.micro_batch_size,
+        plan.kept,
+    )
+    assert 1 <= plan.kept <= -(-256 // plan.micro_batch_size)
+    assert 0 <= plan.cost < 0.5 and plan.peak_bytes <= plan.budget_bytes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert "256 pairs on this device" in str(plan) and "kept graphs" in str(plan)
+
+
+def test_little_memory_keeps_few_graphs_and_too_little_is_told() -> None:
+    model = tower(dtype="fp32")
+    step = training(model, 64, num_pairs=1024)
+    step.kept = None
+    plan = step.plan(pairs(1024), 0, step_memory=0.08)
+    assert 1 <= plan.kept < 16 and plan.peak_bytes <= 80_000_000
+    assert f"16 micro-batches of 64, {plan.kept} of which keep their graphs" in str(plan)
+    step = training(model, num_pairs=1024)
+    with pytest.raises(ValueError, match="raise --step-memory"):
+        step.plan(pairs(1024), 0, step_memory=0.0001)
 
 
 # A step of 32,768 pairs.

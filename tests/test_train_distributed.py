@@ -100,7 +100,7 @@ def test_ranks_that_find_another_checkpoint_stop_together(tmp_path):
 
 def test_another_global_batch_is_refused(table, tmp_path):
     launch(tmp_path, "r", 1, table, "--epochs", "1")
-    with pytest.raises(AssertionError, match="choose --batch-size so that it is 8 again"):
+    with pytest.raises(AssertionError, match="choose --global-batch-size 8 again"):
         launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
 
 
