@@ -24,6 +24,8 @@ WORTHWHILE = 1.03
 # Of a GPU's free memory; the rest is for what an allocator cannot use, and for longer captions than the first batch's.
 SHARE_OF_GPU = 0.9
 CPU_BYTES = 4 * GB
+# Of a process's memory over the tensors in it; docs/log.md has the measurement.
+CPU_OVERHEAD = 17 / 16
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _fastest(
 def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
     """Runs ``rows`` rows forward and backward, and measures a second pass of each while a first graph is still there:
     what a first one takes for good, and what an allocator has left over, is then no longer counted."""
-    first = _forward(embed, rows)
+    first, saved = _forward_counted(embed, module, rows)
     _backward(_forward(embed, rows))
     _wait_for(device)
     with memory.watch(device) as forward:
@@ -199,9 +201,26 @@ def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> 
         end = time.perf_counter()
     del first, second
     module.zero_grad(set_to_none=True)
-    graph = max(1, forward.held)
+    # The resident set grows in jumps: a graph is what its tensors take there, and a little for what lies between them.
+    graph = max(1, forward.held) if device.type == "cuda" else round(CPU_OVERHEAD * saved)
     peak = max(forward.peak, graph + backward.peak)
     return Probe(rows, middle - start, end - again, graph, peak)
+
+
+def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[Tensor], int]:
+    """A forward pass, and the bytes that its graph holds beside the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = _forward(embed, rows)
+    return found, sum(storages.values()) + sum(part.nbytes for part in found)
 
 
 def _forward(embed: Embed, rows: int) -> list[Tensor]:
