@@ -326,7 +326,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
-        del unset["batch_size"]
+        unset.pop("batch_size", None)
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1
     return dataclasses.replace(config, **unset)

@@ -13,6 +13,7 @@ from clipcore.config import (
     ConfigError,
     TrainConfig,
     build_parser,
+    in_global_batches,
     parse_command_line,
     resolve,
     warmup_steps,
@@ -25,7 +26,7 @@ OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type 
 --local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text
 --lock-text-unlocked-layers --force-image-size --force-quick-gelu --force-patch-dropout --report-to --seed
 --log-every-n-steps --delete-previous-checkpoint --skip-scheduler --lr-cooldown-end --lr-cooldown-power --device
---lock-image-freeze-bn-stats --lock-text-freeze-layer-norm --wandb-project-name""".split()
+--lock-image-freeze-bn-stats --lock-text-freeze-layer-norm --wandb-project-name --accum-freq --siglip""".split()
 
 
 def test_open_clip_flags_are_taken():
@@ -47,6 +48,42 @@ def test_an_open_clip_command_line():
     )
     assert config.local_loss and config.grad_checkpointing and not config.lock_text
     assert "warmup" in given and "epochs" not in given
+
+
+@pytest.mark.parametrize(
+    ("line", "num_ranks", "found"),
+    [
+        ("--batch-size 320", 1, (320, 320)),
+        ("--batch-size 320", 4, (1280, 320)),
+        ("--batch-size 64 --accum-freq 8", 4, (2048, 64)),
+        ("--batch-size 64 --accum-freq 8 --micro-batch-size 16", 2, (1024, 16)),
+        ("--global-batch-size 32768", 3, (32768, None)),
+        ("--global-batch-size 32768 --micro-batch-size 512", 3, (32768, 512)),
+        ("--global-batch-size 256 --batch-size 32 --accum-freq 4", 2, (256, 32)),
+        ("", 2, (512, 256)),
+    ],
+)
+def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, found):
+    config, _ = parse_command_line(line.split())
+    config = in_global_batches(resolve(config), num_ranks)
+    assert (config.global_batch_size, config.micro_batch_size) == found
+    assert config.batch_size is None and config.accum_freq == 1
+    assert in_global_batches(config, num_ranks) == config
+
+
+def test_batches_that_contradict_each_other_are_refused():
+    for line, message in (
+        (
+            "--global-batch-size 100 --batch-size 32",
+            "is 64 pairs, and --global-batch-size says 100",
+        ),
+        ("--global-batch-size 100 --accum-freq 2", "--accum-freq counts micro-batches"),
+        ("--global-batch-size 0", "--global-batch-size must be at least 1"),
+        ("--keep-graphs 0", "--keep-graphs must be at least 1"),
+        ("--step-memory 0", "--step-memory must be positive"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            in_global_batches(resolve(parse_command_line(line.split())[0]), 2)
 
 
 def test_every_field_is_a_flag_with_a_line_of_help():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numerics import assert_accurate
 from ranks import RankPool
 from torch import Tensor, nn
 
@@ -96,6 +97,24 @@ def test_micro_batches_have_the_direct_gradients(siglip: bool, size: int, kept: 
     assert abs(loss - direct_loss) <= 1e-12
     assert len(direct) == len(list(model.parameters()))
     assert all(gradient.abs().max() > 0 for gradient in direct.values())
+    assert_equal_to_1e12(cached, direct)
+
+
+def test_float32_follows_the_rule_of_accuracy() -> None:
+    """The direct gradients in float32 are the reference, those in float64 exact."""
+    model, wide = tower(dtype="fp32"), tower()
+    _, cached = gradients(training(model, 3), pairs())
+    _, direct = gradients(training(model), pairs())
+    wide.load_state_dict(model.state_dict())
+    _, exact = gradients(training(wide), pairs())
+    for name, gradient in exact.items():
+        assert_accurate(name, cached[name], direct[name], gradient)
+
+
+def test_the_embedded_models_gradients_over_512_pairs() -> None:
+    model = tower(name="ViT-glyphs", force_vocab_size=514)
+    _, direct = gradients(training(model, num_pairs=512), pairs(512))
+    _, cached = gradients(training(model, 96, 2, 512), pairs(512))
     assert_equal_to_1e12(cached, direct)
 
 

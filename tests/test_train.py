@@ -44,6 +44,8 @@ def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> li
     settings = {"batch_size": 8, "epochs": 4, "lr": 1e-3, "save_every_steps": 1, **settings}
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(data), *NANO]
     for key, value in settings.items():
+        if value is None:
+            continue
         flag = f"--{key.replace('_', '-')}"
         line += [flag] if value is True else [flag, str(value)]
     return line
@@ -57,6 +59,7 @@ def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> li
         {"ema_decay": 0.9, "grad_checkpointing": True, "precision": "amp_bf16"},
         {"model": "RN-nano-32", "lock_text": True},
         {"precision": "amp", "lr_scheduler": "const-cooldown", "epochs_cooldown": 1},
+        {"batch_size": 3, "accum_freq": 3, "force_patch_dropout": 0.5, "siglip": True},
     ],
     ids=[
         "plain",
@@ -64,13 +67,15 @@ def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> li
         "ema+checkpointing+bf16",
         "resnet+locked",
         "fp16+cooldown",
+        "micro-batches+dropout+siglip",
     ],
 )
 def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_path, settings):
     status, text = server.run(flags(tmp_path, "straight", table, **settings), tmp_path / "a")
     assert status == 0, text
     steps, _ = read_metrics(tmp_path / "straight")
-    assert [row["step"] for row in steps] == list(range(1, 21))
+    num_steps = 4 * (40 // (settings.get("batch_size", 8) * settings.get("accum_freq", 1)))
+    assert [row["step"] for row in steps] == list(range(1, num_steps + 1))
 
     line = flags(tmp_path, "broken", table, **settings)
     for _ in range(3):
@@ -83,6 +88,33 @@ def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_p
         assert run.wait() in (143, 0), run.text
     assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_a_global_batch_is_the_same_however_it_goes_through_the_towers(server, table, tmp_path):
+    """At once, accumulated, or as planned; and a run goes on as it was planned."""
+    settings = {
+        "direct": {},
+        "accumulated": {"batch_size": 2, "accum_freq": 4},
+        "planned": {"batch_size": None, "global_batch_size": 8, "verify_gradients": True},
+    }
+    told, logs = {}, {}
+    for name, chosen in settings.items():
+        line = flags(tmp_path, name, table, force_patch_dropout=0.5, epochs=1, **chosen)
+        status, told[name] = server.run(line, tmp_path / "out")
+        assert status == 0, told[name]
+        logs[name], _ = read_metrics(tmp_path / name)
+    for name in ("accumulated", "planned"):
+        for ours, theirs in zip(logs[name], logs["direct"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert logs[name][0]["grad_norm"] == pytest.approx(logs["direct"][0]["grad_norm"], rel=1e-5)
+    assert "4 micro-batches of 2" in told["accumulated"]
+    assert "gradients of 8 pairs verified against float64" in told["planned"]
+    saved = json.loads((tmp_path / "planned" / "config.json").read_text())
+    assert saved["global_batch_size"] == 8 and saved["batch_size"] is None
+    assert saved["micro_batch_size"] and saved["keep_graphs"]
+    line = flags(tmp_path, "planned", table, batch_size=None, epochs=2, resume="latest")
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0 and "pairs on this device" not in text, text
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):

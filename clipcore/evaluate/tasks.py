@@ -25,7 +25,7 @@ from clipcore.distributed import World, gather_rows
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.logbook import Logbook
-from clipcore.loss import ClipLoss
+from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
 
 # The seven prompts that OpenAI's notebook found to be nearly as good as all eighty (openai/CLIP, notebooks).
@@ -125,8 +125,10 @@ def run_zero_shot(task: ZeroShotTask, encoder: Encoder) -> dict[str, float]:
 def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
     """Recalls of a retrieval task and the loss over all its pairs as one batch."""
     image_features_NE, text_features_NE = encoder.pairs(task.source)
+    scale, bias = encoder.model.logit_scale, encoder.model.logit_bias
+    loss_fn = ClipLoss() if bias is None else SigLipLoss()
     with torch.no_grad():
-        loss = ClipLoss()(image_features_NE, text_features_NE, encoder.model.logit_scale.exp())
+        loss = loss_fn(image_features_NE, text_features_NE, scale.exp(), bias)
     recalls = retrieval_recall(image_features_NE, text_features_NE)
     return {"num_pairs": float(len(image_features_NE)), "val_loss": loss.item(), **recalls}
 
