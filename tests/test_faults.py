@@ -30,7 +30,7 @@ FAULTS = [
     (0, 5, "evaluating", "kill"),
     (1, 6, "optimizer", "kill"),
     (0, 7, "writing", "kill"),
-    (1, 8, "forward", "sleep"),
+    (1, 8, "loss", "sleep"),
     (1, 9, "checkpoint", "kill"),
     (0, 10, "evaluation", "kill"),
     (1, 11, "collective", "leave"),
@@ -185,7 +185,8 @@ def act(case, rank, last):
     elif case == "host_waits":
         # As on a GPU, where the collective returns at once and the wait for its result has no end of its own.
         with roll_call.collective("sum of rows"): time.sleep(60)
-    y = distributed.all_gather_with_grad(x)
+    sizes = distributed.gather_sizes(len(x), 0, "all-gather of texts")
+    y = distributed.start_gather(x, shard_sizes=[size for size, _ in sizes]).wait().rows_GE
     if case == "die_in_backward" and rank == last: os._exit(9)
     with roll_call.collective("backward pass"): y.sum().backward()
 
@@ -271,7 +272,7 @@ SAID = {
     ("die", 1): DEAD,
     ("die_in_backward", 0): (
         "rank 1 has died (its connection closed) before it came to the backward pass of step 17; "
-        f"it was last seen coming to {GATHER}"
+        "it was last seen coming to the all-gather of features of step 17"
     ),
     ("raise", 0): f"rank 1 ended with OSError: no disk, and did not get through {GATHER}",
     ("behind", 0): "the ranks are out of step: rank 2 came to the all-gather of texts of step 16; "
