@@ -28,7 +28,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
     """A whole run of global batch 8 on ``num_ranks`` processes."""
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
-    line += ["--val-data", str(table), "--batch-size", str(8 // num_ranks), "--lr", "1e-3", *extra]
+    line += ["--val-data", str(table), "--lr", "1e-3", *extra]
+    if "--global-batch-size" not in extra:
+        line += ["--batch-size", str(8 // num_ranks)]
     # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
     start = ["-m"] if num_ranks == 1 else [*TORCHRUN, str(num_ranks), "-m", "--"]
     done = subprocess.run(
@@ -65,6 +67,20 @@ def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
     launch(tmp_path, "two", 1, table, "--epochs", "2", "--resume", "latest")
     resumed = read_metrics(tmp_path / "two")[0]
     assert [row["step"] for row in resumed] == list(range(1, 11))
+
+
+def test_uneven_shares_in_micro_batches_train_as_one_and_resume_on_two(table, tmp_path):
+    """Global batches of 8 on three ranks, three, three and two pairs, at most two at once; dropped patches are the same."""
+    line = "--force-patch-dropout 0.5 --global-batch-size 8 --skip-scheduler".split()
+    launch(tmp_path, "one", 1, table, *line, "--epochs", "2", "--micro-batch-size", "8")
+    several = [*line, "--micro-batch-size", "2", "--resume", "latest"]
+    launch(tmp_path, "three", 3, table, *several, "--epochs", "1", "--verify-gradients")
+    launch(tmp_path, "three", 2, table, *several, "--epochs", "2")
+    (one, _), (three, _) = (read_metrics(tmp_path / name) for name in ("one", "three"))
+    assert len(one) == len(three) == 10
+    for theirs, ours in zip(one, three, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert three[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
 
 
 def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
