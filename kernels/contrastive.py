@@ -161,7 +161,7 @@ def _contrastive_fwd(
     engine: str,
     workspace_bytes: int,
     stash: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         *(image_BE, text_GE, scale, Pairs(image_ids, text_ids, first_label, same_id), normalized),
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
@@ -180,8 +180,7 @@ def _(image_BE: Tensor, text_GE: Tensor, scale: Tensor, *arguments: Any) -> tupl
     if not stash:
         shape, range_shape = (0, 0), (0, 0, 2)
     return (
-        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G)),
-        image_BE.new_empty((), dtype=torch.int32),
+        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G, B, G)),
         image_BE.new_empty(shape, dtype=dtype),
         image_BE.new_empty(range_shape, dtype=torch.float32),
     )
@@ -251,8 +250,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:12]
-    target_weights = list(ctx.saved_tensors[12:])
+    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:13]
+    target_weights = list(ctx.saved_tensors[13:])
     row_lse, column_lse = terms[:2]
     upstream = [
         torch.zeros_like(like) if grad is None else grad.to(like.dtype).contiguous()
@@ -467,7 +466,8 @@ def uniform_targets(
 ) -> Targets:
     """Targets spread evenly over a row's positives, and a share of `label_smoothing` over its valid columns."""
     B, G = image_BE.shape[0], text_GE.shape[0]
-    wide = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
+    # A third in float32 would shift a target of 100 by 3e-6, for all rows alike.
+    wide = torch.float64
     # Positives and valid columns of each image, and of each text its positives and valid rows.
     counts = [image_BE.new_ones(length, dtype=wide) for length in (B, G)]
     valid = [image_BE.new_full((length,), other, dtype=wide) for length, other in ((B, G), (G, B))]

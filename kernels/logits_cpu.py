@@ -93,6 +93,18 @@ def masks(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
     return same_RC, None
 
 
+def masks_of_rows(pairs: Pairs, row_n: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(invalid, positive) of some rows, by their numbers, and a block's columns."""
+    column_m = torch.arange(columns.start, columns.stop, device=row_n.device)
+    own_NM = (row_n + pairs.first_label)[:, None] == column_m
+    if pairs.image_ids is None or pairs.text_ids is None:
+        return torch.zeros_like(own_NM), own_NM
+    same_NM = pairs.image_ids[row_n, None] == pairs.text_ids[columns]
+    if pairs.same_id == "positive":
+        return torch.zeros_like(own_NM), same_NM
+    return same_NM & ~own_NM, own_NM
+
+
 def diagonal(matrix_RC: Tensor, pairs: Pairs) -> tuple[Tensor, slice, slice]:
     """A block's elements that are pairs by their place: a view of them, their rows and their columns in the block."""
     view = matrix_RC.diagonal(pairs.first_label)

@@ -186,9 +186,13 @@ def assert_kernels_accurate(
     *,
     normalize: bool = True,
     ids: dict[str, object] | None = None,
+    without_row: int | None = None,
     **keywords: object,
 ) -> None:
-    """The rule of accuracy. A stash stores logits in 16 bits, so its reference is the one of 16 bits."""
+    """The rule of accuracy. A stash stores logits in 16 bits, so its reference is the one of 16 bits.
+
+    The gradients of all rows but one follow it on their own too, if one is named.
+    """
     ids = ids or {}
     narrow = torch.float16 if keywords["stash_bytes"] else problems[0][0].dtype
     columns: list[list[list[Tensor]]] = [[], [], []]
@@ -212,6 +216,10 @@ def assert_kernels_accurate(
             torch.stack([result[i] for result in column]) for column in columns
         )
         assert_accurate(name, actual, same_dtype.to(actual.dtype), exact)
+        if without_row is not None and i in (1, 2):
+            others = [n for n in range(actual.shape[1]) if n != without_row]
+            tensors = (actual, same_dtype.to(actual.dtype), exact)
+            assert_accurate(name, *(t[:, others] for t in tensors))
 
 
 def kernel_problems(
@@ -279,6 +287,74 @@ def test_kernels_fall_back_to_the_running_maximum(
     assert_kernels_accurate(
         problems, monkeypatch, normalize=False, engine=engine, stash_bytes=stash_bytes
     )
+
+
+def problems_with_an_odd_pair(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Unit rows around one direction, found with some certainty, and one pair of opposite rows apart from them all."""
+    problems = []
+    for _ in range(3):
+        centre, *noise = (F.normalize(torch.randn(n, 64)) for n in (1, 130, 130))
+        image = F.normalize(noise[0] + 1.5 * centre)
+        text = F.normalize(image + 0.3 * noise[1])
+        image[0], text[0] = -centre, centre
+        scale = torch.tensor(100.0, device=KERNEL_DEVICE)
+        problems.append((*(t.to(KERNEL_DEVICE, dtype) for t in (image, text)), scale))
+    return problems
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+def test_an_odd_pair_leaves_the_others_accurate(
+    engine: str,
+    stash_bytes: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only what the offset cannot hold takes the running maximum, and from the numbers of all the rest."""
+    assert_kernels_accurate(
+        problems_with_an_odd_pair(dtype),
+        monkeypatch,
+        without_row=0,
+        engine=engine,
+        stash_bytes=stash_bytes,
+    )
+
+
+@pytest.mark.parametrize("option", ["plain", "ignore", "positive, smoothed"])
+@pytest.mark.parametrize("stash_bytes", STASHES)
+def test_an_odd_pair_leaves_the_others_accurate_on_the_cpu(option: str, stash_bytes: int) -> None:
+    problems = [[t.cpu() for t in inputs] for inputs in problems_with_an_odd_pair(torch.float32)]
+    ids = ids_for(OPTIONS[option], 130, 130)
+    results: list[list[list[Tensor]]] = [[], [], []]
+    for inputs in problems:
+
+        def loss(*x: Tensor) -> Tensor:
+            return contrastive_loss(*x, normalize=False, stash_bytes=stash_bytes, **ids)
+
+        def reference(*x: Tensor) -> Tensor:
+            return contrastive_ref(*x, **ids)
+
+        one = torch.tensor(1.0)
+        results[0].append(with_gradients(loss, inputs, one))
+        results[1].append(with_gradients(reference, inputs, one))
+        results[2].append(with_gradients(reference, [t.double() for t in inputs], one))
+    for i, name in enumerate(("loss", "image", "text", "scale")):
+        tensors = [torch.stack([found[i] for found in column]) for column in results]
+        assert_accurate(name, *tensors)
+        if i in (1, 2):
+            assert_accurate(name, *(t[:, 1:] for t in tensors))
+
+
+def test_trusted_rows_keep_their_bits_beside_an_odd_one() -> None:
+    """Another sum is too small for the offset: whatever is not of that row is what it would be without."""
+    image, text, scale = (t.cpu() for t in problems_with_an_odd_pair(torch.float32)[0])
+    # In blocks of rows, so that products are the same; the odd row is a block of its own.
+    settings = {"normalize": False, "workspace_bytes": 1, "stash_bytes": 0}
+    alone, together = (
+        contrastive_terms(image[first:], text, scale, first_label=first, **settings).row_lse_B
+        for first in (1, 0)
+    )
+    assert torch.equal(together[1:], alone) and together[0].isfinite()
 
 
 @pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
