@@ -174,7 +174,10 @@ def contrastive_bwd_cpu(
     d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
     if need_text:
         d_y = torch.zeros_like(y_GE)
-    parts = Upstream.spread(upstream, problem.targets, logs.row_rest_B, logs.column_rest_G)
+    # Over the largest: with what is left of a mean over the batch the factors of large sums would be no normal numbers.
+    parts, largest = Upstream.spread(
+        upstream, problem.targets, logs.row_rest_B, logs.column_rest_G
+    ).over_largest()
     to_power, offset = problem.powers()
     row_untrusted, column_untrusted = logs.untrusted(offset)
     any_untrusted = bool(row_untrusted.any() or column_untrusted.any())
@@ -223,14 +226,15 @@ def contrastive_bwd_cpu(
             if need_text:
                 d_y[columns].addmm_(block.T, x_BE[rows])
     along = logits_cpu.dot(d_x, x_BE) if need_image else logits_cpu.dot(d_y, y_GE)
+    along, back = along * largest * LOG2E, to_power * largest
     d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
     if need[0]:
-        d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
+        d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, back)
         d_image = d_image.to(problem.image_BE.dtype)
     if need[1]:
-        d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
+        d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, back)
         d_text = d_text.to(problem.text_GE.dtype)
-    return d_image, d_text, (along * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
+    return d_image, d_text, along.to(problem.scale.dtype).reshape(problem.scale.shape)
 
 
 class _OnlineGradients(NamedTuple):

@@ -153,6 +153,51 @@ def test_logits_beyond_the_fixed_offset_take_the_running_maximum(
             assert_accurate(name, *tensors)
 
 
+def relative_errors(
+    inputs: list[Tensor], upstream: Tensor, **keywords: object
+) -> list[tuple[float, float]]:
+    """Of the loss and the embeddings' gradients: (ours in float32, the reference's), to be compared as whole tensors."""
+    exact = with_gradients(contrastive_ref, [t.double() for t in inputs], upstream)
+    found = [
+        with_gradients(fn, inputs, upstream)
+        for fn in (lambda *x: contrastive_loss(*x, normalize=False, **keywords), contrastive_ref)
+    ]
+    return [
+        tuple(float((result[i].double() - exact[i]).norm() / exact[i].norm()) for result in found)
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("upstream", [1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("stash_bytes", STASHES)
+def test_an_upstream_gradient_of_any_size(upstream: float, stash_bytes: int) -> None:
+    """Collapsed embeddings at scale 100 have the largest sums: one over them, over N, is near the end of float32."""
+    image = F.normalize(torch.randn(1, 32) + 0.05 * torch.randn(512, 32))
+    text = F.normalize(image + 0.01 * torch.randn(512, 32))
+    errors = relative_errors(
+        [image, text, torch.tensor(100.0)], torch.tensor(upstream), stash_bytes=stash_bytes
+    )
+    for ours, reference in errors[1:]:
+        assert ours <= 2 * reference
+
+
+@pytest.mark.parametrize("scale", [50.0, 100.0])
+def test_unique_ids_are_as_accurate_as_none(scale: float) -> None:
+    """Left-out pairs do not bring the positive back into the sums."""
+    image = F.normalize(torch.randn(256, 64))
+    text = F.normalize(image + 0.3 * F.normalize(torch.randn(256, 64)))
+    inputs, ids = [image, text, torch.tensor(scale)], torch.arange(256)
+    without, unique = (
+        with_gradients(
+            lambda *x, k=keywords: contrastive_loss(*x, normalize=False, **k),
+            inputs,
+            torch.tensor(1.0),
+        )
+        for keywords in ({}, {"image_ids": ids, "text_ids": ids})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(without, unique, strict=True))
+
+
 # 2 and 4. The Triton kernels: in the interpreter, or on the GPU where there is one.
 
 
