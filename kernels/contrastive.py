@@ -19,11 +19,13 @@ several ranks `clipcore.loss` completes c first.
 Sums: with a fixed offset o, 0 up to scale 70 and scale - 70 beyond, the one exponential exp(z - o) serves r and c at
 once: |cosine| <= 1 keeps it below e^70, so that 2^24 rows of them fit in float32, and cosines down to -0.57 at scale
 100 stay normal numbers. In powers of two o is an integer, so that z - o is exact.
-A positive that is known by its place (no ids, no smoothing) stays out of the sums; its exponential is added in float64,
-so that the loss and 1 - P of a pair that is found with near certainty keep their relative accuracy.
-Every row's and column's sum is checked on the device; where one is too small to be exact, or not finite (scale above
-100, rows that are not of length one), an online maximum recomputes r and c, and the backward takes two exponentials.
-No host synchronisation; a kernel that is not needed returns at once.
+A positive that is known by its place (no smoothing, no ids or "ignore") stays out of the sums; its exponential is added
+in float64, so that the loss and 1 - P of a pair that is found with near certainty keep their relative accuracy.
+Every row's and column's sum is checked on the device. Where one is too small to be exact, or too large (scale above
+100, rows that are not of length one), a running maximum sums it again, from the operands or the stash that everything
+else uses; it then has an offset of its own, and the backward takes two exponentials. All others keep their bits. On the
+CPU such rows and columns are computed in float64. No host synchronisation on a GPU; a kernel that is not needed returns
+at once.
 
 Memory: "recompute" holds one block of logits and makes the similarity again in the backward: 4 products (8 B G E
 FLOP). "stash" keeps each logit in 16 bits, fixed-point between the least and greatest of its tile, and needs 3 (6 B G
@@ -338,8 +340,14 @@ def contrastive_terms(
     logits.check_embeddings(image_BE, text_GE, operand_dtype, engine)
     Pairs(image_ids, text_ids, first_label, same_id).check(image_BE, text_GE)
     scale = tiles.as_scalar("scale", scale, image_BE, text_GE)
-    if image_ids is not None and targets is None:
+    # "ignore" alone only takes pairs out: a positive is still known by its place.
+    if image_ids is not None and same_id == "positive" and targets is None:
         targets = uniform_targets(image_BE, text_GE, first_label, image_ids, text_ids, same_id, 0.0)
+    # Kernels read ids and weights one after the other.
+    image_ids, text_ids = (
+        None if ids is None else ids.contiguous() for ids in (image_ids, text_ids)
+    )
+    targets = None if targets is None else Targets(*(weight.contiguous() for weight in targets))
     wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
     chosen = plan(
         *(image_BE, text_GE),
@@ -421,7 +429,7 @@ def contrastive_loss(
     if rows.stop <= rows.start and not by_id:
         raise ValueError(f"no image of {B} has a text among {G} with first_label {first_label}")
     targets = None
-    if image_ids is not None or label_smoothing > 0:
+    if by_id or label_smoothing > 0:
         targets = uniform_targets(
             image_BE, text_GE, first_label, image_ids, text_ids, same_id, label_smoothing
         )
@@ -497,6 +505,7 @@ def uniform_targets(
 def count_equal(ids_N: Tensor, others_M: Tensor) -> Tensor:
     """int64 [N]: how many of the others equal each id, in O((N + M) log M)."""
     ordered_M = others_M.sort().values
+    ids_N = ids_N.contiguous()
     last = torch.searchsorted(ordered_M, ids_N, right=True)
     return last - torch.searchsorted(ordered_M, ids_N)
 

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
     @property
     def by_place(self) -> bool:
-        """No ids and no spread targets: a positive is known by its place."""
+        """No spread targets: a positive is known by its place."""
         return self.targets is None
 
     @property

@@ -478,6 +478,10 @@ def sigmoid_loss(
     bias = tiles.as_scalar("bias", bias, image_BE, text_GE)
     if workspace_bytes is None:
         workspace_bytes = logits.WORKSPACE_BYTES["cuda" if image_BE.is_cuda else "cpu"]
+    # Kernels read ids one after the other.
+    image_ids, text_ids = (
+        None if ids is None else ids.contiguous() for ids in (image_ids, text_ids)
+    )
     needs = [t.requires_grad and torch.is_grad_enabled() for t in (image_BE, text_GE, scale, bias)]
     total, *_ = torch.ops.clipcore.sigmoid_fwd(
         *(image_BE, text_GE, scale, bias, image_ids, text_ids, first_label, same_id),

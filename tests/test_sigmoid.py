@@ -185,6 +185,22 @@ def test_kernels_cross_blocks(engine: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_accurate_everywhere(problems, {}, how)
 
 
+@pytest.mark.parametrize("same_id", ["ignore", "positive"])
+def test_ids_may_be_a_column_of_a_table(same_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_triton_everywhere(monkeypatch, torch.float32)
+    inputs = kernel_problems(20, 20, 16, torch.float32)[0]
+    ids = torch.stack([torch.arange(20) // 3, torch.arange(20)], 1).to(KERNEL_DEVICE)[:, 0]
+    strided, whole = (
+        with_gradients(
+            lambda *x, i=each: sigmoid_loss(*x, image_ids=i, text_ids=i, same_id=same_id),
+            inputs,
+            ONE,
+        )
+        for each in (ids, ids.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(strided, whole, strict=True))
+
+
 @pytest.mark.parametrize("engine", ["cpu", "library", "fused"])
 def test_nan_stays(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine != "cpu":
