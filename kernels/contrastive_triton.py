@@ -332,7 +332,7 @@ _LAUNCH_TABLE = {
     (100, "fused"): (32, 128, 64, 4, 3),
     (100, "spread"): (32, 128, 64, 4, 3),
     (100, "exact"): (64, 128, 16, 8, 2),
-    (100, "online"): (32, 64, 64, 4, 3),
+    (100, "online"): (32, 64, 32, 4, 3),
     (100, "online exact"): (32, 64, 32, 4, 3),
 }
 
@@ -346,7 +346,7 @@ def _kind(problem: Problem, fused: bool) -> str:
         return "pass"
     if problem.operand == torch.float32:
         return "exact"
-    return "fused" if problem.by_place else "spread"
+    return "fused" if problem.by_place and problem.pairs.image_ids is None else "spread"
 
 
 def _tile_arguments(
@@ -354,6 +354,11 @@ def _tile_arguments(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and the launch keywords that every tile kernel has, for one block."""
     launch = _LAUNCH_TABLE[problem.architecture, _kind(problem, fused)]
+    if not fused:  # a tile that reads a stash has to lie in one of those that wrote it, which have a range each
+        block_n, block_m, *rest = launch
+        range_n, range_m = _stash_tile(problem)
+        launch = (min(block_n, range_n), min(block_m, range_m), *rest)
+        assert range_n % launch[0] == 0 and range_m % launch[1] == 0
     pairs = problem.pairs.block(rows, columns)
     return logits_triton.tile_arguments(pairs, x_RE, y_CE, launch, fused)
 

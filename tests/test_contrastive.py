@@ -22,7 +22,7 @@ from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import contrastive, contrastive_triton, logits_cpu
+from clipcore.kernels import contrastive, contrastive_triton, logits_cpu, tiles
 from clipcore.kernels.contrastive import (
     contrastive_loss,
     contrastive_ref,
@@ -414,6 +414,39 @@ def test_kernels_keep_nan(engine: str, stash_bytes: int, monkeypatch: pytest.Mon
     assert loss.isnan()
 
 
+@pytest.mark.skipif(KERNEL_DEVICE == "cuda", reason="a GPU has one architecture, and its tests")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("option", ["plain", "positive"])
+def test_a_stash_is_read_as_every_architecture_wrote_it(
+    option: str, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles that write a stash differ, and each has a range of its own; across blocks."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: architecture)
+    monkeypatch.setattr(contrastive_triton, "SUM_SIDE", 256)
+    assert_kernels_accurate(
+        kernel_problems(150, 300, 32, dtype, 20.0)[:2],
+        monkeypatch,
+        ids=ids_for(OPTIONS[option], 150, 300),
+        engine="fused",
+        stash_bytes=2**40,
+        workspace_bytes=4 * 256 * 256,
+    )
+
+
+@pytest.mark.parametrize("same_id", ["ignore", "positive"])
+def test_ids_may_be_a_column_of_a_table(same_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, scale = kernel_problems(20, 20, 16, torch.float32)[0]
+    ids = torch.stack([torch.arange(20) // 3, torch.arange(20)], 1).to(KERNEL_DEVICE)[:, 0]
+    strided, whole = (
+        in_triton(
+            *(image, text, scale, monkeypatch), image_ids=each, text_ids=each, same_id=same_id
+        )
+        for each in (ids, ids.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(strided, whole, strict=True))
+
+
 # Gradients at scale 100 from operands of 16 bits: the N at which the requirement is stated on a GPU, a smaller one here.
 NUM_PRECISE = 8192 if KERNEL_DEVICE == "cuda" else 256
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -479,9 +512,11 @@ def aot_launches() -> None:
         (torch.float16, "library", True, "plain"),
         (torch.float32, "library", False, "plain"),
         (torch.float16, "library", False, "ignore, smoothed"),
+        (torch.float16, "library", True, "ignore"),
         (torch.float16, "fused", False, "plain"),
         (torch.bfloat16, "fused", True, "plain"),
         (torch.float16, "fused", False, "positive, smoothed"),
+        (torch.float16, "fused", True, "ignore"),
         (torch.float32, "fused", False, "plain"),
     ]:
         B, G = 1000, 2000
@@ -491,7 +526,7 @@ def aot_launches() -> None:
         ids = keywords.get("image_ids"), keywords.get("text_ids")
         same_id = keywords.get("same_id", "ignore")
         targets = None
-        if keywords:
+        if option not in ("plain", "ignore"):
             targets = uniform_targets(image, text, 0, *ids, same_id, 0.1)
         scale = torch.empty((), device="meta")
         problem = Problem(
