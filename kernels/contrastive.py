@@ -169,7 +169,8 @@ def _contrastive_fwd(
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
-    return forward(problem, stash)  # type: ignore[return-value]
+    with tiles.on_device(image_BE.device):
+        return forward(problem, stash)  # type: ignore[return-value]
 
 
 @_contrastive_fwd.register_fake
@@ -209,8 +210,8 @@ def _contrastive_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if 0 in (len(image_BE), len(text_GE)):  # no logits, and sums whose logarithms are -inf
         return (
-            torch.zeros_like(image_BE) if need_image else image_BE.new_empty(0),
-            torch.zeros_like(text_GE) if need_text else text_GE.new_empty(0),
+            image_BE.new_zeros(image_BE.shape if need_image else 0),
+            text_GE.new_zeros(text_GE.shape if need_text else 0),
             torch.zeros_like(scale),
         )
     problem = Problem(
@@ -218,7 +219,8 @@ def _contrastive_bwd(
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
-    return backward(problem, upstream, terms, (need_image, need_text))
+    with tiles.on_device(image_BE.device):
+        return backward(problem, upstream, terms, (need_image, need_text))
 
 
 @_contrastive_bwd.register_fake
@@ -293,13 +295,16 @@ def plan(
     """How `contrastive_terms` will compute a problem: which engine, with a stash or without, and why.
 
     The rule: a stash where a backward follows and the stash is at most `stash_bytes` (1 GiB by default); the engine
-    that was measured to be faster for the chip, width and operands, and the library's where neither was.
+    that was measured to be faster for the chip, width and operands, and the library's where neither was. A GPU's stash
+    rounds the logits of float32 operands to 16 bits: for those there is one only where `stash_bytes` asks for it.
     """
     B, E = image_BE.shape
     G = text_GE.shape[0]
     operand = logits.operand_dtype(image_BE, text_GE, operand_dtype)
-    budget = STASH_BYTES if stash_bytes is None else stash_bytes
     on_cpu = not image_BE.is_cuda
+    budget = stash_bytes
+    if budget is None:
+        budget = STASH_BYTES if on_cpu or operand.itemsize == 2 else 0
     shape, dtype = ((B, G), operand) if on_cpu else packed_shapes(B, G)[::2]
     needed = shape[0] * shape[1] * dtype.itemsize
     if not on_cpu and engine is None:
@@ -348,6 +353,7 @@ def contrastive_terms(
         None if ids is None else ids.contiguous() for ids in (image_ids, text_ids)
     )
     targets = None if targets is None else Targets(*(weight.contiguous() for weight in targets))
+    logits.check_no_tangent("contrastive_terms", image_BE, text_GE, scale)
     wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
     chosen = plan(
         *(image_BE, text_GE),
@@ -400,18 +406,23 @@ def contrastive_loss(
         same_id: "ignore" leaves pairs of equal ids out unless they are a pair by position (false negatives);
             "positive" makes them positives, which share the row's target evenly, and position means nothing.
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
-        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB.
-        workspace_bytes: what the call may hold beside embeddings, gradients and a stash. Default 576 MB on CUDA,
-            64 MiB on the CPU.
+        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB, and 0 for
+            float32 operands on a GPU, whose logits a stash rounds to 16 bits.
+        workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
+            for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: about 150 bytes a row and column, 4 G E
+            bytes for the sum of text gradients of 16 bits, and on the CPU rows of length one and their gradients in
+            float32.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
         engine: "library" or "fused" on a GPU (logits.py). Default as measured.
 
     Returns:
-        A scalar, float32 (float64 for float64 on the CPU).
+        A scalar, float32 (float64 for float64 on the CPU); NaN, the mean over nothing, where same_id="positive" finds no
+        equal ids (the host does not wait for a GPU to learn it).
 
     Raises:
-        ValueError: shapes, dtypes, devices, ids or ranges do not fit, or there is no pair.
+        ValueError: shapes, dtypes, devices, ids or ranges do not fit, or `first_label` leaves no pair.
+        RuntimeError: forward-mode differentiation, which the operation does not have.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), figure 3; several positives as in UniCL (arXiv 2204.03610).
 

@@ -27,8 +27,8 @@ from clipcore.kernels.logits import LOG2E, Pairs
 
 def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     """The same sums in blocks that stay in the cache; a stash holds the exponentials."""
-    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized, problem.operand)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized, problem.operand)
     B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
     row_sum, row_target = new_sums(problem, B)
     column_sum, column_target = new_sums(problem, G)
@@ -165,15 +165,15 @@ def contrastive_bwd_cpu(
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
-    *logs, stash_BG, _ = terms
-    logs = Logarithms(*logs)
-    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
+    *sums, stash_BG, _ = terms
+    logs = Logarithms(*sums)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized, problem.operand)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized, problem.operand)
     wide = x_BE.dtype
     need_image, need_text = need[0] or not need[1], need[1]  # the scale takes one side at least
-    d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
-    if need_text:
-        d_y = torch.zeros_like(y_GE)
+    # Contiguous, whatever the embeddings are: the operator's fakes say so.
+    d_x = x_BE.new_zeros(x_BE.shape if need_image else 0)
+    d_y = y_GE.new_zeros(y_GE.shape if need_text else 0)
     # Over the largest: with what is left of a mean over the batch the factors of large sums would be no normal numbers.
     parts, largest = Upstream.spread(
         upstream, problem.targets, logs.row_rest_B, logs.column_rest_G

@@ -68,7 +68,7 @@ class Problem(NamedTuple):
     def sides(self, element_bytes: int) -> tuple[int, int]:
         """Rows and columns of a block on a GPU."""
         return logits_triton.block_sides(
-            self.image_BE.shape[1], element_bytes, self.workspace_bytes
+            *(self.image_BE.shape[1], element_bytes, self.workspace_bytes, self.operand.itemsize)
         )
 
 

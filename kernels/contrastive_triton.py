@@ -26,8 +26,6 @@ from clipcore.kernels.tiles import dot_rows, tl, triton
 
 # |dz| over the largest upstream gradient is at most 4 (each direction takes off and puts back at most 1 of 2).
 FP16_GRADIENT_SCALE = 2.0**13
-# Sides of a block that the fused engine sums at once: partial sums take 67 MB.
-SUM_SIDE = 32768
 
 
 @triton.jit
@@ -355,9 +353,8 @@ def _tile_arguments(
     """Grid and the launch keywords that every tile kernel has, for one block."""
     launch = _LAUNCH_TABLE[problem.architecture, _kind(problem, fused)]
     if not fused:  # a tile that reads a stash has to lie in one of those that wrote it, which have a range each
-        block_n, block_m, *rest = launch
         range_n, range_m = _stash_tile(problem)
-        launch = (min(block_n, range_n), min(block_m, range_m), *rest)
+        launch = (min(launch[0], range_n), min(launch[1], range_m), *launch[2:])
         assert range_n % launch[0] == 0 and range_m % launch[1] == 0
     pairs = problem.pairs.block(rows, columns)
     return logits_triton.tile_arguments(pairs, x_RE, y_CE, launch, fused)
@@ -379,7 +376,14 @@ def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int]
 
 def _sum_sides(problem: Problem) -> tuple[int, int]:
     """Sides of a block in the forward: float32 logits for the library's engine, partial sums for the fused one."""
-    return (SUM_SIDE, SUM_SIDE) if problem.engine == "fused" else problem.sides(4)
+    return (_sum_side(problem),) * 2 if problem.engine == "fused" else problem.sides(4)
+
+
+def _sum_side(problem: Problem) -> int:
+    """Side of a block that leaves nothing but sums."""
+    return logits_triton.sum_side(
+        *(problem.image_BE.shape[1], problem.workspace_bytes, problem.operand.itemsize)
+    )
 
 
 def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
@@ -392,7 +396,7 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     scale = _factors(problem)
     row_sum, row_target = new_sums(problem, B)
     column_sum, column_target = new_sums(problem, G)
-    uniform = () if problem.targets is None else problem.targets.relative_uniform()
+    uniform = None if problem.targets is None else problem.targets.relative_uniform()
     fused = problem.engine == "fused"
     side_R, side_C = _sum_sides(problem)
     block = torch.empty(
@@ -421,8 +425,8 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
             _contrastive_sums_kernel[grid](
                 product_ptr=product_RC,
                 scale_ptr=scale,
-                row_uniform_ptr=None if problem.by_place else uniform[0][rows],
-                column_uniform_ptr=None if problem.by_place else uniform[1][columns],
+                row_uniform_ptr=None if uniform is None else uniform[0][rows],
+                column_uniform_ptr=None if uniform is None else uniform[1][columns],
                 row_sum_ptr=sums[0],
                 column_sum_ptr=sums[1],
                 row_target_ptr=spread[0],
@@ -447,6 +451,7 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     logs, untrusted = logarithms(
         problem, row_sum, column_sum, row_target, column_target, torch.float32
     )
+    product_RC = None
     del block
     rests = _online(problem, scale, untrusted, stash_BG, ranges)
     online = [Online(*side) for side in zip(rests, (row_target, column_target), strict=True)]
@@ -523,10 +528,10 @@ def _online(
         exchanged = problem.pairs.exchanged()
         continued(1, slice(0, G), both, (G, B), exchanged, strides, (tile_m, tile_n))
     else:
-        for rows in logits.blocks(B, SUM_SIDE):
+        for rows in logits.blocks(B, _sum_side(problem)):
             x_RE = logits_triton.operand(image_BE[rows], problem.normalized, problem.operand)
             x_RE = tiles.aligned_rows(x_RE, launch[2])
-            for columns in logits.blocks(G, SUM_SIDE):
+            for columns in logits.blocks(G, _sum_side(problem)):
                 y_CE = logits_triton.operand(text_GE[columns], problem.normalized, problem.operand)
                 y_CE = tiles.aligned_rows(y_CE, launch[2])
                 pairs, sizes = problem.pairs.block(rows, columns), (len(x_RE), len(y_CE))
@@ -548,8 +553,8 @@ def contrastive_bwd_triton(
     """(d_image, d_text, d_scale); a side that nobody needs costs no product."""
     image_BE, text_GE, operand = problem.image_BE, problem.text_GE, problem.operand
     B, G, device = len(image_BE), len(text_GE), image_BE.device
-    *logs, stash_BG, ranges = terms
-    logs = Logarithms(*logs)
+    *sums, stash_BG, ranges = terms
+    logs = Logarithms(*sums)
     stash = stash_BG.numel() > 0
     fused = problem.engine == "fused" and not stash
     grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
