@@ -73,7 +73,15 @@ def main() -> None:
         # Figures of a kernel that is wrong are worth nothing.
         tests = [f"tests/test_similarity{part}.py" for part in ("", "_topk")]
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-k", "not compiles", *tests],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-k",
+                "not compiles_without_spills and not compiles_every_launch",
+                *tests,
+            ],
             cwd=ROOT,
             check=True,
         )

@@ -19,11 +19,13 @@ several ranks `clipcore.loss` completes c first.
 Sums: with a fixed offset o, 0 up to scale 70 and scale - 70 beyond, the one exponential exp(z - o) serves r and c at
 once: |cosine| <= 1 keeps it below e^70, so that 2^24 rows of them fit in float32, and cosines down to -0.57 at scale
 100 stay normal numbers. In powers of two o is an integer, so that z - o is exact.
-A positive that is known by its place (no ids, no smoothing) stays out of the sums; its exponential is added in float64,
-so that the loss and 1 - P of a pair that is found with near certainty keep their relative accuracy.
-Every row's and column's sum is checked on the device; where one is too small to be exact, or not finite (scale above
-100, rows that are not of length one), an online maximum recomputes r and c, and the backward takes two exponentials.
-No host synchronisation; a kernel that is not needed returns at once.
+A positive that is known by its place (no smoothing, no ids or "ignore") stays out of the sums; its exponential is added
+in float64, so that the loss and 1 - P of a pair that is found with near certainty keep their relative accuracy.
+Every row's and column's sum is checked on the device. Where one is too small to be exact, or too large (scale above
+100, rows that are not of length one), a running maximum sums it again, from the operands or the stash that everything
+else uses; it then has an offset of its own, and the backward takes two exponentials. All others keep their bits. On the
+CPU such rows and columns are computed in float64. No host synchronisation on a GPU; a kernel that is not needed returns
+at once.
 
 Memory: "recompute" holds one block of logits and makes the similarity again in the backward: 4 products (8 B G E
 FLOP). "stash" keeps each logit in 16 bits, fixed-point between the least and greatest of its tile, and needs 3 (6 B G
@@ -161,13 +163,14 @@ def _contrastive_fwd(
     engine: str,
     workspace_bytes: int,
     stash: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         *(image_BE, text_GE, scale, Pairs(image_ids, text_ids, first_label, same_id), normalized),
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     forward = contrastive_fwd_triton if image_BE.is_cuda else contrastive_fwd_cpu
-    return forward(problem, stash)  # type: ignore[return-value]
+    with tiles.on_device(image_BE.device):
+        return forward(problem, stash)  # type: ignore[return-value]
 
 
 @_contrastive_fwd.register_fake
@@ -180,8 +183,7 @@ def _(image_BE: Tensor, text_GE: Tensor, scale: Tensor, *arguments: Any) -> tupl
     if not stash:
         shape, range_shape = (0, 0), (0, 0, 2)
     return (
-        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G)),
-        image_BE.new_empty((), dtype=torch.int32),
+        *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G, B, G)),
         image_BE.new_empty(shape, dtype=dtype),
         image_BE.new_empty(range_shape, dtype=torch.float32),
     )
@@ -208,8 +210,8 @@ def _contrastive_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if 0 in (len(image_BE), len(text_GE)):  # no logits, and sums whose logarithms are -inf
         return (
-            torch.zeros_like(image_BE) if need_image else image_BE.new_empty(0),
-            torch.zeros_like(text_GE) if need_text else text_GE.new_empty(0),
+            image_BE.new_zeros(image_BE.shape if need_image else 0),
+            text_GE.new_zeros(text_GE.shape if need_text else 0),
             torch.zeros_like(scale),
         )
     problem = Problem(
@@ -217,7 +219,8 @@ def _contrastive_bwd(
         *(operand, engine, workspace_bytes, Targets(*target_weights) if target_weights else None),
     )
     backward = contrastive_bwd_triton if image_BE.is_cuda else contrastive_bwd_cpu
-    return backward(problem, upstream, terms, (need_image, need_text))
+    with tiles.on_device(image_BE.device):
+        return backward(problem, upstream, terms, (need_image, need_text))
 
 
 @_contrastive_bwd.register_fake
@@ -251,8 +254,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:12]
-    target_weights = list(ctx.saved_tensors[12:])
+    image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:13]
+    target_weights = list(ctx.saved_tensors[13:])
     row_lse, column_lse = terms[:2]
     upstream = [
         torch.zeros_like(like) if grad is None else grad.to(like.dtype).contiguous()
@@ -292,13 +295,16 @@ def plan(
     """How `contrastive_terms` will compute a problem: which engine, with a stash or without, and why.
 
     The rule: a stash where a backward follows and the stash is at most `stash_bytes` (1 GiB by default); the engine
-    that was measured to be faster for the chip, width and operands, and the library's where neither was.
+    that was measured to be faster for the chip, width and operands, and the library's where neither was. A GPU's stash
+    rounds the logits of float32 operands to 16 bits: for those there is one only where `stash_bytes` asks for it.
     """
     B, E = image_BE.shape
     G = text_GE.shape[0]
     operand = logits.operand_dtype(image_BE, text_GE, operand_dtype)
-    budget = STASH_BYTES if stash_bytes is None else stash_bytes
     on_cpu = not image_BE.is_cuda
+    budget = stash_bytes
+    if budget is None:
+        budget = STASH_BYTES if on_cpu or operand.itemsize == 2 else 0
     shape, dtype = ((B, G), operand) if on_cpu else packed_shapes(B, G)[::2]
     needed = shape[0] * shape[1] * dtype.itemsize
     if not on_cpu and engine is None:
@@ -339,8 +345,15 @@ def contrastive_terms(
     logits.check_embeddings(image_BE, text_GE, operand_dtype, engine)
     Pairs(image_ids, text_ids, first_label, same_id).check(image_BE, text_GE)
     scale = tiles.as_scalar("scale", scale, image_BE, text_GE)
-    if image_ids is not None and targets is None:
+    # "ignore" alone only takes pairs out: a positive is still known by its place.
+    if image_ids is not None and same_id == "positive" and targets is None:
         targets = uniform_targets(image_BE, text_GE, first_label, image_ids, text_ids, same_id, 0.0)
+    # Kernels read ids and weights one after the other.
+    image_ids, text_ids = (
+        None if ids is None else ids.contiguous() for ids in (image_ids, text_ids)
+    )
+    targets = None if targets is None else Targets(*(weight.contiguous() for weight in targets))
+    logits.check_no_tangent("contrastive_terms", image_BE, text_GE, scale)
     wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
     chosen = plan(
         *(image_BE, text_GE),
@@ -393,18 +406,23 @@ def contrastive_loss(
         same_id: "ignore" leaves pairs of equal ids out unless they are a pair by position (false negatives);
             "positive" makes them positives, which share the row's target evenly, and position means nothing.
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
-        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB.
-        workspace_bytes: what the call may hold beside embeddings, gradients and a stash. Default 576 MB on CUDA,
-            64 MiB on the CPU.
+        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB, and 0 for
+            float32 operands on a GPU, whose logits a stash rounds to 16 bits.
+        workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
+            for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: about 150 bytes a row and column, 4 G E
+            bytes for the sum of text gradients of 16 bits, and on the CPU rows of length one and their gradients in
+            float32.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
         engine: "library" or "fused" on a GPU (logits.py). Default as measured.
 
     Returns:
-        A scalar, float32 (float64 for float64 on the CPU).
+        A scalar, float32 (float64 for float64 on the CPU); NaN, the mean over nothing, where same_id="positive" finds no
+        equal ids (the host does not wait for a GPU to learn it).
 
     Raises:
-        ValueError: shapes, dtypes, devices, ids or ranges do not fit, or there is no pair.
+        ValueError: shapes, dtypes, devices, ids or ranges do not fit, or `first_label` leaves no pair.
+        RuntimeError: forward-mode differentiation, which the operation does not have.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), figure 3; several positives as in UniCL (arXiv 2204.03610).
 
@@ -422,7 +440,7 @@ def contrastive_loss(
     if rows.stop <= rows.start and not by_id:
         raise ValueError(f"no image of {B} has a text among {G} with first_label {first_label}")
     targets = None
-    if image_ids is not None or label_smoothing > 0:
+    if by_id or label_smoothing > 0:
         targets = uniform_targets(
             image_BE, text_GE, first_label, image_ids, text_ids, same_id, label_smoothing
         )
@@ -467,7 +485,8 @@ def uniform_targets(
 ) -> Targets:
     """Targets spread evenly over a row's positives, and a share of `label_smoothing` over its valid columns."""
     B, G = image_BE.shape[0], text_GE.shape[0]
-    wide = tiles.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
+    # A third in float32 would shift a target of 100 by 3e-6, for all rows alike.
+    wide = torch.float64
     # Positives and valid columns of each image, and of each text its positives and valid rows.
     counts = [image_BE.new_ones(length, dtype=wide) for length in (B, G)]
     valid = [image_BE.new_full((length,), other, dtype=wide) for length, other in ((B, G), (G, B))]
@@ -504,6 +523,7 @@ def spread_evenly(
 def count_equal(ids_N: Tensor, others_M: Tensor) -> Tensor:
     """int64 [N]: how many of the others equal each id, in O((N + M) log M)."""
     ordered_M = others_M.sort().values
+    ids_N = ids_N.contiguous()
     last = torch.searchsorted(ordered_M, ids_N, right=True)
     return last - torch.searchsorted(ordered_M, ids_N)
 

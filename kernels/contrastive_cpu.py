@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipcore.kernels import logits, logits_cpu
 from clipcore.kernels.contrastive_problem import (
+    Logarithms,
+    Online,
     Problem,
     Targets,
     Upstream,
@@ -24,8 +27,8 @@ from clipcore.kernels.logits import LOG2E, Pairs
 
 def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     """The same sums in blocks that stay in the cache; a stash holds the exponentials."""
-    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized, problem.operand)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized, problem.operand)
     B, G, wide = len(x_BE), len(y_GE), x_BE.dtype
     row_sum, row_target = new_sums(problem, B)
     column_sum, column_target = new_sums(problem, G)
@@ -56,11 +59,16 @@ def contrastive_fwd_cpu(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
                     logits_cpu.diagonal(power_RC, pairs)[0].zero_()
                 row_sum[strip] += power_RC.sum(1)
                 column_sum[columns] += power_RC.sum(0)
-    logs = logarithms(problem, row_sum, column_sum, row_target, column_target, wide)
-    if logs.flag:
-        row_lse, column_lse = _online_cpu(problem, x_BE, y_GE)
-        logs = logs._replace(row_lse_B=row_lse, column_lse_G=column_lse)
-        logs = logs.with_rests(row_target, column_target)
+    logs, untrusted = logarithms(problem, row_sum, column_sum, row_target, column_target, wide)
+    if untrusted[0].any() or untrusted[1].any():
+        online = _online_cpu(problem, x_BE, y_GE, untrusted)
+        logs = logs.completed(problem, untrusted, online)
+        row_target, column_target = (
+            torch.where(chosen, found.target, target)
+            for chosen, found, target in zip(
+                untrusted, online, (row_target, column_target), strict=True
+            )
+        )
     return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, torch.empty(0, 0, 2))
 
 
@@ -96,22 +104,58 @@ def _add_targets_cpu(
         column_target_C += column_positive_C * matched_RC.sum(0)
 
 
-def _online_cpu(problem: Problem, x_BE: Tensor, y_GE: Tensor) -> tuple[Tensor, Tensor]:
-    """(row_lse, column_lse) in powers of two with a running maximum, for logits of any size."""
-    lse = [torch.full((len(side),), -torch.inf, dtype=torch.float64) for side in (x_BE, y_GE)]
-    scale = problem.scale.double().reshape(())
-    side_R, side_C = logits_cpu.cpu_sides(len(y_GE), x_BE.dtype, problem.workspace_bytes)
-    for rows in logits.blocks(len(x_BE), side_R):
-        for columns in logits.blocks(len(y_GE), side_C):
-            z_RC = logits_cpu.scaled(x_BE[rows], scale) @ y_GE[columns].T
-            invalid, _ = logits_cpu.masks(problem.pairs.block(rows, columns))
-            if invalid is not None:
-                z_RC.masked_fill_(invalid, -torch.inf)
-            for total, part, dim in ((lse[0], rows, 1), (lse[1], columns, 0)):
-                largest = z_RC.amax(dim).clamp(min=torch.finfo(z_RC.dtype).min)
-                power = (z_RC - largest.unsqueeze(dim)).exp_().sum(dim, dtype=torch.float64)
-                total[part] = torch.logaddexp(total[part], power.log() + largest)
-    return lse[0] * LOG2E, lse[1] * LOG2E
+def _online_cpu(
+    problem: Problem, x_BE: Tensor, y_GE: Tensor, untrusted: Sequence[Tensor]
+) -> list[Online]:
+    """Log-sum-exp and targets of untrusted rows and columns by a running maximum, in float64.
+
+    float32 powers of two would round logits beyond the scale's headroom more coarsely than natural ones; and float64
+    makes these rows exact, for a cost that only they have.
+    """
+    pairs, targets = problem.pairs, problem.targets
+    weights = (None, None) if targets is None else (targets[:2], targets[2:])
+    return [
+        _online_side(problem, x_BE, y_GE, untrusted[0], pairs, weights[0]),
+        _online_side(problem, y_GE, x_BE, untrusted[1], pairs.exchanged(), weights[1]),
+    ]
+
+
+def _online_side(
+    problem: Problem,
+    x_BE: Tensor,
+    y_GE: Tensor,
+    chosen_B: Tensor,
+    pairs: Pairs,
+    weights: tuple[Tensor, ...] | None,
+) -> Online:
+    """`Online` of the chosen rows of x over y; weights are their targets' (positive, uniform)."""
+    found = Online(*(torch.full((len(x_BE),), -torch.inf, dtype=torch.float64) for _ in range(2)))
+    to_power, _ = problem.powers()
+    # A few matrices of a part's size, float64 and masks.
+    num_columns = max(1, min(len(y_GE), logits_cpu.CPU_COLUMNS))
+    size = max(1, problem.workspace_bytes // (4 * 8 * num_columns))
+    chosen = chosen_B.nonzero()[:, 0]
+    for part in logits.blocks(len(chosen), size):
+        row_n = chosen[part]
+        scaled_ND = x_BE[row_n].double() * to_power
+        rest_N = torch.full((len(row_n),), -torch.inf, dtype=torch.float64)
+        target_N = torch.full_like(rest_N, -torch.inf if weights is None else 0)
+        for columns in logits.blocks(len(y_GE), num_columns):
+            z_NM = scaled_ND @ y_GE[columns].double().T
+            invalid_NM, positive_NM = logits_cpu.masks_of_rows(pairs, row_n, columns)
+            if weights is None:
+                target_N = target_N.maximum(z_NM.masked_fill(~positive_NM, -torch.inf).amax(1))
+                invalid_NM |= positive_NM
+            else:
+                positive, uniform = (weight[row_n].double()[:, None] for weight in weights)
+                spread_NM = (positive * positive_NM + uniform).masked_fill_(invalid_NM, 0)
+                target_N += (spread_NM * z_NM).sum(1)
+            z_NM.masked_fill_(invalid_NM, -torch.inf)
+            largest_N = z_NM.amax(1).clamp(min=torch.finfo(z_NM.dtype).min)
+            total_N = torch.exp2(z_NM - largest_N[:, None]).sum(1)
+            rest_N = torch.logaddexp2(rest_N, total_N.log2() + largest_N)
+        found.rest_lse[row_n], found.target[row_n] = rest_N, target_N
+    return found
 
 
 def contrastive_bwd_cpu(
@@ -121,30 +165,34 @@ def contrastive_bwd_cpu(
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same gradients in blocks. The scale's is <d_x, x>, which float32 blocks make exact."""
-    row_lse, column_lse, row_rest, column_rest, flag, stash_BG, _ = terms
-    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
-    wide, flagged = x_BE.dtype, bool(flag)
+    *sums, stash_BG, _ = terms
+    logs = Logarithms(*sums)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized, problem.operand)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized, problem.operand)
+    wide = x_BE.dtype
     need_image, need_text = need[0] or not need[1], need[1]  # the scale takes one side at least
-    d_x, d_y = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0), x_BE.new_empty(0)
-    if need_text:
-        d_y = torch.zeros_like(y_GE)
-    parts = Upstream.spread(upstream, problem.targets, row_rest, column_rest)
+    # Contiguous, whatever the embeddings are: the operator's fakes say so.
+    d_x = x_BE.new_zeros(x_BE.shape if need_image else 0)
+    d_y = y_GE.new_zeros(y_GE.shape if need_text else 0)
+    # Over the largest: with what is left of a mean over the batch the factors of large sums would be no normal numbers.
+    parts, largest = Upstream.spread(
+        upstream, problem.targets, logs.row_rest_B, logs.column_rest_G
+    ).over_largest()
     to_power, offset = problem.powers()
-    scale = problem.scale.double().reshape(())
-    row_factor, column_factor = (
-        factor.to(wide) for factor in parts.factors(row_lse, column_lse, offset)
+    row_untrusted, column_untrusted = logs.untrusted(offset)
+    any_untrusted = bool(row_untrusted.any() or column_untrusted.any())
+    row_factor, column_factor = parts.factors(logs)
+    online = _OnlineGradients(
+        *(to_power, x_BE, y_GE, logs, row_untrusted, column_untrusted, row_factor, column_factor)
     )
-    row_online, row_offset, column_online, column_offset = (
-        part.to(wide) for part in parts.online_factors(row_lse, column_lse, 1 / LOG2E)
-    )
+    row_factor = row_factor.masked_fill(row_untrusted, 0).to(wide)
+    column_factor = column_factor.masked_fill(column_untrusted, 0).to(wide)
     parts = parts.to(wide)
     side_R, side_C = logits_cpu.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
     buffer = logits_cpu.buffer((min(side_R, len(x_BE)) * min(side_C, len(y_GE)),), wide)
-    stashed = not flagged and stash_BG.numel() > 0
+    stashed = stash_BG.numel() > 0
     for rows in logits.blocks(len(x_BE), side_R):
-        # A flagged problem has natural exponents: powers of two would round its large logits more coarsely.
-        scaled_RE = logits_cpu.scaled(x_BE[rows], scale if flagged else to_power)
+        scaled_RE = logits_cpu.scaled(x_BE[rows], to_power)
         for columns in logits.blocks(len(y_GE), side_C):
             shape = rows.stop - rows.start, columns.stop - columns.start
             block = buffer[: math.prod(shape)].view(shape)
@@ -154,20 +202,20 @@ def contrastive_bwd_cpu(
             for strip, part in logits_cpu.strips(rows, shape[1], wide):
                 grad_RC, pairs = block[part], problem.pairs.block(strip, columns)
                 invalid, positive = logits_cpu.masks(pairs)
-                other_RC = other[: len(grad_RC)]
-                if flagged:
-                    torch.sub(grad_RC, row_offset[strip, None], out=other_RC)
-                    other_RC.exp_().mul_(row_online[strip, None])
-                    grad_RC.sub_(column_offset[columns]).exp_().mul_(column_online[columns])
-                    grad_RC += other_RC
-                elif stashed:
-                    torch.add(row_factor[strip, None], column_factor[columns], out=grad_RC)
-                    grad_RC *= stash_BG[strip, columns]
+                power_RC, other_RC = grad_RC, other[: len(grad_RC)]
+                if stashed:
+                    power_RC = stash_BG[strip, columns]
                 else:
                     if offset > 0:
                         grad_RC.sub_(offset.to(wide))
-                    torch.add(row_factor[strip, None], column_factor[columns], out=other_RC)
-                    grad_RC.exp2_().mul_(other_RC)
+                    grad_RC.exp2_()
+                if any_untrusted:
+                    # Where row and column are untrusted it may be inf, and the factors are zero.
+                    power_RC = torch.clamp(power_RC, max=torch.finfo(wide).max)
+                torch.add(row_factor[strip, None], column_factor[columns], out=other_RC)
+                torch.mul(power_RC, other_RC, out=grad_RC)
+                if any_untrusted:
+                    online.add_to(grad_RC, strip, columns)
                 _add_target_gradients_cpu(
                     problem.by_place, pairs, grad_RC, parts.block(strip, columns), positive
                 )
@@ -178,14 +226,45 @@ def contrastive_bwd_cpu(
             if need_text:
                 d_y[columns].addmm_(block.T, x_BE[rows])
     along = logits_cpu.dot(d_x, x_BE) if need_image else logits_cpu.dot(d_y, y_GE)
+    along, back = along * largest * LOG2E, to_power * largest
     d_image, d_text = problem.image_BE.new_empty(0), problem.text_GE.new_empty(0)
     if need[0]:
-        d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, to_power)
+        d_image = logits_cpu.finish_cpu(problem.image_BE, d_x, problem.normalized, back)
         d_image = d_image.to(problem.image_BE.dtype)
     if need[1]:
-        d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, to_power)
+        d_text = logits_cpu.finish_cpu(problem.text_GE, d_y, problem.normalized, back)
         d_text = d_text.to(problem.text_GE.dtype)
-    return d_image, d_text, (along * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
+    return d_image, d_text, along.to(problem.scale.dtype).reshape(problem.scale.shape)
+
+
+class _OnlineGradients(NamedTuple):
+    """What untrusted rows and columns add to the gradient of the logits, in float64 as `_online_cpu`."""
+
+    to_power: Tensor
+    x_BE: Tensor
+    y_GE: Tensor
+    logs: Logarithms
+    row_untrusted_B: Tensor
+    column_untrusted_G: Tensor
+    row_factor_B: Tensor
+    column_factor_G: Tensor
+
+    def add_to(self, grad_RC: Tensor, rows: slice, columns: slice) -> None:
+        """Add the part of a strip, with anything where the pair is a positive by place or not valid."""
+        here = self.row_untrusted_B[rows].nonzero()[:, 0]
+        if len(here) > 0:
+            row_n = here + rows.start
+            z_NC = (self.x_BE[row_n].double() * self.to_power) @ self.y_GE[columns].double().T
+            z_NC -= self.logs.row_offset_B[row_n, None]
+            part_NC = z_NC.exp2_().mul_(self.row_factor_B[row_n, None])
+            grad_RC[here] += part_NC.to(grad_RC.dtype)
+        here = self.column_untrusted_G[columns].nonzero()[:, 0]
+        if len(here) > 0:
+            column_m = here + columns.start
+            z_RM = (self.x_BE[rows].double() * self.to_power) @ self.y_GE[column_m].double().T
+            z_RM -= self.logs.column_offset_G[column_m]
+            part_RM = z_RM.exp2_().mul_(self.column_factor_G[column_m])
+            grad_RC[:, here] += part_RM.to(grad_RC.dtype)
 
 
 def _add_target_gradients_cpu(

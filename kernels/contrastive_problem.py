@@ -26,6 +26,15 @@ class Targets(NamedTuple):
     column_positive_G: Tensor
     column_uniform_G: Tensor
 
+    def relative_uniform(self) -> tuple[Tensor, Tensor]:
+        """float32: the uniform weights of rows and of columns over their positives'. Without any there is no target."""
+        sides = self[:2], self[2:]
+        rows, columns = (
+            torch.where(positive > 0, uniform / positive, 0.0).float()
+            for positive, uniform in sides
+        )
+        return rows, columns
+
 
 class Problem(NamedTuple):
     """The arguments that forward and backward share; see `contrastive_terms`."""
@@ -42,7 +51,7 @@ class Problem(NamedTuple):
 
     @property
     def by_place(self) -> bool:
-        """No ids and no spread targets: a positive is known by its place."""
+        """No spread targets: a positive is known by its place."""
         return self.targets is None
 
     @property
@@ -54,12 +63,12 @@ class Problem(NamedTuple):
         """(what turns a cosine into a power of two, the offset of the powers), float64; see contrastive.py."""
         headroom = HEADROOM[tiles.accumulate_dtype(self.operand)]
         to_power = self.scale.double().reshape(()) * LOG2E
-        return to_power, (to_power - headroom).clamp(min=0).ceil()
+        return to_power, (to_power.abs() - headroom).clamp(min=0).ceil()
 
     def sides(self, element_bytes: int) -> tuple[int, int]:
         """Rows and columns of a block on a GPU."""
         return logits_triton.block_sides(
-            self.image_BE.shape[1], element_bytes, self.workspace_bytes
+            *(self.image_BE.shape[1], element_bytes, self.workspace_bytes, self.operand.itemsize)
         )
 
 
@@ -105,27 +114,11 @@ class Upstream(NamedTuple):
         divisor = torch.where(largest > 0, largest, 1.0)
         return Upstream(*(part / divisor for part in self)), largest
 
-    def factors(self, row_lse: Tensor, column_lse: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """What a power of two is multiplied with, per row and per column, for the gradient of the lse."""
+    def factors(self, logs: Logarithms) -> tuple[Tensor, Tensor]:
+        """What exp2(power - offset) is multiplied with, per row and per column, for the gradient of the lse."""
         return (
-            self.row_lse_B * torch.exp2(offset - row_lse),
-            self.column_lse_G * torch.exp2(offset - column_lse),
-        )
-
-    def online_factors(
-        self, row_lse: Tensor, column_lse: Tensor, power: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same for a flagged problem: (row factor, its offset, column factor, its offset).
-
-        The offset of each lse is the integer below it, which float32 holds and from which logits subtract exactly; in
-        units of which a power of two has `power`.
-        """
-        row_offset, column_offset = (row_lse * power).floor(), (column_lse * power).floor()
-        return (
-            self.row_lse_B * torch.exp2(row_offset / power - row_lse),
-            row_offset,
-            self.column_lse_G * torch.exp2(column_offset / power - column_lse),
-            column_offset,
+            _factor(self.row_lse_B, logs.row_lse_B, logs.row_offset_B),
+            _factor(self.column_lse_G, logs.column_lse_G, logs.column_offset_G),
         )
 
     def to(self, dtype: torch.dtype) -> Upstream:
@@ -147,6 +140,18 @@ class Upstream(NamedTuple):
         }
 
 
+def _factor(upstream: Tensor, lse: Tensor, offset: Tensor) -> Tensor:
+    """Of one side. A row without a valid pair has no gradient."""
+    return torch.where(lse == -torch.inf, 0.0, upstream * torch.exp2(offset - lse))
+
+
+class Online(NamedTuple):
+    """What a running maximum finds for one side, in powers of two; of no meaning for trusted rows."""
+
+    rest_lse: Tensor  # without the positive where its place makes it known
+    target: Tensor  # the target logit, of the same numbers
+
+
 class Logarithms(NamedTuple):
     """What the sums came to, in powers of two."""
 
@@ -154,18 +159,35 @@ class Logarithms(NamedTuple):
     column_lse_G: Tensor
     row_rest_B: Tensor  # 1 - probability of the row's positive, where its place makes it known
     column_rest_G: Tensor
-    flag: Tensor  # int32: 1 where a sum is not to be trusted
+    row_offset_B: Tensor  # what the powers of its gradient are taken off: the problem's, or its own
+    column_offset_G: Tensor
 
-    def with_rests(self, row_target: Tensor, column_target: Tensor) -> Logarithms:
-        """With the rests of a flagged problem, whose logarithms were recomputed."""
-        flagged = self.flag != 0
-        rests = [
-            torch.where(flagged, -torch.expm1((target - lse) / LOG2E), rest)
-            for target, lse, rest in zip(
-                (row_target, column_target), self[:2], self[2:4], strict=True
+    def untrusted(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """bool: the rows and the columns that have an offset of their own."""
+        return self.row_offset_B != offset, self.column_offset_G != offset
+
+    def completed(
+        self, problem: Problem, untrusted: Sequence[Tensor], online: Sequence[Online]
+    ) -> Logarithms:
+        """With what a running maximum found for untrusted rows and columns; the others keep their bits."""
+        _, offset = problem.powers()
+        sides = []
+        for lse, rest, chosen, found in zip(self[:2], self[2:4], untrusted, online, strict=True):
+            own = found.rest_lse
+            if problem.by_place:
+                own = torch.logaddexp2(found.rest_lse, found.target)
+            # A row without a valid pair has nothing: no rest, and no offset of its own.
+            own_rest = torch.where(own == -torch.inf, 0.0, torch.exp2(found.rest_lse - own))
+            below = torch.where(own.isfinite(), own.floor(), offset)
+            sides.append(
+                (
+                    torch.where(chosen, own, lse),
+                    torch.where(chosen, own_rest, rest),
+                    torch.where(chosen, below, offset),
+                )
             )
-        ]
-        return self._replace(row_rest_B=rests[0], column_rest_G=rests[1])
+        rows, columns = sides
+        return Logarithms(rows[0], columns[0], rows[1], columns[1], rows[2], columns[2])
 
 
 def new_sums(problem: Problem, length: int) -> tuple[Tensor, Tensor]:
@@ -185,17 +207,21 @@ def logarithms(
     row_target: Tensor,
     column_target: Tensor,
     wide: torch.dtype,
-) -> Logarithms:
-    """The logarithms of the sums. With ids or spread targets the sums are whole, else positives are added here."""
+) -> tuple[Logarithms, tuple[Tensor, Tensor]]:
+    """(logarithms of the sums, which rows and which columns are not to be trusted).
+
+    With ids or spread targets the sums are whole, else positives are added here.
+    """
     # Terms below the smallest normal number are lost: harmless where all of them together are below the sum's last place.
+    # One over the sum has to be a normal number too. A NaN stays what it is.
     info = torch.finfo(wide)
     least = 2 * max(len(row_sum), len(column_sum)) * info.tiny / info.eps
     _, offset = problem.powers()
-    lse, rests, trusted = [], [], []
+    lse, rests, untrusted = [], [], []
     for rest, target in ((row_sum, row_target), (column_sum, column_target)):
         total = rest + torch.exp2(target - offset) if problem.by_place else rest
         lse.append(total.log2() + offset)
         rests.append(rest / total)
-        trusted.append(((total >= least) & (total < torch.inf)).all())
-    flag = (~(trusted[0] & trusted[1])).to(torch.int32)
-    return Logarithms(lse[0], lse[1], rests[0], rests[1], flag)
+        untrusted.append((total < least) | (total > 1 / info.tiny))
+    offsets = [offset.repeat(len(total)) for total in lse]
+    return Logarithms(*lse, *rests, *offsets), (untrusted[0], untrusted[1])

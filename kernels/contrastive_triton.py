@@ -13,21 +13,19 @@ from torch import Tensor
 
 from clipcore.kernels import logits, logits_triton, tiles
 from clipcore.kernels.contrastive_problem import (
+    Logarithms,
+    Online,
     Problem,
-    Targets,
     Upstream,
     logarithms,
     new_sums,
 )
-from clipcore.kernels.logits import LOG2E
+from clipcore.kernels.logits import LOG2E, Pairs
 from clipcore.kernels.logits_triton import load_product, multiply, positives, tile_numbers
-from clipcore.kernels.normalize import cosine_tile, lengths
 from clipcore.kernels.tiles import dot_rows, tl, triton
 
 # |dz| over the largest upstream gradient is at most 4 (each direction takes off and puts back at most 1 of 2).
 FP16_GRADIENT_SCALE = 2.0**13
-# Sides of a block that the fused engine sums at once: partial sums take 67 MB.
-SUM_SIDE = 32768
 
 
 @triton.jit
@@ -65,6 +63,28 @@ def _unpack(stash_ptr, range_ptr, offsets, valid):
 
 
 @triton.jit
+def _unpack_elements(
+    stash_ptr,
+    range_ptr,
+    n,
+    m,
+    stride_n,
+    stride_m,
+    stride_range_n,
+    stride_range_m,
+    inside,
+    RANGE_N: tl.constexpr,
+    RANGE_M: tl.constexpr,
+):
+    """The values of any rows and columns of a stash, each by the range of the tile that wrote it."""
+    n, m = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
+    code = tl.load(stash_ptr + n * stride_n + m * stride_m, mask=inside, other=0)
+    range_ptr += (n // RANGE_N) * stride_range_n + (m // RANGE_M) * stride_range_m
+    least = tl.load(range_ptr, mask=inside, other=0.0)
+    return least + tl.load(range_ptr + 1, mask=inside, other=0.0) * (code.to(tl.float32) + 32768.0)
+
+
+@triton.jit
 def _contrastive_sums_kernel(
     x_desc,
     y_desc,
@@ -72,9 +92,7 @@ def _contrastive_sums_kernel(
     scale_ptr,
     image_id_ptr,
     text_id_ptr,
-    row_positive_ptr,
     row_uniform_ptr,
-    column_positive_ptr,
     column_uniform_ptr,
     row_sum_ptr,
     column_sum_ptr,
@@ -116,13 +134,13 @@ def _contrastive_sums_kernel(
     _store_sums(row_sum_ptr, tile_m, N, n, tl.sum(power, axis=1))
     _store_sums(column_sum_ptr, tile_n, M, m, tl.sum(power, axis=0))
     if TARGETS:
-        row_positive = tl.load(row_positive_ptr + n, mask=n < N, other=0.0)
+        # In units of a positive's weight, which float32 might not hold exactly.
         row_uniform = tl.load(row_uniform_ptr + n, mask=n < N, other=0.0)
-        column_positive = tl.load(column_positive_ptr + m, mask=m < M, other=0.0)
         column_uniform = tl.load(column_uniform_ptr + m, mask=m < M, other=0.0)
         z = tl.where(valid, z, 0.0)
-        row = z * (tl.where(positive, row_positive[:, None], 0.0) + row_uniform[:, None])
-        column = z * (tl.where(positive, column_positive[None, :], 0.0) + column_uniform[None, :])
+        own = tl.where(positive, 1.0, 0.0)
+        row = z * (own + row_uniform[:, None])
+        column = z * (own + column_uniform[None, :])
         _store_sums(row_target_ptr, tile_m, N, n, tl.sum(row, axis=1))
         _store_sums(column_target_ptr, tile_n, M, m, tl.sum(column, axis=0))
     else:
@@ -140,48 +158,74 @@ def _contrastive_sums_kernel(
 def _contrastive_online_kernel(
     x_ptr,
     y_ptr,
-    length_x_ptr,
-    length_y_ptr,
+    range_ptr,
     scale_ptr,
     image_id_ptr,
     text_id_ptr,
-    flag_ptr,
-    lse_ptr,
+    untrusted_ptr,
+    largest_ptr,
+    total_ptr,
     stride_x_n,
     stride_y_m,
+    stride_range_n,
+    stride_range_m,
     N,
     M,
     D,
     first_label,
+    RANGE_N: tl.constexpr,
+    RANGE_M: tl.constexpr,
     IDS: tl.constexpr,
+    TARGETS: tl.constexpr,
+    STASH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """log-sum-exp of the rows of x over y by a running maximum; for columns, exchange x and y."""
-    if tl.load(flag_ptr) == 0:
-        return
+    """Continue the running maximum and sum of untrusted rows of x over y; for columns, exchange x and y.
+
+    x and y are the operands that everything else multiplies; with STASH x is the stash itself, stride_y_m its other
+    stride, and what is read are the very numbers that were summed. Positives by place stay out here too.
+    """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    untrusted = tl.load(untrusted_ptr + n, mask=n < N, other=0)
+    if tl.max(untrusted, axis=0) == 0:
+        return
     row_n = tl.minimum(n, N - 1)
-    length_x = tl.load(length_x_ptr + row_n)
-    largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    largest = tl.load(largest_ptr + n, mask=n < N, other=float("-inf"))
+    total = tl.load(total_ptr + n, mask=n < N, other=0.0)
     for first_m in range(0, M, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
-        row_m = tl.minimum(m, M - 1).to(tl.int64)
-        dot = dot_rows(
-            x_ptr, y_ptr, row_n, row_m, stride_x_n, stride_y_m, D, BLOCK_N, BLOCK_M, BLOCK_D
-        )
-        cosine = cosine_tile(dot, length_x, tl.load(length_y_ptr + row_m), True)
         inside = (n[:, None] < N) & (m[None, :] < M)
-        valid, _ = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+        if STASH:
+            cosine = _unpack_elements(
+                x_ptr,
+                range_ptr,
+                n,
+                m,
+                stride_x_n,
+                stride_y_m,
+                stride_range_n,
+                stride_range_m,
+                inside,
+                RANGE_N,
+                RANGE_M,
+            )
+        else:
+            row_m = tl.minimum(m, M - 1).to(tl.int64)
+            cosine = dot_rows(
+                x_ptr, y_ptr, row_n, row_m, stride_x_n, stride_y_m, D, BLOCK_N, BLOCK_M, BLOCK_D
+            )
+        valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+        counted = valid if TARGETS else valid & (positive == 0)
         # Not -inf: a row without a valid pair has to stay clear of inf - inf.
-        power = tl.where(valid, _logit(cosine, scale_ptr), -3e38)
+        power = tl.where(counted, _logit(cosine, scale_ptr), -3e38)
         next_largest = tl.maximum(largest, tl.max(power, axis=1))
-        part = tl.sum(tl.where(valid, tl.exp2(power - next_largest[:, None]), 0.0), axis=1)
+        part = tl.sum(tl.where(counted, tl.exp2(power - next_largest[:, None]), 0.0), axis=1)
         total = total * tl.exp2(largest - next_largest) + part
         largest = next_largest
-    tl.store(lse_ptr + n, (largest + tl.log2(total)).to(tl.float64), mask=n < N)
+    tl.store(largest_ptr + n, largest, mask=n < N)
+    tl.store(total_ptr + n, total, mask=n < N)
 
 
 @triton.jit
@@ -194,12 +238,10 @@ def _contrastive_grad_kernel(
     image_id_ptr,
     text_id_ptr,
     flag_ptr,
-    row_online_ptr,
-    row_offset_ptr,
-    column_online_ptr,
-    column_offset_ptr,
     row_factor_ptr,
+    row_offset_ptr,
     column_factor_ptr,
+    column_offset_ptr,
     row_positive_ptr,
     row_uniform_ptr,
     column_positive_ptr,
@@ -213,7 +255,6 @@ def _contrastive_grad_kernel(
     stride_range,
     stride_grad,
     first_label,
-    SKIP: tl.constexpr,
     RANGE_N: tl.constexpr,
     RANGE_M: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
@@ -226,9 +267,6 @@ def _contrastive_grad_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    flagged = tl.load(flag_ptr) != 0
-    if SKIP != "none" and flagged == (SKIP == "flagged"):
-        return
     tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
     inside = (n[:, None] < N) & (m[None, :] < M)
     if FUSED:
@@ -242,22 +280,15 @@ def _contrastive_grad_kernel(
         cosine = load_product(product_ptr, stride_product, n, m, inside)
     valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
     z = _logit(cosine, scale_ptr)
-    if SKIP == "plain":
-        online = True
-    elif SKIP == "flagged":
-        online = False
-    else:
-        online = flagged
-    if online:
-        row_online = tl.load(row_online_ptr + n, mask=n < N, other=0.0)
+    row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
+    column_factor = tl.load(column_factor_ptr + m, mask=m < M, other=0.0)
+    if tl.load(flag_ptr) != 0:
+        # Some row or column has an offset of its own: two exponentials, each with the offset that belongs to it.
         row_offset = tl.load(row_offset_ptr + n, mask=n < N, other=0.0)
-        column_online = tl.load(column_online_ptr + m, mask=m < M, other=0.0)
         column_offset = tl.load(column_offset_ptr + m, mask=m < M, other=0.0)
-        grad = row_online[:, None] * tl.exp2(z - row_offset[:, None])
-        grad += column_online[None, :] * tl.exp2(z - column_offset[None, :])
+        grad = row_factor[:, None] * tl.exp2(z - row_offset[:, None])
+        grad += column_factor[None, :] * tl.exp2(z - column_offset[None, :])
     else:
-        row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
-        column_factor = tl.load(column_factor_ptr + m, mask=m < M, other=0.0)
         power = tl.exp2(z - tl.load(scale_ptr + 2))
         grad = power * (row_factor[:, None] + column_factor[None, :])
     row_positive = tl.load(row_positive_ptr + n, mask=n < N, other=0.0)
@@ -299,7 +330,7 @@ _LAUNCH_TABLE = {
     (100, "fused"): (32, 128, 64, 4, 3),
     (100, "spread"): (32, 128, 64, 4, 3),
     (100, "exact"): (64, 128, 16, 8, 2),
-    (100, "online"): (32, 64, 64, 4, 3),
+    (100, "online"): (32, 64, 32, 4, 3),
     (100, "online exact"): (32, 64, 32, 4, 3),
 }
 
@@ -313,7 +344,7 @@ def _kind(problem: Problem, fused: bool) -> str:
         return "pass"
     if problem.operand == torch.float32:
         return "exact"
-    return "fused" if problem.by_place else "spread"
+    return "fused" if problem.by_place and problem.pairs.image_ids is None else "spread"
 
 
 def _tile_arguments(
@@ -321,6 +352,10 @@ def _tile_arguments(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and the launch keywords that every tile kernel has, for one block."""
     launch = _LAUNCH_TABLE[problem.architecture, _kind(problem, fused)]
+    if not fused:  # a tile that reads a stash has to lie in one of those that wrote it, which have a range each
+        range_n, range_m = _stash_tile(problem)
+        launch = (min(launch[0], range_n), min(launch[1], range_m), *launch[2:])
+        assert range_n % launch[0] == 0 and range_m % launch[1] == 0
     pairs = problem.pairs.block(rows, columns)
     return logits_triton.tile_arguments(pairs, x_RE, y_CE, launch, fused)
 
@@ -341,7 +376,14 @@ def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int]
 
 def _sum_sides(problem: Problem) -> tuple[int, int]:
     """Sides of a block in the forward: float32 logits for the library's engine, partial sums for the fused one."""
-    return (SUM_SIDE, SUM_SIDE) if problem.engine == "fused" else problem.sides(4)
+    return (_sum_side(problem),) * 2 if problem.engine == "fused" else problem.sides(4)
+
+
+def _sum_side(problem: Problem) -> int:
+    """Side of a block that leaves nothing but sums."""
+    return logits_triton.sum_side(
+        *(problem.image_BE.shape[1], problem.workspace_bytes, problem.operand.itemsize)
+    )
 
 
 def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
@@ -354,6 +396,7 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
     scale = _factors(problem)
     row_sum, row_target = new_sums(problem, B)
     column_sum, column_target = new_sums(problem, G)
+    uniform = None if problem.targets is None else problem.targets.relative_uniform()
     fused = problem.engine == "fused"
     side_R, side_C = _sum_sides(problem)
     block = torch.empty(
@@ -382,7 +425,8 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
             _contrastive_sums_kernel[grid](
                 product_ptr=product_RC,
                 scale_ptr=scale,
-                **_target_pointers(problem.targets, rows, columns),
+                row_uniform_ptr=None if uniform is None else uniform[0][rows],
+                column_uniform_ptr=None if uniform is None else uniform[1][columns],
                 row_sum_ptr=sums[0],
                 column_sum_ptr=sums[1],
                 row_target_ptr=spread[0],
@@ -401,21 +445,18 @@ def contrastive_fwd_triton(problem: Problem, stash: bool) -> tuple[Tensor, ...]:
             if not problem.by_place:
                 row_target[rows] += spread[0].sum(0)
                 column_target[columns] += spread[1].sum(0)
-    logs = logarithms(problem, row_sum, column_sum, row_target, column_target, torch.float32)
-    _recompute_where_flagged(problem, scale, logs.flag, logs.row_lse_B, logs.column_lse_G)
-    logs = logs.with_rests(row_target, column_target)
+    if problem.targets is not None:
+        row_target *= problem.targets.row_positive_B
+        column_target *= problem.targets.column_positive_G
+    logs, untrusted = logarithms(
+        problem, row_sum, column_sum, row_target, column_target, torch.float32
+    )
+    product_RC = None
+    del block
+    rests = _online(problem, scale, untrusted, stash_BG, ranges)
+    online = [Online(*side) for side in zip(rests, (row_target, column_target), strict=True)]
+    logs = logs.completed(problem, untrusted, online)
     return (*logs[:2], row_target, column_target, *logs[2:], stash_BG, ranges)
-
-
-def _target_pointers(
-    targets: Targets | None, rows: slice, columns: slice
-) -> dict[str, Tensor | None]:
-    """The target weights of a block, as launch keywords."""
-    names = ("row_positive_ptr", "row_uniform_ptr", "column_positive_ptr", "column_uniform_ptr")
-    if targets is None:
-        return dict.fromkeys(names)
-    sides = (rows, rows, columns, columns)
-    return {name: weight[side] for name, weight, side in zip(names, targets, sides, strict=True)}
 
 
 def _range_block(ranges: Tensor, arguments: dict[str, Any], rows: slice, columns: slice) -> Tensor:
@@ -423,48 +464,84 @@ def _range_block(ranges: Tensor, arguments: dict[str, Any], rows: slice, columns
     return ranges[rows.start // arguments["BLOCK_N"] :, columns.start // arguments["BLOCK_M"] :]
 
 
-def _recompute_where_flagged(
-    problem: Problem, scale: Tensor, flag: Tensor, row_lse: Tensor, column_lse: Tensor
-) -> None:
-    """Launch the online kernels, which return at once unless the flag is set."""
-    dtype = torch.promote_types(problem.image_BE.dtype, problem.text_GE.dtype)
-    exact = torch.float32 in (dtype, problem.operand)
-    kind, dtype = ("online exact", torch.float32) if exact else ("online", dtype)
-    block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[problem.architecture, kind]
-    image_BE, text_GE = (
-        tiles.aligned_rows(side.to(dtype), block_d) for side in (problem.image_BE, problem.text_GE)
-    )
-    length_B, length_G = (
-        side.new_ones(len(side), dtype=torch.float32) if problem.normalized else lengths(side)
-        for side in (image_BE, text_GE)
-    )
-    for x, y, length_x, length_y, pairs, lse in (
-        (image_BE, text_GE, length_B, length_G, problem.pairs, row_lse),
-        (text_GE, image_BE, length_G, length_B, problem.pairs.exchanged(), column_lse),
-    ):
-        _contrastive_online_kernel[(triton.cdiv(len(x), block_n),)](
-            x_ptr=x,
-            y_ptr=y,
-            length_x_ptr=length_x,
-            length_y_ptr=length_y,
+def _online(
+    problem: Problem, scale: Tensor, untrusted: Sequence[Tensor], stash_BG: Tensor, ranges: Tensor
+) -> list[Tensor]:
+    """Log-sum-exps of untrusted rows and columns without positives by place: kernels that otherwise return at once."""
+    image_BE, text_GE = problem.image_BE, problem.text_GE
+    chosen = [side.to(torch.int32) for side in untrusted]
+    largest = [torch.full_like(side, -torch.inf, dtype=torch.float32) for side in chosen]
+    total = [torch.zeros_like(side, dtype=torch.float32) for side in chosen]
+    stash = stash_BG.numel() > 0
+    kind = "online exact" if stash or problem.operand == torch.float32 else "online"
+    launch = _LAUNCH_TABLE[problem.architecture, kind]
+
+    def continued(
+        side: int,
+        part: slice,
+        operands: tuple[Tensor, Tensor],
+        sizes: tuple[int, int],
+        pairs: Pairs,
+        strides: tuple[int, int, int, int],
+        tile: tuple[int, int],
+    ) -> None:
+        block_n, block_m, block_d, num_warps, num_stages = launch
+        _contrastive_online_kernel[(triton.cdiv(sizes[0], block_n),)](
+            x_ptr=operands[0],
+            y_ptr=operands[1],
+            range_ptr=ranges,
             scale_ptr=scale,
             image_id_ptr=pairs.image_ids,
             text_id_ptr=pairs.text_ids,
-            flag_ptr=flag,
-            lse_ptr=lse,
-            stride_x_n=x.stride(0),
-            stride_y_m=y.stride(0),
-            N=len(x),
-            M=len(y),
-            D=x.shape[1],
+            untrusted_ptr=chosen[side][part],
+            largest_ptr=largest[side][part],
+            total_ptr=total[side][part],
+            stride_x_n=strides[0],
+            stride_y_m=strides[1],
+            stride_range_n=strides[2],
+            stride_range_m=strides[3],
+            N=sizes[0],
+            M=sizes[1],
+            D=operands[0].shape[1],
             first_label=pairs.first_label,
+            RANGE_N=tile[0],
+            RANGE_M=tile[1],
             IDS=pairs.ids,
+            TARGETS=not problem.by_place,
+            STASH=stash,
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
             num_warps=num_warps,
             num_stages=num_stages,
         )
+
+    B, G = len(image_BE), len(text_GE)
+    if stash:
+        row, column = stash_BG.stride()
+        range_row, range_column = ranges.stride()[:2]
+        tile_n, tile_m = _stash_tile(problem)
+        both = stash_BG, stash_BG
+        strides = (row, column, range_row, range_column)
+        continued(0, slice(0, B), both, (B, G), problem.pairs, strides, (tile_n, tile_m))
+        strides = (column, row, range_column, range_row)
+        exchanged = problem.pairs.exchanged()
+        continued(1, slice(0, G), both, (G, B), exchanged, strides, (tile_m, tile_n))
+    else:
+        for rows in logits.blocks(B, _sum_side(problem)):
+            x_RE = logits_triton.operand(image_BE[rows], problem.normalized, problem.operand)
+            x_RE = tiles.aligned_rows(x_RE, launch[2])
+            for columns in logits.blocks(G, _sum_side(problem)):
+                y_CE = logits_triton.operand(text_GE[columns], problem.normalized, problem.operand)
+                y_CE = tiles.aligned_rows(y_CE, launch[2])
+                pairs, sizes = problem.pairs.block(rows, columns), (len(x_RE), len(y_CE))
+                row, column = x_RE.stride(0), y_CE.stride(0)
+                continued(0, rows, (x_RE, y_CE), sizes, pairs, (row, column, 0, 0), (1, 1))
+                continued(
+                    *(1, columns, (y_CE, x_RE), sizes[::-1], pairs.exchanged()),
+                    *((column, row, 0, 0), (1, 1)),
+                )
+    return [most.double() + part.double().log2() for most, part in zip(largest, total, strict=True)]
 
 
 def contrastive_bwd_triton(
@@ -476,20 +553,18 @@ def contrastive_bwd_triton(
     """(d_image, d_text, d_scale); a side that nobody needs costs no product."""
     image_BE, text_GE, operand = problem.image_BE, problem.text_GE, problem.operand
     B, G, device = len(image_BE), len(text_GE), image_BE.device
-    row_lse, column_lse, row_rest, column_rest, flag, stash_BG, ranges = terms
+    *sums, stash_BG, ranges = terms
+    logs = Logarithms(*sums)
     stash = stash_BG.numel() > 0
     fused = problem.engine == "fused" and not stash
     grad_scale = FP16_GRADIENT_SCALE if operand == torch.float16 else 1.0
     parts, largest = Upstream.spread(
-        upstream, problem.targets, row_rest, column_rest
+        upstream, problem.targets, logs.row_rest_B, logs.column_rest_G
     ).over_largest()
     to_power, offset = problem.powers()
-    row_factor, column_factor = (
-        factor.float() for factor in parts.factors(row_lse, column_lse, offset)
-    )
-    row_online, row_offset, column_online, column_offset = (
-        part.float() for part in parts.online_factors(row_lse, column_lse)
-    )
+    flag = torch.cat(logs.untrusted(offset)).any().to(torch.int32)
+    row_factor, column_factor = (factor.float() for factor in parts.factors(logs))
+    row_offset, column_offset = logs.row_offset_B.float(), logs.column_offset_G.float()
     parts = parts.to(torch.float32)
     factor = (to_power * largest / grad_scale).float()
     gradients = logits_triton.Gradients(image_BE, text_GE, problem.normalized, need)
@@ -513,66 +588,47 @@ def contrastive_bwd_triton(
             common = {
                 "scale_ptr": scale,
                 "flag_ptr": flag,
-                "row_online_ptr": row_online[rows],
-                "row_offset_ptr": row_offset[rows],
-                "column_online_ptr": column_online[columns],
-                "column_offset_ptr": column_offset[columns],
                 "row_factor_ptr": row_factor[rows],
+                "row_offset_ptr": row_offset[rows],
                 "column_factor_ptr": column_factor[columns],
+                "column_offset_ptr": column_offset[columns],
                 **parts.block(rows, columns).pointers(),
                 "grad_ptr": grad_RC,
                 "stride_grad": C,
                 "GRADIENT_SCALE": grad_scale,
                 "TARGETS": not problem.by_place,
             }
+            product_RC, stride = None, C
             if stash:
-                d_scale += _grad_of_stash(
-                    problem, common, x_RE, y_CE, rows, columns, stash_BG, ranges
-                )
-            else:
-                product_RC = None
-                if own_product:
-                    product_RC = tiles.matmul_fp32(x_RE, y_CE.T, products[: R * C].view(R, C))
-                grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, fused)
-                d_scale += _launch_grad(grid, arguments, common, product_RC, C, "none")
+                product_RC, stride = stash_BG[rows, columns.start :], stash_BG.stride(0)
+                common |= _stash_arguments(problem, ranges, rows, columns)
+            elif own_product:
+                product_RC = tiles.matmul_fp32(x_RE, y_CE.T, products[: R * C].view(R, C))
+            grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, fused)
+            d_scale += _launch_grad(grid, arguments, common, product_RC, stride)
             gradients.add(grad_RC, x_RE, y_CE, columns)
         gradients.end_rows(rows, factor)
     grad_scalar = (d_scale * largest * LOG2E).to(problem.scale.dtype).reshape(problem.scale.shape)
     return gradients.image_grad, gradients.text_grad(factor), grad_scalar
 
 
-def _grad_of_stash(
-    problem: Problem,
-    common: dict[str, Any],
-    x_RE: Tensor,
-    y_CE: Tensor,
-    rows: slice,
-    columns: slice,
-    stash_BG: Tensor,
-    ranges: Tensor,
-) -> Tensor:
-    """The gradient of a stashed block. A flagged problem may have had any range: its logits are multiplied again."""
-    range_n, range_m, *_ = _LAUNCH_TABLE[
-        problem.architecture, _kind(problem, problem.engine == "fused")
-    ]
-    grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, False)
-    along = _launch_grad(
-        grid,
-        arguments,
-        {
-            **common,
-            "range_ptr": ranges[rows.start // range_n :, columns.start // range_m :],
-            "stride_range": ranges.stride(0),
-            "RANGE_N": range_n,
-            "RANGE_M": range_m,
-            "STASH": True,
-        },
-        stash_BG[rows, columns.start :],
-        stash_BG.stride(0),
-        "flagged",
-    )
-    grid, arguments = _tile_arguments(problem, x_RE, y_CE, rows, columns, True)
-    return along + _launch_grad(grid, arguments, common, None, 0, "plain")
+def _stash_tile(problem: Problem) -> tuple[int, int]:
+    """Rows and columns of the tiles that wrote a stash."""
+    return _LAUNCH_TABLE[problem.architecture, _kind(problem, problem.engine == "fused")][:2]
+
+
+def _stash_arguments(
+    problem: Problem, ranges: Tensor, rows: slice, columns: slice
+) -> dict[str, Any]:
+    """Launch keywords of a block that is read from a stash."""
+    range_n, range_m = _stash_tile(problem)
+    return {
+        "range_ptr": ranges[rows.start // range_n :, columns.start // range_m :],
+        "stride_range": ranges.stride(0),
+        "RANGE_N": range_n,
+        "RANGE_M": range_m,
+        "STASH": True,
+    }
 
 
 def _launch_grad(
@@ -581,7 +637,6 @@ def _launch_grad(
     common: dict[str, Any],
     product: Tensor | None,
     stride_product: int,
-    skip: str,
 ) -> Tensor:
     """Launch the gradient kernel on one block; returns the block's sum of gradient times cosine."""
     along = torch.zeros(grid, dtype=torch.float32, device=common["grad_ptr"].device)
@@ -590,7 +645,6 @@ def _launch_grad(
         product_ptr=product,
         stride_product=stride_product,
         along_ptr=along,
-        SKIP=skip,
         **{**defaults, **common, **arguments},
     )
     return along.sum(dtype=torch.float64)

@@ -29,13 +29,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clipcore.kernels import tiles
 from clipcore.kernels.normalize import check_rows
 
 LOG2E = math.log2(math.e)
-# What one call may hold beside embeddings, gradients and a stash.
-WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 576 * 10**6}
+# What blocks may hold: their logits, operands and sums on a GPU, their logits on the CPU.
+WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 10**6}
 ENGINES = ("library", "fused")
 SAME_ID = ("ignore", "positive")
 
@@ -100,6 +101,16 @@ def operand_dtype(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) 
         return asked
     autocast = torch.is_autocast_enabled("cuda")
     return torch.float32 if promoted == torch.float32 and not autocast else torch.float16
+
+
+def check_no_tangent(operation: str, *inputs: Tensor) -> None:
+    """RuntimeError in forward-mode differentiation, for which an operator would answer a tangent of zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise RuntimeError(
+            f"{operation} has no forward-mode derivative: use torch.autograd.grad or vjp"
+        )
 
 
 def check_embeddings(

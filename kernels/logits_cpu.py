@@ -5,6 +5,7 @@ Legend: logits.py.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clipcore.kernels import logits, tiles
+from clipcore.kernels import logits
 from clipcore.kernels.logits import Pairs
 from clipcore.kernels.normalize import normalize_bwd_ref, normalize_ref
 
@@ -38,7 +39,11 @@ def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # The tensor holds the array, and with its end the pages are idle again.
     array = (ctypes.c_byte * size).from_buffer(pages)
     weakref.finalize(array, _idle_pages.append, pages).atexit = False
-    return torch.frombuffer(array, dtype=dtype).view(shape)
+    out = torch.frombuffer(array, dtype=dtype).view(shape)
+    poisoned = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if poisoned and torch.are_deterministic_algorithms_enabled():  # as torch.empty
+        out.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return out
 
 
 _idle_pages: list[mmap.mmap] = []
@@ -55,7 +60,8 @@ def _take_pages(size: int) -> mmap.mmap:
             return smallest
         _idle_pages.clear()
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages has others
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
@@ -93,6 +99,18 @@ def masks(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
     return same_RC, None
 
 
+def masks_of_rows(pairs: Pairs, row_n: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(invalid, positive) of some rows, by their numbers, and a block's columns."""
+    column_m = torch.arange(columns.start, columns.stop, device=row_n.device)
+    own_NM = (row_n + pairs.first_label)[:, None] == column_m
+    if pairs.image_ids is None or pairs.text_ids is None:
+        return torch.zeros_like(own_NM), own_NM
+    same_NM = pairs.image_ids[row_n, None] == pairs.text_ids[columns]
+    if pairs.same_id == "positive":
+        return torch.zeros_like(own_NM), same_NM
+    return same_NM & ~own_NM, own_NM
+
+
 def diagonal(matrix_RC: Tensor, pairs: Pairs) -> tuple[Tensor, slice, slice]:
     """A block's elements that are pairs by their place: a view of them, their rows and their columns in the block."""
     view = matrix_RC.diagonal(pairs.first_label)
@@ -104,9 +122,9 @@ def diagonal(matrix_RC: Tensor, pairs: Pairs) -> tuple[Tensor, slice, slice]:
     )
 
 
-def unit_rows_cpu(x_NE: Tensor, normalized: bool) -> Tensor:
-    """The CPU's operand: float32, or float64 for float64."""
-    wide_NE = x_NE.to(tiles.accumulate_dtype(x_NE.dtype))
+def unit_rows_cpu(x_NE: Tensor, normalized: bool, dtype: torch.dtype) -> Tensor:
+    """The CPU's operand in the dtype of both sides: float32, or float64 where one of them is."""
+    wide_NE = x_NE.to(dtype)
     return wide_NE if normalized else normalize_ref(wide_NE)
 
 

@@ -5,7 +5,6 @@ Legend and the two engines: logits.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from clipcore.kernels.tiles import tl, triton
 
 # Blocks keep to multiples of every tile, so that each tile of the matrix lies in one block.
 BLOCK_MULTIPLE = 256
+# The largest side of a block that leaves sums only, and the least side of the tiles that write them.
+SUM_SIDE = 32768
+SUM_TILE = 32
 
 
 @triton.jit
@@ -113,11 +115,14 @@ def tile_arguments(
     }
 
 
-def block_sides(width: int, element_bytes: int, workspace_bytes: int) -> tuple[int, int]:
+def block_sides(
+    width: int, element_bytes: int, workspace_bytes: int, operand_bytes: int
+) -> tuple[int, int]:
     """Rows R and columns C of a block on a GPU whose logits take `element_bytes` each.
 
-    Estimated, to be measured: the library's tiles are 128 x 256 and 132 processors want whole waves of them, for
-    R x E and C x E results alike.
+    The block, its operands and the float32 sum of its rows' gradients fit the workspace, unless it is smaller than the
+    least block. Estimated, to be measured: the library's tiles are 128 x 256 and 132 processors want whole waves of them,
+    for R x E and C x E results alike.
     """
     if element_bytes <= 2:
         rows, columns = 16896, 16896
@@ -125,11 +130,27 @@ def block_sides(width: int, element_bytes: int, workspace_bytes: int) -> tuple[i
         rows, columns = 16896, 5632
     else:
         rows, columns = 8448, 8448
-    shrink = math.sqrt(min(1.0, workspace_bytes / (rows * columns * element_bytes)))
-    if shrink < 1:
-        rows, columns = int(rows * shrink), int(columns * shrink)
-    rows, columns = (max(1, side // BLOCK_MULTIPLE) * BLOCK_MULTIPLE for side in (rows, columns))
+
+    def taken(rows: int, columns: int) -> int:
+        operands = (rows + columns) * width * operand_bytes
+        return rows * columns * element_bytes + operands + rows * width * 4
+
+    while taken(rows, columns) > workspace_bytes and max(rows, columns) > BLOCK_MULTIPLE:
+        if columns >= rows:
+            columns -= BLOCK_MULTIPLE
+        else:
+            rows -= BLOCK_MULTIPLE
     return rows, columns
+
+
+def sum_side(width: int, workspace_bytes: int, operand_bytes: int) -> int:
+    """Rows and columns of a block that leaves sums only: partial ones of 64-row tiles at least, and its operands."""
+    side = SUM_SIDE
+    while side > BLOCK_MULTIPLE and (
+        2 * 4 * side * (side // SUM_TILE) + 2 * side * width * operand_bytes > workspace_bytes
+    ):
+        side //= 2
+    return side
 
 
 def operand(x_RE: Tensor, normalized: bool, dtype: torch.dtype) -> Tensor:

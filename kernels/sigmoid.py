@@ -44,6 +44,8 @@ from clipcore.kernels.tiles import tl, triton
 FP16_GRADIENT_SCALE = 2.0**15
 # Powers of two of cosine and bias each, for which exp2 of them apart is safe in float32.
 SAFE_POWER = 60.0
+# Beyond it no float32 logit changes its loss's whole power of two.
+LARGEST_POWER = 2.0**60
 # Beyond it log(1 + exp(x)) is x in float64 too.
 LINEAR = 40.0
 
@@ -213,7 +215,7 @@ def sigmoid_fwd_triton(
     own_gradient = backward and not in_place
     element_bytes = (0 if fused else 4) + (operand.itemsize if own_gradient else 0)
     side_R, side_C = logits_triton.block_sides(
-        image_BE.shape[1], max(2, element_bytes), problem.workspace_bytes
+        *(image_BE.shape[1], max(2, element_bytes), problem.workspace_bytes, operand.itemsize)
     )
     size = min(side_R, B) * min(side_C, G)
     products = torch.empty(0 if fused else size, dtype=torch.float32, device=device)
@@ -261,12 +263,13 @@ def sigmoid_fwd_cpu(
     problem: Problem, backward: bool, need: tuple[bool, bool]
 ) -> tuple[Tensor, ...]:
     """The same in strips that stay in the cache. The scale's gradient is <d_x, x>, which float32 blocks make exact."""
-    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized)
-    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized)
+    x_BE = logits_cpu.unit_rows_cpu(problem.image_BE, problem.normalized, problem.operand)
+    y_GE = logits_cpu.unit_rows_cpu(problem.text_GE, problem.normalized, problem.operand)
     wide = x_BE.dtype
     need_image, need_text = backward and (need[0] or not need[1]), backward and need[1]
-    d_x = torch.zeros_like(x_BE) if need_image else x_BE.new_empty(0)
-    d_y = torch.zeros_like(y_GE) if need_text else y_GE.new_empty(0)
+    # Contiguous, whatever the embeddings are: the operator's fake says so.
+    d_x = x_BE.new_zeros(x_BE.shape if need_image else 0)
+    d_y = y_GE.new_zeros(y_GE.shape if need_text else 0)
     loss, d_scale, d_bias = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     scale, bias = (part.double().reshape(()) for part in (problem.scale, problem.bias))
     side_R, side_C = logits_cpu.cpu_sides(len(y_GE), wide, problem.workspace_bytes)
@@ -315,7 +318,7 @@ def _strip_by_place(
     With exp(bias) as a factor c of its own: log1p(c q), and c q / (1 + c q) as q / (1 / c + q).
     """
     bias_power = (bias * LOG2E).item()
-    if math.isinf(bias_power):
+    if not abs(bias_power) < LARGEST_POWER:
         return math.inf
     invalid, _ = logits_cpu.masks(pairs)
     if invalid is not None:
@@ -381,7 +384,8 @@ def _sigmoid_fwd(
         *(normalized, operand, engine, workspace_bytes),
     )
     forward = sigmoid_fwd_triton if image_BE.is_cuda else sigmoid_fwd_cpu
-    return forward(problem, backward, (need_image, need_text))  # type: ignore[return-value]
+    with tiles.on_device(image_BE.device):
+        return forward(problem, backward, (need_image, need_text))  # type: ignore[return-value]
 
 
 @_sigmoid_fwd.register_fake
@@ -454,8 +458,9 @@ def sigmoid_loss(
         image_ids, text_ids: int64 [B] and [G], both or none. Equal ids mark what belongs together.
         same_id: "ignore" leaves pairs of equal ids out unless they are a pair by position (false negatives);
             "positive" makes them positives, and position means nothing.
-        workspace_bytes: what the call may hold beside embeddings and gradients. Default 576 MB on CUDA, 64 MiB on
-            the CPU.
+        workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
+            for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: gradients of both sides in float32, and
+            on the CPU rows of length one.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
         engine: "library" (default) or "fused" on a GPU (logits.py).
@@ -465,6 +470,7 @@ def sigmoid_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or ids do not fit.
+        RuntimeError: forward-mode differentiation, which the operation does not have.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343).
 
@@ -478,6 +484,11 @@ def sigmoid_loss(
     bias = tiles.as_scalar("bias", bias, image_BE, text_GE)
     if workspace_bytes is None:
         workspace_bytes = logits.WORKSPACE_BYTES["cuda" if image_BE.is_cuda else "cpu"]
+    # Kernels read ids one after the other.
+    image_ids, text_ids = (
+        None if ids is None else ids.contiguous() for ids in (image_ids, text_ids)
+    )
+    logits.check_no_tangent("sigmoid_loss", image_BE, text_GE, scale, bias)
     needs = [t.requires_grad and torch.is_grad_enabled() for t in (image_BE, text_GE, scale, bias)]
     total, *_ = torch.ops.clipcore.sigmoid_fwd(
         *(image_BE, text_GE, scale, bias, image_ids, text_ids, first_label, same_id),

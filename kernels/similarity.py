@@ -184,7 +184,8 @@ def _similarity_bwd_cpu(
 @torch.library.custom_op("clipcore::similarity_fwd", mutates_args=())
 def _similarity_fwd(x_ND: Tensor, y_MD: Tensor, scale: Tensor) -> Tensor:
     if x_ND.is_cuda:
-        return _similarity_fwd_triton(x_ND, y_MD, scale)
+        with tiles.on_device(x_ND.device):
+            return _similarity_fwd_triton(x_ND, y_MD, scale)
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     wide = tiles.accumulate_dtype(dtype)
     # The scale goes to the N x D side: another pass over N x M would cost a third of the product.
@@ -203,7 +204,8 @@ def _similarity_bwd(
     grad_NM: Tensor, x_ND: Tensor, y_MD: Tensor, scale: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x_ND.is_cuda:
-        return _similarity_bwd_triton(grad_NM, x_ND, y_MD, scale, need_x, need_y)
+        with tiles.on_device(x_ND.device):
+            return _similarity_bwd_triton(grad_NM, x_ND, y_MD, scale, need_x, need_y)
     return _similarity_bwd_cpu(grad_NM, x_ND, y_MD, scale, need_x, need_y)
 
 

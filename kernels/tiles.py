@@ -6,6 +6,7 @@ Windows) the stand-ins let the modules import, because every operation there run
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def architecture(device: torch.device) -> int:
         return 90
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches there, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

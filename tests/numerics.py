@@ -7,9 +7,13 @@ upstream gradients. No test has a tolerance of its own.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,12 +35,56 @@ class LargestStorage(TorchDispatchMode):
 
     bytes = 0
 
+    @classmethod
+    @contextlib.contextmanager
+    def inside(cls, module: ModuleType, *functions: str) -> Iterator[LargestStorage]:
+        """One that watches inside these functions of a module: a mode does not see into an operator that calls them."""
+        mode = cls()
+
+        def watched(fn: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                with mode:
+                    return fn(*args)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in functions:
+                patch.setattr(module, name, watched(getattr(module, name)))
+            yield mode
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return out
+
+
+class Products:
+    """Counts the matrix products of the library inside a ``with``."""
+
+    count = 0
+
+    def __enter__(self) -> Products:
+        self._patch = pytest.MonkeyPatch()
+        for holder, name in (
+            (torch, "mm"),
+            (torch, "addmm"),
+            (torch.Tensor, "addmm_"),
+        ):
+            self._patch.setattr(holder, name, self._counted(getattr(holder, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _counted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return fn(*args, **kwargs)
+
+        return call
 
 
 def ulp(largest: float, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from numerics import (
     KERNEL_DEVICE,
     KERNEL_DTYPES,
     LargestStorage,
+    Products,
     assert_accurate,
     with_gradients,
 )
@@ -185,6 +186,22 @@ def test_kernels_cross_blocks(engine: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_accurate_everywhere(problems, {}, how)
 
 
+@pytest.mark.parametrize("same_id", ["ignore", "positive"])
+def test_ids_may_be_a_column_of_a_table(same_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_triton_everywhere(monkeypatch, torch.float32)
+    inputs = kernel_problems(20, 20, 16, torch.float32)[0]
+    ids = torch.stack([torch.arange(20) // 3, torch.arange(20)], 1).to(KERNEL_DEVICE)[:, 0]
+    strided, whole = (
+        with_gradients(
+            lambda *x, i=each: sigmoid_loss(*x, image_ids=i, text_ids=i, same_id=same_id),
+            inputs,
+            ONE,
+        )
+        for each in (ids, ids.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(strided, whole, strict=True))
+
+
 @pytest.mark.parametrize("engine", ["cpu", "library", "fused"])
 def test_nan_stays(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine != "cpu":
@@ -200,7 +217,9 @@ def test_nan_stays(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [(torch.nan, 0.0), (10.0, torch.nan), (10.0, torch.inf), (torch.inf, -10.0)], ids=str
+    "broken",
+    [(torch.nan, 0.0), (10.0, torch.nan), (10.0, torch.inf), (torch.inf, -10.0)],
+    ids=str,
 )
 @pytest.mark.parametrize("engine", ["cpu", "library"])
 def test_what_is_not_finite_shows(
@@ -211,6 +230,35 @@ def test_what_is_not_finite_shows(
         in_triton_everywhere(monkeypatch, torch.float32)
     image, text = (t.to(KERNEL_DEVICE) for t in unit_embeddings(9, 9, 16))
     assert not sigmoid_loss(image, text, *broken).isfinite()
+
+
+@pytest.mark.parametrize("bias", [-1e30, 1e30])
+def test_a_bias_of_any_size(bias: float) -> None:
+    image, text = unit_embeddings(9, 9, 16)
+    found = sigmoid_loss(image, text, 10.0, bias)
+    assert_accurate(
+        *("loss", found, sigmoid_ref(image, text, 10.0, bias)),
+        sigmoid_ref(image.double(), text.double(), 10.0, bias),
+    )
+
+
+@pytest.mark.parametrize("engine", ["library", "fused"])
+@pytest.mark.parametrize("kind", ["identical", "zero rows", "huge"])
+def test_kernels_take_any_rows(
+    kind: str, engine: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    in_triton_everywhere(monkeypatch, torch.float32)
+    problems = [
+        tuple(
+            t.to(KERNEL_DEVICE)
+            for t in (
+                *embeddings(40, 70, 24, kind, torch.float32),
+                *factors(10.0, -10.0, torch.float32),
+            )
+        )
+        for _ in range(3)
+    ]
+    assert_accurate_everywhere(problems, {}, {"engine": engine})
 
 
 # 3. Ahead of time.
@@ -238,11 +286,11 @@ def aot_launches() -> None:
         sigmoid_fwd_triton(problem, backward, (backward, backward))
 
 
-def test_compiles_without_spills_in_the_memory_there_is() -> None:
+def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
     assert_compiled_well(compiled("test_sigmoid"))
 
 
-def test_compiles_the_fused_kernels_to_matrix_instructions() -> None:
+def test_ahead_of_time_the_fused_kernels_have_matrix_instructions() -> None:
     """On sm_100 they are the older ones, as the launch table says, and are not counted."""
     for kernel in compiled("test_sigmoid"):
         fused = kernel.constants.get("FUSED") and "fp32" not in kernel.operand
@@ -253,11 +301,25 @@ def test_compiles_the_fused_kernels_to_matrix_instructions() -> None:
 # The public function.
 
 
-def test_same_bits_ten_times() -> None:
-    inputs = (*unit_embeddings(700, 700, 64), *factors(10.0, -10.0, torch.float32))
-    first = with_gradients(sigmoid_loss, inputs, ONE)
+@pytest.mark.parametrize("engine", ["cpu", "library", "fused"])
+def test_same_bits_ten_times(
+    engine: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    device = "cpu"
+    if engine != "cpu":
+        in_triton_everywhere(monkeypatch, torch.float32)
+        device = KERNEL_DEVICE
+    num_pairs = 700 if engine == "cpu" else 150
+    embedded = unit_embeddings(num_pairs, num_pairs, 64)
+    inputs = [t.to(device) for t in (*embedded, *factors(10.0, -10.0, torch.float32))]
+
+    def loss(*x: Tensor) -> Tensor:
+        return sigmoid_loss(*x, engine=None if engine == "cpu" else engine)
+
+    first = with_gradients(loss, inputs, ONE)
+    assert all(found.isfinite().all() for found in first)
     for _ in range(10):
-        again = with_gradients(sigmoid_loss, inputs, ONE)
+        again = with_gradients(loss, inputs, ONE)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -276,14 +338,18 @@ def test_only_what_is_asked_for_is_computed(
     leaves = [
         t.clone().requires_grad_(name == wanted) for name, t in zip(NAMES[1:], inputs, strict=True)
     ]
-    alone = sigmoid_loss(*leaves)
+    with Products() as products:
+        alone = sigmoid_loss(*leaves)
+        if wanted != "none":
+            alone.backward()
+    # The similarity and a product a side; on the CPU the scale's gradient takes one side, and the bias's comes with it.
+    sides = int(wanted in ("image", "text") or (engine == "cpu" and wanted in ("scale", "bias")))
+    assert KERNEL_DEVICE == "cuda" or products.count == 1 + sides
     assert torch.equal(alone.detach(), loss)
-    if wanted != "none":
-        alone.backward()
     for leaf, expected in zip(leaves, full, strict=True):
         assert (leaf.grad is None) == (not leaf.requires_grad)
-        if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad, expected)
+        if leaf.grad is not None:  # of float32 sums over one side or the other
+            assert_accurate(wanted, leaf.grad, expected, expected.double())
 
 
 def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused() -> None:
@@ -300,9 +366,12 @@ def test_nothing_of_n_by_n_is_held() -> None:
     """The largest tensor that the loss makes is a block of the workspace or an embedding."""
     num_pairs, width, workspace_bytes = 4096, 32, 2**20
     image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
-    with LargestStorage() as largest:
+    with LargestStorage.inside(sigmoid, "sigmoid_fwd_cpu") as largest:
         sigmoid_loss(image, text, 10.0, -10.0, workspace_bytes=workspace_bytes).backward()
-    assert largest.bytes <= max(workspace_bytes, num_pairs * width * 4)
+        limit = max(workspace_bytes, num_pairs * width * 4)
+        assert 0 < largest.bytes <= limit
+        sigmoid_loss(image, text, 10.0, -10.0, workspace_bytes=2**40)
+    assert largest.bytes == 4 * num_pairs**2 > limit  # as large a block as is allowed is seen
 
 
 @pytest.mark.parametrize("device", DEVICES)
