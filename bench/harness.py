@@ -6,9 +6,7 @@ newest row of each case. A figure of a GPU is only ever recorded on that GPU.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
-import gc
 import json
 import platform
 import re
@@ -21,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from clipcore import memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -57,7 +57,7 @@ def measure(
         try:
             if min_rounds > 1:
                 fn()
-            found[name] = Measured([], _peak_on_gpu(fn) if on_gpu else _peak_on_cpu(fn))
+            found[name] = Measured([], _extra_bytes(fn, device))
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
             torch.cuda.empty_cache()
@@ -89,30 +89,11 @@ def _bytes_of(result: Any) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _peak_on_gpu(fn: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = fn()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - _bytes_of(result)
-
-
-def _peak_on_cpu(fn: Callable[[], Any]) -> int:
-    """The resident set's high-water mark, which Linux lets a process set back; 0 elsewhere."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return 0
-
-    def field(name: str) -> int:
-        return 1024 * int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
-    before = field("VmRSS")
-    result = fn()
-    return max(0, field("VmHWM") - before - _bytes_of(result))
+def _extra_bytes(fn: Callable[[], Any], device: torch.device) -> int:
+    """Peak of a call above what was in use before it, without what it returns."""
+    with memory.watch(device) as watched:
+        result = fn()
+    return max(0, watched.peak - _bytes_of(result))
 
 
 def record(

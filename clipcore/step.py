@@ -19,7 +19,7 @@ from clipcore.data.loader import Batch
 from clipcore.data.order import hash64
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.data.upload import Upload
-from clipcore.distributed import World, broadcast_object
+from clipcore.distributed import World, all_reduce_flag, broadcast_object
 from clipcore.grad_cache import Embed, Found, differentiate
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
@@ -155,7 +155,7 @@ class TrainingStep:
             micro_batch_size=self.micro_batch_size,
             kept=self.kept,
             all_but_last=self.world.world_size > 1,
-            agree=broadcast_object,
+            agree=lambda is_so: not all_reduce_flag(not is_so),
         )
         made = broadcast_object(made)
         self.micro_batch_size, self.kept = made.micro_batch_size, made.kept

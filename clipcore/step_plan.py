@@ -110,7 +110,7 @@ def make_plan(
         budget_bytes: what all parts together may take.
         micro_batch_size, kept: where the user has chosen.
         all_but_last: the last micro-batch cannot keep its graph.
-        agree: makes a decision the same on all ranks, whose towers may have to run in step.
+        agree: whether something is so on all ranks, whose towers may have to run in step.
 
     Raises:
         ValueError: the smallest micro-batch does not fit.

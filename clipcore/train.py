@@ -168,7 +168,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "amp")
     loss_type = SigLipLoss if config.siglip else ClipLoss
-    loss_fn = loss_type(rank=world.rank, world_size=world.world_size)
+    is_uneven = global_batch_size % world.world_size > 0
+    loss_fn = loss_type(rank=world.rank, world_size=world.world_size, uneven=is_uneven)
 
     # Resume
     identity = {
