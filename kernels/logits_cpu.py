@@ -65,6 +65,12 @@ def _take_pages(size: int) -> mmap.mmap:
     return pages
 
 
+def give_back_idle_pages() -> None:
+    """Frees the pages that no buffer uses."""
+    with _taking:
+        _idle_pages.clear()
+
+
 def cpu_sides(num_columns: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
     """Rows and columns of a block on the CPU, which fills the workspace."""
     columns = max(1, min(num_columns, CPU_COLUMNS))

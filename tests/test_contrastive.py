@@ -725,6 +725,8 @@ def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
     assert idle and not any(pages.closed for pages in idle)
     logits_cpu.buffer((3 * shape[0],), dtype)
     assert [len(pages) for pages in logits_cpu._idle_pages] == [3 * shape[0]]
+    logits_cpu.give_back_idle_pages()
+    assert not logits_cpu._idle_pages
 
 
 MEASURE_PEAK = """
