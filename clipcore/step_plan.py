@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipcore import memory
 from clipcore.grad_cache import Embed
+from clipcore.optim import local_part
 from clipcore.resnet import replayed
 
 GB = 10**9
@@ -209,7 +210,7 @@ def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> 
 
 def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[Tensor], int]:
     """A forward pass, and the bytes that its graph holds beside the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    own = {local_part(weight).untyped_storage().data_ptr() for weight in module.parameters()}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ from clipcore.schedule import learning_rate
 from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
-from clipcore.verify import verify_gradients
+from clipcore.verify import VerificationError, verify_gradients
 
 
 class NonFiniteError(RuntimeError):
@@ -504,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clipcore.train: rank {rank} ends: {error}", file=sys.stderr, flush=True)
         # At once: to take the group apart would wait for collectives that never end.
         os._exit(roll_call.EXIT_STATUS)
-    except NonFiniteError as error:
+    except (NonFiniteError, VerificationError) as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)
         return 1
     except ValueError as error:

@@ -25,6 +25,8 @@ from clipcore.step import TrainingStep
 NUM_PAIRS, NUM_PARTS = 48, 3
 # How far the gradient may be from the exact one, relative to it: what rounding explains, and no wrong factor.
 LIMITS = {"fp32": 1e-3, "amp_bf16": 0.1, "amp_bfloat16": 0.1, "amp": 0.03}
+# What float16 gradients are lifted by: a loss scaler begins with a factor that overflows, and then lowers it.
+FP16_FACTOR = 256.0
 
 
 class VerificationError(RuntimeError):
@@ -53,8 +55,10 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
     )
     num_parts = min(NUM_PARTS, num_pairs)
     with replayed(training.model):  # leaves BatchNorm's statistics alone
-        found = dataclasses.replace(training, kept=1).gradients(small, step, num_parts=num_parts)
-    gradients = _take_gradients(training)
+        factor = FP16_FACTOR if training.precision == "amp" else 1.0
+        scaled = dataclasses.replace(training, kept=1, scale_loss=lambda loss: factor * loss)
+        found = scaled.gradients(small, step, num_parts=num_parts)
+    gradients = _take_gradients(training, factor)
     loss, exact = _plain(training, small, num_parts, step)
 
     def error(ours: Tensor, theirs: Tensor) -> float:
@@ -87,9 +91,8 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
     )
 
 
-def _take_gradients(training: TrainingStep) -> dict[str, Tensor]:
-    """The parameters' gradients without the factor of the loss's scaler; the parameters then have none."""
-    factor = training.scale_loss(torch.ones((), device=training.world.device)).double()
+def _take_gradients(training: TrainingStep, factor: float) -> dict[str, Tensor]:
+    """The parameters' gradients without the loss's factor; the parameters then have none."""
     taken = {
         name: whole(parameter.grad).double() / factor
         for name, parameter in training.model.named_parameters()

@@ -18,6 +18,7 @@ from runs import NANO, RunServer, assert_same_bits, final_state
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
 
+from clipcore import train, verify
 from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
 
@@ -115,6 +116,17 @@ def test_a_global_batch_is_the_same_however_it_goes_through_the_towers(server, t
     line = flags(tmp_path, "planned", table, batch_size=None, epochs=2, resume="latest")
     status, text = server.run(line, tmp_path / "out")
     assert status == 0 and "pairs on this device" not in text, text
+
+
+def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(verify.LIMITS, "fp32", 0.0)
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    line = flags(tmp_path, "r", table, verify_gradients=True)
+    assert train.main(line) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].startswith(
+        "clipcore.train: stopped: --verify-gradients: the gradients of 8 pairs"
+    )
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):

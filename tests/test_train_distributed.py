@@ -83,6 +83,14 @@ def test_uneven_shares_in_micro_batches_train_as_one_and_resume_on_two(table, tm
     assert three[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
 
 
+def test_a_split_model_is_planned_verified_and_resumed_on_one(table, tmp_path):
+    line = "--global-batch-size 9 --micro-batch-size 2 --siglip --verify-gradients --resume latest".split()
+    said = launch(tmp_path, "r", 2, table, *line, "--fsdp", "--epochs", "1")
+    assert "3 micro-batches of 2" in said and "verified against float64" in said
+    launch(tmp_path, "r", 1, table, *line, "--epochs", "2")
+    assert [row["step"] for row in read_metrics(tmp_path / "r")[0]] == list(range(1, 9))
+
+
 def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
     """Three sums depend on their order, and a ResNet's ranks on whose BatchNorm statistics they evaluate with."""
     line = "--epochs 2 --batch-size 3 --model RN-nano-32 --keep-checkpoints 0".split()
