@@ -125,7 +125,8 @@ def kernel_problems(
             t.to(KERNEL_DEVICE)
             for t in (*embeddings(B, G, E, dtype=dtype), *factors(scale, bias, torch.float32))
         )
-        for _ in range(6 if B * G > 10 else 60)  # a few numbers alone are right by luck
+        # Of single float32 logits the reference's are right by luck too often to compare six.
+        for _ in range(60 if B * G == 1 and dtype == torch.float32 else 6)
     ]
 
 

@@ -28,9 +28,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
     """A whole run of global batch 8 on ``num_ranks`` processes."""
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
-    line += ["--val-data", str(table), "--lr", "1e-3", *extra]
+    line += ["--val-data", str(table), "--lr", "1e-3"]
     if "--global-batch-size" not in extra:
         line += ["--batch-size", str(8 // num_ranks)]
+    line += extra
     # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
     start = ["-m"] if num_ranks == 1 else [*TORCHRUN, str(num_ranks), "-m", "--"]
     done = subprocess.run(
