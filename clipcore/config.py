@@ -263,6 +263,8 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
     if config.fsdp and config.torchcompile:
         raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
+    if config.step_memory == float("inf"):
+        raise ConfigError("--step-memory is a number of GB; leave it out for what is free")
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():

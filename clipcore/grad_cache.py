@@ -130,7 +130,7 @@ def differentiate(
 
     # Loss
     leaves = [torch.cat(side) for side in features] + scalars
-    del features, embedded
+    del features, side, part, embedded  # the names hold parts of micro-batches
     for leaf, need in zip(leaves, needed, strict=True):
         leaf.requires_grad_(need)
     loss = loss_fn(*leaves)
@@ -162,12 +162,10 @@ def _backward(
     embedded: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice, is_last: bool
 ) -> None:
     """From the embeddings of a micro-batch; the scalars, which all share, once, with the last one."""
-    pairs = [(part, gradients[i]) for i, part in enumerate(embedded) if i < 2 or is_last]
-    given = [
-        (part, gradient if part.ndim == 0 else gradient[rows])
-        for part, gradient in pairs
-        if part.requires_grad and gradient is not None
-    ]
+    given = []
+    for i, (part, gradient) in enumerate(zip(embedded, gradients, strict=True)):
+        if part.requires_grad and gradient is not None and (i < 2 or is_last):
+            given.append((part, gradient[rows] if i < 2 else gradient))
     if given:
         torch.autograd.backward([part for part, _ in given], [gradient for _, gradient in given])
 

@@ -119,7 +119,13 @@ class ClipLoss(nn.Module):
             logit_bias, output_dict = None, logit_bias
         _check_pairs(image_features, text_features)
         logit_scale = _as_factor(logit_scale, image_features)
+        _check_ids(image_ids, text_ids)
         if type(self).get_logits is not ClipLoss.get_logits:
+            if self.world_size > 1:
+                raise ValueError(
+                    "a get_logits of your own sees this rank's pairs only: use it on one rank, or pass image_ids and "
+                    "text_ids, extra rows or label_smoothing, which this loss knows over ranks"
+                )
             loss = self._dense(image_features, text_features, logit_scale, logit_bias)
         elif self.world_size > 1:
             sides = Side(image_features, image_ids), Side(text_features, text_ids)
@@ -349,6 +355,7 @@ class SigLipLoss(nn.Module):
         """
         _check_pairs(image_features, text_features)
         logit_scale = _as_factor(logit_scale, image_features)
+        _check_ids(image_ids, text_ids)
         bias = _as_factor(0.0 if logit_bias is None else logit_bias, image_features)
         if self.world_size > 1:
             sides = Side(image_features, image_ids), Side(text_features, text_ids)
@@ -446,6 +453,11 @@ def _say_once(message: str) -> None:
 def _check_same_id(same_id: str) -> None:
     if same_id not in logits.SAME_ID:
         raise ValueError(f"same_id has to be one of {logits.SAME_ID}, got {same_id!r}")
+
+
+def _check_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError("image_ids and text_ids: pass both or none")
 
 
 def _as_factor(factor: Tensor | float, features: Tensor) -> Tensor | float:

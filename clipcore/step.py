@@ -54,6 +54,7 @@ class TrainingStep:
     micro_batch_size: int | None = None
     kept: int | None = None
     reduced: nn.Module | None = None
+    stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
 
     @property
     def largest_share(self) -> int:
@@ -64,7 +65,9 @@ class TrainingStep:
     def num_parts(self) -> int:
         """Micro-batches of a step, as many on every rank."""
         parts = -(-self.largest_share // (self.micro_batch_size or self.largest_share))
-        return min(parts, self.global_batch_size // self.world.world_size)
+        # Each has a pair; a ResNet's two, which BatchNorm needs to have a variance.
+        smallest = self.global_batch_size // self.world.world_size
+        return max(1, min(parts, smallest // 2 if self.model.is_resnet else smallest))
 
     def gradients(
         self,
@@ -102,8 +105,9 @@ class TrainingStep:
         inputs = [batch.images, batch.tokens]
         if getattr(self.model.visual, "patch_dropout", 0.0) > 0:
             words = hash64(batch.indices.numpy(), self.seed, step, _DROPOUT)
-            inputs.append(torch.from_numpy(words.view("int64")))
-        upload = Upload(inputs, self.world.device)
+            seeds = torch.from_numpy(words.view("int64"))
+            inputs.append(seeds.pin_memory() if batch.images.is_pinned() else seeds)
+        upload = Upload(inputs, self.world.device, self._stream())
 
         def embed(rows: slice, following: slice | None) -> tuple[Tensor, ...]:
             images, *others = upload.rows(rows, following)
@@ -112,6 +116,12 @@ class TrainingStep:
                 return towers(images, *others)
 
         return embed
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Of all uploads: an allocator keeps what it has once had on a stream for that stream."""
+        if self.stream is None and self.world.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.world.device)
+        return self.stream
 
     def loss(self, *features: Tensor) -> Tensor:
         """The loss of all pairs; what it multiplies follows the precision of the run."""

@@ -6,6 +6,7 @@ backward, while their time and their memory are watched. ``str`` of a plan says 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,9 +62,10 @@ class StepPlan:
             if number > 1
             else "at once"
         )
+        tight = ", more than --step-memory" if self.peak_bytes > self.budget_bytes else ""
         return (
             f"step of {self.num_rows:,} pairs on this device: {how}; about {100 * self.cost:.0f}% more than a direct "
-            f"step\nexpected memory, GB: {parts}; {self.peak_bytes / GB:.2f} of {self.budget_bytes / GB:.2f} together"
+            f"step\nexpected memory, GB: {parts}; {self.peak_bytes / GB:.2f} of {self.budget_bytes / GB:.2f} together{tight}"
         )
 
 
@@ -170,14 +172,14 @@ def _fastest(
     size = best.rows
     while size < num_rows:
         size = min(2 * size, num_rows)
-        try:
+        probe = None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             probe = _probe(embed, module, size, device)
-            fits = room(probe) >= probe.graph_bytes
-        except torch.cuda.OutOfMemoryError:
+        if probe is None and device.type == "cuda":
             torch.cuda.empty_cache()
-            fits = False
-        if not agree(fits):
+        if not agree(probe is not None and room(probe) >= probe.graph_bytes):
             break
+        assert probe is not None
         if not agree(best.seconds_a_row > WORTHWHILE * probe.seconds_a_row):
             break
         best = probe
@@ -186,8 +188,18 @@ def _fastest(
 
 def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
     """Runs ``rows`` rows forward and backward, and measures a second pass of each while a first graph is still there:
-    what a first one takes for good, and what an allocator has left over, is then no longer counted."""
+    what a first one takes for good, and what an allocator has left over, is then no longer counted. On a GPU, whose
+    allocator counts exactly, there is no first graph, which might not fit beside."""
+    try:
+        return _measured(embed, module, rows, device)
+    finally:
+        module.zero_grad(set_to_none=True)  # also of a pass that has run out of memory
+
+
+def _measured(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
     first, saved = _forward_counted(embed, module, rows)
+    if device.type == "cuda":
+        del first
     _backward(_forward(embed, rows))
     _wait_for(device)
     with memory.watch(device) as forward:
@@ -200,8 +212,6 @@ def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> 
         _backward(second)
         _wait_for(device)
         end = time.perf_counter()
-    del first, second
-    module.zero_grad(set_to_none=True)
     # The resident set grows in jumps: a graph is what its tensors take there, and a little for what lies between them.
     graph = max(1, forward.held) if device.type == "cuda" else round(CPU_OVERHEAD * saved)
     peak = max(forward.peak, graph + backward.peak)

@@ -11,20 +11,25 @@ from torch import Tensor
 class Upload:
     """Rows of some tensors on a device, one slice after the other.
 
-    On a GPU the rows that will be asked for next are under way, on a stream of their own, while these are computed; at
+    With a stream the rows that will be asked for next are under way while these are computed; at
     most two slices are there at a time. On the CPU rows are views.
 
     Args:
         tensors: of one length each, on the host; page-locked ones are copied without the host waiting.
+        stream: of the copies, on a GPU; None copies when asked.
 
     >>> upload = Upload([torch.arange(6)], torch.device("cpu"))
     >>> upload.rows(slice(0, 2), slice(2, 4))
     [tensor([0, 1])]
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self.tensors, self.device = tensors, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self.tensors, self.device, self._stream = tensors, device, stream
         self._ahead: tuple[slice, list[Tensor]] | None = None
 
     def rows(self, rows: slice, following: slice | None = None) -> list[Tensor]:
