@@ -255,7 +255,7 @@ def resumed_config(
     if given & {"batch_size", "accum_freq"}:
         # The other way to give a global batch, and what was found for it.
         settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
-    if given & {"micro_batch_size", "step_memory"}:
+    if given & {"micro_batch_size", "step_memory", "precision", "grad_checkpointing", "device"}:
         settings["keep_graphs"] = None
     for name in sorted(given - {"resume", "logs", "name", "timeout"}):
         value = getattr(config, name)

@@ -18,6 +18,7 @@ from numerics import assert_accurate
 from ranks import RankPool
 from torch import Tensor, nn
 
+from clipcore import step_plan
 from clipcore.data.loader import Batch, share_of_rank
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World
@@ -408,6 +409,23 @@ def test_a_plan_is_made_of_what_was_measured() -> None:
     assert 0 <= plan.cost < 0.5 and plan.peak_bytes <= plan.budget_bytes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "256 pairs on this device" in str(plan) and "kept graphs" in str(plan)
+
+
+def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tower(dtype="fp32")
+    step = training(model, num_pairs=256)
+    step.kept, backward = None, step_plan._backward
+
+    def limited(trained: list[Tensor]) -> None:
+        backward(trained)
+        if len(trained[0]) >= 64:
+            raise torch.cuda.OutOfMemoryError("a test")
+
+    monkeypatch.setattr(step_plan, "_backward", limited)
+    assert step.plan(pairs(256), 0).micro_batch_size == 32
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_little_memory_keeps_few_graphs_and_too_little_is_told() -> None:

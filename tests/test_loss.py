@@ -381,6 +381,18 @@ def test_open_clips_loss_over_ranks_agrees(pool: RankPool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_what_ranks_cannot_do_is_refused() -> None:
+    image, text = unit_embeddings(4, 8)
+    own = type(
+        "Own", (ClipLoss,), {"get_logits": lambda _, *x, **k: ClipLoss().get_logits(*x, **k)}
+    )
+    with pytest.raises(ValueError, match="sees this rank's pairs only"):
+        own(world_size=2)(image, text, 10.0)
+    for loss_fn in (ClipLoss(world_size=2), SigLipLoss(world_size=2)):
+        with pytest.raises(ValueError, match="both or none"):
+            loss_fn(image, text, 10.0, image_ids=torch.arange(4))
+
+
 def call_once_too_often(world: World, name: str) -> str:
     image, text = unit_embeddings(3, 8)
     loss_fn = getattr(clipcore, name)(rank=world.rank, world_size=world.world_size)
