@@ -27,7 +27,7 @@ WORTHWHILE = 1.03
 SHARE_OF_GPU = 0.9
 CPU_BYTES = 4 * GB
 # Of a process's memory over the tensors in it; docs/log.md has the measurement.
-CPU_OVERHEAD = 17 / 16
+CPU_OVERHEAD = 1.1
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[T
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        # Tokens are a view of the whole batch, which is there in any case.
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -428,6 +428,15 @@ def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
+    model = tower(dtype="fp32")
+    counted = [
+        step_plan._forward_counted(training(model).embedder(pairs(number), 0, model), model, 16)[1]
+        for number in (16, 4096)
+    ]
+    assert counted[0] == counted[1] > 16 * 1000
+
+
 def test_little_memory_keeps_few_graphs_and_too_little_is_told() -> None:
     model = tower(dtype="fp32")
     step = training(model, 64, num_pairs=1024)
