@@ -7,6 +7,7 @@ backward, while their time and their memory are watched. ``str`` of a plan says 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,10 @@ class Probe:
 def default_budget(device: torch.device) -> int:
     """Bytes that a step may take beside model and optimizer where the user says nothing."""
     free = memory.available(device)
-    return int(SHARE_OF_GPU * free) if device.type == "cuda" else min(CPU_BYTES, free // 2)
+    if device.type == "cuda":
+        return int(SHARE_OF_GPU * free)
+    # The ranks of a machine share its memory.
+    return min(CPU_BYTES, free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def make_plan(

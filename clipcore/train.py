@@ -281,6 +281,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 every=config.log_every_n_steps,
             )
 
+            del batch, found  # which may be large, before the next are there
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
             is_last, is_stopping = state.step == num_steps, num_signalled > 0
             if (

@@ -136,7 +136,7 @@ class PairLoader:
         parts = _read(self._parts, keys, self.workers, ahead)
         num_rows, bad = 0, list[tuple[str, str]]()
         while True:
-            batch = self._join([next(parts) for _ in self._cuts])
+            batch = self._join(parts)
             num_rows += len(batch.indices)
             bad += batch.bad
             if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
@@ -146,14 +146,33 @@ class PairLoader:
                     f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
                 )
             yield batch
+            del batch  # before the next one is put together
 
-    def _join(self, parts: list[Batch]) -> Batch:
-        tokens = _concatenated([part.tokens for part in parts], False)
+    def _join(self, parts: Iterator[Batch]) -> Batch:
+        """The next parts as one batch; each part's images are gone before the next is taken."""
+        tokens, indices, bad = [], [], list[tuple[str, str]]()
+        images: Tensor | None = None
+        for start, stop in self._cuts:
+            part = next(parts)
+            if len(self._cuts) == 1 and not self.pin_memory:
+                images = part.images
+            else:
+                if images is None:
+                    shape = (self._cuts[-1][1], *part.images.shape[1:])
+                    images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+                images[start:stop] = part.images
+            tokens.append(part.tokens)
+            indices.append(part.indices)
+            bad += part.bad
+            del part
+        assert images is not None
+        joined = torch.cat(tokens)
+        joined = trim_tokens(joined) if self.trim_text else joined
         return Batch(
-            _concatenated([part.images for part in parts], self.pin_memory),
-            _concatenated([trim_tokens(tokens) if self.trim_text else tokens], self.pin_memory),
-            _concatenated([part.indices for part in parts], False),
-            [entry for part in parts for entry in part.bad],
+            images,
+            joined.pin_memory() if self.pin_memory else joined,
+            torch.cat(indices),
+            bad,
         )
 
 
@@ -323,15 +342,6 @@ def _cuts(batch_size: int) -> list[tuple[int, int]]:
     num_parts = -(-batch_size // PART_ROWS)
     ends = [batch_size * i // num_parts for i in range(num_parts + 1)]
     return list(itertools.pairwise(ends))
-
-
-def _concatenated(tensors: list[Tensor], pin_memory: bool) -> Tensor:
-    """Rows one below the other, in one copy, or none where there is nothing to do."""
-    if len(tensors) == 1 and not pin_memory:
-        return tensors[0]
-    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-    joined = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
-    return torch.cat(tensors, out=joined)
 
 
 def _read(parts: _Parts, keys: Iterable[Any], workers: int, ahead: int) -> Iterator[Batch]:
