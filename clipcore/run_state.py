@@ -174,7 +174,8 @@ def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | Non
             f"{num_others} of {world.world_size} ranks do not find the checkpoint of step {first} that rank 0 finds; "
             "--logs has to be a folder that all machines share"
         )
-    return checkpoint, run_dir
+    shared = broadcast_object(run_dir and str(run_dir))
+    return checkpoint, Path(shared) if shared else None
 
 
 def _find_checkpoint(
@@ -224,6 +225,13 @@ def launch_id() -> str | None:
     return run and f"{run} {socket.gethostname()} {os.getppid()}"
 
 
+def is_restart(run_dir: Path) -> bool:
+    """Whether this launch has begun the run of that folder already, the same on all ranks: torchrun has started its
+    processes anew, which go on with the settings and the plan of their predecessors."""
+    note, launch = run_dir / LAUNCH_FILE, launch_id()
+    return bool(broadcast_object(launch and note.exists() and note.read_text() == launch))
+
+
 def _run_of_launch(logs: Path, launch: str | None) -> Path | None:
     """The run under ``logs`` that a launch has begun, as ``write_config`` noted it."""
     for path in sorted(logs.glob(f"*/{LAUNCH_FILE}")) if launch else []:
@@ -252,17 +260,19 @@ def resumed_config(
         ) from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     settings = {name: value for name, value in saved.items() if name in known}
+    again = {n: getattr(config, n) for n in sorted(given - {"resume", "logs", "name", "timeout"})}
+    changed = {name for name, value in again.items() if settings.get(name) != value}
+    for name in sorted(changed):
+        flag = f"--{name.replace('_', '-')}"
+        world.say(f"{flag} was {settings.get(name)} in this run, now {again[name]}")
+    # The plan was made for other memory; a micro-batch that is given holds, and only what to keep beside it is open.
     if given & {"batch_size", "accum_freq"}:
-        # The other way to give a global batch, and what was found for it.
         settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
-    if given & {"micro_batch_size", "step_memory", "precision", "grad_checkpointing", "device"}:
+    elif changed & {"step_memory", "precision", "grad_checkpointing", "device"}:
+        settings |= {"micro_batch_size": None, "keep_graphs": None}
+    elif "micro_batch_size" in changed:
         settings["keep_graphs"] = None
-    for name in sorted(given - {"resume", "logs", "name", "timeout"}):
-        value = getattr(config, name)
-        if settings.get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            world.say(f"{flag} was {settings.get(name)} in this run, now {value}")
-        settings[name] = value
+    settings |= again
     # What this launch alone decides; the process group has its timeout already.
     own = {name: getattr(config, name) for name in ("logs", "name", "resume", "timeout")}
     return TrainConfig(**{**settings, **own})

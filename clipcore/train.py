@@ -65,6 +65,7 @@ from clipcore.run_state import (
     VOCABULARY_FILE,
     RunState,
     find_checkpoint,
+    is_restart,
     new_run_dir,
     resumed_config,
     write_config,
@@ -88,7 +89,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     """
     # Settings
     checkpoint, run_dir = find_checkpoint(config, world)
-    if checkpoint is not None and run_dir is not None:
+    if run_dir is not None and (checkpoint is not None or is_restart(run_dir)):
         config = resumed_config(run_dir, config, given, world)
     config = in_global_batches(resolve(config), world.world_size)
     run_dir = Path(broadcast_object(str(run_dir or new_run_dir(config))))

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,18 +97,20 @@ run.main()
 """
 
 
-def settings(folder: Path, table: Path, *more: str) -> list[str]:
+# Two pairs at once: one graph is kept, one micro-batch embedded twice.
+SIZES = "--batch-size 2 --accum-freq 2 --keep-graphs 1".split()
+
+
+def settings(folder: Path, table: Path, *more: str, sizes: Sequence[str] = SIZES) -> list[str]:
     """Two ranks, three epochs of five steps, saved at every step."""
     line = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "16", "-m", "--"]
     line += ["clipcore.train", "--logs", str(folder), "--train-data", str(table), *NANO]
     line += ["--val-data", str(table), "--epochs", "3", "--lr", "1e-3"]
-    # Two pairs at once: one graph is kept, one micro-batch embedded twice.
-    line += ["--batch-size", "2", "--accum-freq", "2", "--keep-graphs", "1"]
-    return [*line, "--save-every-steps", "1", "--resume", "latest", "--timeout", "6", *more]
+    return [*line, *sizes, "--save-every-steps", "1", "--resume", "latest", "--timeout", "6", *more]
 
 
 def launch(command: list[str], path: Path | None = None) -> str:
-    """A whole launch, which succeeds; what it wrote to standard error."""
+    """A whole launch, which succeeds; what it wrote."""
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -121,7 +124,7 @@ def launch(command: list[str], path: Path | None = None) -> str:
         },
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 def test_a_run_that_loses_ranks_in_every_phase_ends_with_the_same_bits(tmp_path):
@@ -150,7 +153,10 @@ def test_a_restart_finds_the_run_without_a_name(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(inject)
     logs = tmp_path / "logs"
     torchrun = ["-m", "torch.distributed.run"]
-    launch([*torchrun, *settings(logs, table, "--epochs", "1")], tmp_path)
+    found = ["--global-batch-size", "8", "--epochs", "1"]
+    said = launch([*torchrun, *settings(logs, table, *found, sizes=[])], tmp_path)
+    # A micro-batch that is found by the clock is found once: another one would round otherwise.
+    assert said.count("expected memory, GB") == 1, said
     assert (tmp_path / "0").exists()
     (run,) = logs.iterdir()
     steps, evaluations = read_metrics(run)

@@ -116,6 +116,12 @@ def test_a_global_batch_is_the_same_however_it_goes_through_the_towers(server, t
     line = flags(tmp_path, "planned", table, batch_size=None, epochs=2, resume="latest")
     status, text = server.run(line, tmp_path / "out")
     assert status == 0 and "pairs on this device" not in text, text
+    # Other memory, another plan; the same given again, the same plan.
+    for epochs, is_new in ((3, True), (4, False)):
+        again = {"epochs": epochs, "resume": "latest", "step_memory": 1.5}
+        line = flags(tmp_path, "planned", table, batch_size=None, **again)
+        status, text = server.run(line, tmp_path / "out")
+        assert status == 0 and ("of 1.50 together" in text) == is_new, text
 
 
 def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkeypatch, capfd):
