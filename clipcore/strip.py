@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipcore.distributed import PendingGather, all_reduce_, gather_sizes, start_gather
+from clipcore.all_gather import PendingGather, start_gather
+from clipcore.distributed import all_reduce_, gather_sizes
 from clipcore.kernels import logits, tiles
 
 

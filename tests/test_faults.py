@@ -170,7 +170,7 @@ GROUPS |= {"other_kind": 2, "other_size": 2, "host_dies": 2, "host_waits": 2, "o
 RANKS = """
 import json, os, sys, time
 import torch
-from clipcore import distributed, roll_call
+from clipcore import all_gather, distributed, roll_call
 
 def act(case, rank, last):
     roll_call.at_step(16)
@@ -194,7 +194,7 @@ def act(case, rank, last):
         # As on a GPU, where the collective returns at once and the wait for its result has no end of its own.
         with roll_call.collective("sum of rows"): time.sleep(60)
     sizes = distributed.gather_sizes(len(x), 0, "all-gather of texts")
-    y = distributed.start_gather(x, shard_sizes=[size for size, _ in sizes]).wait().rows_GE
+    y = all_gather.start_gather(x, shard_sizes=[size for size, _ in sizes]).wait().rows_GE
     if case == "die_in_backward" and rank == last: os._exit(9)
     with roll_call.collective("backward pass"): y.sum().backward()
 

@@ -26,7 +26,7 @@ LAYERS = [
         "report",
         "memory",
     },
-    {"data"},
+    {"data", "all_gather"},
     {"config", "modules", "convert", "weights"},
     {"vision", "text"},
     {"resnet"},

@@ -20,8 +20,8 @@ import torch
 from aot import ARCHITECTURES, disassemble
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from clipcore import distributed
-from clipcore.distributed import _ExchangeRef, _Layout
+from clipcore import all_gather
+from clipcore.all_gather import _ExchangeRef, _Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc/pack_kernels.cu"
@@ -113,7 +113,7 @@ def reference(monkeypatch: pytest.MonkeyPatch, x_BE: torch.Tensor, *arguments: A
     """The reference with its part packed, and the collective left out."""
     sent = []
     monkeypatch.setattr(
-        distributed, "_all_gather_single", lambda received, part, **_: sent.append(part)
+        all_gather, "all_gather_single", lambda received, part, **_: sent.append(part)
     )
     exchange = _ExchangeRef(x_BE, *arguments, None)
     (exchange.parts,) = sent
