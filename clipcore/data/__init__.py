@@ -3,11 +3,15 @@
 ==================  ================================================================
 ``sources.py``      ``open_source``: from what ``--train-data`` says to a ``PairSource``
 ``tar.py``          tar shards in the WebDataset layout, through a byte index
+``raw.py``          images as ``.npy`` members of pixels
 ``tables.py``       csv, jsonl and parquet tables, folders of images
 ``glyphs.py``       the embedded pictures of writing
 ``transforms.py``   bytes to images to crops to normalised tensors
+``resample.py``     bicubic resizing
 ``order.py``        the order of an epoch and the random numbers of a sample, computed, not stored
 ``loader.py``       batches
+``shards.py``       writing tar shards
+``prepare.py``      the command that turns any source into shards that train faster
 ==================  ================================================================
 """
 

@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipcore.data import BadSample, DataError, Pair, PairSource
 from clipcore.data.order import SampleRandom, hash64, permutation
+from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images
 
 # Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
@@ -230,7 +230,7 @@ class _Reader:
         self.transform = transform
         self.tokenizer = tokenizer
 
-    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Image.Image, str]:
+    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Picture, str]:
         """The crop and a caption; raises BadSample with its key."""
         key = f"{self.source.name}, sample {index}"
         try:
@@ -245,7 +245,7 @@ class _Reader:
         except BadSample as error:
             raise BadSample(error.reason, error.key or key) from None
 
-    def batch(self, samples: Sequence[tuple[Image.Image, str]], indices: np.ndarray) -> Batch:
+    def batch(self, samples: Sequence[tuple[Picture, str]], indices: np.ndarray) -> Batch:
         """Samples as arrays; of none, arrays without rows."""
         if not samples:
             size = self.transform.image_size
@@ -305,7 +305,7 @@ class _TrainingParts:
         batch.bad = bad
         return batch
 
-    def _replacement(self, index: int, epoch: int) -> tuple[int, tuple[Image.Image, str]] | None:
+    def _replacement(self, index: int, epoch: int) -> tuple[int, tuple[Picture, str]] | None:
         """The first readable one of the samples that stand in for a bad one: a function of it and the epoch."""
         drawn = hash64(np.arange(MAX_REPLACEMENTS), self.seed, epoch, index, 103)
         candidates = (drawn % np.uint64(len(self.reader.source))).astype(np.int64)

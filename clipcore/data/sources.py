@@ -19,7 +19,7 @@ from clipcore.data.tables import (
     open_folder,
 )
 from clipcore.data.tar import TarSource
-from clipcore.data.transforms import check_decoder
+from clipcore.data.transforms import Decoder, check_decoder
 
 __all__ = ["BadSample", "DataError", "MixtureSource", "Pair", "PairSource", "open_source"]
 
@@ -46,6 +46,7 @@ def open_source(
     separator: str = "\t",
     upsampling_factors: str | None = None,
     decoder: str = "pillow",
+    min_side: int = 0,
 ) -> PairSource:
     """Opens image-caption pairs.
 
@@ -57,7 +58,7 @@ def open_source(
             default keys mean the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
-        decoder: see ``clipcore.data.transforms.decode_image``.
+        decoder, min_side: see ``clipcore.data.transforms.Decoder``.
 
     Raises:
         DataError: anything that is missing, damaged, empty or unknown, in one line with the remedy.
@@ -74,7 +75,9 @@ def open_source(
         return SyntheticSource()
     keys = {"img_key": img_key, "caption_key": caption_key, "separator": separator}
     patterns = train_data.split("::") if isinstance(train_data, str) else list(train_data)
-    parts = [_open_part(part, dataset_type, decoder, **keys) for part in patterns]
+    parts = [
+        _open_part(part, dataset_type, Decoder(decoder, min_side), **keys) for part in patterns
+    ]
     if upsampling_factors is not None:
         return MixtureSource(parts, parse_factors(upsampling_factors, len(parts)))
     return parts[0] if len(parts) == 1 else MixtureSource(parts)
@@ -97,7 +100,12 @@ def parse_factors(text: str, num_parts: int) -> list[float]:
 
 
 def _open_part(
-    pattern: str, dataset_type: str, decoder: str, img_key: str, caption_key: str, separator: str
+    pattern: str,
+    dataset_type: str,
+    decoder: Decoder,
+    img_key: str,
+    caption_key: str,
+    separator: str,
 ) -> PairSource:
     """The source of one part between ``::``."""
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):

@@ -23,7 +23,7 @@ from clipcore.data.tar import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
 )
-from clipcore.data.transforms import decode_image
+from clipcore.data.transforms import Decoder, decode_image
 
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
@@ -50,7 +50,7 @@ class TextColumn:
         return self.bytes_K[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
-def read_image_file(path: str, key: str, decoder: str) -> Any:
+def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
     """The decoded picture of a file; raises BadSample."""
     try:
         with open(path, "rb") as file:
@@ -60,7 +60,7 @@ def read_image_file(path: str, key: str, decoder: str) -> Any:
     return decode_bytes(data, key, decoder)
 
 
-def decode_bytes(data: bytes, key: str, decoder: str) -> Any:
+def decode_bytes(data: bytes, key: str, decoder: Decoder | str) -> Any:
     """The picture in ``data``; raises BadSample with the key."""
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSample(f"more than {MAX_IMAGE_BYTES} bytes are too large", key)
@@ -120,7 +120,7 @@ class CsvSource:
         img_key: str = "filepath",
         caption_key: str = "title",
         separator: str = "\t",
-        decoder: str = "pillow",
+        decoder: Decoder | str = "pillow",
     ) -> None:
         self.name = os.path.basename(path)
         self._folder = os.path.dirname(path)
@@ -199,7 +199,7 @@ class JsonlSource:
         path: str,
         img_key: str | None = None,
         caption_key: str | None = None,
-        decoder: str = "pillow",
+        decoder: Decoder | str = "pillow",
     ) -> None:
         self.name = os.path.basename(path)
         self._path = path
@@ -288,7 +288,7 @@ class ParquetSource:
         path: str,
         img_key: str | None = None,
         caption_key: str | None = None,
-        decoder: str = "pillow",
+        decoder: Decoder | str = "pillow",
     ) -> None:
         try:
             import pyarrow
@@ -403,7 +403,7 @@ class FolderSource:
         self,
         path: str,
         caption_keys: Sequence[str] = CAPTION_COLUMNS,
-        decoder: str = "pillow",
+        decoder: Decoder | str = "pillow",
     ) -> None:
         self.name = os.path.basename(os.path.abspath(path))
         self._folder = path
@@ -464,7 +464,7 @@ class ClassFolderSource:
         DataError: no folder, or no image in a folder of its own.
     """
 
-    def __init__(self, path: str, decoder: str = "pillow") -> None:
+    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
         self.name = os.path.basename(os.path.abspath(path))
         self._folder = path
         self._decoder = decoder
@@ -500,7 +500,9 @@ class ClassFolderSource:
         return Pair(image, captions, key)
 
 
-def open_folder(path: str, img_key: str | None, caption_key: str | None, decoder: str) -> Any:
+def open_folder(
+    path: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str
+) -> Any:
     """The pairs of a folder, by what it holds.
 
     ``metadata.jsonl`` (the layout of Hugging Face's imagefolder) wins; then images with a .txt or .json file each;

@@ -1,7 +1,8 @@
 """Tar shards in the WebDataset layout, read in any order through a byte index.
 
 A sample is the members whose names are alike up to the first dot of the last path component: ``a/0001.jpg`` with
-``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Members of other kinds are passed over.
+``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Members of other kinds are passed over. In
+place of an image file, pixels may lie there as ``a/0001.npy`` (``raw.py``).
 
 The index (where each image and caption lies) is made by one pass over the headers on first use and kept beside the
 shard in ``<shard>.clipcore-index``, or in the user's cache folder where that cannot be written, or in memory. It
@@ -30,9 +31,12 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
-from clipcore.data.transforms import decode_image
+from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
+from clipcore.data.transforms import Decoder, decode_image
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
+# In this order: where a shard holds a picture both ways, the .npy is most often something else, an embedding.
+MEMBER_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, RAW_SUFFIX)
 CAPTION_SUFFIXES = ("txt", "json")
 MAX_NAME_BYTES = 4096  # of a long name or of an extended header
 MAX_IMAGE_BYTES = 1 << 28
@@ -207,14 +211,14 @@ def build_index(path: str) -> ShardIndex:
         if match is None or _METADATA.match(member.name):
             continue
         key, suffix = match[1], match[2].lower()
-        if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
+        if suffix in MEMBER_IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
             members = samples.setdefault(key, {})
             if suffix in members:
                 _refuse(path, f"holds {printable(member.name)!r} twice; write the shard again")
             members[suffix] = member
     columns, keys = array("q"), bytearray()
     for key, members in samples.items():
-        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+        image = next((members[s] for s in MEMBER_IMAGE_SUFFIXES if s in members), None)
         caption = members.get("txt") or members.get("json")
         if image is not None and caption is not None:
             keys += printable(key).encode("utf-8", "replace")
@@ -228,7 +232,7 @@ def build_index(path: str) -> ShardIndex:
 
 # Magic, size and modification time of the shard, samples, bytes of keys; then the columns, the keys and a CRC-32.
 _SIDECAR = struct.Struct("<8sQQQQ")
-_MAGIC = b"CLIPIDX1"
+_MAGIC = b"CLIPIDX2"  # 1 did not count .npy members as images
 
 
 def load_index(path: str) -> ShardIndex:
@@ -315,7 +319,7 @@ class TarSource:
         self,
         paths: Sequence[str],
         caption_keys: Sequence[str] = ("caption",),
-        decoder: str = "pillow",
+        decoder: Decoder | str = "pillow",
         name: str = "",
     ) -> None:
         self.name = name or os.path.basename(paths[0])
@@ -327,7 +331,7 @@ class TarSource:
         if not len(self):
             where = paths[0] if len(paths) == 1 else self.name
             raise DataError(
-                f"{where} holds no samples: an image (.{', .'.join(IMAGE_SUFFIXES)}) needs a member of the same "
+                f"{where} holds no samples: an image (.{', .'.join(MEMBER_IMAGE_SUFFIXES)}) needs a member of the same "
                 "name that ends in .txt or .json"
             )
 
@@ -349,7 +353,9 @@ class TarSource:
         caption = self._read(number, caption_at, caption_size, key)
         captions = checked_captions(self._json_caption(caption, key) if is_json else caption, key)
         try:
-            image = decode_image(self._read(number, image_at, image_size, key), self._decoder)
+            data = self._read(number, image_at, image_size, key)
+            # By the content, as other formats are told apart.
+            image = decode_raw(data) if is_raw(data) else decode_image(data, self._decoder)
         except BadSample as error:
             raise BadSample(error.reason, key) from None
         return Pair(image, captions, key)

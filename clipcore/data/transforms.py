@@ -6,7 +6,8 @@ In evaluation the result is equal to open_clip's ``image_transform`` to the bit:
 centre crop, RGB, [0, 1], mean and standard deviation. In training the paper takes "a random square crop from resized
 images" and no other augmentation (Radford et al. 2021, section 2.3); The default is open_clip's stand-in for it,
 ``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio of 3/4 to 4/3, so that results compare; with
-``ratio=None`` crops are square.
+``ratio=None`` crops are square. With ``resize`` it is the paper's to the letter: the shorter side is resized, then S x S
+pixels are cut out, and an image that has been resized before is not touched again.
 
 As in open_clip and webdataset the orientation in a JPEG's EXIF block is not applied.
 """
@@ -17,6 +18,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipcore.data import BadSample, DataError
+from clipcore.data.resample import Picture, as_image, resize_bicubic
 
 # OpenAI's, of its training images.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,6 +37,20 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # Pillow's own threshold for suspicion; checked from the header, before anything of that size is allocated.
 MAX_PIXELS = 89_478_485
 _CROP_ATTEMPTS = 10
+# A JPEG may be halved on decoding as long as it stays so much larger than what it is resized to: the gap at which
+# Pillow's own ``thumbnail`` calls the result close to that of a full decoding.
+REDUCING_GAP = 2
+
+
+class Decoder(NamedTuple):
+    """How images are decoded.
+
+    ``name`` is the library for JPEG files. Those whose shorter side is ``min_side`` pixels, two, four or eight times over
+    are decoded at that part of their size, which the format allows at a part of the time; 0 decodes all in full.
+    """
+
+    name: str = "pillow"
+    min_side: int = 0
 
 
 def check_decoder(decoder: str) -> None:
@@ -49,23 +66,24 @@ def check_decoder(decoder: str) -> None:
             ) from None
 
 
-def decode_image(data: bytes, decoder: str = "pillow") -> Image.Image:
+def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
     """The picture in the bytes of a JPEG, PNG or WebP file, the first frame of an animated one, as RGB.
 
     Args:
         data: the whole file.
         decoder: ``pillow``, or ``simplejpeg`` for JPEG files of one or three channels; what that does not cover (PNG,
-            WebP, CMYK) is Pillow's, by a fixed rule on the header.
+            WebP, CMYK) is Pillow's, by a fixed rule on the header. A ``Decoder`` also says how large it must be.
 
     Raises:
         BadSample: another format, damage, or more than ``MAX_PIXELS`` pixels.
     """
     if not data:
         raise BadSample("the image file is empty")
+    name, min_side = decoder if isinstance(decoder, Decoder) else (decoder, 0)
     try:
-        if decoder == "simplejpeg" and data[:2] == b"\xff\xd8":
-            return _decode_simplejpeg(data)
-        return _decode_pillow(data)
+        if name == "simplejpeg" and data[:2] == b"\xff\xd8":
+            return _decode_simplejpeg(data, min_side)
+        return _decode_pillow(data, min_side)
     except BadSample:
         raise
     except Image.UnidentifiedImageError:
@@ -75,26 +93,37 @@ def decode_image(data: bytes, decoder: str = "pillow") -> Image.Image:
         raise BadSample(f"unreadable image: {str(error) or type(error).__name__}") from None
 
 
-def _decode_pillow(data: bytes) -> Image.Image:
+def _decode_pillow(data: bytes, min_side: int) -> Image.Image:
     with warnings.catch_warnings():
         # Of sizes that the check below refuses, and of broken EXIF blocks, which are not used.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size)
+            check_size(*image.size)
+            if (part := _reduction(*image.size, min_side)) > 1:
+                # Without effect on other formats. Pillow takes the largest reduction that keeps both sides.
+                image.draft(None, (image.width // part, image.height // part))
             return image.convert("RGB")
 
 
-def _decode_simplejpeg(data: bytes) -> Image.Image:
+def _decode_simplejpeg(data: bytes, min_side: int) -> Image.Image:
     import simplejpeg
 
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height)
+    check_size(width, height)
     if colorspace not in ("Gray", "YCbCr", "RGB"):
-        return _decode_pillow(data)
-    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+        return _decode_pillow(data, min_side)
+    part = _reduction(width, height, min_side)
+    least = {"min_height": -(-height // part), "min_width": -(-width // part)}
+    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", **(least if part > 1 else {})))
 
 
-def _check_size(width: int, height: int) -> None:
+def _reduction(width: int, height: int, min_side: int) -> int:
+    """By what a JPEG's sides are divided on decoding: 8, 4, 2 or 1."""
+    parts = min(width, height) // min_side if min_side else 1
+    return next(part for part in (8, 4, 2, 1) if part <= max(parts, 1))
+
+
+def check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadSample(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if width < 1 or height < 1:
@@ -111,6 +140,8 @@ class ImageTransform:
         scale: smallest and largest share of the area that a random crop keeps.
         ratio: smallest and largest width over height of a random crop, before it is resized to a square; None for
             square crops, whose area is a share of the largest square's.
+        resize: pixels of the shorter side, at least S: images are resized to it and S x S pixels cut out at random, in
+            place of ``scale`` and ``ratio``.
 
     Example:
         >>> transform = ImageTransform(224, is_train=False)
@@ -126,33 +157,42 @@ class ImageTransform:
         std: Sequence[float] = OPENAI_STD,
         scale: tuple[float, float] = (0.9, 1.0),
         ratio: tuple[float, float] | None = (3 / 4, 4 / 3),
+        resize: int | None = None,
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"the scale of a crop is a range within (0, 1], got {scale}")
         if ratio is not None and not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"the ratio of a crop is a positive range, got {ratio}")
+        if resize is not None and resize < image_size:
+            raise ValueError(
+                f"no crop of {image_size} pixels fits images resized to {resize}; --aug-resize is at least the model's "
+                f"{image_size}"
+            )
         self.image_size = image_size
         self.is_train = is_train
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.scale = scale
         self.ratio = ratio
+        self.resize = resize
 
-    def __call__(
-        self, image: Image.Image | np.ndarray, rng: np.random.Generator | None = None
-    ) -> Tensor:
+    @property
+    def min_side(self) -> int:
+        """How small the shorter side of a JPEG may be made on decoding: see ``Decoder``."""
+        if self.resize is not None:
+            return REDUCING_GAP * self.resize
+        widest = 1.0 if self.ratio is None else max(self.ratio[1], 1 / self.ratio[0])
+        return math.ceil(REDUCING_GAP * self.image_size * math.sqrt(widest / self.scale[0]))
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Tensor:
         return normalize_images(torch.from_numpy(self.crop(image, rng)), self.mean, self.std)
 
-    def crop(
-        self, image: Image.Image | np.ndarray, rng: np.random.Generator | None = None
-    ) -> np.ndarray:
+    def crop(self, image: Picture, rng: np.random.Generator | None = None) -> np.ndarray:
         """What ``normalize_images`` takes, for one image: uint8 [3, S, S]; arguments as of ``crop_image``."""
         return stack_images([self.crop_image(image, rng)])[0]
 
-    def crop_image(
-        self, image: Image.Image | np.ndarray, rng: np.random.Generator | None = None
-    ) -> Image.Image:
-        """The crop as an image of S x S pixels.
+    def crop_image(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+        """The crop as an image of S x S pixels; of an array that needs no resizing, a view into it.
 
         Args:
             image: a PIL image or a uint8 array [H, W] or [H, W, 3].
@@ -161,18 +201,25 @@ class ImageTransform:
         Raises:
             BadSample: so long and thin that resizing it would need more than ``MAX_PIXELS`` pixels.
         """
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
         if not self.is_train:
             return self._centre_crop(image)
         if rng is None:
             # torch gives each worker of a DataLoader its own seed; a generator kept here would be the same in all.
             rng = np.random.default_rng(int(torch.randint(1 << 62, ())))
+        if self.resize is not None:
+            return self._window(image, self.resize, rng)
         if self.ratio is None:
-            return self._square_crop(image, rng)
-        left, top, width, height = random_box(*image.size, self.scale, self.ratio, rng)
-        box = image.crop((left, top, left + width, top + height))
-        return box.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+            return self._square_crop(as_image(image), rng)
+        size = self.image_size
+        left, top, width, height = random_box(*sides(image), self.scale, self.ratio, rng)
+        box = cut(image, left, top, width, height)
+        return box if (width, height) == (size, size) else resize_bicubic(box, size, size)
+
+    def _window(self, image: Picture, resize: int, rng: np.random.Generator) -> Picture:
+        image = resize_shorter(image, resize)
+        size, (width, height) = self.image_size, sides(image)
+        x, y = rng.random(2).tolist()
+        return cut(image, int(x * (width - size + 1)), int(y * (height - size + 1)), size, size)
 
     def _square_crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         area, x, y = rng.random(3).tolist()
@@ -183,19 +230,12 @@ class ImageTransform:
             size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
         )
 
-    def _centre_crop(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
+    def _centre_crop(self, image: Picture) -> Picture:
         size = self.image_size
-        if width <= height:
-            new_width, new_height = size, int(size * height / width)
-        else:
-            new_width, new_height = int(size * width / height), size
-        _check_size(new_width, new_height)
-        if (new_width, new_height) != (width, height):
-            image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+        image = resize_shorter(image, size)
+        width, height = sides(image)
         # Half a pixel goes to the even side, as Python rounds and torchvision with it.
-        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-        return image.crop((left, top, left + size, top + size))
+        return cut(image, round((width - size) / 2), round((height - size) / 2), size, size)
 
     def __repr__(self) -> str:
         kind = f"random crop of {self.scale} of the area" if self.is_train else "centre crop"
@@ -210,6 +250,35 @@ def image_transform(
 ) -> ImageTransform:
     """The preprocessing for a model of ``image_size``, under the name that open_clip gives it."""
     return ImageTransform(image_size, is_train, mean or OPENAI_MEAN, std or OPENAI_STD)
+
+
+def sides(image: Picture) -> tuple[int, int]:
+    """(width, height) of a picture."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def cut(image: Picture, left: int, top: int, width: int, height: int) -> Picture:
+    """A part of a picture; of an array, a view into it."""
+    if isinstance(image, np.ndarray):
+        return image[top : top + height, left : left + width]
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize_shorter(image: Picture, size: int) -> Picture:
+    """The picture with ``size`` pixels on its shorter side, as torchvision resizes it; the very same one if it has them.
+
+    Raises:
+        BadSample: more than ``MAX_PIXELS`` pixels would come of it.
+    """
+    width, height = sides(image)
+    if width <= height:
+        new_width, new_height = size, int(size * height / width)
+    else:
+        new_width, new_height = int(size * width / height), size
+    check_size(new_width, new_height)
+    if (new_width, new_height) == (width, height):
+        return image
+    return resize_bicubic(image, new_width, new_height)
 
 
 def random_box(
@@ -241,18 +310,29 @@ def random_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def stack_images(images: Sequence[Image.Image]) -> np.ndarray:
+def stack_images(images: Sequence[Picture]) -> np.ndarray:
     """Images of one size as uint8 [B, 3, S, S]; pictures that are not RGB become so."""
-    width, height = images[0].size
-    is_grey = all(image.mode == "L" for image in images)
+    width, height = sides(images[0])
+    pictures = [image for image in images if isinstance(image, Image.Image) and image.mode == "L"]
+    if len(pictures) == len(images):
+        return _stack_grey(pictures, width, height)
+    stacked = np.empty((len(images), 3, height, width), np.uint8)
+    # One by one: a picture is still in the processor's cache when its planes are taken apart.
+    for planes, image in zip(stacked, images, strict=True):
+        if isinstance(image, Image.Image) and image.mode not in ("RGB", "L"):
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+        planes[...] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return stacked
+
+
+def _stack_grey(images: Sequence[Image.Image], width: int, height: int) -> np.ndarray:
     # All are pasted into one tall picture: leaving Pillow costs 15 microseconds, now once a batch.
-    sheet = Image.new("L" if is_grey else "RGB", (width, height * len(images)))
+    sheet = Image.new("L", (width, height * len(images)))
     for i, image in enumerate(images):
-        in_mode = image if image.mode == sheet.mode else image.convert(sheet.mode)
-        sheet.paste(in_mode, (0, i * height))
-    pixels = np.asarray(sheet).reshape(len(images), height, width, -1)
-    planes = np.broadcast_to(pixels.transpose(0, 3, 1, 2), (len(images), 3, height, width))
-    return np.ascontiguousarray(planes)
+        sheet.paste(image, (0, i * height))
+    pixels = np.asarray(sheet).reshape(len(images), 1, height, width)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (len(images), 3, height, width)))
 
 
 def normalize_images(

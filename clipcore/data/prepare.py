@@ -1,0 +1,531 @@
+"""``python -m clipcore.data.prepare``: any source of pairs as tar shards of small JPEGs or of raw pixels.
+
+A shard is a fixed range of the source's samples and a function of them and the settings alone, so that neither the
+number of processes nor an interruption changes a byte. ``manifest.json`` in the output holds the settings, what the
+source was, and for each finished shard its size and the samples that could not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import glob
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+
+from clipcore.checkpoint import CheckpointError, run_lock
+from clipcore.data import DataError, PairSource
+from clipcore.data.glyphs import GlyphSource
+from clipcore.data.shards import (
+    FORMATS,
+    ImageFormat,
+    ShardReport,
+    remove_temporaries,
+    write_shard,
+)
+from clipcore.data.sources import (
+    DATASET_TYPES,
+    DEFAULT_CAPTION_KEY,
+    DEFAULT_IMAGE_KEY,
+    expand_pattern,
+    open_source,
+)
+from clipcore.data.transforms import DECODERS, REDUCING_GAP
+
+MANIFEST = "manifest.json"
+# About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
+SHARD_SIZE = 4096
+_SAVE_EVERY_S = 10.0
+_POLL_S = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards, beside the source."""
+
+    image_format: ImageFormat
+    shard_size: int
+    decoder: str = "pillow"
+    dataset_type: str = "auto"
+    img_key: str = DEFAULT_IMAGE_KEY
+    caption_key: str = DEFAULT_CAPTION_KEY
+    separator: str = "\t"
+
+    def open(self, train_data: str) -> PairSource:
+        """The pairs, as the training would open them."""
+        if train_data == "glyphs":
+            return GlyphSource("train")
+        return open_source(
+            train_data,
+            self.dataset_type,
+            img_key=self.img_key,
+            caption_key=self.caption_key,
+            separator=self.separator,
+            decoder=self.decoder,
+            min_side=REDUCING_GAP * self.image_format.size,
+        )
+
+    def flags(self) -> dict[str, Any]:
+        """The settings by their flags; a raw shard has no quality."""
+        image = self.image_format
+        found: dict[str, Any] = {"--format": image.kind, "--size": image.size}
+        if image.kind == "jpeg":
+            found["--quality"] = image.quality
+        return found | {
+            "--shard-size": self.shard_size,
+            "--image-decoder": self.decoder,
+            "--dataset-type": self.dataset_type,
+            "--csv-img-key": self.img_key,
+            "--csv-caption-key": self.caption_key,
+            "--csv-separator": self.separator,
+        }
+
+
+def source_identity(train_data: str, source: PairSource) -> dict[str, Any]:
+    """What tells a source from another state of it: samples, and a digest over its files.
+
+    Of tables and shards the names, sizes and modification times; of a folder of images the names alone, since asking for
+    the state of ten million files takes minutes.
+    """
+    digest = hashlib.sha256()
+    for part in train_data.split("::"):
+        generated = part == "glyphs" or source.name == "synthetic"
+        for path in [] if generated else expand_pattern(part):
+            for name in _files(path):
+                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return {"samples": len(source), "files": digest.hexdigest()}
+
+
+def _files(path: str) -> Iterator[str]:
+    """Names, and where it is a table or a shard the state, of the files of a part of a source, in order."""
+    shards = sorted(glob.glob(f"{glob.escape(path)}/*.tar")) if os.path.isdir(path) else [path]
+    for shard in shards:
+        stat = os.stat(shard)
+        yield f"{os.path.basename(shard)} {stat.st_size} {stat.st_mtime_ns}"
+    if not shards:
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            own = (".clipcore-index", ".clipcore-arrow")
+            yield from (
+                os.path.relpath(os.path.join(folder, name), path)
+                for name in sorted(names)
+                if not name.endswith(own)
+            )
+
+
+class Manifest:
+    """The record of an output folder, ``manifest.json``.
+
+    Args:
+        folder: the output.
+        settings, identity: of this call.
+
+    Attributes:
+        shards: the report of each finished shard by its file's name.
+        made: pairs of those that this call finished.
+
+    Raises:
+        DataError: the folder was begun with other settings or of another source, or holds shards of unknown origin.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, identity: dict[str, Any]) -> None:
+        self.path = folder / MANIFEST
+        self.content: dict[str, Any] = {
+            "settings": settings.flags(),
+            "source": identity,
+            "versions": _versions(settings.decoder),
+        }
+        self.shards: dict[str, ShardReport] = {}
+        self.made = 0
+        self._saved_at = 0.0
+        if self.path.exists():
+            self._continue()
+        elif shards := sorted(folder.glob("*.tar")):
+            raise DataError(
+                f"{folder} holds shards, such as {shards[0].name}, but no {MANIFEST}; choose an empty --output"
+            )
+
+    def _continue(self) -> None:
+        """Takes over what an earlier call finished."""
+        try:
+            earlier = json.loads(self.path.read_text())
+            settings, identity = earlier["settings"], earlier["source"]
+            shards = {name: ShardReport(**report) for name, report in earlier["shards"].items()}
+            if not (isinstance(settings, dict) and isinstance(identity, dict)):
+                raise TypeError("settings and source are not objects")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"cannot read {self.path} ({error}); choose another --output") from None
+        folder = self.path.parent
+        for flag, value in self.content["settings"].items():
+            if settings.get(flag) != value:
+                raise DataError(
+                    f"{folder} was begun with {flag} {settings.get(flag)}, now it is {value}; give the former to go on, or "
+                    "choose another --output"
+                )
+        if identity != self.content["source"]:
+            raise DataError(
+                f"{folder} was begun of another source or of another state of it ({identity.get('samples')} samples then, "
+                f"{self.content['source']['samples']} now); give that one to go on, or choose another --output"
+            )
+        self.shards = {
+            name: report
+            for name, report in shards.items()
+            if (folder / name).exists() and (folder / name).stat().st_size == report.bytes
+        }
+        if self.shards:
+            self.content["versions"] = earlier.get("versions", self.content["versions"])
+
+    def check_versions(self, here: dict[str, str]) -> None:
+        """DataError where what decodes and encodes is not what the finished shards were made with."""
+        if here != self.content["versions"]:
+            then, now = (
+                ", ".join(f"{name} {version}" for name, version in versions.items())
+                for versions in (self.content["versions"], here)
+            )
+            raise DataError(
+                f"{self.path.parent} was begun with {then}, here is {now}, whose pixels may differ; install the former "
+                "to go on, or choose another --output"
+            )
+
+    def add(self, name: str, report: ShardReport) -> None:
+        """Notes a finished shard; one that is noted but not yet on the disk is made again after a crash."""
+        self.shards[name] = report
+        self.made += report.pairs
+        if time.monotonic() > self._saved_at + _SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the file anew, whole."""
+        shards = {name: dataclasses.asdict(self.shards[name]) for name in sorted(self.shards)}
+        aside = self.path.with_name(f"{MANIFEST}.tmp")
+        try:
+            with open(aside, "w") as file:
+                file.write(json.dumps(self.content | {"shards": shards}, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise DataError(
+                f"cannot write {self.path}: {error.strerror}; mend that, and the same command goes on"
+            ) from None
+        self._saved_at = time.monotonic()
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """The names of the shards, wide enough for all and at least as img2dataset has them."""
+    width = max(5, len(str(num_shards - 1)))
+    return [f"{number:0{width}d}.tar" for number in range(num_shards)]
+
+
+def prepare(
+    train_data: str, output: Path, settings: Settings, workers: int = 1, quiet: bool = True
+) -> Manifest:
+    """Makes the shards that are not there yet.
+
+    Args:
+        train_data: what ``--train-data`` takes.
+        output: the folder, which may be there.
+        workers: processes; 1 works in this one.
+        quiet: without a progress bar.
+
+    Raises:
+        DataError: the source cannot be read, the output cannot be written or was begun otherwise.
+        CheckpointError: another process writes there.
+    """
+    source = settings.open(train_data)
+    _check_place(train_data, output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the folder {output}: {error.strerror}") from None
+    with run_lock(output):
+        manifest = Manifest(output, settings, source_identity(train_data, source))
+        size = settings.shard_size
+        jobs = [
+            _Job(output / name, range(i * size, min((i + 1) * size, len(source))))
+            for i, name in enumerate(shard_names(-(-len(source) // size)))
+        ]
+        missing = [job for job in jobs if job.path.name not in manifest.shards]
+        if missing:
+            manifest.check_versions(_versions(settings.decoder))
+        remove_temporaries(output)
+        manifest.save()
+        done = sum(len(job.rows) for job in jobs) - sum(len(job.rows) for job in missing)
+        bar = tqdm(total=len(source), initial=done, unit=" pairs", disable=quiet, smoothing=0.05)
+        try:
+            # Closed at once when interrupted: it stops the processes.
+            with bar, closing(_run(missing, source, settings.image_format, workers, bar)) as runs:
+                for job, report in runs:
+                    manifest.add(job.path.name, report)
+        finally:
+            manifest.save()
+    if not any(report.pairs for report in manifest.shards.values()):
+        _, key, reason = manifest.shards[jobs[0].path.name].bad[0]
+        raise DataError(
+            f"none of the {len(source)} samples of {source.name} could be read, such as {key}: {reason}; "
+            f"{manifest.path} lists them"
+        )
+    return manifest
+
+
+def _check_place(train_data: str, output: Path) -> None:
+    """DataError where shards would become part of their own source, or could not be named to the training."""
+    if "::" in str(output) or any(brace in str(output) for brace in "{}"):
+        raise DataError(
+            f"--output {output}: --train-data reads '::' as a list and braces as a range; choose a name without them"
+        )
+    for part in train_data.split("::"):
+        is_images = os.path.isdir(part) and not glob.glob(f"{glob.escape(part)}/*.tar")
+        if is_images and output.resolve().is_relative_to(Path(part).resolve()):
+            raise DataError(
+                f"--output {output} lies in the folder of images {part}, whose next listing would hold it too; choose one "
+                "outside of it"
+            )
+
+
+def _versions(image_decoder: str) -> dict[str, str]:
+    """What the bytes of a shard depend on beside its source and settings."""
+    versions = {"Pillow": PIL.__version__}
+    if image_decoder != "pillow":
+        versions[image_decoder] = importlib.metadata.version(image_decoder)
+    return versions
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard to be made of some samples."""
+
+    path: Path
+    rows: range
+
+
+_Reports = Generator[tuple[_Job, ShardReport], None, None]
+
+
+def _run(
+    jobs: list[_Job], source: PairSource, image_format: ImageFormat, workers: int, bar: Any
+) -> _Reports:
+    """Each job with its report, as they are finished."""
+    if workers > 1 and len(jobs) > 1:
+        yield from _Pool(source, image_format, min(workers, len(jobs))).run(jobs, bar)
+        return
+    for job in jobs:
+        yield job, write_shard(job.path, source, job.rows, image_format, bar.update)
+
+
+class _Stopped(Exception):
+    """The main process wants no more."""
+
+
+class _Pool:
+    """Processes that write shards, and what they share with this one: samples done, and whether to stop."""
+
+    def __init__(self, source: PairSource, image_format: ImageFormat, workers: int) -> None:
+        # Forked, so that the tables of the source are there once for all.
+        context = multiprocessing.get_context("fork")
+        self._done = context.Value("q", 0)
+        self._stop = context.Value("b", 0, lock=False)
+        self._workers = workers
+        self._executor = ProcessPoolExecutor(
+            workers,
+            context,
+            initializer=_begin,
+            initargs=(source, image_format, self._done, self._stop, os.getpid()),
+        )
+
+    def run(self, jobs: list[_Job], bar: Any) -> _Reports:
+        waiting, running = iter(jobs), dict[Future[ShardReport], _Job]()
+        shown = 0
+        try:
+            while True:
+                while len(running) < 2 * self._workers and (job := next(waiting, None)) is not None:
+                    with _signals_held():  # the first call forks
+                        running[self._executor.submit(_write, job)] = job
+                if not running:
+                    return
+                finished, _ = wait(running, _POLL_S, FIRST_COMPLETED)
+                done = self._done.value
+                bar.update(done - shown)
+                shown = done
+                for future in finished:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, most often for want of memory; the same command with fewer --workers goes on"
+            ) from None
+        finally:
+            self._stop.value = 1
+            self._executor.shutdown(cancel_futures=True)
+
+
+def _begin(source: PairSource, image_format: ImageFormat, done: Any, stop: Any, main: int) -> None:
+    """Makes a process of the pool ready."""
+    # Ctrl-C reaches all processes of a terminal; it is for the main one to say what is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+    _process.update(source=source, image_format=image_format, done=done, stop=stop)
+
+
+# Of a process of the pool: what it was begun with.
+_process: dict[str, Any] = {}
+
+
+def _end_with(main: int) -> None:
+    """Ends this process when the main one was killed."""
+    while os.getppid() == main:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _write(job: _Job) -> ShardReport:
+    def tick() -> None:
+        if _process["stop"].value:
+            raise _Stopped
+        with _process["done"].get_lock():
+            _process["done"].value += 1
+
+    return write_shard(job.path, _process["source"], job.rows, _process["image_format"], tick)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags that the training has too keep their names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clipcore.data.prepare",
+        description="Turn image-caption pairs into tar shards of small JPEGs or raw pixels, which train faster.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", help="what --train-data takes: tar shards, a table, a folder, 'glyphs'")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    add("--format", choices=FORMATS, default="jpeg", help="JPEG files, or .npy files of pixels")
+    add("--size", type=int, default=256, metavar="N", help="shorter side, pixels; never enlarged")
+    add("--quality", type=int, default=95, metavar="N", help="of the JPEG files, 1 to 100")
+    add("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="samples of a shard")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, metavar="N", help="processes")
+    add("--image-decoder", choices=DECODERS, default="pillow", help="JPEG decoder")
+    add("--dataset-type", choices=DATASET_TYPES, default="auto", help="kind of the source")
+    add("--csv-img-key", default=DEFAULT_IMAGE_KEY, metavar="KEY", help="image column of a table")
+    add("--csv-caption-key", default=DEFAULT_CAPTION_KEY, metavar="KEY", help="its caption column")
+    add("--csv-separator", default="\t", metavar="SEP", help="separator of a csv table")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    for name in ("size", "shard_size", "workers"):
+        if getattr(parsed, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise DataError(f"{flag} must be at least 1, got {getattr(parsed, name)}")
+    if not 1 <= parsed.quality <= 100:
+        raise DataError(f"--quality must lie between 1 and 100, got {parsed.quality}")
+    return Settings(
+        ImageFormat(parsed.format, parsed.size, parsed.quality),
+        parsed.shard_size,
+        parsed.image_decoder,
+        parsed.dataset_type,
+        parsed.csv_img_key,
+        parsed.csv_caption_key,
+        parsed.csv_separator,
+    )
+
+
+def summary(manifest: Manifest, made: int, seconds: float) -> str:
+    """What there is now, how fast it came, and how to train on it.
+
+    Args:
+        made: pairs that were written by this call, in so many ``seconds``.
+    """
+    folder, names = manifest.path.parent, sorted(manifest.shards)
+    reports = manifest.shards.values()
+    pairs = sum(report.pairs for report in reports)
+    num_bytes, bad = sum(r.bytes for r in reports), sum(len(r.bad) for r in reports)
+    stems = [name.removesuffix(".tar") for name in (names[0], names[-1])]
+    pattern = names[0] if len(names) == 1 else f"{{{stems[0]}..{stems[1]}}}.tar"
+    lines = [
+        f"{pairs} pairs in {len(names)} shards, {num_bytes / 1e9:.3g} GB; {made} of them now, "
+        f"{made / max(seconds, 1e-9):.0f} pairs/s"
+    ]
+    if bad:
+        lines.append(
+            f"{bad} samples could not be read and are left out; {manifest.path} lists them"
+        )
+    lines.append(f"train on them with --train-data {shlex.quote(str(folder / pattern))}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within it a signal waits: a fork runs hooks of other modules, which swallow the exception that it becomes.
+
+    Not by the mask of this thread: another thread would take the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _SIGNALS}
+    try:
+        yield
+    finally:
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit status 2 for a mistake, with one line on standard error."""
+    parsed = build_parser().parse_args(arguments)
+    previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
+    start = time.perf_counter()
+    try:
+        settings = _settings(parsed)
+        manifest = prepare(parsed.source, parsed.output, settings, parsed.workers, parsed.quiet)
+    except KeyboardInterrupt as interrupt:
+        print(
+            "clipcore.data.prepare: stopped; finished shards are kept, and the same command goes on",
+            file=sys.stderr,
+        )
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except (DataError, CheckpointError) as error:
+        if os.environ.get("CLIPCORE_TRACEBACK"):
+            raise
+        print(f"clipcore.data.prepare: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    print(summary(manifest, manifest.made, time.perf_counter() - start))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
