@@ -36,6 +36,13 @@ if spec is not None and spec.origin:
     print(json.dumps([spec.origin, importlib.metadata.version("torch")]))
 """
 
+# Nobody reads errno or traps after a square root, so that loops with one may become vectors.
+VECTORS = ["-fno-math-errno", "-fno-trapping-math"] if sys.platform != "win32" else []
+# For ATen's parallel loops, where torch has them by OpenMP. The library is not linked: its functions are then those of
+# the one that torch brought, and there is one pool of threads. Clang would want headers that it does not bring.
+IS_CLANG = "clang" in os.environ.get("CXX", "")
+OPENMP = ["-fopenmp"] if sys.platform == "linux" and not IS_CLANG else []
+
 
 def target_torch() -> tuple[Path, str] | None:
     """The folder that holds the target environment's torch, and its version; None without one.
@@ -138,7 +145,7 @@ def build_settings() -> dict[str, object]:
         ),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
         define_macros=macros,
-        extra_compile_args={"cxx": ["-O2", "-g0", "-Wall"], "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", "-Wall", *VECTORS, *OPENMP], "nvcc": ["-O3"]},
     )
     return {
         "ext_modules": [extension],

@@ -21,6 +21,7 @@ from clipcore.convert import ConversionError, folder_config, infer_config, to_op
 from clipcore.data.transforms import ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.modules import Attention
+from clipcore.packing import PackedText
 from clipcore.resnet import ModifiedResNet
 from clipcore.text import TextTower
 from clipcore.vision import VisionTransformer
@@ -90,14 +91,14 @@ class CLIP(TextTower):
     def forward(
         self,
         image: Tensor | None = None,
-        text: Tensor | None = None,
+        text: Tensor | PackedText | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Any:
         """Unit features of both sides and the scale of their cosine.
 
         Args:
             image: [B, 3, S, S], or None.
-            text: [B, L] ids, or None.
+            text: ids [B, L], or captions that ``pack_captions`` has packed, or None.
             dropout_seeds: see ``encode_image``.
 
         Returns:
@@ -264,7 +265,9 @@ def create_model_from_pretrained(
         model = _cast(model, precision).to(device)
     else:
         model = create_model(model_name, pretrained, precision, device, **forced)
-    return model.eval(), ImageTransform(model.visual.image_size, is_train=False, **preprocess)
+    transform = ImageTransform(model.visual.image_size, is_train=False, **preprocess)
+    model.visual.image_mean, model.visual.image_std = transform.mean, transform.std
+    return model.eval(), transform
 
 
 def _from_weights_alone(pretrained: Path) -> tuple[CLIP, dict[str, Any]]:

@@ -1,22 +1,26 @@
 """The parts that both Vision Transformer and text tower are made of, under open_clip's parameter names.
 
-Legend: B sequences, L tokens, D width, H heads, K head size, F width of the MLP.
+Legend: B sequences, R rows of L tokens (sequences, or rows of packed captions), D width, H heads, K head size.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from clipcore.kernels.attention import attention, pooled_attention
 from clipcore.kernels.gelu import gelu
 from clipcore.kernels.layer_norm import layer_norm
+from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
+from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
+from clipcore.packing import PackedText
 
 
 class LayerNorm(nn.LayerNorm):
@@ -54,23 +58,48 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x_BLD: Tensor, is_causal: bool) -> Tensor:
-        qkv = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
-        qkv_BL3HK = qkv.unflatten(-1, (3, self.heads, -1))
-        return self.out_proj(attention(qkv_BL3HK, is_causal))
+    def forward(self, x_RLD: Tensor, is_causal: bool, segments_RL: Tensor | None) -> Tensor:
+        qkv = F.linear(x_RLD, self.in_proj_weight, self.in_proj_bias)
+        qkv_RL3HK = qkv.unflatten(-1, (3, self.heads, -1))
+        return self.out_proj(attention(qkv_RL3HK, is_causal, segments_RL))
 
-    def pooled(self, x_BLD: Tensor, query_BD: Tensor, last_B: Tensor | None) -> Tensor:
-        """The output for one query a sequence: [B, D]; ``last_B`` is the last token it sees, None for all."""
+    def pooled(self, x_RLD: Tensor, query_BD: Tensor, read: ReadAt) -> Tensor:
+        """The output for one query a sequence, [B, D]; ``x_RLD`` are the tokens that it sees."""
         width = query_BD.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         q_BHK = F.linear(query_BD, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
-        kv = F.linear(x_BLD, weight[width:], bias[width:])
-        kv_BL2HK = kv.unflatten(-1, (2, self.heads, -1))
-        return self.out_proj(pooled_attention(q_BHK, kv_BL2HK, last_B))
+        kv_BLD = read.sequences(F.linear(x_RLD, weight[width:], bias[width:]))
+        kv_BL2HK = kv_BLD.unflatten(-1, (2, self.heads, -1))
+        return self.out_proj(pooled_attention(q_BHK, kv_BL2HK, read.last_B))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has asked to see what a module computes, or put another ``forward`` in its place.
+
+    What FSDP and DDP ask for is none of that.
+    """
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    theirs = (hook for hook in hooks if not _module_of(hook).startswith("torch.distributed"))
+    return "forward" in vars(module) or any(True for _ in theirs) or _has_any_global_hook()
+
+
+def _module_of(hook: Callable[..., Any]) -> str:
+    return getattr(hook, "__module__", None) or ""
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A pre-LayerNorm transformer block."""
+    """A pre-LayerNorm transformer block: attention and MLP, each added to the stream of its inputs.
+
+    Both halves run as one operation each, which keeps little for its backward pass (kernels/residual_attention.py and
+    kernels/residual_mlp.py). They read the parameters of the modules below; a block in which a module was replaced (by
+    LoRA's layers, say) or has hooks calls its modules one by one instead, as they then may be anything. A block that has
+    hooks itself takes and returns the whole stream, as they expect.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
         super().__init__()
@@ -86,24 +115,108 @@ class ResidualAttentionBlock(nn.Module):
             )
         )
 
-    def forward(self, x_BLD: Tensor, is_causal: bool) -> Tensor:
-        x_BLD = x_BLD + self.attn(self.ln_1(x_BLD), is_causal)
-        return x_BLD + self.mlp(self.ln_2(x_BLD))
+    def forward(
+        self,
+        x_RLD: Tensor,
+        delta_RLD: Tensor | None = None,
+        is_causal: bool = False,
+        segments_RL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """The stream in two parts, see ``Stream``, from the stream in two parts; joined where the block has hooks."""
+        if not self._is_as_made():
+            x_RLD = Stream(x_RLD, delta_RLD).joined()
+            x_RLD = x_RLD + self.attn(self.ln_1(x_RLD), is_causal, segments_RL)
+            delta_RLD = self.mlp(self.ln_2(x_RLD))
+            return x_RLD + delta_RLD if is_hooked(self) else (x_RLD, delta_RLD)
+        stream = residual_attention(
+            Stream(x_RLD, delta_RLD),
+            AttentionWeights(
+                *(self.ln_1.weight, self.ln_1.bias),
+                *(self.attn.in_proj_weight, self.attn.in_proj_bias),
+                *(self.attn.out_proj.weight, self.attn.out_proj.bias),
+            ),
+            self.attn.heads,
+            is_causal=is_causal,
+            segments_RL=segments_RL,
+            eps=self.ln_1.eps,
+        )
+        stream = self._mlp_half(stream)
+        assert stream.delta is not None
+        return stream.joined() if is_hooked(self) else (stream.x, stream.delta)
 
-    def pooled(self, x_BLD: Tensor, token_B: Tensor | None, is_causal: bool) -> Tensor:
+    def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
         """The block's output at one token of each sequence, [B, D]: all that a tower reads of its last block.
 
         Only keys and values are computed for the other tokens; the result and every gradient are those of ``forward``.
-
-        Args:
-            token_B: which token; None for the first.
+        Hooks and attention of another kind get all tokens.
         """
-        rows = torch.arange(len(x_BLD), device=x_BLD.device)
-        x_BD = x_BLD[:, 0] if token_B is None else x_BLD[rows, token_B]
-        normed_BLD = self.ln_1(x_BLD)
-        query_BD = normed_BLD[:, 0] if token_B is None else normed_BLD[rows, token_B]
-        x_BD = x_BD + self.attn.pooled(normed_BLD, query_BD, token_B if is_causal else None)
+        x_RLD = Stream(x_RLD, delta_RLD).joined()
+        if type(self.attn) is not Attention or is_hooked(self.attn) or is_hooked(self):
+            segments_RL = None if read.packed is None else read.packed.segments_RP
+            found = self(x_RLD, None, read.is_causal, segments_RL)
+            x_RLD = found if isinstance(found, Tensor) else Stream(*found).joined()
+            return read.tokens(x_RLD)
+        normed_RLD = self.ln_1(x_RLD)
+        x_BD = read.tokens(x_RLD)
+        added_BD = self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read)
+        if self._is_as_made():
+            return self._mlp_half(Stream(x_BD, added_BD)).joined()
+        x_BD = x_BD + added_BD
         return x_BD + self.mlp(self.ln_2(x_BD))
+
+    def _mlp_half(self, stream: Stream) -> Stream:
+        c_fc, gelu, c_proj = cast(tuple[nn.Linear, Activation, nn.Linear], tuple(self.mlp))
+        weights = MLPWeights(
+            *(self.ln_2.weight, self.ln_2.bias),
+            *(c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias),
+        )
+        return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
+
+    def _is_as_made(self) -> bool:
+        """Whether its modules are those of ``__init__``, without hooks."""
+        outer = (self.ln_1, self.attn, self.ln_2, self.mlp)
+        if tuple(type(part) for part in outer) != (LayerNorm, Attention, LayerNorm, nn.Sequential):
+            return False
+        linear = (self.attn.out_proj, *self.mlp)
+        if tuple(type(part) for part in linear) != (nn.Linear, nn.Linear, Activation, nn.Linear):
+            return False
+        biases = (part.bias for part in linear if isinstance(part, nn.Linear))
+        return not any(bias is None for bias in biases) and not any(
+            map(is_hooked, (*outer, *linear))
+        )
+
+
+class ReadAt(NamedTuple):
+    """Which token of each sequence a tower is read at.
+
+    Attributes:
+        token_B: place in its row; None for the first.
+        is_causal: whether the token sees none that follow it.
+        packed: the rows' captions, where one row holds several.
+    """
+
+    token_B: Tensor | None = None
+    is_causal: bool = False
+    packed: PackedText | None = None
+
+    def tokens(self, x_RLD: Tensor) -> Tensor:
+        """These tokens' values, [B, D]."""
+        if self.packed is not None:
+            return x_RLD.flatten(0, 1).index_select(0, self.packed.ends_B)
+        if self.token_B is None:
+            return x_RLD[:, 0]
+        return x_RLD[torch.arange(len(x_RLD), device=x_RLD.device), self.token_B]
+
+    def sequences(self, x_RLD: Tensor) -> Tensor:
+        """The values of the sequences that they are of, [B, L, D]."""
+        return x_RLD if self.packed is None else self.packed.unpacked(x_RLD)
+
+    @property
+    def last_B(self) -> Tensor | None:
+        """The last token of its sequence that each sees; None for all."""
+        if self.packed is not None:
+            return self.packed.lengths_B - 1
+        return self.token_B if self.is_causal else None
 
 
 class Transformer(nn.Module):
@@ -135,25 +248,57 @@ class Transformer(nn.Module):
         """The blocks in order."""
         return cast(list[ResidualAttentionBlock], list(self.resblocks))
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Every token through every block: [B, L, D]."""
-        for block in self.blocks:
-            x_BLD = self._run(block, x_BLD)
-        return x_BLD
+    def forward(self, x_RLD: Tensor, segments_RL: Tensor | None = None) -> Tensor:
+        """Every token through every block: [R, L, D]; ``segments_RL`` as of ``attention``."""
+        return Stream(*self._run(self.blocks, x_RLD, segments_RL)).joined()
 
-    def pooled(self, x_BLD: Tensor, token_B: Tensor | None = None) -> Tensor:
-        """``forward`` at one token of each sequence, [B, D]; the last block computes no other."""
+    def pooled(
+        self, x_RLD: Tensor, token_B: Tensor | None = None, packed: PackedText | None = None
+    ) -> Tensor:
+        """``forward`` at one token of each sequence, [B, D]; the last block computes no other, unless hooks want them.
+
+        Args:
+            token_B: which; None for the first, and for packed captions, which are read at their last.
+            packed: the captions that the rows hold.
+
+        Raises:
+            ValueError: packed rows for a transformer that sees all tokens.
+        """
+        if packed is not None and not self.is_causal:
+            raise ValueError(
+                "captions are packed without their padding, which only a causal text tower cannot see; give this one "
+                "padded rows [B, L]"
+            )
+        segments_RP = None if packed is None else packed.segments_RP
+        read = ReadAt(token_B, self.is_causal, packed)
+        if is_hooked(self):
+            return read.tokens(self(x_RLD, segments_RP))
         *blocks, last = self.blocks
-        for block in blocks:
-            x_BLD = self._run(block, x_BLD)
-        return last.pooled(x_BLD, token_B, self.is_causal)
+        return last.pooled(*self._run(blocks, x_RLD, segments_RP), read)
 
-    def _run(self, block: nn.Module, x_BLD: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            y_BLD = checkpoint(block, x_BLD, self.is_causal, use_reentrant=False)
-            assert isinstance(y_BLD, Tensor)
-            return y_BLD
-        return block(x_BLD, self.is_causal)
+    def _run(
+        self, blocks: Sequence[nn.Module], x_RLD: Tensor, segments_RL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after some blocks, in two parts."""
+        stream: tuple[Tensor, Tensor | None] = (x_RLD, None)
+        for block in blocks:
+            is_checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
+            if is_checkpointed or is_hooked(block):
+                # A block's inputs are all that is kept of it: one tensor, not two. It is also what hooks expect.
+                stream = (Stream(*stream).joined(), None)
+            if is_checkpointed:
+                found = checkpoint(block, *stream, self.is_causal, segments_RL, use_reentrant=False)
+            else:
+                found = block(*stream, self.is_causal, segments_RL)
+            stream = (found, None) if isinstance(found, Tensor) else found
+        return stream
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the products with a matrix, which the stream between them shares: autocast's where it is on."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def check_image_size(images: Tensor, image_size: int) -> None:

@@ -2,8 +2,8 @@
 
 The extension is compiled against one torch and one CUDA. Beside another torch it fails on a missing
 symbol, or, worse, does not fail. So its record of both is read from the file before it is loaded. A
-checkout that was never installed has no extension: every operation then takes its PyTorch path,
-which is the reference and gives the same bits.
+checkout that was never installed has no extension: every operation then takes its PyTorch path.
+What it gathers has the same bits then; attention on the CPU is slower and rounds otherwise.
 """
 
 from __future__ import annotations

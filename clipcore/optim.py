@@ -1,4 +1,4 @@
-"""AdamW as the paper sets it, the exponential moving average, and their state by parameter name.
+"""AdamW as the paper sets it, with float32 or bfloat16 moments and weights, clipping, the moving average, state by name.
 
 Source: Radford et al. 2021, section 2.5 and table 18: weight decay on all weights that are not gains or
 biases; the second-moment decay and epsilon differ between the ResNets and the Vision Transformers.
@@ -6,12 +6,15 @@ biases; the second-moment decay and epsilon differ between the ResNets and the V
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+
+from clipcore.kernels.adamw import Update, adamw_all_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,13 +34,163 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
+def first_element(tensor: Tensor) -> int:
+    """Where in the whole tensor this rank's part begins, of one that is split by rows; 0 of any other."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    assert tensor.placements == (Shard(0),), tensor.placements
+    num_rows = tensor.shape[0]
+    rows_a_rank = -(-num_rows // tensor.device_mesh.size())
+    start = min(tensor.device_mesh.get_local_rank() * rows_a_rank, num_rows)
+    return start * (tensor.numel() // num_rows)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose moments, and parameters that are, are bfloat16, rounded stochastically (kernels/adamw.py).
+
+    A matrix then takes 4 bytes of moments an element in place of 8, and 2 of its own in place of 4. The random bits are a
+    function of the seed, the step, the parameter's number and the element's place in the whole parameter: a resumed run has
+    the same, and so has a run on another number of ranks. The state has torch's names, with the step on the CPU, where
+    reading it keeps no GPU waiting.
+
+    Args:
+        moments: bfloat16 or float32.
+        seed: of the rounding.
+        numbers: of the parameters; None counts them in their order.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        moments: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        numbers: Mapping[Tensor, int] | None = None,
+    ) -> None:
+        self.moments = moments
+        self._numbers: dict[Tensor, int] = dict(numbers or {})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters without a number get the next ones."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter not in self._numbers:
+                self._numbers[parameter] = 1 + max(self._numbers.values(), default=-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        numbers = [[self._numbers[p] for p in group["params"]] for group in self.param_groups]
+        return {**super().__getstate__(), "moments": self.moments, "numbers": numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = state.pop("numbers", None)
+        super().__setstate__(state)
+        if numbers is not None:  # a copy; where a state_dict is loaded the parameters are its own
+            groups = zip(self.param_groups, numbers, strict=True)
+            self._numbers = {
+                p: number
+                for group, own in groups
+                for p, number in zip(group["params"], own, strict=True)
+            }
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
+    ) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, as in any optimizer of torch.
+            grad_scale: one element on the device that all gradients are multiplied with, such as clipping's factor.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_step: dict[int, list[Update]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    step, update = self._update(parameter)
+                    by_step.setdefault(step, []).append(update)
+            beta1, beta2 = group["betas"]
+            for step, updates in by_step.items():
+                adamw_all_(
+                    updates,
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=step,
+                    grad_scale=grad_scale,
+                    seed=group["seed"],
+                )
+        return loss
+
+    def _update(self, parameter: Tensor) -> tuple[int, Update]:
+        """The parameter's step, counted, and its part of it."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(parameter, dtype=self.moments)
+        state["step"] += 1
+        for key in MOMENTS:
+            # Of a loaded state, or of a model that was given another memory format since.
+            if state[key].stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=self.moments).copy_(state[key])
+        assert parameter.grad is not None
+        tensors = [local_part(t) for t in (parameter, parameter.grad, *map(state.get, MOMENTS))]
+        if not tensors[0].is_contiguous():
+            # Element by element as they lie in memory, such as channels last.
+            order = sorted(range(parameter.ndim), key=tensors[0].stride, reverse=True)
+            tensors = [tensor.permute(order) for tensor in tensors]
+        param, grad, exp_avg, exp_avg_sq = tensors
+        return int(state["step"]), Update(
+            *(param, grad.contiguous(), exp_avg, exp_avg_sq),
+            stream=self._numbers[parameter],
+            first=first_element(parameter),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but for moments, which torch would give the dtype of their parameter."""
+        super().load_state_dict(state_dict)
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        own = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(saved, own, strict=True):
+            for key in MOMENTS:
+                if (value := state_dict["state"].get(number, {}).get(key)) is not None:
+                    moment = value.to(parameter.device, self.moments, copy=True)
+                    self.state[parameter][key] = moment
+
+
 def build_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    moments: str = "fp32",
+    seed: int = 0,
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, in two groups: decayed, and gains and biases.
 
     What a sharded model does not split, its logit scale, is a group of its own, since one kernel updates a whole group.
+
+    Args:
+        moments: ``fp32`` or ``bf16``. The optimizer is torch's where all is float32, the one above where anything is
+            bfloat16, moments or parameters.
+        seed: of the rounding to bfloat16.
     """
+    if moments not in ("fp32", "bf16"):
+        raise ValueError(f"Adam's moments are fp32 or bf16, got {moments!r}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("nothing to train: both towers and the logit scale are locked; unlock one")
@@ -53,6 +206,11 @@ def build_optimizer(
         for kind, parameters in kinds.items()
         if parameters
     ]
+    dtype = torch.bfloat16 if moments == "bf16" else torch.float32
+    if torch.bfloat16 in (dtype, *(p.dtype for _, p in named)):
+        # By their order in the model, which does not depend on what is split.
+        numbers: dict[Tensor, int] = {p: number for number, (_, p) in enumerate(named)}
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, moments=dtype, seed=seed, numbers=numbers)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -70,6 +228,8 @@ def load_optimizer_tensors(
 ) -> None:
     """Inverse of ``optimizer_tensors``: the state is rebuilt, also in an optimizer that has made no step yet.
 
+    Moments of a run with another ``--adam-moments`` take the dtype of this one's: to bfloat16 once to nearest.
+
     Raises:
         ValueError: the tensors belong to other parameters, such as after a change of the locked towers.
     """
@@ -81,15 +241,21 @@ def load_optimizer_tensors(
             f"the checkpoint's optimizer state is for other parameters (first: {differing[0]}); resume with the "
             "--lock-image and --lock-text options of the run that wrote it"
         )
+    is_ours = isinstance(optimizer, AdamW)
+    moments = optimizer.moments if isinstance(optimizer, AdamW) else None
     for name, parameter in trained.items():
         state = optimizer.state[parameter]
-        for key in ("step", *MOMENTS):
+        if (step := tensors.get(f"{name}.step")) is not None:
+            # torch's fused optimizer counts on the device, ours on the CPU.
+            state["step"] = step.to("cpu" if is_ours else parameter.device, copy=True)
+        for key in MOMENTS:
             if (value := tensors.get(f"{name}.{key}")) is not None:
-                state[key] = value.to(parameter.device, copy=True)
+                state[key] = value.to(parameter.device, moments or parameter.dtype, copy=True)
 
 
 class ExponentialMovingAverage:
-    """A shadow copy of a model's parameters, ``shadow = decay * shadow + (1 - decay) * parameter`` a step.
+    """A shadow copy of a model's parameters, ``shadow = decay * shadow + (1 - decay) * parameter`` a step, of float32 at
+    least: an average of 16 bits would stand still.
 
     The decay is warmed up as ``min(decay, (1 + step) / (10 + step))`` so that the random start is forgotten.
     """
@@ -98,7 +264,7 @@ class ExponentialMovingAverage:
         if not 0 < decay < 1:
             raise ValueError(f"the decay of a moving average lies between 0 and 1, got {decay}")
         self.decay = decay
-        self.shadow = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        self.shadow = {n: _wide(v.detach()).clone() for n, v in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -107,7 +273,7 @@ class ExponentialMovingAverage:
         averaged = [n for n, v in self.shadow.items() if v.is_floating_point()]
         torch._foreach_lerp_(
             [local_part(self.shadow[n]) for n in averaged],
-            [local_part(current[n]) for n in averaged],
+            [_wide(local_part(current[n])) for n in averaged],
             1 - decay,
         )
         for name in self.shadow.keys() - set(averaged):
@@ -118,11 +284,39 @@ class ExponentialMovingAverage:
             value.copy_(tensors[name])
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Iterable[Tensor],
+    grad_norm: Tensor,
+    max_norm: float | None,
+) -> None:
+    """An update by gradients scaled down to a norm of at most ``max_norm``; None takes them as they are.
+
+    clipcore's AdamW scales them as it reads them, without rounding them; torch's gets them scaled in place.
+    """
+    if max_norm is not None and isinstance(optimizer, AdamW):
+        factor = (max_norm / (grad_norm.float() + 1e-6)).clamp(max=1.0)  # as torch's clipping
+        scaler.step(optimizer, grad_scale=factor)
+        return
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
+    scaler.step(optimizer)
+
+
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm over all gradients, on their device; of a sharded model over all ranks, with the same bits on each."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     split = [g for g in gradients if isinstance(g, DTensor)]
+    if any(g.dtype == torch.bfloat16 for g in gradients):
+        # The norm of a bfloat16 tensor would be one itself.
+        norms = torch._foreach_norm([local_part(g) for g in gradients], 2, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms))
     if not split:
         return torch.nn.utils.get_total_norm(gradients)
     rest = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])

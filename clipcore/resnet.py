@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipcore.architectures import VisionConfig
-from clipcore.kernels.attention import pooled_attention
+from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
+from clipcore.kernels.attention_pool import attention_pool
 from clipcore.modules import check_image_size, freeze
 
 
@@ -113,14 +114,15 @@ class AttentionPool2d(nn.Module):
         x_BLC = torch.cat([x_BLC.mean(1, keepdim=True), x_BLC], 1)
         x_BLC = x_BLC + self.positional_embedding.to(x_BLC.dtype)
         q_BHK = self.q_proj(x_BLC[:, 0]).unflatten(-1, (self.heads, -1))
-        kv_BL2C = torch.stack([self.k_proj(x_BLC), self.v_proj(x_BLC)], 2)
-        return self.c_proj(pooled_attention(q_BHK, kv_BL2C.unflatten(-1, (self.heads, -1))))
+        key, value = ((proj.weight, proj.bias) for proj in (self.k_proj, self.v_proj))
+        return self.c_proj(attention_pool(q_BHK, x_BLC, key, value))
 
 
 class ModifiedResNet(nn.Module):
     """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
 
     Attributes:
+        image_mean, image_std: of each channel of pixels in [0, 1], with which uint8 images are normalised.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
@@ -130,6 +132,8 @@ class ModifiedResNet(nn.Module):
         if config.image_size % 32:
             raise ValueError(f"a ResNet's image size is a multiple of 32, got {config.image_size}")
         self.image_size = config.image_size
+        self.image_mean: Sequence[float] = OPENAI_MEAN
+        self.image_std: Sequence[float] = OPENAI_STD
         self.grad_checkpointing = False
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
@@ -165,6 +169,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_size(images, self.image_size)
+        if images.dtype == torch.uint8:
+            images = normalize_images(images, self.image_mean, self.image_std)
         # Channels last, which every layer then keeps: the faster layout for convolutions, and the attention pool's own.
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         x = self.relu(self.bn1(self.conv1(x)))

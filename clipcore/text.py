@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import TextConfig
-from clipcore.modules import LayerNorm, Transformer, freeze_all_but_last
+from clipcore.modules import LayerNorm, Transformer, compute_dtype, freeze_all_but_last
+from clipcore.packing import PackedText
 
 
 class TextTower(nn.Module):
     """Token rows [B, L] to features [B, E]; the end-of-text token has the largest id of the vocabulary.
 
     A row may be shorter than the context length: nothing after the end-of-text token can reach it, so that rows cut to
-    the longest caption of a batch give the same features.
+    the longest caption of a batch give the same features, and so do captions packed without any padding.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
@@ -48,35 +49,36 @@ class TextTower(nn.Module):
             nn.init.normal_(cast(nn.Linear, c_fc).weight, std=(2 * width) ** -0.5)
             nn.init.normal_(cast(nn.Linear, c_proj).weight, std=width**-0.5 * (2 * depth) ** -0.5)
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Features of token rows.
+    def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
+        """Features of captions.
 
         Args:
-            text: [B, L] ids, L at most the context length.
+            text: ids [B, L] with L at most the context length, or captions that ``pack_captions`` has packed: the same
+                features, computed without the padding.
             normalize: scale each feature to unit length.
 
         Raises:
-            ValueError: rows that are too long or empty.
+            ValueError: rows or captions that are too long, or empty rows.
         """
-        if text.ndim != 2 or not 1 <= text.shape[1] <= self.context_length:
+        packed = text if isinstance(text, PackedText) else None
+        length = text.slots_BM.shape[1] if isinstance(text, PackedText) else text.shape[-1]
+        if (packed is None and text.ndim != 2) or not 1 <= length <= self.context_length:  # type: ignore[union-attr]
+            shape = f"captions of {length} tokens" if packed else f"{tuple(text.shape)}"  # type: ignore[union-attr]
             raise ValueError(
-                f"the model takes token rows [B, L] with L from 1 to {self.context_length}, got {tuple(text.shape)}; "
+                f"the model takes token rows [B, L] with L from 1 to {self.context_length}, got {shape}; "
                 f"tokenize with context_length={self.context_length}"
             )
-        dtype = self._compute_dtype()
-        x_BLD = self.token_embedding(text).to(dtype)
-        x_BLD = x_BLD + self.positional_embedding[: text.shape[1]].to(dtype)
-        features_BE = (
-            self.ln_final(self.transformer.pooled(x_BLD, text.argmax(-1))) @ self.text_projection
-        )
+        dtype = compute_dtype(self.text_projection)
+        if isinstance(text, PackedText):
+            positions_RLD = F.embedding(text.positions_RP, self.positional_embedding)
+            x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
+            pooled_BD = self.transformer.pooled(x_RLD, packed=text)
+        else:
+            x_RLD = self.token_embedding(text).to(dtype)
+            x_RLD = x_RLD + self.positional_embedding[:length].to(dtype)
+            pooled_BD = self.transformer.pooled(x_RLD, text.argmax(-1))
+        features_BE = self.ln_final(pooled_BD) @ self.text_projection
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
-
-    def _compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix products, which the stream between them shares."""
-        matrix = self.text_projection
-        if torch.is_autocast_enabled(matrix.device.type):
-            return torch.get_autocast_dtype(matrix.device.type)
-        return matrix.dtype
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes all but the last groups; they are embeddings, blocks, last block with ln_final, projection.

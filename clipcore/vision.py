@@ -6,12 +6,24 @@ size. Source: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import VisionConfig
-from clipcore.modules import LayerNorm, Transformer, check_image_size, freeze_all_but_last
+from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
+from clipcore.kernels.embed_layer_norm import embed_layer_norm
+from clipcore.kernels.patchify import patchify
+from clipcore.modules import (
+    LayerNorm,
+    Transformer,
+    check_image_size,
+    compute_dtype,
+    freeze_all_but_last,
+    is_hooked,
+)
 
 
 class VisionTransformer(nn.Module):
@@ -19,6 +31,7 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         patch_dropout: share of patches dropped in training, 0 to below 1.
+        image_mean, image_std: of each channel of pixels in [0, 1], with which uint8 images are normalised.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
@@ -26,6 +39,8 @@ class VisionTransformer(nn.Module):
         assert isinstance(config.layers, int) and config.patch_size is not None
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.patch_dropout = config.patch_dropout
+        self.image_mean: Sequence[float] = OPENAI_MEAN
+        self.image_std: Sequence[float] = OPENAI_STD
         self.grid = config.image_size // config.patch_size
         if self.grid < 1:
             raise ValueError(
@@ -50,24 +65,45 @@ class VisionTransformer(nn.Module):
         """Features of images.
 
         Args:
+            images: preprocessed floats, or uint8 pixels, which are normalised here with ``image_mean`` and ``image_std``.
             dropout_seeds: int64 [B]: which patches of an image are dropped is a function of its seed, whatever batch or
                 rank it is in; None draws from torch's generator.
         """
         check_image_size(images, self.image_size)
-        x_BLD = self.ln_pre(self._drop_patches(self._embed(images), dropout_seeds))
+        x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
         return self.ln_post(self.transformer.pooled(x_BLD)) @ self.proj
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Tokens [B, L, D]: the class token, then the patches row by row, with their positions."""
-        size, grid = self.patch_size, self.grid
-        # Trailing pixels that fill no patch are left out, as a strided convolution does.
-        cut = images[:, :, : grid * size, : grid * size].to(self.conv1.weight.dtype)
-        patches = cut.reshape(len(images), 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
-        x_BLD = F.linear(
-            patches.reshape(len(images), grid * grid, -1), self.conv1.weight.flatten(1)
+        """Tokens [B, L, D], normalised: the class token, then the patches row by row, with their positions."""
+        if not self._is_as_made():
+            return self._embed_by_modules(images)
+        dtype = compute_dtype(self.conv1.weight)
+        raw = images.dtype == torch.uint8
+        mean, std = (self.image_mean, self.image_std) if raw else (None, None)
+        patches_BPK = patchify(images, self.patch_size, mean, std, dtype=dtype)
+        weight_DK = self.conv1.weight.flatten(1).to(dtype)
+        weight_DK = F.pad(weight_DK, (0, patches_BPK.shape[-1] - weight_DK.shape[-1]))
+        x_BPD = F.linear(patches_BPK, weight_DK)
+        norm = self.ln_pre
+        return embed_layer_norm(
+            *(x_BPD, self.class_embedding, self.positional_embedding),
+            *(norm.weight, norm.bias, norm.eps),
         )
-        token_BD = self.class_embedding.to(x_BLD.dtype).expand(len(images), 1, -1)
-        return torch.cat([token_BD, x_BLD], 1) + self.positional_embedding.to(x_BLD.dtype)
+
+    def _is_as_made(self) -> bool:
+        parts = (self.conv1, self.ln_pre)
+        return (type(self.conv1), type(self.ln_pre)) == (nn.Conv2d, LayerNorm) and not any(
+            map(is_hooked, parts)
+        )
+
+    def _embed_by_modules(self, images: Tensor) -> Tensor:
+        """The same by calling ``conv1`` and ``ln_pre``, which somebody has replaced or watches."""
+        if images.dtype == torch.uint8:
+            images = normalize_images(images, self.image_mean, self.image_std)
+        x_BPD = self.conv1(images.to(self.class_embedding.dtype)).flatten(2).mT
+        class_B1D = self.class_embedding.to(x_BPD.dtype).expand(len(images), 1, -1)
+        x_BLD = torch.cat([class_B1D, x_BPD], 1) + self.positional_embedding.to(x_BPD.dtype)
+        return self.ln_pre(x_BLD)
 
     def _drop_patches(self, x_BLD: Tensor, seeds_B: Tensor | None) -> Tensor:
         """In training, a random subset of the patches of each image, and the class token (Li et al. 2022)."""

@@ -1,76 +1,165 @@
-"""Scaled dot-product attention of the encoders, on the packed projection.
+"""Multi-head self-attention on the packed projection, and attention of one query a sequence.
 
-Legend: B sequences, L tokens, H heads, K head size.
+Legend: R rows of tokens (sequences, or rows of packed captions), L tokens of a row, H heads, K head size, B queries.
 
-``o = softmax(q k^T / sqrt(K)) v`` for each sequence and head, causal for text. Reads [B, L, 3, H, K], as one linear
-layer writes it, and writes [B, L, H*K], as the next one reads it: with the row sums of the softmax that is
-``B L H (4 K + 1)`` numbers forward and about twice as many backward, for ``4 B H L^2 K`` FLOP forward and 2.5 times as
-many backward. At CLIP's lengths (50 to 257) it is bound by memory.
+``o = softmax(q k^T / sqrt(K)) v`` for each row and head: of all tokens, of those before (``is_causal``), and with
+``segments`` of those of the same segment only, so that one row holds several captions. Reads [R, L, 3, H, K] as one
+linear layer writes it and writes [R, L, H*K] as the next one reads it; the gradient is written packed too. Scores, the
+softmax and its sums are float32 (float64 for float64).
 
-``pooled_attention`` computes one query a sequence: the last block of a tower is read at one token, so that the other
-queries would be thrown away. It reads keys and values once.
+Traffic: ``R L H (4 K + 1)`` numbers forward and about twice as many backward, for ``4 R H L^2 K`` FLOP forward and 2.5
+times as many backward (half where causal). At CLIP's lengths (50 to 257) it is bound by memory.
 
-The implementation is torch's scaled_dot_product_attention: nothing of L x L is kept, scores and sums are float32. On the
-CPU its kernel takes a task for each sequence and head, which costs more than the work in it where sequences are short;
-up to ``SHORT`` tokens batched matrix products are faster, and their L x L scores no larger than the keys.
+``attention_forward`` and ``attention_backward`` are the two passes as operators, for what writes its own backward
+pass; ``attention`` is the differentiable function. 16-bit operands on CUDA up to 512 tokens and up to 32 bits on the CPU
+go to our kernels (attention_triton.py, attention_cpu.py), all else to torch's (attention_torch.py).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHORT = 32  # tokens, on the CPU: 3.5 times as fast at 5 tokens, 1.4 times at 24, equal at 50
+from clipcore.kernels import attention_cpu, attention_torch, attention_triton, tiles
 
 
-def attention_ref(qkv_BL3HK: Tensor, is_causal: bool = False) -> Tensor:
+def attention_ref(
+    qkv_RL3HK: Tensor, is_causal: bool = False, segments_RL: Tensor | None = None
+) -> Tensor:
     """The definition, with its L x L matrix: the reference."""
-    q_BHLK, k_BHLK, v_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
-    scores = q_BHLK @ k_BHLK.mT * q_BHLK.shape[-1] ** -0.5
+    q_RHLK, k_RHLK, v_RHLK = qkv_RL3HK.permute(2, 0, 3, 1, 4)
+    scores = q_RHLK @ k_RHLK.mT * q_RHLK.shape[-1] ** -0.5
+    length = scores.shape[-1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=scores.device)
     if is_causal:
-        length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    return (scores.softmax(-1) @ v_BHLK).transpose(1, 2).flatten(2)
+        seen = seen.tril()
+    if segments_RL is not None:
+        seen = seen & (segments_RL[:, None, :, None] == segments_RL[:, None, None, :])
+    out_RLD = (
+        (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_RHLK).transpose(1, 2).flatten(2)
+    )
+    return out_RLD if segments_RL is None else out_RLD * (segments_RL >= 0).unsqueeze(-1)
 
 
-def attention(qkv_BL3HK: Tensor, is_causal: bool = False) -> Tensor:
-    """Attention of every token: [B, L, 3, H, K] -> [B, L, H*K].
+def attention_forward(
+    qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(output [R, L, H*K], logarithm of the softmax's sums [R, H, L]), see ``attention``."""
+    with tiles.on_device(qkv_RL3HK.device):
+        return _passes(qkv_RL3HK, is_causal, segments_RL).forward(qkv_RL3HK, is_causal, segments_RL)
+
+
+_forward_op = torch.library.custom_op(
+    "clipcore::attention_forward", attention_forward, mutates_args=()
+)
+
+
+@_forward_op.register_fake
+def _(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, length, _, heads, size = qkv_RL3HK.shape
+    wide = tiles.accumulate_dtype(qkv_RL3HK.dtype)
+    return (
+        qkv_RL3HK.new_empty(rows, length, heads * size),
+        qkv_RL3HK.new_empty(rows, heads, length, dtype=wide),
+    )
+
+
+def attention_backward(
+    grad_RLD: Tensor,
+    qkv_RL3HK: Tensor,
+    out_RLD: Tensor,
+    lse_RHL: Tensor,
+    is_causal: bool,
+    segments_RL: Tensor | None,
+) -> Tensor:
+    """Gradient of the packed projection, [R, L, 3, H, K], from that of the output and what the forward returned."""
+    with tiles.on_device(qkv_RL3HK.device):
+        return _passes(qkv_RL3HK, is_causal, segments_RL).backward(
+            *(grad_RLD.contiguous(), qkv_RL3HK, out_RLD, lse_RHL, is_causal, segments_RL)
+        )
+
+
+_backward_op = torch.library.custom_op(
+    "clipcore::attention_backward", attention_backward, mutates_args=()
+)
+
+
+@_backward_op.register_fake
+def _(grad_RLD: Tensor, qkv_RL3HK: Tensor, *_: Any) -> Tensor:
+    return qkv_RL3HK.new_empty(qkv_RL3HK.shape)
+
+
+def _passes(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> Any:
+    """The module whose ``forward`` and ``backward`` serve this device, dtype and shape."""
+    _, length, _, _, size = qkv_RL3HK.shape
+    has_segments = segments_RL is not None
+    on_gpu = qkv_RL3HK.is_cuda
+    if on_gpu and attention_triton.supports(length, size, qkv_RL3HK.dtype, is_causal, has_segments):
+        return attention_triton
+    return attention_cpu if attention_cpu.supports(qkv_RL3HK) else attention_torch
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv_RL3HK, ctx.is_causal, segments_RL = inputs
+    ctx.save_for_backward(qkv_RL3HK, *output, segments_RL)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_RLD: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad_RLD is None:
+        return None, None, None
+    qkv_RL3HK, out_RLD, lse_RHL, segments_RL = ctx.saved_tensors
+    found = torch.ops.clipcore.attention_backward(
+        grad_RLD.contiguous(), qkv_RL3HK, out_RLD, lse_RHL, ctx.is_causal, segments_RL
+    )
+    return found, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+tiles.register_autocast("attention_forward", num_operands=1)
+tiles.register_autocast("attention_backward", num_operands=0)
+
+
+def attention(
+    qkv_RL3HK: Tensor, is_causal: bool = False, segments_RL: Tensor | None = None
+) -> Tensor:
+    """Attention of every token: [R, L, 3, H, K] -> [R, L, H*K].
 
     Args:
         is_causal: a token sees itself and those before it.
+        segments_RL: int32; a token sees those of its own segment only. Tokens of segment -1 are padding: their output and
+            the gradients that reach them are 0.
 
     Raises:
-        ValueError: not the packed layout.
+        ValueError: not the packed layout, or segments that do not fit it.
 
     >>> attention(torch.zeros(2, 5, 3, 4, 8), is_causal=True).shape
     torch.Size([2, 5, 32])
     """
-    if qkv_BL3HK.ndim != 5 or qkv_BL3HK.shape[2] != 3:
-        raise ValueError(f"qkv must be [B, L, 3, H, K], got {tuple(qkv_BL3HK.shape)}")
-    exact = qkv_BL3HK.dtype in (torch.float32, torch.float64)
-    if qkv_BL3HK.device.type == "cpu" and exact and qkv_BL3HK.shape[1] <= SHORT:
-        return _short_attention(qkv_BL3HK, is_causal)
-    q_BHLK, k_BHLK, v_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
-    out_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=is_causal)
-    return out_BHLK.transpose(1, 2).flatten(2)
+    check_packed(qkv_RL3HK, segments_RL)
+    return torch.ops.clipcore.attention_forward(qkv_RL3HK, is_causal, segments_RL)[0]
 
 
-def _short_attention(qkv_BL3HK: Tensor, is_causal: bool) -> Tensor:
-    """By batched products, one matrix a sequence and head (G = B * H of them)."""
-    batch, length, _, heads, size = qkv_BL3HK.shape
-    q_GLK, k_GLK, v_GLK = qkv_BL3HK.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind()
-    offset_LL = qkv_BL3HK.new_zeros(length, length)
-    if is_causal:
-        offset_LL = offset_LL.fill_(-torch.inf).triu_(1)
-    scores_GLL = torch.baddbmm(offset_LL, q_GLK, k_GLK.mT, alpha=size**-0.5)
-    out_GLK = torch.bmm(scores_GLL.softmax(-1), v_GLK)
-    return out_GLK.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+def check_packed(qkv_RL3HK: Tensor, segments_RL: Tensor | None) -> None:
+    """ValueError unless the projection is packed and the segments are its tokens'."""
+    if qkv_RL3HK.ndim != 5 or qkv_RL3HK.shape[2] != 3:
+        raise ValueError(f"qkv must be [R, L, 3, H, K], got {tuple(qkv_RL3HK.shape)}")
+    if segments_RL is None:
+        return
+    if segments_RL.shape != qkv_RL3HK.shape[:2] or segments_RL.dtype != torch.int32:
+        raise ValueError(
+            f"segments must be int32 {list(qkv_RL3HK.shape[:2])}, got {segments_RL.dtype} {list(segments_RL.shape)}"
+        )
 
 
 def pooled_attention(q_BHK: Tensor, kv_BL2HK: Tensor, last_B: Tensor | None = None) -> Tensor:
     """Attention of one query a sequence: [B, H, K] and [B, L, 2, H, K] -> [B, H*K].
+
+    What the last block of a tower needs, which is read at one token. Reads keys and values once.
 
     Args:
         last_B: the last token that each query sees, for causal text; None where it sees all.

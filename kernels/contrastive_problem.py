@@ -220,7 +220,9 @@ def logarithms(
     lse, rests, untrusted = [], [], []
     for rest, target in ((row_sum, row_target), (column_sum, column_target)):
         total = rest + torch.exp2(target - offset) if problem.by_place else rest
-        lse.append(total.log2() + offset)
+        log = total.log2() + offset
+        # A row of one pair: the logarithm of a power need not give the exponent back to the last bit.
+        lse.append(torch.where(rest == 0, target, log) if problem.by_place else log)
         rests.append(rest / total)
         untrusted.append((total < least) | (total > 1 / info.tiny))
     offsets = [offset.repeat(len(total)) for total in lse]

@@ -56,7 +56,7 @@ def multiply(
     for d in range(0, D, BLOCK_D):
         x = x_desc.load([tile_n * BLOCK_N, d])
         y = y_desc.load([tile_m * BLOCK_M, d])
-        acc = tl.dot(x, y.T, acc, input_precision="ieee")
+        acc = tiles.add_product(acc, x, y.T)
     return acc
 
 

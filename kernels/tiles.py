@@ -6,7 +6,9 @@ Windows) the stand-ins let the modules import, because every operation there run
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +36,10 @@ _LIBRARY = torch.library.Library("clipcore", "FRAGMENT")
 NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
+# Rows of 16 bits that the CPU converts at once: they stay in its cache between the passes.
+STRIP_ELEMENTS = 2**20
+
+
 def architecture(device: torch.device) -> int:
     """The launch-table row for a device: 80, 90 or 100.
 
@@ -51,9 +57,85 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def uncast(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast: for passes that say themselves what is computed in which dtype."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def in_triton(x: Tensor) -> bool:
+    """Whether kernels compute it: all on CUDA but float64, which torch computes there, for comparisons."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+# Of the process, not of a thread: on a GPU the backward pass has a thread of its own.
+_watchers = 0
+
+
+@contextmanager
+def visible_operators() -> Iterator[None]:
+    """Within it `eager` calls go through the dispatcher, where profilers and dispatch modes see them; to the same bits."""
+    global _watchers
+    _watchers += 1
+    try:
+        yield
+    finally:
+        _watchers -= 1
+
+
+def eager(function: Any) -> Any:
+    """The function itself, but for the compiler and those who watch, who are to see the operator `clipcore::<its name>`.
+
+    Within a pass that differentiates by itself the dispatcher has nothing to do.
+    """
+    if _watchers or torch.compiler.is_compiling():
+        return getattr(torch.ops.clipcore, function.__name__)
+    return function
+
+
+def as_fresh(x: Tensor) -> Tensor:
+    """x in the same memory, but no view of another tensor: what FSDP wants of a module's outputs.
+
+    It counts changes in place for itself: a pass that keeps x keeps this one, not the tensor that it was made of.
+    """
+    if torch.compiler.is_compiling():
+        return x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+def first_order(backward: Any) -> Any:
+    """A backward pass that cannot be differentiated: whoever tries is told, whatever the gradients that come in.
+
+    ``once_differentiable`` tells only where an incoming gradient has a graph itself, and drops terms elsewhere.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        # The mode is on where a graph of the gradients is asked for.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = tuple(None if g is None else g.detach().requires_grad_() for g in grads)
+        return once(ctx, *grads)
+
+    return checked
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64 (CPU only); everything narrower accumulates in float32."""
+    """float64 stays float64, which is torch's to compute; everything narrower accumulates in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def column_sum(x_ND: Tensor) -> Tensor:
+    """Sum over rows in float32 (float64 for float64), which torch's own sum of 16-bit rows would round.
+
+    On the CPU by strips: a sum with a dtype converts all of x first.
+    """
+    wide = accumulate_dtype(x_ND.dtype)
+    if x_ND.is_cuda or x_ND.dtype == wide:
+        return x_ND.sum(0, dtype=wide)
+    sum_D = torch.zeros(x_ND.shape[1], dtype=wide)
+    for strip in x_ND.split(max(1, STRIP_ELEMENTS // max(1, x_ND.shape[1]))):
+        sum_D += strip.to(wide).sum(0)
+    return sum_D
 
 
 def as_scalar(name: str, value: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
@@ -146,6 +228,20 @@ def grouped_tile(pid, num_tiles_n, num_tiles_m, GROUP_N: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, x, y):
+    """acc + x . y in float32.
+
+    float32 operands are summed by blocks: one running sum over a width of 1024 has several times the error of the
+    library's product. Without the last argument the compiler would make one running sum of it again.
+    """
+    if x.dtype == tl.float32:
+        acc += tl.dot(x, y, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(x, y, acc)
+    return acc
+
+
+@triton.jit
 def dot_rows(
     x_ptr,
     y_ptr,
@@ -167,7 +263,7 @@ def dot_rows(
     y_ptrs = y_ptr + m[None, :] * stride_y_m + d[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for _ in range(0, D, BLOCK_D):
-        acc = tl.dot(tl.load(x_ptrs), tl.load(y_ptrs), acc, input_precision="ieee")
+        acc = add_product(acc, tl.load(x_ptrs), tl.load(y_ptrs))
         x_ptrs += BLOCK_D
         y_ptrs += BLOCK_D
     return acc

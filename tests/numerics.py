@@ -93,16 +93,30 @@ def ulp(largest: float, dtype: torch.dtype) -> float:
     return info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
 
 
-def assert_accurate(name: str, actual: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """The rule for one tensor. actual and reference are of one dtype, exact is float64."""
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
+def root_mean_square(error: Tensor) -> float:
+    """Of problems of one number each, the largest of whose errors is luck: on each processor another one is far out."""
+    return error.square().mean().sqrt().item()
+
+
+def assert_accurate(
+    name: str,
+    actual: Tensor,
+    reference: Tensor,
+    exact: Tensor,
+    size: Callable[[Tensor], float] = _largest,
+) -> None:
+    """The rule for one tensor. actual and reference are of one dtype, exact is float64; size is of errors."""
     assert actual.dtype == reference.dtype, f"{name}: {actual.dtype}, expected {reference.dtype}"
     assert actual.shape == exact.shape, f"{name}: {actual.shape}, expected {exact.shape}"
     assert exact.dtype == torch.float64 and exact.isfinite().all()
     assert actual.isfinite().all(), f"{name}: {(~actual.isfinite()).sum()} elements are not finite"
     if exact.numel() == 0:
         return
-    error = (actual.double() - exact).abs().max().item()
-    reference_error = (reference.double() - exact).abs().max().item()
+    error, reference_error = size(actual.double() - exact), size(reference.double() - exact)
     one_ulp = ulp(exact.abs().max().item(), actual.dtype)
     assert error <= 2 * reference_error + one_ulp, (
         f"{name}: error {error:.3e}, reference {reference_error:.3e}, one ulp {one_ulp:.3e}"
@@ -121,3 +135,29 @@ def with_gradients(
 def exactly(fn: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """`with_gradients` in float64, from the very values of the inputs and of the upstream gradient."""
     return with_gradients(fn, [tensor.double() for tensor in inputs], upstream.double())
+
+
+# In float32 the order of torch's own sums decides (its LayerNorm on the CPU has up to four times the reference's
+# error), so that float64 is where its mathematics is held to the reference.
+LOW_DTYPES = [torch.bfloat16, torch.float16]
+
+
+def check(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    """In float64 to 1e-12, in low precision by the rule, in each twice with the same bits."""
+    upstream = torch.randn_like(reference(*inputs))
+    for device in DEVICES:
+        exact = exactly(reference, [x.to(device) for x in inputs], upstream.to(device))
+        in_fp64 = with_gradients(op, [x.double().to(device) for x in inputs], upstream.to(device))
+        for got, expected in zip(in_fp64, exact, strict=True):
+            assert (got - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
+        for dtype in LOW_DTYPES:
+            low = [x.to(device, dtype) for x in inputs]
+            exact = exactly(reference, low, upstream.to(device, dtype))
+            expected, got, again = (
+                with_gradients(f, low, upstream.to(device, dtype)) for f in (reference, op, op)
+            )
+            for i, values in enumerate(zip(got, expected, exact, strict=True)):
+                assert_accurate(f"{dtype} {'output' if i == 0 else f'gradient {i}'}", *values)
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))

@@ -16,8 +16,8 @@ def import_open_clip() -> ModuleType:
     registering their shapes. Declaring the two operators first, which nothing here calls, lets the rest import.
     """
     try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except AttributeError:
+        import torchvision  # noqa: F401
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

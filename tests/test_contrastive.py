@@ -323,7 +323,8 @@ def kernel_problems(
             *(t.to(KERNEL_DEVICE) for t in embeddings(B, G, E, dtype=dtype)),
             torch.tensor(scale, device=KERNEL_DEVICE),
         )
-        for _ in range(NUM_PROBLEMS)
+        # Of few rows the reference's error is luck, as that of one number.
+        for _ in range(max(NUM_PROBLEMS, 48 // B))
     ]
 
 
@@ -738,7 +739,7 @@ def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 def step(num_pairs):
-    image, text = (torch.nn.functional.normalize(torch.randn(num_pairs, 512)) for _ in range(2))
+    image, text = (torch.nn.functional.normalize(torch.randn(num_pairs, 128)) for _ in range(2))
     image.requires_grad_(), text.requires_grad_()
     before = kib("VmRSS")
     contrastive_loss(image, text, torch.tensor(20.0, requires_grad=True), normalize=False).backward()
@@ -752,11 +753,11 @@ print((kib("VmHWM") - without) * 1024)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
 def test_peak_memory_of_the_papers_batch() -> None:
-    """32,768 pairs: the peak of a fresh process is at most 1 GB above embeddings and their gradients."""
+    """32,768 pairs of a quarter of the paper's columns: at most a quarter of 1 GB above embeddings and their gradients."""
     found = subprocess.run(
         [sys.executable, "-c", MEASURE_PEAK], check=True, capture_output=True, text=True
     )
-    assert 0 < int(found.stdout) <= 10**9
+    assert 0 < int(found.stdout) <= 10**9 // 4
 
 
 def test_the_plan_says_what_it_chose_and_why() -> None:

@@ -12,6 +12,7 @@ from numerics import (
     LargestStorage,
     Products,
     assert_accurate,
+    root_mean_square,
     with_gradients,
 )
 from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
@@ -114,7 +115,8 @@ def assert_accurate_everywhere(
         results[2].append(with_gradients(reference, [t.double() for t in inputs], ONE))
     for i, name in enumerate(NAMES):
         actual, same_dtype, exact = (torch.stack([r[i] for r in found]) for found in results)
-        assert_accurate(name, actual, same_dtype.to(actual.dtype), exact)
+        tensors = (actual, same_dtype.to(actual.dtype), exact)
+        assert_accurate(name, *tensors, **({"size": root_mean_square} if len(problems) > 6 else {}))
 
 
 def kernel_problems(
@@ -125,7 +127,6 @@ def kernel_problems(
             t.to(KERNEL_DEVICE)
             for t in (*embeddings(B, G, E, dtype=dtype), *factors(scale, bias, torch.float32))
         )
-        # Of single float32 logits the reference's are right by luck too often to compare six.
         for _ in range(60 if B * G == 1 and dtype == torch.float32 else 6)
     ]
 

@@ -13,6 +13,7 @@ from numerics import (
     KERNEL_DTYPES,
     assert_accurate,
     exactly,
+    ulp,
     with_gradients,
 )
 from torch import Tensor
@@ -229,7 +230,7 @@ def test_zero_and_short_rows_have_similarity_and_gradient_zero(device: str) -> N
     y = torch.tensor([[3.0, 4.0]], device=device)
     out = normalized_similarity(x, y, 10.0)
     out.sum().backward()
-    assert out.squeeze(1).tolist() == [0.0, 0.0, 6.0]
+    assert (out[:2] == 0).all() and abs(out[2].item() - 6) <= ulp(6, torch.float32)
     assert x.grad is not None
     assert (x.grad[:2] == 0).all() and x.grad[2, 1] > 1e11
 

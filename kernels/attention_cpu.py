@@ -1,0 +1,65 @@
+"""The passes of packed attention on the CPU by the extension (csrc/attention.cpp), in float32.
+
+Legend and contract: attention.py. 16-bit operands are read as float32, so that only what is returned is rounded; a pass
+then holds its operands a second time. Where the extension was not built, or the processor has no vectors of 8 floats,
+and for float64, attention_torch.py serves.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from clipcore import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def widest() -> int:
+    """Floats in a vector of this processor; 0 where the extension does not serve it."""
+    extension = native.load()
+    return max(extension.attention_lanes(), default=0) if extension is not None else 0
+
+
+def supports(qkv_RL3HK: Tensor) -> bool:
+    """Whether ``forward`` and ``backward`` take this projection here."""
+    return not qkv_RL3HK.is_cuda and qkv_RL3HK.dtype in DTYPES and widest() > 0
+
+
+def forward(
+    qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None, lanes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(output [R, L, H*K], log-sum-exp [R, H, L]); ``lanes``: floats in a vector, other than the most there are."""
+    out, lse = native.load().attention_forward(  # type: ignore[union-attr]
+        _operand(qkv_RL3HK), is_causal, _contiguous(segments_RL), lanes or widest()
+    )
+    return out.to(qkv_RL3HK.dtype), lse
+
+
+def backward(
+    grad_RLD: Tensor,
+    qkv_RL3HK: Tensor,
+    out_RLD: Tensor,
+    lse_RHL: Tensor,
+    is_causal: bool,
+    segments_RL: Tensor | None,
+    lanes: int | None = None,
+) -> Tensor:
+    """Gradient of the packed projection."""
+    grad_RL3HK = native.load().attention_backward(  # type: ignore[union-attr]
+        *(grad_RLD.float().contiguous(), _operand(qkv_RL3HK), lse_RHL.contiguous()),
+        *(is_causal, _contiguous(segments_RL), lanes or widest()),
+    )
+    return grad_RL3HK.to(qkv_RL3HK.dtype)
+
+
+def _operand(qkv_RL3HK: Tensor) -> Tensor:
+    qkv_RL3HK = qkv_RL3HK.detach().float()
+    return qkv_RL3HK if qkv_RL3HK.stride(-1) == 1 else qkv_RL3HK.contiguous()
+
+
+def _contiguous(segments_RL: Tensor | None) -> Tensor | None:
+    return None if segments_RL is None else segments_RL.contiguous()
