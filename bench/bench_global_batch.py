@@ -21,7 +21,6 @@ import torch
 from harness import record
 
 from clipcore.data.loader import Batch, trim_tokens
-from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import create_model
@@ -57,7 +56,7 @@ def bench(arguments: argparse.Namespace, size: int, device: torch.device) -> Non
     batch = random_batch(size, image_size, model.vocab_size, device.type == "cuda")
     planned = TrainingStep(
         *(model, model, SigLipLoss() if arguments.siglip else ClipLoss(), World(0, 1, 0, device)),
-        *(ImageTransform(image_size, is_train=True), precision, 0, size, lambda loss: loss),
+        *(precision, 0, size, lambda loss: loss),
         *(arguments.micro_batch_size, None),
     )
     print(planned.plan(batch, 0, arguments.step_memory), flush=True)

@@ -1,13 +1,16 @@
 """Measuring: one call records a row a provider, with what is needed to believe it.
 
 Rows are appended to bench/results/<device>.jsonl; ``python bench/harness.py`` writes bench/results/RESULTS.md from the
-newest row of each case. A figure of a GPU is only ever recorded on that GPU.
+newest row of each case. A figure of a GPU is only ever recorded on that GPU. What is computed and not measured has
+``computed: true`` and its assumptions in its row, a file of its own, and its own heading on the page.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import os
 import platform
 import re
 import statistics
@@ -21,6 +24,7 @@ import torch
 import triton
 
 from clipcore import memory
+from clipcore.ceilings import time_ms
 from clipcore.kernels.logits_cpu import give_back_idle_pages
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,12 +53,16 @@ def measure(
 ) -> dict[str, Measured]:
     """Times of single calls after a warm-up, the providers in turn: what slows the machine down slows them all.
 
-    At least `min_rounds`, more while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs out
+    Providers that BENCH_SKIP names, separated by commas, are left out, for where time is short. At least `min_rounds`, more
+    while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs out
     of memory is left out. With one round the call that watches the memory is the warm-up.
     """
     on_gpu = device.type == "cuda"
     found: dict[str, Measured] = {}
+    skipped = os.environ.get("BENCH_SKIP", "").split(",")
     for name, fn in fns.items():
+        if name in skipped:
+            continue
         try:
             if min_rounds > 1:
                 fn()
@@ -62,26 +70,13 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
             torch.cuda.empty_cache()
-    limit = time.perf_counter() + budget_s * len(found)
+    limit = time.perf_counter() + (0.2 if on_gpu else 1.0) * budget_s * len(found)
     rounds = 0
     while rounds < min_rounds or (time.perf_counter() < limit and rounds < 200):
         rounds += 1
         for name, measured in found.items():
-            measured.times_ms.append(_time_ms(fns[name], on_gpu))
+            measured.times_ms.append(time_ms(fns[name], device))
     return found
-
-
-def _time_ms(fn: Callable[[], Any], on_gpu: bool) -> float:
-    if on_gpu:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        fn()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
-    start = time.perf_counter()
-    fn()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _bytes_of(result: Any) -> int:
@@ -107,21 +102,53 @@ def record(
     bytes_moved: float,
     extras: dict[str, dict[str, Any]] | None = None,
     min_rounds: int = 5,
+    num_pairs: int | None = None,
+    ceiling_tflops: float | None = None,
     **case: Any,
 ) -> dict[str, float]:
     """Measures providers of one operation, appends and prints their rows; returns their medians in ms.
 
     Args:
+        fns: see `measure`.
+        min_rounds: see `measure`; 1 for calls of many seconds.
+        the others: see `record_measured`.
+    """
+    found = measure(fns, device, min_rounds=min_rounds)
+    work: dict[str, Any] = {"flops": flops, "bytes_moved": bytes_moved, "extras": extras}
+    work |= {"num_pairs": num_pairs, "ceiling_tflops": ceiling_tflops}
+    return record_measured(op, found, device=device, **work, **case)
+
+
+def record_measured(
+    op: str,
+    found: dict[str, Measured],
+    *,
+    device: torch.device,
+    flops: float,
+    bytes_moved: float,
+    extras: dict[str, dict[str, Any]] | None = None,
+    num_pairs: int | None = None,
+    ceiling_tflops: float | None = None,
+    **case: Any,
+) -> dict[str, float]:
+    """Appends and prints a row for each provider that was measured; returns their medians in ms.
+
+    Args:
         flops, bytes_moved: of the operation, not of one implementation, so that providers compare.
         extras: what else was found of a provider, of `EXTRAS`.
-        min_rounds: see `measure`; 1 for calls of many seconds.
+        num_pairs: of a call, for what trains or reads pairs.
+        ceiling_tflops: what the device's matrix products reach, measured beside, for the share of it.
         case: what tells this case from others: sizes and dtype.
     """
     medians: dict[str, float] = {}
-    for provider, (times_ms, extra_bytes) in measure(fns, device, min_rounds=min_rounds).items():
+    for provider, (times_ms, extra_bytes) in found.items():
         median = statistics.median(times_ms)
         # One time has no spread.
-        fifths = statistics.quantiles(times_ms, n=5) if len(times_ms) > 1 else times_ms
+        fifths = (
+            statistics.quantiles(times_ms, n=5, method="inclusive")
+            if len(times_ms) > 1
+            else times_ms
+        )
         medians[provider] = median
         row = {
             "op": op,
@@ -133,16 +160,13 @@ def record(
             "tflops": round(flops / median / 1e9, 4),
             "gb_per_s": round(bytes_moved / median / 1e6, 2),
             "extra_bytes": extra_bytes,
+            **({"pairs_per_s": round(1e3 * num_pairs / median, 2)} if num_pairs else {}),
+            **({"ceiling_tflops": round(ceiling_tflops, 4)} if ceiling_tflops else {}),
             **(extras or {}).get(provider, {}),
             "device": device_name(device),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            **_commit(),
-            "date": datetime.date.today().isoformat(),
+            **_versions(),
         }
-        RESULTS.mkdir(exist_ok=True)
-        with open(RESULTS / f"{_slug(row['device'])}.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(_slug(row["device"]), row)
         print(
             f"{op} {provider} {case}: {median:.3f} ms, {row['tflops']} TFLOP/s, "
             f"{extra_bytes / 2**20:.1f} MiB",
@@ -151,8 +175,37 @@ def record(
     return medians
 
 
+def record_computed(
+    op: str, time_ms: float, num_bytes: float, assumptions: str, **case: Any
+) -> None:
+    """Appends and prints a row of what follows from a formula and its assumptions, where nothing was measured."""
+    figures = {"computed": True, "time_ms": round(time_ms, 4), "bytes_moved": int(num_bytes)}
+    _append("computed", {"op": op, **case, **figures, "assumptions": assumptions, **_versions()})
+    print(f"computed: {op} {case}: {time_ms:.3f} ms, {num_bytes / 1e6:.1f} MB", flush=True)
+
+
+def _append(name: str, row: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **_commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def _commit() -> dict[str, Any]:
-    """The commit that was measured, and whether files differed from it (results apart)."""
+    """The commit that was measured, and whether files differed from it (results apart).
+
+    In a copy of the tree without its history CLIPCORE_COMMIT says which commit it is a copy of.
+    """
+    if copied := os.environ.get("CLIPCORE_COMMIT"):
+        return {"commit": copied, "dirty": False}
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -169,48 +222,99 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def results_page() -> str:
-    """RESULTS.md: the newest row of each case, by operation and device."""
-    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The newest row of each case and provider, by operation and device; and those that are computed."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    computed: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
+            if row.get("computed"):
+                computed[(row["op"], json.dumps(_case(row)))] = row
+                continue
             newest[(row["op"], row["device"], json.dumps(_case(row)), row["provider"])] = row
+    return [row for _, row in sorted(newest.items())], list(computed.values())
+
+
+def results_page() -> str:
+    """RESULTS.md: the newest row of each case, by operation and device."""
     lines = [
         "# Results",
         "",
         "Generated by `python bench/harness.py` from the rows beside it. Medians.",
         "",
     ]
-    heading = None
-    for (op, device, case, provider), row in sorted(newest.items()):
-        if heading != (op, device):
-            heading = (op, device)
-            lines += [
-                f"## {op} on {device}",
-                "",
-                "| case | provider | ms | TFLOP/s | GB/s | extra MiB | gradient's error | same bits | commit |",
-                "|---|---|---|---|---|---|---|---|---|",
-            ]
-        values = ", ".join(f"{k} {v}" for k, v in json.loads(case).items())
-        dirty = " (changed)" if row["dirty"] else ""
-        lines.append(
-            f"| {values} | {provider} | {row['median_ms']} | {row['tflops']} | {row['gb_per_s']} "
-            f"| {row['extra_bytes'] / 2**20:.1f} | {_error(row)} | {_yes_no(row)} | {row['commit']}{dirty} |"
-        )
-    return "\n".join(lines) + "\n"
+    rows, computed = newest_rows()
+    for (op, device), group in itertools.groupby(rows, lambda row: (row["op"], row["device"])):
+        lines += [f"## {op} on {device}", "", *table(list(group)), ""]
+    if computed:
+        lines += ["## computed, not measured", "", *table(computed, COMPUTED_COLUMNS)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _error(row: dict[str, Any]) -> str:
-    return f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+def table(rows: list[dict[str, Any]], columns: Columns | None = None) -> list[str]:
+    """Lines of Markdown, without the columns in which no row has anything."""
+    columns = columns or COLUMNS
+    filled = {title: [show(row) for row in rows] for title, show in columns.items()}
+    filled = {title: cells for title, cells in filled.items() if any(cells)}
+    lines = ["| " + " | ".join(filled) + " |", "|" + "---|" * len(filled)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in zip(*filled.values(), strict=True)]
 
 
-def _yes_no(row: dict[str, Any]) -> str:
-    return {True: "yes", False: "no", None: ""}[row.get("repeatable")]
+def case_in_words(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in _case(row).items())
 
 
-# Errors relative to float64, and whether three runs gave the same bits.
-EXTRAS = {"loss_error", "gradient_error", "scale_error", "repeatable"}
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['tflops'] / row['ceiling_tflops']:.0%}" if "ceiling_tflops" in row else ""
+
+
+def _parts(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {ms:g}" for name, ms in row.get("parts_ms", {}).items())
+
+
+def _number(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: str(row[name]) if row.get(name) else ""
+
+
+def _pairs_per_s(row: dict[str, Any]) -> str:
+    found = row.get("pairs_per_s") or 1e3 * row.get("pairs", 0) / row["median_ms"]
+    return f"{found:.4g}" if found else ""
+
+
+def _at(row: dict[str, Any]) -> str:
+    return row["commit"] + (" (changed)" if row["dirty"] else "")
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+COLUMNS: Columns = {
+    "case": case_in_words,
+    "provider": lambda row: row["provider"],
+    "ms": _number("median_ms"),
+    "pairs/s": _pairs_per_s,
+    "TFLOP/s": _number("tflops"),
+    "of the ceiling": _share,
+    "GB/s": _number("gb_per_s"),
+    "extra MiB": lambda row: f"{row['extra_bytes'] / 2**20:.1f}",
+    "parts, ms": _parts,
+    "gradient's error": lambda row: (
+        f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+    ),
+    "same bits": lambda row: {True: "yes", False: "no", None: ""}[row.get("repeatable")],
+    "commit": _at,
+}
+COMPUTED_COLUMNS: Columns = {
+    "what": lambda row: row["op"],
+    "case": case_in_words,
+    "ms": _number("time_ms"),
+    "MB": lambda row: f"{row['bytes_moved'] / 1e6:.1f}",
+    "assumptions": _number("assumptions"),
+    "commit": _at,
+}
+# What is found of a provider beside its time: errors relative to float64, whether three runs gave the same bits, the
+# milliseconds of a step's parts, how a step was cut, bytes that a rank has sent.
+ERRORS = {"loss_error", "gradient_error", "scale_error"}
+EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"}
 _MEASURED = EXTRAS | {
     "op",
     "provider",
@@ -220,6 +324,12 @@ _MEASURED = EXTRAS | {
     "tflops",
     "gb_per_s",
     "extra_bytes",
+    "pairs_per_s",
+    "ceiling_tflops",
+    "computed",
+    "time_ms",
+    "bytes_moved",
+    "assumptions",
     "device",
     "torch",
     "triton",
@@ -233,6 +343,42 @@ def _case(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in _MEASURED}
 
 
+# The tables of README, each between two comments: pairs a second of these operations.
+README = RESULTS.parent.parent / "README.md"
+README_TABLES = ("training step", "loader")
+
+
+def by_provider(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: pairs a second, a row for each case and a column for each provider."""
+    providers = sorted({row["provider"] for row in rows})
+    lines = ["| " + " | ".join(["pairs/s", *providers, "commit"]) + " |"]
+    lines.append("|" + "---|" * (len(providers) + 2))
+    for case, group in itertools.groupby(rows, case_in_words):
+        found = {row["provider"]: row for row in group}
+        cells = [_pairs_per_s(found[name]) if name in found else "" for name in providers]
+        commits = sorted({_at(row) for row in found.values()})
+        lines.append("| " + " | ".join([case, *cells, ", ".join(commits)]) + " |")
+    return lines
+
+
+def readme(text: str) -> str:
+    """README with its tables made anew from the newest rows."""
+    rows, _ = newest_rows()
+    for op in README_TABLES:
+        begin, end = f"<!-- rows: {op} -->\n", "<!-- end of rows -->"
+        if begin not in text:
+            continue
+        before, rest = text.split(begin)
+        lines = []
+        for device, group in itertools.groupby(
+            (row for row in rows if row["op"] == op), lambda row: row["device"]
+        ):
+            lines += [f"{op.capitalize()} on {device}:", "", *by_provider(list(group)), ""]
+        text = before + begin + "\n".join(["", *lines, ""]) + end + rest.split(end, 1)[1]
+    return text
+
+
 if __name__ == "__main__":
     (RESULTS / "RESULTS.md").write_text(results_page())
+    README.write_text(readme(README.read_text()))
     print(RESULTS / "RESULTS.md")

@@ -1,0 +1,315 @@
+"""Packed attention against torch's backends, a compiled definition, and a copy of the bytes that it has to move.
+
+python bench/bench_attention.py [--device cuda] [--batch 1024]
+
+`--sweep` times other rows for the launch table of kernels/attention_triton.py instead, on a GPU, and prints the fastest
+first: a minute, most of it compiling, by as many processes as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from harness import measure, record
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clipcore.kernels import attention_triton, tiles
+from clipcore.kernels.attention import attention, attention_ref
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Shape(NamedTuple):
+    """A tower's attention."""
+
+    length: int
+    heads: int
+    size: int
+    is_causal: bool = False
+    has_segments: bool = False
+
+
+SHAPES = {
+    "ViT-B/32": Shape(50, 12, 64),
+    "ViT-B/16": Shape(197, 12, 64),
+    "ViT-L/14": Shape(257, 16, 64),
+    "ViT-H/14": Shape(257, 16, 80),
+    "text": Shape(77, 8, 64, is_causal=True),
+    "packed text": Shape(128, 8, 64, is_causal=True, has_segments=True),
+}
+
+
+class Problem(NamedTuple):
+    """What the passes take."""
+
+    qkv: Tensor
+    upstream: Tensor
+    is_causal: bool
+    segments: Tensor | None
+
+    @classmethod
+    def of(cls, shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> Problem:
+        """Random numbers, and captions of 16 tokens on average where rows are packed."""
+        length, heads, size, is_causal, has_segments = shape
+        qkv = torch.randn(rows, length, 3, heads, size, device=device, dtype=dtype)
+        upstream = torch.randn(rows, length, heads * size, device=device, dtype=dtype)
+        starts = torch.rand(rows, length, device=device) < 1 / 16
+        segments = starts.cumsum(1).to(torch.int32) if has_segments else None
+        return cls(qkv, upstream, is_causal, segments)
+
+    def pairs(self) -> float:
+        """Queries times the keys that each of them sees."""
+        rows, length = self.qkv.shape[:2]
+        seen = torch.ones(length, length, device=self.qkv.device, dtype=torch.bool)
+        seen = seen.tril() if self.is_causal else seen
+        if self.segments is None:
+            return float(rows * seen.sum().item())
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return float((same & seen).sum().item())
+
+
+def sdpa(backend: SDPBackend | None, problem: Problem) -> Callable[[Tensor], Tensor]:
+    """torch's attention from the packed projection, with the mask that the backend needs made beforehand."""
+    mask = None
+    if problem.segments is not None:
+        same = problem.segments[:, None, :, None] == problem.segments[:, None, None, :]
+        mask = same.tril() if problem.is_causal else same
+
+    def call(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        is_causal = problem.is_causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return out.transpose(1, 2).flatten(2)
+
+    def call_with(qkv: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return call(qkv)
+
+    return call if backend is None else call_with
+
+
+def forward_and_backward(fn: Callable[[Tensor], Tensor], problem: Problem) -> Callable[[], Any]:
+    """The packed gradient, by autograd."""
+    leaf = problem.qkv.clone().requires_grad_()
+    return lambda: torch.autograd.grad(fn(leaf), leaf, problem.upstream)
+
+
+def launched(problem: Problem) -> Tensor:
+    """Forward and backward by the launchers."""
+    qkv, upstream, *how = problem
+    out, lse = attention_triton.forward(qkv, *how)
+    return attention_triton.backward(upstream, qkv, out, lse, *how)
+
+
+def copy_of(num_bytes: float, device: torch.device) -> Callable[[], Any]:
+    """Reads half of the bytes and writes half."""
+    source = torch.randn(int(num_bytes / 8), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def runs(name: str, fn: Callable[[], Any]) -> bool:
+    """Whether a provider takes the problem; what it says where it does not."""
+    try:
+        fn()
+    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        print(f"{name} is left out: {str(error).splitlines()[0]}", flush=True)
+        return False
+    return True
+
+
+def bench_shape(name: str, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    problem = Problem.of(shape, rows, device, dtype)
+    qkv, _, is_causal, segments = problem
+    on_gpu = device.type == "cuda"
+    backends = {"SDPA": None}
+    if on_gpu:
+        backends = {
+            f"SDPA {backend.name}": backend
+            for backend in (
+                SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.MATH,
+            )
+        }
+    peers = {label: sdpa(backend, problem) for label, backend in backends.items()}
+    torch._dynamo.reset()
+    definition = partial(attention_ref, is_causal=is_causal, segments_RL=segments)
+    peers["torch.compile"] = torch.compile(definition, dynamic=False)
+    forward = {label: partial(fn, qkv) for label, fn in peers.items()}
+    both = {label: forward_and_backward(fn, problem) for label, fn in peers.items()}
+    if on_gpu:
+        ours: dict[str, Callable[[], Any]] = {
+            "forward": lambda: attention_triton.forward(*(qkv, is_causal, segments)),
+            "both": partial(launched, problem),
+        }
+    else:
+        public = partial(attention, is_causal=is_causal, segments_RL=segments)
+        ours = {"forward": partial(public, qkv), "both": forward_and_backward(public, problem)}
+    numbers, sums = qkv.numel() // 3, 4 * qkv.numel() // (3 * shape.size)
+    products = 4 * problem.pairs() * shape.heads * shape.size
+    case = {
+        "tower": name,
+        "R": rows,
+        "L": shape.length,
+        "H": shape.heads,
+        "K": shape.size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    for op, fns, flops, moved in (
+        ("forward", {"clipcore": ours["forward"], **forward}, products, 4),
+        ("forward+backward", {"clipcore": ours["both"], **both}, 3.5 * products, 12),
+    ):
+        # Backward: output, its gradient and the projection in, the projection's gradient out.
+        bytes_moved = float(moved * numbers * dtype.itemsize + sums * (1 if moved == 4 else 2))
+        fns = {label: fn for label, fn in fns.items() if runs(f"{name} {label}", fn)}
+        fns["copy of the bytes"] = copy_of(bytes_moved, device)
+        work = {"flops": flops, "bytes_moved": bytes_moved}
+        record(f"attention {op}", fns, device=device, **work, **case)
+
+
+# What the sweep tries, by kernel: BLOCK, STEP, least side of a rest or tail, num_warps, num_stages.
+Launch = tuple[int, int, int, int, int]
+ONE_TILE: dict[str, list[Launch]] = {
+    "forward": [(64, 64, 64, warps, 1) for warps in (2, 4, 8)],
+    "tile": [(64, 64, 64, warps, 1) for warps in (2, 4, 8)],
+}
+TWO_TILES: dict[str, list[Launch]] = {
+    "tile": [(128, 128, 128, warps, 1) for warps in (4, 8, 16)],
+    "forward": [(128, 128, 128, 8, 1), (128, 128, 128, 4, 1)],
+}
+BLOCKS: dict[str, list[Launch]] = {
+    "forward": [
+        (64, 64, 16, 4, 1),
+        (64, 64, 16, 4, 2),
+        (64, 64, 16, 4, 3),
+        (64, 64, 64, 4, 2),
+        (64, 32, 16, 4, 3),
+        (64, 128, 16, 4, 1),
+        (128, 64, 16, 8, 2),
+        (128, 64, 16, 8, 3),
+        (128, 128, 16, 8, 1),
+    ],
+    "both": [
+        (64, 32, 16, 4, 1),
+        (64, 32, 16, 4, 2),
+        (64, 32, 16, 4, 3),
+        (64, 32, 64, 4, 2),
+        (64, 32, 64, 8, 2),
+        (64, 64, 16, 4, 2),
+        (64, 64, 64, 8, 2),
+        (128, 32, 16, 8, 2),
+        (128, 64, 16, 8, 2),
+    ],
+    "query": [(64, 64, 16, 4, 2), (64, 32, 16, 4, 2), (128, 64, 16, 8, 2)],
+    "key": [(64, 64, 16, 4, 2), (64, 32, 16, 4, 2), (64, 32, 64, 4, 2), (128, 64, 16, 8, 2)],
+}
+
+
+def candidates(shape: Shape) -> list[tuple[str, Launch]]:
+    """(kernel, row of the table) that can serve a shape."""
+    groups = [ONE_TILE] if shape.length <= 64 else [BLOCKS]
+    if 64 < shape.length <= 128:
+        groups.append(TWO_TILES)
+    return [
+        (kernel, launch)
+        for group in groups
+        for kernel, launches in group.items()
+        for launch in launches
+    ]
+
+
+def only(kernel: str, launch: Launch) -> None:
+    """Makes a launch the table of this process; the other of "query" and "key" keeps a row that compiles fast."""
+    names = {"forward": (64, 64, 64, 4, 1), kernel: launch}
+    if kernel in ("query", "key"):
+        names = {"query": (64, 32, 64, 4, 1), "key": (64, 32, 64, 4, 1), **names}
+    architecture = tiles.architecture(torch.device("cuda"))
+    rows: attention_triton.Launches
+    attention_triton._LAUNCH_TABLE.clear()
+    for name, row in names.items():
+        rows = {(attention_triton.LONGEST, attention_triton.WIDEST): row}
+        attention_triton._LAUNCH_TABLE[architecture, name] = rows
+
+
+def sweep_call(problem: Problem, kernel: str) -> Callable[[], Any]:
+    """The pass that a kernel belongs to."""
+    qkv, upstream, *how = problem
+    if kernel == "forward":
+        return lambda: attention_triton.forward(qkv, *how)
+    out, lse = attention_triton.forward(qkv, *how)
+    return lambda: attention_triton.backward(upstream, qkv, out, lse, *how)
+
+
+def compile_one(name: str, kernel: str, launch: Launch) -> str | None:
+    """Leaves a kernel in the compiler's cache on disk; what went wrong."""
+    only(kernel, launch)
+    try:
+        sweep_call(Problem.of(SHAPES[name], 1, torch.device("cuda"), torch.bfloat16), kernel)()
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever a compiler says of a row that does not fit the chip
+        return (str(error) or repr(error)).splitlines()[0][:90]
+    return None
+
+
+def sweep(rows: int, names: list[str]) -> None:
+    device = torch.device("cuda")
+    jobs = [(name, *candidate) for name in names for candidate in candidates(SHAPES[name])]
+    workers = max(1, min(len(jobs), os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        failures = dict(zip(jobs, pool.map(compile_one, *zip(*jobs, strict=True)), strict=True))
+    for name in names:
+        problem = Problem.of(SHAPES[name], rows, device, torch.bfloat16)
+        for kernel in dict.fromkeys(kernel for kernel, _ in candidates(SHAPES[name])):
+            times: list[tuple[float, Launch]] = []
+            for launch in [row for one, row in candidates(SHAPES[name]) if one == kernel]:
+                if failure := failures[name, kernel, launch]:
+                    print(f"{name} {kernel} {launch}: {failure}")
+                    continue
+                only(kernel, launch)
+                call = {kernel: sweep_call(problem, kernel)}
+                found = measure(call, device, budget_s=0.05)[kernel]
+                times.append((statistics.median(found.times_ms), launch))
+            for time_ms, launch in sorted(times):
+                print(f"{name} {kernel} {launch}: {time_ms:.4f} ms", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--towers", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--sweep", action="store_true", help="times rows for the launch table")
+    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if arguments.sweep:
+        sweep(arguments.batch or 256, arguments.towers)
+        return
+    if not arguments.untested:
+        # Figures of a kernel that is wrong are worth nothing.
+        tests = ["tests/test_attention_kernels.py", "-k", "not ahead_of_time"]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
+    for name in arguments.towers:
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        bench_shape(name, arguments.batch or (1024 if on_gpu else 8), device, dtype)
+
+
+if __name__ == "__main__":
+    main()

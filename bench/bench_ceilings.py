@@ -1,0 +1,42 @@
+"""What the device can do at most: a copy of much memory, and matrix products at the inner sizes of CLIP's towers.
+
+Every share of a floor or of a ceiling in this folder's tables is relative to these rows.
+
+python bench/bench_ceilings.py [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from harness import record
+
+from clipcore.ceilings import Work, copy_work, product_work
+
+
+def bench(op: str, work: Work, device: torch.device) -> None:
+    record(
+        op,
+        {"torch": work.fn},
+        device=device,
+        flops=work.flops,
+        bytes_moved=work.bytes_moved,
+        **work.case,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parser.parse_args().device)
+    on_gpu = device.type == "cuda"
+    bench("copy", copy_work(device, 2**31 if on_gpu else 2**28), device)
+    rows = 65536 if on_gpu else 2048
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (512, 768, 1024, 1280) if on_gpu else (512, 768):
+            bench("matrix product", product_work(width, dtype, device, rows), device)
+
+
+if __name__ == "__main__":
+    main()
