@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CLIP": "clipcore.model",
     "ClipLoss": "clipcore.loss",
+    "PackedText": "clipcore.packing",
     "SigLipLoss": "clipcore.loss",
     "build_zero_shot_classifier": "clipcore.evaluate.zero_shot",
     "create_model": "clipcore.model",
@@ -24,6 +25,7 @@ _HOMES = {
     "list_models": "clipcore.architectures",
     "load_checkpoint": "clipcore.model",
     "normalized_similarity": "clipcore.kernels.similarity",
+    "pack_captions": "clipcore.packing",
     "similarity_topk": "clipcore.kernels.similarity_topk",
     "tokenize": "clipcore.tokenizer",
 }

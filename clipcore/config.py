@@ -72,6 +72,12 @@ class TrainConfig:
     aug_ratio: float | None = _option(
         None, DATA, "most uneven sides of the crop; 1 is the paper's square", metavar="X"
     )
+    aug_resize: int | None = _option(
+        None,
+        DATA,
+        "in their place: resize the shorter side to so many pixels, then cut out the crop",
+        metavar="N",
+    )
     tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
     vocab_size: int = _option(
         3072, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
@@ -146,8 +152,14 @@ class TrainConfig:
     precision: str | None = _option(
         None,
         COST,
-        "arithmetic [amp_bf16 on a GPU, else fp32]",
-        choices=("fp32", "amp_bf16", "amp_bfloat16", "amp"),
+        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 holds the matrices so, rounded without bias",
+        choices=("fp32", "amp_bf16", "amp_bfloat16", "amp", "bf16"),
+    )
+    adam_moments: str = _option(
+        "fp32",
+        COST,
+        "AdamW's moments; bf16 ones, rounded without bias, take 4 bytes a weight less",
+        choices=("fp32", "bf16"),
     )
     micro_batch_size: int | None = _option(
         None, COST, "pairs that a device embeds at once [found]", metavar="N"
@@ -168,6 +180,9 @@ class TrainConfig:
         "split weights, gradients and moments among the ranks (FSDP2), for large models",
     )
     torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
+    profile: bool = _option(
+        False, COST, "record steps 5 to 7: trace, and time and floor of every operator"
+    )
     device: str | None = _option(
         None, COST, "'cpu' or 'cuda' [cuda where there is one]", metavar="NAME"
     )
@@ -229,6 +244,7 @@ def _check(config: TrainConfig) -> None:
         "train_num_samples",
         "save_every_steps",
         "log_every_n_steps",
+        "aug_resize",
     ):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -246,6 +262,10 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if config.aug_ratio is not None and config.aug_ratio < 1:
         raise ConfigError(f"--aug-ratio is at least 1, for square crops; got {config.aug_ratio}")
+    if config.aug_resize is not None and (config.aug_scale, config.aug_ratio) != (None, None):
+        raise ConfigError(
+            "--aug-resize takes the place of --aug-scale and --aug-ratio; leave one or the other out"
+        )
     for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes", "step_memory", "timeout"):
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -263,6 +283,13 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
     if config.fsdp and config.torchcompile:
         raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
+    if config.fsdp and config.precision == "bf16":
+        # fully_shard wants one dtype for all weights of a module.
+        raise ConfigError("--fsdp splits float32 weights: take --precision amp_bf16 with it")
+    if config.profile and config.torchcompile:
+        raise ConfigError(
+            "--profile names operators, which --torchcompile merges; leave one of them out"
+        )
     if config.step_memory == float("inf"):
         raise ConfigError("--step-memory is a number of GB; leave it out for what is free")
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
@@ -329,6 +356,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
         unset.pop("batch_size", None)
+    if config.aug_resize is not None:
+        unset = {name: unset[name] for name in unset if name not in ("aug_scale", "aug_ratio")}
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1
     return dataclasses.replace(config, **unset)

@@ -65,6 +65,7 @@ class ReportData:
         evaluations: rows with step, task, acc1, acc5, chance (fractions), num_classes, num_images.
         retrieval: rows with step, task, num_pairs, image_to_text_R@1 and the like.
         timings: seconds by part of the run.
+        profile: the page about a step, as plain text.
     """
 
     title: str
@@ -78,6 +79,7 @@ class ReportData:
     config: dict[str, Any]
     versions: dict[str, str]
     timings: dict[str, float]
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,10 @@ def _details(data: ReportData) -> str:
         parts.append("<h2>Where the time went</h2>" + _table(("part", "seconds", "share"), timings))
     if data.versions:
         parts.append("<h2>Versions</h2>" + _table(("part", "version"), list(data.versions.items())))
+    if data.profile:
+        parts.append(
+            f'<details><summary>Profile of a step</summary><pre class="scroll">{html.escape(data.profile)}</pre></details>'
+        )
     if data.config:
         settings = [(name, json.dumps(value)) for name, value in data.config.items()]
         parts.append(
@@ -430,7 +436,7 @@ svg text{font-size:12px;fill:var(--muted)}
 .legend svg{width:18px;display:inline-block;margin-right:.35rem;vertical-align:middle}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.25rem 0 0;padding:0;font-size:.82rem}
 .grid{stroke:var(--rule)}polyline,.legend path{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.55}
-.dashed{stroke-dasharray:5 4}.scroll{overflow-x:auto;margin:.5rem 0 1rem}
+.dashed{stroke-dasharray:5 4}.scroll{overflow-x:auto;margin:.5rem 0 1rem}pre{font-size:.72rem;line-height:1.45}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
 td:last-child{overflow-wrap:anywhere}

@@ -26,6 +26,7 @@ from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.kernels.similarity_topk import similarity_topk
 from clipcore.logbook import Logbook, read_metrics
+from clipcore.profile import PROFILE_FOLDER, TABLE
 from clipcore.report import (
     PairMatrix,
     ReportData,
@@ -78,6 +79,7 @@ def report_run(
     gallery = collect(source, GALLERY_SIZE, encoder)
     zero_shot = [row for row in evaluations if "acc1" in row]
     retrieval = [row for row in evaluations if "num_pairs" in row]
+    profile = run_dir / PROFILE_FOLDER / TABLE
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
         summary=summary(steps, zero_shot, retrieval, state),
@@ -90,6 +92,7 @@ def report_run(
         config=dataclasses.asdict(config),
         versions=versions(plan.world.device),
         timings={part: round(seconds, 2) for part, seconds in state.timings.items()},
+        profile=profile.read_text() if profile.exists() else "",
     )
     model.train(was_training)
     write_report(run_dir / "report.html", data)

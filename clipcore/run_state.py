@@ -40,6 +40,8 @@ from clipcore.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
 LAUNCH_FILE = ".launch"
+# What each launch decides for itself; the process group has its timeout already when a run is resumed.
+LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "timeout", "profile"})
 
 
 @dataclass
@@ -260,7 +262,7 @@ def resumed_config(
         ) from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     settings = {name: value for name, value in saved.items() if name in known}
-    again = {n: getattr(config, n) for n in sorted(given - {"resume", "logs", "name", "timeout"})}
+    again = {n: getattr(config, n) for n in sorted(given - LAUNCH_SETTINGS)}
     changed = {name for name, value in again.items() if settings.get(name) != value}
     for name in sorted(changed):
         flag = f"--{name.replace('_', '-')}"
@@ -273,8 +275,7 @@ def resumed_config(
     elif "micro_batch_size" in changed:
         settings["keep_graphs"] = None
     settings |= again
-    # What this launch alone decides; the process group has its timeout already.
-    own = {name: getattr(config, name) for name in ("logs", "name", "resume", "timeout")}
+    own = {name: getattr(config, name) for name in LAUNCH_SETTINGS}
     return TrainConfig(**{**settings, **own})
 
 

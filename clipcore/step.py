@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from clipcore import roll_call
 from clipcore.data.loader import Batch
 from clipcore.data.order import hash64
-from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.data.upload import Upload
 from clipcore.distributed import World, all_reduce_flag, broadcast_object
 from clipcore.grad_cache import Embed, Found, differentiate
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
+from clipcore.packing import (
+    PACKED_LENGTH,
+    PackedText,
+    fitted_length,
+    is_worth_packing,
+    pack_captions,
+)
 from clipcore.sharding import gradient_sync, is_sharded
 from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
 
@@ -46,7 +52,6 @@ class TrainingStep:
     towers: nn.Module
     loss_fn: ClipLoss | SigLipLoss
     world: World
-    transform: ImageTransform
     precision: str
     seed: int
     global_batch_size: int
@@ -54,6 +59,7 @@ class TrainingStep:
     micro_batch_size: int | None = None
     kept: int | None = None
     reduced: nn.Module | None = None
+    pack_text: bool = True  # padded captions give the same features and gradients, slower
     stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
 
     @property
@@ -100,20 +106,34 @@ class TrainingStep:
             on_progress=on_progress,
         )
 
-    def embedder(self, batch: Batch, step: int, towers: nn.Module) -> Embed:
-        """What embeds a micro-batch of a batch by some form of the towers."""
-        inputs = [batch.images, batch.tokens]
+    def cutter(self, batch: Batch, step: int) -> Callable[[slice], list[Tensor | PackedText]]:
+        """What makes the towers' arguments of some rows of a batch, on the host: packed captions where that is worth it."""
+        pinned = batch.images.is_pinned()
+        others: list[Tensor] = []
         if getattr(self.model.visual, "patch_dropout", 0.0) > 0:
             words = hash64(batch.indices.numpy(), self.seed, step, _DROPOUT)
             seeds = torch.from_numpy(words.view("int64"))
-            inputs.append(seeds.pin_memory() if batch.images.is_pinned() else seeds)
-        upload = Upload(inputs, self.world.device, self._stream())
+            others.append(seeds.pin_memory() if pinned else seeds)
+
+        def cut(rows: slice) -> list[Tensor | PackedText]:
+            tokens: Tensor | PackedText = batch.tokens[rows]
+            if self.pack_text and is_worth_packing(batch.tokens[rows]):
+                on_cpu = self.world.device.type == "cpu"
+                length = fitted_length(batch.tokens[rows]) if on_cpu else PACKED_LENGTH
+                tokens = pack_captions(batch.tokens[rows], length)
+                tokens = tokens.pin_memory() if pinned else tokens
+            return [batch.images[rows], tokens, *(other[rows] for other in others)]
+
+        return cut
+
+    def embedder(self, batch: Batch, step: int, towers: nn.Module) -> Embed:
+        """What embeds a micro-batch of a batch by some form of the towers."""
+        upload = Upload(self.cutter(batch, step), self.world.device, self._stream())
 
         def embed(rows: slice, following: slice | None) -> tuple[Tensor, ...]:
-            images, *others = upload.rows(rows, following)
-            images = normalize_images(images, self.transform.mean, self.transform.std)
+            parts = upload.rows(rows, following)
             with self.autocast():
-                return towers(images, *others)
+                return towers(*parts)
 
         return embed
 
@@ -128,14 +148,18 @@ class TrainingStep:
         with self.autocast():
             return self.loss_fn(*features)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the towers' matrix products."""
+        return {"fp32": torch.float32, "amp": torch.float16}.get(self.precision, torch.bfloat16)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for what is computed in it."""
-        if self.precision == "fp32":
-            return nullcontext()
-        dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
+        if self.precision in ("fp32", "bf16"):
+            return nullcontext()  # the dtype is the weights' own
         # Casts of weights are kept until the end of the context, where a sharded model would be whole again.
         cached = not is_sharded(self.model)
-        return torch.autocast(self.world.device.type, dtype, cache_enabled=cached)
+        return torch.autocast(self.world.device.type, self.dtype, cache_enabled=cached)
 
     def needs_plan(self) -> bool:
         """Whether ``plan`` has something to choose: the micro-batch, or how many of several keep their graphs."""
@@ -179,7 +203,8 @@ class TrainingStep:
 
     def _some_features(self) -> Tensor:
         """As many features as a rank has pairs, in the memory of one."""
-        one = torch.empty(1, self.model.config.embed_dim, device=self.world.device)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        one = torch.empty(1, self.model.config.embed_dim, dtype=dtype, device=self.world.device)
         return one.expand(self.largest_share, -1)
 
 

@@ -28,7 +28,7 @@ WORTHWHILE = 1.03
 SHARE_OF_GPU = 0.9
 CPU_BYTES = 4 * GB
 # Of a process's memory over the tensors in it; docs/log.md has the measurement.
-CPU_OVERHEAD = 1.15
+CPU_OVERHEAD = 1.25
 
 
 @dataclass(frozen=True)

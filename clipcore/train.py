@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from clipcore import roll_call
+from clipcore import memory, roll_call
+from clipcore.architectures import find_model
 from clipcore.checkpoint import run_lock
 from clipcore.config import (
     ConfigError,
@@ -38,6 +39,7 @@ from clipcore.data import PairSource
 from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.loader import Batch, PairLoader
 from clipcore.data.sources import open_source
+from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import (
     World,
     all_reduce_sum,
@@ -57,9 +59,11 @@ from clipcore.optim import (
     ExponentialMovingAverage,
     adam_defaults,
     build_optimizer,
+    clipped_step,
     gradient_norm,
     local_part,
 )
+from clipcore.profile import PROFILE_FOLDER, StepProfile, check_long_enough
 from clipcore.run_report import report_run
 from clipcore.run_state import (
     VOCABULARY_FILE,
@@ -97,6 +101,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     note_without_effect(config, world)
     make_deterministic()
     leave_cores_to_workers(config, world)
+    if world.device.type == "cpu":
+        memory.keep_freed()
 
     # Data
     tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
@@ -108,6 +114,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     model, transform, eval_transform = create_model_and_transforms(
         str(config.model),
         pretrained=config.pretrained if checkpoint is None else None,
+        precision="bf16" if config.precision == "bf16" else "fp32",
         device="cpu" if is_split else world.device,
         force_image_size=config.force_image_size,
         force_quick_gelu=config.force_quick_gelu,
@@ -116,10 +123,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         # SigLIP's start: of many thousands of pairs in a batch all but a few are none.
         init_logit_scale=math.log(10) if config.siglip else None,
         init_logit_bias=-10.0 if config.siglip else None,
-        aug_cfg={
-            "scale": (config.aug_scale or 1.0, 1.0),
-            "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
-        },
+        aug_cfg=augmentation(config),
     )
     tokenizer.context_length = model.context_length
     lock_towers(model, config)
@@ -164,6 +168,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         ),
         eps=eps if config.eps is None else config.eps,
         weight_decay=config.wd or 0.0,
+        moments=config.adam_moments,
+        seed=config.seed,
     )
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
@@ -183,12 +189,14 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if checkpoint is not None:
         state.load(checkpoint)
     del checkpoint  # its files stay open, and on the disk, for as long as it is there
+    if config.profile:
+        check_long_enough(num_steps - state.step)
 
     towers: nn.Module = model
     if config.torchcompile:
         towers = cast(nn.Module, torch.compile(model))
     training = TrainingStep(
-        *(model, towers, loss_fn, world, transform, precision, config.seed, global_batch_size),
+        *(model, towers, loss_fn, world, precision, config.seed, global_batch_size),
         *(scaler.scale, config.micro_batch_size, config.keep_graphs),
     )
     if world.world_size > 1 and not is_split:
@@ -223,9 +231,19 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             evaluate_epoch(state, evaluations, log, epoch, state.step == num_steps)
             clock.charge("evaluation")
 
+        profiled = stack.enter_context(
+            StepProfile(
+                run_dir / PROFILE_FOLDER if config.profile and world.is_main else None,
+                world.device,
+                tower_widths(model),
+                training.dtype,
+                state.timings,
+            )
+        )
         first_step = state.step
         for step in range(first_step, num_steps):
             roll_call.at_step(step + 1)
+            profiled.begin_step()
             batch = next(batches)
             clock.charge("data")
             if step == first_step:
@@ -254,9 +272,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             if num_broken:
                 raise NonFiniteError(describe_non_finite(step, found, model, run_dir))
 
-            if config.grad_clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip_norm, grad_norm)
-            scaler.step(optimizer)
+            clipped_step(optimizer, scaler, model.parameters(), grad_norm, config.grad_clip_norm)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             model.clamp_logit_scale_()
@@ -283,6 +299,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
             )
 
             del batch, found  # which may be large, before the next are there
+            if said := profiled.end_step():
+                log.say(said)
+                clock.charge("profile")
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
             is_last, is_stopping = state.step == num_steps, num_signalled > 0
             if (
@@ -366,10 +385,21 @@ def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Token
     return train_tokenizer(training_captions(), config.vocab_size)
 
 
+def augmentation(config: TrainConfig) -> dict[str, Any]:
+    """The random crop, as arguments of ``ImageTransform``."""
+    return {
+        "scale": (config.aug_scale or 1.0, 1.0),
+        "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
+        "resize": config.aug_resize,
+    }
+
+
 def open_training_source(config: TrainConfig) -> PairSource:
-    """The pairs that ``--train-data`` names."""
+    """The pairs that ``--train-data`` names, in images no larger than the crop needs."""
     if config.train_data == "glyphs":
         return GlyphSource("train")
+    size = config.force_image_size or find_model(str(config.model)).vision.image_size
+    crop = ImageTransform(size, is_train=True, **augmentation(config))
     return open_source(
         config.train_data,
         dataset_type=config.dataset_type,
@@ -378,6 +408,7 @@ def open_training_source(config: TrainConfig) -> PairSource:
         separator=config.csv_separator,
         upsampling_factors=config.train_data_upsampling_factors,
         decoder=config.image_decoder,
+        min_side=crop.min_side,
     )
 
 
@@ -390,6 +421,12 @@ def lock_towers(model: CLIP, config: TrainConfig) -> None:
         )
     if config.lock_text:
         model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
+
+
+def tower_widths(model: CLIP) -> tuple[int, int]:
+    """Inner sizes of the towers' matrix products; of a ResNet those of its attention pool's output."""
+    image = model.config.embed_dim if model.is_resnet else model.config.vision.width
+    return image, model.config.text.width
 
 
 def make_deterministic() -> None:

@@ -1,4 +1,4 @@
-"""What every test shares: two threads, seeds, poisoned memory on request, Triton's interpreter where there is no GPU."""
+"""What every test shares: threads, seeds, poisoned memory on request, Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import random
 from collections.abc import Iterator
 
-# Read by OpenMP when torch is imported, and by every process that a test starts.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Read by OpenMP when torch is imported, and by every process that a test starts. Workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import numpy as np
 import pytest

@@ -71,6 +71,21 @@ def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, fou
     assert in_global_batches(config, num_ranks) == config
 
 
+def test_aug_resize_takes_the_place_of_the_recipes_crop():
+    config, _ = parse_command_line(["--train-data", "a.csv", "--aug-resize", "256"])
+    config = resolve(config)
+    assert (config.aug_resize, config.aug_scale, config.aug_ratio) == (256, None, None)
+    assert resolve(config) == config
+    assert resolve(parse_command_line(["--train-data", "a.csv"])[0]).aug_scale == 0.9
+    for line, message in (
+        ("--aug-resize 256 --aug-scale 0.5", "leave one or the other out"),
+        ("--aug-resize 256 --aug-ratio 1", "leave one or the other out"),
+        ("--aug-resize 0", "--aug-resize must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_command_line(line.split())
+
+
 def test_batches_that_contradict_each_other_are_refused():
     for line, message in (
         (
@@ -119,6 +134,8 @@ def test_an_unknown_flag_names_the_nearest():
         ("--report-to pigeon", "tensorboard, wandb and all"),
         ("--batch-size many", "--batch-size"),
         ("--precision fp8", "amp_bf16"),
+        ("--precision bf16 --fsdp", "take --precision amp_bf16"),
+        ("--profile --torchcompile", "--profile names operators"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_line(line, message):

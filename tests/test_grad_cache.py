@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from clipcore import step_plan
 from clipcore.data.loader import Batch, share_of_rank
-from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World
 from clipcore.grad_cache import differentiate, micro_batches
 from clipcore.loss import ClipLoss, SigLipLoss
@@ -64,7 +63,7 @@ def training(
 ) -> TrainingStep:
     loss_type = ClipLoss if model.logit_bias is None else SigLipLoss
     return TrainingStep(
-        *(model, model, loss_type(), ONE_RANK, ImageTransform(32, is_train=True), "fp32", 5),
+        *(model, model, loss_type(), ONE_RANK, "fp32", 5),
         *(num_pairs, lambda loss: loss, micro_batch_size, kept),
     )
 
@@ -102,14 +101,20 @@ def test_micro_batches_have_the_direct_gradients(siglip: bool, size: int, kept: 
 
 
 def test_float32_follows_the_rule_of_accuracy() -> None:
-    """The direct gradients in float32 are the reference, those in float64 exact."""
+    """The direct gradients in float32 are the reference, those in float64 exact; each parameter's in units of its largest,
+    all together, since of single ones the reference's are right by luck too often."""
     model, wide = tower(dtype="fp32"), tower()
     _, cached = gradients(training(model, 3), pairs())
     _, direct = gradients(training(model), pairs())
     wide.load_state_dict(model.state_dict())
     _, exact = gradients(training(wide), pairs())
-    for name, gradient in exact.items():
-        assert_accurate(name, cached[name], direct[name], gradient)
+    largest = {name: gradient.abs().max() for name, gradient in exact.items()}
+    together = (
+        torch.cat([(found[name].double() / largest[name]).flatten() for name in exact])
+        for found in (cached, direct, exact)
+    )
+    cached_all, direct_all, exact_all = together
+    assert_accurate("all gradients", cached_all.float(), direct_all.float(), exact_all)
 
 
 def test_the_embedded_models_gradients_over_512_pairs() -> None:
@@ -262,7 +267,10 @@ def test_one_graph_at_a_time() -> None:
     """What is alive in the replay does not grow with the number of micro-batches."""
 
     def largest(num_pairs: int) -> int:
-        batch = pairs(num_pairs)
+        # The same eight again, since a graph's size is that of its captions.
+        eight, times = pairs(8), num_pairs // 8
+        parts = (eight.images, eight.tokens, eight.indices)
+        batch = Batch(*(part.repeat(times, *[1] * (part.dim() - 1)) for part in parts))
         alive, most = 0, 0
 
         def pack(tensor: Tensor) -> tuple[Tensor, _Alive]:
@@ -429,10 +437,11 @@ def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
 
 
 def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
-    model = tower(dtype="fp32")
+    model, whole = tower(dtype="fp32"), pairs(4096)
+    first = Batch(*(part[:16] for part in (whole.images, whole.tokens, whole.indices)))
     counted = [
-        step_plan._forward_counted(training(model).embedder(pairs(number), 0, model), model, 16)[1]
-        for number in (16, 4096)
+        step_plan._forward_counted(training(model).embedder(batch, 0, model), model, 16)[1]
+        for batch in (first, whole)
     ]
     assert counted[0] == counted[1] > 16 * 1000
 
@@ -441,8 +450,8 @@ def test_little_memory_keeps_few_graphs_and_too_little_is_told() -> None:
     model = tower(dtype="fp32")
     step = training(model, 64, num_pairs=1024)
     step.kept = None
-    plan = step.plan(pairs(1024), 0, step_memory=0.08)
-    assert 1 <= plan.kept < 16 and plan.peak_bytes <= 80_000_000
+    plan = step.plan(pairs(1024), 0, step_memory=0.05)
+    assert 1 <= plan.kept < 16 and plan.peak_bytes <= 50_000_000
     assert f"16 micro-batches of 64, {plan.kept} of which keep their graphs" in str(plan)
     step = training(model, num_pairs=1024)
     with pytest.raises(ValueError, match="raise --step-memory"):
@@ -456,22 +465,22 @@ import json
 import torch
 from clipcore import memory
 from clipcore.data.loader import Batch
-from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World
 from clipcore.loss import ClipLoss
 from clipcore.model import create_model
 from clipcore.step import TrainingStep
 
+memory.keep_freed()  # as a run does
 device, num_pairs = torch.device("cpu"), 32768
 model = create_model("ViT-glyphs")
-transform = ImageTransform(32, is_train=True)
 images = torch.randint(0, 256, (num_pairs, 3, 32, 32), dtype=torch.uint8)
 tokens = torch.randint(1, 3000, (num_pairs, 24))  # the embedded captions' length
 tokens[torch.arange(num_pairs), torch.randint(4, 24, (num_pairs,))] = 3071
 batch = Batch(images, tokens, torch.arange(num_pairs))
 step = TrainingStep(
-    *(model, model, ClipLoss(), World(0, 1, 0, device), transform, "fp32", 0, num_pairs),
+    *(model, model, ClipLoss(), World(0, 1, 0, device), "fp32", 0, num_pairs),
     lambda loss: loss,
+    micro_batch_size=32,  # the smallest that a plan takes by itself: graphs of small pieces, the most beside their tensors
 )
 plan = step.plan(batch, 0)
 with memory.watch(device) as watched:

@@ -93,8 +93,10 @@ def zero_shot_accuracy(
     label_N, first_N, fifth_N = gather_rows(torch.cat(hits)).double().unbind(1)
     if not len(label_N):
         raise ValueError("there are no images to classify")
-    count_C = torch.bincount(label_N.long(), minlength=classifier_EC.shape[1])
-    right_C = torch.bincount(label_N.long(), weights=first_N, minlength=classifier_EC.shape[1])
+    # Counts of whole numbers: sums of weights would depend on the order in which a GPU adds them.
+    label_N, num_classes = label_N.long(), classifier_EC.shape[1]
+    count_C = torch.bincount(label_N, minlength=num_classes)
+    right_C = torch.bincount(label_N[first_N > 0], minlength=num_classes)
     recall = (right_C[count_C > 0] / count_C[count_C > 0]).mean()
     return {
         "acc1": first_N.mean().item(),
