@@ -66,7 +66,7 @@ def measure(
         try:
             if min_rounds > 1:
                 fn()
-            found[name] = Measured([], _extra_bytes(fn, device))
+            found[name] = Measured([], extra_bytes_of(fn, device))
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
             torch.cuda.empty_cache()
@@ -85,7 +85,7 @@ def _bytes_of(result: Any) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _extra_bytes(fn: Callable[[], Any], device: torch.device) -> int:
+def extra_bytes_of(fn: Callable[[], Any], device: torch.device) -> int:
     """Peak of a call above what was in use before it, without what it returns; pages kept from a call before count."""
     give_back_idle_pages()
     with memory.watch(device) as watched:
@@ -175,13 +175,39 @@ def record_measured(
     return medians
 
 
-def record_computed(
-    op: str, time_ms: float, num_bytes: float, assumptions: str, **case: Any
+def record_row(
+    op: str, provider: str, *, device: torch.device, figures: dict[str, Any], **case: Any
 ) -> None:
-    """Appends and prints a row of what follows from a formula and its assumptions, where nothing was measured."""
-    figures = {"computed": True, "time_ms": round(time_ms, 4), "bytes_moved": int(num_bytes)}
+    """Appends and prints a row of what has no time: memory that was taken, or counts.
+
+    Args:
+        figures: what was found, of `FIGURES`.
+        case: see `record_measured`.
+    """
+    assert figures.keys() <= FIGURES
+    row = {"op": op, "provider": provider, **case, **figures, "device": device_name(device)}
+    _append(_slug(row["device"]), {**row, **_versions()})
+    shown = {title: COLUMNS[title](row) for title in FIGURE_COLUMNS}
+    found = ", ".join(f"{title} {cell}" for title, cell in shown.items() if cell)
+    print(f"{op} {provider} {case}: {found}", flush=True)
+
+
+def record_computed(
+    op: str, time_ms: float | None, num_bytes: float, assumptions: str, **case: Any
+) -> None:
+    """Appends and prints a row of what follows from a formula and its assumptions, where nothing was measured.
+
+    Args:
+        time_ms: None for memory that is taken, and not moved.
+    """
+    figures: dict[str, Any] = {"computed": True}
+    if time_ms is None:
+        figures |= {"extra_bytes": int(num_bytes)}
+    else:
+        figures |= {"time_ms": round(time_ms, 4), "bytes_moved": int(num_bytes)}
     _append("computed", {"op": op, **case, **figures, "assumptions": assumptions, **_versions()})
-    print(f"computed: {op} {case}: {time_ms:.3f} ms, {num_bytes / 1e6:.1f} MB", flush=True)
+    took = "" if time_ms is None else f"{time_ms:.3f} ms, "
+    print(f"computed: {op} {case}: {took}{num_bytes / 1e6:.1f} MB", flush=True)
 
 
 def _append(name: str, row: dict[str, Any]) -> None:
@@ -277,7 +303,21 @@ def _number(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: str(row[name]) if row.get(name) else ""
 
 
+def _mib(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[name] / 2**20:.1f}" if name in row else ""
+
+
+def _count(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: str(row.get(name, ""))
+
+
+def _over_expected(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / row['expected_bytes']:.3f}" if "expected_bytes" in row else ""
+
+
 def _pairs_per_s(row: dict[str, Any]) -> str:
+    if "median_ms" not in row:
+        return ""
     found = row.get("pairs_per_s") or 1e3 * row.get("pairs", 0) / row["median_ms"]
     return f"{found:.4g}" if found else ""
 
@@ -287,6 +327,17 @@ def _at(row: dict[str, Any]) -> str:
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]
+# Of rows without a time.
+FIGURE_COLUMNS: Columns = {
+    "extra MiB": _mib("extra_bytes"),
+    "peak MiB": _mib("peak_bytes"),
+    "expected MiB": _mib("expected_bytes"),
+    "peak / expected": _over_expected,
+    "budget MiB": _mib("budget_bytes"),
+    "micro-batch": _count("micro_batch_size"),
+    "kept graphs": _count("kept"),
+    "page faults": _count("page_faults"),
+}
 COLUMNS: Columns = {
     "case": case_in_words,
     "provider": lambda row: row["provider"],
@@ -295,7 +346,7 @@ COLUMNS: Columns = {
     "TFLOP/s": _number("tflops"),
     "of the ceiling": _share,
     "GB/s": _number("gb_per_s"),
-    "extra MiB": lambda row: f"{row['extra_bytes'] / 2**20:.1f}",
+    **FIGURE_COLUMNS,
     "parts, ms": _parts,
     "gradient's error": lambda row: (
         f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
@@ -307,7 +358,8 @@ COMPUTED_COLUMNS: Columns = {
     "what": lambda row: row["op"],
     "case": case_in_words,
     "ms": _number("time_ms"),
-    "MB": lambda row: f"{row['bytes_moved'] / 1e6:.1f}",
+    "MB": lambda row: f"{row['bytes_moved'] / 1e6:.1f}" if "bytes_moved" in row else "",
+    "extra MiB": _mib("extra_bytes"),
     "assumptions": _number("assumptions"),
     "commit": _at,
 }
@@ -315,7 +367,11 @@ COMPUTED_COLUMNS: Columns = {
 # milliseconds of a step's parts, how a step was cut, bytes that a rank has sent.
 ERRORS = {"loss_error", "gradient_error", "scale_error"}
 EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"}
-_MEASURED = EXTRAS | {
+# What rows without a time have: memory, how a step was cut, pages that the kernel gave.
+FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
+FIGURES |= {"micro_batch_size", "kept", "page_faults"}
+_FOUND = EXTRAS | FIGURES
+_MEASURED = _FOUND | {
     "op",
     "provider",
     "median_ms",
@@ -323,7 +379,6 @@ _MEASURED = EXTRAS | {
     "p80_ms",
     "tflops",
     "gb_per_s",
-    "extra_bytes",
     "pairs_per_s",
     "ceiling_tflops",
     "computed",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Read by OpenMP when torch is imported, and by every process that a test starts. Workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -17,6 +20,53 @@ import torch
 # interpreter: it runs only where a test calls a Triton launcher with CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from ranks import RankPool
+from runs import RunServer
+
+# Files whose module's fixtures take half a minute: they are one worker's, too.
+BUILT_ONCE = {"test_packaging.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give out single tests, but all files that start ranks or whole runs to one worker, first.
+
+    So they never compete with each other for the cores. This is what xdist's --dist loadgroup is for, which groups nothing
+    under pytest 9.2 (pytest-xdist issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    # What they need for it: a pool of ranks, or the settings of a small run.
+    starts = re.compile(r"\b(RankPool|pool_of_two|NANO)\b")
+    is_alone = {
+        path.name: bool(starts.search(path.read_text()))
+        for path in Path(__file__).parent.glob("test_*.py")
+    }
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0].rpartition("/")[2]
+            if is_alone.get(file):
+                return "ranks and runs"
+            return file if file in BUILT_ONCE else nodeid
+
+    return Scheduler(config, log)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunServer]:
+    """Starts training runs by fork."""
+    started = RunServer()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def pool_of_two() -> Iterator[RankPool]:
+    """Two gloo ranks."""
+    with RankPool(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Layer 2 (the interpreter on the CPU) and layer 4 (a GPU) are the same tests: kernels run where they can run best.
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +61,47 @@ class LargestStorage(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return out
+
+
+class LiveStorages(LargestStorage):
+    """Also counts the bytes that are alive of what operations inside a ``with`` returned; ``peak_bytes`` is their most.
+
+    A tensor is counted with its whole storage, once, from the operation that returned it until it is freed.
+    """
+
+    peak_bytes = 0
+    alive_bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, weakref.ref[UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        # What was there before is not of these operations, also where they return a view of it.
+        given = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._watch(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
+        return out
+
+    def _watch(self, storage: UntypedStorage) -> None:
+        """Count a storage until it is freed; torch keeps its Python object as long as anything uses it."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def free(_: weakref.ref[UntypedStorage]) -> None:
+            del self._alive[key]
+            self.alive_bytes -= size
+
+        self._alive[key] = weakref.ref(storage, free)
+        self.alive_bytes += size
 
 
 class Products:

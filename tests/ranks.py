@@ -1,6 +1,6 @@
 """A pool of gloo ranks on this machine: started once, then handed any number of functions.
 
-Starting processes that import torch costs seconds; sending one a function costs microseconds.
+The ranks are forked from a process that has imported torch and computed nothing: a start that imports it costs seconds.
 Warnings are errors inside the ranks, so that a deprecated collective shows.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from clipcore.distributed import close_distributed, init_distributed
 
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 # Seconds that one function may take on a loaded machine before the pool gives up on a rank.
-PATIENCE = 120
+PATIENCE = 300
 
 
-def _serve(rank: int, num_ranks: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, num_ranks: int, connection: Connection) -> None:
+    """Be one rank: join the group, then call what comes over the connection until it says to end."""
+    if rank == 0:
+        # A port that the system chose, and that this process holds from now on.
+        store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False
+        )
+        connection.send(store.port)
+        port = store.port
+    else:
+        port = connection.recv()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -51,22 +61,21 @@ class RankPool:
     """`num_ranks` processes in one gloo group; a context manager that ends them."""
 
     def __init__(self, num_ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "clipcore.train"])
         self.num_ranks = num_ranks
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, num_ranks, port, there), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, num_ranks, there), daemon=True)
             process.start()
             there.close()
             self._connections.append(here)
             self._processes.append(process)
+        port = self._connections[0].recv()
+        for connection in self._connections[1:]:
+            connection.send(port)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Calls function(world, *arguments) on every rank; what they return, by rank.
@@ -94,6 +103,6 @@ class RankPool:
             if process.is_alive():
                 connection.send_bytes(b"")
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(timeout=PATIENCE)
             if process.is_alive():
                 process.kill()

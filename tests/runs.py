@@ -13,14 +13,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import CLOCK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
+
+# Seconds that one wait may take. It only ends a test that hangs: a loaded machine is many times slower than an idle one.
+LIMIT_S = 300.0
 
 # A model and a vocabulary that train in milliseconds.
 NANO = [
@@ -36,6 +43,19 @@ NANO = [
 ]
 
 
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    """Return as soon as ``condition`` holds; fail with ``what`` was waited for if it never does."""
+    limit = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < limit, f"no {what} within {limit_s:g} s"
+        time.sleep(0.005)
+
+
+def wait_for_checkpoint(checkpoints: Path, other_than: Path | None = None) -> None:
+    """Return as soon as the newest checkpoint of a folder is another one than ``other_than``."""
+    wait_until(lambda: latest_checkpoint(checkpoints) != other_than, "new checkpoint")
+
+
 @dataclass
 class Run:
     """One forked run: its process, and where its output goes."""
@@ -44,9 +64,9 @@ class Run:
     output: Path
     server: RunServer
 
-    def wait(self, timeout_s: float = 120.0) -> int:
-        """The exit status; negative the number of the signal that ended it."""
-        return self.server.wait(self.pid, timeout_s)
+    def wait(self) -> int:
+        """Wait for the end; return the exit status, or minus the number of the signal that ended it."""
+        return self.server.wait(self.pid)
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -60,12 +80,15 @@ class Run:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
-        """Until the output holds ``text``."""
-        limit = time.monotonic() + timeout_s
-        while text not in self.text:
-            assert time.monotonic() < limit, f"no {text!r} in: {self.text}"
-            time.sleep(0.01)
+    def wait_for(self, text: str) -> None:
+        """Return once the output holds ``text``; fail if the run ends before."""
+
+        def holds() -> bool:
+            status = self.server.poll(self.pid)
+            assert text in self.text or status is None, f"ended with {status}: {self.text}"
+            return text in self.text
+
+        wait_until(holds, repr(text))
 
 
 class RunServer:
@@ -74,65 +97,67 @@ class RunServer:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, str(PROGRAMS / "train_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
+        self._statuses: dict[int, int] = {}
         # It answers once it has imported everything, so that no run's time holds that.
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
-    def start(self, arguments: list[str], output: Path) -> Run:
-        """Begins ``python -m clipcore.train`` with these arguments."""
+    def start(
+        self,
+        arguments: list[str],
+        output: Path,
+        kill_at: int | None = None,
+        count_to: Path | None = None,
+    ) -> Run:
+        """Begin ``python -m clipcore.train`` with these arguments.
+
+        Args:
+            kill_at: number of the event (of programs/train_server.py) at which the run kills itself.
+            count_to: a file for the number of the run's events.
+        """
         output.write_text("")
-        reply = self._ask({"argv": [str(a) for a in arguments], "output": str(output)})
-        return Run(reply["pid"], output, self)
+        request = {"argv": [str(a) for a in arguments], "output": str(output), "kill_at": kill_at}
+        request["count_to"] = str(count_to) if count_to else None
+        return Run(self._ask(request)["pid"], output, self)
 
-    def run(self, arguments: list[str], output: Path, timeout_s: float = 120.0) -> tuple[int, str]:
-        """A whole run: its exit status and its output."""
+    def run(self, arguments: list[str], output: Path) -> tuple[int, str]:
+        """Make a whole run; return its exit status and its output."""
         run = self.start(arguments, output)
-        return run.wait(timeout_s), run.text
+        return run.wait(), run.text
 
-    def wait(self, pid: int, timeout_s: float) -> int:
-        limit = time.monotonic() + timeout_s
-        while (status := self._ask({"poll": pid})["status"]) is None:
-            if time.monotonic() > limit:
-                os.kill(pid, signal.SIGKILL)
-                raise TimeoutError(f"the run did not end within {timeout_s} s")
-            time.sleep(0.01)
-        return status
+    def poll(self, pid: int) -> int | None:
+        """Return the exit status of a run, None while it goes on."""
+        if pid not in self._statuses:
+            status = self._ask({"poll": pid})["status"]
+            if status is None:
+                return None
+            self._statuses[pid] = status
+        return self._statuses[pid]
+
+    def wait(self, pid: int) -> int:
+        """Wait for the end of a run; return its exit status."""
+        try:
+            wait_until(lambda: self.poll(pid) is not None, "end of the run")
+        except AssertionError:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        return self._statuses[pid]
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(LIMIT_S)
 
-    def _ask(self, request: dict[str, object]) -> dict[str, int]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
-
-
-_SERVER = """
-import json, os, sys
-import clipcore.train, clipcore.classify
-
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if "poll" in request:
-        pid, status = os.waitpid(request["poll"], os.WNOHANG)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status) if pid else None}), flush=True)
-        continue
-    pid = os.fork()
-    if not pid:
-        out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2), os.close(0)
-        sys.exit(clipcore.train.main(request["argv"]))
-    print(json.dumps({"pid": pid}), flush=True)
-"""
 
 
 def final_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:

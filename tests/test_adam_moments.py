@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,11 @@ import pytest
 import torch
 from numerics import DEVICES
 from ranks import RankPool
-from runs import NANO, RunServer, assert_same_bits, final_state
+from runs import NANO, RunServer, assert_same_bits, final_state, wait_for_checkpoint
 from shards import write_csv
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from clipcore.checkpoint import latest_checkpoint
 from clipcore.distributed import World
 from clipcore.model import create_model
 from clipcore.optim import (
@@ -252,22 +249,14 @@ def clip_steps(world: World | None) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in whole.items()}
 
 
-def test_a_split_model_has_the_bits_of_a_whole_one() -> None:
+def test_a_split_model_has_the_bits_of_a_whole_one(pool_of_two: RankPool) -> None:
     expected = clip_steps(None)
-    with RankPool(2) as pool:
-        for found in pool.run(clip_steps):
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for found in pool_of_two.run(clip_steps):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunServer]:
-    started = RunServer()
-    yield started
-    started.close()
 
 
 def flags(tmp_path: Path, name: str, table: Path, *extra: str) -> list[str]:
@@ -286,8 +275,7 @@ def test_a_run_is_resumed_bit_for_bit_and_may_change_its_moments(
     assert status == 0, text
     line = flags(tmp_path, "broken", table, *chosen, "--resume", "latest")
     run = server.start(line, tmp_path / "b")
-    while latest_checkpoint(tmp_path / "broken" / "checkpoints") is None:
-        time.sleep(0.002)
+    wait_for_checkpoint(tmp_path / "broken" / "checkpoints")
     run.signal(signal.SIGTERM)
     assert run.wait() in (143, 0), run.text
     assert server.run(line, tmp_path / "b")[0] == 0

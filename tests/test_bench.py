@@ -58,6 +58,18 @@ def test_the_page_has_the_newest_row_of_each_case_and_no_empty_column(results: P
     assert "pairs/s" in page and "gradient's error" not in page and "GB/s" not in page
 
 
+def test_rows_without_a_time_show_what_they_count(results: Path) -> None:
+    figures = {"peak_bytes": 3 * 2**20, "expected_bytes": 4 * 2**20, "kept": 0, "page_faults": 7}
+    device = torch.device("cpu")
+    harness.record_row("memory of a test", "ours", device=device, figures=figures, N=10)
+    harness.record_computed("memory of a test, theirs", None, 5 * 2**20, "a formula", N=10)
+    page = harness.results_page()
+    (row,) = [line for line in page.splitlines() if line.startswith("| N") and "ours" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert {"3.0", "4.0", "0.750", "0", "7"} <= set(cells)
+    assert "5.0" in page and "a formula" in page
+
+
 def test_committed_tables_are_those_of_the_rows() -> None:
     assert (harness.RESULTS / "RESULTS.md").read_text() == harness.results_page()
     text = harness.README.read_text()

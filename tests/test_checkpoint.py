@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from runs import PROGRAMS
 from torch import Tensor, nn
 
 from clipcore.checkpoint import (
@@ -413,15 +414,13 @@ def test_loaded_tensors_do_not_hold_the_files(tmp_path):
 
 # The lock.
 
-HOLD = "import sys; from clipcore.checkpoint import run_lock\nwith run_lock(sys.argv[1]): print('held', flush=True); input()"
-
 
 @contextlib.contextmanager
 def holder(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)],
+        [sys.executable, str(PROGRAMS / "hold_lock.py"), str(directory)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

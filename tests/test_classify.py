@@ -16,14 +16,12 @@ from clipcore.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     table = write_csv(folder / "data", num_pairs=40)
     line = ["--logs", str(folder), "--name", "r", "--train-data", str(table), *NANO]
     line += ["--batch-size", "20", "--epochs", "1", "--ema-decay", "0.5"]
-    server = RunServer()
     status, text = server.run(line, folder / "out")
-    server.close()
     assert status == 0, text
     return folder / "r"
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from numerics import (
     KERNEL_DEVICE,
     KERNEL_DTYPES,
     LargestStorage,
+    LiveStorages,
     Products,
     assert_accurate,
     with_gradients,
@@ -730,34 +728,19 @@ def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
     assert not logits_cpu._idle_pages
 
 
-MEASURE_PEAK = """
-import re, torch
-from pathlib import Path
-from clipcore.kernels.contrastive import contrastive_loss
-
-def kib(field):
-    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-def step(num_pairs):
-    image, text = (torch.nn.functional.normalize(torch.randn(num_pairs, 128)) for _ in range(2))
-    image.requires_grad_(), text.requires_grad_()
-    before = kib("VmRSS")
-    contrastive_loss(image, text, torch.tensor(20.0, requires_grad=True), normalize=False).backward()
-    return before + 2 * image.nbytes // 1024
-
-step(64)  # threads and lazy imports
-without = step(32768)
-print((kib("VmHWM") - without) * 1024)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
-def test_peak_memory_of_the_papers_batch() -> None:
-    """32,768 pairs of a quarter of the paper's columns: at most a quarter of 1 GB above embeddings and their gradients."""
-    found = subprocess.run(
-        [sys.executable, "-c", MEASURE_PEAK], check=True, capture_output=True, text=True
-    )
-    assert 0 < int(found.stdout) <= 10**9 // 4
+@pytest.mark.parametrize("num_pairs", [2048, 4096])
+def test_what_is_held_grows_with_the_pairs_and_not_their_square(num_pairs: int) -> None:
+    """All tensors that are alive at once, without a stash: the workspace, the gradients, an operand of each side, sums."""
+    width, workspace_bytes = 32, 2**20
+    image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
+    operator = (contrastive.contrastive_fwd_cpu, contrastive.contrastive_bwd_cpu)
+    with LiveStorages.inside(contrastive, *(fn.__name__ for fn in operator)) as live:
+        contrastive_loss(
+            image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
+        ).backward()
+    fixed = workspace_bytes + 2 * logits_cpu.STRIP_BYTES
+    linear = 3 * (image.nbytes + text.nbytes) + 12 * 8 * 2 * num_pairs
+    assert workspace_bytes < live.peak_bytes <= fixed + linear < 4 * num_pairs**2
 
 
 def test_the_plan_says_what_it_chose_and_why() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import LIMIT_S, PROGRAMS, ROOT
 from shards import write_csv, write_shards
 
 from clipcore.data import BadSample, DataError, Pair, loader
@@ -329,33 +330,13 @@ def test_evaluation_of_nothing_readable_is_empty():
     assert not list(eval_batches(Pictures(1), EVAL, tokenize, 2, rank=0, world_size=2))
 
 
-SIGNALLED = """
-import os, signal, subprocess, sys, time
-from pathlib import Path
-from test_loader import Pictures, make, take, assert_same
-signal.signal(signal.SIGUSR1, lambda *_: None)
-batches = make(Pictures(64), workers=2).batches()
-first = take(batches, 1)
-workers = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-assert len(workers) == 2
-numbers = ", ".join(str(int(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-stranger = f"import os; [os.kill(pid, n) for pid in {workers} for n in ({numbers})]"
-subprocess.run([sys.executable, "-c", stranger], check=True)
-time.sleep(0.2)
-assert_same(first + take(batches, 5), take(make(Pictures(64)).batches(), 6))
-print("went on")
-raise SystemExit(7)  # with the workers still there
-"""
-
-
 def test_workers_outlive_signals_to_the_whole_run_but_not_the_run():
-    tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", SIGNALLED],
+        [sys.executable, str(PROGRAMS / "signal_loader_workers.py")],
         capture_output=True,
         text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+        timeout=LIMIT_S,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"},
     )
     assert "went on" in done.stdout and done.returncode == 7, done.stderr
 

@@ -18,46 +18,17 @@ from typing import Any
 import pytest
 import torch
 from aot import ARCHITECTURES, disassemble
+from runs import PROGRAMS, ROOT
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from clipcore import all_gather
 from clipcore.all_gather import _ExchangeRef, _Layout
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc/pack_kernels.cu"
 TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
-
-# Every thread of every block in turn: the kernels have no barriers and no shared memory.
-BEFORE = """
-#include <cuda_runtime_api.h>
-#define __launch_bounds__(threads)
-static dim3 gridDim, blockDim;
-static uint3 blockIdx, threadIdx;
-extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <typename... Parameters, typename... Arguments>
-void on_host(void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... arguments) {
-  gridDim = grid;
-  blockDim = dim3(threads);
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
-}
-"""
-AFTER = """
-extern "C" int pack(const int64_t* header, const int64_t* ids, const void* rows, int64_t num_rows, int64_t num_columns,
-    int rows_type, void* part, int64_t ids_at, int64_t rows_at, int wire_type) {
-  return clipcore::launch_pack(header, ids, rows, num_rows, num_columns, rows_type, part, ids_at, rows_at, wire_type, 0);
-}
-extern "C" int unpack(const void* parts, int64_t part_bytes, int64_t ids_at, int64_t rows_at,
-    const int64_t* shard_sizes, int64_t num_ranks, int64_t num_columns, int wire_type, int64_t* ids, void* rows,
-    int rows_type) {
-  return clipcore::launch_unpack(
-      parts, part_bytes, ids_at, rows_at, shard_sizes, num_ranks, num_columns, wire_type, ids, rows, rows_type, 0);
-}
-"""
 
 
 @needs_nvcc
@@ -93,10 +64,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source, num_launches = launch.subn(r"on_host(\1, \2, \3, ", SOURCE.read_text())
     assert num_launches == 2
     folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(BEFORE + source + AFTER)
+    (folder / "pack_kernels_on_host.inc").write_text(source)
     command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCE.parent}"]
-    command += [f"-I{include.group(1)}", "host.cpp", "-o", "host.so"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command += [f"-I{include.group(1)}", f"-I{folder}"]
+    command += [str(PROGRAMS / "run_pack_kernels_on_host.cpp"), "-o", str(folder / "host.so")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "host.so"))
 

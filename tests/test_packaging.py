@@ -17,10 +17,10 @@ from types import ModuleType
 import pytest
 import torch
 import torch.utils.cpp_extension
+from runs import PROGRAMS, ROOT
 
 from clipcore import native
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [
     "setup.py",
     "pyproject.toml",
@@ -32,36 +32,6 @@ SHIPPED = [
     "kernels",
     "clipcore",
 ]
-
-# Run in the installed package, away from the checkout: everything comes from there, and loads.
-VISIT_INSTALLED = """
-import importlib, importlib.metadata, pkgutil, sys
-from pathlib import Path
-
-import clipcore, clipcore.kernels
-
-target = Path(sys.argv[1])
-kernels = [name for _, name, _ in pkgutil.iter_modules(clipcore.kernels.__path__)]
-modules = [importlib.import_module(f"clipcore.kernels.{name}") for name in kernels]
-from clipcore import native
-modules += [clipcore, native, native.load()]
-for module in modules:
-    assert Path(module.__file__).is_relative_to(target), module
-(distribution,) = importlib.metadata.distributions(name="clipcore", path=[str(target)])
-for entry_point in distribution.entry_points:
-    assert callable(entry_point.load())
-print("kernels:", *sorted(kernels))
-"""
-
-PRETEND_OTHER_TORCH = """
-import torch
-torch.__version__ = "2.12.1+cpu"
-from clipcore import native
-try:
-    native.load()
-except ImportError as error:
-    print(error)
-"""
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
@@ -188,24 +158,21 @@ def test_installed_package_loads(
     origin: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     target = installed(request.getfixturevalue(origin), tmp_path)
-    printed = run(sys.executable, "-c", VISIT_INSTALLED, target, cwd=tmp_path, path=target)
+    # Away from the checkout.
+    program = PROGRAMS / "visit_installed_package.py"
+    printed = run(sys.executable, program, target, cwd=tmp_path, path=target)
     expected = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     assert printed.split() == ["kernels:", *expected]
 
 
 def test_checkout_without_installation_has_no_extension(tree: Path) -> None:
-    # An editable installation of this very checkout would offer its own extension.
-    code = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
-from clipcore import native
-print(native.load())
-"""
-    assert run(sys.executable, "-c", code, cwd=tree, path=tree).strip() == "None"
+    program = PROGRAMS / "load_extension_of_checkout.py"
+    assert run(sys.executable, program, cwd=tree, path=tree).strip() == "None"
 
 
 def test_another_torch_is_named_with_the_remedy(target: Path, tmp_path: Path) -> None:
-    printed = run(sys.executable, "-c", PRETEND_OTHER_TORCH, cwd=tmp_path, path=target)
+    program = PROGRAMS / "load_extension_with_another_torch.py"
+    printed = run(sys.executable, program, "2.12.1+cpu", cwd=tmp_path, path=target)
     release = torch.__version__.partition("+")[0]
     assert f"was built for torch {release} with CUDA {torch.version.cuda}, but this is" in printed
     assert "but this is torch 2.12.1 with CUDA" in printed

@@ -7,13 +7,12 @@ import gzip
 import json
 import re
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import NANO, RunServer, assert_same_bits
+from runs import NANO, assert_same_bits
 from shards import write_csv
 from torch.autograd import DeviceType
 from torch.nn import functional as F
@@ -244,13 +243,6 @@ def test_times_of_a_gpu_are_those_of_its_kernels_with_what_nobody_launched():
         Operator("clipcore::attention_backward", True): 22,
         Operator("kernel adamw", False): 10,
     }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunServer]:
-    started = RunServer()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

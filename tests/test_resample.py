@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs import PROGRAMS, ROOT
 
 from clipcore.data import resample
 from clipcore.data.resample import (
@@ -21,12 +21,6 @@ from clipcore.data.resample import (
     rows_first,
 )
 from clipcore.data.transforms import ImageTransform
-
-ROOT = Path(__file__).resolve().parent.parent
-EXPORT = """#include "resample.h"
-extern "C" void resample(const uint8_t* x, int64_t s, int w, int h, uint8_t* y, int ow, int oh, bool c) {
-  clipcore::resample_bicubic(x, s, w, h, y, ow, oh, c);
-}"""
 
 
 @pytest.fixture(scope="module", params=["compiled here", "clipcore._C"])
@@ -40,8 +34,7 @@ def kernel(request, tmp_path_factory) -> Kernel:
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("resample")
-    (folder / "export.cpp").write_text(EXPORT)
-    sources = [str(folder / "export.cpp"), str(ROOT / "csrc/resample.cpp")]
+    sources = [str(PROGRAMS / "export_resample.cpp"), str(ROOT / "csrc/resample.cpp")]
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *flags, *sources, "-o", str(folder / "resample.so")], check=True)
     function = ctypes.CDLL(str(folder / "resample.so")).resample

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from runs import NANO, ROOT
+from runs import LIMIT_S, NANO, PROGRAMS, ROOT
 from safetensors.torch import load_file
 from shards import write_csv
 from torch import Tensor, nn
@@ -537,20 +537,6 @@ def test_compiled_is_refused() -> None:
         TrainConfig(fsdp=True, torchcompile=True)
 
 
-KILLED = """
-import os, signal
-write = os.write
-def dying(descriptor, data):
-    path = os.readlink(f"/proc/self/fd/{descriptor}")
-    if "model-00002-of-00002" in path and "step_00000012" in path and not os.path.exists("killed"):
-        open("killed", "w").close()
-        write(descriptor, data[:9])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(descriptor, data)
-os.write = dying
-"""
-
-
 def command_line(tmp_path: Path, table: Path, name: str, num_ranks: int) -> list[str]:
     """A run of 18 steps of 6 pairs, with three evaluations of 41 pairs, which no number of ranks divides."""
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
@@ -565,18 +551,24 @@ def run_here(world: World, line: list[str]) -> int:
 def test_a_killed_run_resumes_on_another_number_of_ranks(pool: RankPool, tmp_path: Path) -> None:
     """Two ranks, one of which is killed in its second checkpoint; three go on, and end as a run of whole models does."""
     table = write_csv(tmp_path, num_pairs=41)
-    (tmp_path / "sitecustomize.py").write_text(KILLED)
+    shutil.copy(PROGRAMS / "kill_in_second_checkpoint.py", tmp_path / "sitecustomize.py")
+    mark = tmp_path / "killed"
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m --".split()
     line = command_line(tmp_path, table, "sharded", num_ranks=2)
     done = subprocess.run(
         [sys.executable, *torchrun, "clipcore.train", *line, "--fsdp"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT_S,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "KILL_MARK": str(mark),
+        },
     )
-    assert done.returncode != 0 and (tmp_path / "killed").exists(), done.stderr
+    assert done.returncode != 0 and mark.exists(), done.stderr
     newest = latest_checkpoint(tmp_path / "sharded" / "checkpoints")
     assert newest is not None and newest.name == "step_00000006"
 

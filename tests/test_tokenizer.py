@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from runs import LIMIT_S, PROGRAMS
 
 from clipcore import tokenizer as tokenizer_module
 from clipcore.tokenizer import (
@@ -298,15 +300,12 @@ def test_a_trained_file_gives_open_clip_the_same_ids(open_clip_tokenizer, traine
 
 
 def test_training_depends_on_the_captions_alone(trained):
-    program = (
-        "import sys; from clipcore.tokenizer import train_tokenizer; "
-        "print(train_tokenizer(eval(sys.stdin.read()), 700).sha256)"
-    )
+    command = [sys.executable, str(PROGRAMS / "train_vocabulary.py"), "700"]
     shuffled = random.Random(1).sample(CAPTIONS, len(CAPTIONS))
     for captions, parallel in ((CAPTIONS, "false"), (shuffled, "true")):
         done = subprocess.run(
-            [sys.executable, "-c", program],
-            input=repr(captions),
+            command,
+            input=json.dumps(captions),
             env={
                 **os.environ,
                 "TOKENIZERS_PARALLELISM": parallel,
@@ -453,7 +452,7 @@ def test_workers_give_the_same_ids(trained, monkeypatch, method, parallel, capfd
     worker = context.Process(target=_encode_in_a_child, args=(trained, texts, results))
     worker.start()
     try:
-        assert results.get(timeout=60) == trained(texts).tolist()
+        assert results.get(timeout=LIMIT_S) == trained(texts).tolist()
     finally:
         worker.kill()
         worker.join()

@@ -7,27 +7,24 @@ import random
 import re
 import shutil
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from runs import NANO, RunServer, assert_same_bits, final_state
+from runs import (
+    NANO,
+    assert_same_bits,
+    final_state,
+    wait_for_checkpoint,
+    wait_until,
+)
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
 
 from clipcore import train, verify
 from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunServer]:
-    started = RunServer()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +80,7 @@ def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_p
         run = server.start([*line, "--resume", "latest"], tmp_path / "b")
         checkpoints = tmp_path / "broken" / "checkpoints"
         before = latest_checkpoint(checkpoints)
-        while latest_checkpoint(checkpoints) == before:
-            time.sleep(0.002)
+        wait_for_checkpoint(checkpoints, other_than=before)
         run.signal(signal.SIGTERM)
         assert run.wait() in (143, 0), run.text
     assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
@@ -145,8 +141,7 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_p
     for _ in range(4):
         run = server.start(line, tmp_path / "b")
         before = latest_checkpoint(checkpoints)
-        while latest_checkpoint(checkpoints) == before:
-            time.sleep(0.002)
+        wait_for_checkpoint(checkpoints, other_than=before)
         run.signal(signal.SIGTERM)
         statuses.append(run.wait())
     assert 143 in statuses
@@ -157,20 +152,17 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_p
 
 def test_killed_at_twenty_random_moments_ends_with_the_same_bits(server, shards, tmp_path):
     settings = {"epochs": 12, "ema_decay": 0.9, "force_patch_dropout": 0.25, "keep_checkpoints": 2}
-    started = time.monotonic()
-    straight = server.start(flags(tmp_path, "straight", shards, **settings), tmp_path / "a")
-    straight.wait_for("writing to")
-    starting_s = time.monotonic() - started
+    line = flags(tmp_path, "straight", shards, **settings)
+    straight = server.start(line, tmp_path / "a", count_to=tmp_path / "events")
     assert straight.wait() == 0, straight.text
-    steps, _ = read_metrics(tmp_path / "straight")
+    # Each life may reach a fifth of the run: the twenty of them end in all parts of it.
+    most = int((tmp_path / "events").read_text()) // 5
 
     line = [*flags(tmp_path, "killed", shards, **settings), "--resume", "latest"]
     moment, reached = random.Random(0), set()
     for _ in range(20):
-        run = server.start(line, tmp_path / "b")
-        time.sleep(moment.uniform(0.0, starting_s + steps[-1]["time_s"] / 5))
-        run.kill()
-        assert run.wait() in (-signal.SIGKILL, 0)
+        run = server.start(line, tmp_path / "b", kill_at=moment.randrange(1, most))
+        assert run.wait() in (-signal.SIGKILL, 0), run.text
         newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
         reached.add(newest.name if newest else "none")
     assert len(reached) >= 5, "the kills should fall all over the run"
@@ -183,8 +175,8 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(server, table, tmp_path):
     run = server.start(
         flags(tmp_path, "r", table, epochs=10_000, save_every_steps=10**6), tmp_path / "out"
     )
-    run.wait_for("writing to")
-    time.sleep(0.2)
+    log = tmp_path / "r" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size > 0, "step")
     run.signal(signal.SIGINT)
     assert run.wait() == 130
     assert "go on with: python -m clipcore.train --resume" in run.text

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool
-from runs import NANO, ROOT, assert_same_bits
+from runs import NANO, PROGRAMS, ROOT, assert_same_bits, wait_until
 from shards import write_csv
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
@@ -38,7 +37,6 @@ def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) 
         [sys.executable, *start, "clipcore.train", *line],
         capture_output=True,
         text=True,
-        timeout=240,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -112,15 +110,14 @@ def resume(world: World, folder: Path) -> str:
     return str(raised.value)
 
 
-def test_ranks_that_find_another_checkpoint_stop_together(tmp_path):
+def test_ranks_that_find_another_checkpoint_stop_together(pool_of_two, tmp_path):
     """Folders that the machines do not share: rank 1 finds an older one, or none."""
-    with RankPool(2) as pool:
-        for step in (2, 1):
-            weights = {"model": {"weight": torch.ones(2)}}
-            save_checkpoint(tmp_path / "0" / "r" / "checkpoints", 3 - step, weights, {})
-            told = pool.run(resume, tmp_path)
-            assert told[0] == told[1] and "1 of 2 ranks" in told[0] and "share" in told[0]
-            save_checkpoint(tmp_path / "1" / "r" / "checkpoints", 1, weights, {})
+    for step in (2, 1):
+        weights = {"model": {"weight": torch.ones(2)}}
+        save_checkpoint(tmp_path / "0" / "r" / "checkpoints", 3 - step, weights, {})
+        told = pool_of_two.run(resume, tmp_path)
+        assert told[0] == told[1] and "1 of 2 ranks" in told[0] and "share" in told[0]
+        save_checkpoint(tmp_path / "1" / "r" / "checkpoints", 1, weights, {})
 
 
 def test_another_global_batch_is_refused(table, tmp_path):
@@ -129,46 +126,39 @@ def test_another_global_batch_is_refused(table, tmp_path):
         launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
 
 
-SLOW_DISK = """
-import os, time
-fsync = os.fsync
-os.fsync = lambda file: (time.sleep(0.4), fsync(file))[1]
-"""
-NO_REPEATS = """
-import clipcore.interrupt
-clipcore.interrupt.REPEAT_S = 0.0
-"""
-
-
 @pytest.mark.parametrize("to_launcher", [True, False])
 def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
-    """On a slow disk, where rank 0 still writes its checkpoint when torchrun signals once more: because it has had the
-    signal as well, or, with every further signal taken for a second one, because another rank has ended."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK + ("" if to_launcher else NO_REPEATS))
+    """On a disk so slow that rank 0 still writes its checkpoint when torchrun could signal once more: because it has had
+    the signal as well, or, with every further signal taken for a second one, because another rank has ended."""
+    shutil.copy(PROGRAMS / "slow_disk.py", tmp_path / "sitecustomize.py")
     command = [*TORCHRUN, "2", "-m", "--", "clipcore.train", "--logs", str(tmp_path), "--name", "r"]
     command += ["--train-data", str(table), *NANO, "--batch-size", "4", "--epochs", "100000"]
     command += ["--save-frequency", "0"]
+    given = {"MARKS": str(tmp_path), "REPEAT_S": "3600" if to_launcher else "0"}
+    environment = {**os.environ, **given, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env={**environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
     ) as run:
         log = tmp_path / "r" / "metrics.jsonl"
-        limit = time.monotonic() + 120
-        while not (log.exists() and log.stat().st_size > 2000):
-            assert time.monotonic() < limit and run.poll() is None
-            time.sleep(0.05)
+        wait_until(lambda: log.exists() and log.stat().st_size > 2000, "steps")
         # The ranks first: torchrun has put them into process groups of their own.
         ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         assert len(ranks) == 2
         for pid in ranks:
             os.kill(int(pid), signal.SIGTERM)
+        wait_until((tmp_path / "writing").exists, "checkpoint in writing")
         if to_launcher:
-            time.sleep(0.3)
             run.send_signal(signal.SIGTERM)
-        said, _ = run.communicate(timeout=90)
+            wait_until((tmp_path / "0.2").exists, "second signal to rank 0")
+        else:
+            # Time in which torchrun would see that rank 1 has ended. A slow machine may miss a fault here, not make one.
+            time.sleep(1.0)
+        (tmp_path / "go").touch()
+        said, _ = run.communicate()
     steps, _ = read_metrics(tmp_path / "r")
     newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
     assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}", said

@@ -6,18 +6,17 @@ import io
 import itertools
 import math
 import random
-import resource
 import struct
-import time
 import warnings
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from openclip import import_open_clip
-from PIL import Image
+from PIL import Image, ImageFile, WebPImagePlugin
 from shards import picture
 
 from clipcore.data import BadSample
@@ -252,14 +251,19 @@ def webp_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
 @pytest.mark.parametrize("header", [png_header, jpeg_header, webp_header])
-def test_bombs_are_refused_before_they_are_allocated(decoder, header: Callable[[int, int], bytes]):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def test_bombs_are_refused_before_they_are_decoded(
+    decoder, header: Callable[[int, int], bytes], monkeypatch
+):
+    good = {png_header: "PNG", jpeg_header: "JPEG", webp_header: "WEBP"}[header]
+    for holder in (ImageFile.ImageFile, WebPImagePlugin.WebPImageFile):
+        monkeypatch.setattr(holder, "load", lambda *_: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(pytest.fail.Exception, match="decoded"):  # what a picture does
+        decode_image(encoded(noise(16, 16), good), decoder)
     for width, height in [(30_000, 30_000), (16_000, 16_000), (10_000, 8_948), (65_000, 65_000)]:
         with pytest.raises(BadSample) as caught:
             decode_image(header(width, height), decoder)
         assert "\n" not in str(caught.value)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert after - before < 100 * 1024  # kilobytes; the smallest of them would take 268 MB
 
 
 def test_a_thin_image_is_refused_before_it_is_enlarged():
@@ -316,7 +320,6 @@ def test_fuzzed_images_decode_or_are_bad_samples():
                 data[at] = rng.choice(
                     [data[at] ^ 1 << rng.randrange(8), rng.randrange(256), 0, 255]
                 )
-        start = time.perf_counter()
         try:
             decoded = decode_image(bytes(data), rng.choice(["pillow", "simplejpeg"]))
             assert decoded.mode == "RGB"
@@ -324,5 +327,4 @@ def test_fuzzed_images_decode_or_are_bad_samples():
         except BadSample as error:
             assert "\n" not in str(error)
             outcomes["bad"] += 1
-        assert time.perf_counter() - start < 1
     assert min(outcomes.values()) > 200

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
@@ -38,14 +37,13 @@ CASES = [
 ]
 
 
-def test_the_formula_is_what_two_ranks_exchange():
-    with RankPool(2) as pool:
-        for loss, rows, width, dtype in CASES:
-            expected = loss_collectives(2 * rows, width, 2, dtype, loss=loss, on_gpu=False)
-            for found in pool.run(collectives_on_rank, loss, rows, width, dtype):
-                assert found == expected, (loss, rows, width, dtype)
-        for found in pool.run(averaged_gradients):
-            assert found == gradient_collectives(NUM_PARAMETERS)
+def test_the_formula_is_what_two_ranks_exchange(pool_of_two):
+    for loss, rows, width, dtype in CASES:
+        expected = loss_collectives(2 * rows, width, 2, dtype, loss=loss, on_gpu=False)
+        for found in pool_of_two.run(collectives_on_rank, loss, rows, width, dtype):
+            assert found == expected, (loss, rows, width, dtype)
+    for found in pool_of_two.run(averaged_gradients):
+        assert found == gradient_collectives(NUM_PARAMETERS)
 
 
 NUM_PARAMETERS = 3 * 5 + 5

@@ -1,0 +1,275 @@
+"""Memory that a process takes: a step of 32,768 pairs and its losses, the pages that freed memory costs, decoding bombs.
+
+python bench/bench_memory.py [--only step loss faults bombs] [--device cuda]
+
+Each case runs in a fresh process (`--case`), for what one has left behind would hide what the next one takes. Rows:
+
+step    the peak beside model and optimizer, the batch's inputs counted, against what the plan expected and its budget;
+        for micro-batches of given sizes, and as the plan finds best (`auto`)
+loss    the peak above embeddings and their gradients, loss and backward pass together; beside it open_clip's at 8,192
+        pairs, and how much as many matrices would take at 32,768, which is computed
+faults  pages that the kernel had to give for the tensors of twenty steps, as glibc does by itself and after
+        `clipcore.memory.keep_freed`
+bombs   the peak while pictures are refused whose headers promise 268 MB and more
+
+On the CPU the peak is of the resident set, on a GPU of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from bench_contrastive import TABLES, forward_and_backward, inputs_for
+from bench_global_batch import ROOT, random_batch
+from bombs import HEADERS, all_bombs, encoded
+from contrastive_providers import providers
+from harness import extra_bytes_of, record_computed, record_row
+
+from clipcore import memory
+from clipcore.data import BadSample, DataError
+from clipcore.data.transforms import DECODERS, check_decoder, decode_image
+from clipcore.distributed import World
+from clipcore.loss import ClipLoss
+from clipcore.model import create_model
+from clipcore.step import TrainingStep
+
+NUM_PAIRS = 32768  # the paper's batch
+DENSE_PAIRS = 8192  # of what holds the whole matrix
+MODEL = "ViT-glyphs"  # the embedded default's
+MICRO_BATCH_SIZES = (32, 64, 128, 256, None)
+WIDTHS = (128, 512)
+# Of each loss what is measured at `NUM_PAIRS`; open_clip's is measured at `DENSE_PAIRS`.
+LOSSES = {"softmax": "clipcore recompute", "sigmoid": "clipcore"}
+TITLES = {"softmax": "contrastive loss", "sigmoid": "sigmoid loss"}
+PARTS = ("step", "loss", "faults", "bombs")
+PARTS_ON_GPU = ("step", "loss")
+# Without it `memory.watch` sees what is held at the end, and no peak.
+PEAK_RESET = "/proc/self/clear_refs"
+
+
+class Case(NamedTuple):
+    """What becomes a row: its names, what tells it from others, and the call that finds its figures."""
+
+    op: str
+    provider: str
+    sizes: dict[str, Any]
+    find: Callable[[], dict[str, Any]]  # empty where the provider is not installed
+
+
+def cases(device: torch.device) -> dict[str, Case]:
+    """Lists the cases of a device by their names for `--case`, each of which begins with its part's."""
+    precision = "amp_bf16" if device.type == "cuda" else "fp32"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = {}
+
+    for size in MICRO_BATCH_SIZES:
+        cut = "auto" if size is None else size
+        sizes = {"model": MODEL, "N": NUM_PAIRS, "micro_batch": cut, "dtype": precision}
+        run = partial(step_figures, size, precision, device)
+        found[f"step/{cut}"] = Case("memory of a step", "clipcore", sizes, run)
+
+    for loss, ours in LOSSES.items():
+        for width in WIDTHS:
+            for provider, pairs in ((ours, NUM_PAIRS), ("open_clip", DENSE_PAIRS)):
+                sizes = {"N": pairs, "E": width, "dtype": str(dtype).removeprefix("torch.")}
+                run = partial(loss_figures, loss, provider, pairs, width, dtype, device)
+                name = f"loss/{loss}/{provider.split()[0]}/{width}"
+                found[name] = Case(f"memory of the {TITLES[loss]}", provider, sizes, run)
+
+    for name, provider in (("glibc", "glibc by itself"), ("kept", "keep_freed")):
+        run = partial(fault_figures, provider == "keep_freed")
+        found[f"faults/{name}"] = Case("page faults", provider, {"steps": 20}, run)
+
+    for decoder in DECODERS:
+        sizes = {"formats": " ".join(HEADERS), "pictures": len(all_bombs())}
+        run = partial(bomb_figures, decoder)
+        found[f"bombs/{decoder}"] = Case("memory of decoding bombs", decoder, sizes, run)
+
+    return found
+
+
+def step_figures(
+    micro_batch_size: int | None, precision: str, device: torch.device
+) -> dict[str, Any]:
+    """Measures a step within the default budget, as its plan cuts it."""
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        memory.keep_freed()  # as a run does
+
+    model = create_model(MODEL, device=device).train()
+    batch = random_batch(NUM_PAIRS, model.visual.image_size, model.vocab_size, on_gpu)
+    step = TrainingStep(
+        *(model, model, ClipLoss(), World(0, 1, 0, device), precision, 0, NUM_PAIRS),
+        lambda loss: loss,
+        micro_batch_size=micro_batch_size,
+    )
+    plan = step.plan(batch, 0)
+    print(plan)
+
+    with memory.watch(device) as watched:
+        step.gradients(batch, 0)
+
+    return {
+        # The plan counts the inputs where they lie on the device, and they were there before.
+        "peak_bytes": watched.peak + plan.parts.get("inputs", 0),
+        "expected_bytes": plan.peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "kept": plan.kept,
+        "micro_batch_size": plan.micro_batch_size,
+    }
+
+
+def loss_figures(
+    loss: str, provider: str, num_pairs: int, width: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Measures a loss with its gradients, after a small one for threads and late imports."""
+    for _, loss_fn, _ in providers(TABLES[loss], device.type == "cuda", [provider]):
+        forward_and_backward(loss_fn, inputs_for(loss, 64, width, device, dtype))
+
+        leaves = inputs_for(loss, num_pairs, width, device, dtype)
+        both = partial(forward_and_backward, loss_fn, leaves)
+        return {"extra_bytes": extra_bytes_of(both, device)}
+    return {}
+
+
+def fault_figures(keeps: bool) -> dict[str, Any]:
+    """Counts the page faults of twenty steps that follow twenty others."""
+    if keeps:
+        memory.keep_freed()
+
+    def take_steps() -> None:
+        for _ in range(20):
+            # A step's activations: megabytes each, of different sizes, freed together.
+            _kept = [torch.ones(2**20 + 4096 * i) for i in range(10)]
+
+    take_steps()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    take_steps()
+    return {"page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
+
+
+def bomb_figures(decoder: str) -> dict[str, Any]:
+    """Measures how far memory rises while all bombs are refused."""
+    try:
+        check_decoder(decoder)
+    except DataError as error:
+        print(error)
+        return {}
+
+    for kind in HEADERS:
+        decode_image(encoded(kind), decoder)  # late imports
+    bombs = all_bombs()
+
+    with memory.watch(torch.device("cpu")) as watched:
+        for bomb in bombs:
+            try:
+                decode_image(bomb, decoder)
+            except BadSample:
+                continue
+            raise AssertionError(f"{decoder} has decoded a bomb of {len(bomb)} bytes")
+    return {"extra_bytes": watched.peak}
+
+
+def figures_of(name: str, device: torch.device) -> dict[str, Any]:
+    """Runs a case in a process of its own, and passes on what it says before its figures."""
+    command = [sys.executable, __file__, "--device", str(device), "--case", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+
+    *told, figures = done.stdout.splitlines()
+    print("\n".join(told), end="\n" if told else "", flush=True)
+    return json.loads(figures)
+
+
+def compute_dense(case: Case, extra_bytes: int, device: torch.device) -> None:
+    """Records what open_clip's loss would take at `NUM_PAIRS`: as many matrices as at `DENSE_PAIRS`."""
+    item = 2 if case.sizes["dtype"] == "bfloat16" else 4
+    matrices = round(extra_bytes / (item * DENSE_PAIRS**2))  # the rest grows as N
+    assumptions = (
+        f"{item} bytes x N x N x {matrices} matrices, "
+        f"as measured at N = {DENSE_PAIRS} on {device.type}"
+    )
+
+    record_computed(
+        f"{case.op}, open_clip",
+        None,
+        item * NUM_PAIRS**2 * matrices,
+        assumptions,
+        **{**case.sizes, "N": NUM_PAIRS},
+    )
+
+
+def bench(names: list[str], device: torch.device) -> None:
+    """Records a row for each of the cases."""
+    faults = []
+    for name in names:
+        case = cases(device)[name]
+        figures = figures_of(name, device)
+        if not figures:
+            continue
+        record_row(case.op, case.provider, device=device, figures=figures, **case.sizes)
+
+        if case.sizes.get("N") == DENSE_PAIRS:
+            compute_dense(case, figures["extra_bytes"], device)
+        if "page_faults" in figures:
+            faults.append(figures["page_faults"])
+
+    if faults and not any(faults):
+        print("this machine counts no page faults: these rows say nothing of keep_freed")
+
+
+def main() -> None:
+    """Runs the tests and then the cases, or one case."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        help="measure these parts [all; on a GPU step and loss, which are all that it has]",
+    )
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--case",
+        metavar="NAME",
+        help="measure one case in this process, print its figures as JSON and record nothing",
+    )
+    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+
+    known = cases(device)
+    if arguments.case is not None:
+        if arguments.case not in known:
+            parser.error(f"no case is named {arguments.case}; there are {', '.join(known)}")
+        print(json.dumps(known[arguments.case].find()))
+        return
+
+    possible = PARTS_ON_GPU if device.type == "cuda" else PARTS
+    chosen = arguments.only or possible
+    if not set(chosen) <= set(possible):
+        parser.error(f"on a GPU there are only {' and '.join(possible)}")
+    if device.type == "cpu" and set(chosen) - {"faults"} and not os.access(PEAK_RESET, os.W_OK):
+        parser.error(f"without {PEAK_RESET} peaks cannot be watched here; there is --only faults")
+
+    if not arguments.untested:
+        # Figures of what is wrong are worth nothing.
+        tests = [f"tests/test_{name}.py" for name in ("grad_cache", "contrastive", "sigmoid")]
+        only = ["-k", "not papers and not ahead_of_time", *tests, "tests/test_transforms.py"]
+        subprocess.run([sys.executable, "-m", "pytest", *only], cwd=ROOT, check=True)
+
+    bench([name for name in known if name.split("/")[0] in chosen], device)
+
+
+if __name__ == "__main__":
+    main()

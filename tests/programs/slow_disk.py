@@ -1,0 +1,36 @@
+"""Make a rank's disk wait, used as sitecustomize.py with a folder MARKS and the seconds REPEAT_S of clipcore.interrupt.
+
+After a signal, each fsync notes that a checkpoint is being written, and waits for the file "go". Each signal that a rank
+receives is noted as "RANK.NUMBER".
+"""
+
+import itertools
+import os
+import time
+from pathlib import Path
+
+import clipcore.interrupt
+from clipcore.interrupt import Interrupt
+
+marks = Path(os.environ["MARKS"])
+fsync, receive, numbers = os.fsync, Interrupt._receive, itertools.count(1)
+is_signalled = False
+
+
+def slow_fsync(file):
+    if is_signalled:
+        (marks / "writing").touch()
+        while not (marks / "go").exists():
+            time.sleep(0.01)
+    return fsync(file)
+
+
+def noted(self, number, frame):
+    global is_signalled
+    is_signalled = True
+    (marks / f"{os.environ['RANK']}.{next(numbers)}").touch()
+    receive(self, number, frame)
+
+
+os.fsync, Interrupt._receive = slow_fsync, noted
+clipcore.interrupt.REPEAT_S = float(os.environ["REPEAT_S"])
