@@ -24,8 +24,10 @@ if not torch.cuda.is_available():
 from ranks import RankPool
 from runs import RunServer
 
-# Files whose module's fixtures take half a minute: they are one worker's, too.
+# Files with a fixture that takes half a minute: they are one worker's, too.
 BUILT_ONCE = {"test_packaging.py"}
+# Tests with this in their names look at one compilation of all of a file's kernels (tests/aot.py).
+COMPILED_ONCE = "ahead_of_time"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,7 +51,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0].rpartition("/")[2]
             if is_alone.get(file):
                 return "ranks and runs"
-            return file if file in BUILT_ONCE else nodeid
+            is_shared = file in BUILT_ONCE or COMPILED_ONCE in nodeid
+            return file if is_shared else nodeid
 
     return Scheduler(config, log)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from clipcore.kernels.attention import attention, attention_ref, pooled_attention
 
+pytestmark = pytest.mark.fast
+
 # (rows, tokens, heads, head size, kind); "packed" is causal with segments.
 REAL = [
     (1, 50, 2, 64, "dense"),

@@ -19,6 +19,8 @@ from clipcore.config import (
     warmup_steps,
 )
 
+pytestmark = pytest.mark.fast
+
 OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type --dataset-resampled
 --train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --logs --name --workers
 --batch-size --epochs --lr --beta1 --beta2 --eps --wd --warmup --lr-scheduler --epochs-cooldown --precision --model

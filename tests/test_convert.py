@@ -18,6 +18,8 @@ from clipcore.convert import (
 )
 from clipcore.model import CLIP, create_model
 
+pytestmark = pytest.mark.fast
+
 
 def test_there_and_back_is_the_same_bits():
     state = create_model("ViT-nano-8-32").state_dict()

@@ -31,6 +31,8 @@ from clipcore.data.sources import (
 from clipcore.data.tables import ClassFolderSource, TextColumn
 from clipcore.data.transforms import decode_image
 
+pytestmark = pytest.mark.fast
+
 WRITERS = {
     "csv": write_csv,
     "jsonl": write_jsonl,

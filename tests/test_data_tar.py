@@ -19,6 +19,8 @@ from clipcore.data import BadSample, DataError, tar
 from clipcore.data.sources import open_source
 from clipcore.data.tar import TarSource, build_index, load_index, scan_members, sidecar_paths
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

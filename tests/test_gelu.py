@@ -58,6 +58,7 @@ def assert_same_function(alone: Tensor, found: Tensor) -> None:
     assert (alone - found).abs().max() <= 2 * ulp(largest, found.dtype)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_is_torchs_own(kind: str) -> None:
     x = torch.linspace(-9, 9, 999, dtype=torch.float64)
@@ -69,6 +70,7 @@ def test_reference_is_torchs_own(kind: str) -> None:
     torch.testing.assert_close(gelu_ref(x, kind), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_differences(kind: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -166,6 +168,7 @@ def test_passes_are_accurate(
         assert_passes_accurate(found, x, dy, kind)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_public_function_takes_any_shape_and_strides(kind: str, device: str) -> None:
@@ -201,6 +204,7 @@ def test_compiles_into_one_graph_with_equal_results(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.fast
 def test_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="erf, tanh, quick, got 'relu'"):
         gelu(torch.ones(2), "relu")

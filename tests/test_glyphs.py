@@ -10,6 +10,8 @@ import pytest
 from clipcore.data import glyphs
 from clipcore.data.glyphs import FACES, GlyphSource, draw, face_characters, is_unseen
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, GlyphSource]:

@@ -74,6 +74,7 @@ def problem(N: int, D: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ..
 # 1. The reference.
 
 
+@pytest.mark.fast
 def test_reference_is_torchs_own() -> None:
     x, weight, bias = torch.randn(4, 9, dtype=torch.float64), torch.randn(9), torch.randn(9)
     expected = torch.nn.functional.layer_norm(x, (9,), weight.double(), bias.double(), 1e-3)
@@ -82,6 +83,7 @@ def test_reference_is_torchs_own() -> None:
     )
 
 
+@pytest.mark.fast
 def test_finite_differences() -> None:
     inputs = [t.double().requires_grad_() for t in (torch.randn(2, 3, 5), *gains(5, "cpu"))]
     assert torch.autograd.gradcheck(layer_norm, inputs)
@@ -235,6 +237,7 @@ def test_gradients_of_many_16_bit_rows_are_summed_in_float32(dtype: torch.dtype)
         assert (got - value).abs().max() <= 1e-5 * value.abs().max()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_public_functions_and_their_gradients_are_accurate(dtype: torch.dtype, device: str) -> None:
@@ -343,6 +346,7 @@ def test_nan_stays_in_its_row(device: str) -> None:
     assert layer_norm(x, weight, bias).isnan().any(1).tolist() == [False] * 3 + [True, False]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -12,6 +12,8 @@ import pytest
 
 from clipcore.logbook import Logbook, read_metrics
 
+pytestmark = pytest.mark.fast
+
 
 def row(step: int, **values: float) -> dict[str, Any]:
     return {"step": step, "loss": 1.5, "lr": 1e-3, "logit_scale": 14.3, **values}

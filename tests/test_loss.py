@@ -40,6 +40,7 @@ def unit_embeddings(B: int, E: int, dtype: torch.dtype = torch.float32) -> tuple
 # On one rank.
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "factors"),
     [
@@ -68,6 +69,7 @@ def test_the_loss_is_open_clips(name: str, factors: tuple[float, ...]) -> None:
         assert_accurate(name, actual, reference, exact)
 
 
+@pytest.mark.fast
 def test_open_clip_call_and_return() -> None:
     image, text = unit_embeddings(4, 8)
     bias = torch.tensor(3.0, requires_grad=True)
@@ -86,6 +88,7 @@ def test_flags_of_open_clip_say_once_that_they_change_nothing() -> None:
     assert len(told) == 1 and kept.local_loss and not kept.gather_with_grad
 
 
+@pytest.mark.fast
 def test_calls_that_open_clip_takes() -> None:
     """The bias as a number, output_dict in its old place, an integer scale, a subclass with logits of its own."""
     image, text = unit_embeddings(4, 8)
@@ -115,6 +118,7 @@ def test_calls_that_open_clip_takes() -> None:
             torch.testing.assert_close(one, two)
 
 
+@pytest.mark.fast
 def test_low_precision_features_are_summed_in_float32() -> None:
     image, text = (t.bfloat16().requires_grad_() for t in unit_embeddings(64, 32))
     loss = ClipLoss()(image, text, torch.tensor(100.0))
@@ -130,6 +134,7 @@ def test_the_plan_is_of_all_ranks_texts() -> None:
     assert plan.shape == (16, 64, 8) and not plan.stash
 
 
+@pytest.mark.fast
 def test_siglip_call_and_return() -> None:
     image, text = unit_embeddings(4, 8)
     loss_fn = SigLipLoss(cache_labels=True, rank=0, world_size=1, dist_impl="shift")
@@ -140,6 +145,7 @@ def test_siglip_call_and_return() -> None:
         SigLipLoss(dist_impl="ring")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("extra", [(0, 5), (5, 0)])
 def test_extra_rows_are_negatives(extra: tuple[int, int]) -> None:
     """On either side; pairs are the first rows."""
@@ -154,6 +160,7 @@ def test_extra_rows_are_negatives(extra: tuple[int, int]) -> None:
         )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("image", "text"), [((3, 4), (3, 5)), ((4,), (4,)), ((3, 4, 1), (3, 4))])
 @pytest.mark.parametrize("loss", [ClipLoss, SigLipLoss])
 def test_what_is_no_pairs_is_refused(

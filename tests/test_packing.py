@@ -20,6 +20,8 @@ from clipcore.packing import (
     pack_captions,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def padded(lengths: list[int], context_length: int = 77, vocab_size: int = 600) -> Tensor:
     """Rows that end as a tokenizer's do."""

@@ -45,6 +45,7 @@ def some_crops(num_images: int, height: int, width: int, size: int) -> Tensor:
 # 1. The reference.
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("patch_size", "height", "width"), SHAPES)
 def test_reference_times_padded_weight_is_the_convolution(
     patch_size: int, height: int, width: int
@@ -58,6 +59,7 @@ def test_reference_times_padded_weight_is_the_convolution(
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fast
 def test_reference_of_bytes_has_the_bits_of_the_host() -> None:
     """Normalised in float32 as images from the data loader are; every pixel value in every channel."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
@@ -69,6 +71,7 @@ def test_reference_of_bytes_has_the_bits_of_the_host() -> None:
 # 2. Both paths against it.
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("patch_size", "height", "width"), SHAPES)
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32, torch.float16, torch.float64])
 def test_cpu_has_the_bits_of_the_reference(
@@ -215,6 +218,7 @@ def test_no_images(device: str) -> None:
         assert found.shape == (0, 4 if keywords else 16, 192)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,6 +24,8 @@ from clipcore.report import (
     write_report,
 )
 
+pytestmark = pytest.mark.fast
+
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
 VOID = {"meta", "img", "path", "circle", "polyline", "br", "hr", "link", "input"}
 

@@ -17,6 +17,8 @@ from clipcore.kernels.residual_attention import (
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp, residual_mlp_ref
 from clipcore.modules import ResidualAttentionBlock
 
+pytestmark = pytest.mark.fast
+
 R, L, D, H, F = 2, 40, 64, 2, 256
 ATTENTION = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,)]
 MLP = [(D,), (D,), (F, D), (F,), (D, F), (D,)]

@@ -19,6 +19,8 @@ from clipcore.optim import (
 )
 from clipcore.schedule import learning_rate
 
+pytestmark = pytest.mark.fast
+
 
 def rates(num_steps: int = 100, **settings: object) -> list[float]:
     settings = {

@@ -55,12 +55,14 @@ def problem(
 # 1. The reference.
 
 
+@pytest.mark.fast
 def test_reference_is_the_scaled_product_of_normalized_rows() -> None:
     x, y, scale = problem(5, 7, 12, torch.float64, "cpu")
     expected = scale * F.normalize(x) @ F.normalize(y).T
     torch.testing.assert_close(similarity_ref(x, y, scale), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fast
 def test_gradients_match_finite_differences() -> None:
     x, y, _ = problem(4, 3, 6, torch.float64, "cpu")
     scale = torch.tensor([2.5], dtype=torch.float64)
@@ -181,11 +183,11 @@ def aot_launches() -> None:
         similarity._similarity_bwd_triton(upstream, *problem(64, 96, D, dtype), True, True)
 
 
-def test_compiles_without_spills_in_the_memory_there_is() -> None:
+def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
     assert_compiled_well(compiled("test_similarity"))
 
 
-def test_compiles_every_launch_to_the_meant_instructions() -> None:
+def test_ahead_of_time_every_launch_has_the_meant_instructions() -> None:
     kernels = [k for k in compiled("test_similarity") if k.name == "_similarity_fwd_kernel"]
     launched = {
         (
@@ -205,6 +207,7 @@ def test_compiles_every_launch_to_the_meant_instructions() -> None:
 # The public function.
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_public_function_and_its_gradients_are_accurate(device: str, dtype: torch.dtype) -> None:
@@ -313,6 +316,7 @@ def test_compiles_into_one_graph_with_equal_results(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("x", "y", "scale", "message"),
     [

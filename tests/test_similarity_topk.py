@@ -70,6 +70,7 @@ def test_kernel_finds_the_nearest(N: int, M: int, D: int, k: int, dtype: torch.d
     check_result(*_similarity_topk_triton(x, y, k), x, y, k)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
 )
@@ -97,12 +98,14 @@ def test_equals_come_by_lower_index(k: int, monkeypatch) -> None:
     )
 
 
+@pytest.mark.fast
 def test_identical_rows_come_in_order() -> None:
     x, y = torch.ones(2, 4, device=KERNEL_DEVICE), torch.ones(300, 4, device=KERNEL_DEVICE)
     for find in (_similarity_topk_triton, similarity_topk):
         assert find(x, y, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("device", DEVICES)
 def test_zero_rows_have_similarity_zero(device: str) -> None:
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=device)
@@ -154,11 +157,13 @@ def aot_launches() -> None:
             _similarity_topk_triton(x, y, k)
 
 
-def test_compiles_without_spills_in_the_memory_there_is() -> None:
+def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
     assert_compiled_well(compiled("test_similarity_topk"))
 
 
-def test_every_row_of_the_table_is_launched_and_large_tiles_use_the_matrix_unit() -> None:
+def test_ahead_of_time_every_row_of_the_table_is_launched_and_large_tiles_use_the_matrix_unit() -> (
+    None
+):
     kernels = [k for k in compiled("test_similarity_topk") if k.name == "_similarity_topk_kernel"]
     launched = {
         (
@@ -192,6 +197,7 @@ def test_compiles_into_one_graph_and_has_no_gradient(device: str) -> None:
         assert torch.equal(got, expected) and not got.requires_grad
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("x", "y", "k", "message"),
     [

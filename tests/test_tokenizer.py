@@ -42,6 +42,8 @@ from clipcore.tokenizer import (
     train_tokenizer,
 )
 
+pytestmark = pytest.mark.fast
+
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
 _DRAW = random.Random(0)
 _SYLLABLES = ["ba", "lo", "chi", "strü", "no", "ké", "ming", "黄色", "га", "x", "ther"]

@@ -32,6 +32,8 @@ from clipcore.data.transforms import (
     stack_images,
 )
 
+pytestmark = pytest.mark.fast
+
 SIZES = [
     (32, 32),
     (33, 32),
