@@ -50,7 +50,7 @@ tests() {
     local files=()
     for name in "$@"; do files+=("tests/test_$name.py"); done
     python -m pytest -q -n 12 -p no:warnings --tb=short --durations=5 "${files[@]}" \
-        -k "not ahead_of_time and not compiles_without_spills and not compiles_every_launch and not past_two and not papers"
+        -k "not ahead_of_time and not past_two"
 }
 
 part ceilings 25 bench ceilings
