@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from ranks import RankPool
 from runs import RunServer
 
-# Files with a fixture that takes half a minute: they are one worker's, too.
+# Files with a fixture that takes half a minute: each goes to one worker as a whole.
 BUILT_ONCE = {"test_packaging.py"}
 # Tests with this in their names look at one compilation of all of a file's kernels (tests/aot.py).
 COMPILED_ONCE = "ahead_of_time"

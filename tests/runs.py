@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import CLOCK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +48,6 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_
     while not condition():
         assert time.monotonic() < limit, f"no {what} within {limit_s:g} s"
         time.sleep(0.005)
-
-
-def wait_for_checkpoint(checkpoints: Path, other_than: Path | None = None) -> None:
-    """Return as soon as the newest checkpoint of a folder is another one than ``other_than``."""
-    wait_until(lambda: latest_checkpoint(checkpoints) != other_than, "new checkpoint")
 
 
 @dataclass
@@ -104,6 +98,7 @@ class RunServer:
             env=environment,
         )
         self._statuses: dict[int, int] = {}
+        self._started: list[Run] = []
         # It answers once it has imported everything, so that no run's time holds that.
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
@@ -111,19 +106,22 @@ class RunServer:
         self,
         arguments: list[str],
         output: Path,
-        kill_at: int | None = None,
+        signal_at: tuple[int, int] | None = None,
         count_to: Path | None = None,
     ) -> Run:
         """Begin ``python -m clipcore.train`` with these arguments.
 
         Args:
-            kill_at: number of the event (of programs/train_server.py) at which the run kills itself.
+            signal_at: (number, signal): the run sends itself this signal at its event of this number; what an event is,
+                programs/train_server.py says.
             count_to: a file for the number of the run's events.
         """
         output.write_text("")
-        request = {"argv": [str(a) for a in arguments], "output": str(output), "kill_at": kill_at}
-        request["count_to"] = str(count_to) if count_to else None
-        return Run(self._ask(request)["pid"], output, self)
+        request: dict[str, Any] = {"argv": [str(a) for a in arguments], "output": str(output)}
+        request |= {"signal_at": signal_at, "count_to": str(count_to) if count_to else None}
+        run = Run(self._ask(request)["pid"], output, self)
+        self._started.append(run)
+        return run
 
     def run(self, arguments: list[str], output: Path) -> tuple[int, str]:
         """Make a whole run; return its exit status and its output."""
@@ -148,7 +146,17 @@ class RunServer:
             raise
         return self._statuses[pid]
 
+    def counted(self, arguments: list[str], output: Path) -> int:
+        """Make a whole run, which succeeds; return the number of its events."""
+        events = output.with_suffix(".events")
+        run = self.start(arguments, output, count_to=events)
+        assert run.wait() == 0, run.text
+        return int(events.read_text())
+
     def close(self) -> None:
+        for run in self._started:
+            if run.pid not in self._statuses:  # of a test that failed
+                run.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(LIMIT_S)

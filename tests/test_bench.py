@@ -171,7 +171,7 @@ def test_what_needs_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "tree/bench/gpu.sh").write_bytes((ROOT / "bench/gpu.sh").read_bytes())
     (tmp_path / "tree/bench/results/a.jsonl").write_text("{}\n")
     out = {"OUT": str(tmp_path / "out")}
-    status, calls, text = gpu(tmp_path, LIMIT_S="30", **out)
+    status, calls, text = gpu(tmp_path, LIMIT_S="59", **out)
     assert status == 75 and "left for another call: tests-losses" in text
     assert [call for call in calls if "ceilings" in call] == ["bench/bench_ceilings.py"]
     assert (tmp_path / "out/a.jsonl").exists() and (tmp_path / "out/ceilings.log").exists()

@@ -56,7 +56,7 @@ def settings(folder: Path, table: Path, *more: str, sizes: Sequence[str] = SIZES
         "--resume",
         "latest",
         "--timeout",
-        "20",
+        "30",
         *more,
     ]
 
@@ -90,7 +90,7 @@ def test_a_run_that_loses_ranks_in_every_phase_ends_with_the_same_bits(tmp_path)
         )
         assert len(named) == sum(place[0] == rank for place in FAULTS), said
     late = "rank 1 did not come to the last passes and the gradients' average of step 8"
-    assert f"{late} within 20 s" in said and said.count(f"rank 1 ends: {late}") == 1, said
+    assert f"{late} within 30 s" in said and said.count(f"rank 1 ends: {late}") == 1, said
     assert "rank 0 ended with OSError: the disk of this rank is gone" in said
     assert_same_bits(tmp_path / "unbroken", tmp_path / "broken")
 
@@ -114,7 +114,8 @@ def test_a_restart_finds_the_run_without_a_name(tmp_path):
 
 
 # Each case is a group of ranks in which the last one, or the first, does what its name says at step 17.
-TIMEOUT_S = 10.0
+# Where it decides nothing the timeout is longer, but some ranks wait for it to learn that another has failed.
+TIMEOUT_S, WAITS = 10.0, {"sleep", "host_waits"}
 GROUPS = {"sleep": 3, "die": 3, "die_in_backward": 2, "raise": 2, "behind": 3, "elsewhere": 2}
 GROUPS |= {"other_kind": 2, "other_size": 2, "host_dies": 2, "host_waits": 2, "own_mistake": 2}
 
@@ -135,8 +136,9 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], End]
     """
     folder = tmp_path_factory.mktemp("ranks")
     program = str(PROGRAMS / "failing_ranks.py")
+    groups = {case: (n, TIMEOUT_S if case in WAITS else 30.0) for case, n in GROUPS.items()}
     done = subprocess.run(
-        [sys.executable, program, json.dumps(GROUPS), str(TIMEOUT_S), str(folder)],
+        [sys.executable, program, json.dumps(groups), str(folder)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

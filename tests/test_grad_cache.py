@@ -413,6 +413,7 @@ def counted_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         watched.peak, watched.held = live.peak_bytes, live.alive_bytes
 
     monkeypatch.setattr(memory, "watch", watch)
+    monkeypatch.setattr(step_plan, "CPU_OVERHEAD", 1.0)  # which is for what lies between tensors
 
 
 def test_a_plan_is_made_of_what_was_measured(counted_memory: None) -> None:
@@ -432,6 +433,7 @@ def test_a_plan_is_made_of_what_was_measured(counted_memory: None) -> None:
 
 
 def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
+    counted_memory: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tower(dtype="fp32")
@@ -481,4 +483,4 @@ def test_a_step_takes_no_more_than_its_plan(counted_memory: None, micro_batch_si
     with LiveStorages() as live:
         step.gradients(batch, 0)
     peak_bytes = live.peak_bytes + batch.images.nbytes + batch.tokens.nbytes
-    assert 0.6 * plan.peak_bytes < peak_bytes <= plan.peak_bytes
+    assert 0.75 * plan.peak_bytes < peak_bytes <= plan.peak_bytes

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from clipcore import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +30,17 @@ def free_bytes_of_malloc(how: str) -> int:
 def test_freed_memory_stays_for_the_next_step() -> None:
     activations = 10 * 7 * 2**22
     assert free_bytes_of_malloc("keep") >= activations > free_bytes_of_malloc("give back")
+
+
+def test_a_watch_reads_the_resident_set_and_its_reset_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, reset = tmp_path / "status", tmp_path / "clear_refs"
+    reset.touch()
+    monkeypatch.setattr(memory, "_STATUS", status)
+    monkeypatch.setattr(memory, "_RESET", reset)
+    status.write_text("VmHWM:\t  900 kB\nVmRSS:\t  100 kB\n")
+    with memory.watch(torch.device("cpu")) as watched:
+        assert reset.read_text() == "5"  # proc(5): the peak is what is resident from now on
+        status.write_text("VmHWM:\t  170 kB\nVmRSS:\t  130 kB\n")
+    assert (watched.held, watched.peak) == (30 * 1024, 70 * 1024)

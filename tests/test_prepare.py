@@ -301,7 +301,6 @@ def test_a_signal_while_processes_are_begun_is_not_lost(tmp_path, sign):
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=LIMIT_S,
     )
     assert done.returncode == 128 + sign, done.stderr
     assert "Traceback" not in done.stderr and "the same command goes on" in done.stderr
@@ -485,7 +484,8 @@ def test_fuzzed_raw_headers_are_read_or_are_bad_samples():
         for _ in range(rng.choice([1, 1, 2, 10])):
             data[rng.randrange(128)] = rng.choice([rng.randrange(256), 0x28, 0x27, 0x2D, 0x39])
         try:
-            assert decode_raw(bytes(data)).shape[2] == 3
+            decoded = decode_raw(bytes(data))
+            assert decoded.shape[2] == 3 and decoded.nbytes <= len(data)
             outcomes["read"] += 1
         except BadSample as error:
             assert "\n" not in str(error)

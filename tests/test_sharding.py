@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from runs import LIMIT_S, NANO, PROGRAMS, ROOT
+from runs import NANO, PROGRAMS, ROOT
 from safetensors.torch import load_file
 from shards import write_csv
 from torch import Tensor, nn
@@ -559,7 +559,6 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(pool: RankPool, tmp_pat
         [sys.executable, *torchrun, "clipcore.train", *line, "--fsdp"],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
         cwd=tmp_path,
         env={
             **os.environ,

@@ -16,7 +16,6 @@ from runs import (
     NANO,
     assert_same_bits,
     final_state,
-    wait_for_checkpoint,
     wait_until,
 )
 from safetensors.torch import load_file, save_file
@@ -69,20 +68,17 @@ def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> li
     ],
 )
 def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_path, settings):
-    status, text = server.run(flags(tmp_path, "straight", table, **settings), tmp_path / "a")
-    assert status == 0, text
+    num_events = server.counted(flags(tmp_path, "straight", table, **settings), tmp_path / "a")
     steps, _ = read_metrics(tmp_path / "straight")
     num_steps = 4 * (40 // (settings.get("batch_size", 8) * settings.get("accum_freq", 1)))
     assert [row["step"] for row in steps] == list(range(1, num_steps + 1))
 
     line = flags(tmp_path, "broken", table, **settings)
+    # A quarter of the run and the rest of a step, three times, is less than all of its steps.
     for _ in range(3):
-        run = server.start([*line, "--resume", "latest"], tmp_path / "b")
-        checkpoints = tmp_path / "broken" / "checkpoints"
-        before = latest_checkpoint(checkpoints)
-        wait_for_checkpoint(checkpoints, other_than=before)
-        run.signal(signal.SIGTERM)
-        assert run.wait() in (143, 0), run.text
+        resumed = [*line, "--resume", "latest"]
+        run = server.start(resumed, tmp_path / "b", signal_at=(num_events // 4, signal.SIGTERM))
+        assert run.wait() == 143, run.text
     assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
 
@@ -134,17 +130,12 @@ def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkey
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):
     """Every step ends an epoch here, so that every signal falls on an evaluation."""
     settings = {"batch_size": 40, "epochs": 12, "val_data": table}
-    assert server.run(flags(tmp_path, "straight", table, **settings), tmp_path / "a")[0] == 0
+    num_events = server.counted(flags(tmp_path, "straight", table, **settings), tmp_path / "a")
     line = [*flags(tmp_path, "broken", table, **settings), "--resume", "latest"]
-    checkpoints = tmp_path / "broken" / "checkpoints"
-    statuses = []
+    # An eighth of the run and the rest of a step, four times, is less than all of its twelve steps.
     for _ in range(4):
-        run = server.start(line, tmp_path / "b")
-        before = latest_checkpoint(checkpoints)
-        wait_for_checkpoint(checkpoints, other_than=before)
-        run.signal(signal.SIGTERM)
-        statuses.append(run.wait())
-    assert 143 in statuses
+        run = server.start(line, tmp_path / "b", signal_at=(num_events // 8, signal.SIGTERM))
+        assert run.wait() == 143, run.text
     assert server.run(line, tmp_path / "b")[0] == 0
     assert len(read_metrics(tmp_path / "straight")[1]) == 12
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
@@ -153,15 +144,14 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_p
 def test_killed_at_twenty_random_moments_ends_with_the_same_bits(server, shards, tmp_path):
     settings = {"epochs": 12, "ema_decay": 0.9, "force_patch_dropout": 0.25, "keep_checkpoints": 2}
     line = flags(tmp_path, "straight", shards, **settings)
-    straight = server.start(line, tmp_path / "a", count_to=tmp_path / "events")
-    assert straight.wait() == 0, straight.text
     # Each life may reach a fifth of the run: the twenty of them end in all parts of it.
-    most = int((tmp_path / "events").read_text()) // 5
+    most = server.counted(line, tmp_path / "a") // 5
 
     line = [*flags(tmp_path, "killed", shards, **settings), "--resume", "latest"]
     moment, reached = random.Random(0), set()
     for _ in range(20):
-        run = server.start(line, tmp_path / "b", kill_at=moment.randrange(1, most))
+        killed = (moment.randrange(1, most), signal.SIGKILL)
+        run = server.start(line, tmp_path / "b", signal_at=killed)
         assert run.wait() in (-signal.SIGKILL, 0), run.text
         newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
         reached.add(newest.name if newest else "none")

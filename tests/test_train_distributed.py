@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,22 +143,34 @@ def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
         cwd=ROOT,
         env={**environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
     ) as run:
-        log = tmp_path / "r" / "metrics.jsonl"
-        wait_until(lambda: log.exists() and log.stat().st_size > 2000, "steps")
-        # The ranks first: torchrun has put them into process groups of their own.
-        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        assert len(ranks) == 2
-        for pid in ranks:
-            os.kill(int(pid), signal.SIGTERM)
-        wait_until((tmp_path / "writing").exists, "checkpoint in writing")
-        if to_launcher:
-            run.send_signal(signal.SIGTERM)
-            wait_until((tmp_path / "0.2").exists, "second signal to rank 0")
-        else:
-            # Time in which torchrun would see that rank 1 has ended. A slow machine may miss a fault here, not make one.
-            time.sleep(1.0)
-        (tmp_path / "go").touch()
-        said, _ = run.communicate()
+        log, ranks = tmp_path / "r" / "metrics.jsonl", []
+
+        def is_training() -> bool:
+            assert run.poll() is None, "the run has ended"
+            return log.exists() and log.stat().st_size > 2000
+
+        try:
+            wait_until(is_training, "steps")
+            # The ranks first: torchrun has put them into process groups of their own.
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
+            ranks = [int(pid) for pid in children.split()]
+            assert len(ranks) == 2
+            for pid in ranks:
+                os.kill(pid, signal.SIGTERM)
+            wait_until((tmp_path / "writing").exists, "checkpoint in writing")
+            if to_launcher:
+                run.send_signal(signal.SIGTERM)
+                wait_until((tmp_path / "0.2").exists, "second signal to rank 0")
+            else:
+                # Rank 1 has nothing left to do, and stays: torchrun would take its end for the run's.
+                wait_until((tmp_path / "barrier.1").exists, "rank 1 at the barrier")
+            (tmp_path / "go").touch()
+            said, _ = run.communicate()
+        except BaseException:
+            for pid in [run.pid, *ranks]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
     steps, _ = read_metrics(tmp_path / "r")
     newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
     assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}", said

@@ -324,7 +324,7 @@ def test_fuzzed_images_decode_or_are_bad_samples():
                 )
         try:
             decoded = decode_image(bytes(data), rng.choice(["pillow", "simplejpeg"]))
-            assert decoded.mode == "RGB"
+            assert decoded.mode == "RGB" and decoded.width * decoded.height <= MAX_PIXELS
             outcomes["decoded"] += 1
         except BadSample as error:
             assert "\n" not in str(error)

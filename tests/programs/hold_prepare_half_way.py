@@ -1,4 +1,4 @@
-"""Run clipcore.data.prepare on all arguments but the first, and let its processes wait after 18 images until it stops.
+"""Run clipcore.data.prepare on all arguments but the first, and let its processes wait at the 19th image until it ends them.
 
 The first argument is a folder. A process that waits makes a file there that is named after its id. The main process
 makes one for each shard that it has noted as finished, with the shard's name.

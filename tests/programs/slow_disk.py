@@ -1,7 +1,7 @@
 """Make a rank's disk wait, used as sitecustomize.py with a folder MARKS and the seconds REPEAT_S of clipcore.interrupt.
 
 After a signal, each fsync notes that a checkpoint is being written, and waits for the file "go". Each signal that a rank
-receives is noted as "RANK.NUMBER".
+receives is noted as "RANK.NUMBER", and its coming to a barrier after the first as "barrier.RANK".
 """
 
 import itertools
@@ -9,11 +9,13 @@ import os
 import time
 from pathlib import Path
 
+import clipcore.distributed
 import clipcore.interrupt
 from clipcore.interrupt import Interrupt
 
 marks = Path(os.environ["MARKS"])
 fsync, receive, numbers = os.fsync, Interrupt._receive, itertools.count(1)
+barrier = clipcore.distributed.barrier
 is_signalled = False
 
 
@@ -32,5 +34,12 @@ def noted(self, number, frame):
     receive(self, number, frame)
 
 
+def noted_barrier(*group):
+    if is_signalled:
+        (marks / f"barrier.{os.environ['RANK']}").touch()
+    barrier(*group)
+
+
 os.fsync, Interrupt._receive = slow_fsync, noted
+clipcore.distributed.barrier = noted_barrier
 clipcore.interrupt.REPEAT_S = float(os.environ["REPEAT_S"])

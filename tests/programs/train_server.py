@@ -1,36 +1,35 @@
 """Fork a run of clipcore.train for each JSON line on standard input that has argv; report exit statuses on poll.
 
-With "events" in the request, the run kills itself at that file system event, counted from its start. With "count", it
-writes the number of its events to that file when it ends.
+A request may hold "signal_at", [number, signal]: the run sends itself that signal at its event of that number. With
+"count_to" it keeps the number of its events so far in that file.
 """
 
 import itertools
 import json
 import os
-import signal
 import sys
 
 import clipcore.classify
 import clipcore.train
 
-# What a run does to its files, and each step of its clock: moments at which a kill can fall between two of them.
-EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
+# What a run changes of its files, and each charge of its clock: between two of them a signal can fall.
+EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 
-def count_events(kill_at: int | None, count_to: str | None) -> None:
-    """Number the run's events, and end it by SIGKILL at number ``kill_at``."""
+def count_events(signal_at: list[int] | None, count_to: str | None) -> None:
+    """Number the run's events, and send it a signal at one of them."""
     from clipcore import logbook
 
-    numbers = itertools.count(1)
+    numbers, owner = itertools.count(1), os.getpid()
     counting = True
 
     def come() -> None:
         nonlocal counting
-        if not counting:
+        if not counting or os.getpid() != owner:  # not in a loader's processes
             return
         number = next(numbers)
-        if number == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if signal_at is not None and number == signal_at[0]:
+            os.kill(owner, signal_at[1])
         if count_to is not None:
             counting = False  # this file is no event of the run
             with open(count_to, "w") as file:
@@ -38,8 +37,8 @@ def count_events(kill_at: int | None, count_to: str | None) -> None:
             counting = True
 
     sys.addaudithook(lambda event, _: come() if event in EVENTS else None)
-    for owner, name in ((os, "write"), (os, "fsync"), (logbook.PartClock, "charge")):
-        setattr(owner, name, preceded(getattr(owner, name), come))
+    for holder, name in ((os, "write"), (os, "fsync"), (logbook.PartClock, "charge")):
+        setattr(holder, name, preceded(getattr(holder, name), come))
 
 
 def preceded(function, come):
@@ -67,8 +66,8 @@ def main() -> None:
             os.dup2(out, 1)
             os.dup2(out, 2)
             os.close(0)
-            if request.get("kill_at") or request.get("count_to"):
-                count_events(request.get("kill_at"), request.get("count_to"))
+            if request["signal_at"] or request["count_to"]:
+                count_events(request["signal_at"], request["count_to"])
             sys.exit(clipcore.train.main(request["argv"]))
         print(json.dumps({"pid": pid}), flush=True)
 
