@@ -42,7 +42,14 @@ def jpeg_bomb(width: int, height: int) -> bytes:
 
 
 def webp_bomb(width: int, height: int) -> bytes:
-    """Makes a WebP whose extended header has these sides."""
+    """Makes a WebP whose lossless header has these sides, or its extended one where they need more than 14 bits."""
+    if max(width, height) <= 2**14:
+        data = bytearray(encoded("WEBP", lossless=True))
+        at = data.index(b"VP8L") + 9  # the name, the length and a signature
+        flags = data[at + 3] >> 4
+        data[at : at + 4] = (flags << 28 | height - 1 << 14 | width - 1).to_bytes(4, "little")
+        return bytes(data)
+
     data = bytearray(encoded("WEBP", "RGBA", exif=b"Exif\0\0abcd"))
     assert data[12:16] == b"VP8X"
     data[24:27] = (width - 1).to_bytes(3, "little")

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from runs import LIMIT_S
 
 from clipcore.distributed import close_distributed, init_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
-
-# Seconds that one function may take on a loaded machine before the pool gives up on a rank.
-PATIENCE = 300
 
 
 def _serve(rank: int, num_ranks: int, connection: Connection) -> None:
@@ -88,8 +86,8 @@ class RankPool:
             connection.send_bytes(message)
         results, failures = [], []
         for rank, connection in enumerate(self._connections):
-            if not connection.poll(PATIENCE):
-                raise AssertionError(f"rank {rank} is silent after {PATIENCE} s; {failures}")
+            if not connection.poll(LIMIT_S):
+                raise AssertionError(f"rank {rank} is silent after {LIMIT_S} s; {failures}")
             succeeded, answer = pickle.loads(connection.recv_bytes())
             (results if succeeded else failures).append(answer)
         assert not failures, "\n".join(failures)
@@ -103,6 +101,6 @@ class RankPool:
             if process.is_alive():
                 connection.send_bytes(b"")
         for process in self._processes:
-            process.join(timeout=PATIENCE)
+            process.join(timeout=LIMIT_S)
             if process.is_alive():
                 process.kill()

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import PATIENCE, RankPool
+from ranks import RankPool
+from runs import LIMIT_S
 
 from clipcore import all_gather, distributed, native
 from clipcore.all_gather import start_gather
@@ -434,10 +435,10 @@ def overlap(world: World, path: str, folder: str) -> str:
 
     def wait_for(file: Path) -> str:
         # Less long than the pool waits for a rank. Afterwards this one enters all the same, so that the pool stays usable.
-        limit = time.monotonic() + PATIENCE / 3
+        limit = time.monotonic() + LIMIT_S / 3
         while not file.exists():
             if time.monotonic() > limit:
-                return f"{file.name} within {PATIENCE / 3:g} s"
+                return f"{file.name} within {LIMIT_S / 3:g} s"
             time.sleep(0.01)
         return ""
 
