@@ -154,10 +154,7 @@ class _ResidualAttention(torch.autograd.Function):
         stream, mean, rstd, qkv, out, lse, segments, *weights = ctx.saved_tensors
         norm_weight, norm_bias, in_weight, out_weight = weights
         needs = ctx.needs_input_grad
-        in_bias_dtype, delta_bias_dtype = ctx.bias_dtypes
-        grad_stream = (
-            grad_stream if ctx.has_delta else None
-        )  # the compiler gives one of nothing, too
+        in_bias_dtype, _ = ctx.bias_dtypes
         with uncast(stream.device):
             dtype = stream.dtype
             grad_added = zeros_for(grad_added, stream)
@@ -178,14 +175,9 @@ class _ResidualAttention(torch.autograd.Function):
                 grad_in_bias = column_sum(rows(grad_qkv)).to(in_bias_dtype)
             grad_y = grad_qkv @ in_weight.to(dtype)
             del grad_qkv
-            grads = norm_gradients(grad_y, stream, mean, rstd, norm_weight, grad_stream, needs[2])
-        grad_x, grad_norm_weight, grad_norm_bias, grad_delta_bias = grads
+            grads = norm_gradients(ctx, grad_y, stream, mean, rstd, norm_weight, grad_stream)
         return (
-            grad_x,
-            grad_x if needs[1] else None,
-            grad_delta_bias.to(delta_bias_dtype) if needs[2] else None,
-            grad_norm_weight.to(norm_weight.dtype) if needs[3] else None,
-            grad_norm_bias.to(norm_bias.dtype) if needs[4] else None,
+            *grads,
             *(grad_in_weight, grad_in_bias, grad_out_weight),
             None,  # the output's bias: whoever adds delta' to the stream finds its gradient
             *(None,) * 4,
@@ -233,21 +225,39 @@ def norm_of_sum(
 
 
 def norm_gradients(
+    ctx: Any,
     grad_y: Tensor,
     stream: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight_D: Tensor,
     grad_stream: Tensor | None,
-    with_column_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (stream, LayerNorm's weight and bias), and the column sum of the first."""
-    grad_x, *rest = eager(layer_norm_backward)(
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a half's first arguments: x, delta, delta_bias, LayerNorm's weight and bias.
+
+    Args:
+        ctx: with `has_delta`, and with the dtype of delta_bias last in `bias_dtypes`.
+        grad_y: of LayerNorm's output.
+        grad_stream: of the sum x + delta where it is an output. Without delta a compiler hands one of nothing over.
+    """
+    needs = ctx.needs_input_grad
+    if not ctx.has_delta:
+        grad_stream = None
+
+    grad_x, grad_weight_D, grad_bias_D, column_sum_D = eager(layer_norm_backward)(
         *(rows(grad_y), rows(stream), mean, rstd, weight_D),
         None if grad_stream is None else rows(grad_stream.contiguous()),
-        with_column_sum,
+        needs[2],
     )
-    return grad_x.view(stream.shape), *rest
+    grad_x = grad_x.view(stream.shape)
+
+    return (
+        grad_x,
+        grad_x if needs[1] else None,
+        column_sum_D.to(ctx.bias_dtypes[-1]) if needs[2] else None,
+        grad_weight_D.to(weight_D.dtype) if needs[3] else None,
+        grad_bias_D.to(weight_D.dtype) if needs[4] else None,
+    )
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -108,11 +108,8 @@ class _ResidualMLP(torch.autograd.Function):
         stream, mean, rstd, hidden, *weights = ctx.saved_tensors
         norm_weight, norm_bias, fc_weight, proj_weight = weights
         needs = ctx.needs_input_grad
-        fc_bias_dtype, proj_bias_dtype, delta_bias_dtype = ctx.bias_dtypes
+        fc_bias_dtype, proj_bias_dtype, _ = ctx.bias_dtypes
         grad_fc_weight = grad_fc_bias = grad_proj_weight = grad_proj_bias = None
-        grad_stream = (
-            grad_stream if ctx.has_delta else None
-        )  # the compiler gives one of nothing, too
         with uncast(stream.device):
             dtype = stream.dtype
             grad_added = zeros_for(grad_added, stream)
@@ -136,14 +133,9 @@ class _ResidualMLP(torch.autograd.Function):
                 del y
             grad_y = grad_hidden @ fc_weight.to(dtype)
             del grad_hidden
-            grads = norm_gradients(grad_y, stream, mean, rstd, norm_weight, grad_stream, needs[2])
-        grad_x, grad_norm_weight, grad_norm_bias, grad_delta_bias = grads
+            grads = norm_gradients(ctx, grad_y, stream, mean, rstd, norm_weight, grad_stream)
         return (
-            grad_x,
-            grad_x if needs[1] else None,
-            grad_delta_bias.to(delta_bias_dtype) if needs[2] else None,
-            grad_norm_weight.to(norm_weight.dtype) if needs[3] else None,
-            grad_norm_bias.to(norm_bias.dtype) if needs[4] else None,
+            *grads,
             *(grad_fc_weight, grad_fc_bias, grad_proj_weight, grad_proj_bias),
             *(None,) * 2,
         )

@@ -21,20 +21,16 @@ def count_events(signal_at: list[int] | None, count_to: str | None) -> None:
     from clipcore import logbook
 
     numbers, owner = itertools.count(1), os.getpid()
-    counting = True
 
     def come() -> None:
-        nonlocal counting
-        if not counting or os.getpid() != owner:  # not in a loader's processes
+        if os.getpid() != owner:  # a loader's process
             return
         number = next(numbers)
         if signal_at is not None and number == signal_at[0]:
             os.kill(owner, signal_at[1])
         if count_to is not None:
-            counting = False  # this file is no event of the run
-            with open(count_to, "w") as file:
+            with open(count_to, "w") as file:  # which is no event
                 file.write(str(number))
-            counting = True
 
     sys.addaudithook(lambda event, _: come() if event in EVENTS else None)
     for holder, name in ((os, "write"), (os, "fsync"), (logbook.PartClock, "charge")):
