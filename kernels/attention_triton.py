@@ -151,7 +151,8 @@ def _problem(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> 
 def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str, Any]] | None:
     """Grid and launch keywords by the table; None where the kernel has no row for the problem."""
     rows, length, _, heads, size = qkv_RL3HK.shape
-    table = _LAUNCH_TABLE.get((tiles.architecture(qkv_RL3HK.device), kernel), {})
+    architecture = tiles.architecture(qkv_RL3HK.device)
+    table = _LAUNCH_TABLE.get((architecture, kernel), {})
     fitting = [
         launch for (most, widest), launch in table.items() if length <= most and size <= widest
     ]
@@ -173,6 +174,7 @@ def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str
         "TAIL": tail,
         "num_warps": num_warps,
         "num_stages": num_stages,
+        "maxnreg": tiles.most_registers(architecture, num_warps),
     }
     return ((blocks + (rest > 0)) * heads * rows,), config
 

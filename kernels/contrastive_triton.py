@@ -329,7 +329,7 @@ _LAUNCH_TABLE = {
     (100, "pass"): (64, 128, 16, 8, 1),
     (100, "fused"): (32, 128, 64, 4, 3),
     (100, "spread"): (32, 128, 64, 4, 3),
-    (100, "exact"): (64, 128, 16, 8, 2),
+    (100, "exact"): (64, 64, 16, 8, 2),
     (100, "online"): (32, 64, 32, 4, 3),
     (100, "online exact"): (32, 64, 32, 4, 3),
 }
@@ -516,6 +516,7 @@ def _online(
             BLOCK_D=block_d,
             num_warps=num_warps,
             num_stages=num_stages,
+            maxnreg=tiles.most_registers(problem.architecture, num_warps),
         )
 
     B, G = len(image_BE), len(text_GE)

@@ -112,6 +112,7 @@ def tile_arguments(
         "GROUP_N": 8,
         "num_warps": num_warps,
         "num_stages": num_stages,
+        "maxnreg": tiles.most_registers(tiles.architecture(x_RE.device), num_warps),
     }
 
 

@@ -143,9 +143,9 @@ def _similarity_topk_kernel(
 # sm_100 Triton 3.7 cannot compile this epilogue on a tile in tensor memory, so that its tiles stay below 64 rows, which
 # take the older matrix instruction.
 _LAUNCH_TABLE = {
-    (80, "many"): (64, 128, 64, 4, 3),
+    (80, "many"): (64, 128, 64, 8, 3),
     (80, "few"): (16, 64, 64, 4, 3),
-    (80, "exact"): (16, 64, 32, 4, 3),
+    (80, "exact"): (16, 64, 32, 8, 3),
     (90, "many"): (128, 128, 64, 8, 3),
     (90, "few"): (16, 64, 64, 4, 3),
     (90, "exact"): (16, 64, 32, 8, 3),

@@ -169,6 +169,15 @@ def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x_ND, (0, -width % multiple)).contiguous()
 
 
+def most_registers(architecture: int, num_warps: int) -> int | None:
+    """Return how many registers a thread may have, as the launch option ``maxnreg``; None leaves it to the assembler.
+
+    Left to itself, the assembler of Triton 3.9 moves a value or two to memory so that more programs fit on a processor. Row
+    90 has no spills without a limit, and most of it was measured so.
+    """
+    return None if architecture == 90 else min(255, 65536 // (32 * num_warps))
+
+
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b by the vendor's library with a float32 result that is never rounded to a 16-bit input dtype.
 
