@@ -1,4 +1,4 @@
-"""FLOPs of the operators that torch's own registry does not know: this project's, and attention on the CPU.
+"""FLOPs of the operators that torch's own registry does not know or overcounts: this project's, and attention on the CPU.
 
 Importing it registers the formulas with ``torch.utils.flop_counter``, so that ``FlopCounterMode`` counts them as well.
 Matrix products are counted, 2 FLOP a multiplication and addition; of attention those pairs of query and key that see each
@@ -25,7 +25,11 @@ _ops, _aten = torch.ops.clipcore, torch.ops.aten
 
 
 def _formula(target: Any, get_raw: bool = False) -> Callable[[Callable[..., int]], Any]:
-    """Registers a formula of shapes, or, for what depends on values, of the arguments themselves."""
+    """Register a formula of shapes, or, for what depends on values, of the arguments themselves.
+
+    It replaces torch's own: from 2.15 on torch has one for attention on the CPU, which counts what a causal mask hides.
+    """
+    flop_registry.pop(target, None)
     return register_flop_formula(target, get_raw=get_raw)
 
 

@@ -62,7 +62,9 @@ def _load_embedded(
 ):
     """`_load_rows` of the class token or a patch, plus its position, rounded where the definition rounds."""
     dtype = patch_ptr.dtype.element_ty
-    x = _load_rows(patch_ptr, row, inside & (token > 0), d, D, RAGGED)
+    # Not `inside & (token > 0)`, of which Triton 3.9's interpreter makes integers.
+    is_patch = tl.where(token > 0, inside, False)
+    x = _load_rows(patch_ptr, row, is_patch, d, D, RAGGED)
     if token == 0:
         x += _load_vector(class_ptr, d, D, RAGGED).to(dtype).to(tl.float32)
     position = _load_vector(position_ptr + token * D, d, D, RAGGED).to(dtype).to(tl.float32)
@@ -184,7 +186,7 @@ def _layer_norm_bwd_kernel(
         n = b * L + token
         if EMBED:
             row = b * (L - 1) + token - 1
-            stored = inside & (token > 0)
+            stored = tl.where(token > 0, inside, False)
             x_d = _load_embedded(x_ptr, class_ptr, position_ptr, row, token, inside, d, D, False)
             x_e = _load_embedded(x_ptr, class_ptr, position_ptr, row, token, inside, e, D, RAGGED)
         else:

@@ -48,7 +48,8 @@ def problem(
     length: int, size: int, has_segments: bool, dtype: torch.dtype = torch.float32, scale: float = 1
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """qkv, an upstream gradient, and segments of unequal lengths, the last one padding."""
-    rows, heads = (5, 3) if ON_GPU else (1, 1 if length > 200 else 2)
+    # The rule compares the largest errors of kernel and reference, which takes many numbers: short rows are several.
+    rows, heads = (5, 3) if ON_GPU else (max(1, 80 // length), 1 if length > 200 else 2)
     qkv = (scale * torch.randn(rows, length, 3, heads, size)).to(KERNEL_DEVICE, dtype)
     upstream = torch.randn(rows, length, heads * size).to(KERNEL_DEVICE, dtype)
     if not has_segments:

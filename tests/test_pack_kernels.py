@@ -66,6 +66,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("host")
     (folder / "pack_kernels_on_host.inc").write_text(source)
     command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCE.parent}"]
+    # The program defines functions of the CUDA runtime, which a CUDA build of torch has loaded by the same names.
+    command += ["-Wl,-Bsymbolic"]
     command += [f"-I{include.group(1)}", f"-I{folder}"]
     command += [str(PROGRAMS / "run_pack_kernels_on_host.cpp"), "-o", str(folder / "host.so")]
     done = subprocess.run(command, capture_output=True, text=True)
