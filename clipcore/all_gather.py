@@ -277,7 +277,7 @@ def start_gather(
             from here without ``shard_sizes``, else from `PendingGather.wait`; on CUDA a device assertion ends the
             step, and the next call says which rank it was. With ``shard_sizes``, ranks whose parts have different
             sizes in bytes meet an error of the backend instead.
-        ImportError: the extension was built for another torch.
+        native.WrongBuildError: the extension was built for another torch.
 
     Source: the sharded similarities of CLIP (Radford et al. 2021, section 2.5) need every rank's features, and the
     exact gradient of the whole batch needs the sum over ranks.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from clipcore import native
 from clipcore.data import BadSample
 from clipcore.data.transforms import ImageTransform, decode_image
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         images = torch.stack([transform(picture) for picture in pictures]).to(parsed.device)
         probabilities, classes = classify(model, images, classifier_EC, parsed.top)
-    except ValueError as error:
+    except (ValueError, native.WrongBuildError) as error:
         print(f"clipcore.classify: error: {error}", file=sys.stderr)
         return 2
     rows = [

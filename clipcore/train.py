@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from clipcore import memory, roll_call
+from clipcore import memory, native, roll_call
 from clipcore.architectures import find_model
 from clipcore.checkpoint import run_lock
 from clipcore.config import (
@@ -92,6 +92,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         given: the names of the settings that the user gave, which win over those of a resumed run.
     """
     # Settings
+    on_several_gpus = world.device.type == "cuda" and world.world_size > 1
+    if (note := native.left_out(on_several_gpus)) is not None:
+        world.say(note)
     checkpoint, run_dir = find_checkpoint(config, world)
     if run_dir is not None and (checkpoint is not None or is_restart(run_dir)):
         config = resumed_config(run_dir, config, given, world)
@@ -546,8 +549,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NonFiniteError, VerificationError) as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
-        # Every mistake of a user is a ValueError that names the remedy; a developer may want the trace.
+    except (ValueError, native.WrongBuildError) as error:
+        # Every mistake of a user is one of these, and names the remedy; a developer may want the trace.
         if os.environ.get("CLIPCORE_TRACEBACK"):
             raise
         print(f"clipcore.train: error: {error}", file=sys.stderr)

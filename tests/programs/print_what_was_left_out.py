@@ -1,0 +1,5 @@
+"""Print what the installed clipcore was built without."""
+
+from clipcore import native
+
+print(native.left_out())
