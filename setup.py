@@ -323,7 +323,7 @@ def leave_note(library: Path, note: str | None, is_built: bool) -> None:
 def commands(torch: ModuleType, note: str | None) -> dict[str, type]:
     """Return the command that builds the first extension of ext_modules that compiles, and leaves a note of the rest."""
 
-    class BuildExtension(torch.utils.cpp_extension.BuildExtension):  # type: ignore[misc,name-defined]
+    class BuildExtension(torch.utils.cpp_extension.BuildExtension):
         note: str | None = None
 
         def run(self) -> None:
