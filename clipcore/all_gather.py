@@ -81,7 +81,7 @@ class _ExchangeRef:
         self.sum: tuple[torch.Tensor, Any] | None = None
         part = self._pack(x_BE.detach(), ids_B, header)
         self.parts: torch.Tensor | None = part.new_empty(len(shard_sizes) * layout.part_bytes)
-        self.gathering = all_gather_single(self.parts, part, group=group, async_op=True)
+        self.gathering: Any = all_gather_single(self.parts, part, group=group, async_op=True)
 
     def _pack(
         self, x_BE: torch.Tensor, ids_B: torch.Tensor | None, header: list[int]
