@@ -176,6 +176,7 @@ def _launch_config(
         "EXACT": dtype == torch.float32,
         "num_warps": num_warps,
         "num_stages": num_stages,
+        "maxnreg": tiles.most_registers(architecture, num_warps),
     }
     return (row_blocks, triton.cdiv(num_tiles, tiles_per_range)), config
 
