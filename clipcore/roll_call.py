@@ -93,7 +93,7 @@ class _RollCall:
         self.inside: str | None = None
         self._came_at = time.monotonic()
         # A connection of its own: the group's may be held by a call that waits.
-        own = cast(Any, store).clone()  # which torch's annotations have from 2.14 on
+        own = cast(Any, store).clone()  # torch's annotations lack it before 2.14
         own.set_timeout(timedelta(seconds=START_S))
         self.session = self._start(own)
         own.set_timeout(timedelta(seconds=PATIENCE_S))

@@ -250,13 +250,13 @@ def test_cuda_kernels_are_built_where_there_is_a_toolkit(
     assert len(set(stems)) == len(stems) >= 3
 
 
-def toolkit_of(folder: Path, nvcc: str, headers: bool = True, mode: int = 0o755) -> Path:
+def toolkit_of(folder: Path, nvcc: str, headers: bool = True) -> Path:
     """A CUDA toolkit whose nvcc is a shell script."""
     names = ["bin/nvcc"] + ["include/cuda_runtime.h", "lib/libcudart.so"] * headers
     for name in names:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(f"#!/bin/sh\n{nvcc}\n")
-        (folder / name).chmod(mode)
+        (folder / name).chmod(0o755)
     return folder
 
 
@@ -384,12 +384,9 @@ def test_first_candidate_that_compiles_is_built(
 
 
 def test_failed_editable_build_takes_the_earlier_extension_away(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: ModuleType, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    library, note = (
-        tree / "clipcore" / f"_C{end}" for end in (suffix, suffix.replace(".so", ".txt"))
-    )
+    library, note = (tree / "clipcore" / name for name in (setup.LIBRARY, setup.NOTE))
     compiler = tmp_path / "c++"
     # Python's headers compile, the sources do not.
     compiler.write_text('#!/bin/sh\ncase "$*" in *-fsyntax-only*) exit 0 ;; *) exit 1 ;; esac\n')

@@ -281,8 +281,10 @@ def test_a_profiled_run_in_micro_batches_is_the_run_and_resumes(server, table, t
 
 
 def consists_of_others(operator: str) -> bool:
-    """Whether torch's dispatcher replaces an operator by others, whose bytes are counted: whether its own row shows, above
-    the rest, depends on its time."""
+    """Whether torch replaces an operator by others, whose bytes are counted.
+
+    Its time decides whether it has a row of its own or is among the others.
+    """
     namespace, _, name = operator.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name)
     return any(
