@@ -12,7 +12,7 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -427,6 +427,22 @@ def test_machine_without_compiler_installs_and_says_so(
         monkeypatch.setenv("CLIPCORE_BUILD", level)
         with pytest.raises(AssertionError, match=said):
             built(tree, "wheel", tmp_path)
+
+
+def test_missing_kernels_are_said_to_several_gpus_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without the note that a build with an unfit nvcc leaves there.
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    for has_kernels in (True, False):
+        extension = SimpleNamespace(has_cuda_kernels=lambda has=has_kernels: has)
+        monkeypatch.setattr(native, "load", lambda extension=extension: extension)
+        assert native.left_out() is None
+        said = native.left_out(on_several_gpus=True)
+        assert (said is None) == has_kernels
+    assert "without an nvcc" in said and "pip install -e ." in said
+    monkeypatch.setattr(native, "load", lambda: None)
+    assert "without its extension" in native.left_out()
 
 
 def test_run_begins_with_what_was_left_out(
