@@ -107,9 +107,8 @@ def try_set(name: str, only: str | None) -> dict[str, Any]:
         pip = ["python", "-m", "pip", "install", "--quiet"]
         row["install_s"] = 0
         # A torch that is not the newest has to be there first: the extension is built for it only then.
-        for what in ([*SETS[name]], ["-e", ".", *SETS[name]]):
-            if what:
-                row["install_s"] += run([*pip, *what], clone, environment)[1]
+        for what in filter(None, (SETS[name], ["-e", ".", *SETS[name]])):
+            row["install_s"] += run([*pip, *what], clone, environment)[1]
         if only != "tests":
             _, row["main_job_s"] = run(["python", "-m", "clipcore.train"], clone, environment)
             row["main_job"] = accuracy(clone / "logs")

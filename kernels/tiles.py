@@ -52,6 +52,15 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
+def most_registers(architecture: int, num_warps: int) -> int | None:
+    """Return how many registers a thread may have, as the launch option ``maxnreg``; None leaves it to the assembler.
+
+    Left to itself, the assembler of Triton 3.9 moves a value or two to memory so that more programs fit on a processor. Row
+    90 has no spills without a limit, and most of it was measured so.
+    """
+    return None if architecture == 90 else min(255, 65536 // (32 * num_warps))
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches there, whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -167,15 +176,6 @@ def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
     if width % multiple == 0 and x_ND.stride(1) == 1 and aligned:
         return x_ND
     return torch.nn.functional.pad(x_ND, (0, -width % multiple)).contiguous()
-
-
-def most_registers(architecture: int, num_warps: int) -> int | None:
-    """Return how many registers a thread may have, as the launch option ``maxnreg``; None leaves it to the assembler.
-
-    Left to itself, the assembler of Triton 3.9 moves a value or two to memory so that more programs fit on a processor. Row
-    90 has no spills without a limit, and most of it was measured so.
-    """
-    return None if architecture == 90 else min(255, 65536 // (32 * num_warps))
 
 
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
