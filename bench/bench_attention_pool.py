@@ -1,4 +1,4 @@
-"""The ResNets' attention pool with absorbed projections, against keys and values with torch's attention, and a copy.
+"""Attention of one query a sequence with absorbed projections, against keys and values with torch's attention, and a copy.
 
 python bench/bench_attention_pool.py [--batch 256] [--device cpu]
 """
@@ -15,12 +15,29 @@ from typing import Any
 import torch
 from harness import record
 from torch import Tensor
+from torch.nn import functional as F
 
-from clipcore.kernels.attention_pool import attention_pool, attention_pool_ref
+from clipcore.kernels.attention_pool import Linear, attention_pool
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tokens, channels, heads.
-SHAPES = {"RN50": (50, 2048, 32), "RN50x4": (82, 2560, 40), "RN50x16": (145, 3072, 48)}
+# Tokens, channels, heads: of the ResNets' attention pool, and of the last block of Vision Transformers.
+SHAPES = {
+    "RN50": (50, 2048, 32),
+    "RN50x4": (82, 2560, 40),
+    "RN50x16": (145, 3072, 48),
+    "ViT-B-32": (50, 768, 12),
+    "ViT-B-16": (197, 768, 12),
+    "ViT-L-14": (257, 1024, 16),
+}
+
+
+def with_sdpa(q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear) -> Tensor:
+    """Keys and values of all tokens, and torch's attention with one query."""
+    k_BHLK, v_BHLK = (
+        F.linear(x_BLC, *layer).unflatten(-1, q_BHK.shape[1:]).transpose(1, 2)
+        for layer in (key, value)
+    )
+    return F.scaled_dot_product_attention(q_BHK.unsqueeze(2), k_BHLK, v_BHLK).flatten(1)
 
 
 def bench_model(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -53,8 +70,8 @@ def bench_model(name: str, batch: int, device: torch.device, dtype: torch.dtype)
     torch._dynamo.reset()
     fns = {
         "clipcore": attention_pool,
-        "eager, SDPA": attention_pool_ref,
-        "torch.compile": torch.compile(attention_pool_ref, dynamic=False),
+        "eager, SDPA": with_sdpa,
+        "torch.compile": torch.compile(with_sdpa, dynamic=False),
     }
     # Tokens twice forward, and once more with their gradient; both weights.
     tokens, weights = batch * length * width * dtype.itemsize, 2 * width**2 * dtype.itemsize

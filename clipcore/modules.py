@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from clipcore.kernels.attention import attention, pooled_attention
+from clipcore.kernels.attention import attention
+from clipcore.kernels.attention_pool import attention_pool
 from clipcore.kernels.gelu import gelu
 from clipcore.kernels.layer_norm import layer_norm
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
@@ -65,12 +66,14 @@ class Attention(nn.Module):
 
     def pooled(self, x_RLD: Tensor, query_BD: Tensor, read: ReadAt) -> Tensor:
         """The output for one query a sequence, [B, D]; ``x_RLD`` are the tokens that it sees."""
-        width = query_BD.shape[-1]
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        q_BHK = F.linear(query_BD, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
-        kv_BLD = read.sequences(F.linear(x_RLD, weight[width:], bias[width:]))
-        kv_BL2HK = kv_BLD.unflatten(-1, (2, self.heads, -1))
-        return self.out_proj(pooled_attention(q_BHK, kv_BL2HK, read.last_B))
+        query, key, value = zip(
+            self.in_proj_weight.unflatten(0, (3, -1)).unbind(),
+            self.in_proj_bias.unflatten(0, (3, -1)).unbind(),
+            strict=True,
+        )
+        q_BHK = F.linear(query_BD, *query).unflatten(-1, (self.heads, -1))
+        out_BD = attention_pool(q_BHK, read.sequences(x_RLD), key, value, read.last_B)
+        return self.out_proj(out_BD)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -147,7 +150,7 @@ class ResidualAttentionBlock(nn.Module):
     def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
         """The block's output at one token of each sequence, [B, D]: all that a tower reads of its last block.
 
-        Only keys and values are computed for the other tokens; the result and every gradient are those of ``forward``.
+        Of the other tokens only LayerNorm's output is computed; the result and every gradient are those of ``forward``.
         Hooks and attention of another kind get all tokens.
         """
         x_RLD = Stream(x_RLD, delta_RLD).joined()

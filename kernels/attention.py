@@ -1,6 +1,6 @@
-"""Multi-head self-attention on the packed projection, and attention of one query a sequence.
+"""Multi-head self-attention on the packed projection.
 
-Legend: R rows of tokens (sequences, or rows of packed captions), L tokens of a row, H heads, K head size, B queries.
+Legend: R rows of tokens (sequences, or rows of packed captions), L tokens of a row, H heads, K head size.
 
 ``o = softmax(q k^T / sqrt(K)) v`` for each row and head: of all tokens, of those before (``is_causal``), and with
 ``segments`` of those of the same segment only, so that one row holds several captions. Reads [R, L, 3, H, K] as one
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clipcore.kernels import attention_cpu, attention_torch, attention_triton, tiles
 
@@ -154,33 +153,3 @@ def check_packed(qkv_RL3HK: Tensor, segments_RL: Tensor | None) -> None:
         raise ValueError(
             f"segments must be int32 {list(qkv_RL3HK.shape[:2])}, got {segments_RL.dtype} {list(segments_RL.shape)}"
         )
-
-
-def pooled_attention(q_BHK: Tensor, kv_BL2HK: Tensor, last_B: Tensor | None = None) -> Tensor:
-    """Attention of one query a sequence: [B, H, K] and [B, L, 2, H, K] -> [B, H*K].
-
-    What the last block of a tower needs, which is read at one token. Reads keys and values once.
-
-    Args:
-        last_B: the last token that each query sees, for causal text; None where it sees all.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-
-    >>> pooled_attention(torch.zeros(2, 4, 8), torch.zeros(2, 5, 2, 4, 8)).shape
-    torch.Size([2, 32])
-    """
-    batch, heads, size = q_BHK.shape if q_BHK.ndim == 3 else (-1, -1, -1)
-    if kv_BL2HK.shape != (batch, *kv_BL2HK.shape[1:2], 2, heads, size):
-        raise ValueError(
-            f"q must be [B, H, K] and kv [B, L, 2, H, K], got {tuple(q_BHK.shape)} and {tuple(kv_BL2HK.shape)}"
-        )
-    if last_B is not None and last_B.shape != (batch,):
-        raise ValueError(f"last must be [{batch}], one for each query, got {tuple(last_B.shape)}")
-    k_BHLK, v_BHLK = kv_BL2HK.permute(2, 0, 3, 1, 4)
-    seen_B11L = None
-    if last_B is not None:
-        seen_BL = torch.arange(kv_BL2HK.shape[1], device=q_BHK.device) <= last_B[:, None]
-        seen_B11L = seen_BL[:, None, None]
-    q_BH1K = q_BHK.unsqueeze(2)
-    return F.scaled_dot_product_attention(q_BH1K, k_BHLK, v_BHLK, attn_mask=seen_B11L).flatten(1)

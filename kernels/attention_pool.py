@@ -1,13 +1,17 @@
-"""Attention of one query an image with the projections of keys and values absorbed: the ResNets' attention pool.
+"""Attention of one query a sequence, with the projections of keys and values absorbed.
 
-Legend: B images, L tokens, C channels, H heads of K columns, C = H K.
+The ResNets' attention pool, and the last block of a transformer that is read at one token.
+
+Legend: B sequences, L tokens, C channels, H heads of K columns, C = H K.
 
     scores_bhl = ((q_bh W_k,h) x_bl + q_bh b_k,h) / sqrt(K)    instead of q_bh (W_k,h x_bl + b_k,h) / sqrt(K)
     out_bh     = W_v,h (sum_l p_bhl x_bl) + b_v,h              instead of sum_l p_bhl (W_v,h x_bl + b_v,h)
 
 With one query there are H vectors of C numbers to multiply the tokens with, not L keys and L values to make: 4 B H L C +
-4 B C^2 FLOP for 4 B L C^2, for RN50 (L = 50, H = 32) 25 times fewer, and x is read twice. Probabilities sum to one, so that
-a value's bias is added once. All in plain products, differentiated by autograd; the softmax in float32.
+4 B C^2 FLOP for 4 B L C^2, for RN50 (L = 50, H = 32) 25 times fewer and for ViT-B-16 (L = 197, H = 12) 28 times, and x is
+read twice. Probabilities sum to one, so that a value's bias is added once. All in plain products, differentiated by
+autograd; the softmax in float32. No attention kernel of a library is involved: with one query some give a backward pass
+that is not deterministic, or NaN (cudnn-frontend issue 1072).
 """
 
 from __future__ import annotations
@@ -16,22 +20,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels.attention import pooled_attention
-
 Linear = tuple[Tensor, Tensor]
 
 
-def attention_pool_ref(q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear) -> Tensor:
+def attention_pool_ref(
+    q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear, last_B: Tensor | None = None
+) -> Tensor:
     """With keys and values: the reference."""
-    kv_BL2C = torch.stack([F.linear(x_BLC, *key), F.linear(x_BLC, *value)], 2)
-    return pooled_attention(q_BHK, kv_BL2C.unflatten(-1, (q_BHK.shape[1], -1)))
+    k_BLHK, v_BLHK = (
+        F.linear(x_BLC, *layer).unflatten(-1, q_BHK.shape[1:]) for layer in (key, value)
+    )
+    scores_BHL = torch.einsum("bhk,blhk->bhl", q_BHK, k_BLHK) * q_BHK.shape[-1] ** -0.5
+    weights_BHL = _without_unseen(scores_BHL, last_B).softmax(-1)
+    return torch.einsum("bhl,blhk->bhk", weights_BHL, v_BLHK).flatten(1)
 
 
-def attention_pool(q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear) -> Tensor:
-    """[B, H, K] queries over tokens [B, L, C] to [B, C].
+def attention_pool(
+    q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear, last_B: Tensor | None = None
+) -> Tensor:
+    """Return what [B, H, K] queries read from tokens [B, L, C], as [B, C].
 
     Args:
         key, value: (weight [C, C], bias [C]) of a linear layer each.
+        last_B: the last token that each query sees, for causal text; None where it sees all.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -48,16 +59,31 @@ def attention_pool(q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear) -> 
             f"queries {tuple(q_BHK.shape)}, tokens {tuple(x_BLC.shape)} and weights {[tuple(s) for s in weights]} do not "
             "fit: heads times their size are the channels"
         )
+    if last_B is not None and last_B.shape != q_BHK.shape[:1]:
+        raise ValueError(
+            f"last must be [{q_BHK.shape[0]}], one for each query, got {tuple(last_B.shape)}"
+        )
+
     dtype = q_BHK.dtype  # a linear layer's, autocast's where it is on
     key_HKC, value_HKC = (
         weight.to(dtype).unflatten(0, (heads, size)) for weight, _ in (key, value)
     )
     x_BLC = x_BLC.to(dtype)
+
     asked_BHC = torch.einsum("bhk,hkc->bhc", q_BHK, key_HKC)
     # The same for all tokens, which the softmax does not see: here for the bias's gradient, which is zero.
     offset_BH = (q_BHK * key[1].to(dtype).unflatten(0, (heads, size))).sum(-1)
     scores_BHL = (asked_BHC @ x_BLC.mT + offset_BH[..., None]) * size**-0.5
+
     wide = torch.promote_types(dtype, torch.float32)
-    weights_BHL = scores_BHL.softmax(-1, dtype=wide).to(dtype)
+    weights_BHL = _without_unseen(scores_BHL, last_B).softmax(-1, dtype=wide).to(dtype)
     pooled_BC = torch.einsum("bhc,hkc->bhk", weights_BHL @ x_BLC, value_HKC).flatten(1)
     return pooled_BC + value[1].to(dtype)
+
+
+def _without_unseen(scores_BHL: Tensor, last_B: Tensor | None) -> Tensor:
+    """Return the scores with -inf where a query does not see the token."""
+    if last_B is None:
+        return scores_BHL
+    token_L = torch.arange(scores_BHL.shape[-1], device=scores_BHL.device)
+    return scores_BHL.masked_fill((token_L > last_B[:, None])[:, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""Packed attention and attention of one query: the public functions, on every device."""
+"""Packed attention: the public function, on every device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import torch
 from numerics import (
     DEVICES,
     KERNEL_DEVICE,
+    assert_accurate,
     check,
+    exactly,
     with_gradients,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcore.kernels.attention import attention, attention_ref, pooled_attention
+from clipcore.kernels import attention_torch
+from clipcore.kernels.attention import attention, attention_ref
+from clipcore.model import create_model
+from clipcore.packing import pack_captions
 
 pytestmark = pytest.mark.fast
 
@@ -61,23 +68,6 @@ def test_attention(case: tuple) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("length", "heads", "size"), [(1, 1, 4), (9, 2, 8), (64, 2, 64), (257, 2, 80)]
-)
-def test_pooled_attention_is_one_row_of_attention(length, heads, size):
-    qkv = torch.randn(3, length, 3, heads, size)
-    token = torch.tensor([0, length // 2, length - 1])
-    rows = torch.arange(3)
-    check(
-        lambda x: pooled_attention(x[rows, token, 0], x[:, :, 1:], token.to(x.device)),
-        lambda x: attention_ref(x, is_causal=True)[rows, token],
-        [qkv],
-    )
-    check(
-        lambda x: pooled_attention(x[:, 0, 0], x[:, :, 1:]), lambda x: attention_ref(x)[:, 0], [qkv]
-    )
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -107,8 +97,6 @@ def test_wrong_arguments_are_refused() -> None:
         attention(torch.ones(2, 3, 4))
     with pytest.raises(ValueError, match=r"int32 \[2, 3\], got torch.int64 \[2, 3\]"):
         attention(qkv, True, torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"last must be \[2\]"):
-        pooled_attention(torch.zeros(2, 1, 8), torch.zeros(2, 3, 2, 1, 8), torch.zeros(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -127,3 +115,86 @@ def test_any_strides_give_the_same(dtype: torch.dtype, length: int, is_causal: b
             out.backward(upstream)
         assert torch.equal(*outs)
         assert torch.equal(strided.grad, plain.grad)  # type: ignore[arg-type]
+
+
+class SDPACalls(TorchDispatchMode):
+    """Notes each call of torch's attention, and whether deterministic algorithms are asked for then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, bool]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "scaled_dot_product" in name or "efficient_attention" in name:
+            self.seen.add((name, torch.are_deterministic_algorithms_enabled()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_torchs_kernel_on_a_gpu_is_flash_attention_and_deterministic(dtype, is_causal) -> None:
+    """cuDNN's and the memory-efficient backward pass add up in any order, and cuDNN's gives NaN for some masks."""
+    with FakeTensorMode(), torch.no_grad(), SDPACalls() as calls:
+        for length, size in ((64, 40), (577, 64)):
+            qkv = torch.empty(2, length, 3, 4, size, dtype=dtype, device="cuda")
+            out, lse = attention_torch.forward(qkv, is_causal, None)
+            attention_torch.backward(out, qkv, out, lse, is_causal, None)
+    flash = "_scaled_dot_product_flash_attention"
+    assert calls.seen == {(flash, False), (f"{flash}_backward", True)}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class OnGPU(Tensor):
+    """A tensor of the CPU that takes the paths of a GPU's."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "dtype"),
+    [
+        ("packed", 64, torch.float16),
+        ("dense", 100, torch.float16),
+        ("causal", 264, torch.float16),
+        ("packed", 40, torch.float32),
+        ("dense", 64, torch.float32),
+        ("causal", 64, torch.float64),
+    ],
+)
+def test_what_flash_attention_does_not_take_is_plain_products(
+    kind, size, dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(attention_torch, "DENSE_BYTES", 2 * 2 * 30**2 * 4)  # some rows at a time
+    qkv, is_causal, segments = problem((5, 30, 2, size, kind), dtype, "cpu")
+    grad = torch.randn(5, 30, 2 * size, dtype=dtype)
+
+    with SDPACalls() as calls:
+        out, lse = attention_torch.forward(qkv.as_subclass(OnGPU), is_causal, segments)
+        dqkv = attention_torch.backward(
+            *(grad, qkv.as_subclass(OnGPU), out, lse), is_causal, segments
+        )
+    assert not calls.seen
+
+    def reference(x: Tensor) -> Tensor:
+        return attention_ref(x, is_causal, segments)
+
+    exact, expected = (f(reference, [qkv], grad) for f in (exactly, with_gradients))
+    for name, *values in zip(("output", "gradient"), (out, dqkv), expected, exact, strict=True):
+        if dtype == torch.float64:
+            assert (values[0] - values[1]).abs().max() <= 1e-12 * values[1].abs().max()
+        else:
+            assert_accurate(name, *values)
+
+
+def test_the_towers_call_no_attention_of_torchs() -> None:
+    """Not even for the one query of the last block: with one, cuDNN's backward pass may give NaN."""
+    captions = torch.tensor([[1, 5, 9] + [0] * 61, [1, 9] + [0] * 62])
+    for name in ("ViT-nano-8-32", "RN50"):
+        model = create_model(name, force_image_size=32) if name == "RN50" else create_model(name)
+        text = captions[:, : model.context_length]
+        for tokens in (text, pack_captions(text)):
+            with SDPACalls() as calls:
+                image_BE, text_BE, _ = model(torch.zeros(2, 3, 32, 32), tokens)
+                (image_BE.sum() + text_BE.sum()).backward()
+            assert not calls.seen

@@ -7,6 +7,7 @@ import torch
 from numerics import DEVICES, check
 from torch import Tensor, nn
 
+from clipcore.kernels.attention import attention_ref
 from clipcore.kernels.attention_pool import attention_pool, attention_pool_ref
 from clipcore.kernels.residual_attention import (
     AttentionWeights,
@@ -135,20 +136,49 @@ def test_replaced_modules_and_hooks_are_called() -> None:
     assert not frozen(torch.ones(1, 3, D))[1].requires_grad
 
 
-@pytest.mark.parametrize(("length", "heads", "size"), [(1, 1, 8), (5, 2, 8), (50, 8, 16)])
-def test_attention_pool(length: int, heads: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "heads", "size"), [(1, 1, 8), (5, 2, 8), (50, 8, 16), (77, 2, 64)]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_pool(length: int, heads: int, size: int, is_causal: bool) -> None:
     width = heads * size
     layers = [torch.randn(width, width) * width**-0.5, torch.randn(width)] * 2
+    last_B = torch.tensor([0, length // 2, length - 1]) if is_causal else None
 
     def with_pairs(fn):
-        return lambda q, x, *w: fn(q, x, w[:2], w[2:])
+        return lambda q, x, *w: fn(
+            *(q, x, w[:2], w[2:]), None if last_B is None else last_B.to(x.device)
+        )
 
     check(
         with_pairs(attention_pool),
         with_pairs(attention_pool_ref),
         [torch.randn(3, heads, size), torch.randn(3, length, width), *layers],
     )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_pool_is_one_row_of_attention(is_causal: bool) -> None:
+    B, length, heads, size = 3, 9, 2, 8
+    width = heads * size
+    weight, bias = torch.randn(3 * width, width).double(), torch.randn(3 * width).double()
+    x_BLC = torch.randn(B, length, width).double()
+    token_B = torch.tensor([0, 4, 8])
+    rows = torch.arange(B)
+
+    qkv = torch.nn.functional.linear(x_BLC, weight, bias).unflatten(-1, (3, heads, size))
+    expected = attention_ref(qkv, is_causal)[rows, token_B]
+
+    (_, *layers) = zip(weight.chunk(3), bias.chunk(3), strict=True)
+    found = attention_pool(
+        *(qkv[rows, token_B, 0], x_BLC, *layers), token_B if is_causal else None
+    )
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_attention_pool_refuses_what_does_not_fit() -> None:
+    q_BHK, x_BLC, layer = torch.zeros(3, 2, 8), torch.zeros(3, 5, 16), (torch.zeros(16, 16),) * 2
     with pytest.raises(ValueError, match="heads times their size are the channels"):
-        attention_pool(
-            torch.zeros(3, heads, size + 1), torch.zeros(3, 2, width), layers[:2], layers[2:]
-        )
+        attention_pool(torch.zeros(3, 2, 9), x_BLC, layer, layer)
+    with pytest.raises(ValueError, match=r"last must be \[3\], one for each query, got \(2,\)"):
+        attention_pool(q_BHK, x_BLC, layer, layer, torch.zeros(2))
