@@ -152,7 +152,7 @@ class TrainConfig:
     precision: str | None = _option(
         None,
         COST,
-        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 holds the matrices so, rounded without bias",
+        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 rounds the matrices as well",
         choices=("fp32", "amp_bf16", "amp_bfloat16", "amp", "bf16"),
     )
     adam_moments: str = _option(
@@ -182,6 +182,9 @@ class TrainConfig:
     torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
     profile: bool = _option(
         False, COST, "record steps 5 to 7: trace, and time and floor of every operator"
+    )
+    threads: int | None = _option(
+        None, COST, "threads of a process on a CPU [1 or all, whichever is faster]", metavar="N"
     )
     device: str | None = _option(
         None, COST, "'cpu' or 'cuda' [cuda where there is one]", metavar="NAME"
@@ -241,6 +244,7 @@ def _check(config: TrainConfig) -> None:
         "accum_freq",
         "micro_batch_size",
         "keep_graphs",
+        "threads",
         "train_num_samples",
         "save_every_steps",
         "log_every_n_steps",

@@ -42,6 +42,7 @@ from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import (
     World,
+    all_reduce_flag,
     all_reduce_sum,
     barrier,
     broadcast_object,
@@ -77,6 +78,7 @@ from clipcore.run_state import (
 from clipcore.schedule import learning_rate
 from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
+from clipcore.threads import most_threads
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.verify import VerificationError, verify_gradients
 
@@ -103,7 +105,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     note_without_effect(config, world)
     make_deterministic()
-    leave_cores_to_workers(config, world)
+    config = set_threads(config, "threads" in given, world)
     if world.device.type == "cpu":
         memory.keep_freed()
 
@@ -346,15 +348,22 @@ def prepare_steps(
     run_dir: Path,
     log: Logbook,
 ) -> TrainConfig:
-    """Plans the steps where that is not done yet, and verifies their gradients on request; returns the settings with the
-    plan, which a resumed run takes over."""
+    """Choose threads and plan the steps where that is not done yet, and verify their gradients on request.
+
+    Return the settings with both, which a resumed run takes over.
+    """
+    was = config
+    if config.threads is None and training.world.device.type == "cpu":
+        timed = training.set_faster_threads(batch, step)
+        log.say(str(timed))
+        config = dataclasses.replace(config, threads=timed.number)
     if training.needs_plan():
         log.say(str(training.plan(batch, step, config.step_memory)))
         config = dataclasses.replace(
             config, micro_batch_size=training.micro_batch_size, keep_graphs=training.kept
         )
-        if log.writes:
-            write_config(run_dir, config)
+    if log.writes and config != was:
+        write_config(run_dir, config)
     log.say(training.describe_loss())
     if config.verify_gradients:
         log.say(verify_gradients(training, batch, step))
@@ -455,12 +464,29 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
         world.say("--fsdp: one process has nobody to split the model with, and trains it whole")
 
 
-def leave_cores_to_workers(config: TrainConfig, world: World) -> None:
-    """On the CPU, as many threads as the ranks and data loader processes leave cores: threads that wait for each other
-    spin, and one core too few makes a step several times slower. OMP_NUM_THREADS has the last word."""
-    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) // world.world_size
-        torch.set_num_threads(max(1, cores - (config.workers or 0)))
+def set_threads(config: TrainConfig, is_chosen: bool, world: World) -> TrainConfig:
+    """Set how many threads of the CPU compute; return the settings with the number, or with None if it is to be measured.
+
+    --threads decides, else OMP_NUM_THREADS of the first rank, else what a resumed run began with.
+    """
+    number = config.threads
+    if world.device.type != "cpu":
+        if number is not None:
+            torch.set_num_threads(number)
+        return config
+
+    if "OMP_NUM_THREADS" in os.environ and not is_chosen:
+        number = torch.get_num_threads()
+        if config.threads not in (None, number):
+            world.say(
+                f"OMP_NUM_THREADS asks for {number} threads where this run had {config.threads}: sums may round otherwise"
+            )
+    most = most_threads(world.world_size, config.workers or 0)
+    number = broadcast_object(number)
+    if number is None and not all_reduce_flag(most > 1):
+        number = 1
+    torch.set_num_threads(number or most)
+    return dataclasses.replace(config, threads=number)
 
 
 def scheduled_lr(config: TrainConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:

@@ -16,7 +16,7 @@ from numerics import LiveStorages, assert_accurate
 from ranks import RankPool
 from torch import Tensor, nn
 
-from clipcore import memory, step_plan
+from clipcore import memory, step_plan, threads
 from clipcore.data.loader import Batch, share_of_rank
 from clipcore.distributed import World
 from clipcore.grad_cache import differentiate, micro_batches
@@ -398,6 +398,33 @@ def test_gradients_are_verified_over_ranks(pool: RankPool) -> None:
     assert all("gradients of 24 pairs verified" in line for line in told)
 
 
+def threads_on_rank(world: World) -> tuple[int, int]:
+    """(the number that the rank would choose alone, what it computes with) where only rank 0 gains by two threads."""
+    step = training(tower(dtype="fp32"), num_pairs=NUM_RANKS * 40 + 1)
+    share = share_of_rank(NUM_RANKS * 40 + 1, world.rank, NUM_RANKS)
+    whole = pairs(NUM_RANKS * 40 + 1)
+    step.world = world
+    batch = Batch(whole.images[share], whole.tokens[share], whole.indices[share])
+
+    gained = float(NUM_RANKS) if world.rank == 0 else -1.0
+    seconds = {1: 10.0, 2: 10.0 - gained}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "_seconds", lambda *_: seconds[torch.get_num_threads()])
+        torch.set_num_threads(2)
+        timed = step.set_faster_threads(batch, 0)
+        number = torch.get_num_threads()
+        torch.set_num_threads(1)
+    assert timed.number == number and timed.most_s == pytest.approx(10 * NUM_RANKS - 1)
+    return 1 + (gained > 0), number
+
+
+def test_ranks_compute_with_the_same_number_of_threads(pool: RankPool) -> None:
+    """By the sum of their times: a rank that alone would choose otherwise does as the others."""
+    chosen = pool.run(threads_on_rank)
+    assert [alone for alone, _ in chosen] == [2, *[1] * (NUM_RANKS - 1)]
+    assert {number for _, number in chosen} == {2}
+
+
 # The plan.
 
 
@@ -478,7 +505,7 @@ def test_a_step_takes_no_more_than_its_plan(counted_memory: None, micro_batch_si
     model, batch = tower(name="ViT-glyphs", dtype="fp32", force_vocab_size=514), pairs(256)
     step = training(model, micro_batch_size, num_pairs=256)
     step.kept = None
-    plan = step.plan(batch, 0, step_memory=0.03)
+    plan = step.plan(batch, 0, step_memory=0.025)
     assert 1 < plan.kept < 256 / micro_batch_size and plan.peak_bytes <= plan.budget_bytes
     with LiveStorages() as live:
         step.gradients(batch, 0)

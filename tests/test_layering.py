@@ -36,7 +36,7 @@ LAYERS = [
     {"vision", "text"},
     {"resnet"},
     {"model", "strip", "grad_cache"},
-    {"loss", "step_plan", "sharding"},
+    {"loss", "step_plan", "sharding", "threads"},
     {"evaluate", "step"},
     {"verify"},
     {"run_state"},

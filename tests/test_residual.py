@@ -170,9 +170,7 @@ def test_attention_pool_is_one_row_of_attention(is_causal: bool) -> None:
     expected = attention_ref(qkv, is_causal)[rows, token_B]
 
     (_, *layers) = zip(weight.chunk(3), bias.chunk(3), strict=True)
-    found = attention_pool(
-        *(qkv[rows, token_B, 0], x_BLC, *layers), token_B if is_causal else None
-    )
+    found = attention_pool(*(qkv[rows, token_B, 0], x_BLC, *layers), token_B if is_causal else None)
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 

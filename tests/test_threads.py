@@ -1,0 +1,132 @@
+"""The number of threads of a run on the CPU: measured, chosen, and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import NANO
+from shards import write_csv
+from torch import nn
+
+from clipcore import threads, train
+from clipcore.resnet import BatchNorm2d
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+class Machine:
+    """A model of one number whose passes take a time that depends on the threads, by the clock that it is."""
+
+    def __init__(self, seconds_a_row: dict[int, float]) -> None:
+        self.module = nn.Sequential(nn.Conv2d(1, 1, 1), BatchNorm2d(1))
+        self.seconds_a_row = seconds_a_row
+        self.passes: list[tuple[int, int]] = []
+        self.now = 0.0
+
+    def embed(self, rows: slice, following: slice | None) -> list[torch.Tensor]:
+        number = torch.get_num_threads()
+        self.passes.append((number, rows.stop))
+        self.now += self.seconds_a_row[number] * rows.stop
+        return [self.module(torch.ones(rows.stop, 1, 1, 1)), torch.ones(2)]
+
+
+def measured(
+    monkeypatch, seconds_a_row: dict[int, float], **given
+) -> tuple[Machine, threads.Timed]:
+    machine = Machine(seconds_a_row)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: machine.now)
+    before = {name: value.clone() for name, value in machine.module.state_dict().items()}
+    found = threads.set_faster(
+        machine.embed, machine.module, **{"num_rows": 256, "most": 3} | given
+    )
+    assert torch.get_num_threads() == found.number
+    assert all(torch.equal(machine.module.state_dict()[name], before[name]) for name in before)
+    assert all(weight.grad is None for weight in machine.module.parameters())
+    return machine, found
+
+
+@pytest.mark.fast
+def test_the_faster_of_one_and_all_threads(monkeypatch):
+    machine, found = measured(monkeypatch, {1: 2e-4, 3: 1e-4})
+    assert found == (3, 3, 256, pytest.approx(0.0512), pytest.approx(0.0256))
+    # All rows, since with fewer a pass is too short to tell; then in turn.
+    assert machine.passes[:5] == [(3, 32), (3, 32), (3, 64), (3, 128), (3, 256)]
+    assert machine.passes[-6:] == [(3, 256), (1, 256)] * 3
+
+    machine, found = measured(monkeypatch, {1: 1e-3, 3: 2e-2})
+    assert found == (1, 3, 32, pytest.approx(0.032), pytest.approx(0.64))
+    assert str(found) == (
+        "threads: 1; 32 pairs take 32 ms with 1 and 640 ms with 3 (--threads N to choose)"
+    )
+    assert measured(monkeypatch, {1: 1.0, 3: 2.0}, num_rows=5)[0].passes[0] == (3, 5)
+
+
+@pytest.mark.fast
+def test_ranks_decide_alike(monkeypatch):
+    """By the sum of their times, though this one alone would choose otherwise."""
+
+    def add_up(values: list[float]) -> list[float]:
+        return [value + other for value, other in zip(values, [5.0, 1.0], strict=False)]
+
+    assert measured(monkeypatch, {1: 1e-3, 3: 2e-3}, add_up=add_up)[1].number == 3
+
+
+@pytest.mark.fast
+def test_ranks_and_loader_processes_leave_the_other_cores(monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert threads.most_threads(world_size=1, workers=2) == 14
+    assert threads.most_threads(world_size=4, workers=1) == 3
+    assert threads.most_threads(world_size=4, workers=9) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert threads.most_threads(world_size=8, workers=0) == 8
+
+
+def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "most_threads", lambda world_size, workers: 2)
+    computed = []
+    monkeypatch.setattr(
+        train, "describe", lambda *_: computed.append(torch.get_num_threads()) or "a run"
+    )
+    data = write_csv(tmp_path / "table", num_pairs=16)
+    line = ["--logs", str(tmp_path), "--name", "r", "--train-data", str(data), *NANO]
+    line += ["--batch-size", "8", "--lr", "1e-3"]
+
+    def run(*given: str) -> tuple[int, str]:
+        """Return the number of threads that the run notes, and what it says."""
+        assert train.main([*line, *given]) == 0
+        noted = json.loads((tmp_path / "r" / "config.json").read_text())["threads"]
+        assert torch.get_num_threads() == noted
+        said = capfd.readouterr()
+        return noted, said.out + said.err
+
+    timed = threads.Timed(1, 2, 8, 0.1, 0.2)
+
+    def set_faster(*_):
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        return timed
+
+    monkeypatch.setattr(threads, "set_faster", set_faster)
+    noted, said = run("--epochs", "1")
+    assert noted == 1 and str(timed) in said
+
+    monkeypatch.delattr(threads, "set_faster")
+    assert run("--epochs", "2", "--resume", "latest")[0] == 1
+    assert computed[-1] == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    noted, said = run("--epochs", "3", "--resume", "latest")
+    assert noted == 2 and "OMP_NUM_THREADS asks for 2 threads where this run had 1" in said
+    noted, said = run("--epochs", "4", "--resume", "latest", "--threads", "1")
+    assert noted == 1 and "--threads was 2 in this run, now 1" in said
