@@ -42,10 +42,12 @@ def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 def visible_pairs(rows: int, length: int, is_causal: bool, segments_RL: Tensor | None) -> int:
     """Pairs of query and key that see each other, over all rows; of segments read off their values (-1 is padding).
 
+    On the meta device, where segments have no values, a row counts as one caption: the most that it may hold.
+
     >>> visible_pairs(2, 4, is_causal=True, segments_RL=None)
     20
     """
-    if segments_RL is None:
+    if segments_RL is None or segments_RL.is_meta:
         return rows * (length * (length + 1) // 2 if is_causal else length**2)
     ids_RL = segments_RL.long()
     # Two rows may count their captions alike.

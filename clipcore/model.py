@@ -5,6 +5,7 @@ Legend: B pairs, S side of an image, L tokens, E embedding size. Source: Radford
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -192,7 +193,10 @@ def create_model(
     if config.vision.is_resnet and config.vision.patch_dropout:
         raise ValueError("patch dropout is for Vision Transformers; leave it out for a ResNet")
     _check_precision(precision)
-    model = CLIP(config, output_dict)
+    # On the meta device, which holds shapes only, weights are not made elsewhere first.
+    is_meta = torch.device(device).type == "meta"
+    with torch.device("meta") if is_meta else contextlib.nullcontext():
+        model = CLIP(config, output_dict)
     if pretrained is not None:
         load_checkpoint(model, pretrained)
     return _cast(model, precision).to(device)

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.utils.checkpoint import checkpoint
 
 from clipcore.kernels.attention import attention
@@ -76,19 +81,24 @@ class Attention(nn.Module):
         return self.out_proj(out_BD)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has asked to see what a module computes, or put another ``forward`` in its place.
+# Whose hooks do not look at what a module computes: FSDP's and DDP's, and those that name modules for a counter of FLOPs.
+_BLIND = ("torch.distributed", "torch.utils.module_tracker")
 
-    What FSDP and DDP ask for is none of that.
-    """
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has asked to see what a module computes, or put another ``forward`` in its place."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
+        *_global_forward_hooks.values(),
+        *_global_forward_pre_hooks.values(),
+        *_global_backward_hooks.values(),
+        *_global_backward_pre_hooks.values(),
     )
-    theirs = (hook for hook in hooks if not _module_of(hook).startswith("torch.distributed"))
-    return "forward" in vars(module) or any(True for _ in theirs) or _has_any_global_hook()
+    theirs = (hook for hook in hooks if not _module_of(hook).startswith(_BLIND))
+    return "forward" in vars(module) or any(True for _ in theirs)
 
 
 def _module_of(hook: Callable[..., Any]) -> str:
@@ -299,8 +309,9 @@ class Transformer(nn.Module):
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the products with a matrix, which the stream between them shares: autocast's where it is on."""
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
+    kind = weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return weight.dtype
 
 

@@ -26,7 +26,7 @@ def widest() -> int:
 
 def supports(qkv_RL3HK: Tensor) -> bool:
     """Whether ``forward`` and ``backward`` take this projection here."""
-    return not qkv_RL3HK.is_cuda and qkv_RL3HK.dtype in DTYPES and widest() > 0
+    return qkv_RL3HK.device.type == "cpu" and qkv_RL3HK.dtype in DTYPES and widest() > 0
 
 
 def forward(

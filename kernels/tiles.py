@@ -67,7 +67,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def uncast(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast: for passes that say themselves what is computed in which dtype."""
+    """Without autocast: for passes that say themselves what is computed in which dtype.
+
+    The meta device, on which shapes and FLOPs are counted, has no autocast.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
