@@ -134,7 +134,9 @@ def _resnet_pool(config: ModelConfig, num_pairs: int) -> float:
 def _convolutions(name: str, config: ModelConfig) -> float:
     """Of one image in training, as open_clip's tower executes them."""
     with META:
-        visual = import_open_clip().create_model(name, load_weights=False, device=META).visual.train()
+        visual = (
+            import_open_clip().create_model(name, load_weights=False, device=META).visual.train()
+        )
     visual.attnpool = nn.Identity()
     with FlopCounterMode(display=False) as counter:
         visual(_pixels(2, config).to(META).float()).sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import TextConfig
-from clipcore.modules import LayerNorm, Transformer, compute_dtype, freeze_all_but_last
+from clipcore.modules import LayerNorm, Transformer, compute_dtype, freeze_all_but_last, is_hooked
 from clipcore.packing import PackedText
 
 
@@ -53,8 +53,8 @@ class TextTower(nn.Module):
         """Features of captions.
 
         Args:
-            text: ids [B, L] with L at most the context length, or captions that ``pack_captions`` has packed: the same
-                features, computed without the padding.
+            text: ids [B, L] with L at most the context length, which the CPU cuts behind the longest caption, or captions
+                that ``pack_captions`` has packed: the same features, computed without the padding.
             normalize: scale each feature to unit length.
 
         Raises:
@@ -74,11 +74,25 @@ class TextTower(nn.Module):
             x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
             pooled_BD = self.transformer.pooled(x_RLD, packed=text)
         else:
+            end_B = text.argmax(-1)
+            text = self._without_padding(text, end_B)
             x_RLD = self.token_embedding(text).to(dtype)
-            x_RLD = x_RLD + self.positional_embedding[:length].to(dtype)
-            pooled_BD = self.transformer.pooled(x_RLD, text.argmax(-1))
+            x_RLD = x_RLD + self.positional_embedding[: text.shape[1]].to(dtype)
+            pooled_BD = self.transformer.pooled(x_RLD, end_B)
         features_BE = self.ln_final(pooled_BD) @ self.text_projection
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
+
+    def _without_padding(self, text_BL: Tensor, end_B: Tensor) -> Tensor:
+        """Return the rows cut behind the longest caption, on the CPU.
+
+        A GPU would have to wait for the length; a compiler and fake tensors have no values; hooks expect all tokens.
+        """
+        has_values = type(text_BL) is Tensor and not torch.compiler.is_compiling()
+        if text_BL.device.type != "cpu" or not has_values or not len(text_BL):
+            return text_BL
+        if any(map(is_hooked, self.transformer.modules())):
+            return text_BL
+        return text_BL[:, : int(end_B.max()) + 1]
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes all but the last groups; they are embeddings, blocks, last block with ln_final, projection.

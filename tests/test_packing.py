@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipcore import create_model
 from clipcore.architectures import find_model
@@ -106,6 +107,42 @@ def test_features_and_gradients_are_those_of_padded_rows(layers: int) -> None:
     for name, gradient in plain_gradients.items():
         largest = max(1.0, gradient.abs().max().item())
         assert (gradient - packed_gradients[name]).abs().max() <= 1e-12 * largest, name
+
+
+def test_columns_behind_the_longest_caption_are_cut_on_the_cpu_and_change_nothing() -> None:
+    """Hooks see all columns; so the same model with a hook is what to compare with."""
+    ours = model()
+    text = hard_captions(ours.vocab_size)
+    text = text[text.argmax(1) < 20]
+    longest = int(text.argmax(1).max()) + 1
+    assert longest < text.shape[1] == ours.context_length
+    upstream = torch.randn(len(text), ours.config.embed_dim, dtype=torch.float64)
+
+    def results() -> tuple[dict[str, Tensor], int]:
+        ours.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            features = ours.encode_text(text)
+            features.backward(upstream)
+        found = {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}
+        return {"features": features.detach(), **found}, counter.get_total_flops()
+
+    cut, cut_flops = results()
+    seen: list[int] = []
+    handle = ours.transformer.resblocks[0].register_forward_hook(
+        lambda _, inputs, output: seen.append(output.shape[1])
+    )
+    whole, whole_flops = results()
+    handle.remove()
+    assert seen == [text.shape[1]]
+    # A little is of the last block and the projection, which have one token a caption.
+    assert cut_flops / whole_flops < 1.1 * longest / text.shape[1]
+    assert cut.keys() == whole.keys()
+    for name, exact in whole.items():
+        limit = 1e-12 * max(1.0, exact.abs().max().item())
+        assert (cut[name] - exact).abs().max() <= limit, name
+
+    none = torch.zeros(0, 8, dtype=torch.int64)
+    assert ours.encode_text(none).shape == (0, ours.config.embed_dim)
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
