@@ -10,9 +10,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_flops
+from step_providers import captions
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipcore.data.loader import Batch
+from clipcore.distributed import World
 from clipcore.flops import visible_pairs
+from clipcore.loss import ClipLoss
 from clipcore.model import create_model
+from clipcore.packing import PackedText
+from clipcore.step import TrainingStep
 
 
 @pytest.mark.parametrize("name", bench_flops.MODELS)
@@ -46,3 +53,49 @@ def test_segments_without_values_count_as_one_caption_a_row() -> None:
     segments = torch.zeros(3, 5, dtype=torch.int32, device="meta")
     assert visible_pairs(3, 5, True, segments) == 3 * 15
     assert visible_pairs(3, 5, False, segments) == 3 * 25
+
+
+class Transfers(TorchDispatchMode):
+    """Notes the shapes of what is made on the device from tensors of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if _is_on(x, "meta")]
+        if found and any(_is_on(x, "cpu") for x in torch.utils._pytree.tree_leaves((args, kwargs))):
+            self.copied.append(tuple(found[0].shape))
+        return out
+
+
+def _is_on(x: object, device: str) -> bool:
+    return isinstance(x, torch.Tensor) and x.device.type == device
+
+
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+def test_a_micro_batch_copies_its_inputs_to_the_device_and_nothing_else(name) -> None:
+    """On a GPU any other copy would be of pageable memory, which waits; constants are the model's buffers.
+
+    A number of the device that the host asks for would raise here, since a meta tensor has none.
+    """
+    device = torch.device("meta")
+    model = create_model(name, device=device).train()
+    step = TrainingStep(
+        *(model, model, ClipLoss(), World(0, 1, 0, device), "fp32", 0, 16, lambda loss: loss, 8, 1)
+    )
+    torch.manual_seed(0)
+    tokens = captions(16, model.vocab_size, model.context_length)
+    batch = Batch(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), tokens, torch.arange(16))
+    inputs = []
+    for rows in (slice(0, 8), slice(8, 16)):
+        images, text = step.cutter(batch, 0)(rows)
+        parts = text if isinstance(text, PackedText) else [text]
+        inputs.append([tuple(part.shape) for part in (images, *parts)])
+
+    with Transfers() as transfers:
+        step.gradients(batch, 0)
+    # One is packed, one is not; the second is embedded twice.
+    assert [len(parts) for parts in inputs] == [2, 6]
+    assert transfers.copied == inputs[0] + inputs[1] + inputs[1]
