@@ -152,7 +152,7 @@ class TrainConfig:
     precision: str | None = _option(
         None,
         COST,
-        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 rounds the matrices as well",
+        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 holds the matrices in 16 bits too",
         choices=("fp32", "amp_bf16", "amp_bfloat16", "amp", "bf16"),
     )
     adam_moments: str = _option(

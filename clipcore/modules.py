@@ -136,7 +136,7 @@ class ResidualAttentionBlock(nn.Module):
         segments_RL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """The stream in two parts, see ``Stream``, from the stream in two parts; joined where the block has hooks."""
-        if not self._is_as_made():
+        if not self.is_as_made():
             x_RLD = Stream(x_RLD, delta_RLD).joined()
             x_RLD = x_RLD + self.attn(self.ln_1(x_RLD), is_causal, segments_RL)
             delta_RLD = self.mlp(self.ln_2(x_RLD))
@@ -172,7 +172,7 @@ class ResidualAttentionBlock(nn.Module):
         normed_RLD = self.ln_1(x_RLD)
         x_BD = read.tokens(x_RLD)
         added_BD = self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read)
-        if self._is_as_made():
+        if self.is_as_made():
             return self._mlp_half(Stream(x_BD, added_BD)).joined()
         x_BD = x_BD + added_BD
         return x_BD + self.mlp(self.ln_2(x_BD))
@@ -185,7 +185,7 @@ class ResidualAttentionBlock(nn.Module):
         )
         return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
 
-    def _is_as_made(self) -> bool:
+    def is_as_made(self) -> bool:
         """Whether its modules are those of ``__init__``, without hooks."""
         outer = (self.ln_1, self.attn, self.ln_2, self.mlp)
         if tuple(type(part) for part in outer) != (LayerNorm, Attention, LayerNorm, nn.Sequential):
@@ -310,7 +310,8 @@ class Transformer(nn.Module):
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the products with a matrix, which the stream between them shares: autocast's where it is on."""
     kind = weight.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # The meta device, on which shapes and FLOPs are counted, has no autocast.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
 

@@ -274,6 +274,9 @@ def resumed_config(
         settings |= {"micro_batch_size": None, "keep_graphs": None}
     elif "micro_batch_size" in changed:
         settings["keep_graphs"] = None
+    # Nor was the number of threads measured for this.
+    if changed & {"device", "workers"}:
+        settings["threads"] = None
     settings |= again
     own = {name: getattr(config, name) for name in LAUNCH_SETTINGS}
     return TrainConfig(**{**settings, **own})

@@ -196,11 +196,15 @@ class TrainingStep:
         return made
 
     def set_faster_threads(self, batch: Batch, step: int) -> threads.Timed:
-        """Compute with one thread of the CPU or with as many as now, whichever is faster, the same number on every rank."""
+        """Compute with one thread of the CPU or with as many as now, whichever is faster; ranks do alike.
+
+        What is timed is the model itself: compiled towers would be compiled anew for each number of rows and threads.
+        """
+        smallest_share = self.global_batch_size // self.world.world_size
         return threads.set_faster(
-            self.embedder(batch, step, self.towers),
+            self.embedder(batch, step, self.model),
             self.model,
-            self.global_batch_size // self.world.world_size,
+            min(smallest_share, max(threads.FEWEST_ROWS, self.micro_batch_size or smallest_share)),
             torch.get_num_threads(),
             all_reduce_sum,
         )

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import TextConfig
-from clipcore.modules import LayerNorm, Transformer, compute_dtype, freeze_all_but_last, is_hooked
+from clipcore.modules import (
+    LayerNorm,
+    ResidualAttentionBlock,
+    Transformer,
+    compute_dtype,
+    freeze_all_but_last,
+    is_hooked,
+)
 from clipcore.packing import PackedText
 
 
@@ -85,12 +92,18 @@ class TextTower(nn.Module):
     def _without_padding(self, text_BL: Tensor, end_B: Tensor) -> Tensor:
         """Return the rows cut behind the longest caption, on the CPU.
 
-        A GPU would have to wait for the length; a compiler and fake tensors have no values; hooks expect all tokens.
+        A GPU would have to wait for the length; a compiler and fake tensors have no values; what has hooks or was replaced
+        may expect all columns, and a tower that is not causal sees them.
         """
         has_values = type(text_BL) is Tensor and not torch.compiler.is_compiling()
         if text_BL.device.type != "cpu" or not has_values or not len(text_BL):
             return text_BL
-        if any(map(is_hooked, self.transformer.modules())):
+        blocks = self.transformer.blocks
+        hookable = (self.token_embedding, self.transformer, *blocks)
+        is_as_made = type(self.token_embedding) is nn.Embedding and all(
+            isinstance(block, ResidualAttentionBlock) and block.is_as_made() for block in blocks
+        )
+        if not self.transformer.is_causal or not is_as_made or any(map(is_hooked, hookable)):
             return text_BL
         return text_BL[:, : int(end_B.max()) + 1]
 

@@ -1,8 +1,8 @@
 """How many threads of the CPU a process computes with: one, or all that it may have, whichever is faster.
 
 Threads that share an operation wait for each other at its end, and spin while they do. Beside other work a thread may have
-lost its core by then: on a busy machine of two cores a step took 2,500 ms with two threads and 132 ms with one, on the
-idle machine two are 1.2 times as fast (docs/log.md). So both are timed, on the batch in hand, before the first step.
+lost its core by then: on a busy machine of two cores a step took 3,196 ms with two threads and 388 ms with one. On the same
+machine, idle, two are 1.3 times as fast (docs/log.md, 2026-11-29). So both are timed before the first step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from clipcore.distributed import gather_sizes
 from clipcore.grad_cache import Embed
 from clipcore.resnet import replayed
 
-FEWEST_ROWS = 32
+# A ResNet's BatchNorm needs two.
+FEWEST_ROWS = 2
 # A shorter pass is mostly the start of its operations, in which further threads have no part.
 LONG_ENOUGH_S = 0.05
 ROUNDS = 3
+# A number that takes so many times as long in one round is not tried again.
+FAR_APART = 2.0
 
 
 class Timed(NamedTuple):
@@ -50,15 +54,17 @@ class Timed(NamedTuple):
 
 
 def most_threads(world_size: int, workers: int) -> int:
-    """Return how many threads a process may have: those that ranks and data loader processes leave, at least one."""
+    """Return how many threads a process may have: those that ranks and data loader processes leave, at least one; on every
+    rank the least number of all."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks - workers)
+    here = max(1, len(os.sched_getaffinity(0)) // local_ranks - workers)
+    return min(number for number, _ in gather_sizes(here, 0, "numbers of threads"))
 
 
 def set_faster(
     embed: Embed,
     module: nn.Module,
-    num_rows: int,
+    most_rows: int,
     most: int,
     add_up: Callable[[list[float]], list[float]] = list,
 ) -> Timed:
@@ -67,23 +73,27 @@ def set_faster(
 
     Args:
         embed: as of ``grad_cache.differentiate``.
-        num_rows: of the batch; the pass takes as few of them as are telling.
+        most_rows: of a pass, which takes as few as are telling.
+        most: more than one, and the same on every rank, as is ``most_rows``: a pass may be one of all ranks.
         add_up: sums numbers over the ranks, which then decide alike.
     """
-    rows = min(FEWEST_ROWS, num_rows)
+    rows = min(FEWEST_ROWS, most_rows)
     with replayed(module):
         torch.set_num_threads(most)
         _seconds(embed, module, rows)  # of which some is spent once
-        while rows < num_rows and add_up([_seconds(embed, module, rows)])[0] < LONG_ENOUGH_S:
-            rows = min(2 * rows, num_rows)
+        while rows < most_rows and add_up([_seconds(embed, module, rows)])[0] < LONG_ENOUGH_S:
+            rows = min(2 * rows, most_rows)
 
         taken: dict[int, list[float]] = {most: [], 1: []}
         for _ in range(ROUNDS):
             for number, seconds in taken.items():
                 torch.set_num_threads(number)
                 seconds.append(_seconds(embed, module, rows))
+            medians = [statistics.median(taken[1]), statistics.median(taken[most])]
+            one_s, most_s = add_up(medians)
+            if max(one_s, most_s) > FAR_APART * min(one_s, most_s):
+                break
 
-    one_s, most_s = add_up([statistics.median(taken[1]), statistics.median(taken[most])])
     number = 1 if one_s < most_s else most
     torch.set_num_threads(number)
     return Timed(number, most, rows, one_s, most_s)

@@ -42,7 +42,6 @@ from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import (
     World,
-    all_reduce_flag,
     all_reduce_sum,
     barrier,
     broadcast_object,
@@ -467,24 +466,27 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
 def set_threads(config: TrainConfig, is_chosen: bool, world: World) -> TrainConfig:
     """Set how many threads of the CPU compute; return the settings with the number, or with None if it is to be measured.
 
-    --threads decides, else OMP_NUM_THREADS of the first rank, else what a resumed run began with.
+    --threads decides, else OMP_NUM_THREADS of the first rank (which torchrun sets to 1 for several ranks of a machine), else
+    what a resumed run began with, where this machine has as many to give.
     """
-    number = config.threads
     if world.device.type != "cpu":
-        if number is not None:
-            torch.set_num_threads(number)
+        if is_chosen and config.threads is not None:
+            torch.set_num_threads(config.threads)
         return config
 
-    if "OMP_NUM_THREADS" in os.environ and not is_chosen:
+    most = most_threads(world.world_size, config.workers or 0)
+    number, note = config.threads, None
+    if not is_chosen and "OMP_NUM_THREADS" in os.environ:
         number = torch.get_num_threads()
         if config.threads not in (None, number):
-            world.say(
-                f"OMP_NUM_THREADS asks for {number} threads where this run had {config.threads}: sums may round otherwise"
-            )
-    most = most_threads(world.world_size, config.workers or 0)
-    number = broadcast_object(number)
-    if number is None and not all_reduce_flag(most > 1):
-        number = 1
+            note = f"OMP_NUM_THREADS is {number}, and this run had {config.threads} threads"
+    elif not is_chosen and number is not None and number > most:
+        note = f"this run had {number} threads, and here it may have {most}"
+        number = None
+    if note is not None:
+        world.say(f"{note}: sums may round otherwise than before (--threads N to choose)")
+
+    number = broadcast_object(1 if number is None and most == 1 else number)
     torch.set_num_threads(number or most)
     return dataclasses.replace(config, threads=number)
 

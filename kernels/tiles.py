@@ -71,7 +71,7 @@ def uncast(device: torch.device) -> AbstractContextManager[Any]:
 
     The meta device, on which shapes and FLOPs are counted, has no autocast.
     """
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -99,9 +99,11 @@ def visible_operators() -> Iterator[None]:
 def eager(function: Any) -> Any:
     """The function itself, but for the compiler and those who watch, who are to see the operator `clipcore::<its name>`.
 
+    Who watches is known by a dispatch mode, such as torch's counter of FLOPs, or by `visible_operators`.
+
     Within a pass that differentiates by itself the dispatcher has nothing to do.
     """
-    if _watchers or torch.compiler.is_compiling():
+    if _watchers or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return getattr(torch.ops.clipcore, function.__name__)
     return function
 

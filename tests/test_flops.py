@@ -12,10 +12,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_flops
 from step_providers import captions
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipcore.data.loader import Batch
 from clipcore.distributed import World
 from clipcore.flops import visible_pairs
+from clipcore.kernels import tiles
 from clipcore.loss import ClipLoss
 from clipcore.model import create_model
 from clipcore.packing import PackedText
@@ -46,6 +48,24 @@ def test_a_model_on_the_meta_device_has_shapes_only() -> None:
     (image_BE.sum() + text_BE.sum()).backward()
     assert image_BE.shape == text_BE.shape == (2, model.config.embed_dim)
     assert all(weight.grad.shape == weight.shape for weight in model.visual.parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.fast
+def test_a_counter_sees_what_a_run_computes() -> None:
+    """Its hooks change nothing, and attention is counted within the halves of a block too."""
+    model = create_model("ViT-nano-8-32")
+    with FlopCounterMode(display=False) as counter:
+        model.encode_image(torch.zeros(2, 3, 32, 32)).sum().backward()
+    vision = model.config.vision
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    attention = 7 * 2 * vision.width * 2 * tokens**2 * (vision.layers - 1)
+    counted = counter.get_flop_counts()["Global"]
+    ops = torch.ops.clipcore
+    assert counted[ops.attention_forward] + counted[ops.attention_backward] == attention
+
+    with tiles.visible_operators(), FlopCounterMode(display=False) as watched:
+        model.encode_image(torch.zeros(2, 3, 32, 32)).sum().backward()
+    assert watched.get_total_flops() == counter.get_total_flops()
 
 
 @pytest.mark.fast

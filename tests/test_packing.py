@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipcore import create_model
 from clipcore.architectures import find_model
 from clipcore.model import CLIP
-from clipcore.modules import Transformer
+from clipcore.modules import Attention, Transformer
 from clipcore.packing import (
     PACKED_LENGTH,
     PackedText,
@@ -143,6 +145,38 @@ def test_columns_behind_the_longest_caption_are_cut_on_the_cpu_and_change_nothin
 
     none = torch.zeros(0, 8, dtype=torch.int64)
     assert ours.encode_text(none).shape == (0, ours.config.embed_dim)
+
+
+def test_columns_are_not_cut_for_what_may_see_them() -> None:
+    """A tower that is not causal, a hook on the embedding, and attention of another kind."""
+    text = padded([5, 6], vocab_size=model().vocab_size)
+    assert text.shape[1] == 77
+    seen: list[int] = []
+
+    def look(_: object, __: object, output: Tensor) -> None:
+        seen.append(output.shape[1])
+
+    hooked = model()
+    hooked.token_embedding.register_forward_hook(look)
+    hooked.encode_text(text)
+
+    class Looking(Attention):
+        def forward(self, x_RLD: Tensor, *rest: Any) -> Tensor:
+            look(None, None, x_RLD)
+            return super().forward(x_RLD, *rest)
+
+    replaced = model()
+    block = replaced.transformer.blocks[0]
+    block.attn = Looking(replaced.transformer.width, block.attn.heads).double()
+    replaced.encode_text(text)
+    assert seen == [77, 77]
+
+    bidirectional = model()
+    bidirectional.transformer.is_causal = False
+    whole = bidirectional.encode_text(text)
+    longer = text.clone()
+    longer[:, 76] = 3
+    assert not torch.equal(whole, bidirectional.encode_text(longer))
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:

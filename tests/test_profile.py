@@ -91,7 +91,7 @@ def test_the_losses_cost_their_products(stash_bytes, products):
     assert counter.get_total_flops() == 2 * B * B * E
 
 
-def test_pooled_attention_costs_its_formula_on_the_cpu():
+def test_torchs_attention_costs_its_formula_on_the_cpu():
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (1, 5, 5))
     with FlopCounterMode(display=False) as counter:
         F.scaled_dot_product_attention(q, k, v).sum().backward()

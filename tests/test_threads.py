@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from shards import write_csv
 from torch import nn
 
 from clipcore import threads, train
+from clipcore.config import TrainConfig
+from clipcore.distributed import World
 from clipcore.resnet import BatchNorm2d
+from clipcore.run_state import resumed_config
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,7 @@ def measured(
     monkeypatch.setattr(threads.time, "perf_counter", lambda: machine.now)
     before = {name: value.clone() for name, value in machine.module.state_dict().items()}
     found = threads.set_faster(
-        machine.embed, machine.module, **{"num_rows": 256, "most": 3} | given
+        machine.embed, machine.module, **{"most_rows": 256, "most": 3} | given
     )
     assert torch.get_num_threads() == found.number
     assert all(torch.equal(machine.module.state_dict()[name], before[name]) for name in before)
@@ -55,18 +59,20 @@ def measured(
 
 @pytest.mark.fast
 def test_the_faster_of_one_and_all_threads(monkeypatch):
-    machine, found = measured(monkeypatch, {1: 2e-4, 3: 1e-4})
-    assert found == (3, 3, 256, pytest.approx(0.0512), pytest.approx(0.0256))
+    machine, found = measured(monkeypatch, {1: 2e-4, 3: 1.5e-4})
+    assert found == (3, 3, 256, pytest.approx(0.0512), pytest.approx(0.0384))
     # All rows, since with fewer a pass is too short to tell; then in turn.
-    assert machine.passes[:5] == [(3, 32), (3, 32), (3, 64), (3, 128), (3, 256)]
-    assert machine.passes[-6:] == [(3, 256), (1, 256)] * 3
+    searched = [(3, 2), (3, 2), (3, 4), (3, 8), (3, 16), (3, 32), (3, 64), (3, 128)]
+    assert machine.passes == searched + [(3, 256), (1, 256)] * 3
 
-    machine, found = measured(monkeypatch, {1: 1e-3, 3: 2e-2})
-    assert found == (1, 3, 32, pytest.approx(0.032), pytest.approx(0.64))
+    # Few rows, once, where a pass is long and the difference large.
+    machine, found = measured(monkeypatch, {1: 0.1, 3: 1.5})
+    assert found == (1, 3, 2, pytest.approx(0.2), pytest.approx(3.0))
+    assert machine.passes == [(3, 2), (3, 2), (3, 2), (1, 2)]
     assert str(found) == (
-        "threads: 1; 32 pairs take 32 ms with 1 and 640 ms with 3 (--threads N to choose)"
+        "threads: 1; 2 pairs take 200 ms with 1 and 3,000 ms with 3 (--threads N to choose)"
     )
-    assert measured(monkeypatch, {1: 1.0, 3: 2.0}, num_rows=5)[0].passes[0] == (3, 5)
+    assert measured(monkeypatch, {1: 1e-3, 3: 1e-3}, most_rows=5)[1].rows == 5
 
 
 @pytest.mark.fast
@@ -127,6 +133,47 @@ def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path, monkeypatch, 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
     noted, said = run("--epochs", "3", "--resume", "latest")
-    assert noted == 2 and "OMP_NUM_THREADS asks for 2 threads where this run had 1" in said
+    assert noted == 2 and "OMP_NUM_THREADS is 2, and this run had 1 threads" in said
     noted, said = run("--epochs", "4", "--resume", "latest", "--threads", "1")
     assert noted == 1 and "--threads was 2 in this run, now 1" in said
+
+
+def config_of(**settings: object) -> TrainConfig:
+    return dataclasses.replace(TrainConfig(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.fast
+def test_a_number_that_the_machine_has_not_to_give_is_measured_anew(monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(train, "most_threads", lambda world_size, workers: 4 - workers)
+    cpu = World(0, 1, 0, torch.device("cpu"))
+    kept = train.set_threads(config_of(threads=3, workers=1), False, cpu)
+    assert kept.threads == torch.get_num_threads() == 3 and capfd.readouterr().out == ""
+
+    anew = train.set_threads(config_of(threads=5, workers=1), False, cpu)
+    assert anew.threads is None and torch.get_num_threads() == 3
+    said = capfd.readouterr()
+    assert "this run had 5 threads, and here it may have 3" in said.out + said.err
+    # As many as the user says.
+    assert train.set_threads(config_of(threads=5), True, cpu).threads == 5
+    assert torch.get_num_threads() == 5
+    # One core is no question.
+    assert train.set_threads(config_of(workers=3), False, cpu).threads == 1
+
+    # What was measured on a CPU is nothing to a GPU's host.
+    gpu = World(0, 1, 0, torch.device("cuda"))
+    torch.set_num_threads(2)
+    assert train.set_threads(config_of(threads=1), False, gpu).threads == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_another_data_loader_is_measured_anew(tmp_path: Path):
+    world = World(0, 1, 0, torch.device("cpu"))
+    (tmp_path / "config.json").write_text(
+        json.dumps(dataclasses.asdict(config_of(threads=3, workers=0)))
+    )
+    for given, expected in (({}, 3), ({"workers": 0}, 3), ({"workers": 1}, None)):
+        found = resumed_config(tmp_path, config_of(**given), frozenset(given), world)
+        assert found.threads == expected
+    chosen = config_of(workers=1, threads=2)
+    assert resumed_config(tmp_path, chosen, frozenset({"workers", "threads"}), world).threads == 2
