@@ -62,13 +62,13 @@ def test_the_faster_of_one_and_all_threads(monkeypatch):
     machine, found = measured(monkeypatch, {1: 2e-4, 3: 1.5e-4})
     assert found == (3, 3, 256, pytest.approx(0.0512), pytest.approx(0.0384))
     # All rows, since with fewer a pass is too short to tell; then in turn.
-    searched = [(3, 2), (3, 2), (3, 4), (3, 8), (3, 16), (3, 32), (3, 64), (3, 128)]
-    assert machine.passes == searched + [(3, 256), (1, 256)] * 3
+    searched = [(3, rows) for rows in (2, 4, 8, 16, 32, 64, 128) for _ in range(2)]
+    assert machine.passes == [*searched, (3, 256), *[(3, 256), (1, 256)] * 3]
 
     # Few rows, once, where a pass is long and the difference large.
     machine, found = measured(monkeypatch, {1: 0.1, 3: 1.5})
     assert found == (1, 3, 2, pytest.approx(0.2), pytest.approx(3.0))
-    assert machine.passes == [(3, 2), (3, 2), (3, 2), (1, 2)]
+    assert machine.passes == [*[(3, 2)] * 3, (3, 2), (1, 2)]
     assert str(found) == (
         "threads: 1; 2 pairs take 200 ms with 1 and 3,000 ms with 3 (--threads N to choose)"
     )
