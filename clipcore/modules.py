@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return self.out_proj(out_BD)
 
 
-# Whose hooks do not look at what a module computes: FSDP's and DDP's, and those that name modules for a counter of FLOPs.
+# Hooks from these packages do not look at what a module computes: FSDP's, DDP's, and those of torch's FLOP counter.
 _BLIND = ("torch.distributed", "torch.utils.module_tracker")
 
 

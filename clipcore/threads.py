@@ -54,8 +54,10 @@ class Timed(NamedTuple):
 
 
 def most_threads(world_size: int, workers: int) -> int:
-    """Return how many threads a process may have: those that ranks and data loader processes leave, at least one; on every
-    rank the least number of all."""
+    """Return how many threads a process may have: the least number of all ranks, and at least one.
+
+    A machine's cores are shared among its ranks, and each rank's data loader processes take one each.
+    """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     here = max(1, len(os.sched_getaffinity(0)) // local_ranks - workers)
     return min(number for number, _ in gather_sizes(here, 0, "numbers of threads"))
@@ -68,8 +70,9 @@ def set_faster(
     most: int,
     add_up: Callable[[list[float]], list[float]] = list,
 ) -> Timed:
-    """Time one thread against ``most`` and set torch's number to the faster; gradients and BatchNorm's statistics stay as
-    they were.
+    """Time one thread against ``most`` and set torch's number to the faster.
+
+    The parameters end without gradients; BatchNorm's statistics stay as they were.
 
     Args:
         embed: as of ``grad_cache.differentiate``.

@@ -479,7 +479,7 @@ def set_threads(config: TrainConfig, is_chosen: bool, world: World) -> TrainConf
     if not is_chosen and "OMP_NUM_THREADS" in os.environ:
         number = torch.get_num_threads()
         if config.threads not in (None, number):
-            note = f"OMP_NUM_THREADS is {number}, and this run had {config.threads} threads"
+            note = f"OMP_NUM_THREADS is {number}, where this run had {config.threads}"
     elif not is_chosen and number is not None and number > most:
         note = f"this run had {number} threads, and here it may have {most}"
         number = None

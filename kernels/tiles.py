@@ -99,8 +99,7 @@ def visible_operators() -> Iterator[None]:
 def eager(function: Any) -> Any:
     """The function itself, but for the compiler and those who watch, who are to see the operator `clipcore::<its name>`.
 
-    Who watches is known by a dispatch mode, such as torch's counter of FLOPs, or by `visible_operators`.
-
+    Those who watch have a dispatch mode, such as torch's FLOP counter, or are within `visible_operators`.
     Within a pass that differentiates by itself the dispatcher has nothing to do.
     """
     if _watchers or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
