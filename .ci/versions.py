@@ -67,21 +67,24 @@ two cores of a shared machine without a GPU. The main job's figure is its zero-s
 
 
 def run(command: list[str], clone: Path, environment: dict[str, str]) -> tuple[str, int]:
-    """Return what a command prints, and its seconds. Failing tests are a result; any other failure ends the program."""
+    """Print what a command prints, and return it with its seconds. Only failing tests do not end the program."""
     start = time.monotonic()
-    done = subprocess.run(
+    printed = []
+    with subprocess.Popen(
         command,
         cwd=clone,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    if done.returncode != 0:
-        print(done.stdout[-8000:], file=sys.stderr)
-        if "pytest" not in command:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout, round(time.monotonic() - start)
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            printed.append(line)
+
+    if process.returncode != 0 and "pytest" not in command:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return "".join(printed), round(time.monotonic() - start)
 
 
 def try_set(name: str, only: str | None) -> dict[str, Any]:

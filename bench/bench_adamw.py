@@ -6,21 +6,17 @@ python bench/bench_adamw.py [--model ViT-B-16] [--millions 86] [--device cpu]
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import record
+from harness import parse, record, run
 from torch import nn
 
 from clipcore.kernels.adamw import Update, adamw_all_
 from clipcore.model import create_model
 from clipcore.optim import AdamW
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 
 
@@ -98,21 +94,15 @@ def bench_model(model: str, millions: float, device: torch.device) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-16")
     parser.add_argument("--millions", type=float, default=None, help="of elements at most")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = ["tests/test_adamw.py", "-k", "not ahead_of_time"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_adamw.py"], argv)
+    device = arguments.device
     millions = arguments.millions or (90.0 if device.type == "cuda" else 9.5)
     bench_model(arguments.model, millions, device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,24 +12,19 @@ import argparse
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import measure, record
+from harness import measure, parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipcore.kernels import attention_triton, tiles
 from clipcore.kernels.attention import attention, attention_ref
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Shape(NamedTuple):
@@ -121,16 +116,6 @@ def copy_of(num_bytes: float, device: torch.device) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def runs(name: str, fn: Callable[[], Any]) -> bool:
-    """Whether a provider takes the problem; what it says where it does not."""
-    try:
-        fn()
-    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-        print(f"{name} is left out: {str(error).splitlines()[0]}", flush=True)
-        return False
-    return True
-
-
 def bench_shape(name: str, rows: int, device: torch.device, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
     problem = Problem.of(shape, rows, device, dtype)
@@ -177,7 +162,6 @@ def bench_shape(name: str, rows: int, device: torch.device, dtype: torch.dtype) 
     ):
         # Backward: output, its gradient and the projection in, the projection's gradient out.
         bytes_moved = float(moved * numbers * dtype.itemsize + sums * (1 if moved == 4 else 2))
-        fns = {label: fn for label, fn in fns.items() if runs(f"{name} {label}", fn)}
         fns["copy of the bytes"] = copy_of(bytes_moved, device)
         work = {"flops": flops, "bytes_moved": bytes_moved}
         record(f"attention {op}", fns, device=device, **work, **case)
@@ -289,27 +273,21 @@ def sweep(rows: int, names: list[str]) -> None:
                 print(f"{name} {kernel} {launch}: {time_ms:.4f} ms", flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--towers", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sweep", action="store_true", help="times rows for the launch table")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_attention_kernels.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     if arguments.sweep:
         sweep(arguments.batch or 256, arguments.towers)
         return
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = ["tests/test_attention_kernels.py", "-k", "not ahead_of_time"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
     for name in arguments.towers:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         bench_shape(name, arguments.batch or (1024 if on_gpu else 8), device, dtype)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,20 +6,16 @@ python bench/bench_attention_pool.py [--batch 256] [--device cpu]
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import record
+from harness import parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.attention_pool import Linear, attention_pool
 
-ROOT = Path(__file__).resolve().parent.parent
 # Tokens, channels, heads: of the ResNets' attention pool, and of the last block of Vision Transformers.
 SHAPES = {
     "RN50": (50, 2048, 32),
@@ -89,18 +85,12 @@ def bench_model(name: str, batch: int, device: torch.device, dtype: torch.dtype)
         record(f"attention_pool {op}", timed, device=device, **work, **case)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batch", type=int, default=None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of an operation that is wrong are worth nothing.
-        tests = ["tests/test_residual.py", "-k", "attention_pool"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_residual.py", "-k", "attention_pool"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     for name in arguments.models:
         for dtype in (torch.float16, torch.bfloat16) if on_gpu else (torch.float32,):
@@ -108,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

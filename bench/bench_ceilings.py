@@ -8,9 +8,10 @@ python bench/bench_ceilings.py [--device cuda]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
-from harness import record
+from harness import parse, record, run
 
 from clipcore.ceilings import Work, copy_work, product_work
 
@@ -26,10 +27,9 @@ def bench(op: str, work: Work, device: torch.device) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
+    device = parse(parser, [], argv).device
     on_gpu = device.type == "cuda"
     bench("copy", copy_work(device, 2**31 if on_gpu else 2**28), device)
     rows = 65536 if on_gpu else 2048
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,27 +10,25 @@ errors of loss and gradients against float64 up to N = 8,192; whether three runs
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from contrastive_providers import SIGMOID, SOFTMAX, Loss, bare_products, providers
-from harness import record
+from harness import leaving_out, parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 
-ROOT = Path(__file__).resolve().parent.parent
 # Above it the float64 reference takes longer and more memory than it is worth.
 LARGEST_EXACT = 8192
 # Above it a dense provider does not fit any one GPU.
 LARGEST_DENSE = 131072
+# The first and the last batch that --largest tries.
+FIRST_TRIED, LAST_TRIED = 8192, 2**22
 FACTORS = {"softmax": (100.0,), "sigmoid": (10.0, -10.0)}
 TABLES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 REFERENCES: dict[str, Loss] = {"softmax": contrastive_ref, "sigmoid": sigmoid_ref}
@@ -112,15 +110,11 @@ def bench(
     for name, loss_fn, dense in providers(TABLES[loss], device.type == "cuda", names):
         if dense and size > LARGEST_DENSE:
             continue
-        try:
+        with leaving_out(name):
             if not once:
                 extras[name] = errors(loss_fn, leaves, exact)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{name} {case}: out of memory", flush=True)
-            torch.cuda.empty_cache()
-            continue
-        forwards[name] = partial(loss_fn, *leaves)
-        steps[name] = partial(forward_and_backward, loss_fn, leaves)
+            forwards[name] = partial(loss_fn, *leaves)
+            steps[name] = partial(forward_and_backward, loss_fn, leaves)
     if not once:
         record(f"{title} forward", forwards, **{**work, "flops": product}, **case)
     both = {"extras": extras, "min_rounds": 1 if once else 5}
@@ -137,45 +131,30 @@ def bench(
 
 
 def largest(loss: str, width: int, device: torch.device, names: list[str] | None) -> None:
-    """Doubles N until each provider runs out of memory, up to 4 Mi pairs."""
-    for name, loss_fn, _ in providers(TABLES[loss], True, names):
-        size, fits = 8192, 0
-        while size <= 2**22:
-            try:
+    """Doubles N until each provider runs out of memory, up to `LAST_TRIED` pairs."""
+    for name, loss_fn, _ in providers(TABLES[loss], device.type == "cuda", names):
+        size, fits = FIRST_TRIED, 0
+        with leaving_out(name):
+            while size <= LAST_TRIED:
                 leaves = inputs_for(loss, size, width, device, torch.bfloat16)
                 forward_and_backward(loss_fn, leaves)
-                torch.cuda.synchronize()
-            except torch.cuda.OutOfMemoryError:
-                break
-            finally:
-                leaves = []
-                torch.cuda.empty_cache()
-            size, fits = 2 * size, size
+                size, fits = 2 * size, size
+        leaves = []
         print(f"{loss}, E = {width}, {name}: N = {fits:,} fits", flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=None)
     parser.add_argument("--widths", type=int, nargs="+", default=None)
     parser.add_argument("--loss", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--providers", nargs="+", default=None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", action="store_true")
     parser.add_argument(
         "--once", action="store_true", help="the step alone, one timed call: for millions of pairs"
     )
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a loss that is wrong are worth nothing.
-        tests = ["tests/test_contrastive.py", "tests/test_sigmoid.py"]
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-k", "not ahead_of_time", *tests],
-            cwd=ROOT,
-            check=True,
-        )
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_contrastive.py", "tests/test_sigmoid.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     sizes = arguments.sizes or ([1024, 8192, 32768, 65536] if on_gpu else [1024, 4096, 8192])
     widths = arguments.widths or ([512, 768, 1024] if on_gpu else [512])
@@ -190,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

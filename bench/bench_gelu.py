@@ -6,21 +6,17 @@ python bench/bench_gelu.py [--shapes 201728x3072] [--kinds erf quick] [--device 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from bench_layer_norm import copy_of
-from harness import record
+from harness import parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.gelu import KINDS, gelu_backward, gelu_forward, gelu_ref
 
-ROOT = Path(__file__).resolve().parent.parent
 # The MLP of ViT-B/16 at 1,024 images.
 GPU_SHAPES = ["201728x3072"]
 CPU_SHAPES = ["6400x3072"]
@@ -67,18 +63,12 @@ def bench_shape(N: int, F: int, kind: str, device: torch.device, dtype: torch.dt
     table("gelu backward with column sum and y", ours, 4)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=None, help="NxF")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = ["-k", "not ahead_of_time", "tests/test_gelu.py"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_gelu.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     for shape in arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
         N, F = map(int, shape.split("x"))
@@ -88,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

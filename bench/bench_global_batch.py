@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import record
+from harness import parse, record, run
 
 from clipcore.data.loader import Batch, trim_tokens
 from clipcore.distributed import World
@@ -26,7 +23,6 @@ from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import create_model
 from clipcore.step import TrainingStep
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORTEST, LONGEST = 6, 26
 
 
@@ -92,7 +88,7 @@ def bench(arguments: argparse.Namespace, size: int, device: torch.device) -> Non
         print(f"{arguments.model} {size}, {name}: {1e3 * size / median:.0f} pairs/s{over}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32768])
@@ -102,16 +98,10 @@ def main() -> None:
     parser.add_argument("--direct", action="store_true", help="it fits: measure it too")
     parser.add_argument("--siglip", action="store_true")
     parser.add_argument("--once", action="store_true", help="one timed step, for huge batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a step that is wrong are worth nothing.
-        tests = ["tests/test_grad_cache.py"]
-        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
+    arguments = parse(parser, ["tests/test_grad_cache.py"], argv)
     for size in arguments.sizes:
-        bench(arguments, size, torch.device(arguments.device))
+        bench(arguments, size, arguments.device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

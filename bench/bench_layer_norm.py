@@ -6,14 +6,11 @@ python bench/bench_layer_norm.py [--shapes 201728x768 263168x1024] [--device cpu
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import record
+from harness import parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +21,6 @@ from clipcore.kernels.layer_norm import (
     layer_norm_ref,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 EPS = 1e-5
 # ViT-B/16, L/14 and H/14 at 1,024 images.
 GPU_SHAPES = ["201728x768", "263168x1024", "263168x1280"]
@@ -98,17 +94,11 @@ def bench_shape(N: int, D: int, device: torch.device, dtype: torch.dtype) -> Non
     table("layer_norm_backward with stream and column sum", fns, 4)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=None, help="NxD")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = ["-k", "not ahead_of_time", "tests/test_layer_norm.py"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_layer_norm.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     for shape in arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
         N, D = map(int, shape.split("x"))
@@ -117,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

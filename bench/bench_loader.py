@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from harness import case_in_words, newest_rows, record
+from harness import case_in_words, newest_rows, parse, record, run
 from PIL import Image
 from torch import Tensor
 
@@ -250,16 +248,12 @@ def print_tables(speeds: dict[tuple[str, str, str], float], steps: dict[str, flo
         print(f"| {name} | {wanted:.0f} | {' | '.join(cores)} |")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=256, help="of each shard")
     parser.add_argument("--pairs-per-second", type=float, help="of the step that is to be fed")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a reader that is wrong are worth nothing.
-        tests = ["tests/test_prepare.py", "tests/test_loader.py", "tests/test_transforms.py"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
+    tests = ["tests/test_prepare.py", "tests/test_loader.py", "tests/test_transforms.py"]
+    arguments = parse(parser, tests, argv)
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     given = arguments.pairs_per_second
@@ -268,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

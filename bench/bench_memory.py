@@ -23,16 +23,16 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from bench_contrastive import TABLES, forward_and_backward, inputs_for
-from bench_global_batch import ROOT, random_batch
+from bench_global_batch import random_batch
 from bombs import HEADERS, all_bombs, encoded
 from contrastive_providers import providers
-from harness import extra_bytes_of, record_computed, record_row
+from harness import extra_bytes_of, parse, record_computed, record_row, run
 
 from clipcore import memory
 from clipcore.data import BadSample, DataError
@@ -181,7 +181,16 @@ def bomb_figures(decoder: str) -> dict[str, Any]:
 
 def figures_of(name: str, device: torch.device) -> dict[str, Any]:
     """Runs a case in a process of its own, and passes on what it says before its figures."""
-    command = [sys.executable, __file__, "--device", str(device), "--case", name]
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        str(device),
+        "--case",
+        name,
+        "--tests",
+        "passed",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
 
     *told, figures = done.stdout.splitlines()
@@ -226,9 +235,8 @@ def bench(names: list[str], device: torch.device) -> None:
         print("this machine counts no page faults: these rows say nothing of keep_freed")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the tests and then the cases, or one case."""
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -238,38 +246,39 @@ def main() -> None:
         choices=PARTS,
         help="measure these parts [all; on a GPU step and loss, which are all that it has]",
     )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
     parser.add_argument(
         "--case",
         metavar="NAME",
         help="measure one case in this process, print its figures as JSON and record nothing",
     )
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
 
-    known = cases(device)
+    def check(arguments: argparse.Namespace) -> None:
+        known, device = cases(arguments.device), arguments.device
+        if arguments.case is not None:
+            if arguments.case not in known:
+                parser.error(f"no case is named {arguments.case}; there are {', '.join(known)}")
+            return
+        possible = PARTS_ON_GPU if device.type == "cuda" else PARTS
+        arguments.only = arguments.only or possible
+        if not set(arguments.only) <= set(possible):
+            parser.error(f"on a GPU there are only {' and '.join(possible)}")
+        watches = device.type == "cpu" and set(arguments.only) - {"faults"}
+        if watches and not os.access(PEAK_RESET, os.W_OK):
+            parser.error(
+                f"without {PEAK_RESET} peaks cannot be watched here; there is --only faults"
+            )
+
+    tests = [
+        f"tests/test_{name}.py" for name in ("grad_cache", "contrastive", "sigmoid", "transforms")
+    ]
+    arguments = parse(parser, tests, argv, check)
+
+    known = cases(arguments.device)
     if arguments.case is not None:
-        if arguments.case not in known:
-            parser.error(f"no case is named {arguments.case}; there are {', '.join(known)}")
         print(json.dumps(known[arguments.case].find()))
         return
-
-    possible = PARTS_ON_GPU if device.type == "cuda" else PARTS
-    chosen = arguments.only or possible
-    if not set(chosen) <= set(possible):
-        parser.error(f"on a GPU there are only {' and '.join(possible)}")
-    if device.type == "cpu" and set(chosen) - {"faults"} and not os.access(PEAK_RESET, os.W_OK):
-        parser.error(f"without {PEAK_RESET} peaks cannot be watched here; there is --only faults")
-
-    if not arguments.untested:
-        # Figures of what is wrong are worth nothing.
-        tests = [f"tests/test_{name}.py" for name in ("grad_cache", "contrastive", "sigmoid")]
-        only = ["-k", "not ahead_of_time", *tests, "tests/test_transforms.py"]
-        subprocess.run([sys.executable, "-m", "pytest", *only], cwd=ROOT, check=True)
-
-    bench([name for name in known if name.split("/")[0] in chosen], device)
+    bench([name for name in known if name.split("/")[0] in arguments.only], arguments.device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,21 +6,17 @@ python bench/bench_patchify.py [--batch 1024] [--patches 16 14 32] [--device cpu
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import torch
-from harness import record
+from harness import parse, record, run
 from torch import Tensor
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.patchify import padded_width, patchify
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = 224
 
 
@@ -76,18 +72,12 @@ def bench_case(patch_size: int, batch: int, dtype: torch.dtype, device: torch.de
     record("patchify", fns, device=device, flops=7.0 * written, bytes_moved=bytes_moved, **case)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--patches", type=int, nargs="+", default=[16, 14, 32])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = ["tests/test_patchify.py", "-k", "not ahead_of_time"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_patchify.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
         for patch_size in arguments.patches:
@@ -95,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,15 +13,13 @@ import argparse
 import math
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import contrastive_providers  # puts the tests' folder on the path
 import torch
-from bench_global_batch import ROOT, random_batch
-from harness import Measured, record, record_computed, record_measured
+from bench_global_batch import random_batch
+from harness import Measured, parse, record, record_computed, record_measured, run
 from ranks import RankPool
 from scaling_ranks import LOSSES, loss_inputs, loss_on_rank
 from torch import nn
@@ -263,13 +261,11 @@ def computed(what: str, collectives: list[Any], wire: Any, case: dict[str, Any])
     record_computed(f"collectives of the {what}", time_ms, sent, wire.assumptions, **case)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     assert contrastive_providers is not None
     parts = ("loss", "step", "tokens", "ranks", "wire")
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--model", default=None, help="[ViT-B-32 on a GPU, else ViT-glyphs]")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
@@ -279,17 +275,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="sequences, against tokens")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rank-pairs", type=int, default=4096)
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_wire.py", "tests/test_loss.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     arguments.model = arguments.model or ("ViT-B-32" if on_gpu else "ViT-glyphs")
     arguments.sizes = arguments.sizes or [(4096 if on_gpu else 512) * 2**i for i in range(5)]
     arguments.memory = arguments.memory or memory.available(device) / 2e9
-    if not arguments.untested:
-        # Figures of what is wrong are worth nothing.
-        tests = ["tests/test_wire.py", "tests/test_loss.py"]
-        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
     for name in arguments.loss if "loss" in arguments.only else ():
         bench_loss(name, arguments, device)
     if "step" in arguments.only:
@@ -304,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

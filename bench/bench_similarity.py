@@ -6,22 +6,17 @@ python bench/bench_similarity.py [--sizes 1024 4096] [--width 512] [--device cpu
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import record
+from harness import parse, record, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.kernels.similarity_topk import similarity_topk
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -62,30 +57,12 @@ def bench_size(size: int, width: int, device: torch.device, dtype: torch.dtype) 
     record("similarity_topk", ranked, **topk, **case, k=k)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=None)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a kernel that is wrong are worth nothing.
-        tests = [f"tests/test_similarity{part}.py" for part in ("", "_topk")]
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-k",
-                "not ahead_of_time",
-                *tests,
-            ],
-            cwd=ROOT,
-            check=True,
-        )
-    device = torch.device(arguments.device)
+    arguments = parse(parser, ["tests/test_similarity.py", "tests/test_similarity_topk.py"], argv)
+    device = arguments.device
     on_gpu = device.type == "cuda"
     sizes = arguments.sizes or ([4096, 16384, 32768] if on_gpu else [512, 2048])
     for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.float32,):
@@ -94,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import record
+from harness import leaving_out, parse, record, run
 from step_providers import Case, Clock, Step, captions, ignore, providers, useful_flops
 
 from clipcore import memory
 from clipcore.architectures import ModelConfig, find_model
 from clipcore.ceilings import measure_ceilings
 
-ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/test_packing.py tests/test_residual.py tests/test_attention.py tests/test_loss.py".split()
 PROVIDERS = ["clipcore", "open_clip", "transformers"]
 # Models of so many parameters are measured one after the other: four of them do not fit side by side.
@@ -47,11 +43,8 @@ def bench(case: Case, names: list[str]) -> None:
     medians: dict[str, float] = {}
     alone = _is_large(config) and case.device.type == "cuda"
     for name, make in providers(case, names):
-        try:
+        with leaving_out(name):
             steps[name] = make()
-        except ImportError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
         if alone:
             medians |= _record(case, steps, useful_flops(config, case, text), mean_tokens, ceiling)
             steps.clear()
@@ -78,13 +71,10 @@ def _record(
     extras: dict[str, dict[str, Any]] = {}
     fns: dict[str, Callable[[], Any]] = {}
     for name, step in steps.items():
-        try:
+        with leaving_out(name):
             extras[name] = {"parts_ms": _parts_ms(step, case.device), "mean_tokens": mean_tokens}
             fns[name] = partial(step, ignore)
             print(f"{name}, ms by part: {extras[name]['parts_ms']}", flush=True)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
-            torch.cuda.empty_cache()
     return record(
         "training step",
         fns,
@@ -116,7 +106,7 @@ def _parts_ms(step: Step, device: torch.device, rounds: int = 3) -> dict[str, fl
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=64)
@@ -125,13 +115,8 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=None, help="with cached gradients")
     parser.add_argument("--compiled", action="store_true", help="open_clip compiled as well")
     parser.add_argument("--providers", nargs="+", default=None, metavar="NAME")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untested", action="store_true", help="the tests have just passed")
-    arguments = parser.parse_args()
-    if not arguments.untested:
-        # Figures of a step that is wrong are worth nothing.
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=True)
-    device = torch.device(arguments.device)
+    arguments = parse(parser, TESTS, argv)
+    device = arguments.device
     if device.type == "cpu":
         memory.keep_freed()  # as a run does; it serves all providers
     precision = arguments.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
@@ -146,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

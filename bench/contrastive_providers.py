@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from harness import leaving_out
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -128,10 +129,11 @@ def providers(
         if needs_gpu and not on_gpu:
             print(f"{name}: needs a GPU", flush=True)
             continue
-        try:
-            yield name, get(), dense
-        except ImportError as error:
-            print(f"{name}: {error}", flush=True)
+        loss_fn = None
+        with leaving_out(name):
+            loss_fn = get()
+        if loss_fn is not None:
+            yield name, loss_fn, dense
 
 
 def bare_products(image: Tensor, text: Tensor, count: int) -> Callable[[], None]:

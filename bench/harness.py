@@ -7,6 +7,8 @@ newest row of each case. A figure of a GPU is only ever recorded on that GPU. Wh
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -15,8 +17,11 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +32,97 @@ from clipcore import memory
 from clipcore.ceilings import time_ms
 from clipcore.kernels.logits_cpu import give_back_idle_pages
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+
+
+@dataclass
+class Settings:
+    """What the arguments of all benches say of how this process measures."""
+
+    budget_s: float = 2.0
+    skipped: set[str] = field(default_factory=set)
+    tests_failed: bool = False
+
+
+settings = Settings()
+# Providers of clipcore that failed for another reason than memory.
+broken: list[str] = []
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    tests: Sequence[str],
+    arguments: Sequence[str] | None,
+    check: Callable[[argparse.Namespace], None] | None = None,
+) -> argparse.Namespace:
+    """Add the arguments that all benches have, parse, and run the tests of what is measured.
+
+    Args:
+        tests: pytest's arguments. Figures of an operation that is wrong are worth nothing: a bench ends where they fail.
+        arguments: the command line's for None.
+        check: refuses arguments before the tests are run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=device, help="cpu or cuda [%(default)s]")
+    parser.add_argument(
+        "--tests",
+        choices=["run", "passed", "failed"],
+        default="run",
+        help="run the tests of what is measured first, or say how they ended: rows are marked where they failed [run]",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=Settings.budget_s,
+        metavar="SECONDS",
+        help="about how long each provider of a case is timed on a CPU; a fifth of it on a GPU [%(default)g]",
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PROVIDER",
+        help="leave these out, where time is short",
+    )
+    parsed = parser.parse_args(arguments)
+
+    settings.budget_s, settings.skipped = parsed.budget, set(parsed.skip)
+    settings.tests_failed = parsed.tests == "failed"
+    if check is not None:
+        check(parsed)
+    if tests and parsed.tests == "run":
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "not ahead_of_time", *tests]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise SystemExit(
+                "tests failed; --tests failed measures all the same, and marks the rows"
+            )
+    return parsed
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a bench to its end. Exit with 1 if a provider of clipcore failed on the way."""
+    main()
+    if broken:
+        raise SystemExit(f"failed: {', '.join(dict.fromkeys(broken))}")
+
+
+@contextlib.contextmanager
+def leaving_out(name: str) -> Iterator[None]:
+    """Print what goes wrong with a provider, and go on without it.
+
+    A peer may be missing, run out of memory, or fail in its own compiler: that must not cost the others their figures.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = (str(error) or repr(error)).splitlines()[0]
+        print(f"{name} is left out: {type(error).__name__}: {said}", flush=True)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif name.startswith("clipcore"):
+            traceback.print_exc()
+            broken.append(name)
 
 
 def device_name(device: torch.device) -> str:
@@ -48,34 +143,36 @@ class Measured(NamedTuple):
 def measure(
     fns: dict[str, Callable[[], Any]],
     device: torch.device,
-    budget_s: float = 2.0,
+    budget_s: float | None = None,
     min_rounds: int = 5,
 ) -> dict[str, Measured]:
     """Times of single calls after a warm-up, the providers in turn: what slows the machine down slows them all.
 
-    Providers that BENCH_SKIP names, separated by commas, are left out, for where time is short. At least `min_rounds`, more
-    while they take less than `budget_s` a provider. On a GPU a provider whose warm-up runs out
-    of memory is left out. With one round the call that watches the memory is the warm-up.
+    A provider that fails is left out. With one round the call that watches the memory is the warm-up.
+
+    Args:
+        budget_s: a provider is called more often than `min_rounds` while that takes less; the command line's for None.
     """
     on_gpu = device.type == "cuda"
+    budget_s = settings.budget_s if budget_s is None else budget_s
     found: dict[str, Measured] = {}
-    skipped = os.environ.get("BENCH_SKIP", "").split(",")
     for name, fn in fns.items():
-        if name in skipped:
+        if name in settings.skipped:
             continue
-        try:
+        with leaving_out(name):
             if min_rounds > 1:
                 fn()
             found[name] = Measured([], extra_bytes_of(fn, device))
-        except torch.cuda.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
-            torch.cuda.empty_cache()
+
     limit = time.perf_counter() + (0.2 if on_gpu else 1.0) * budget_s * len(found)
     rounds = 0
     while rounds < min_rounds or (time.perf_counter() < limit and rounds < 200):
         rounds += 1
-        for name, measured in found.items():
-            measured.times_ms.append(time_ms(fns[name], device))
+        for name, measured in list(found.items()):
+            with leaving_out(name):
+                measured.times_ms.append(time_ms(fns[name], device))
+            if len(measured.times_ms) < rounds:
+                del found[name]
     return found
 
 
@@ -181,13 +278,13 @@ def record_row(
     """Appends and prints a row of what has no time: memory that was taken, or counts.
 
     Args:
-        figures: what was found, of `FIGURES`.
+        figures: what was found, of `FIGURES` and `EXTRAS`.
         case: see `record_measured`.
     """
-    assert figures.keys() <= FIGURES
+    assert figures.keys() <= _FOUND
     row = {"op": op, "provider": provider, **case, **figures, "device": device_name(device)}
     _append(_slug(row["device"]), {**row, **_versions()})
-    shown = {title: COLUMNS[title](row) for title in FIGURE_COLUMNS}
+    shown = {title: COLUMNS[title](row) for title in (*FIGURE_COLUMNS, *FOUND_COLUMNS)}
     found = ", ".join(f"{title} {cell}" for title, cell in shown.items() if cell)
     print(f"{op} {provider} {case}: {found}", flush=True)
 
@@ -220,6 +317,7 @@ def _versions() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "triton": triton.__version__,
+        **({"tests": "red"} if settings.tests_failed else {}),
         **_commit(),
         "date": datetime.date.today().isoformat(),
     }
@@ -235,7 +333,7 @@ def _commit() -> dict[str, Any]:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True
+            ["git", *words], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
 
     changed = [
@@ -258,7 +356,10 @@ def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             if row.get("computed"):
                 computed[(row["op"], json.dumps(_case(row)))] = row
                 continue
-            newest[(row["op"], row["device"], json.dumps(_case(row)), row["provider"])] = row
+            key = (row["op"], row["device"], json.dumps(_case(row)), row["provider"])
+            # Figures of failing tests show only where there are no others.
+            if row.get("tests") != "red" or newest.get(key, row).get("tests") == "red":
+                newest[key] = row
     return [row for _, row in sorted(newest.items())], list(computed.values())
 
 
@@ -323,7 +424,8 @@ def _pairs_per_s(row: dict[str, Any]) -> str:
 
 
 def _at(row: dict[str, Any]) -> str:
-    return row["commit"] + (" (changed)" if row["dirty"] else "")
+    notes = ["changed"] * row["dirty"] + ["tests red"] * (row.get("tests") == "red")
+    return row["commit"] + (f" ({', '.join(notes)})" if notes else "")
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]
@@ -338,6 +440,14 @@ FIGURE_COLUMNS: Columns = {
     "kept graphs": _count("kept"),
     "page faults": _count("page_faults"),
 }
+# Of what is found beside a time or alone.
+FOUND_COLUMNS: Columns = {
+    "gradient's error": lambda row: (
+        f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+    ),
+    "finite": lambda row: {True: "yes", False: "no", None: ""}[row.get("finite")],
+    "same bits": lambda row: {True: "yes", False: "no", None: ""}[row.get("repeatable")],
+}
 COLUMNS: Columns = {
     "case": case_in_words,
     "provider": lambda row: row["provider"],
@@ -348,10 +458,7 @@ COLUMNS: Columns = {
     "GB/s": _number("gb_per_s"),
     **FIGURE_COLUMNS,
     "parts, ms": _parts,
-    "gradient's error": lambda row: (
-        f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
-    ),
-    "same bits": lambda row: {True: "yes", False: "no", None: ""}[row.get("repeatable")],
+    **FOUND_COLUMNS,
     "commit": _at,
 }
 COMPUTED_COLUMNS: Columns = {
@@ -367,9 +474,9 @@ COMPUTED_COLUMNS: Columns = {
 # milliseconds of a step's parts, how a step was cut, bytes that a rank has sent.
 ERRORS = {"loss_error", "gradient_error", "scale_error"}
 EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"}
-# What rows without a time have: memory, how a step was cut, pages that the kernel gave.
+# What rows without a time have: memory, how a step was cut, pages that the kernel gave, whether numbers are finite.
 FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
-FIGURES |= {"micro_batch_size", "kept", "page_faults"}
+FIGURES |= {"micro_batch_size", "kept", "page_faults", "finite"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
     "op",
@@ -388,6 +495,7 @@ _MEASURED = _FOUND | {
     "device",
     "torch",
     "triton",
+    "tests",
     "commit",
     "dirty",
     "date",
@@ -399,7 +507,7 @@ def _case(row: dict[str, Any]) -> dict[str, Any]:
 
 
 # The tables of README, each between two comments: pairs a second of these operations.
-README = RESULTS.parent.parent / "README.md"
+README = ROOT / "README.md"
 README_TABLES = ("training step", "loader")
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from openclip import import_open_clip
@@ -20,6 +26,8 @@ import harness  # noqa: E402
 import step_providers  # noqa: E402
 
 from clipcore.architectures import find_model  # noqa: E402
+from clipcore.ceilings import Ceilings  # noqa: E402
+from clipcore.config import parse_command_line  # noqa: E402
 from clipcore.model import create_model  # noqa: E402
 
 
@@ -27,6 +35,8 @@ from clipcore.model import create_model  # noqa: E402
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "_commit", lambda: {"commit": "abc1234", "dirty": False})
+    monkeypatch.setattr(harness, "settings", harness.Settings())
+    monkeypatch.setattr(harness, "broken", [])
     return tmp_path
 
 
@@ -68,6 +78,87 @@ def test_rows_without_a_time_show_what_they_count(results: Path) -> None:
     cells = [cell.strip() for cell in row.split("|")]
     assert {"3.0", "4.0", "0.750", "0", "7"} <= set(cells)
     assert "5.0" in page and "a formula" in page
+
+
+def test_a_provider_that_fails_costs_no_other_its_row(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its first call, at its fourth, or in memory: clipcore's own end the bench with 1, after all rows."""
+
+    def failing(after: int, error: Exception) -> Callable[[], torch.Tensor]:
+        calls = iter(range(after))
+
+        def call() -> torch.Tensor:
+            if next(calls, None) is None:
+                raise error
+            return torch.ones(10)
+
+        return call
+
+    fns = {
+        "missing": failing(0, ModuleNotFoundError("No module named 'peer'")),
+        "late": failing(3, RuntimeError("compiler\nsays more")),
+        "clipcore large": failing(0, torch.cuda.OutOfMemoryError("out of memory")),
+        "clipcore": failing(0, ValueError("wrong")),
+        "fine": lambda: torch.ones(10),
+    }
+
+    def main() -> None:
+        harness.record("adding", fns, device=torch.device("cpu"), flops=0.0, bytes_moved=0.0)
+
+    with pytest.raises(SystemExit, match=r"failed: clipcore$"):
+        harness.run(main)
+    rows = [json.loads(line) for line in next(results.glob("*.jsonl")).read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["fine"]
+    said = capsys.readouterr().out
+    assert "missing is left out: ModuleNotFoundError: No module named 'peer'" in said
+    assert "late is left out: RuntimeError: compiler\n" in said
+
+
+def test_red_rows_are_marked_and_displace_no_others(results: Path) -> None:
+    parser = argparse.ArgumentParser()
+    harness.parse(parser, ["tests/none.py"], ["--tests", "failed", "--skip", "second"])
+    record(N=10)
+    rows = [json.loads(line) for line in next(results.glob("*.jsonl")).read_text().splitlines()]
+    assert [(row["provider"], row["tests"]) for row in rows] == [("first", "red")]
+    assert "abc1234 (tests red)" in harness.results_page()
+
+    harness.settings.tests_failed = False
+    record(N=10)
+    harness.settings.tests_failed = True
+    record(N=10)
+    assert "tests red" not in harness.results_page()
+
+
+def test_a_bench_ends_where_its_tests_fail(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def fail(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="--tests failed measures all the same"):
+        harness.parse(argparse.ArgumentParser(), ["tests/test_wire.py"], [])
+    assert asked[0][-1] == "tests/test_wire.py"
+
+
+@pytest.mark.parametrize(
+    ("missing", "option", "raised"),
+    [
+        ("absent.part", True, pytest.skip.Exception),
+        ("absent.part", False, ModuleNotFoundError),
+        ("torch.absent", True, ModuleNotFoundError),
+    ],
+)
+def test_only_a_missing_package_is_skipped_and_only_on_request(
+    missing: str, option: bool, raised: type[BaseException]
+) -> None:
+    item: Any = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: option))
+    call = conftest.pytest_runtest_call(item)
+    next(call)
+    with pytest.raises(raised, match="absent"):
+        call.throw(ModuleNotFoundError(f"No module named {missing!r}", name=missing))
 
 
 def test_committed_tables_are_those_of_the_rows() -> None:
@@ -144,51 +235,181 @@ def test_peers_compute_the_same_gradients(num_parts: int, monkeypatch: pytest.Mo
         assert difference <= 1e-3 * expected[name].grad.abs().max() + 1e-8, name
 
 
-# bench/gpu.sh with another `python`, which notes what it is asked for.
+# bench/gpu.sh with another python, which notes what it is asked for.
 
 
-def gpu(tmp_path: Path, fails: str = "", **environment: str) -> tuple[int, list[str], str]:
-    """(exit status, commands, output) of a call."""
-    (tmp_path / "bin").mkdir(exist_ok=True)
-    fake, calls = tmp_path / "bin" / "python", tmp_path / "calls"
-    fake.write_text(
-        f'#!/bin/bash\necho "$*" >> {calls}\n[ -z "{fails}" ] || [[ "$*" != *{fails}* ]]\n'
-    )
-    fake.chmod(0o755)
-    calls.write_text("")
-    path = f"{fake.parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(tmp_path / "tree/bench/gpu.sh"), "losses"],
-        env={**os.environ, "PATH": path, "CLIPCORE_COMMIT": "abc", **environment},
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, calls.read_text().splitlines(), done.stdout + done.stderr
+class Machine:
+    """A copy of the script in a tree of its own, and a python that fails where a word of its command is among `fails`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.fails = root, ""
+        (root / "tree/bench/results").mkdir(parents=True)
+        (root / "tree/bench/gpu.sh").write_bytes((ROOT / "bench/gpu.sh").read_bytes())
+        (root / "tree/bench/results/old.jsonl").write_text("{}\n")
+        os.utime(root / "tree/bench/results/old.jsonl", (0, 0))
+
+    def run(self, *families: str, **environment: str) -> tuple[int, list[list[str]], str]:
+        """(exit status, the arguments of each command, output) of a call."""
+        fake, calls = self.root / "python", self.root / "calls"
+        fake.write_text(
+            '#!/bin/bash\nprintf "%s\\t" "$@" >> calls; echo >> calls\n'.replace(
+                "calls", str(calls)
+            )
+            + f'[ -z "{self.fails}" ] || [[ "$*" != *{self.fails}* ]]\n'
+        )
+        fake.chmod(0o755)
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", str(self.root / "tree/bench/gpu.sh"), *families],
+            env={
+                **os.environ,
+                "PYTHON": str(fake),
+                "OUT": str(self.root / "out"),
+                "CLIPCORE_COMMIT": "abc",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+        )
+        commands = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
+        return done.returncode, commands, done.stdout + done.stderr
+
+    def ran(self, *families: str, **environment: str) -> list[str]:
+        """The scripts and test files of a call."""
+        _, commands, _ = self.run(*families, **environment)
+        words = [word for command in commands for word in command]
+        return [Path(word).stem for word in words if word.endswith(".py")]
 
 
-def test_what_needs_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    (tmp_path / "tree/bench/results").mkdir(parents=True)
-    (tmp_path / "tree/bench/gpu.sh").write_bytes((ROOT / "bench/gpu.sh").read_bytes())
-    (tmp_path / "tree/bench/results/a.jsonl").write_text("{}\n")
-    out = {"OUT": str(tmp_path / "out")}
-    status, calls, text = gpu(tmp_path, LIMIT_S="59", **out)
-    assert status == 75 and "left for another call: tests-losses" in text
-    assert [call for call in calls if "ceilings" in call] == ["bench/bench_ceilings.py"]
-    assert (tmp_path / "out/a.jsonl").exists() and (tmp_path / "out/ceilings.log").exists()
-    status, calls, text = gpu(tmp_path, **out)
-    assert status == 0 and not any("ceilings" in call for call in calls), text
-    assert sum("pytest" in call for call in calls) == 2
-    assert gpu(tmp_path, **out)[1][1:] == ["bench/harness.py"]  # nothing is left
-    assert gpu(tmp_path, **out, CLIPCORE_COMMIT="other")[1][1] == "bench/bench_ceilings.py"
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
 
 
-def test_no_figures_where_tests_are_red(tmp_path: Path) -> None:
-    (tmp_path / "tree/bench/results").mkdir(parents=True)
-    (tmp_path / "tree/bench/gpu.sh").write_bytes((ROOT / "bench/gpu.sh").read_bytes())
-    status, calls, text = gpu(tmp_path, fails="test_contrastive.py", OUT=str(tmp_path / "out"))
-    assert status == 1 and "failed: tests-losses" in text
-    assert not any("bench_contrastive" in call for call in calls)
-    assert any("bench_similarity" in call for call in calls)
-    status, calls, _ = gpu(tmp_path, OUT=str(tmp_path / "out"))
-    assert status == 0 and any("bench_contrastive" in call for call in calls)
-    assert not any("bench_similarity" in call for call in calls)
+def test_what_needs_a_gpu_goes_on_where_it_stopped(machine: Machine) -> None:
+    status, _, text = machine.run("probe", "loss", LIMIT_S="100")
+    assert status == 75 and "left for another call: tests-contrastive" in text
+    assert "bench_ceilings" not in machine.ran("probe")
+    first = machine.ran("loss", LIMIT_S="10000")
+    assert first.count("test_contrastive") == 1 and "bench_contrastive" in first
+    assert machine.ran("loss", LIMIT_S="10000") == []  # nothing is left
+    assert machine.ran("probe", CLIPCORE_COMMIT="other") == ["probe", "bench_ceilings"]
+
+
+def test_one_file_comes_back_with_what_is_new(machine: Machine) -> None:
+    machine.run("probe")
+    new = machine.root / "tree/bench/results/new.jsonl"
+    new.write_text("{}\n")
+    machine.run("encoders", LIMIT_S="10000")
+    assert [path.name for path in (machine.root / "out").iterdir()] == ["gpu.tgz"]
+    with tarfile.open(machine.root / "out/gpu.tgz") as archive:
+        names = set(archive.getnames())
+    assert {"bench/results/new.jsonl", "bench/out/done", "bench/out/logs/probe.log"} <= names
+    assert "bench/results/old.jsonl" not in names
+
+
+def test_rows_behind_red_tests_are_marked_and_others_are_not(machine: Machine) -> None:
+    machine.fails = "test_contrastive.py"
+    status, commands, text = machine.run("loss", LIMIT_S="10000")
+    assert status == 1 and "failed: tests-contrastive" in text
+    benches = [command for command in commands if "bench" in command[0]]
+    verdicts = {
+        name: {c[c.index("--tests") + 1] for c in benches if name in " ".join(c)}
+        for name in ("--loss softmax", "--loss sigmoid", "bench_similarity")
+    }
+    assert verdicts == {
+        "--loss softmax": {"failed"},
+        "--loss sigmoid": {"passed"},
+        "bench_similarity": {"passed"},
+    }
+    machine.fails = ""
+    assert "test_contrastive" in machine.ran("correctness", LIMIT_S="10000")  # tried again
+
+
+def test_an_unknown_family_is_refused_before_anything_runs(machine: Machine) -> None:
+    status, commands, text = machine.run("probe", "losses")
+    assert status == 2 and not commands and "losses is none of: all probe" in text
+
+
+# What a bench's sizes are in the rehearsal, by option; and what only single benches have.
+TINY = {
+    "--model": ["ViT-nano-8-32"],
+    "--batch": ["4"],
+    "--micro-batch-size": ["2"],
+    "--widths": ["16"],
+    "--sizes": ["64"],
+}
+TINY_OF_BENCH = {
+    "bench_adamw": ["--millions", "0.01", "--model", "ViT-nano-8-32"],
+    "bench_attention": ["--towers", "text", "--batch", "1"],
+    "bench_attention_pool": ["--models", "ViT-B-32", "--batch", "1"],
+    "bench_gelu": ["--shapes", "64x16"],
+    "bench_global_batch": ["--model", "ViT-nano-8-32", "--micro-batch-size", "32"],
+    "bench_layer_norm": ["--shapes", "64x16"],
+    "bench_patchify": ["--batch", "1"],
+    "bench_scaling": "--model ViT-nano-8-32 --seconds 0 --sizes 4 8 --batch 2 --width 16".split(),
+    "bench_similarity": ["--sizes", "64", "--width", "16"],
+}
+
+
+def made_tiny(arguments: list[str]) -> list[str]:
+    """The same options with the values above."""
+    found, values = [], iter(arguments)
+    kept = True
+    for word in values:
+        if word.startswith("--"):
+            found += [word, *TINY.get(word, [])]
+            kept = word not in TINY
+        elif kept:
+            found.append(word)
+    return found
+
+
+def unwatched(fn: Callable[[], Any], device: torch.device) -> int:
+    """Call a provider without watching its memory."""
+    fn()
+    return 0
+
+
+@pytest.fixture
+def rehearsal(results: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Rows go to the folder, nothing is compiled, and what takes a GPU or minutes is only called."""
+    import bench_attention
+    import bench_contrastive
+    import bench_memory
+    import bench_step
+
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    # A peak of the resident set takes a pass over all pages.
+    monkeypatch.setattr(harness, "extra_bytes_of", unwatched)
+    monkeypatch.setattr(bench_contrastive, "FIRST_TRIED", 64)
+    monkeypatch.setattr(bench_contrastive, "LAST_TRIED", 128)
+    monkeypatch.setattr(bench_attention, "sweep", lambda rows, names: print(rows, names))
+    monkeypatch.setattr(bench_memory, "bench", lambda names, device: print(names))
+    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: Ceilings(1e11, 1e12))
+    return results
+
+
+def test_every_part_is_rehearsed(machine: Machine, rehearsal: Path) -> None:
+    """Each command of the script, here and on tiny sizes: its options are known, and its own providers run."""
+    status, commands, text = machine.run(LIMIT_S="10000")
+    assert status == 0, text
+    benches, files, runs = [], set(), 0
+    for command in commands:
+        if command[0].startswith("bench/"):
+            benches.append((Path(command[0]).stem, command[1:]))
+        elif "pytest" in command:
+            files |= {word for word in command if word.endswith(".py")}
+        elif "clipcore.train" in command:
+            settings = command[command.index("clipcore.train") + 1 :]
+            assert parse_command_line(settings)[0].device == "cuda"
+            runs += 1
+    assert len(benches) > 25 and runs == 3
+    assert len(files) > 14 and all((ROOT / file).exists() for file in files)
+
+    for name, arguments in benches:
+        small = [*made_tiny(arguments), *TINY_OF_BENCH.get(name, [])]
+        importlib.import_module(name).main([*small, "--device", "cpu", "--budget", "0"])
+        assert not harness.broken, (name, small)
+    rows = [json.loads(line) for path in rehearsal.glob("*.jsonl") for line in path.open()]
+    assert len({row["op"] for row in rows}) > 30 and "clipcore" in {row["provider"] for row in rows}
