@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -255,13 +256,15 @@ def test_bad_samples_are_replaced_by_a_fixed_rule_named_and_counted_exactly():
 def test_too_many_bad_samples_stop_in_one_line_with_reasons(workers):
     source = Pictures(400, frozenset(range(0, 400, 20)))
     pairs = make(source, batch_size=40, workers=workers, max_bad_fraction=0.04)
-    seen = 0
+    seen, before = 0, set(multiprocessing.active_children())
     with pytest.raises(
         DataError, match=r"of 520 samples .*--max-bad-fraction 0\.04: key"
     ) as caught:
         for batch in pairs.batches():
             seen += len(batch.indices)
     assert seen == 480 and "\n" not in str(caught.value) and "broken" in str(caught.value)
+    # At once, though the traceback is still there.
+    assert set(multiprocessing.active_children()) <= before
     take(make(source, batch_size=40, max_bad_fraction=0.06).batches(), 30)
 
 

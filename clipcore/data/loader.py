@@ -9,11 +9,12 @@ be read on its own, and at a fixed global batch neither workers nor ranks change
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -133,20 +134,21 @@ class PairLoader:
         keys = ((k, *cut) for k in itertools.count(step) for cut in self._cuts)
         # A batch and the beginning of the next ahead, and never an idle worker.
         ahead = max(2 * self.workers, len(self._cuts) + min(len(self._cuts), 4))
-        parts = _read(self._parts, keys, self.workers, ahead)
         num_rows, bad = 0, list[tuple[str, str]]()
-        while True:
-            batch = self._join(parts)
-            num_rows += len(batch.indices)
-            bad += batch.bad
-            if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
-                reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:_SHOWN_REASONS])
-                raise DataError(
-                    f"{len(bad)} of {num_rows} samples of {self._name} cannot be read, more than "
-                    f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
-                )
-            yield batch
-            del batch  # before the next one is put together
+        # An error's traceback keeps this frame; its workers must not wait for the garbage collector.
+        with contextlib.closing(_read(self._parts, keys, self.workers, ahead)) as parts:
+            while True:
+                batch = self._join(parts)
+                num_rows += len(batch.indices)
+                bad += batch.bad
+                if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
+                    reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:_SHOWN_REASONS])
+                    raise DataError(
+                        f"{len(bad)} of {num_rows} samples of {self._name} cannot be read, more than "
+                        f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
+                    )
+                yield batch
+                del batch  # before the next one is put together
 
     def _join(self, parts: Iterator[Batch]) -> Batch:
         """The next parts as one batch; each part's images are gone before the next is taken."""
@@ -344,7 +346,9 @@ def _cuts(batch_size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _read(parts: _Parts, keys: Iterable[Any], workers: int, ahead: int) -> Iterator[Batch]:
+def _read(
+    parts: _Parts, keys: Iterable[Any], workers: int, ahead: int
+) -> Generator[Batch, None, None]:
     """The parts of the keys in order, read by worker processes that keep ``ahead`` parts ready."""
     read: Iterable[Batch | DataError]
     if workers:
