@@ -28,7 +28,7 @@ LARGEST_EXACT = 8192
 # Above it a dense provider does not fit any one GPU.
 LARGEST_DENSE = 131072
 # The first and the last batch that --largest tries.
-FIRST_TRIED, LAST_TRIED = 8192, 2**22
+FIRST_TRIED, LAST_TRIED = 8192, 2**19
 FACTORS = {"softmax": (100.0,), "sigmoid": (10.0, -10.0)}
 TABLES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 REFERENCES: dict[str, Loss] = {"softmax": contrastive_ref, "sigmoid": sigmoid_ref}
@@ -133,14 +133,22 @@ def bench(
 def largest(loss: str, width: int, device: torch.device, names: list[str] | None) -> None:
     """Doubles N until each provider runs out of memory, up to `LAST_TRIED` pairs."""
     for name, loss_fn, _ in providers(TABLES[loss], device.type == "cuda", names):
-        size, fits = FIRST_TRIED, 0
+        size = FIRST_TRIED
         with leaving_out(name):
-            while size <= LAST_TRIED:
-                leaves = inputs_for(loss, size, width, device, torch.bfloat16)
-                forward_and_backward(loss_fn, leaves)
-                size, fits = 2 * size, size
-        leaves = []
-        print(f"{loss}, E = {width}, {name}: N = {fits:,} fits", flush=True)
+            while size <= LAST_TRIED and fits(loss_fn, loss, size, width, device):
+                print(f"{loss}, E = {width}, {name}: N = {size:,} fits", flush=True)
+                size *= 2
+
+
+def fits(loss_fn: Loss, loss: str, size: int, width: int, device: torch.device) -> bool:
+    """Whether a step of so many pairs finds its memory."""
+    try:
+        forward_and_backward(loss_fn, inputs_for(loss, size, width, device, torch.bfloat16))
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=None)
     parser.add_argument("--widths", type=int, nargs="+", default=None)
     parser.add_argument("--loss", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--providers", nargs="+", default=None)
+    names = [*SOFTMAX, *SIGMOID]
+    parser.add_argument("--providers", nargs="+", choices=names, metavar="NAME", default=None)
     parser.add_argument("--largest", action="store_true")
     parser.add_argument(
         "--once", action="store_true", help="the step alone, one timed call: for millions of pairs"

@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=256, help="of each shard")
     parser.add_argument("--pairs-per-second", type=float, help="of the step that is to be fed")
     tests = ["tests/test_prepare.py", "tests/test_loader.py", "tests/test_transforms.py"]
-    arguments = parse(parser, tests, argv)
+    arguments = parse(parser, tests, argv, has_device=False)
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     given = arguments.pairs_per_second

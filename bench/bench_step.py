@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patch-dropout", type=float, default=0.0)
     parser.add_argument("--micro-batch-size", type=int, default=None, help="with cached gradients")
     parser.add_argument("--compiled", action="store_true", help="open_clip compiled as well")
-    parser.add_argument("--providers", nargs="+", default=None, metavar="NAME")
+    names = [*PROVIDERS, "open_clip compiled"]
+    parser.add_argument("--providers", nargs="+", choices=names, default=None, metavar="NAME")
     arguments = parse(parser, TESTS, argv)
     device = arguments.device
     if device.type == "cpu":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from harness import leaving_out
+from harness import is_wanted, leaving_out
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -124,7 +124,7 @@ def providers(
 ) -> Iterator[tuple[str, Loss, bool]]:
     """(name, loss, whether it holds the N x N matrix) of those that can run here."""
     for name, (get, needs_gpu, dense) in table.items():
-        if names and name not in names:
+        if (names and name not in names) or not is_wanted(name):
             continue
         if needs_gpu and not on_gpu:
             print(f"{name}: needs a GPU", flush=True)

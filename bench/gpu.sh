@@ -8,104 +8,134 @@
 #   bench/gpu.sh step          the training step against open_clip, eager and compiled
 #   bench/gpu.sh train         the main job, one rank, the profile, gathers, huge batches
 #   bench/gpu.sh [all]         all of them
+#   bench/gpu.sh commit        print what CLIPCORE_COMMIT has to be on a machine without git
 #
-# Several words run one after the other. A call takes at most LIMIT_S seconds: what these do not hold is left for the next
-# call, which does not run again what has passed at this commit. A bench first runs the test files that it stands on, unless
-# they have been run; where one of them is red, its rows say so ("tests": "red"). Packages come from wheels/*.whl.
+# Several words run one after the other. A call takes at most LIMIT_S seconds: parts that no longer fit are left for the next
+# call. What has passed at this commit is not run again; what has failed is, if its family is named. A bench stands on test
+# files, which are run first unless they have been; while one of them is red, rows say so ("tests": "red").
 #
-# LIMIT_S: 570. PYTHON: python3. OUT: where gpu.tgz goes, with new rows, logs and what is done (bench/out); unpacked at the
-# project's root it brings them in. Exit status: 0 all is done, 1 some part failed, 75 some are left.
+# Where nothing can be installed, wheels/*.whl are; git ignores that folder and bench/out, so they have to be copied along.
+# OUT (bench/out) gets one file, gpu.tgz: new rows, logs, what is done. Bring it home with
+#
+#   tar xzf gpu.tgz && python bench/harness.py bench/out/rows/*/*.jsonl
+#
+# LIMIT_S: 570. PYTHON: python3. Exit status: 0 all is done, 1 some part failed, 75 some are left.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 
+# The commit, and a "+" with a hash of what differs from it: other code is other work.
+commit_of_tree() {
+    local commit changes
+    commit=$(git rev-parse --short HEAD 2>/dev/null) || return 1
+    changes=$({
+        git diff HEAD -- . ':!bench/results'
+        git ls-files --others --exclude-standard -z | xargs -0r sha1sum
+    } | sha1sum | cut -c1-8)
+    [ "$changes" = "$(sha1sum </dev/null | cut -c1-8)" ] || commit+="+$changes"
+    echo "$commit"
+}
+
 families=(probe correctness loss encoders step train)
 chosen=()
+is_named=yes
 for word in "${@:-all}"; do
     case $word in
-        all) chosen+=("${families[@]}") ;;
+        all) chosen+=("${families[@]}") is_named= ;;
+        commit) commit_of_tree; exit ;;
         probe | correctness | loss | encoders | step | train) chosen+=("$word") ;;
-        *) echo "$word is none of: all ${families[*]}" >&2; exit 2 ;;
+        *) echo "$word is none of: all ${families[*]} commit" >&2; exit 2 ;;
     esac
 done
 
+commit=${CLIPCORE_COMMIT:-$(commit_of_tree)}
+[ -n "$commit" ] || { echo "no git here: set CLIPCORE_COMMIT to what \`bench/gpu.sh commit\` prints where there is" >&2; exit 2; }
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
 LIMIT_S=${LIMIT_S:-570}
-export PYTHONUNBUFFERED=1
-mkdir -p "$OUT" bench/out/logs bench/results
-commit=${CLIPCORE_COMMIT:-$(git rev-parse --short HEAD)}
-[ -n "$commit" ] || { echo "no git here: CLIPCORE_COMMIT says which commit this is a copy of" >&2; exit 1; }
-[ -e bench/out/begun ] || touch bench/out/begun
+# Of this call alone, so that the rows of two calls never meet in one file.
+BENCH_ROWS=$PWD/bench/out/rows/$(date -u +%Y%m%d-%H%M%S)-$$
+export CLIPCORE_COMMIT=$commit BENCH_ROWS PYTHONUNBUFFERED=1 \
+    PYTHONPATH=$PWD:$PWD/bench/out/site${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$OUT" bench/out/logs "$BENCH_ROWS"
 touch bench/out/done
 failed=()
 left=()
 
-if compgen -G "wheels/*.whl" >/dev/null; then
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target bench/out/site wheels/*.whl || exit 1
-    export PYTHONPATH=$PWD/bench/out/site${PYTHONPATH:+:$PYTHONPATH}
-fi
+# One wheel that does not fit costs no other.
+for wheel in wheels/*.whl; do
+    [ -e "$wheel" ] || break
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target bench/out/site "$wheel" ||
+        echo "$wheel is not installed"
+done
 "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no GPU here'; print(torch.cuda.get_device_name())" || exit 1
 
-# verdict NAME: how the part ended at this commit, "passed", "failed" or nothing. The last time counts.
+# verdict NAME: how a part last ended at this commit: passed, red (made while its tests were red), failed, late or nothing.
 verdict() { awk -v commit="$commit" -v name="$1" '$1 == commit && $2 == name { found = $3 } END { print found }' bench/out/done; }
 
-# Rows that were made here, logs, and what is done: one file, since few may come back.
-pack() {
-    find bench/results -name '*.jsonl' -newer bench/out/begun -print0 |
-        tar czf "$OUT/gpu.tgz.new" --exclude='*.pt' --exclude='*.safetensors' --null --files-from - bench/out/done bench/out/logs &&
-        mv "$OUT/gpu.tgz.new" "$OUT/gpu.tgz"
-}
-
-# part NAME LIMIT_S COMMAND...: run it, unless it has passed at this commit or there is too little time.
+# part NAME LIMIT_S COMMAND...: run it, if it is not done and there is time. PASSED is its verdict if it passes.
 part() {
-    local name=$1 limit_s=$2 status
+    local name=$1 limit_s=$2 before status found
     shift 2
-    if [ "$(verdict "$name")" = passed ]; then
+    before=$(verdict "$name")
+    if [ "$before" = "${PASSED:-passed}" ]; then
         echo "== $name: done before"
         return 0
+    fi
+    if [ "$before" = failed ] && [ -z "$is_named" ]; then
+        failed+=("$name (failed)")
+        return 1
     fi
     if ((SECONDS + limit_s > LIMIT_S)); then
         left+=("$name")
         return 75
     fi
+
     echo "== $name ($SECONDS s)"
     timeout --kill-after=10 "$limit_s" "$@" 2>&1 | tee "bench/out/logs/$name.log"
     status=${PIPESTATUS[0]}
-    if ((status == 0)); then
-        echo "$commit $name passed" >>bench/out/done
-    else
-        echo "$commit $name failed" >>bench/out/done
-        failed+=("$name")
-    fi
-    pack
-    echo "== $name: exit $status"
+    case $status in
+        0) found=${PASSED:-passed} ;;
+        124 | 137) found=late ;;
+        *) found=failed ;;
+    esac
+    ((status == 0)) || failed+=("$name ($found)")
+    echo "$commit $name $found" >>bench/out/done
+    tar czf "$OUT/gpu.tgz.new" --exclude=checkpoints -C "$PWD" bench/out/done bench/out/logs bench/out/rows &&
+        mv "$OUT/gpu.tgz.new" "$OUT/gpu.tgz"
+    echo "== $name: $found"
     return "$status"
 }
 
-# tests FILE LIMIT_S [ARGUMENT...]: the tests of one file, in eight processes, since most of their time is compiling.
-# Ahead-of-time compilation needs no GPU.
+# tests FILE: the tests of one file, in eight processes, since most of their time is compiling; those that start ranks are in
+# one. Ahead-of-time compilation needs no GPU.
+declare -A SECONDS_FOR=(
+    [attention_kernels]=100 [contrastive]=150 [sigmoid]=90 [loss]=100 [grad_cache]=150 [distributed]=150 [pack_kernels]=90
+)
+declare -A tried=()
 tests() {
-    local file=$1 limit_s=$2
-    shift 2
-    part "tests-$file" "$limit_s" "$PYTHON" -m pytest -q -n 8 -rs --skip-missing -p no:warnings --tb=short --durations=3 \
-        "tests/test_$file.py" -k "not ahead_of_time and not past_two" "$@"
+    local PASSED=passed
+    tried[$1]=yes
+    part "tests-$1" "${SECONDS_FOR[$1]:-60}" "$PYTHON" -m pytest -q -n 8 -rs --skip-missing -p no:warnings --tb=short \
+        --durations=3 "tests/test_$1.py" -k "not ahead_of_time and not past_two"
 }
 
 # figures NAME LIMIT_S "FILE..." BENCH ARGUMENT...: the rows of a bench, behind the tests of these files.
 figures() {
-    local name=$1 limit_s=$2 how=passed
-    for file in $3; do
-        [ -n "$(verdict "tests-$file")" ] || tests "$file" "${SECONDS_FOR[$file]:-60}"
+    local name=$1 limit_s=$2 files=$3 file found ended=passed PASSED=passed
+    for file in $files; do
         case $(verdict "tests-$file") in
+            passed | failed) ;;
+            *) [ -n "${tried[$file]:-}" ] || tests "$file" ;;
+        esac
+        found=$(verdict "tests-$file")
+        case $found in
             passed) ;;
-            failed) how=failed ;;
+            failed | late) ended=failed PASSED=red failed+=("tests-$file ($found)") ;;
             *) left+=("$name"); return 75 ;;
         esac
     done
-    part "$name" "$limit_s" "$PYTHON" "bench/bench_$4.py" --tests "$how" "${@:5}"
+    part "$name" "$limit_s" "$PYTHON" "bench/bench_$4.py" --tests "$ended" "${@:5}"
 }
-
-declare -A SECONDS_FOR=([contrastive]=150 [sigmoid]=90 [attention_kernels]=90 [grad_cache]=90)
 
 probe() {
     nvidia-smi -L
@@ -113,30 +143,47 @@ probe() {
     part ceilings 40 "$PYTHON" bench/bench_ceilings.py
 }
 
+kernels="attention_kernels layer_norm residual attention gelu patchify adamw packing"
+
 correctness() {
     local file
-    for file in attention_kernels contrastive sigmoid similarity similarity_topk loss layer_norm residual attention gelu patchify \
-        adamw packing grad_cache; do
-        tests "$file" "${SECONDS_FOR[$file]:-60}"
+    for file in attention_kernels contrastive sigmoid similarity similarity_topk loss ${kernels#* } grad_cache; do
+        tests "$file"
     done
 }
 
-# The sizes that people train with come first.
+# The sizes that people train with come first. Kernels of others, which can take the process down, have parts of their own.
 loss() {
-    local size softmax=("clipcore recompute" "clipcore stash" open_clip)
+    local size
+    local softmax=("clipcore stash" "clipcore recompute" "clipcore fused" open_clip "open_clip compiled" "shared similarity"
+        "shared similarity compiled" "checkpointed chunks")
     for size in 32768 65536; do
-        figures "softmax-$size-768" 60 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes $size
+        figures "softmax-$size-768" 70 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes $size \
+            --providers "${softmax[@]}"
     done
     for size in 32768 65536; do
-        figures "sigmoid-$size-768" 60 sigmoid contrastive --budget 0.5 --loss sigmoid --widths 768 --sizes $size
+        figures "sigmoid-$size-768" 60 sigmoid contrastive --budget 0.5 --loss sigmoid --widths 768 --sizes $size \
+            --providers clipcore "clipcore fused" open_clip "open_clip compiled"
+    done
+    for size in 32768 65536; do
+        figures "siglip-kernel-$size" 40 sigmoid contrastive --budget 0.5 --loss sigmoid --widths 768 --sizes $size \
+            --providers siglip-kernel
+        figures "inf_cl-$size" 40 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes $size --providers inf_cl
     done
     figures similarity 40 "similarity similarity_topk" similarity --budget 0.5
-    figures losses-small 40 "contrastive sigmoid" contrastive --budget 0.5 --widths 768 --sizes 1024 8192 \
-        --skip "cut-cross-entropy x 2" "checkpointed chunks"
-    figures million 60 contrastive contrastive --once --loss softmax --widths 512 --sizes 1048576 \
-        --providers "clipcore recompute" "clipcore fused"
-    figures softmax-512-1024 120 contrastive contrastive --budget 0.5 --loss softmax --widths 512 1024 --sizes 32768
-    figures largest 60 contrastive contrastive --largest --loss softmax --widths 768 --providers "${softmax[@]}"
+    figures softmax-small 50 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes 1024 8192 \
+        --providers "${softmax[@]:0:6}"
+    figures sigmoid-small 40 sigmoid contrastive --budget 0.5 --loss sigmoid --widths 768 --sizes 1024 8192 \
+        --providers clipcore "clipcore fused" open_clip
+    for provider in "clipcore recompute" "clipcore fused"; do
+        figures "million-${provider#* }" 60 contrastive contrastive --once --loss softmax --widths 512 --sizes 1048576 \
+            --providers "$provider"
+    done
+    figures largest 90 contrastive contrastive --largest --loss softmax --widths 768 --providers "${softmax[@]:0:2}" open_clip
+    figures cut-cross-entropy 50 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes 32768 \
+        --providers "cut-cross-entropy x 2"
+    figures softmax-512-1024 140 contrastive contrastive --budget 0.5 --loss softmax --widths 512 1024 --sizes 32768 \
+        --providers "${softmax[@]}"
 }
 
 encoders() {
@@ -148,36 +195,50 @@ encoders() {
 }
 
 step() {
-    local files="packing residual attention loss"
+    local files="$kernels contrastive loss" model
     local compiled=(--providers clipcore open_clip "open_clip compiled")
     figures step-B-32 60 "$files" step --model ViT-B-32 --batch 1024
     figures step-B-16 60 "$files" step --model ViT-B-16 --batch 512
     figures step-L-14 70 "$files" step --model ViT-L-14 --batch 256
     figures step-B-32-compiled 90 "$files" step --model ViT-B-32 --batch 1024 "${compiled[@]}"
-    figures cached-B-32 60 "$files grad_cache" step --model ViT-B-32 --batch 8192 --micro-batch-size 1024 --providers clipcore open_clip
+    figures cached-B-32 120 "$files grad_cache" step --model ViT-B-32 --batch 8192 --micro-batch-size 1024 \
+        --providers clipcore open_clip
     figures step-B-16-compiled 90 "$files" step --model ViT-B-16 --batch 512 "${compiled[@]}"
     figures step-L-14-compiled 120 "$files" step --model ViT-L-14 --batch 256 "${compiled[@]}"
     figures step-H-14 90 "$files" step --model ViT-H-14 --batch 96 --providers clipcore open_clip
     for model in ViT-B-32 ViT-B-16; do
-        figures "dropout-$model" 45 "$files" step --model $model --batch 1024 --patch-dropout 0.5 --providers clipcore open_clip
+        figures "dropout-$model" 60 "$files" step --model $model --batch 1024 --patch-dropout 0.5 --providers clipcore open_clip
     done
 }
 
+# Runs go on where an earlier call cut them off.
 train() {
-    part train 90 "$PYTHON" -m clipcore.train --device cuda --quiet --logs bench/out/logs/runs --name "glyphs-$commit"
-    part train-one-rank 60 "$PYTHON" -m torch.distributed.run --nproc-per-node 1 -m -- clipcore.train --device cuda --quiet \
-        --train-num-samples 2560 --epochs 1 --logs bench/out/logs/runs --name "one-rank-$commit"
-    part profile 60 "$PYTHON" -m clipcore.train --device cuda --quiet --profile --epochs 1 --logs bench/out/logs/runs \
-        --name "profile-$commit"
-    # Kernels that pack what ranks exchange need the extension.
-    part build 150 env CLIPCORE_BUILD=require "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e . &&
-        for file in pack_kernels distributed; do tests "$file" 90; done
-    figures global-batch 90 grad_cache global_batch --once --sizes 32768 262144
-    figures scaling 90 "wire loss" scaling --only loss step tokens
-    figures memory 90 "grad_cache contrastive sigmoid" memory
+    local files="$kernels contrastive loss grad_cache"
+    local settings=(--device cuda --quiet --resume latest --logs bench/out/logs/runs)
+    part train 200 "$PYTHON" -m clipcore.train "${settings[@]}" --name "glyphs-$commit"
+    part train-one-rank 60 "$PYTHON" -m torch.distributed.run --nproc-per-node 1 -m -- clipcore.train "${settings[@]}" \
+        --name "one-rank-$commit" --train-num-samples 2560 --epochs 1
+    part profile 60 "$PYTHON" -m clipcore.train "${settings[@]}" --name "profile-$commit" --profile --epochs 1
+    figures global-batch 90 "$files" global_batch --once --sizes 32768
+    figures scaling-loss 80 "contrastive sigmoid wire" scaling --only loss --seconds 2
+    figures scaling-step 120 "$files" scaling --only step --sizes 4096 16384 65536
+    figures scaling-tokens 90 "$files" scaling --only tokens
+    figures memory-loss 120 "contrastive sigmoid" memory --only loss
+    figures memory-step 150 "$files" memory --only step
+
+    # Kernels that pack what ranks exchange need the extension. A fresh machine has forgotten what was built on another.
+    local has_extension='from clipcore import native; raise SystemExit(native.load() is None)'
+    "$PYTHON" -c "$has_extension" 2>/dev/null || sed -i "/ build /d" bench/out/done
+    if part build 150 env CLIPCORE_BUILD=require "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e .; then
+        tests pack_kernels
+        tests distributed
+    fi
+    figures global-batch-262144 400 "$files" global_batch --once --sizes 262144
 }
 
 for family in "${chosen[@]}"; do "$family"; done
-# Failed tests are their own files' parts; benches behind them have said so in their rows.
-if ((${#failed[@]})); then echo "failed: ${failed[*]}"; exit 1; fi
-if ((${#left[@]})); then echo "left for another call: ${left[*]}"; exit 75; fi
+
+show() { printf '%s\n' "$@" | awk '!seen[$0]++' | paste -sd ' '; }
+if ((${#left[@]})); then echo "left for another call: $(show "${left[@]}")"; fi
+if ((${#failed[@]})); then echo "failed: $(show "${failed[@]}")"; exit 1; fi
+((${#left[@]} == 0)) || exit 75

@@ -1,8 +1,9 @@
 """Measuring: one call records a row a provider, with what is needed to believe it.
 
-Rows are appended to bench/results/<device>.jsonl; ``python bench/harness.py`` writes bench/results/RESULTS.md from the
-newest row of each case. A figure of a GPU is only ever recorded on that GPU. What is computed and not measured has
-``computed: true`` and its assumptions in its row, a file of its own, and its own heading on the page.
+Rows are appended to bench/results/<device>.jsonl; ``python bench/harness.py [ROWS.jsonl ...]`` appends rows that were made
+elsewhere, and writes bench/results/RESULTS.md from the newest row of each case. A figure of a GPU is only ever recorded on
+that GPU. What is computed and not measured has ``computed: true`` and its assumptions in its row, a file of its own, and its
+own heading on the page.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ from clipcore.kernels.logits_cpu import give_back_idle_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
+# How providers of clipcore begin; the last three are those of bench_global_batch.py, which has no others.
+OWN = ("clipcore", "planned", "all but one embedded twice", "direct")
 
 
 @dataclass
 class Settings:
-    """What the arguments of all benches say of how this process measures."""
+    """What the arguments of all benches say of how this process measures, and what it has found on the way."""
 
     budget_s: float = 2.0
     skipped: set[str] = field(default_factory=set)
     tests_failed: bool = False
+    known: set[str] = field(default_factory=set)  # providers that were asked for
+    failed: list[str] = field(default_factory=list)  # clipcore's own among them that failed
 
 
 settings = Settings()
-# Providers of clipcore that failed for another reason than memory.
-broken: list[str] = []
 
 
 def parse(
@@ -55,6 +58,7 @@ def parse(
     tests: Sequence[str],
     arguments: Sequence[str] | None,
     check: Callable[[argparse.Namespace], None] | None = None,
+    has_device: bool = True,
 ) -> argparse.Namespace:
     """Add the arguments that all benches have, parse, and run the tests of what is measured.
 
@@ -62,9 +66,13 @@ def parse(
         tests: pytest's arguments. Figures of an operation that is wrong are worth nothing: a bench ends where they fail.
         arguments: the command line's for None.
         check: refuses arguments before the tests are run.
+        has_device: whether the bench runs on a GPU where there is one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--device", type=torch.device, default=device, help="cpu or cuda [%(default)s]")
+    if has_device:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument(
+            "--device", type=_device, default=device, help="cpu or cuda [%(default)s]"
+        )
     parser.add_argument(
         "--tests",
         choices=["run", "passed", "failed"],
@@ -86,11 +94,11 @@ def parse(
         help="leave these out, where time is short",
     )
     parsed = parser.parse_args(arguments)
-
-    settings.budget_s, settings.skipped = parsed.budget, set(parsed.skip)
-    settings.tests_failed = parsed.tests == "failed"
     if check is not None:
         check(parsed)
+
+    global settings
+    settings = Settings(parsed.budget, set(parsed.skip), parsed.tests == "failed")
     if tests and parsed.tests == "run":
         command = [sys.executable, "-m", "pytest", "-q", "-k", "not ahead_of_time", *tests]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
@@ -100,11 +108,30 @@ def parse(
     return parsed
 
 
+def _device(name: str) -> torch.device:
+    """Return the device of a name, for argparse."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name} is no device of torch's") from error
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a bench to its end. Exit with 1 if a provider of clipcore failed on the way."""
+    """Run a bench to its end. Exit with 1 if a provider of clipcore failed on the way, or --skip names none."""
     main()
-    if broken:
-        raise SystemExit(f"failed: {', '.join(dict.fromkeys(broken))}")
+    if unknown := settings.skipped - settings.known:
+        names = ", ".join(sorted(settings.known - settings.skipped))
+        raise SystemExit(
+            f"--skip {', '.join(sorted(unknown))}: no such provider; there are {names}"
+        )
+    if settings.failed:
+        raise SystemExit(f"failed: {', '.join(dict.fromkeys(settings.failed))}")
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a provider is to be measured, for all that --skip says."""
+    settings.known.add(name)
+    return name not in settings.skipped
 
 
 @contextlib.contextmanager
@@ -118,11 +145,14 @@ def leaving_out(name: str) -> Iterator[None]:
     except Exception as error:
         said = (str(error) or repr(error)).splitlines()[0]
         print(f"{name} is left out: {type(error).__name__}: {said}", flush=True)
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif name.startswith("clipcore"):
+        if name.startswith(OWN):
             traceback.print_exc()
-            broken.append(name)
+            settings.failed.append(name)
+        # The frames hold the tensors of the call. Memory outside torch's allocator is wanted as well, by compiled code.
+        traceback.clear_frames(error.__traceback__)
+        if torch.cuda.is_available():
+            with contextlib.suppress(RuntimeError):  # after an illegal access nothing works
+                torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:
@@ -157,7 +187,7 @@ def measure(
     budget_s = settings.budget_s if budget_s is None else budget_s
     found: dict[str, Measured] = {}
     for name, fn in fns.items():
-        if name in settings.skipped:
+        if not is_wanted(name):
             continue
         with leaving_out(name):
             if min_rounds > 1:
@@ -308,8 +338,10 @@ def record_computed(
 
 
 def _append(name: str, row: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a") as file:
+    """Append a row to the results, or in a folder of the caller's: bench/gpu.sh brings its own home by `merge`."""
+    folder = Path(os.environ.get("BENCH_ROWS") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -326,10 +358,12 @@ def _versions() -> dict[str, Any]:
 def _commit() -> dict[str, Any]:
     """The commit that was measured, and whether files differed from it (results apart).
 
-    In a copy of the tree without its history CLIPCORE_COMMIT says which commit it is a copy of.
+    In a copy of the tree without its history CLIPCORE_COMMIT says which commit it is a copy of, and what follows a "+"
+    that files differed (`bench/gpu.sh commit` prints it).
     """
     if copied := os.environ.get("CLIPCORE_COMMIT"):
-        return {"commit": copied, "dirty": False}
+        commit, changed, _ = copied.partition("+")
+        return {"commit": commit, "dirty": bool(changed)}
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -349,17 +383,18 @@ def _slug(name: str) -> str:
 def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The newest row of each case and provider, by operation and device; and those that are computed."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
-    computed: dict[tuple[str, str], dict[str, Any]] = {}
+    computed: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
+            found, key = newest, (row["op"], row.get("device", ""), json.dumps(_case(row)))
             if row.get("computed"):
-                computed[(row["op"], json.dumps(_case(row)))] = row
-                continue
-            key = (row["op"], row["device"], json.dumps(_case(row)), row["provider"])
+                found = computed
+            else:
+                key += (row["provider"],)
             # Figures of failing tests show only where there are no others.
-            if row.get("tests") != "red" or newest.get(key, row).get("tests") == "red":
-                newest[key] = row
+            if row.get("tests") != "red" or found.get(key, row).get("tests") == "red":
+                found[key] = row
     return [row for _, row in sorted(newest.items())], list(computed.values())
 
 
@@ -541,7 +576,19 @@ def readme(text: str) -> str:
     return text
 
 
+def merge(paths: Sequence[Path]) -> None:
+    """Append the rows of other folders to the results, each once."""
+    for path in paths:
+        own = RESULTS / path.name
+        there = set(own.read_text().splitlines()) if own.exists() else set()
+        with open(own, "a") as file:
+            for line in path.read_text().splitlines():
+                if line not in there:
+                    file.write(line + "\n")
+
+
 if __name__ == "__main__":
+    merge([Path(name) for name in sys.argv[1:]])
     (RESULTS / "RESULTS.md").write_text(results_page())
     README.write_text(readme(README.read_text()))
     print(RESULTS / "RESULTS.md")

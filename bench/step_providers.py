@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from contrastive_providers import import_open_clip
+from harness import is_wanted
 from torch import Tensor, nn
 
 from clipcore.architectures import ModelConfig
@@ -292,7 +293,7 @@ def providers(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[], 
         "open_clip compiled": lambda: of_open_clip(True),
         "transformers": lambda: transformers(case, batch, template.config),
     }
-    for name in names:
+    for name in filter(is_wanted, names):
         if name == "transformers" and (case.patch_dropout or case.micro_batch_size):
             print("transformers: has neither patch dropout nor an exact step in micro-batches")
         else:

@@ -74,7 +74,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if not item.config.getoption("--skip-missing") or importlib.util.find_spec(package):
+        is_there = not package or importlib.util.find_spec(package) is not None
+        if is_there or not item.config.getoption("--skip-missing"):
             raise
         pytest.skip(f"{package} is not installed")
 

@@ -380,6 +380,7 @@ def open_clips(world: World, gather: bool) -> list[Tensor]:
 
 
 def test_open_clips_loss_over_ranks_agrees(pool: RankPool) -> None:
+    import_open_clip()  # here as well, where a missing package is told from a failing rank
     theirs, ours = (
         [torch.stack(parts).sum(0) for parts in zip(*pool.run(open_clips, gather), strict=True)]
         for gather in (True, False)
