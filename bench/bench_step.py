@@ -27,6 +27,8 @@ from clipcore.ceilings import measure_ceilings
 
 TESTS = "tests/test_packing.py tests/test_residual.py tests/test_attention.py tests/test_loss.py".split()
 PROVIDERS = ["clipcore", "open_clip", "transformers"]
+# Peers, and what decides whether LayerNorm and GELU have to be kernels of our own.
+COMPILED = ["open_clip compiled", "clipcore, blocks compiled"]
 # Models of so many parameters are measured one after the other: four of them do not fit side by side.
 ALONE = 3 * 10**8
 
@@ -113,15 +115,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["fp32", "amp_bf16"], default=None)
     parser.add_argument("--patch-dropout", type=float, default=0.0)
     parser.add_argument("--micro-batch-size", type=int, default=None, help="with cached gradients")
-    parser.add_argument("--compiled", action="store_true", help="open_clip compiled as well")
-    names = [*PROVIDERS, "open_clip compiled"]
+    parser.add_argument(
+        "--compiled", action="store_true", help="open_clip and our blocks compiled as well"
+    )
+    names = [*PROVIDERS, *COMPILED]
     parser.add_argument("--providers", nargs="+", choices=names, default=None, metavar="NAME")
     arguments = parse(parser, TESTS, argv)
     device = arguments.device
     if device.type == "cpu":
         memory.keep_freed()  # as a run does; it serves all providers
     precision = arguments.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
-    names = arguments.providers or PROVIDERS + ["open_clip compiled"] * arguments.compiled
+    names = arguments.providers or PROVIDERS + (COMPILED if arguments.compiled else [])
     bench(
         Case(
             *(arguments.model, arguments.batch, device, precision),

@@ -196,7 +196,7 @@ encoders() {
 
 step() {
     local files="$kernels contrastive loss" model
-    local compiled=(--providers clipcore open_clip "open_clip compiled")
+    local compiled=(--providers clipcore "clipcore, blocks compiled" open_clip "open_clip compiled")
     figures step-B-32 60 "$files" step --model ViT-B-32 --batch 1024
     figures step-B-16 60 "$files" step --model ViT-B-16 --batch 512
     figures step-L-14 70 "$files" step --model ViT-L-14 --batch 256

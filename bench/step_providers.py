@@ -17,6 +17,7 @@ import torch
 from contrastive_providers import import_open_clip
 from harness import is_wanted
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipcore.architectures import ModelConfig
 from clipcore.convert import hf_config
@@ -26,6 +27,7 @@ from clipcore.distributed import World
 from clipcore.grad_cache import micro_batches
 from clipcore.loss import ClipLoss
 from clipcore.model import create_model
+from clipcore.modules import ResidualAttentionBlock
 from clipcore.optim import build_optimizer
 from clipcore.step import TrainingStep
 
@@ -177,6 +179,54 @@ def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
     return lambda mark: (direct if step.num_parts == 1 and mark is not ignore else whole)(mark)
 
 
+class LibraryBlock(ResidualAttentionBlock):
+    """A block whose LayerNorm, GELU and their backward passes are Inductor's, and whose attention is ours."""
+
+    def forward(
+        self,
+        x_RLD: Tensor,
+        delta_RLD: Tensor | None = None,
+        is_causal: bool = False,
+        segments_RL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return _library_block(self, x_RLD, delta_RLD, is_causal, segments_RL)
+
+
+def library_block(
+    block: ResidualAttentionBlock,
+    x_RLD: Tensor,
+    delta_RLD: Tensor | None,
+    is_causal: bool,
+    segments_RL: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the stream in two parts, as the block does, by torch's own operators around the packed attention."""
+    x_RLD = x_RLD if delta_RLD is None else x_RLD + delta_RLD
+    x_RLD = x_RLD + block.attn(_library_norm(block.ln_1, x_RLD), is_causal, segments_RL)
+
+    c_fc, activation, c_proj = block.mlp
+    hidden = c_fc(_library_norm(block.ln_2, x_RLD))
+    if activation.kind == "quick":
+        return x_RLD, c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    return x_RLD, c_proj(F.gelu(hidden))
+
+
+def _library_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+# Rows of packed captions are of many numbers: one compilation serves all.
+_library_block = torch.compile(library_block, dynamic=True)
+
+
+def with_library_blocks(model: nn.Module) -> nn.Module:
+    """Return the model with every block of both towers a `LibraryBlock`, the parameters as they are."""
+    for module in model.modules():
+        if type(module) is ResidualAttentionBlock:
+            module.__class__ = LibraryBlock
+    return model
+
+
 def ignore(part: str) -> None:
     """The clock of a step that is timed as a whole."""
 
@@ -282,13 +332,15 @@ def providers(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[], 
         model.load_state_dict(template.state_dict())
         return open_clip(case, batch, model.to(case.device).train(), compiled)
 
-    def of_clipcore() -> Step:
+    def of_clipcore(compiled: bool) -> Step:
         model = create_model(case.model, **dropped)
         model.load_state_dict(template.state_dict())
+        model = with_library_blocks(model) if compiled else model
         return clipcore(case, batch, model.to(case.device).train())
 
     known = {
-        "clipcore": of_clipcore,
+        "clipcore": lambda: of_clipcore(False),
+        "clipcore, blocks compiled": lambda: of_clipcore(True),
         "open_clip": lambda: of_open_clip(False),
         "open_clip compiled": lambda: of_open_clip(True),
         "transformers": lambda: transformers(case, batch, template.config),

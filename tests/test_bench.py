@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib
 import json
@@ -31,6 +32,7 @@ from clipcore.architectures import find_model  # noqa: E402
 from clipcore.ceilings import Ceilings  # noqa: E402
 from clipcore.config import parse_command_line  # noqa: E402
 from clipcore.model import create_model  # noqa: E402
+from clipcore.modules import ReadAt, ResidualAttentionBlock  # noqa: E402
 
 
 @pytest.fixture
@@ -207,6 +209,29 @@ def test_the_step_that_is_measured_trains_and_names_its_parts(setting: dict[str,
     assert names[-1] in clock.parts and min(clock.parts.values()) >= 0
     assert batch.images.dtype == torch.uint8
     step(step_providers.ignore)
+
+
+def test_blocks_of_the_library_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same features and gradients in float64, from a stream in one part and in two, causal, in segments, pooled."""
+    monkeypatch.setattr(step_providers, "_library_block", step_providers.library_block)
+    for quick in (False, True):
+        made = ResidualAttentionBlock(16, 2, 4.0, quick).double()
+        theirs = step_providers.with_library_blocks(copy.deepcopy(made))
+        segments = torch.tensor([[0, 0, 1, 1, 1, -1]] * 3, dtype=torch.int32)
+        x, delta = (torch.randn(3, 6, 16, dtype=torch.float64) for _ in range(2))
+        found = []
+        for block in (made, theirs):
+            outs = [
+                sum(block(x, None)),
+                sum(block(x, delta, True)),
+                sum(block(x, delta, True, segments)),
+                block.pooled(x, delta, ReadAt()),
+            ]
+            sum(out.square().sum() for out in outs).backward()
+            found.append([*outs, *(parameter.grad for parameter in block.parameters())])
+        assert type(theirs) is step_providers.LibraryBlock
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
