@@ -26,8 +26,8 @@ from typing import Any
 ARCHITECTURES = (80, 90, 100)
 # Largest shared memory of one block. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# The matrix instructions of the chip's own generation, as the disassembler spells them.
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# The matrix instructions of the chip's own generation, in PTX: HMMA, HGMMA and UTCHMMA of the machine code.
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,44 @@ def assert_compiled_well(kernels: tuple[Kernel, ...]) -> None:
         assert kernel.shared_bytes <= limit, f"{kernel}: {kernel.shared_bytes} B of {limit}"
 
 
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code, by the tool that the triton package brings along."""
+def look_into(cubin: bytes, *options: str) -> str:
+    """What the tool says of a cubin that the triton package brings along."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", "-sass", file.name]
+        command = [str(tool), *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
-    listing = disassemble(kernel.asm["cubin"])
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", listing, re.MULTILINE)
+def disassemble(cubin: bytes) -> str:
+    """Resource usage and machine code."""
+    return look_into(cubin, "-res-usage", "-sass")
+
+
+def count_spills(cubin: bytes, usage: str) -> int:
+    """Loads from and stores to local memory in the machine code, given the resource usage.
+
+    Without a stack or local memory there are none. To disassemble takes 0.24 s, as long as compiling.
+    """
+    sizes = [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+    assert len(sizes) >= 2, usage
+    if not any(sizes):
+        return 0
+    opcodes = re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", disassemble(cubin), re.MULTILINE
+    )
     assert opcodes, "no machine code found: has the disassembler changed its format?"
-    usage = re.search(r"REG:(\d+)", listing)
-    assert usage is not None
+    return sum(opcode in ("LDL", "STL") for opcode in opcodes)
+
+
+def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
+    cubin = kernel.asm["cubin"]
+    usage = look_into(cubin, "-res-usage")
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
     return Kernel(
         name=kernel.metadata.name,
         architecture=architecture,
@@ -102,9 +122,9 @@ def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kern
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,
         shared_bytes=kernel.metadata.shared,
-        registers=int(usage.group(1)),
-        spills=sum(opcode in ("LDL", "STL") for opcode in opcodes),
-        matrix_instructions=opcodes.count(MATRIX_INSTRUCTION[architecture]),
+        registers=int(registers.group(1)),
+        spills=count_spills(cubin, usage),
+        matrix_instructions=kernel.asm["ptx"].count(MATRIX_INSTRUCTION[architecture]),
     )
 
 
