@@ -22,8 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from interpreter import patch_once_a_launch
 from ranks import RankPool
 from runs import RunServer
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
 
 # Files with a fixture that takes half a minute: each goes to one worker as a whole.
 BUILT_ONCE = {"test_packaging.py"}
