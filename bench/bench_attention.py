@@ -3,7 +3,7 @@
 python bench/bench_attention.py [--device cuda] [--batch 1024]
 
 `--sweep` times other rows for the launch table of kernels/attention_triton.py instead, on a GPU, and prints the fastest
-first: a minute, most of it compiling, by as many processes as there are cores.
+first: a minute after the tests, most of it compiling, by as many processes as there are cores.
 """
 
 from __future__ import annotations

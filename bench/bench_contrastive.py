@@ -131,7 +131,7 @@ def bench(
 
 
 def largest(loss: str, width: int, device: torch.device, names: list[str] | None) -> None:
-    """Doubles N until each provider runs out of memory, up to `LAST_TRIED` pairs."""
+    """Double N until each provider runs out of memory, up to `LAST_TRIED` pairs."""
     for name, loss_fn, _ in providers(TABLES[loss], device.type == "cuda", names):
         size = FIRST_TRIED
         with leaving_out(name):
@@ -141,7 +141,7 @@ def largest(loss: str, width: int, device: torch.device, names: list[str] | None
 
 
 def fits(loss_fn: Loss, loss: str, size: int, width: int, device: torch.device) -> bool:
-    """Whether a step of so many pairs finds its memory."""
+    """Return whether a step of so many pairs finds its memory."""
     try:
         forward_and_backward(loss_fn, inputs_for(loss, size, width, device, torch.bfloat16))
     except torch.cuda.OutOfMemoryError:

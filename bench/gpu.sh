@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in order of worth. Each word is a family of parts:
+# What needs a GPU, most useful first. Each word is a family of parts:
 #
 #   bench/gpu.sh probe         packages, bits and NaN of torch's attention, what the device reaches
 #   bench/gpu.sh correctness   the tests of every kernel, one file after the other
@@ -11,8 +11,8 @@
 #   bench/gpu.sh commit        print what CLIPCORE_COMMIT has to be on a machine without git
 #
 # Several words run one after the other. A call takes at most LIMIT_S seconds: parts that no longer fit are left for the next
-# call. What has passed at this commit is not run again; what has failed is, if its family is named. A bench stands on test
-# files, which are run first unless they have been; while one of them is red, rows say so ("tests": "red").
+# call. What has passed with this code on this device is not run again; what has failed is, if its family is named. A bench
+# stands on test files, which are run first unless they have been; while one of them fails, rows say so ("tests": "red").
 #
 # Where nothing can be installed, wheels/*.whl are; git ignores that folder and bench/out, so they have to be copied along.
 # OUT (bench/out) gets one file, gpu.tgz: new rows, logs, what is done. Bring it home with
@@ -23,16 +23,20 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-# The commit, and a "+" with a hash of what differs from it: other code is other work.
+# Print COMMIT@CODE, or COMMIT+@CODE where code differs from the commit. CODE is a hash of all that is run: rows and pages
+# that are brought home change nothing of it.
 commit_of_tree() {
-    local commit changes
-    commit=$(git rev-parse --short HEAD 2>/dev/null) || return 1
-    changes=$({
-        git diff HEAD -- . ':!bench/results'
-        git ls-files --others --exclude-standard -z | xargs -0r sha1sum
-    } | sha1sum | cut -c1-8)
-    [ "$changes" = "$(sha1sum </dev/null | cut -c1-8)" ] || commit+="+$changes"
-    echo "$commit"
+    local code=(clipcore kernels csrc tests 'bench/*.py' bench/gpu.sh setup.py pyproject.toml) commit changed=
+    if ! commit=$(git rev-parse --short HEAD 2>/dev/null); then
+        echo "no git here: set CLIPCORE_COMMIT to what \`bench/gpu.sh commit\` prints where there is" >&2
+        return 2
+    fi
+    [ -z "$(git status --porcelain -- "${code[@]}")" ] || changed=+
+    echo "$commit$changed@$({
+        git ls-files -s -- "${code[@]}"
+        git diff -- "${code[@]}"
+        git ls-files --others --exclude-standard -z -- "${code[@]}" | xargs -0r sha1sum
+    } | sha1sum | cut -c1-8)"
 }
 
 families=(probe correctness loss encoders step train)
@@ -47,12 +51,11 @@ for word in "${@:-all}"; do
     esac
 done
 
-commit=${CLIPCORE_COMMIT:-$(commit_of_tree)}
-[ -n "$commit" ] || { echo "no git here: set CLIPCORE_COMMIT to what \`bench/gpu.sh commit\` prints where there is" >&2; exit 2; }
+commit=${CLIPCORE_COMMIT:-$(commit_of_tree)} || exit 2
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
 LIMIT_S=${LIMIT_S:-570}
-# Of this call alone, so that the rows of two calls never meet in one file.
+# A folder for this call's rows, so that those of two calls never meet in one file.
 BENCH_ROWS=$PWD/bench/out/rows/$(date -u +%Y%m%d-%H%M%S)-$$
 export CLIPCORE_COMMIT=$commit BENCH_ROWS PYTHONUNBUFFERED=1 \
     PYTHONPATH=$PWD:$PWD/bench/out/site${PYTHONPATH:+:$PYTHONPATH}
@@ -67,39 +70,52 @@ for wheel in wheels/*.whl; do
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target bench/out/site "$wheel" ||
         echo "$wheel is not installed"
 done
-"$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no GPU here'; print(torch.cuda.get_device_name())" || exit 1
+name_device="import torch; assert torch.cuda.is_available(), 'no GPU here'; print(torch.cuda.get_device_name())"
+device=$("$PYTHON" -c "$name_device") || exit 1
+echo "$device, $commit"
+# What verdicts belong to: the code and the device.
+where=${commit##*@}@${device// /-}
 
-# verdict NAME: how a part last ended at this commit: passed, red (made while its tests were red), failed, late or nothing.
-verdict() { awk -v commit="$commit" -v name="$1" '$1 == commit && $2 == name { found = $3 } END { print found }' bench/out/done; }
+# verdict NAME: how a part last ended here: passed, red (made while its tests failed), failed, late or nothing.
+verdict() {
+    awk -v where="$where" -v name="$1" '$1 == where && $2 == name { found = $3 } END { print found }' bench/out/done
+}
 
-# part NAME LIMIT_S COMMAND...: run it, if it is not done and there is time. PASSED is its verdict if it passes.
+# part NAME LIMIT_S COMMAND...: run it, if it is not done and there is time. PASSED is its verdict if it passes. What came
+# late in an earlier call waits for the second round, behind all that has not been tried, and fails if it is late again.
+declare -A tried=()
 part() {
-    local name=$1 limit_s=$2 before status found
+    local name=$1 limit_s=$2 before status found began
     shift 2
     before=$(verdict "$name")
     if [ "$before" = "${PASSED:-passed}" ]; then
-        echo "== $name: done before"
+        [ -n "${tried[$name]:-}" ] || ((round == 2)) || echo "== $name: done before"
         return 0
     fi
+    [ -z "${tried[$name]:-}" ] || return 1
     if [ "$before" = failed ] && [ -z "$is_named" ]; then
         failed+=("$name (failed)")
         return 1
     fi
+    [ "$before" != late ] || ((round == 2)) || return 75
     if ((SECONDS + limit_s > LIMIT_S)); then
         left+=("$name")
         return 75
     fi
 
     echo "== $name ($SECONDS s)"
+    tried[$name]=yes
+    began=$SECONDS
     timeout --kill-after=10 "$limit_s" "$@" 2>&1 | tee "bench/out/logs/$name.log"
     status=${PIPESTATUS[0]}
-    case $status in
-        0) found=${PASSED:-passed} ;;
-        124 | 137) found=late ;;
-        *) found=failed ;;
-    esac
+    found=failed
+    if ((status == 0)); then
+        found=${PASSED:-passed}
+    elif ((SECONDS - began >= limit_s)) && [ "$before" != late ]; then
+        found=late
+    fi
     ((status == 0)) || failed+=("$name ($found)")
-    echo "$commit $name $found" >>bench/out/done
+    echo "$where $name $found" >>bench/out/done
     tar czf "$OUT/gpu.tgz.new" --exclude=checkpoints -C "$PWD" bench/out/done bench/out/logs bench/out/rows &&
         mv "$OUT/gpu.tgz.new" "$OUT/gpu.tgz"
     echo "== $name: $found"
@@ -111,10 +127,8 @@ part() {
 declare -A SECONDS_FOR=(
     [attention_kernels]=100 [contrastive]=150 [sigmoid]=90 [loss]=100 [grad_cache]=150 [distributed]=150 [pack_kernels]=90
 )
-declare -A tried=()
 tests() {
     local PASSED=passed
-    tried[$1]=yes
     part "tests-$1" "${SECONDS_FOR[$1]:-60}" "$PYTHON" -m pytest -q -n 8 -rs --skip-missing -p no:warnings --tb=short \
         --durations=3 "tests/test_$1.py" -k "not ahead_of_time and not past_two"
 }
@@ -123,22 +137,23 @@ tests() {
 figures() {
     local name=$1 limit_s=$2 files=$3 file found ended=passed PASSED=passed
     for file in $files; do
-        case $(verdict "tests-$file") in
-            passed | failed) ;;
-            *) [ -n "${tried[$file]:-}" ] || tests "$file" ;;
-        esac
         found=$(verdict "tests-$file")
+        case $found in
+            passed | failed) ;;
+            *) tests "$file"; found=$(verdict "tests-$file") ;;
+        esac
+        # Late in an earlier call says nothing yet.
+        [ "$found" != late ] || [ -n "${tried[tests-$file]:-}" ] || found=
         case $found in
             passed) ;;
             failed | late) ended=failed PASSED=red failed+=("tests-$file ($found)") ;;
-            *) left+=("$name"); return 75 ;;
+            *) ((round == 1)) || left+=("$name"); return 75 ;;
         esac
     done
     part "$name" "$limit_s" "$PYTHON" "bench/bench_$4.py" --tests "$ended" "${@:5}"
 }
 
 probe() {
-    nvidia-smi -L
     part probe 60 "$PYTHON" bench/probe.py
     part ceilings 40 "$PYTHON" bench/bench_ceilings.py
 }
@@ -168,7 +183,8 @@ loss() {
     for size in 32768 65536; do
         figures "siglip-kernel-$size" 40 sigmoid contrastive --budget 0.5 --loss sigmoid --widths 768 --sizes $size \
             --providers siglip-kernel
-        figures "inf_cl-$size" 40 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes $size --providers inf_cl
+        figures "inf_cl-$size" 40 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes $size \
+            --providers inf_cl
     done
     figures similarity 40 "similarity similarity_topk" similarity --budget 0.5
     figures softmax-small 50 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes 1024 8192 \
@@ -179,7 +195,8 @@ loss() {
         figures "million-${provider#* }" 60 contrastive contrastive --once --loss softmax --widths 512 --sizes 1048576 \
             --providers "$provider"
     done
-    figures largest 90 contrastive contrastive --largest --loss softmax --widths 768 --providers "${softmax[@]:0:2}" open_clip
+    figures largest 90 contrastive contrastive --largest --loss softmax --widths 768 \
+        --providers "${softmax[@]:0:2}" open_clip
     figures cut-cross-entropy 50 contrastive contrastive --budget 0.5 --loss softmax --widths 768 --sizes 32768 \
         --providers "cut-cross-entropy x 2"
     figures softmax-512-1024 140 contrastive contrastive --budget 0.5 --loss softmax --widths 512 1024 --sizes 32768 \
@@ -195,28 +212,34 @@ encoders() {
 }
 
 step() {
-    local files="$kernels contrastive loss" model
-    local compiled=(--providers clipcore "clipcore, blocks compiled" open_clip "open_clip compiled")
-    figures step-B-32 60 "$files" step --model ViT-B-32 --batch 1024
-    figures step-B-16 60 "$files" step --model ViT-B-16 --batch 512
-    figures step-L-14 70 "$files" step --model ViT-L-14 --batch 256
-    figures step-B-32-compiled 90 "$files" step --model ViT-B-32 --batch 1024 "${compiled[@]}"
+    local files="$kernels contrastive loss" model batch peer
+    local -A batches=([ViT-B-32]=1024 [ViT-B-16]=512 [ViT-L-14]=256)
+    for model in ViT-B-32 ViT-B-16 ViT-L-14; do
+        figures "step-$model" 70 "$files" step --model $model --batch ${batches[$model]}
+    done
+    # What compiles has parts of its own, each beside clipcore: compiling takes a minute or two, and loses no other's row.
+    for model in ViT-B-32 ViT-B-16 ViT-L-14; do
+        for peer in "clipcore, blocks compiled" "open_clip compiled"; do
+            figures "step-$model-${peer// /-}" 180 "$files" step --model $model --batch ${batches[$model]} \
+                --providers clipcore "$peer"
+        done
+    done
     figures cached-B-32 120 "$files grad_cache" step --model ViT-B-32 --batch 8192 --micro-batch-size 1024 \
         --providers clipcore open_clip
-    figures step-B-16-compiled 90 "$files" step --model ViT-B-16 --batch 512 "${compiled[@]}"
-    figures step-L-14-compiled 120 "$files" step --model ViT-L-14 --batch 256 "${compiled[@]}"
     figures step-H-14 90 "$files" step --model ViT-H-14 --batch 96 --providers clipcore open_clip
     for model in ViT-B-32 ViT-B-16; do
-        figures "dropout-$model" 60 "$files" step --model $model --batch 1024 --patch-dropout 0.5 --providers clipcore open_clip
+        figures "dropout-$model" 60 "$files" step --model $model --batch 1024 --patch-dropout 0.5 \
+            --providers clipcore open_clip
     done
 }
 
-# Runs go on where an earlier call cut them off.
+# A run that was cut off goes on where its folder is still there; checkpoints do not come home.
 train() {
     local files="$kernels contrastive loss grad_cache"
     local settings=(--device cuda --quiet --resume latest --logs bench/out/logs/runs)
     part train 200 "$PYTHON" -m clipcore.train "${settings[@]}" --name "glyphs-$commit"
-    part train-one-rank 60 "$PYTHON" -m torch.distributed.run --nproc-per-node 1 -m -- clipcore.train "${settings[@]}" \
+    part train-one-rank 60 \
+        "$PYTHON" -m torch.distributed.run --nproc-per-node 1 -m -- clipcore.train "${settings[@]}" \
         --name "one-rank-$commit" --train-num-samples 2560 --epochs 1
     part profile 60 "$PYTHON" -m clipcore.train "${settings[@]}" --name "profile-$commit" --profile --epochs 1
     figures global-batch 90 "$files" global_batch --once --sizes 32768
@@ -228,15 +251,19 @@ train() {
 
     # Kernels that pack what ranks exchange need the extension. A fresh machine has forgotten what was built on another.
     local has_extension='from clipcore import native; raise SystemExit(native.load() is None)'
-    "$PYTHON" -c "$has_extension" 2>/dev/null || sed -i "/ build /d" bench/out/done
-    if part build 150 env CLIPCORE_BUILD=require "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e .; then
+    "$PYTHON" -c "$has_extension" 2>/dev/null || sed -i "/ build passed$/d" bench/out/done
+    if [ "$(verdict tests-pack_kernels)$(verdict tests-distributed)" != passedpassed ] &&
+        part build 150 env CLIPCORE_BUILD=require \
+            "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e .; then
         tests pack_kernels
         tests distributed
     fi
     figures global-batch-262144 400 "$files" global_batch --once --sizes 262144
 }
 
-for family in "${chosen[@]}"; do "$family"; done
+for round in 1 2; do
+    for family in "${chosen[@]}"; do "$family"; done
+done
 
 show() { printf '%s\n' "$@" | awk '!seen[$0]++' | paste -sd ' '; }
 if ((${#left[@]})); then echo "left for another call: $(show "${left[@]}")"; fi

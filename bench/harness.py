@@ -129,7 +129,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a provider is to be measured, for all that --skip says."""
+    """Return whether --skip leaves a provider in."""
     settings.known.add(name)
     return name not in settings.skipped
 
@@ -358,12 +358,11 @@ def _versions() -> dict[str, Any]:
 def _commit() -> dict[str, Any]:
     """The commit that was measured, and whether files differed from it (results apart).
 
-    In a copy of the tree without its history CLIPCORE_COMMIT says which commit it is a copy of, and what follows a "+"
-    that files differed (`bench/gpu.sh commit` prints it).
+    In a copy of the tree without its history CLIPCORE_COMMIT says so, as `bench/gpu.sh commit` prints it.
     """
     if copied := os.environ.get("CLIPCORE_COMMIT"):
-        commit, changed, _ = copied.partition("+")
-        return {"commit": commit, "dirty": bool(changed)}
+        commit = copied.partition("@")[0]
+        return {"commit": commit.rstrip("+"), "dirty": commit.endswith("+")}
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipcore.kernels import attention_triton, tiles
 from clipcore.kernels.attention import attention_ref
 
-# What goes without each.
+# What is lost without each.
 NEEDED = {
     "ftfy": "the tokenizer, and so the main job",
     "tokenizers": "the tokenizer, and so the main job",
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_packages() -> None:
-    """Name what is missing, and what goes without it."""
+    """Name what is missing, and what is lost without it."""
     for packages, is_needed in ((NEEDED, True), (PEERS, False)):
         for name, use in packages.items():
             if importlib.util.find_spec(name) is None:
@@ -70,7 +70,7 @@ def find_packages() -> None:
 
 
 def accumulate(device: torch.device) -> None:
-    """16-bit products are added to float32 sums in place, as the losses' library engine does."""
+    """Check that 16-bit products are added to float32 sums in place, as the losses' library engine does."""
     a, b = (torch.randn(64, 64, device=device).half() for _ in range(2))
     sums = torch.randn(64, 64, device=device)
     exact = sums.double() + a.double() @ b.double()
@@ -113,7 +113,7 @@ def for_each_backend(
 
 
 def repeat_attention(device: torch.device) -> None:
-    """The backward pass may add in any order; a run's bits need one that does not."""
+    """Ask which backends repeat their bits: a backward pass may add in any order, and a run needs one that does not."""
     rows, length = (64, 257) if device.type == "cuda" else (2, 33)
     leaves = attention_inputs(rows, length, length, 0.0, device)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -124,7 +124,7 @@ def repeat_attention(device: torch.device) -> None:
 
 
 def attend_far(device: torch.device) -> None:
-    """All scores at about -120, with one query, and under a mask of 64 and 128 tokens: where cuDNN has given NaN."""
+    """Attend with all scores at about -120, by one query and under a mask: where cuDNN has given NaN."""
     leaves = attention_inputs(4, 1, 50, -45.0, device)
     for_each_backend("attention's gradient, far keys", leaves, None, device)
 
@@ -135,9 +135,9 @@ def attend_far(device: torch.device) -> None:
 
 
 def narrow_heads(device: torch.device) -> None:
-    """Heads of 40 and 48 columns, which `attention_triton.supports` refuses: what the kernels make of them now.
+    """Run the kernels on heads of 40 and 48 columns, which `attention_triton.supports` refuses.
 
-    Causal rows of 33 tokens with segments came out wrong.
+    Causal rows of 33 tokens with segments came out wrong on a chip.
     """
     for size in (40, 48):
         for is_causal in (True, False):

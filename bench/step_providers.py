@@ -27,7 +27,7 @@ from clipcore.distributed import World
 from clipcore.grad_cache import micro_batches
 from clipcore.loss import ClipLoss
 from clipcore.model import create_model
-from clipcore.modules import ResidualAttentionBlock
+from clipcore.modules import ReadAt, ResidualAttentionBlock
 from clipcore.optim import build_optimizer
 from clipcore.step import TrainingStep
 
@@ -180,7 +180,12 @@ def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
 
 
 class LibraryBlock(ResidualAttentionBlock):
-    """A block whose LayerNorm, GELU and their backward passes are Inductor's, and whose attention is ours."""
+    """A block with LayerNorm, GELU and their gradients compiled by Inductor, around our attention.
+
+    The towers' first and last LayerNorm stay ours.
+    """
+
+    compiled: LibraryHalves
 
     def forward(
         self,
@@ -189,7 +194,33 @@ class LibraryBlock(ResidualAttentionBlock):
         is_causal: bool = False,
         segments_RL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return _library_block(self, x_RLD, delta_RLD, is_causal, segments_RL)
+        return self.compiled.block(self, x_RLD, delta_RLD, is_causal, segments_RL)
+
+    def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
+        x_RLD, normed_RLD = self.compiled.norm(self.ln_1, x_RLD, delta_RLD)
+        added_BD = self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read)
+        x_BD, added_BD = self.compiled.mlp(self, read.tokens(x_RLD), added_BD)
+        return x_BD + added_BD
+
+
+def library_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of a stream's parts, and its LayerNorm in float32, in the stream's dtype."""
+    x = x if delta is None else x + delta
+    wide = x.to(norm.weight.dtype)
+    normed = F.layer_norm(wide, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return x, normed.to(x.dtype)
+
+
+def library_mlp(
+    block: ResidualAttentionBlock, x: Tensor, delta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the stream in two parts behind the second half of a block."""
+    x, normed = library_norm(block.ln_2, x, delta)
+    c_fc, activation, c_proj = block.mlp
+    hidden = c_fc(normed)
+    if activation.kind == "quick":
+        return x, c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    return x, c_proj(F.gelu(hidden))
 
 
 def library_block(
@@ -199,31 +230,28 @@ def library_block(
     is_causal: bool,
     segments_RL: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the stream in two parts, as the block does, by torch's own operators around the packed attention."""
-    x_RLD = x_RLD if delta_RLD is None else x_RLD + delta_RLD
-    x_RLD = x_RLD + block.attn(_library_norm(block.ln_1, x_RLD), is_causal, segments_RL)
-
-    c_fc, activation, c_proj = block.mlp
-    hidden = c_fc(_library_norm(block.ln_2, x_RLD))
-    if activation.kind == "quick":
-        return x_RLD, c_proj(hidden * torch.sigmoid(1.702 * hidden))
-    return x_RLD, c_proj(F.gelu(hidden))
+    """Return the stream in two parts behind a block, by torch's own operators around the packed attention."""
+    x_RLD, normed_RLD = library_norm(block.ln_1, x_RLD, delta_RLD)
+    return library_mlp(block, x_RLD, block.attn(normed_RLD, is_causal, segments_RL))
 
 
-def _library_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+class LibraryHalves(NamedTuple):
+    """The functions above, compiled."""
 
-
-# Rows of packed captions are of many numbers: one compilation serves all.
-_library_block = torch.compile(library_block, dynamic=True)
+    block: Callable[..., tuple[Tensor, Tensor]]
+    norm: Callable[..., tuple[Tensor, Tensor]]
+    mlp: Callable[..., tuple[Tensor, Tensor]]
 
 
 def with_library_blocks(model: nn.Module) -> nn.Module:
     """Return the model with every block of both towers a `LibraryBlock`, the parameters as they are."""
+    compiled = LibraryHalves(
+        *(torch.compile(fn, fullgraph=True) for fn in (library_block, library_norm, library_mlp))
+    )
     for module in model.modules():
         if type(module) is ResidualAttentionBlock:
             module.__class__ = LibraryBlock
+            module.compiled = compiled
     return model
 
 

@@ -77,7 +77,7 @@ def assert_compiled_well(kernels: tuple[Kernel, ...]) -> None:
 
 
 def look_into(cubin: bytes, *options: str) -> str:
-    """What the tool says of a cubin that the triton package brings along."""
+    """Return cuobjdump's output for a cubin; the tool comes with triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -89,12 +89,12 @@ def look_into(cubin: bytes, *options: str) -> str:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code."""
+    """Return resource usage and machine code."""
     return look_into(cubin, "-res-usage", "-sass")
 
 
 def count_spills(cubin: bytes, usage: str) -> int:
-    """Loads from and stores to local memory in the machine code, given the resource usage.
+    """Count loads from and stores to local memory in the machine code, given the resource usage.
 
     Without a stack or local memory there are none. To disassemble takes 0.24 s, as long as compiling.
     """

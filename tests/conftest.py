@@ -63,11 +63,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what bench/gpu.sh asks for on a machine that nothing can be installed on."""
+    """Add what bench/gpu.sh asks for on a machine that nothing can be installed on, and what takes gigabytes."""
     parser.addoption(
         "--skip-missing",
         action="store_true",
         help="skip a test that needs a package which is not installed, and name the package",
+    )
+    parser.addoption(
+        "--all-models",
+        action="store_true",
+        help="compare every published model with open_clip's [RN50 and ViT-B-32]",
     )
 
 

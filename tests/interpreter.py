@@ -1,4 +1,4 @@
-"""Triton's interpreter, faster: it looks through its whole language at every call of a device function."""
+"""Speed up Triton's interpreter, which searches its whole language at every call of a device function."""
 
 from __future__ import annotations
 

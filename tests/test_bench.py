@@ -211,27 +211,50 @@ def test_the_step_that_is_measured_trains_and_names_its_parts(setting: dict[str,
     step(step_providers.ignore)
 
 
-def test_blocks_of_the_library_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same features and gradients in float64, from a stream in one part and in two, causal, in segments, pooled."""
-    monkeypatch.setattr(step_providers, "_library_block", step_providers.library_block)
-    for quick in (False, True):
-        made = ResidualAttentionBlock(16, 2, 4.0, quick).double()
-        theirs = step_providers.with_library_blocks(copy.deepcopy(made))
-        segments = torch.tensor([[0, 0, 1, 1, 1, -1]] * 3, dtype=torch.int32)
-        x, delta = (torch.randn(3, 6, 16, dtype=torch.float64) for _ in range(2))
-        found = []
-        for block in (made, theirs):
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_blocks_of_the_library_are_the_blocks(
+    quick: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole, the same features and gradients: of a stream in one part and in two, causal, in segments, pooled.
+
+    In float64, and under autocast as near to float64 as our own blocks are.
+    """
+    compile = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, **options: compile(fn, backend="aot_eager", **options)
+    )
+    made = ResidualAttentionBlock(16, 2, 4.0, quick)
+    theirs = step_providers.with_library_blocks(copy.deepcopy(made))
+    assert type(theirs) is step_providers.LibraryBlock
+    segments = torch.tensor([[0, 0, 1, 1, 1, -1]] * 3, dtype=torch.int32)
+    parts = torch.randn(2, 3, 6, 16)
+
+    def found(block: ResidualAttentionBlock, dtype: torch.dtype) -> list[torch.Tensor]:
+        block = copy.deepcopy(block).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        x, delta = parts.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
             outs = [
                 sum(block(x, None)),
                 sum(block(x, delta, True)),
                 sum(block(x, delta, True, segments)),
                 block.pooled(x, delta, ReadAt()),
             ]
-            sum(out.square().sum() for out in outs).backward()
-            found.append([*outs, *(parameter.grad for parameter in block.parameters())])
-        assert type(theirs) is step_providers.LibraryBlock
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        sum(out.double().square().sum() for out in outs).backward()
+        return [*outs, *(parameter.grad for parameter in block.parameters())]
+
+    exact = found(made, torch.float64)
+    dtype = getattr(torch, precision)
+    for ours, library, expected in zip(
+        found(made, dtype), found(theirs, dtype), exact, strict=True
+    ):
+        if dtype == torch.float64:
+            torch.testing.assert_close(library, ours, rtol=1e-12, atol=1e-12)
+            continue
+        assert library.dtype == ours.dtype
+        errors = [(one.double() - expected).norm() for one in (ours, library)]
+        assert errors[1] <= 1.5 * errors[0] + 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
@@ -279,12 +302,13 @@ class Machine:
             "#!/bin/bash\n"
             f'printf "%s\\t" "$@" >> {calls}; echo >> {calls}\n'
             f'[ -z "{self.fails}" ] || [[ "$*" != *{self.fails}* ]] || exit 1\n'
+            '[[ "$1" != -c ]] || echo H200\n'
             '[[ "$1" != bench/* ]] || echo "$*" >> "$BENCH_ROWS/gpu.jsonl"\n'
             f'[ "$PYTHONPATH" = "{self.root}/tree:{self.root}/tree/bench/out/site" ]\n'
         )
         fake.chmod(0o755)
         calls.write_text("")
-        given = {"PYTHON": str(fake), "OUT": str(self.root / "out"), "CLIPCORE_COMMIT": "abc"}
+        given = {"PYTHON": str(fake), "OUT": str(self.root / "out"), "CLIPCORE_COMMIT": "abc@c0de"}
         done = subprocess.run(
             ["bash", str(self.root / "tree/bench/gpu.sh"), *families],
             env={"PATH": os.environ["PATH"], **given, "LIMIT_S": "100000", **environment},
@@ -313,7 +337,8 @@ def test_what_needs_a_gpu_goes_on_where_it_stopped(machine: Machine) -> None:
     first = machine.ran("loss")
     assert first.count("test_contrastive") == 1 and "bench_contrastive" in first
     assert machine.ran("loss") == []  # nothing is left
-    assert machine.ran("probe", CLIPCORE_COMMIT="abc+changed") == ["probe", "bench_ceilings"]
+    assert machine.ran("probe", CLIPCORE_COMMIT="def@c0de") == []
+    assert machine.ran("probe", CLIPCORE_COMMIT="abc+@1234") == ["probe", "bench_ceilings"]
 
 
 def test_one_file_comes_back_with_the_rows_of_all_calls(machine: Machine, results: Path) -> None:
@@ -362,12 +387,32 @@ def test_rows_behind_red_tests_are_marked_until_these_pass(machine: Machine) -> 
     assert all(command[2] == "passed" for command in again)
 
 
-def test_tests_that_come_late_are_tried_once_a_call(machine: Machine) -> None:
+def noted(machine: Machine, *verdicts: str) -> None:
+    """Write what an earlier call has found."""
     done = machine.root / "tree/bench/out/done"
-    done.parent.mkdir()
-    done.write_text("abc tests-contrastive late\nabc tests-sigmoid passed\n")
+    done.parent.mkdir(exist_ok=True)
+    done.write_text("".join(f"c0de@H200 {verdict}\n" for verdict in verdicts))
+
+
+def test_tests_that_came_late_are_tried_last_and_once(machine: Machine) -> None:
+    noted(machine, "tests-contrastive late", "tests-sigmoid passed")
     machine.fails = "test_contrastive.py"
-    assert machine.ran("loss").count("test_contrastive") == 1
+    ran = machine.ran("loss")
+    assert ran.count("test_contrastive") == 1
+    assert ran.index("test_contrastive") > ran.index("test_similarity")
+    # Without time for them nothing is said to be red.
+    noted(machine, "tests-contrastive late")
+    status, commands, text = machine.run("loss", LIMIT_S="45")
+    assert status == 75 and "failed" not in text
+    assert not [command for command in commands if "softmax" in command]
+
+
+def test_what_comes_late_twice_has_failed(machine: Machine) -> None:
+    noted(machine, "ceilings late", "probe passed")
+    machine.fails = "bench_ceilings"
+    machine.run("probe")
+    assert "ceilings failed" in (machine.root / "tree/bench/out/done").read_text()
+    assert machine.ran() != [] and "bench_ceilings" not in machine.ran()
 
 
 def test_an_unknown_family_is_refused_before_anything_runs(machine: Machine) -> None:
@@ -377,26 +422,48 @@ def test_an_unknown_family_is_refused_before_anything_runs(machine: Machine) -> 
     assert status == 2 and not commands and "set CLIPCORE_COMMIT" in text
 
 
-def test_a_changed_tree_has_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(tmp_path)
-    tree = tmp_path / "tree"
+def test_changed_code_has_another_name_and_rows_have_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = machine.root / "tree"
 
-    def name() -> str:
+    def commit() -> str:
         return subprocess.run(
             ["bash", "bench/gpu.sh", "commit"], cwd=tree, capture_output=True, text=True
         ).stdout.strip()
 
-    assert machine and name() == ""
-    for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -qm a"):
-        subprocess.run(["git", *words.split()], cwd=tree, check=True)
-    commit = name()
-    assert commit and "+" not in commit
-    (tree / "new.py").write_text("1")
-    first = name()
-    (tree / "new.py").write_text("2")
-    assert first.startswith(f"{commit}+") and name().startswith(f"{commit}+") and name() != first
+    def git(*words: str) -> None:
+        subprocess.run(["git", *words], cwd=tree, check=True)
+
+    assert commit() == ""
+    (tree / "clipcore").mkdir()
+    (tree / "clipcore/old.py").write_text("1")
+    git("init", "-q")
+    author = ("-c", "user.name=a", "-c", "user.email=a")
+    git("add", ".")
+    git(*author, "commit", "-qm", "a")
+    first = commit()
+    name, code = first.split("@")
+    assert "+" not in name
+
+    (tree / "README.md").write_text("figures")
+    (tree / "bench/results").mkdir()
+    (tree / "bench/results/gpu.jsonl").write_text("{}")
+    assert commit() == first
+    git("add", ".")
+    git(*author, "commit", "-qm", "b")
+    assert commit().partition("@")[2] == code and commit() != first
+
+    codes = {code}
+    for path, text in (("old.py", "2"), ("new.py", "1"), ("new.py", "2")):
+        (tree / "clipcore" / path).write_text(text)
+        assert commit().partition("@")[0].endswith("+")
+        codes.add(commit().partition("@")[2])
+    assert len(codes) == 4
     monkeypatch.setenv("CLIPCORE_COMMIT", first)
-    assert harness._commit() == {"commit": commit, "dirty": True}
+    assert harness._commit() == {"commit": name, "dirty": False}
+    monkeypatch.setenv("CLIPCORE_COMMIT", f"{name}+@{code}")
+    assert harness._commit() == {"commit": name, "dirty": True}
 
 
 ON_GPU_ONLY = {"clipcore fused", "inf_cl", "siglip-kernel", "cut-cross-entropy x 2"}

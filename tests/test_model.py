@@ -129,8 +129,16 @@ def test_outputs_agree_with_open_clip(family):
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "RN50"])
-def test_real_models_agree_with_open_clip(name):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every published model where --all-models asks for it: the largest takes 12 GB and a minute."""
+    if "real_model" in metafunc.fixturenames:
+        is_all = metafunc.config.getoption("--all-models")
+        names = sorted(set(MODELS) - OURS_ALONE) if is_all else ["RN50", "ViT-B-32"]
+        metafunc.parametrize("real_model", names)
+
+
+def test_real_models_agree_with_open_clip(real_model):
+    name = real_model
     theirs = import_open_clip().CLIP(**import_open_clip().get_model_config(name)).eval()
     ours = create_model(name).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
