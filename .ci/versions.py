@@ -61,7 +61,8 @@ COLUMNS = {
 HEAD = """# Versions that were tried
 
 `python .ci/versions.py SET` makes these rows: a clone of the commit, a fresh environment, and the README's two commands, on
-two cores of a shared machine without a GPU. The main job's figure is its zero-shot top-1 / top-5 on unseen characters.
+two cores of a shared machine without a GPU, whose other work shows in the seconds. The main job's figure is its zero-shot
+top-1 / top-5 on unseen characters.
 
 """
 

@@ -111,7 +111,8 @@ part() {
     found=failed
     if ((status == 0)); then
         found=${PASSED:-passed}
-    elif ((SECONDS - began >= limit_s)) && [ "$before" != late ]; then
+    # 137 is also what the kernel's memory killer leaves behind.
+    elif ((status == 124 || (status == 137 && SECONDS - began >= limit_s))) && [ "$before" != late ]; then
         found=late
     fi
     ((status == 0)) || failed+=("$name ($found)")

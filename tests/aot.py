@@ -96,7 +96,7 @@ def disassemble(cubin: bytes) -> str:
 def count_spills(cubin: bytes, usage: str) -> int:
     """Count loads from and stores to local memory in the machine code, given the resource usage.
 
-    Without a stack or local memory there are none. To disassemble takes 0.24 s, as long as compiling.
+    Without a stack or local memory there are none, and a kernel need not be disassembled, which takes 0.24 s.
     """
     sizes = [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
     assert len(sizes) >= 2, usage

@@ -8,7 +8,7 @@ from typing import Any
 def patch_once_a_launch() -> None:
     """Let a launch patch the language once for each set of modules that its device functions see.
 
-    The interpreter does it again at every call, which changes nothing and takes half of the time of small launches.
+    The interpreter does it again at every call, which changes nothing and takes a third of the time of small launches.
     """
     from triton import language
     from triton.runtime import interpreter

@@ -40,6 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "_commit", lambda: {"commit": "abc1234", "dirty": False})
     monkeypatch.setattr(harness, "settings", harness.Settings())
+    monkeypatch.delenv("BENCH_ROWS", raising=False)
     return tmp_path
 
 
@@ -288,10 +289,10 @@ def test_peers_compute_the_same_gradients(num_parts: int, monkeypatch: pytest.Mo
 
 
 class Machine:
-    """A copy of the script in a tree of its own, and a python that fails where its command has `fails` in it."""
+    """A copy of the script in a tree of its own; commands fail that have `fails` in them, and come late that have `late`."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.fails = root, ""
+        self.root, self.fails, self.late = root, "", ""
         (root / "tree/bench").mkdir(parents=True)
         (root / "tree/bench/gpu.sh").write_bytes((ROOT / "bench/gpu.sh").read_bytes())
 
@@ -306,12 +307,26 @@ class Machine:
             '[[ "$1" != bench/* ]] || echo "$*" >> "$BENCH_ROWS/gpu.jsonl"\n'
             f'[ "$PYTHONPATH" = "{self.root}/tree:{self.root}/tree/bench/out/site" ]\n'
         )
-        fake.chmod(0o755)
+        # No clock decides what comes late.
+        (self.root / "bin").mkdir(exist_ok=True)
+        timeout = self.root / "bin/timeout"
+        timeout.write_text(
+            "#!/bin/bash\nshift 2\n"
+            f'[ -z "{self.late}" ] || [[ "$*" != *{self.late}* ]] || {{ "$@"; exit 124; }}\n'
+            '"$@"\n'
+        )
+        for program in (fake, timeout):
+            program.chmod(0o755)
         calls.write_text("")
         given = {"PYTHON": str(fake), "OUT": str(self.root / "out"), "CLIPCORE_COMMIT": "abc@c0de"}
         done = subprocess.run(
             ["bash", str(self.root / "tree/bench/gpu.sh"), *families],
-            env={"PATH": os.environ["PATH"], **given, "LIMIT_S": "100000", **environment},
+            env={
+                "PATH": f"{timeout.parent}:{os.environ['PATH']}",
+                **given,
+                "LIMIT_S": "100000",
+                **environment,
+            },
             capture_output=True,
             text=True,
         )
@@ -331,9 +346,10 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def test_what_needs_a_gpu_goes_on_where_it_stopped(machine: Machine) -> None:
-    status, _, text = machine.run("probe", "loss", LIMIT_S="100")
-    assert status == 75 and "left for another call: tests-contrastive softmax-32768-768 " in text
-    assert machine.ran("probe") == []
+    assert machine.ran("probe") == ["probe", "bench_ceilings"]
+    status, _, text = machine.run("probe", "loss", LIMIT_S="0")
+    assert status == 75 and "left for another call: tests-contrastive" in text
+    assert "softmax-32768-768" in text and "probe" not in text.partition("left for")[2]
     first = machine.ran("loss")
     assert first.count("test_contrastive") == 1 and "bench_contrastive" in first
     assert machine.ran("loss") == []  # nothing is left
@@ -402,17 +418,19 @@ def test_tests_that_came_late_are_tried_last_and_once(machine: Machine) -> None:
     assert ran.index("test_contrastive") > ran.index("test_similarity")
     # Without time for them nothing is said to be red.
     noted(machine, "tests-contrastive late")
-    status, commands, text = machine.run("loss", LIMIT_S="45")
+    status, commands, text = machine.run("loss", LIMIT_S="0")
     assert status == 75 and "failed" not in text
     assert not [command for command in commands if "softmax" in command]
 
 
 def test_what_comes_late_twice_has_failed(machine: Machine) -> None:
-    noted(machine, "ceilings late", "probe passed")
-    machine.fails = "bench_ceilings"
-    machine.run("probe")
-    assert "ceilings failed" in (machine.root / "tree/bench/out/done").read_text()
-    assert machine.ran() != [] and "bench_ceilings" not in machine.ran()
+    machine.late = "bench_ceilings"
+    for verdict in ("late", "failed"):
+        status, _, text = machine.run("probe")
+        assert status == 1 and f"failed: ceilings ({verdict})\n" in text
+    machine.late = ""
+    assert "bench_ceilings" not in machine.ran()  # among all
+    assert machine.ran("probe") == ["bench_ceilings"]
 
 
 def test_an_unknown_family_is_refused_before_anything_runs(machine: Machine) -> None:

@@ -130,7 +130,7 @@ def test_outputs_agree_with_open_clip(family):
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every published model where --all-models asks for it: the largest takes 12 GB and a minute."""
+    """Give every published model where --all-models asks for it: the largest has a billion parameters."""
     if "real_model" in metafunc.fixturenames:
         is_all = metafunc.config.getoption("--all-models")
         names = sorted(set(MODELS) - OURS_ALONE) if is_all else ["RN50", "ViT-B-32"]
