@@ -11,8 +11,12 @@ along the first axis; one that is not split is in the first file alone. Whoever 
 The newest checkpoint is the one committed last, by the sequence number in its manifest: a run that went back to step 10
 goes on from there, not from a step 40 that it abandoned.
 
-Names that begin with ``.tmp_`` are left-overs, removed by the next save; ``.displaced_step_X`` is a checkpoint whose
-successor of the same step was being put in its place.
+``.tmp_step_X`` and ``.tmp_old_step_X`` are left-overs, removed by the next save; ``.displaced_step_X`` is a checkpoint whose
+successor of the same step was being put in its place. Other names in the directory are left alone.
+
+A checkpoint is damaged when it lacks something or holds something else than its manifest says; it is then passed over, with a
+warning. One that cannot be read (a disk's error, no permission) may be whole: that is an error, so that no run goes on from an
+older one, and no save takes its place, as if it were not there.
 """
 
 from __future__ import annotations
@@ -26,16 +30,19 @@ import os
 import re
 import shutil
 import socket
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from clipcore.files import sync_directory
 
 T = TypeVar("T")
 
@@ -45,6 +52,7 @@ FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 
 _COMMITTED = re.compile(r"(?:\.displaced_)?(step_\d{8,})")
+_LEFT_OVER = re.compile(r"\.tmp_(?:old_)?(?:\.displaced_)?step_\d{8,}")
 _GROUP_FILE = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _CHUNK_BYTES = 1 << 24
 _DTYPE_NAMES = {
@@ -63,8 +71,16 @@ _DTYPE_NAMES = {
 }
 
 
+# What opening a file says where there is none, or something else in its place.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the message names the file and the remedy."""
+
+
+class UnreadableError(CheckpointError):
+    """The system refuses to read a checkpoint, which may be whole."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +203,8 @@ def save_checkpoint(
     if writers.rank == 0:
         try:
             _remove_leftovers(directory)
-            _prune(directory, keep)
-        except OSError as error:
+            _prune(directory, keep, final)
+        except (OSError, UnreadableError) as error:
             warnings.warn(f"cannot remove an old checkpoint in {directory}: {error}", stacklevel=2)
     return final
 
@@ -242,7 +258,7 @@ def _write_manifest(
         "files": dict(records),
     }
     _write_file(folder / MANIFEST, [_manifest_text(manifest)])
-    _sync_directory(folder)
+    sync_directory(folder)
 
 
 def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -273,20 +289,7 @@ def _make_directory(directory: Path) -> None:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Puts the names in a directory on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot; their renames are durable on their own terms.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+        sync_directory(path.parent)
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -300,13 +303,14 @@ def _commit(temporary: Path, final: Path) -> None:
         if displaced.exists():
             os.rename(displaced, final)
         raise
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes what an interrupted save, or this one, has left behind."""
+    """Remove what an interrupted save, or this one, has left behind."""
     for path in sorted(directory.glob(".tmp_*")):
-        shutil.rmtree(path)
+        if _LEFT_OVER.fullmatch(path.name):
+            _delete(path)
     for path in sorted(directory.glob(".displaced_*")):
         if path.with_name(path.name.removeprefix(".displaced_")).exists():
             _remove(path)
@@ -316,12 +320,24 @@ def _remove(path: Path) -> None:
     """Takes a checkpoint away at one stroke, so that none is ever half there, and then deletes it."""
     doomed = path.with_name(f".tmp_old_{path.name}")
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
 
 
-def _prune(directory: Path, keep: int | None) -> None:
+def _delete(path: Path) -> None:
+    """Delete a folder with all in it, or whatever else has that name; a link's target stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _prune(directory: Path, keep: int | None, written: Path) -> None:
+    """Remove all but the newest ``keep`` checkpoints (None keeps all), and never the one just written."""
+    if keep is None:
+        return
     readable, _ = _scan(directory)
-    for path in readable[keep:] if keep is not None else []:
+    older = [path for path in readable if path != written]
+    for path in older[keep - 1 :]:
         _remove(path)
 
 
@@ -341,47 +357,116 @@ def _write_failure(
 
 
 def _scan(directory: Path) -> tuple[list[Path], list[Path]]:
-    """The checkpoints of a directory: those with a readable manifest, the newest first, and the others."""
+    """Return the checkpoints of a directory: those with a readable manifest, the newest first, and the damaged ones.
+
+    Raises:
+        UnreadableError: the directory or a manifest is there and cannot be read.
+    """
+    manifests, damaged = _manifests(directory)
+
+    def order(path: Path) -> tuple[int, int]:
+        return manifests[path]["sequence"], manifests[path]["step"]
+
+    return sorted(manifests, key=order, reverse=True), damaged
+
+
+def _manifests(directory: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+    """Return the manifests in a directory by checkpoint, and the checkpoints that have none or a damaged one."""
     try:
         names = [name for name in os.listdir(directory) if _COMMITTED.fullmatch(name)]
     except FileNotFoundError:
-        return [], []
+        return {}, []
     except OSError as error:
-        raise CheckpointError(f"cannot read {directory}: {error.strerror}") from error
-    sequences: dict[Path, int] = {}
+        raise UnreadableError(f"cannot read {directory}: {error.strerror}") from error
+    manifests: dict[Path, dict[str, Any]] = {}
     damaged: list[Path] = []
     for path in (Path(directory) / name for name in sorted(names)):
         try:
-            sequences[path] = _read_manifest(path)["sequence"]
+            manifests[path] = _read_manifest(path)
+        except UnreadableError:
+            raise
         except CheckpointError:
             damaged.append(path)
-    return sorted(sequences, key=sequences.__getitem__, reverse=True), damaged
+    return manifests, damaged
 
 
 def _next_sequence(directory: Path) -> int:
-    readable, _ = _scan(directory)
-    return 1 + (_read_manifest(readable[0])["sequence"] if readable else 0)
+    manifests, _ = _manifests(directory)
+    return 1 + max((fields["sequence"] for fields in manifests.values()), default=0)
+
+
+def _refusal(path: Path, error: OSError) -> CheckpointError:
+    """Return what to raise where a file of a checkpoint cannot be opened or read."""
+    if error.errno in _ABSENT:
+        return CheckpointError(f"{path.parent} is damaged: {path.name}: {error.strerror}")
+    return UnreadableError(
+        f"cannot read {path}: {error.strerror}; it may be whole: try again, or move {path.parent.name} out of the folder to go "
+        "on without it"
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of a checkpoint; of anything else, such as a pipe, nothing is read.
+
+    Raises:
+        CheckpointError: it is no file; UnreadableError where the system refuses to open or read it.
+    """
+    try:
+        # A pipe without a writer would otherwise be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(f"{path.parent} is damaged: {path.name} is no file")
+            yield file
+    except OSError as error:
+        raise _refusal(path, error) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of a newer clipcore; UnreadableError where it cannot be read.
+    """
     try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        what = "holds no checkpoint" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}: {MANIFEST}: {error.strerror}") from error
+        with _opened(folder / MANIFEST) as file:
+            content = file.read()
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        what = "holds no checkpoint" if os.path.lexists(folder) else "does not exist"
+        raise CheckpointError(f"{folder} {what}: {error}") from error
     try:
         fields = json.loads(content)
         fields.pop("sha256")
         is_intact = _manifest_text(fields) == content and fields["format"] == FORMAT
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         is_intact = False
-    if not is_intact:
+    if is_intact and type(fields.get("version")) is int and fields["version"] > FORMAT_VERSION:
+        raise CheckpointError(f"{folder} was written by a newer clipcore; update to read it")
+    named = _COMMITTED.fullmatch(folder.name)
+    is_intact = is_intact and _is_complete(fields)
+    if not is_intact or (named is not None and named[1] != f"step_{fields['step']:08d}"):
         raise CheckpointError(
             f"{folder / MANIFEST} is damaged; use another checkpoint of this run, and remove this one"
         )
-    if fields["version"] > FORMAT_VERSION:
-        raise CheckpointError(f"{folder} was written by a newer clipcore; update to read it")
     return dict(fields)
+
+
+def _is_complete(fields: Mapping[str, Any]) -> bool:
+    """Return whether a manifest has all that is read of it, each of its type."""
+    files = fields.get("files")
+    if not isinstance(files, dict) or STATE not in files:
+        return False
+    counts = [fields.get(key) for key in ("version", "step", "sequence")]
+    for name, record in files.items():
+        if Path(name).name != name or not isinstance(record, dict):
+            return False
+        counts.append(record.get("bytes"))
+        if not isinstance(record.get("sha256"), str):
+            return False
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 def load_checkpoint(
@@ -404,13 +489,9 @@ def load_checkpoint(
     groups: dict[str, list[Path]] = {}
     # By name: the parts of a group in the order of their ranks.
     for name, record in sorted(manifest["files"].items()):
-        assert Path(name).name == name, name
-        try:
-            _verify(path / name, record)
-            if name == STATE:
-                state = json.loads((path / name).read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
+        _verify(path / name, record)
+        if name == STATE:
+            state = _read_state(path / name)
         if (match := _GROUP_FILE.fullmatch(name)) is not None:
             groups.setdefault(match.group(1), []).append(path / name)
     tensors: dict[str, Mapping[str, Tensor]] = {}
@@ -418,6 +499,19 @@ def load_checkpoint(
         lazy = TensorGroup(paths, map_location)
         tensors[group] = lazy if lazily else dict(lazy)
     return Checkpoint(manifest["step"], tensors, state, path)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return the JSON values of a checkpoint."""
+    with _opened(path) as file:
+        content = file.read()
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(state).__name__}")
+    return state
 
 
 class TensorGroup(Mapping[str, Tensor]):
@@ -438,8 +532,11 @@ class TensorGroup(Mapping[str, Tensor]):
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-            except OSError as error:
-                raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+            # A file that is gone meanwhile is no OSError to every version of safetensors.
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise _refusal(path, error) from error
+                raise CheckpointError(f"cannot read {path}: {error}") from error
             for name in file.keys():  # noqa: SIM118  # it is no dict
                 shape = file.get_slice(name).get_shape()
                 self._parts.setdefault(name, []).append((file, shape[0] if shape else 1))
@@ -480,7 +577,7 @@ class TensorGroup(Mapping[str, Tensor]):
 
 def _verify(path: Path, record: Mapping[str, Any]) -> None:
     remedy = "use another checkpoint of this run, and remove this one"
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         if (size := os.fstat(file.fileno()).st_size) != record["bytes"]:
             raise CheckpointError(
                 f"{path} is damaged: it has {size:,} bytes, not {record['bytes']:,}; {remedy}"
@@ -516,7 +613,7 @@ def load_latest(
     The arguments are those of ``load_checkpoint``.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, and all are damaged, or one cannot be read.
     """
     failures: dict[Path, CheckpointError] = {}
     while True:
@@ -528,6 +625,8 @@ def load_latest(
             break
         try:
             checkpoint = load_checkpoint(remaining[0], map_location, lazily)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             failures[remaining[0]] = error
             continue

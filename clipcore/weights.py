@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from clipcore.checkpoint import (
     load_latest,
     read_safetensors,
 )
+from clipcore.torchscript import TorchScriptError, is_torchscript, read_torchscript
 
 # Files of a model's folder as open_clip and Hugging Face name them, the preferred first.
 _WEIGHT_FILES = (
@@ -33,11 +32,11 @@ _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Weights by name, on the CPU, from a file or folder of whatever origin; code in them is never run by Python.
+    """Return weights by name, on the CPU, from a file or folder of whatever origin; no code in them runs.
 
     Takes a safetensors file; a PyTorch file of tensors, bare or under "state_dict" or "model"; OpenAI's TorchScript
-    archives; a folder that holds one of them under its usual name; a checkpoint or run of clipcore (its moving average
-    where there is one). ``module.`` and ``_orig_mod.`` before all names are taken off.
+    archives (clipcore/torchscript.py); a folder that holds one of them under its usual name; a checkpoint or run of
+    clipcore (its moving average where there is one). ``module.`` and ``_orig_mod.`` before all names are taken off.
 
     Raises:
         CheckpointError: there is no such file, it holds no weights, is damaged, or wants to run code.
@@ -56,7 +55,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         return _unwrap(read_safetensors(path, "cpu"), path)
-    if _is_torchscript(path):
+    if is_torchscript(path):
         return _unwrap(_load_torchscript(path), path)
     return _unwrap(_load_pickled_tensors(path), path)
 
@@ -77,23 +76,14 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
     )
 
 
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return False
-
-
 def _load_torchscript(path: Path) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
-        # TorchScript is deprecated; OpenAI's files are what they are.
-        warnings.simplefilter("ignore")
-        try:
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} is a damaged TorchScript archive: {reason}") from error
+    try:
+        return read_torchscript(path)
+    except TorchScriptError as error:
+        raise CheckpointError(
+            f"cannot read weights from the TorchScript archive {path}: {error}; download it again, or save the model's "
+            "state_dict() where you trust its origin"
+        ) from error
 
 
 def _load_pickled_tensors(path: Path) -> object:

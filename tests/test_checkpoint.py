@@ -393,6 +393,137 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage(tmp_path, monkeypa
         assert_whole(load_latest(tmp_path), 2)
 
 
+def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    unreadable = {"step_00000002/manifest.json"}
+    real = os.open
+
+    def refuse(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if any(str(path).endswith(name) for name in unreadable):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for act in (load_latest, latest_checkpoint, lambda folder: save(folder, 3, keep=1)):
+        with pytest.raises(CheckpointError, match="Input/output error; it may be whole: try again"):
+            act(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+    # The tensors of the newest: no older one is taken for it, and a save needs none of them.
+    unreadable |= {"step_00000002/model.safetensors"}
+    unreadable -= {"step_00000002/manifest.json"}
+    with pytest.raises(CheckpointError, match=r"cannot read .*step_00000002/model\.safetensors"):
+        load_latest(tmp_path)
+    assert_whole(load_checkpoint(save(tmp_path, 3)), 3)
+
+    # An old one that cannot be looked at when the new one is there: the new one stays, and the save has succeeded.
+    unreadable.clear()
+    import clipcore.checkpoint as module
+
+    committed = module._commit
+
+    def commit(temporary: Path, final: Path) -> None:
+        committed(temporary, final)
+        unreadable.add("step_00000003/manifest.json")
+
+    monkeypatch.setattr(module, "_commit", commit)
+    with pytest.warns(UserWarning, match="cannot remove an old checkpoint"):
+        path = save(tmp_path, 4, keep=1)
+    unreadable.clear()
+    assert latest_checkpoint(tmp_path) == path and len(os.listdir(tmp_path)) == 3
+
+
+def test_equal_sequence_numbers_go_to_the_later_step(tmp_path):
+    import clipcore.checkpoint as module
+
+    for step in (2, 10, 9):
+        path = save(tmp_path, step, keep=None)
+        fields = module._read_manifest(path)
+        del fields["sequence"]
+        manifest = path / "manifest.json"
+        manifest.write_bytes(module._manifest_text({**fields, "sequence": 1}))
+    assert_whole(load_latest(tmp_path), 10)
+    assert save(tmp_path, 3, keep=1).exists()
+    assert os.listdir(tmp_path) == ["step_00000003"]
+
+
+def test_names_of_others_do_not_stop_a_save(tmp_path):
+    save(tmp_path, 1)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "kept").write_text("")
+    (tmp_path / ".tmp_notes").write_text("of somebody else")
+    (tmp_path / ".tmp_step_00000002").symlink_to(target)
+    (tmp_path / ".tmp_old_step_00000007").write_text("a file in place of a folder")
+    (tmp_path / ".displaced_step_00000001").write_text("")
+    (tmp_path / "step_00000008").write_text("a file")
+    os.mkfifo(tmp_path / "step_00000009")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path, 2)
+    assert (target / "kept").exists() and (tmp_path / ".tmp_notes").exists()
+    names = {"step_00000001", "step_00000002", "step_00000008", "step_00000009"}
+    assert set(os.listdir(tmp_path)) == {*names, "target", ".tmp_notes"}
+    with pytest.warns(UserWarning, match="skipped step_0000000[89]"):
+        assert_whole(load_latest(tmp_path), 2)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
+def test_a_pipe_or_a_link_in_a_checkpoint_is_damage(tmp_path, name):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    content = (path / name).read_bytes()
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.warns(UserWarning, match="skipped step_00000002"):
+        assert_whole(load_latest(tmp_path), 1)
+    (path / name).unlink()
+    (path / name).symlink_to(path / name)
+    with pytest.warns(UserWarning, match="skipped step_00000002"):
+        assert_whole(load_latest(tmp_path), 1)
+    (path / name).unlink()
+    (path / name).write_bytes(content)
+    assert_whole(load_latest(tmp_path), 2)
+
+
+def resigned(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a manifest without each of its keys, and with values of other types in their places."""
+    record = {"bytes": 1, "sha256": "0"}
+    for key in manifest:
+        yield {k: v for k, v in manifest.items() if k != key}
+        for value in (None, [], {}, "2", -1, 1.5, True, {"a": 1}, {"../state.json": record}):
+            yield {**manifest, key: value}
+    for name, own in manifest["files"].items():
+        for changed in ({}, None, {**own, "bytes": "1"}, {**own, "sha256": 1}, record):
+            yield {**manifest, "files": {**manifest["files"], name: changed}}
+
+
+def test_a_manifest_that_was_signed_anew_is_damage_and_nothing_else(tmp_path):
+    import clipcore.checkpoint as module
+
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "manifest.json"
+    cases = list(resigned(module._read_manifest(path.parent)))
+    assert len(cases) > 60
+    for changed in cases:
+        changed.pop("sha256", None)
+        path.write_bytes(module._manifest_text(changed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            latest = load_latest(tmp_path)
+        assert latest is not None and latest.step == 1, changed
+
+
+def test_the_manifest_of_another_step_is_damage(tmp_path):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    shutil.copy(older / "manifest.json", newer / "manifest.json")
+    with pytest.warns(UserWarning, match="skipped step_00000002"):
+        assert_whole(load_latest(tmp_path), 1)
+    moved = shutil.copytree(older, tmp_path / "best")  # under a name without a step it is what it says
+    assert_whole(load_checkpoint(moved), 1)
+
+
 def test_not_a_checkpoint_and_a_newer_one(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none")

@@ -1,0 +1,362 @@
+"""Weights of a TorchScript archive, such as OpenAI's released CLIP files, read without TorchScript.
+
+``torch.jit.load`` runs code of the archive: each module's ``__setstate__``, which may write files or never return. Here the
+archive is a zip file of records. ``data.pkl`` describes a tree of objects in a part of the pickle language, of which only what
+TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor is
+built from bytes of the archive after its shape was checked against them. ``code/`` is read for the names of parameters and
+buffers alone.
+
+Source: torch/csrc/jit/serialization (export.cpp, pickler.cpp) and docs/serialization.md of PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# CLIP's tree takes less than a megabyte; this is far beyond any model's.
+_MAX_TREE_BYTES = 64 << 20
+_MAX_TENSORS = 100_000
+_MAX_DEPTH = 64
+
+_DTYPES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+class TorchScriptError(ValueError):
+    """The archive is damaged, or holds what no weights need; the message says what."""
+
+
+@dataclass
+class _Record:
+    """An object of a class in the archive, or the result of a function that it names; neither is made or called.
+
+    Attributes:
+        kind: the full name of the class or function.
+        content: what was passed to it: attributes by name, or arguments.
+    """
+
+    kind: str
+    content: object = None
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A class or function that the archive names."""
+
+    name: str
+
+
+class _Mark:
+    """Where a group of values begins on the stack."""
+
+
+@dataclass
+class _Members:
+    """Names that the code of a class declares.
+
+    Attributes:
+        tensors: its parameters and buffers.
+    """
+
+    tensors: list[str] = field(default_factory=list)
+
+
+def is_torchscript(path: Path) -> bool:
+    """Return whether the file is a TorchScript archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
+        return False
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, on the CPU, as ``torch.jit.load(path).state_dict()`` names them.
+
+    No code of the archive runs, and no object of a class that it names is made. Each tensor has memory of its own.
+
+    Raises:
+        TorchScriptError: the archive is damaged, compressed, older than torch 1.4's, or holds no tensors by name.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            archive = _Archive(file, path.stat().st_size)
+            root = _read_tree(archive.read("data.pkl", _MAX_TREE_BYTES), archive.storage)
+            return dict(_tensors(root, archive.classes()))
+    except TorchScriptError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise TorchScriptError(str(error) or type(error).__name__) from error
+
+
+class _Archive:
+    """The records of an archive.
+
+    Args:
+        file: of the archive.
+        size: of the file, in bytes; all records together are no larger.
+    """
+
+    def __init__(self, file: zipfile.ZipFile, size: int) -> None:
+        self._file = file
+        self._infos = {info.filename: info for info in file.infolist()}
+        roots = {name.partition("/")[0] for name in self._infos if name.count("/") == 1}
+        if len(roots) != 1:
+            raise TorchScriptError("its records lie in several folders")
+        (self._root,) = roots
+
+        # TorchScript compresses code alone. A compressed record of weights could be a thousand times its file.
+        stored_bytes = 0
+        for name, info in zip(self._names(), self._infos.values(), strict=True):
+            if info.compress_type == zipfile.ZIP_STORED:
+                stored_bytes += info.file_size
+            elif not name.startswith("code/"):
+                raise TorchScriptError(f"its record {name} is compressed")
+        if stored_bytes > size:
+            raise TorchScriptError("its records overlap")
+        if "byteorder" in self._names() and self.read("byteorder", 16) != b"little":
+            raise TorchScriptError("it was written on a big-endian machine")
+
+        self._storages: dict[str, Tensor] = {}
+
+    def _names(self) -> Iterator[str]:
+        """Yield the names of the records, inside their folder."""
+        for name in self._infos:
+            yield name.removeprefix(f"{self._root}/")
+
+    def read(self, name: str, most_bytes: int | None = None) -> bytes:
+        """Return a record, whose checksum zipfile compares."""
+        info = self._infos.get(f"{self._root}/{name}")
+        if info is None:
+            raise TorchScriptError(f"it has no record {name}")
+        if most_bytes is not None and info.file_size > most_bytes:
+            raise TorchScriptError(f"its record {name} has {info.file_size:,} bytes")
+        return self._file.read(info)
+
+    def storage(self, dtype: torch.dtype, key: str, num_elements: int) -> Tensor:
+        """Return the elements [num_elements] that several tensors may share, read once."""
+        if key not in self._storages:
+            content = bytearray(self.read(f"data/{key}"))
+            if len(content) != num_elements * dtype.itemsize:
+                raise TorchScriptError(f"its record data/{key} has {len(content):,} bytes")
+            self._storages[key] = (
+                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            )
+        stored = self._storages[key]
+        if (stored.dtype, stored.numel()) != (dtype, num_elements):
+            raise TorchScriptError(f"its record data/{key} is of two types")
+        return stored
+
+    def classes(self) -> dict[str, _Members]:
+        """Return what the code declares of each class, by the class's full name."""
+        classes: dict[str, _Members] = {}
+        left_bytes = _MAX_TREE_BYTES
+        for name in self._names():
+            if not (name.startswith("code/") and name.endswith(".py")):
+                continue
+            module = name.removeprefix("code/").removesuffix(".py").replace("/", ".")
+            members = _Members()
+            content = self.read(name, left_bytes)
+            left_bytes -= len(content)
+            for line in content.decode("utf-8", "replace").splitlines():
+                if (begin := re.match(r"class (\w+)\(", line)) is not None:
+                    members = classes.setdefault(f"{module}.{begin[1]}", _Members())
+                elif (
+                    declared := re.match(r"  __(?:parameters|buffers)__ = \[(.*)\]", line)
+                ) is not None:
+                    members.tensors += re.findall(r'"([^"]+)"', declared[1])
+        return classes
+
+
+def _read_tree(
+    pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor]
+) -> object:
+    """Return the object that a pickle describes, in dicts, lists, tuples, ``_Record``s and tensors.
+
+    Args:
+        pickled: what TorchScript's pickler wrote. Any opcode that it does not write is refused.
+        storage: (dtype, key, number of elements) to the elements.
+    """
+    stack: list[Any] = []
+    memo: dict[int, object] = {}
+
+    def pop_group() -> list[Any]:
+        """Take off the values above the last mark, and the mark."""
+        group: list[Any] = []
+        while not isinstance(value := stack.pop(), _Mark):
+            group.append(value)
+        return group[::-1]
+
+    def pop(number: int) -> list[Any]:
+        """Take off so many values."""
+        if len(stack) < number:
+            raise IndexError
+        values = stack[len(stack) - number :]
+        del stack[len(stack) - number :]
+        return values
+
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            match opcode.name:
+                case "PROTO":
+                    pass
+                case "STOP":
+                    (root,) = stack
+                    return root
+                case "MARK":
+                    stack.append(_Mark())
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                    stack.append(argument)
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple(pop(int(opcode.name[-1]))))
+                case "TUPLE":
+                    stack.append(tuple(pop_group()))
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "APPEND":
+                    (value,) = pop(1)
+                    _of_type(list, stack[-1]).append(value)
+                case "APPENDS":
+                    values = pop_group()
+                    _of_type(list, stack[-1]).extend(values)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "SETITEM":
+                    key, value = pop(2)
+                    _of_type(dict, stack[-1])[key] = value
+                case "SETITEMS":
+                    values = pop_group()
+                    pairs = zip(values[::2], values[1::2], strict=True)
+                    _of_type(dict, stack[-1]).update(pairs)
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(_Name(argument.replace(" ", ".")))
+                case "NEWOBJ":
+                    kind, _ = pop(2)
+                    stack.append(_Record(_of_type(_Name, kind).name))
+                case "BUILD":
+                    (content,) = pop(1)
+                    _of_type(_Record, stack[-1]).content = content
+                case "REDUCE":
+                    function, arguments = pop(2)
+                    stack.append(_result(_of_type(_Name, function).name, arguments))
+                case "BINPERSID":
+                    (described,) = pop(1)
+                    kind, dtype_name, key, _, num_elements = described
+                    dtype = _DTYPES.get(_of_type(_Name, dtype_name).name)
+                    if kind != "storage" or dtype is None:
+                        raise TorchScriptError(f"it stores elements as {dtype_name.name}")
+                    key, num_elements = _of_type(str, key), _of_type(int, num_elements)
+                    stack.append(storage(dtype, key, num_elements))
+                case other:
+                    raise TorchScriptError(f"its data.pkl has a {other}, which no weights need")
+    except TorchScriptError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise TorchScriptError("its data.pkl is damaged") from error
+    raise TorchScriptError("its data.pkl is cut short")
+
+
+def _of_type(kind: type[Any], value: object) -> Any:
+    """Return the value, which has to be of a type."""
+    if type(value) is not kind:
+        raise TypeError(type(value).__name__)
+    return value
+
+
+def _result(function: str, arguments: tuple[Any, ...]) -> object:
+    """Return what a function that TorchScript's pickler names would have made."""
+    if function == "torch._utils._rebuild_tensor_v2":
+        return _tensor(*arguments[:4])
+    if function == "collections.OrderedDict" and not arguments:
+        return {}
+    # Lists of one type, and values whose type a pickle does not hold, are wrapped by name.
+    if re.fullmatch(r"torch\.jit\._pickle\.(build_\w*list|restore_type_tag)", function):
+        return arguments[0]
+    return _Record(function, arguments)
+
+
+def _tensor(stored: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Return a tensor over a part of a storage; no element of the storage is in it twice.
+
+    Args:
+        stored: elements [n].
+        offset: of the tensor's first element.
+        shape, strides: of the tensor, strides in elements.
+    """
+    numbers = (offset, *shape, *strides)
+    if (
+        not isinstance(stored, Tensor)
+        or len(shape) != len(strides)
+        or any(type(number) is not int or number < 0 for number in numbers)
+    ):
+        raise TypeError("not a tensor")
+
+    num_elements = math.prod(shape)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    # A stride of 0 would make terabytes of one element.
+    if num_elements > stored.numel() or (num_elements and last >= stored.numel()):
+        raise TorchScriptError("a tensor of its is larger than its storage")
+    return stored.as_strided(shape, strides, offset) if num_elements else stored.new_empty(shape)
+
+
+def _tensors(root: object, classes: Mapping[str, _Members]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a tree of modules with their names, those of a module before its children's."""
+    number = 0
+    pending: list[tuple[str, object, int]] = [("", root, 0)]
+    while pending:
+        prefix, module, depth = pending.pop()
+        if not isinstance(module, _Record) or not module.kind.startswith("__torch__."):
+            continue
+        if not isinstance(module.content, dict):
+            raise TorchScriptError(
+                f"its module {prefix.rstrip('.') or module.kind} keeps its weights in a form of its own, which only its "
+                "own code could read"
+            )
+
+        members = classes.get(module.kind, _Members())
+        for name in members.tensors:
+            value = module.content.get(name)
+            if value is None:  # such as the bias of a layer that has none
+                continue
+            if not isinstance(value, Tensor):
+                raise TorchScriptError(f"its {prefix}{name} is no dense tensor")
+            yield f"{prefix}{name}", value.clone()
+
+        children = [(n, value) for n, value in module.content.items() if isinstance(value, _Record)]
+        number += len(members.tensors) + len(children)
+        # A tree that refers to one of its parts twice at every level would have no end.
+        if number > _MAX_TENSORS or depth > _MAX_DEPTH:
+            raise TorchScriptError("its modules contain each other")
+        for name, child in reversed(children):
+            pending.append((f"{prefix}{name}.", child, depth + 1))
