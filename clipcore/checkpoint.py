@@ -14,9 +14,9 @@ goes on from there, not from a step 40 that it abandoned.
 ``.tmp_step_X`` and ``.tmp_old_step_X`` are left-overs, removed by the next save; ``.displaced_step_X`` is a checkpoint whose
 successor of the same step was being put in its place. Other names in the directory are left alone.
 
-A checkpoint is damaged when it lacks something or holds something else than its manifest says; it is then passed over, with a
-warning. One that cannot be read (a disk's error, no permission) may be whole: that is an error, so that no run goes on from an
-older one, and no save takes its place, as if it were not there.
+A checkpoint is damaged when it lacks something or holds something else than its manifest says; it is then passed over, with
+a warning. One that cannot be read (a disk's error, no permission) may be whole: that is an error, so that no run goes on
+from an older one, and no save takes its place, as if it were not there.
 """
 
 from __future__ import annotations
@@ -356,12 +356,31 @@ def _write_failure(
     )
 
 
-def _scan(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Return the checkpoints of a directory: those with a readable manifest, the newest first, and the damaged ones.
+def committed_names(directory: Path) -> list[str]:
+    """Return the names of checkpoints in a directory, in order, be they whole or damaged; of no directory, none.
+
+    Raises:
+        UnreadableError: the directory cannot be read, or is none.
+    """
+    try:
+        return sorted(name for name in os.listdir(directory) if _COMMITTED.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(f"cannot read {directory}: {error.strerror}") from error
+
+
+def committed(directory: Path) -> list[Path]:
+    """Return the checkpoints of a directory that have a readable manifest, the newest first.
 
     Raises:
         UnreadableError: the directory or a manifest is there and cannot be read.
     """
+    return _scan(directory)[0]
+
+
+def _scan(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the checkpoints of a directory: those with a readable manifest, the newest first, and the damaged ones."""
     manifests, damaged = _manifests(directory)
 
     def order(path: Path) -> tuple[int, int]:
@@ -372,22 +391,19 @@ def _scan(directory: Path) -> tuple[list[Path], list[Path]]:
 
 def _manifests(directory: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
     """Return the manifests in a directory by checkpoint, and the checkpoints that have none or a damaged one."""
-    try:
-        names = [name for name in os.listdir(directory) if _COMMITTED.fullmatch(name)]
-    except FileNotFoundError:
-        return {}, []
-    except OSError as error:
-        raise UnreadableError(f"cannot read {directory}: {error.strerror}") from error
-    manifests: dict[Path, dict[str, Any]] = {}
-    damaged: list[Path] = []
-    for path in (Path(directory) / name for name in sorted(names)):
-        try:
-            manifests[path] = _read_manifest(path)
-        except UnreadableError:
-            raise
-        except CheckpointError:
-            damaged.append(path)
-    return manifests, damaged
+    while True:
+        manifests: dict[Path, dict[str, Any]] = {}
+        damaged: list[Path] = []
+        for path in (Path(directory) / name for name in committed_names(directory)):
+            try:
+                manifests[path] = _read_manifest(path)
+            except UnreadableError:
+                raise
+            except CheckpointError:
+                damaged.append(path)
+        # A run that is writing may have removed one since the names were read, and put a newer one there.
+        if all(os.path.lexists(path) for path in damaged):
+            return manifests, damaged
 
 
 def _next_sequence(directory: Path) -> int:
@@ -400,8 +416,8 @@ def _refusal(path: Path, error: OSError) -> CheckpointError:
     if error.errno in _ABSENT:
         return CheckpointError(f"{path.parent} is damaged: {path.name}: {error.strerror}")
     return UnreadableError(
-        f"cannot read {path}: {error.strerror}; it may be whole: try again, or move {path.parent.name} out of the folder to go "
-        "on without it"
+        f"cannot read {path}: {error.strerror}; it may be whole: try again, or move {path.parent.name} out of the folder to "
+        "go on without it"
     )
 
 
@@ -601,8 +617,7 @@ def read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The folder of the checkpoint committed last, by its manifest alone; None where there is none."""
-    readable, _ = _scan(Path(directory))
-    return readable[0] if readable else None
+    return next(iter(committed(Path(directory))), None)
 
 
 def load_latest(

@@ -20,6 +20,7 @@ from clipcore.data.transforms import ImageTransform, decode_image
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import load_run
+from clipcore.terminal import steady_output
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 
@@ -101,6 +102,7 @@ def print_table(paths: Sequence[str], rows: list[list[tuple[str, float]]]) -> No
             print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(30 * probability)}")
 
 
+@steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:

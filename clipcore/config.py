@@ -208,6 +208,9 @@ class TrainConfig:
     resume: str | None = _option(
         None, RUN, "'latest', a run's folder, or a checkpoint", metavar="WHAT"
     )
+    new_log: bool = _option(
+        False, RUN, "resume without the metrics.jsonl of the checkpoint, which is set aside"
+    )
     save_frequency: int = _option(1, RUN, "epochs between checkpoints, 0 for none", metavar="N")
     save_every_steps: int | None = _option(None, RUN, "steps between checkpoints", metavar="N")
     save_every_minutes: float | None = _option(

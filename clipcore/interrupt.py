@@ -1,24 +1,28 @@
-"""SIGTERM and Ctrl-C end a run after the step in hand, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and their like end a run after the step in hand, with a checkpoint; a second one ends it at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from types import FrameType
 
+from clipcore.terminal import write_steadily
+
 # A launcher hands its own signal on to processes that may have had it from the scheduler or the terminal already.
 REPEAT_S = 3.0
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP comes when the terminal is closed or the connection to it is lost.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupt:
     """Notes a signal for the training loop to see between two steps.
 
     The exit status is the shell's convention, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 138 for
-    SIGUSR1 (which schedulers send before the time limit).
+    SIGUSR1 (which schedulers send before the time limit), 129 for a closed terminal (which ``nohup`` has ignored).
 
     Args:
         repeat_s: for so many seconds a further signal counts as the first one once more.
@@ -40,6 +44,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -54,8 +60,9 @@ class Interrupt:
             # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
             os._exit(self.exit_status)
         self.signal_number, self._received_at = number, time.monotonic()
-        # os.write, because print is not safe inside a signal handler.
         message = (
             f"\n{signal.Signals(number).name}: saving after this step; once more to leave now\n"
         )
-        os.write(sys.stderr.fileno(), message.encode())
+        # Not print, which is not safe in a handler. The reader of a pipe has often had the same Ctrl-C, and is gone.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            write_steadily(sys.stderr.fileno(), message.encode())

@@ -3,22 +3,45 @@
 ``metrics.jsonl`` holds one JSON object a line. A step's line: step (of steps done), epoch, loss, lr, logit_scale,
 grad_norm, bad_samples, then the clock's: pairs_per_s and time_s (seconds of training so far). An evaluation's line has a
 ``task``. Everything but the clock is the same, bit for bit, in a run that was stopped and resumed.
+
+The file is part of the run's state: a checkpoint notes how much of it there was and its hash (``LogMark``), a resumed run
+compares both, and goes on behind that place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+METRICS_FILE = "metrics.jsonl"
 CLOCK_KEYS = frozenset({"pairs_per_s", "time_s"})
+
+
+class LogError(ValueError):
+    """metrics.jsonl is not what a checkpoint says of it."""
+
+
+@dataclass(frozen=True)
+class LogMark:
+    """A place in metrics.jsonl, between two lines.
+
+    Attributes:
+        size: bytes before it.
+        sha256: of these bytes; None in checkpoints of earlier versions, of which the size alone is compared.
+    """
+
+    size: int = 0
+    sha256: str | None = None
 
 
 class PartClock:
@@ -40,7 +63,7 @@ class Logbook:
     Args:
         run_dir: the run's folder, or None on the ranks that write nothing.
         num_steps, first_step: of the progress bar.
-        size_bytes: what is kept of an existing metrics.jsonl; a resumed run drops the lines after its checkpoint.
+        mark: up to where an existing metrics.jsonl is kept; a resumed run drops the lines after its checkpoint.
         elapsed_s: seconds of training before this process.
         reporters: of "tensorboard", "wandb".
         config: the settings that the reporters show.
@@ -48,6 +71,7 @@ class Logbook:
 
     Raises:
         ValueError: a reporter is not installed.
+        LogError: metrics.jsonl is not what it was at ``mark``.
     """
 
     def __init__(
@@ -56,7 +80,7 @@ class Logbook:
         *,
         num_steps: int,
         first_step: int = 0,
-        size_bytes: int = 0,
+        mark: LogMark = LogMark(),
         elapsed_s: float = 0.0,
         reporters: Sequence[str] = (),
         config: dict[str, Any] | None = None,
@@ -71,9 +95,10 @@ class Logbook:
                 self._tensorboard = _tensorboard(run_dir, first_step)
             if "wandb" in reporters:
                 self._wandb = _wandb(run_dir, config or {})
-            self._file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115
-            # Never longer than it is: that would fill it with zeros.
-            self._file.truncate(min(size_bytes, self._file.seek(0, os.SEEK_END)))
+            self._digest = compare_log(run_dir, mark)
+            self._file = open(run_dir / METRICS_FILE, "ab")  # noqa: SIM115
+            self._file.truncate(mark.size)
+            self._file.seek(mark.size)
         self._start = self._last_step = self._last_progress = time.perf_counter()
         self._elapsed_before_s = elapsed_s
         self._bar = tqdm(
@@ -140,13 +165,13 @@ class Logbook:
         if self.writes:
             self._bar.write(message)
 
-    def sync(self) -> int:
-        """Puts the lines on the disk; returns the size of metrics.jsonl, for the checkpoint."""
+    def sync(self) -> LogMark:
+        """Put the lines on the disk; return the place behind the last one, for the checkpoint."""
         if self._file is None:
-            return 0
+            return LogMark()
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return LogMark(self._file.tell(), self._digest.hexdigest())
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         if self._file is None:
@@ -155,8 +180,10 @@ class Logbook:
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self._file.write((json.dumps(clean) + "\n").encode())
+        line = (json.dumps(clean) + "\n").encode()
+        self._file.write(line)
         self._file.flush()
+        self._digest.update(line)
         scalars = {
             f"{prefix}/{key}": value
             for key, value in clean.items()
@@ -169,9 +196,61 @@ class Logbook:
             self._wandb.log(scalars, step=row["step"])
 
 
+def compare_log(run_dir: Path, mark: LogMark) -> Any:
+    """Return SHA-256 over metrics.jsonl up to a mark, to be gone on with.
+
+    Raises:
+        LogError: the file is missing or shorter, or has changed before the mark.
+    """
+    path = run_dir / METRICS_FILE
+    digest = hashlib.sha256()
+    if mark.size == 0:
+        return digest
+
+    left = mark.size
+    try:
+        with open(path, "rb") as file:
+            while left and (chunk := file.read(min(left, 1 << 20))):
+                digest.update(chunk)
+                left -= len(chunk)
+    except FileNotFoundError:
+        problem = "is missing"
+    else:
+        if left:
+            problem = f"has {mark.size - left:,} bytes, not {mark.size:,}"
+        elif mark.sha256 not in (None, digest.hexdigest()):
+            problem = f"has changed in its first {mark.size:,} bytes"
+        else:
+            return digest
+    raise LogError(
+        f"{path} {problem} of the checkpoint; put it back, or begin a new one, without the lines so far, with --new-log"
+    )
+
+
+def set_log_aside(run_dir: Path) -> Path | None:
+    """Give metrics.jsonl the first free of the names metrics.jsonl.old, .old2, ...; return it, None without a file."""
+    path = run_dir / METRICS_FILE
+    if not os.path.lexists(path):
+        return None
+    number = 1
+    while os.path.lexists(
+        aside := path.with_name(f"{path.name}.old{number if number > 1 else ''}")
+    ):
+        number += 1
+    path.rename(aside)
+    return aside
+
+
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of metrics.jsonl: (steps, evaluations)."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Return the lines of metrics.jsonl: (steps, evaluations). What is no line of a run is left out."""
+    rows = []
+    for line in (run_dir / METRICS_FILE).read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return [r for r in rows if "task" not in r], [r for r in rows if "task" in r]
 
 

@@ -6,12 +6,13 @@ vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
+    MANIFEST,
     Checkpoint,
     CheckpointError,
     Writers,
-    latest_checkpoint,
+    committed,
+    committed_names,
     load_checkpoint,
     load_latest,
     save_checkpoint,
@@ -33,15 +36,22 @@ from clipcore.checkpoint import (
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import World, all_reduce_sum, broadcast_object
+from clipcore.files import write_durably
+from clipcore.logbook import LogMark
 from clipcore.model import CLIP
-from clipcore.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+from clipcore.optim import (
+    ExponentialMovingAverage,
+    load_optimizer_tensors,
+    local_part,
+    optimizer_tensors,
+)
 from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
 from clipcore.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
-LAUNCH_FILE = ".launch"
+CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 # What each launch decides for itself; the process group has its timeout already when a run is resumed.
-LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "timeout", "profile"})
+LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "new_log", "timeout", "profile"})
 
 
 @dataclass
@@ -56,7 +66,7 @@ class RunState:
         bad_samples: replaced so far, on all ranks.
         elapsed_s: seconds of training so far, over all processes of the run.
         timings: seconds by part of the run.
-        metrics_bytes: size of metrics.jsonl at the last checkpoint.
+        log_mark: the end of metrics.jsonl at the last checkpoint.
     """
 
     model: CLIP
@@ -70,7 +80,7 @@ class RunState:
     bad_samples: int = 0
     elapsed_s: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
-    metrics_bytes: int = 0
+    log_mark: LogMark = field(default_factory=LogMark)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The groups of tensors of a checkpoint."""
@@ -95,7 +105,8 @@ class RunState:
             "bad_samples": self.bad_samples,
             "elapsed_s": self.elapsed_s,
             "timings": self.timings,
-            "metrics_bytes": self.metrics_bytes,
+            "metrics_bytes": self.log_mark.size,
+            "metrics_sha256": self.log_mark.sha256,
             "scaler": self.scaler.state_dict(),
         }
         groups, writers = self.tensors(), Writers()
@@ -142,7 +153,14 @@ class RunState:
         self.bad_samples = record["bad_samples"]
         self.elapsed_s = record["elapsed_s"]
         self.timings = dict(record["timings"])
-        self.metrics_bytes = record["metrics_bytes"]
+        self.log_mark = log_mark(checkpoint)
+
+    def first_fault(self) -> str | None:
+        """Return which tensor, of weights, moments and average, no step can go on from, as the function of that name.
+
+        Of a split tensor this rank's rows count.
+        """
+        return first_fault(self.tensors())
 
     def evaluated_model(self) -> CLIP:
         """The model to evaluate and to ship: the moving average where there is one; a whole copy where it is sharded,
@@ -157,18 +175,93 @@ class RunState:
         return self._averaged
 
 
-def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | None, Path | None]:
-    """The checkpoint that ``--resume`` names and the folder of its run, the same on all ranks.
+def first_fault(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that no training can go on from, and why; None if there is none.
 
-    ``latest`` is the newest loadable checkpoint of ``--name``, or of the newest run where no name is given, which for a
-    process that torchrun has started anew is the run of its predecessor; where there is none yet the run starts from the
-    beginning, so that a job script can always pass it.
+    A tensor is at fault if an element is not finite, or if it is a second moment or a count of steps and negative, whose
+    root or power makes the next update not finite. The device is waited for once, unless there is a fault.
+    """
+    tensors = {
+        f"{group}: {name}": local_part(value)
+        for group, named in groups.items()
+        for name, value in named.items()
+        if value.is_floating_point()
+    }
+    checks = {name: _is_sound(name, value) for name, value in tensors.items()}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for check in checks.values():
+        by_device.setdefault(check.device, []).append(check)
+    if all(bool(torch.stack(those).all()) for those in by_device.values()):
+        return None
+
+    name = next(name for name, check in checks.items() if not check)
+    reason = "is negative" if tensors[name].isfinite().all() else "is not finite"
+    return f"{name} {reason}"
+
+
+def _is_sound(name: str, value: Tensor) -> Tensor:
+    """Return whether all elements are finite, and those of second moments and step counts not negative: bool []."""
+    if name.endswith((".exp_avg_sq", ".step")):
+        return (value.isfinite() & (value >= 0)).all()
+    return value.isfinite().all()
+
+
+def newest_sound(directory: Path) -> Path | None:
+    """Return the newest checkpoint in a directory whose tensors are all finite; None if there is none."""
+    for path in committed(directory):
+        try:
+            checkpoint = load_checkpoint(path, lazily=True)
+        except CheckpointError:
+            continue
+        # One tensor at a time in memory.
+        is_sound = all(
+            first_fault({group: {name: tensors[name]}}) is None
+            for group, tensors in checkpoint.tensors.items()
+            for name in tensors
+        )
+        if is_sound:
+            return path
+    return None
+
+
+def log_mark(checkpoint: Checkpoint) -> LogMark:
+    """Return how far metrics.jsonl went at a checkpoint."""
+    record = checkpoint.state
+    return LogMark(record["metrics_bytes"], record.get("metrics_sha256"))
+
+
+def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]) -> Path | None:
+    """Return the folder of the run that ``--name`` or ``--resume`` names, None for a new run.
+
+    ``--resume latest`` without a name is the run that this launch has begun, else the one whose newest checkpoint was
+    written last, whether that can be read or not.
+
+    Args:
+        launch: as of ``launch_id``.
+        say: is told of each folder that was passed over.
+    """
+    logs = Path(config.logs)
+    if config.resume not in (None, "latest"):
+        return run_folder(Path(config.resume))
+    if config.name:
+        return logs / config.name
+    if config.resume is None:
+        return None
+    return _run_of_launch(logs, launch) or _newest_run(logs, say)
+
+
+def find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:
+    """Return the checkpoint that a run begins from, the same on all ranks; None at its beginning.
+
+    ``--resume latest`` takes the newest whole one of the run, and begins where there was never any, so that a job script can
+    always pass it.
 
     Raises:
         ConfigError: the run exists and is not resumed.
-        CheckpointError: the path that was given holds no loadable checkpoint, or ranks found different ones.
+        CheckpointError: the path that was given holds no loadable checkpoint, all of a run are damaged, or ranks found
+            different ones.
     """
-    checkpoint, run_dir = _find_checkpoint(config, world, broadcast_object(launch_id()))
+    checkpoint = _find_checkpoint(config, run_dir, world)
     step = checkpoint.step if checkpoint is not None else 0
     first = broadcast_object(step)
     if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
@@ -176,33 +269,39 @@ def find_checkpoint(config: TrainConfig, world: World) -> tuple[Checkpoint | Non
             f"{num_others} of {world.world_size} ranks do not find the checkpoint of step {first} that rank 0 finds; "
             "--logs has to be a folder that all machines share"
         )
-    shared = broadcast_object(run_dir and str(run_dir))
-    return checkpoint, Path(shared) if shared else None
+    return checkpoint
 
 
-def _find_checkpoint(
-    config: TrainConfig, world: World, launch: str | None
-) -> tuple[Checkpoint | None, Path | None]:
-    """What this rank finds."""
-    named = Path(config.logs) / config.name if config.name else None
+def _find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:
+    """Return what this rank finds."""
+    directory = run_dir / "checkpoints"
     if config.resume is None:
-        if named is not None and latest_checkpoint(named / "checkpoints") is not None:
+        if committed_names(directory):
             raise ConfigError(
-                f"the run {named} has checkpoints already; continue it with --resume latest or choose another --name"
+                f"the run {run_dir} has checkpoints already; continue it with --resume latest or choose another --name"
             )
-        return None, named
-    if config.resume == "latest":
-        logs = Path(config.logs)
-        run_dir = named or _run_of_launch(logs, launch) or _newest_run(logs)
-        checkpoint = (
-            load_latest(run_dir / "checkpoints", lazily=True) if run_dir is not None else None
-        )
-        if checkpoint is None:
-            world.say(
-                f"--resume latest: no checkpoint in {named or config.logs} yet, starting from the beginning"
-            )
-        return checkpoint, run_dir
-    return open_run(Path(config.resume))
+        return None
+    if config.resume != "latest":
+        return open_run(Path(config.resume))[0]
+    checkpoint = load_latest(directory, lazily=True)
+    if checkpoint is None:
+        world.say(f"--resume latest: no checkpoint in {run_dir} yet, starting from the beginning")
+    return checkpoint
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run, given that or one of its checkpoints.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if (path / "checkpoints").is_dir() or (path / CONFIG_FILE).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is neither the folder of a run nor one of its checkpoints")
+    return path.parent.parent
 
 
 def open_run(path: Path) -> tuple[Checkpoint, Path]:
@@ -211,8 +310,8 @@ def open_run(path: Path) -> tuple[Checkpoint, Path]:
     Raises:
         CheckpointError: neither is there.
     """
-    if not (path / "checkpoints").is_dir():
-        return load_checkpoint(path, lazily=True), path.parent.parent
+    if run_folder(path) != path:
+        return load_checkpoint(path, lazily=True), run_folder(path)
     checkpoint = load_latest(path / "checkpoints", lazily=True)
     if checkpoint is None:
         raise CheckpointError(
@@ -235,30 +334,43 @@ def is_restart(run_dir: Path) -> bool:
 
 
 def _run_of_launch(logs: Path, launch: str | None) -> Path | None:
-    """The run under ``logs`` that a launch has begun, as ``write_config`` noted it."""
+    """Return the run under ``logs`` that a launch has begun, as ``write_config`` noted it."""
     for path in sorted(logs.glob(f"*/{LAUNCH_FILE}")) if launch else []:
-        if path.read_text() == launch:
-            return path.parent
+        with contextlib.suppress(OSError, ValueError):
+            if path.read_text() == launch:
+                return path.parent
     return None
 
 
-def _newest_run(logs: Path) -> Path | None:
-    """The run under ``logs`` whose newest checkpoint was written last."""
-    found = [(path, latest_checkpoint(path / "checkpoints")) for path in logs.glob("*/")]
-    committed = [(newest.stat().st_mtime_ns, path) for path, newest in found if newest is not None]
-    return max(committed)[1] if committed else None
+def _newest_run(logs: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the run under ``logs`` whose newest checkpoint was written last, be it damaged."""
+    written: dict[Path, int] = {}
+    for path in sorted(logs.glob("*/")):
+        try:
+            names = committed_names(path / "checkpoints")
+        except CheckpointError as error:
+            say(f"--resume latest: passed over {path}: {error}")
+            continue
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile by its own run
+                time_ns = (path / "checkpoints" / name).stat().st_mtime_ns
+                written[path] = max(time_ns, written.get(path, 0))
+    return max(written, key=written.__getitem__) if written else None
 
 
 def resumed_config(
     run_dir: Path, config: TrainConfig, given: frozenset[str], world: World
 ) -> TrainConfig:
     """The settings of the run, with those the user gave again laid over; each difference is printed."""
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG_FILE
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"cannot read the settings of the run to resume, {path}: {error}"
+            f"cannot read the settings of the run to resume, {path}: {error}; put the file back, or begin a new run of the "
+            "same settings from its weights with --pretrained"
         ) from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     settings = {name: value for name, value in saved.items() if name in known}
@@ -294,10 +406,8 @@ def new_run_dir(config: TrainConfig) -> Path:
 def write_config(run_dir: Path, config: TrainConfig) -> None:
     """The settings, as config.json in the run's folder, and beside them which launch it is that writes there."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    temporary = run_dir / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(run_dir / "config.json")
-    (run_dir / LAUNCH_FILE).write_text(launch_id() or "")
+    write_durably(run_dir / CONFIG_FILE, text.encode())
+    write_durably(run_dir / LAUNCH_FILE, (launch_id() or "").encode())
 
 
 def load_run(

@@ -36,6 +36,8 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
+from clipcore.terminal import steady_output
+
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 OPENAI_VOCAB_SIZE = 49408
@@ -465,6 +467,7 @@ def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
     )
 
 
+@steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit status 2 for a mistake, with one line on standard error."""
     parsed = build_parser().parse_args(arguments)

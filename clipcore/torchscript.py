@@ -1,8 +1,8 @@
 """Weights of a TorchScript archive, such as OpenAI's released CLIP files, read without TorchScript.
 
 ``torch.jit.load`` runs code of the archive: each module's ``__setstate__``, which may write files or never return. Here the
-archive is a zip file of records. ``data.pkl`` describes a tree of objects in a part of the pickle language, of which only what
-TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor is
+archive is a zip file of records. ``data.pkl`` describes a tree of objects in the language of pickle, of which only the part
+that TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor is
 built from bytes of the archive after its shape was checked against them. ``code/`` is read for the names of parameters and
 buffers alone.
 
@@ -189,9 +189,7 @@ class _Archive:
         return classes
 
 
-def _read_tree(
-    pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor]
-) -> object:
+def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor]) -> object:
     """Return the object that a pickle describes, in dicts, lists, tuples, ``_Record``s and tensors.
 
     Args:
@@ -217,6 +215,7 @@ def _read_tree(
         return values
 
     try:
+        argument: Any
         for opcode, argument, _ in pickletools.genops(pickled):
             match opcode.name:
                 case "PROTO":
@@ -306,7 +305,9 @@ def _result(function: str, arguments: tuple[Any, ...]) -> object:
     return _Record(function, arguments)
 
 
-def _tensor(stored: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+def _tensor(
+    stored: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Tensor:
     """Return a tensor over a part of a storage; no element of the storage is in it twice.
 
     Args:

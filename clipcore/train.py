@@ -4,8 +4,10 @@ Settings, data, model, optimizer, resume, then one loop; at the end the report. 
 moving average, step): the order of the data, the crops and the dropout are functions of the seed and the step, so that
 a run continues bit for bit from any of its checkpoints.
 
-Exit status: 0 done; 1 stopped by a non-finite loss; 2 a mistake in the settings or the data; 3 ended because another rank
-died or kept the others waiting for longer than ``--timeout``; 128 + n stopped by signal n, after saving a checkpoint.
+Exit status: 0 done; 1 stopped by a loss, gradient or weight that is not finite; 2 a mistake in the settings or the data, or
+a file that cannot be read or written; 3 ended because another rank died or kept the others waiting for longer than
+``--timeout``; 4 stopped, after saving a checkpoint, because a process that reads data was killed; 128 + n stopped by signal
+n, after saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from torch import nn
 
 from clipcore import memory, native, roll_call
 from clipcore.architectures import find_model
-from clipcore.checkpoint import run_lock
+from clipcore.checkpoint import Checkpoint, CheckpointError, run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -35,7 +38,7 @@ from clipcore.config import (
     resolve,
     warmup_steps,
 )
-from clipcore.data import PairSource
+from clipcore.data import PairSource, WorkerLostError
 from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.loader import Batch, PairLoader
 from clipcore.data.sources import open_source
@@ -47,12 +50,14 @@ from clipcore.distributed import (
     broadcast_object,
     broadcast_tensors,
     close_distributed,
+    gather_objects,
     init_distributed,
+    is_main,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.grad_cache import Found
 from clipcore.interrupt import REPEAT_S, Interrupt
-from clipcore.logbook import Logbook, PartClock
+from clipcore.logbook import Logbook, LogMark, PartClock, compare_log, set_log_aside
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP, create_model_and_transforms
 from clipcore.optim import (
@@ -66,47 +71,72 @@ from clipcore.optim import (
 from clipcore.profile import PROFILE_FOLDER, StepProfile, check_long_enough
 from clipcore.run_report import report_run
 from clipcore.run_state import (
+    CONFIG_FILE,
     VOCABULARY_FILE,
     RunState,
     find_checkpoint,
+    find_run,
     is_restart,
+    launch_id,
+    log_mark,
     new_run_dir,
+    newest_sound,
     resumed_config,
     write_config,
 )
 from clipcore.schedule import learning_rate
 from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
+from clipcore.terminal import steady_output
 from clipcore.threads import most_threads
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.verify import VerificationError, verify_gradients
 
+WORKER_LOST_STATUS = 4
+
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite; the message names the step and the first bad tensor."""
+    """The loss, a gradient or the state is not finite; the message names the step and the first bad tensor."""
 
 
 def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
-    """One run, from its settings to its report; returns the exit status.
+    """Make one run, from its settings to its report; return the exit status.
 
     Args:
         given: the names of the settings that the user gave, which win over those of a resumed run.
     """
-    # Settings
     on_several_gpus = world.device.type == "cuda" and world.world_size > 1
     if (note := native.left_out(on_several_gpus)) is not None:
         world.say(note)
-    checkpoint, run_dir = find_checkpoint(config, world)
-    if run_dir is not None and (checkpoint is not None or is_restart(run_dir)):
+
+    with contextlib.ExitStack() as stack:
+        run_dir = None
+        if world.is_main:
+            run_dir = find_run(config, launch_id(), world.say)
+            run_dir = run_dir or new_run_dir(in_global_batches(resolve(config), world.world_size))
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Before anything in it is read: another run that is still writing there could commit a step behind our back.
+            stack.enter_context(run_lock(run_dir))
+        return train_in(Path(broadcast_object(str(run_dir))), config, given, world)
+
+
+def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: World) -> int:
+    """Make one run in its folder, which no other run writes to; arguments and result as of ``train``."""
+    # Settings
+    checkpoint = find_checkpoint(config, run_dir, world)
+    has_settings = config.resume == "latest" and (run_dir / CONFIG_FILE).exists()
+    if checkpoint is not None or broadcast_object(has_settings) or is_restart(run_dir):
         config = resumed_config(run_dir, config, given, world)
     config = in_global_batches(resolve(config), world.world_size)
-    run_dir = Path(broadcast_object(str(run_dir or new_run_dir(config))))
-    run_dir.mkdir(parents=True, exist_ok=True)
     note_without_effect(config, world)
     make_deterministic()
     config = set_threads(config, "threads" in given, world)
     if world.device.type == "cpu":
         memory.keep_freed()
+
+    # Log
+    if checkpoint is not None and world.is_main:
+        begin_log(run_dir, checkpoint, config.new_log, world)
 
     # Data
     tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
@@ -192,6 +222,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
+        if config.new_log:
+            state.log_mark = LogMark()
+        check_state(state, run_dir, f"{checkpoint.path} cannot be gone on with", CheckpointError)
     del checkpoint  # its files stay open, and on the disk, for as long as it is there
     if config.profile:
         check_long_enough(num_steps - state.step)
@@ -210,7 +243,6 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
     with contextlib.ExitStack() as stack:
         if world.is_main:
-            stack.enter_context(run_lock(run_dir))
             write_config(run_dir, config)
             tokenizer.save(run_dir / VOCABULARY_FILE)
         interrupt = stack.enter_context(Interrupt(REPEAT_S if world.world_size > 1 else 0.0))
@@ -219,7 +251,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 run_dir if world.is_main else None,
                 num_steps=num_steps,
                 first_step=state.step,
-                size_bytes=state.metrics_bytes,
+                mark=state.log_mark,
                 elapsed_s=state.elapsed_s,
                 reporters=reporters(config),
                 config=dataclasses.asdict(config),
@@ -248,7 +280,15 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         for step in range(first_step, num_steps):
             roll_call.at_step(step + 1)
             profiled.begin_step()
-            batch = next(batches)
+            lost: WorkerLostError | None = None
+            try:
+                batch = next(batches)
+            except WorkerLostError as error:
+                # What is there is safe before this process reads the batch itself, so that all ranks finish the step.
+                lost = error
+                if world.is_main and not is_split and step > first_step:
+                    save(state, run_dir, config, log)
+                batch = loader.batch(step)
             clock.charge("data")
             if step == first_step:
                 config = prepare_steps(training, batch, step, config, run_dir, log)
@@ -264,12 +304,13 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
 
             # One small all-reduce, so that every rank decides alike: to update, to stop, to save.
             finite = found.loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
-            mean_loss, num_broken, num_bad, num_signalled, num_late = all_reduce_sum(
+            mean_loss, num_broken, num_bad, num_signalled, num_lost, num_late = all_reduce_sum(
                 [
                     found.loss.item() / world.world_size,
                     float(not finite),
                     len(batch.bad),
                     interrupt.signal_number > 0,
+                    lost is not None,
                     world.is_main and minutes_passed(saved_at, config.save_every_minutes),
                 ]
             )
@@ -307,7 +348,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 log.say(said)
                 clock.charge("profile")
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
-            is_last, is_stopping = state.step == num_steps, num_signalled > 0
+            is_last = state.step == num_steps
+            is_stopping = num_signalled + num_lost > 0
             if (
                 is_last
                 or is_stopping
@@ -315,9 +357,9 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 or (not into_epoch and is_due(epoch, config.save_frequency))
                 or is_due(state.step, config.save_every_steps)
             ):
-                state.elapsed_s, state.metrics_bytes = log.elapsed_s, log.sync()
+                check_state(state, run_dir, f"step {state.step} was not saved", NonFiniteError)
                 if world.is_main or is_split:
-                    state.save(run_dir, config.keep_checkpoints)
+                    save(state, run_dir, config, log)
                 saved_at = time.monotonic()
                 clock.charge("checkpoint")
             # After the checkpoint, so that what goes wrong in an evaluation costs no training; a resumed run makes up for
@@ -326,10 +368,12 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
                 evaluate_epoch(state, evaluations, log, epoch, is_last)
                 clock.charge("evaluation")
             if is_stopping:
+                if lost is not None:
+                    print(f"clipcore.train: stopped: {lost}", file=sys.stderr)
                 log.say(
                     f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}"
                 )
-                status = interrupt.exit_status
+                status = WORKER_LOST_STATUS if num_lost else interrupt.exit_status
                 break
         else:
             report_run(run_dir, config, state, evaluations, source, log)
@@ -337,6 +381,50 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.
     barrier()
     return status
+
+
+def begin_log(run_dir: Path, checkpoint: Checkpoint, anew: bool, world: World) -> None:
+    """Compare metrics.jsonl with what the checkpoint says of it, or set it aside.
+
+    Raises:
+        LogError: it is missing, shorter or changed, and is not to be set aside.
+    """
+    if not anew:
+        compare_log(run_dir, log_mark(checkpoint))
+        return
+    aside = set_log_aside(run_dir)
+    kept = f", and the one so far is kept as {aside}" if aside is not None else ""
+    world.say(f"--new-log: metrics.jsonl begins behind step {checkpoint.step}{kept}")
+
+
+def save(state: RunState, run_dir: Path, config: TrainConfig, log: Logbook) -> None:
+    """Save the state as it is; by all ranks together where the model is split, else by the main one."""
+    state.elapsed_s, state.log_mark = log.elapsed_s, log.sync()
+    state.save(run_dir, config.keep_checkpoints)
+
+
+def check_state(state: RunState, run_dir: Path, consequence: str, error: type[Exception]) -> None:
+    """Raise, on all ranks alike, if weights, moments or average hold what no step can go on from.
+
+    Args:
+        consequence: what does not happen then.
+        error: to raise; its message names the tensor, and the newest checkpoint without such a fault.
+    """
+    faults = [fault for fault in gather_objects(state.first_fault()) if fault is not None]
+    if not faults:
+        return
+    sound = broadcast_object(newest_sound(run_dir / "checkpoints") if is_main() else None)
+    raise error(f"{consequence}: {faults[0]}; {way_on(run_dir, sound)}")
+
+
+def way_on(run_dir: Path, sound: Path | None) -> str:
+    """Return what to do after a run that went wrong, given its newest checkpoint that is finite."""
+    if sound is None:
+        return f"{run_dir} has no checkpoint that is finite; begin anew with a lower --lr or a longer --warmup"
+    return (
+        f"the newest checkpoint that is finite is {sound.name}: try a lower --lr, a longer --warmup or --grad-clip-norm 1, "
+        f"then {resume_hint(sound)}"
+    )
 
 
 def prepare_steps(
@@ -530,8 +618,8 @@ def describe_non_finite(step: int, found: Found, model: nn.Module, run_dir: Path
     bad = next((n for n, value in ordered.items() if not local_part(value).isfinite().all()), None)
     where = f"{bad} is the first tensor that is not finite" if bad else "it came from another rank"
     return (
-        f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; the last good "
-        f"checkpoint stays. Try a lower --lr, a longer --warmup or --grad-clip-norm 1, then {resume_hint(run_dir)}"
+        f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; "
+        f"{way_on(run_dir, newest_sound(run_dir / 'checkpoints'))}"
     )
 
 
@@ -562,8 +650,9 @@ def describe(
     )
 
 
+@steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; mistakes of the user end in one line on standard error."""
+    """Run the command line; mistakes of the user end in one line on standard error."""
     try:
         config, given = parse_command_line(arguments)
         world = init_distributed(config.device, config.timeout)
@@ -574,9 +663,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clipcore.train: rank {rank} ends: {error}", file=sys.stderr, flush=True)
         # At once: to take the group apart would wait for collectives that never end.
         os._exit(roll_call.EXIT_STATUS)
+    except KeyboardInterrupt:
+        # Before the first step: from there on a signal is noted, and the step in hand saved.
+        print("clipcore.train: stopped before the first step; nothing was changed", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (NonFiniteError, VerificationError) as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)
         return 1
+    except WorkerLostError as error:
+        print(f"clipcore.train: stopped: {error}", file=sys.stderr)
+        return WORKER_LOST_STATUS
+    except OSError as error:
+        if os.environ.get("CLIPCORE_TRACEBACK"):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"clipcore.train: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except (ValueError, native.WrongBuildError) as error:
         # Every mistake of a user is one of these, and names the remedy; a developer may want the trace.
         if os.environ.get("CLIPCORE_TRACEBACK"):

@@ -520,7 +520,9 @@ def test_the_manifest_of_another_step_is_damage(tmp_path):
     shutil.copy(older / "manifest.json", newer / "manifest.json")
     with pytest.warns(UserWarning, match="skipped step_00000002"):
         assert_whole(load_latest(tmp_path), 1)
-    moved = shutil.copytree(older, tmp_path / "best")  # under a name without a step it is what it says
+    moved = shutil.copytree(
+        older, tmp_path / "best"
+    )  # under a name without a step it is what it says
     assert_whole(load_checkpoint(moved), 1)
 
 

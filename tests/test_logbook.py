@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from clipcore.logbook import Logbook, read_metrics
+from clipcore.logbook import Logbook, LogError, LogMark, read_metrics, set_log_aside
 
 pytestmark = pytest.mark.fast
 
@@ -22,11 +24,11 @@ def row(step: int, **values: float) -> dict[str, Any]:
 def test_a_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path):
     with Logbook(tmp_path, num_steps=3, quiet=True) as log:
         log.step(row(1), num_pairs=8)
-        size = log.sync()
+        mark = log.sync()
         log.step(row(2), num_pairs=8)
         before = log.elapsed_s
     with Logbook(
-        tmp_path, num_steps=3, first_step=1, size_bytes=size, elapsed_s=before, quiet=True
+        tmp_path, num_steps=3, first_step=1, mark=mark, elapsed_s=before, quiet=True
     ) as log:
         log.step(row(2, loss=0.5), num_pairs=8)
         log.evaluation({"step": 2, "task": "unseen", "acc1": 0.25}, ["acc1"])
@@ -36,10 +38,78 @@ def test_a_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path):
     assert steps[1]["time_s"] >= round(before, 3)
 
 
-def test_a_log_that_went_missing_is_begun_anew(tmp_path):
-    with Logbook(tmp_path, num_steps=2, first_step=1, size_bytes=500, quiet=True) as log:
-        log.step(row(2), num_pairs=8)
-    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [2]
+def logged(tmp_path: Path) -> LogMark:
+    """Write two steps; return the mark behind them."""
+    with Logbook(tmp_path, num_steps=2, quiet=True) as log:
+        for step in (1, 2):
+            log.step(row(step), num_pairs=8)
+        return log.sync()
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "short", "cut in a line", "one bit"])
+def test_a_log_that_is_not_the_checkpoints_is_refused(tmp_path, what):
+    mark = logged(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    middle = mark.size // 2
+    changed = {
+        "missing": None,
+        "empty": b"",
+        "short": content[: content.index(b"\n") + 1],
+        "cut in a line": content[:-3],
+        "one bit": content[:middle]
+        + bytes([content[middle] ^ 1])
+        + content[middle + 1 :]
+        + b"{}\n",
+    }[what]
+    path.unlink()
+    if changed is not None:
+        path.write_bytes(changed)
+    said = {"missing": "is missing", "one bit": "has changed in its first"}.get(
+        what, "has .* bytes, not"
+    )
+    with pytest.raises(LogError, match=f"metrics.jsonl {said}.*--new-log"):
+        Logbook(tmp_path, num_steps=3, first_step=2, mark=mark, quiet=True)
+    assert (path.read_bytes() if path.exists() else None) == changed
+
+
+def test_a_log_goes_on_from_any_mark_with_its_hash(tmp_path):
+    first = logged(tmp_path)
+    with Logbook(tmp_path, num_steps=4, first_step=2, mark=first, quiet=True) as log:
+        assert log.sync() == first
+        log.step(row(3), num_pairs=8)
+        second = log.sync()
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert second == LogMark(len(content), hashlib.sha256(content).hexdigest())
+    # A checkpoint of an earlier version has no hash, and the size alone counts.
+    with Logbook(tmp_path, num_steps=4, first_step=2, mark=LogMark(first.size), quiet=True) as log:
+        assert log.sync() == first
+
+
+def test_a_log_set_aside_never_takes_the_place_of_another(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert set_log_aside(tmp_path) is None
+    names = []
+    for number in range(3):
+        path.write_text(str(number))
+        names.append(set_log_aside(tmp_path).name)
+    assert names == ["metrics.jsonl.old", "metrics.jsonl.old2", "metrics.jsonl.old3"]
+    assert [(tmp_path / name).read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_what_is_no_line_of_a_run_is_left_out(tmp_path):
+    lines = [
+        b'{"step": 1, "loss": 2.0}',
+        b'{"step": 2, "lo',
+        b"",
+        b"[1]",
+        b'{"loss": 1}',
+        b"\xff\x00",
+    ]
+    lines += [b"[" * 100_000, b'{"step": 3, "task": "unseen"}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    steps, evaluations = read_metrics(tmp_path)
+    assert [r["step"] for r in steps] == [1] and [r["step"] for r in evaluations] == [3]
 
 
 def test_lines_are_json_without_infinities_and_as_often_as_asked(tmp_path):
@@ -54,19 +124,19 @@ def test_lines_are_json_without_infinities_and_as_often_as_asked(tmp_path):
 def test_tensorboard_keeps_the_step_that_is_resumed_at(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    size = 0
+    mark = LogMark()
     for first in (0, 2):  # the step after the checkpoint is made twice, differently
         with Logbook(
             tmp_path,
             num_steps=3,
             first_step=first,
-            size_bytes=size,
+            mark=mark,
             reporters=["tensorboard"],
             quiet=True,
         ) as log:
             for step in range(first + 1, 4):
                 log.step(row(step, loss=step + first / 10), num_pairs=8)
-                size = log.sync() if step == 2 else size
+                mark = log.sync() if step == 2 else mark
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     told = [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")]
@@ -116,5 +186,5 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     with Logbook(None, num_steps=1) as log:
         log.step(row(1), num_pairs=8)
         log.say("nothing")
-        assert log.sync() == 0
+        assert log.sync() == LogMark()
     assert capsys.readouterr() == ("", "") and not any(tmp_path.iterdir())

@@ -104,9 +104,9 @@ def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
 
 
 def resume(world: World, folder: Path) -> str:
-    config = TrainConfig(logs=str(folder / str(world.rank)), name="r", resume="latest")
+    config = TrainConfig(name="r", resume="latest")
     with pytest.raises(CheckpointError) as raised:
-        find_checkpoint(config, world)
+        find_checkpoint(config, folder / str(world.rank) / "r", world)
     return str(raised.value)
 
 

@@ -49,6 +49,10 @@ class BadSample(ValueError):
         return f"{self.key}: {self.reason}" if self.key else self.reason
 
 
+class WorkerLostError(RuntimeError):
+    """A process that reads data is gone; the message says how it ended, and the remedy."""
+
+
 class Pair(NamedTuple):
     """An image with its caption, or with several of which one is drawn each epoch.
 

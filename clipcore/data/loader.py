@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipcore.data import BadSample, DataError, Pair, PairSource
+from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostError
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images
@@ -130,6 +130,7 @@ class PairLoader:
 
         Raises:
             DataError: too many samples cannot be read; the message says why the first ones could not.
+            WorkerLostError: a worker was killed. No other is started; ``batch`` reads the one that is missing.
         """
         keys = ((k, *cut) for k in itertools.count(step) for cut in self._cuts)
         # A batch and the beginning of the next ahead, and never an idle worker.
@@ -149,6 +150,11 @@ class PairLoader:
                     )
                 yield batch
                 del batch  # before the next one is put together
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of one step, read in this process."""
+        keys = ((step, *cut) for cut in self._cuts)
+        return self._join(_read(self._parts, keys, workers=0, ahead=0))
 
     def _join(self, parts: Iterator[Batch]) -> Batch:
         """The next parts as one batch; each part's images are gone before the next is taken."""
@@ -352,7 +358,7 @@ def _read(
     """The parts of the keys in order, read by worker processes that keep ``ahead`` parts ready."""
     read: Iterable[Batch | DataError]
     if workers:
-        read = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Guarded(parts),  # type: ignore[arg-type]
             batch_size=None,
             sampler=keys,
@@ -363,12 +369,47 @@ def _read(
             # Of its own, so that the numbers that the caller draws do not depend on the workers.
             generator=torch.Generator(),
         )
+        read = _from_workers(loader)
     else:
         read = (_Guarded(parts)[key] for key in keys)
     for part in read:
         if isinstance(part, DataError):
             raise part
         yield part
+
+
+def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
+    """Yield what the workers of a loader read.
+
+    Raises:
+        WorkerLostError: one of them was killed.
+    """
+    # torch's handler of SIGCHLD raises in the middle of whatever this process computes; without it a worker's end is noticed
+    # within seconds where its part is waited for, between two steps.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if is_main_thread else None
+    parts = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+    try:
+        yield from parts
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # The loader keeps its processes under a name of its own.
+        ends = [process.exitcode for process in getattr(parts, "_workers", [])]
+        raise WorkerLostError(_how_lost(ends)) from None
+
+
+def _how_lost(ends: Iterable[int | None]) -> str:
+    """Return what happened to the workers, given their exit statuses: None of those that live."""
+    number = next((-end for end in ends if end is not None and end < 0), None)
+    remedy = "use fewer --workers, or give the machine more memory"
+    if number == signal.SIGKILL:
+        return f"a process that reads data was killed, most often for want of memory; {remedy}"
+    how = "ended" if number is None else f"was ended by {signal.Signals(number).name}"
+    return f"a process that reads data {how}; if memory was short, {remedy}"
 
 
 class _Guarded:
@@ -393,9 +434,8 @@ def _ignore_signals(_: int) -> None:
 
     The main process itself ends its workers by SIGTERM, so that this one is obeyed if it comes from there.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         # Blocked before the thread begins, so that it is the one to receive it: a handler would not know the sender.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -50,6 +50,7 @@ from clipcore.data.sources import (
     open_source,
 )
 from clipcore.data.transforms import DECODERS, REDUCING_GAP
+from clipcore.terminal import steady_output
 
 MANIFEST = "manifest.json"
 # About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
@@ -501,6 +502,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
+@steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit status 2 for a mistake, with one line on standard error."""
     parsed = build_parser().parse_args(arguments)

@@ -1,0 +1,98 @@
+"""Standard output and error that cannot end a run: a dead pipe, a full disk or a closed terminal loses text alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+
+class SteadyStream(io.TextIOBase):
+    """A text stream over a file descriptor whose writes never fail.
+
+    A line goes out as a whole. What could not be written is dropped, so that it does not come back, as an error, at the next
+    flush or when Python ends. What the encoding lacks is written as an escape.
+
+    Args:
+        stream: the one whose descriptor and encoding are taken over; it is flushed once.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._descriptor = stream.fileno()
+        self._encoding = stream.encoding or "utf-8"
+        self._pending = ""
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """Take a text, and write what is there up to it if it ends a line; return its length."""
+        self._pending += text
+        if "\n" in text or "\r" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        pending, self._pending = self._pending, ""
+        write_steadily(self._descriptor, pending.encode(self._encoding, "backslashreplace"))
+
+
+def write_steadily(descriptor: int, content: bytes) -> None:
+    """Write to a descriptor as much as goes; safe in a signal handler."""
+    view = memoryview(content)
+    with contextlib.suppress(OSError):
+        while len(view):
+            view = view[os.write(descriptor, view) :]
+
+
+@contextlib.contextmanager
+def steady_output() -> Iterator[None]:
+    """Make ``sys.stdout`` and ``sys.stderr`` steady meanwhile, for all who print, warn, or draw a progress bar.
+
+    Also a decorator of a command's ``main``. A stream without a descriptor, such as a notebook's, is left as it is.
+    """
+    _fill_standard_descriptors()
+    with contextlib.ExitStack() as stack:
+        redirections = (
+            (contextlib.redirect_stdout, sys.stdout),
+            (contextlib.redirect_stderr, sys.stderr),
+        )
+        for redirect, stream in redirections:
+            # None where the descriptor was closed before Python began.
+            if stream is None:
+                continue
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                steady = SteadyStream(stream)
+                stack.enter_context(redirect(steady))
+                stack.callback(steady.flush)
+        yield
+
+
+def _fill_standard_descriptors() -> None:
+    """Open the null device under each of 0, 1, 2 that is closed.
+
+    The next file that is opened would get that number, and with it what a library prints.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
