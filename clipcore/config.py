@@ -158,7 +158,7 @@ class TrainConfig:
     adam_moments: str = _option(
         "fp32",
         COST,
-        "AdamW's moments; bf16 ones, rounded without bias, take 4 bytes a weight less",
+        "AdamW's moments; bf16, rounded without bias, takes 4 bytes a weight less",
         choices=("fp32", "bf16"),
     )
     micro_batch_size: int | None = _option(
@@ -209,7 +209,7 @@ class TrainConfig:
         None, RUN, "'latest', a run's folder, or a checkpoint", metavar="WHAT"
     )
     new_log: bool = _option(
-        False, RUN, "resume without the metrics.jsonl of the checkpoint, which is set aside"
+        False, RUN, "resume although metrics.jsonl is not as the checkpoint left it; set it aside"
     )
     save_frequency: int = _option(1, RUN, "epochs between checkpoints, 0 for none", metavar="N")
     save_every_steps: int | None = _option(None, RUN, "steps between checkpoints", metavar="N")

@@ -21,6 +21,7 @@ class SteadyStream(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO) -> None:
+        self._stream = stream  # which would close the descriptor with its last reference
         self._descriptor = stream.fileno()
         self._encoding = stream.encoding or "utf-8"
         self._pending = ""

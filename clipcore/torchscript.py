@@ -2,9 +2,9 @@
 
 ``torch.jit.load`` runs code of the archive: each module's ``__setstate__``, which may write files or never return. Here the
 archive is a zip file of records. ``data.pkl`` describes a tree of objects in the language of pickle, of which only the part
-that TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor is
-built from bytes of the archive after its shape was checked against them. ``code/`` is read for the names of parameters and
-buffers alone.
+that TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor
+is built from bytes of the archive after its shape was checked against them. ``code/`` is read for the names of parameters
+and buffers alone.
 
 Source: torch/csrc/jit/serialization (export.cpp, pickler.cpp) and docs/serialization.md of PyTorch.
 """

@@ -108,6 +108,7 @@ class RunServer:
         output: Path,
         signal_at: tuple[int, int] | None = None,
         count_to: Path | None = None,
+        is_pipe_dead: bool = False,
     ) -> Run:
         """Begin ``python -m clipcore.train`` with these arguments.
 
@@ -115,10 +116,12 @@ class RunServer:
             signal_at: (number, signal): the run sends itself this signal at its event of this number; what an event is,
                 programs/train_server.py says.
             count_to: a file for the number of the run's events.
+            is_pipe_dead: print into a pipe that nobody reads, in place of ``output``.
         """
         output.write_text("")
         request: dict[str, Any] = {"argv": [str(a) for a in arguments], "output": str(output)}
         request |= {"signal_at": signal_at, "count_to": str(count_to) if count_to else None}
+        request |= {"is_pipe_dead": is_pipe_dead}
         run = Run(self._ask(request)["pid"], output, self)
         self._started.append(run)
         return run

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from runs import PROGRAMS, ROOT
 from shards import write_csv, write_shards
 
-from clipcore.data import BadSample, DataError, Pair, loader
+from clipcore.data import BadSample, DataError, Pair, WorkerLostError, loader
 from clipcore.data.loader import Batch, PairLoader, eval_batches, trim_tokens
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.sources import PairSource, open_source
@@ -359,3 +360,33 @@ def test_loaders_leave_no_process_and_no_file_behind(sources):
     for _ in range(3):
         use()
     assert state() == before
+
+
+def test_a_killed_worker_is_noticed_where_its_batch_is_due():
+    """Not by an error in the middle of whatever this process computes meanwhile."""
+    loader = make(Pictures(64), workers=2)
+    batches = loader.batches()
+    first = take(batches, 1)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    workers = [int(n) for n in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    for pid in workers[-2:]:
+        os.kill(pid, signal.SIGKILL)
+    torch.ones(100, 100) @ torch.ones(100, 100)
+    with pytest.raises(WorkerLostError, match=r"was killed, .*fewer --workers"):
+        for batch in batches:
+            first.append(batch)
+    # The one that is missing, and all before it, are what they would have been.
+    first.append(loader.batch(len(first)))
+    assert_same(first, take(make(Pictures(64)).batches(), len(first)))
+
+
+class Failing(Pictures):
+    """A source with a fault of its own, which is not a worker's end."""
+
+    def __getitem__(self, index: int) -> Pair:
+        raise RuntimeError("a fault of the source")
+
+
+def test_an_error_in_a_worker_is_that_error():
+    with pytest.raises(RuntimeError, match="a fault of the source"):
+        take(make(Failing(64), workers=1).batches(), 1)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,19 +127,28 @@ def test_another_global_batch_is_refused(table, tmp_path):
         launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
 
 
-@pytest.mark.parametrize("to_launcher", [True, False])
-def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
-    """On a disk so slow that rank 0 still writes its checkpoint when torchrun could signal once more: because it has had
-    the signal as well, or, with every further signal taken for a second one, because another rank has ended."""
-    shutil.copy(PROGRAMS / "slow_disk.py", tmp_path / "sitecustomize.py")
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and not yet waited for."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextlib.contextmanager
+def two_ranks(
+    tmp_path: Path, table: Path, *more: str, **given: str
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a long run that saves nothing by itself; yield torchrun and its ranks once they train.
+
+    Args:
+        given: environment variables.
+    """
     command = [*TORCHRUN, "2", "-m", "--", "clipcore.train", "--logs", str(tmp_path), "--name", "r"]
     command += ["--train-data", str(table), *NANO, "--batch-size", "4", "--epochs", "100000"]
-    command += ["--save-frequency", "0"]
-    given = {"MARKS": str(tmp_path), "REPEAT_S": "3600" if to_launcher else "0"}
+    command += ["--save-frequency", "0", *more]
     environment = {**os.environ, **given, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env={**environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
@@ -151,30 +161,54 @@ def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
 
         try:
             wait_until(is_training, "steps")
-            # The ranks first: torchrun has put them into process groups of their own.
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
-            ranks = [int(pid) for pid in children.split()]
+            ranks = children(run.pid)
             assert len(ranks) == 2
-            for pid in ranks:
-                os.kill(pid, signal.SIGTERM)
-            wait_until((tmp_path / "writing").exists, "checkpoint in writing")
-            if to_launcher:
-                run.send_signal(signal.SIGTERM)
-                wait_until((tmp_path / "0.2").exists, "second signal to rank 0")
-            else:
-                # Rank 1 has nothing left to do, and stays: torchrun would take its end for the run's.
-                wait_until((tmp_path / "barrier.1").exists, "rank 1 at the barrier")
-            (tmp_path / "go").touch()
-            said, _ = run.communicate()
+            yield run, ranks
         except BaseException:
             for pid in [run.pid, *ranks]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             raise
-    steps, _ = read_metrics(tmp_path / "r")
-    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+
+
+def assert_last_step_was_saved(run_dir: Path, said: str) -> None:
+    steps, _ = read_metrics(run_dir)
+    newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}", said
     assert "go on with: python -m clipcore.train --resume" in said
+
+
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
+    """On a disk so slow that rank 0 still writes its checkpoint when torchrun could signal once more: because it has had
+    the signal as well, or, with every further signal taken for a second one, because another rank has ended."""
+    shutil.copy(PROGRAMS / "slow_disk.py", tmp_path / "sitecustomize.py")
+    given = {"MARKS": str(tmp_path), "REPEAT_S": "3600" if to_launcher else "0"}
+    with two_ranks(tmp_path, table, **given) as (run, ranks):
+        # The ranks first: torchrun has put them into process groups of their own.
+        for pid in ranks:
+            os.kill(pid, signal.SIGTERM)
+        wait_until((tmp_path / "writing").exists, "checkpoint in writing")
+        if to_launcher:
+            run.send_signal(signal.SIGTERM)
+            wait_until((tmp_path / "0.2").exists, "second signal to rank 0")
+        else:
+            # Rank 1 has nothing left to do, and stays: torchrun would take its end for the run's.
+            wait_until((tmp_path / "barrier.1").exists, "rank 1 at the barrier")
+        (tmp_path / "go").touch()
+        said, _ = run.communicate()
+    assert_last_step_was_saved(tmp_path / "r", said)
+
+
+def test_the_worker_of_one_rank_is_killed_and_both_save(table, tmp_path):
+    with two_ranks(tmp_path, table, "--workers", "1") as (run, ranks):
+        (worker,) = children(ranks[1])
+        os.kill(worker, signal.SIGKILL)
+        said, _ = run.communicate()
+    assert run.returncode != 0
+    assert said.count("clipcore.train: stopped: a process that reads data was killed") == 1, said
+    assert "exitcode  : 4" in said and "clipcore.train: rank" not in said, said
+    assert_last_step_was_saved(tmp_path / "r", said)
 
 
 def test_two_ranks_give_the_same_bits_every_time(table, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -394,12 +395,19 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
 
     try:
         yield from parts
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # What a worker had announced and can no longer hand over is an error of the connection to it.
+        ends = _ends(getattr(parts, "_workers", []))
+        is_lost = "DataLoader worker (pid" in str(error) or any(end is not None for end in ends)
+        if not is_lost:
             raise
-        # The loader keeps its processes under a name of its own.
-        ends = [process.exitcode for process in getattr(parts, "_workers", [])]
         raise WorkerLostError(_how_lost(ends)) from None
+
+
+def _ends(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int | None]:
+    """Return the exit statuses of processes, None of those that live; one that is just ending is waited for."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.5)
+    return [process.exitcode for process in processes]
 
 
 def _how_lost(ends: Iterable[int | None]) -> str:

@@ -1,0 +1,357 @@
+"""What a resumed run trusts and what it refuses: lock, log, settings, tensors that are not finite, lost workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from runs import NANO, ROOT, RunServer, assert_same_bits, wait_until
+from shards import write_csv
+from torch import Tensor
+
+from clipcore import train
+from clipcore.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    run_lock,
+    save_checkpoint,
+)
+from clipcore.config import ConfigError, TrainConfig
+from clipcore.distributed import World
+from clipcore.logbook import read_metrics
+from clipcore.run_state import first_fault, newest_sound, resumed_config
+
+ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("table"), num_pairs=40)
+
+
+def flags(logs: Path, table: Path, *more: str, name: str = "r", epochs: int = 1) -> list[str]:
+    """The command line of a run of five steps an epoch that saves each."""
+    line = ["--logs", str(logs), "--name", name, "--train-data", str(table), *NANO]
+    return [
+        *line,
+        *f"--batch-size 8 --epochs {epochs} --lr 1e-3 --save-every-steps 1 --ema-decay 0.9".split(),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Iterator[Path]:
+    """The logs folder of a run ``r`` of one epoch, to be copied; with checkpoints 3, 4 and 5."""
+    logs = tmp_path_factory.mktemp("logs")
+    server = RunServer()
+    status, text = server.run(flags(logs, table), logs / "out")
+    server.close()
+    assert status == 0, text
+    yield logs
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A run's folder of the test's own."""
+    return shutil.copytree(finished / "r", tmp_path / "r")
+
+
+def one_line(text: str) -> str:
+    """The one line of an error in what a run wrote, which holds no traceback."""
+    assert "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if "error:" in line or "stopped:" in line]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+# Output that nobody reads.
+
+
+def test_a_dead_pipe_costs_no_step(server, table, tmp_path):
+    line = flags(tmp_path, table, "--resume", "latest", name="piped", epochs=4)
+    line.remove("--quiet")
+    events = server.counted(flags(tmp_path, table, name="straight", epochs=4), tmp_path / "out")
+    moments = random.Random(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        at = moments.randrange(events // 10, events // 5)
+        run = server.start(line, tmp_path / "b", signal_at=(at, number), is_pipe_dead=True)
+        assert run.wait() == 128 + number
+    run = server.start(line, tmp_path / "b", is_pipe_dead=True)
+    assert run.wait() == 0
+    assert_same_bits(tmp_path / "straight", tmp_path / "piped")
+
+
+def test_a_closed_terminal_saves(table, tmp_path):
+    """The kernel sends SIGHUP, and every write to the terminal fails from then on."""
+    line = flags(tmp_path, table, epochs=10_000)
+    line[line.index("--save-every-steps") + 1] = "1000000"
+    line.remove("--quiet")
+    pid, terminal = pty.fork()
+    if not pid:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "clipcore.train", *line], environment)
+    log = tmp_path / "r" / "metrics.jsonl"
+    with open(os.devnull, "wb") as sink:
+        reader = subprocess.Popen(["cat"], stdin=terminal, stdout=sink, stderr=sink)
+        wait_until(lambda: log.exists() and log.stat().st_size > 0, "step")
+        os.close(terminal)
+        reader.kill()
+        reader.wait()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    steps, _ = read_metrics(tmp_path / "r")
+    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None and newest.name == f"step_{steps[-1]['step']:08d}"
+
+
+# The lock.
+
+
+def test_nothing_in_a_run_is_read_before_its_lock_is_held(finished, tmp_path, monkeypatch, capfd):
+    run = copied(finished, tmp_path)
+
+    def find(*_: object) -> None:
+        with pytest.raises(CheckpointError, match="this process"), run_lock(run):
+            pass
+        raise ConfigError("it was locked")
+
+    monkeypatch.setattr(train, "find_checkpoint", find)
+    for resume in ("latest", str(run), str(run / "checkpoints" / "step_00000004")):
+        assert train.main(["--logs", str(tmp_path), "--resume", resume]) == 2
+        assert "it was locked" in capfd.readouterr().err
+
+
+def test_a_run_that_is_being_written_is_left_alone(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    before = {path: path.stat() for path in run.rglob("*")}
+    with run_lock(run):
+        before[run / ".lock"] = (run / ".lock").stat()
+        status, text = server.run(["--resume", str(run), "--epochs", "2"], tmp_path / "out")
+    assert status == 2 and "another run is writing" in one_line(text)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == {
+        path: stat.st_mtime_ns for path, stat in before.items()
+    }
+
+
+# The log.
+
+
+def test_a_log_with_a_hole_is_not_gone_on_with(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    path = run / "metrics.jsonl"
+    content = path.read_bytes()
+    for changed in (None, content[: len(content) // 2]):
+        path.unlink()
+        if changed is not None:
+            path.write_bytes(changed)
+        status, text = server.run(["--resume", str(run), "--epochs", "2"], tmp_path / "out")
+        assert status == 2 and "metrics.jsonl" in one_line(text) and "--new-log" in one_line(text)
+        assert (path.read_bytes() if path.exists() else None) == changed
+        path.write_bytes(content)
+
+    # The remedy works, says so, keeps what was there, and is needed once.
+    path.write_bytes(changed)
+    status, text = server.run(
+        ["--resume", str(run), "--epochs", "2", "--new-log"], tmp_path / "out"
+    )
+    assert status == 0 and "begins behind step 5" in text, text
+    assert (run / "metrics.jsonl.old").read_bytes() == changed
+    status, text = server.run(["--resume", str(run), "--epochs", "3"], tmp_path / "out")
+    assert status == 0, text
+    assert [row["step"] for row in read_metrics(run)[0]] == list(range(6, 16))
+
+
+# Which run, and with which settings.
+
+
+def test_latest_is_never_another_run_because_the_newest_is_damaged(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    older = shutil.copytree(run, tmp_path / "older")
+    for number, path in enumerate([*older.glob("checkpoints/*"), *run.glob("checkpoints/*")]):
+        os.utime(path, (number + 1, number + 1))
+    for path in run.glob("checkpoints/*/manifest.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+        os.utime(path.parent, (1000, 1000))
+    status, text = server.run(
+        ["--logs", str(tmp_path), "--resume", "latest", "--epochs", "2"], tmp_path / "out"
+    )
+    assert status == 2 and f"no checkpoint in {run}/checkpoints can be loaded" in one_line(text)
+
+    # Nor is it begun anew, over its own log.
+    log = (run / "metrics.jsonl").read_bytes()
+    status, text = server.run(["--logs", str(tmp_path), "--name", "r"], tmp_path / "out")
+    assert status == 2 and "has checkpoints already" in one_line(text)
+    assert (run / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_without_a_checkpoint_yet_goes_on_with_its_settings(server, table, tmp_path):
+    line = flags(tmp_path, table, epochs=2)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    straight = (tmp_path / "r").rename(tmp_path / "straight")
+    (tmp_path / "r").mkdir()
+    shutil.copy(straight / "config.json", tmp_path / "r")
+    status, text = server.run(
+        ["--logs", str(tmp_path), "--name", "r", "--resume", "latest"], tmp_path / "out"
+    )
+    assert status == 0, text
+    assert_same_bits(straight, tmp_path / "r")
+
+
+def test_folders_that_are_no_runs_are_passed_over_aloud(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "checkpoints").write_text("a file")
+    (tmp_path / "file").write_text("")
+    status, text = server.run(
+        ["--logs", str(tmp_path), "--resume", "latest", "--epochs", "2"], tmp_path / "out"
+    )
+    assert status == 0, text
+    assert f"passed over {tmp_path / 'notes'}" in text and f"writing to {run}" in text
+
+
+def test_settings_that_cannot_be_read_are_named(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    for content in ("", "[]", '{"epochs": ', "[" * 100_000):
+        (run / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=f"{run}/config.json"):
+            resumed_config(run, TrainConfig(), frozenset(), ALONE)
+    status, text = server.run(["--resume", str(run)], tmp_path / "out")
+    assert status == 2 and f"{run}/config.json" in one_line(text)
+
+
+def test_a_path_that_is_no_run_is_named_and_left_alone(server, tmp_path):
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    for path, said in (("none", "does not exist"), ("a/b/c", "is neither the folder of a run nor")):
+        status, text = server.run(["--resume", str(tmp_path / path)], tmp_path / "out")
+        assert status == 2 and said in one_line(text), text
+    assert not list(tmp_path.rglob(".lock"))
+
+
+# Tensors that no step can go on from.
+
+
+def put(value: float) -> Callable[[Tensor], Tensor]:
+    """Write a value into one element."""
+
+    def edit(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return edit
+
+
+EDITS = {
+    "weight": ("model", "visual.proj", put(float("inf"))),
+    "average": ("ema", "text_projection", put(float("nan"))),
+    "moment": ("optimizer", "visual.proj.exp_avg", put(float("nan"))),
+    "second moment": ("optimizer", "visual.proj.exp_avg_sq", put(float("-inf"))),
+    "negative second moment": ("optimizer", "logit_scale.exp_avg_sq", put(-1.0)),
+    "negative step": ("optimizer", "text_projection.step", put(-3.0)),
+}
+
+
+def edited(run: Path, what: str) -> str:
+    """Put a fault into the newest checkpoint of a run; return what is to be said of it."""
+    found = load_checkpoint(run / "checkpoints" / "step_00000005")
+    group, name, edit = EDITS[what]
+    groups = {key: dict(tensors) for key, tensors in found.tensors.items()}
+    groups[group][name] = edit(groups[group][name])
+    save_checkpoint(run / "checkpoints", 5, groups, found.state)
+    return f"{group}: {name} is {'negative' if what.startswith('negative') else 'not finite'}"
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_state_that_no_step_can_go_on_from_is_seen(finished, tmp_path, what):
+    run = copied(finished, tmp_path)
+    newest = run / "checkpoints" / "step_00000005"
+    assert first_fault(load_checkpoint(newest).tensors) is None
+    assert newest_sound(run / "checkpoints") == newest
+    said = edited(run, what)
+    assert first_fault(load_checkpoint(newest).tensors) == said
+    assert newest_sound(run / "checkpoints") == newest.with_name("step_00000004")
+
+
+@pytest.mark.parametrize("what", ["average", "negative second moment"])
+def test_a_faulty_checkpoint_is_refused_and_the_finite_one_named(server, finished, tmp_path, what):
+    run = copied(finished, tmp_path)
+    said = edited(run, what)
+    status, text = server.run(["--resume", str(run), "--epochs", "2"], tmp_path / "out")
+    assert status == 2 and said in one_line(text), text
+    way_on = one_line(text).partition("then python -m clipcore.train ")[2].split()
+    assert way_on == ["--resume", str(run / "checkpoints" / "step_00000004")]
+    status, text = server.run([*way_on, "--epochs", "2"], tmp_path / "out")
+    assert status == 0, text
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(server, finished, tmp_path):
+    """Also after the last step, where no later loss would show it."""
+    run = copied(finished, tmp_path)
+    report = (run / "report.html").read_bytes()
+    line = ["--resume", str(run), "--epochs", "2", "--train-num-samples", "24"]  # six steps of 8
+    status, text = server.run([*line, "--lr", "1e38", "--wd", "1e38"], tmp_path / "out")
+    error = one_line(text)
+    assert status == 1 and "step 6 was not saved: model: " in error, text
+    assert "newest checkpoint that is finite is step_00000005" in error
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == [f"step_0000000{n}" for n in (3, 4, 5)]
+    assert (run / "report.html").read_bytes() == report
+
+
+def test_a_loss_that_is_not_finite_names_the_finite_checkpoint(server, finished, tmp_path):
+    """The newest checkpoint is finite here, and its next loss is not: its scale is as large as a number can be."""
+    run = copied(finished, tmp_path)
+    found = load_checkpoint(run / "checkpoints" / "step_00000005")
+    groups = {key: dict(tensors) for key, tensors in found.tensors.items()}
+    groups["model"]["logit_scale"] = torch.tensor(1e4)
+    save_checkpoint(run / "checkpoints", 5, groups, found.state)
+    status, text = server.run(["--resume", str(run), "--epochs", "2"], tmp_path / "out")
+    assert status == 1 and "step 6 is not finite" in one_line(text)
+    assert "the newest checkpoint that is finite is step_00000005" in one_line(text)
+
+
+# Workers.
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and not yet waited for."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def test_a_killed_worker_costs_no_step(server, table, tmp_path):
+    # A schedule that does not depend on the length of the run.
+    constant = ["--lr-scheduler", "const", "--warmup", "0"]
+    line = flags(tmp_path, table, "--workers", "1", *constant, epochs=10_000)
+    line[line.index("--save-every-steps") + 1] = "1000000"
+    run = server.start(line, tmp_path / "out")
+    log = tmp_path / "r" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size > 0, "step")
+    (worker,) = children(run.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert run.wait() == train.WORKER_LOST_STATUS
+    assert "was killed, most often for want of memory; use fewer --workers" in one_line(run.text)
+    assert "go on with: python -m clipcore.train --resume" in run.text
+    done = [row["step"] for row in read_metrics(tmp_path / "r")[0]][-1]
+    newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert newest is not None and newest.name == f"step_{done:08d}"
+
+    # To the bits of a run that lost none.
+    end = ["--epochs", str(done // 5 + 1)]
+    status, text = server.run(["--resume", str(tmp_path / "r"), *end], tmp_path / "out")
+    assert status == 0, text
+    line[line.index("--name") + 1] = "straight"
+    status, text = server.run([*line, *end], tmp_path / "out")
+    assert status == 0, text
+    assert_same_bits(tmp_path / "straight", tmp_path / "r")
