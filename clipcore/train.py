@@ -57,7 +57,14 @@ from clipcore.distributed import (
 from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.grad_cache import Found
 from clipcore.interrupt import REPEAT_S, Interrupt
-from clipcore.logbook import Logbook, LogMark, PartClock, compare_log, set_log_aside
+from clipcore.logbook import (
+    Logbook,
+    LogError,
+    LogMark,
+    PartClock,
+    compare_log,
+    set_log_aside,
+)
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP, create_model_and_transforms
 from clipcore.optim import (
@@ -135,8 +142,9 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         memory.keep_freed()
 
     # Log
+    mark = LogMark()
     if checkpoint is not None and world.is_main:
-        begin_log(run_dir, checkpoint, config.new_log, world)
+        mark = continue_log(run_dir, checkpoint, config.new_log, world)
 
     # Data
     tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
@@ -222,8 +230,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
-        if config.new_log:
-            state.log_mark = LogMark()
+        state.log_mark = mark
         check_state(state, run_dir, f"{checkpoint.path} cannot be gone on with", CheckpointError)
     del checkpoint  # its files stay open, and on the disk, for as long as it is there
     if config.profile:
@@ -284,9 +291,10 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             try:
                 batch = next(batches)
             except WorkerLostError as error:
-                # What is there is safe before this process reads the batch itself, so that all ranks finish the step.
                 lost = error
-                if world.is_main and not is_split and step > first_step:
+                # Saved before this process, whose memory may be short too, reads the batch, and all ranks finish the step.
+                is_whole = world.is_main and not is_split and step > first_step
+                if is_whole and state.first_fault() is None:
                     save(state, run_dir, config, log)
                 batch = loader.batch(step)
             clock.charge("data")
@@ -383,18 +391,26 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     return status
 
 
-def begin_log(run_dir: Path, checkpoint: Checkpoint, anew: bool, world: World) -> None:
-    """Compare metrics.jsonl with what the checkpoint says of it, or set it aside.
+def continue_log(run_dir: Path, checkpoint: Checkpoint, may_begin: bool, world: World) -> LogMark:
+    """Return from where metrics.jsonl goes on: the checkpoint's mark, or the beginning of a new one.
+
+    Args:
+        may_begin: set a metrics.jsonl that is not as the checkpoint left it aside, and begin a new one.
 
     Raises:
-        LogError: it is missing, shorter or changed, and is not to be set aside.
+        LogError: it is not as the checkpoint left it, and may not be set aside.
     """
-    if not anew:
-        compare_log(run_dir, log_mark(checkpoint))
-        return
-    aside = set_log_aside(run_dir)
-    kept = f", and the one so far is kept as {aside}" if aside is not None else ""
-    world.say(f"--new-log: metrics.jsonl begins behind step {checkpoint.step}{kept}")
+    mark = log_mark(checkpoint)
+    try:
+        compare_log(run_dir, mark)
+    except LogError:
+        if not may_begin:
+            raise
+        aside = set_log_aside(run_dir)
+        kept = f"; what was there is {aside}" if aside is not None else ""
+        world.say(f"--new-log: metrics.jsonl begins behind step {checkpoint.step}{kept}")
+        return LogMark()
+    return mark
 
 
 def save(state: RunState, run_dir: Path, config: TrainConfig, log: Logbook) -> None:

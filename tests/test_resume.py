@@ -166,8 +166,9 @@ def test_a_log_with_a_hole_is_not_gone_on_with(server, finished, tmp_path):
     )
     assert status == 0 and "begins behind step 5" in text, text
     assert (run / "metrics.jsonl.old").read_bytes() == changed
-    status, text = server.run(["--resume", str(run), "--epochs", "3"], tmp_path / "out")
-    assert status == 0, text
+    line = ["--resume", str(run), "--epochs", "3", "--new-log"]  # a log that is whole stays
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0 and "begins behind" not in text, text
     assert [row["step"] for row in read_metrics(run)[0]] == list(range(6, 16))
 
 
