@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipcore.files import sync_directory
+from clipcore.files import make_directory, sync_directory
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ def save_checkpoint(
 
     def begin() -> None:
         with _told(directory, step, tensors):
-            _make_directory(directory)
+            make_directory(directory)
             _remove_leftovers(directory)
             os.mkdir(temporary)
 
@@ -282,14 +282,6 @@ def _manifest_text(fields: Mapping[str, Any]) -> bytes:
     body = json.dumps(fields, sort_keys=True).encode()
     signed = {**fields, "sha256": hashlib.sha256(body).hexdigest()}
     return (json.dumps(signed, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _make_directory(directory: Path) -> None:
-    """Makes a directory, and puts its name on the disk."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        sync_directory(path.parent)
 
 
 def _commit(temporary: Path, final: Path) -> None:

@@ -16,7 +16,8 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         OSError: the content cannot be written; the old one is untouched.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    # A name of this process's own: the directory may have several writers.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -25,15 +26,22 @@ def write_durably(path: Path, content: bytes) -> None:
         with open(descriptor, "wb", closefd=False) as file:
             file.write(content)
         os.fsync(descriptor)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     finally:
         os.close(descriptor)
-
-    temporary.replace(path)
     sync_directory(path.parent)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents where they are missing, and put their names on the disk."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -24,7 +24,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
+from clipcore.files import write_durably
 from clipcore.terminal import steady_output
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -166,24 +166,17 @@ class Tokenizer:
             raise VocabularyError(f"{path}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary, gzipped, in the format of OpenAI's file; the same bytes every time.
+        """Write the vocabulary, gzipped, in the format of OpenAI's file; the same bytes every time.
 
         Raises:
             VocabularyError: the file cannot be written.
         """
         # No newline at the end: open_clip would take the empty line after it for a merge.
         text = "\n".join(["#version: 0.2 clipcore", *self._merge_lines()])
-        target = Path(path)
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(gzip.compress(text.encode(), mtime=0))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(target)
+            write_durably(Path(path), gzip.compress(text.encode(), mtime=0))
         except OSError as error:
-            raise VocabularyError(f"cannot write {target}: {error.strerror}") from error
+            raise VocabularyError(f"cannot write {path}: {error.strerror}") from error
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# CLIP's tree takes less than a megabyte; this is far beyond any model's.
-_MAX_TREE_BYTES = 64 << 20
-_MAX_TENSORS = 100_000
+# Several times what the largest CLIP has. They bound what a hostile archive can cost beside its tensors: about a second, and
+# 256 MB.
+_MAX_TREE_BYTES = 8 << 20
+_MAX_OPCODES = 500_000
+_MAX_ATTRIBUTES = 100_000
 _MAX_DEPTH = 64
+_MAX_NAME_LENGTH = 1_024
+# Of a tensor, as in most of torch's own kernels.
+_MAX_DIMENSIONS = 64
+# Size of all tensors together, of which several may be parts of one storage, by that of the archive.
+_MAX_COPIES = 4
 
 _DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -43,11 +50,26 @@ _DTYPES = {
 }
 
 
+# Lines of a class's code: its head, its members, and the function that makes it of what data.pkl keeps.
+_DECLARATION = re.compile(
+    r"^class (?P<class>\w+)\((?P<base>\w*)\)|^  __(?:parameters|buffers)__ = \[(?P<names>.*)\]"
+    r"|^  def __setstate__\(",
+    re.MULTILINE,
+)
+
+
 class TorchScriptError(ValueError):
-    """The archive is damaged, or holds what no weights need; the message says what."""
+    """The archive is damaged, or holds what no weights need; the message says what, in one line.
+
+    Args:
+        message: may quote names of the archive, which may be anything.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:300]))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Record:
     """An object of a class in the archive, or the result of a function that it names; neither is made or called.
 
@@ -73,13 +95,15 @@ class _Mark:
 
 @dataclass
 class _Members:
-    """Names that the code of a class declares.
+    """What the code of a module's class declares.
 
     Attributes:
-        tensors: its parameters and buffers.
+        tensors: names of its parameters and buffers.
+        has_own_form: its attributes are kept as its own code wants them, not by name.
     """
 
     tensors: list[str] = field(default_factory=list)
+    has_own_form: bool = False
 
 
 def is_torchscript(path: Path) -> bool:
@@ -101,9 +125,13 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            archive = _Archive(file, path.stat().st_size)
+            size = path.stat().st_size
+            archive = _Archive(file, size)
             root = _read_tree(archive.read("data.pkl", _MAX_TREE_BYTES), archive.storage)
-            return dict(_tensors(root, archive.classes()))
+            tensors = dict(_tensors(root, archive.classes(), _MAX_COPIES * size))
+            if not tensors:
+                raise TorchScriptError("it holds no weights")
+            return tensors
     except TorchScriptError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
@@ -121,7 +149,9 @@ class _Archive:
     def __init__(self, file: zipfile.ZipFile, size: int) -> None:
         self._file = file
         self._infos = {info.filename: info for info in file.infolist()}
-        roots = {name.partition("/")[0] for name in self._infos if name.count("/") == 1}
+        if len(self._infos) != len(file.infolist()):
+            raise TorchScriptError("it has two records of one name")
+        roots = {name.partition("/")[0] for name in self._infos}
         if len(roots) != 1:
             raise TorchScriptError("its records lie in several folders")
         (self._root,) = roots
@@ -129,9 +159,9 @@ class _Archive:
         # TorchScript compresses code alone. A compressed record of weights could be a thousand times its file.
         stored_bytes = 0
         for name, info in zip(self._names(), self._infos.values(), strict=True):
-            if info.compress_type == zipfile.ZIP_STORED:
-                stored_bytes += info.file_size
-            elif not name.startswith("code/"):
+            stored_bytes += info.compress_size
+            is_code = name.startswith("code/") and info.compress_type == zipfile.ZIP_DEFLATED
+            if info.compress_type != zipfile.ZIP_STORED and not is_code:
                 raise TorchScriptError(f"its record {name} is compressed")
         if stored_bytes > size:
             raise TorchScriptError("its records overlap")
@@ -152,7 +182,9 @@ class _Archive:
             raise TorchScriptError(f"it has no record {name}")
         if most_bytes is not None and info.file_size > most_bytes:
             raise TorchScriptError(f"its record {name} has {info.file_size:,} bytes")
-        return self._file.read(info)
+        with self._file.open(info) as record:
+            # Without a number, all of it would be inflated, however little it says that it holds.
+            return record.read(info.file_size)
 
     def storage(self, dtype: torch.dtype, key: str, num_elements: int) -> Tensor:
         """Return the elements [num_elements] that several tensors may share, read once."""
@@ -179,13 +211,15 @@ class _Archive:
             members = _Members()
             content = self.read(name, left_bytes)
             left_bytes -= len(content)
-            for line in content.decode("utf-8", "replace").splitlines():
-                if (begin := re.match(r"class (\w+)\(", line)) is not None:
-                    members = classes.setdefault(f"{module}.{begin[1]}", _Members())
-                elif (
-                    declared := re.match(r"  __(?:parameters|buffers)__ = \[(.*)\]", line)
-                ) is not None:
-                    members.tensors += re.findall(r'"([^"]+)"', declared[1])
+            for declared in _DECLARATION.finditer(content.decode("utf-8", "replace")):
+                if declared["class"] is not None:
+                    members = _Members()
+                    if declared["base"] == "Module":
+                        members = classes.setdefault(f"{module}.{declared['class']}", members)
+                elif declared["names"] is not None:
+                    members.tensors += re.findall(r'"([^"]+)"', declared["names"])
+                else:
+                    members.has_own_form = True
         return classes
 
 
@@ -216,7 +250,9 @@ def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor
 
     try:
         argument: Any
-        for opcode, argument, _ in pickletools.genops(pickled):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+            if number >= _MAX_OPCODES:
+                raise TorchScriptError("its data.pkl makes too many objects")
             match opcode.name:
                 case "PROTO":
                     pass
@@ -249,10 +285,10 @@ def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor
                     stack.append({})
                 case "SETITEM":
                     key, value = pop(2)
-                    _of_type(dict, stack[-1])[key] = value
+                    _of_type(dict, stack[-1])[_key(key)] = value
                 case "SETITEMS":
                     values = pop_group()
-                    pairs = zip(values[::2], values[1::2], strict=True)
+                    pairs = zip(map(_key, values[::2]), values[1::2], strict=True)
                     _of_type(dict, stack[-1]).update(pairs)
                 case "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
@@ -293,9 +329,18 @@ def _of_type(kind: type[Any], value: object) -> Any:
     return value
 
 
+def _key(value: object) -> object:
+    """Return the value, which has to be a key that TorchScript knows; to hash a tuple of tuples may take forever."""
+    if not isinstance(value, str | int | float | Tensor | _Record):
+        raise TypeError(type(value).__name__)
+    return value
+
+
 def _result(function: str, arguments: tuple[Any, ...]) -> object:
     """Return what a function that TorchScript's pickler names would have made."""
     if function == "torch._utils._rebuild_tensor_v2":
+        if any(_of_type(tuple, arguments)[6:]):
+            raise TorchScriptError("a tensor of it is to be negated or conjugated")
         return _tensor(*arguments[:4])
     if function == "collections.OrderedDict" and not arguments:
         return {}
@@ -315,11 +360,11 @@ def _tensor(
         offset: of the tensor's first element.
         shape, strides: of the tensor, strides in elements.
     """
-    numbers = (offset, *shape, *strides)
     if (
         not isinstance(stored, Tensor)
-        or len(shape) != len(strides)
-        or any(type(number) is not int or number < 0 for number in numbers)
+        or len(_of_type(tuple, shape)) != len(_of_type(tuple, strides))
+        or len(shape) > _MAX_DIMENSIONS
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides))
     ):
         raise TypeError("not a tensor")
 
@@ -327,37 +372,48 @@ def _tensor(
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     # A stride of 0 would make terabytes of one element.
     if num_elements > stored.numel() or (num_elements and last >= stored.numel()):
-        raise TorchScriptError("a tensor of its is larger than its storage")
+        raise TorchScriptError("a tensor of it is larger than its storage")
     return stored.as_strided(shape, strides, offset) if num_elements else stored.new_empty(shape)
 
 
-def _tensors(root: object, classes: Mapping[str, _Members]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a tree of modules with their names, those of a module before its children's."""
-    number = 0
+def _tensors(
+    root: object, classes: Mapping[str, _Members], most_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a tree of modules with their names, those of a module before its children's.
+
+    Args:
+        root: the outermost module.
+        classes: what the code declares, by the full name of the class.
+        most_bytes: that the tensors may take together.
+    """
+    number, num_bytes = 0, 0
     pending: list[tuple[str, object, int]] = [("", root, 0)]
     while pending:
         prefix, module, depth = pending.pop()
-        if not isinstance(module, _Record) or not module.kind.startswith("__torch__."):
+        # An attribute may be an object of the archive and no module, such as a member of an enumeration.
+        if not isinstance(module, _Record) or (members := classes.get(module.kind)) is None:
             continue
-        if not isinstance(module.content, dict):
+        if not isinstance(module.content, dict) or members.has_own_form:
             raise TorchScriptError(
                 f"its module {prefix.rstrip('.') or module.kind} keeps its weights in a form of its own, which only its "
                 "own code could read"
             )
 
-        members = classes.get(module.kind, _Members())
+        # A tree that refers to one of its parts twice at every level would have no end.
+        number += 1 + len(members.tensors) + len(module.content)
+        if number > _MAX_ATTRIBUTES or depth > _MAX_DEPTH or len(prefix) > _MAX_NAME_LENGTH:
+            raise TorchScriptError("its modules contain each other")
         for name in members.tensors:
             value = module.content.get(name)
             if value is None:  # such as the bias of a layer that has none
                 continue
             if not isinstance(value, Tensor):
                 raise TorchScriptError(f"its {prefix}{name} is no dense tensor")
+            num_bytes += value.nbytes
+            if num_bytes > most_bytes:
+                raise TorchScriptError("its tensors are larger than its records")
             yield f"{prefix}{name}", value.clone()
 
         children = [(n, value) for n, value in module.content.items() if isinstance(value, _Record)]
-        number += len(members.tensors) + len(children)
-        # A tree that refers to one of its parts twice at every level would have no end.
-        if number > _MAX_TENSORS or depth > _MAX_DEPTH:
-            raise TorchScriptError("its modules contain each other")
         for name, child in reversed(children):
             pending.append((f"{prefix}{name}.", child, depth + 1))

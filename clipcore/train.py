@@ -55,6 +55,7 @@ from clipcore.distributed import (
     is_main,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.files import make_directory
 from clipcore.grad_cache import Found
 from clipcore.interrupt import REPEAT_S, Interrupt
 from clipcore.logbook import (
@@ -121,7 +122,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         if world.is_main:
             run_dir = find_run(config, launch_id(), world.say)
             run_dir = run_dir or new_run_dir(in_global_batches(resolve(config), world.world_size))
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_directory(run_dir)
             # Before anything in it is read: another run that is still writing there could commit a step behind our back.
             stack.enter_context(run_lock(run_dir))
         return train_in(Path(broadcast_object(str(run_dir))), config, given, world)

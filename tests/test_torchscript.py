@@ -342,10 +342,13 @@ def call(module: str, name: str, *arguments: bytes) -> bytes:
 
 
 def storage(
-    kind: str = "FloatStorage", key: bytes = scalar("0"), number: bool | int | float = 4
+    kind: str = "FloatStorage",
+    key: bytes = scalar("0"),
+    number: bool | int | float = 4,
+    what: str = "storage",
 ) -> bytes:
     """Return the opcodes of a record's elements; ``archive`` has four float32 in data/0."""
-    parts = scalar("storage"), named("torch", kind), key, scalar("cpu"), scalar(number)
+    parts = scalar(what), named("torch", kind), key, scalar("cpu"), scalar(number)
     return tuple_of(*parts) + pickle.BINPERSID
 
 
@@ -639,6 +642,7 @@ HOSTILE_WEIGHTS = {
     "wide elements": tensor(stored=storage("DoubleStorage")),
     "elements of no known type": tensor(stored=storage("ComplexFloatStorage", number=2)),
     "a function for a type": tensor(stored=storage("load")),
+    "a module for a storage": tensor(stored=storage(what="module")),
     "a missing record": tensor(stored=storage(key=scalar("1"))),
     "a record elsewhere": tensor(stored=storage(key=scalar("../../precious"))),
     "a number for a key": tensor(stored=storage(key=scalar(0))),
@@ -664,7 +668,7 @@ HOSTILE_MODULES = {
     "twice in each other, 40 levels": tower(40, {}),
     "twice in each other, with weights": tower(16, {"w": tensor()}),
     "twice in each other, with attributes": tower(
-        12, {f"x{index}": pickle.NONE for index in range(100)}
+        12, {"w": tensor(), **{f"x{index}": pickle.NONE for index in range(100)}}
     ),
     "a child of two lines": module({"a\nb\x1b[2J": module({"w": scalar(3)})}),
     "a child with an endless name": module({"a" * 100_000: GOOD}),
@@ -779,6 +783,9 @@ HOSTILE_ARCHIVES: dict[str, Callable[[], bytes]] = {
     "code by an unknown method": lambda: archive(GOOD, Entry("m/code/b.py", b"a", 93)),
     "weights by an unknown method": lambda: archive(GOOD, Entry("m/data/0", FLOATS, 99)),
     "code that is not deflated": lambda: archive(GOOD, Entry("m/code/b.py", b"\xff" * 9, 8)),
+    "code that ends too early": lambda: archive(
+        GOOD, Entry("m/code/b.py", b"", 8, num_bytes=9, stored_bytes=1 << 20)
+    ),
     "2 GiB stored in 16 bytes": lambda: archive(
         GOOD, Entry("m/data/0", FLOATS, stored_bytes=(1 << 31) - 10)
     ),
