@@ -353,7 +353,7 @@ def _result(function: str, arguments: tuple[Any, ...]) -> object:
 def _tensor(
     stored: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> Tensor:
-    """Return a tensor over a part of a storage; no element of the storage is in it twice.
+    """Return a tensor over a part of a storage, which has at least as many elements.
 
     Args:
         stored: elements [n].
