@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipcore.files import make_directory, sync_directory
+from clipcore.files import make_directory, sync_directory, write_durably
 
 T = TypeVar("T")
 
@@ -213,7 +213,7 @@ def save_checkpoint(
 def _told(
     directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[None]:
-    """What the system refuses in it is raised as a CheckpointError."""
+    """Raise an OSError within it as a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -304,7 +304,10 @@ def _remove_leftovers(directory: Path) -> None:
         if _LEFT_OVER.fullmatch(path.name):
             _delete(path)
     for path in sorted(directory.glob(".displaced_*")):
-        if path.with_name(path.name.removeprefix(".displaced_")).exists():
+        if (
+            _COMMITTED.fullmatch(path.name)
+            and path.with_name(path.name.removeprefix(".displaced_")).exists()
+        ):
             _remove(path)
 
 
@@ -403,6 +406,18 @@ def _next_sequence(directory: Path) -> int:
     return 1 + max((fields["sequence"] for fields in manifests.values()), default=0)
 
 
+def make_newest(path: Path) -> None:
+    """Make a checkpoint the newest of its directory, as if it had been committed last.
+
+    A run that goes back to it cuts its log there: were it killed before its next save, no later checkpoint would fit the
+    log.
+    """
+    fields = _read_manifest(path)
+    sequence = _next_sequence(path.parent)
+    if fields["sequence"] + 1 < sequence:
+        write_durably(path / MANIFEST, _manifest_text({**fields, "sequence": sequence}))
+
+
 def _refusal(path: Path, error: OSError) -> CheckpointError:
     """Return what to raise where a file of a checkpoint cannot be opened or read."""
     if error.errno in _ABSENT:
@@ -423,10 +438,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         # A pipe without a writer would otherwise be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise CheckpointError(f"{path.parent} is damaged: {path.name} is no file")
-            yield file
+            with open(descriptor, "rb", closefd=False) as file:
+                yield file
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise _refusal(path, error) from error
 
@@ -452,7 +470,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         is_intact = False
     if is_intact and type(fields.get("version")) is int and fields["version"] > FORMAT_VERSION:
-        raise CheckpointError(f"{folder} was written by a newer clipcore; update to read it")
+        raise UnreadableError(f"{folder} was written by a newer clipcore; update to read it")
     named = _COMMITTED.fullmatch(folder.name)
     is_intact = is_intact and _is_complete(fields)
     if not is_intact or (named is not None and named[1] != f"step_{fields['step']:08d}"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ from clipcore.data.transforms import ImageTransform, decode_image
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import load_run
-from clipcore.terminal import steady_output
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 
@@ -102,7 +102,6 @@ def print_table(paths: Sequence[str], rows: list[list[tuple[str, float]]]) -> No
             print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(30 * probability)}")
 
 
-@steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
@@ -114,17 +113,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         images = torch.stack([transform(picture) for picture in pictures]).to(parsed.device)
         probabilities, classes = classify(model, images, classifier_EC, parsed.top)
-    except (ValueError, native.WrongBuildError) as error:
+    except (ValueError, OSError, native.WrongBuildError) as error:
         print(f"clipcore.classify: error: {error}", file=sys.stderr)
         return 2
     rows = [
         [(labels[c], p) for c, p in zip(best, row, strict=True)]
         for best, row in zip(classes.tolist(), probabilities.tolist(), strict=True)
     ]
-    if parsed.json:
-        print(json.dumps(dict(zip(parsed.images, map(dict, rows), strict=True)), indent=2))
-    else:
-        print_table(parsed.images, rows)
+    try:
+        if parsed.json:
+            print(json.dumps(dict(zip(parsed.images, map(dict, rows), strict=True)), indent=2))
+        else:
+            print_table(parsed.images, rows)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try to write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has enough, such as head
+            return 0
+        print(f"clipcore.classify: error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

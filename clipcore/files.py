@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -36,9 +37,31 @@ def write_durably(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def mode_of(path: Path) -> int | None:
+    """Return ``st_mode`` of a file or folder, None where there is nothing of that name.
+
+    Raises:
+        OSError: it cannot be told, as where the disk fails; pathlib's ``exists`` and its kin would take that for absence.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def is_file(path: Path) -> bool:
+    """Return whether there is a file of that name; errors as of ``mode_of``."""
+    return stat.S_ISREG(mode_of(path) or 0)
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether there is a folder of that name; errors as of ``mode_of``."""
+    return stat.S_ISDIR(mode_of(path) or 0)
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory and its parents where they are missing, and put their names on the disk."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    missing = [path for path in (directory, *directory.parents) if mode_of(path) is None]
     directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync_directory(path.parent)

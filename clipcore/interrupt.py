@@ -55,7 +55,9 @@ class Interrupt:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal_number:
-            if time.monotonic() < self._received_at + self._repeat_s:
+            # A closing terminal sends more than one SIGHUP: the shell passes its own on, and then the kernel its one.
+            is_repeated = time.monotonic() < self._received_at + self._repeat_s
+            if is_repeated or number == signal.SIGHUP:
                 return
             # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
             os._exit(self.exit_status)

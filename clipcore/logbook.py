@@ -10,12 +10,13 @@ compares both, and goes on behind that place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,10 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from clipcore.files import sync_directory
+
 METRICS_FILE = "metrics.jsonl"
+STEP_KEYS = frozenset({"step", "loss", "lr", "logit_scale", "pairs_per_s", "time_s"})
 CLOCK_KEYS = frozenset({"pairs_per_s", "time_s"})
 
 
@@ -99,6 +103,7 @@ class Logbook:
             self._file = open(run_dir / METRICS_FILE, "ab")  # noqa: SIM115
             self._file.truncate(mark.size)
             self._file.seek(mark.size)
+            sync_directory(run_dir)
         self._start = self._last_step = self._last_progress = time.perf_counter()
         self._elapsed_before_s = elapsed_s
         self._bar = tqdm(
@@ -120,9 +125,12 @@ class Logbook:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
-        for closable in (self._file, self._tensorboard):
-            if closable is not None:
-                closable.close()
+        if self._file is not None:
+            # Each line was flushed; what could not be written is an error already.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -169,9 +177,19 @@ class Logbook:
         """Put the lines on the disk; return the place behind the last one, for the checkpoint."""
         if self._file is None:
             return LogMark()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return LogMark(self._file.tell(), self._digest.hexdigest())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the file in an error of writing to it."""
+        try:
+            yield
+        except OSError as error:
+            assert self._file is not None
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         if self._file is None:
@@ -181,8 +199,9 @@ class Logbook:
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
         line = (json.dumps(clean) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        with self._named():
+            self._file.write(line)
+            self._file.flush()
         self._digest.update(line)
         scalars = {
             f"{prefix}/{key}": value
@@ -249,7 +268,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and ("task" in row or row.keys() >= STEP_KEYS):
             rows.append(row)
     return [r for r in rows if "task" not in r], [r for r in rows if "task" in r]
 

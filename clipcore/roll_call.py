@@ -25,6 +25,8 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+from clipcore.terminal import write_steadily
+
 # Of a process that ends because of another rank.
 EXIT_STATUS = 3
 # How much later than the process group the watchdog speaks up: the group's own error unwinds a run, the watchdog cannot.
@@ -207,7 +209,10 @@ class _RollCall:
             except RuntimeError:
                 return  # the store is gone; the group's own timeout is left
             if is_over and not self._is_told:
-                os.write(sys.stderr.fileno(), f"rank {self._rank} ends: {verdict}\n".encode())
+                # Through no buffer: another thread may be in the middle of a line. And nothing may keep this process alive.
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    line = f"rank {self._rank} ends: {verdict}\n"
+                    write_steadily(sys.stderr.fileno(), line.encode())
                 self._linger()
                 os._exit(EXIT_STATUS)
 

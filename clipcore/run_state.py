@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -35,8 +36,8 @@ from clipcore.checkpoint import (
 )
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
-from clipcore.distributed import World, all_reduce_sum, broadcast_object
-from clipcore.files import write_durably
+from clipcore.distributed import World, all_reduce_sum, broadcast_object, is_main
+from clipcore.files import is_file, is_folder, write_durably
 from clipcore.logbook import LogMark
 from clipcore.model import CLIP
 from clipcore.optim import (
@@ -48,6 +49,16 @@ from clipcore.optim import (
 from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
 from clipcore.tokenizer import Tokenizer
 
+# What a run notes in a checkpoint, by name.
+_RECORD: dict[str, type | tuple[type, ...]] = {
+    "identity": dict,
+    "evaluated_step": int,
+    "bad_samples": int,
+    "elapsed_s": (int, float),
+    "timings": dict,
+    "metrics_bytes": int,
+    "scaler": dict,
+}
 VOCABULARY_FILE = "vocabulary.txt.gz"
 CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 # What each launch decides for itself; the process group has its timeout already when a run is resumed.
@@ -121,7 +132,7 @@ class RunState:
         Raises:
             CheckpointError: it belongs to another model, vocabulary or data set.
         """
-        record = checkpoint.state
+        record = run_record(checkpoint)
         if (saved := record.get("global_batch_size")) not in (None, self.global_batch_size):
             raise CheckpointError(
                 f"{checkpoint.path} counts its steps in global batches of {saved} pairs, and this run has "
@@ -158,8 +169,10 @@ class RunState:
     def first_fault(self) -> str | None:
         """Return which tensor, of weights, moments and average, no step can go on from, as the function of that name.
 
-        Of a split tensor this rank's rows count.
+        Of a split tensor this rank's rows count. The loss scaler's factor counts as a tensor.
         """
+        if self.scaler.is_enabled() and not 0 < self.scaler.get_scale() < math.inf:
+            return f"the loss scaler's factor is {self.scaler.get_scale()}"
         return first_fault(self.tensors())
 
     def evaluated_model(self) -> CLIP:
@@ -208,6 +221,12 @@ def _is_sound(name: str, value: Tensor) -> Tensor:
 
 def newest_sound(directory: Path) -> Path | None:
     """Return the newest checkpoint in a directory whose tensors are all finite; None if there is none."""
+    with contextlib.suppress(CheckpointError):
+        return _newest_sound(directory)
+    return None
+
+
+def _newest_sound(directory: Path) -> Path | None:
     for path in committed(directory):
         try:
             checkpoint = load_checkpoint(path, lazily=True)
@@ -224,9 +243,26 @@ def newest_sound(directory: Path) -> Path | None:
     return None
 
 
+def run_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a run noted in a checkpoint beside its tensors.
+
+    Raises:
+        CheckpointError: something that is read of it is missing or of another type.
+    """
+    record = checkpoint.state
+    for key, kind in _RECORD.items():
+        if not isinstance(record.get(key), kind):
+            raise CheckpointError(
+                f"{checkpoint.path} is not of a run: its {key} is {record.get(key)!r}"
+            )
+    if "model" not in checkpoint.tensors or "optimizer" not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.path} is not of a run: it lacks weights or moments")
+    return record
+
+
 def log_mark(checkpoint: Checkpoint) -> LogMark:
     """Return how far metrics.jsonl went at a checkpoint."""
-    record = checkpoint.state
+    record = run_record(checkpoint)
     return LogMark(record["metrics_bytes"], record.get("metrics_sha256"))
 
 
@@ -295,13 +331,16 @@ def run_folder(path: Path) -> Path:
     Raises:
         CheckpointError: it is neither.
     """
-    if (path / "checkpoints").is_dir() or (path / CONFIG_FILE).is_file():
+    if is_folder(path / "checkpoints") or is_file(path / CONFIG_FILE):
         return path
-    if not path.is_dir():
+    if not is_folder(path):
         raise CheckpointError(f"{path} does not exist")
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is neither the folder of a run nor one of its checkpoints")
-    return path.parent.parent
+    folder = path.absolute().parent
+    if not is_file(path / MANIFEST) or folder.name != "checkpoints":
+        raise CheckpointError(
+            f"{path} is neither the folder of a run nor a checkpoint in its folder checkpoints"
+        )
+    return folder.parent
 
 
 def open_run(path: Path) -> tuple[Checkpoint, Path]:
@@ -327,35 +366,45 @@ def launch_id() -> str | None:
 
 
 def is_restart(run_dir: Path) -> bool:
-    """Whether this launch has begun the run of that folder already, the same on all ranks: torchrun has started its
+    """Return whether this launch has begun the run of that folder already, the same on all ranks: torchrun has started its
     processes anew, which go on with the settings and the plan of their predecessors."""
     note, launch = run_dir / LAUNCH_FILE, launch_id()
-    return bool(broadcast_object(launch and note.exists() and note.read_text() == launch))
+    is_begun = is_main() and launch and is_file(note) and note.read_bytes() == launch.encode()
+    return bool(broadcast_object(is_begun))
 
 
 def _run_of_launch(logs: Path, launch: str | None) -> Path | None:
-    """Return the run under ``logs`` that a launch has begun, as ``write_config`` noted it."""
-    for path in sorted(logs.glob(f"*/{LAUNCH_FILE}")) if launch else []:
-        with contextlib.suppress(OSError, ValueError):
-            if path.read_text() == launch:
-                return path.parent
-    return None
+    """Return the run under ``logs`` that a launch has begun last, as ``write_config`` noted it."""
+    begun: dict[Path, int] = {}
+    if launch is None:
+        return None
+    for path in _folders(logs):
+        note = path / LAUNCH_FILE
+        if is_file(note) and note.read_bytes() == launch.encode():
+            begun[path] = note.stat().st_mtime_ns
+    return max(begun, key=begun.__getitem__) if begun else None
 
 
 def _newest_run(logs: Path, say: Callable[[str], None]) -> Path | None:
     """Return the run under ``logs`` whose newest checkpoint was written last, be it damaged."""
     written: dict[Path, int] = {}
-    for path in sorted(logs.glob("*/")):
+    for path in _folders(logs):
         try:
-            names = committed_names(path / "checkpoints")
-        except CheckpointError as error:
+            for name in committed_names(path / "checkpoints"):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile by its own run
+                    time_ns = (path / "checkpoints" / name).stat().st_mtime_ns
+                    written[path] = max(time_ns, written.get(path, 0))
+        except (CheckpointError, OSError) as error:
             say(f"--resume latest: passed over {path}: {error}")
-            continue
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile by its own run
-                time_ns = (path / "checkpoints" / name).stat().st_mtime_ns
-                written[path] = max(time_ns, written.get(path, 0))
     return max(written, key=written.__getitem__) if written else None
+
+
+def _folders(logs: Path) -> list[Path]:
+    """Return the folders in the folder of all runs; none where that is not there yet."""
+    try:
+        return sorted(logs / name for name in os.listdir(logs) if is_folder(logs / name))
+    except FileNotFoundError:
+        return []
 
 
 def resumed_config(
@@ -420,7 +469,7 @@ def load_run(
         CheckpointError: no loadable checkpoint there, or its vocabulary is not to be found.
     """
     checkpoint, run_dir = open_run(path)
-    identity = checkpoint.state["identity"]
+    identity = run_record(checkpoint)["identity"]
     tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     if tokenizer.sha256 != identity["vocabulary"]:
         raise CheckpointError(

@@ -21,10 +21,10 @@ class SteadyStream(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO) -> None:
+        self._pending = ""
         self._stream = stream  # which would close the descriptor with its last reference
         self._descriptor = stream.fileno()
         self._encoding = stream.encoding or "utf-8"
-        self._pending = ""
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
@@ -65,19 +65,23 @@ def write_steadily(descriptor: int, content: bytes) -> None:
 def steady_output() -> Iterator[None]:
     """Make ``sys.stdout`` and ``sys.stderr`` steady meanwhile, for all who print, warn, or draw a progress bar.
 
-    Also a decorator of a command's ``main``. A stream without a descriptor, such as a notebook's, is left as it is.
+    Also a decorator of a command's ``main``. A stream that Python did not open itself, such as a notebook's, is left as it
+    is.
     """
     _fill_standard_descriptors()
     with contextlib.ExitStack() as stack:
         redirections = (
-            (contextlib.redirect_stdout, sys.stdout),
-            (contextlib.redirect_stderr, sys.stderr),
+            (contextlib.redirect_stdout, sys.stdout, 1),
+            (contextlib.redirect_stderr, sys.stderr, 2),
         )
-        for redirect, stream in redirections:
-            # None where the descriptor was closed before Python began.
+        for redirect, stream, descriptor in redirections:
+            # Python has none for a descriptor that was closed before it began.
             if stream is None:
+                stream = os.fdopen(descriptor, "w", closefd=False)
+            # A notebook's stream may have the descriptor of another file.
+            if not isinstance(stream, io.TextIOWrapper):
                 continue
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError):
                 steady = SteadyStream(stream)
                 stack.enter_context(redirect(steady))
                 stack.callback(steady.flush)
@@ -97,3 +101,4 @@ def _fill_standard_descriptors() -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
+            os.set_inheritable(descriptor, True)

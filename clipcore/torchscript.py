@@ -11,6 +11,7 @@ Source: torch/csrc/jit/serialization (export.cpp, pickler.cpp) and docs/serializ
 
 from __future__ import annotations
 
+import errno
 import math
 import pickletools
 import re
@@ -107,12 +108,16 @@ class _Members:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether the file is a TorchScript archive."""
+    """Return whether the file is a TorchScript archive; raise OSError where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
         return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EISDIR, errno.EINVAL):
+            return False
+        raise
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -122,6 +127,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
     Raises:
         TorchScriptError: the archive is damaged, compressed, older than torch 1.4's, or holds no tensors by name.
+        OSError: it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -134,7 +140,12 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             return tensors
     except TorchScriptError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        # Of a directory that names a place beyond any file.
+        if error.errno == errno.EINVAL:
+            raise TorchScriptError("its records lie outside of it") from error
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise TorchScriptError(str(error) or type(error).__name__) from error
 
 
@@ -295,6 +306,8 @@ def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "GLOBAL":
+                    if len(argument) > _MAX_NAME_LENGTH:
+                        raise TorchScriptError("its data.pkl names a class of endless name")
                     stack.append(_Name(argument.replace(" ", ".")))
                 case "NEWOBJ":
                     kind, _ = pop(2)
@@ -345,7 +358,8 @@ def _result(function: str, arguments: tuple[Any, ...]) -> object:
     if function == "collections.OrderedDict" and not arguments:
         return {}
     # Lists of one type, and values whose type a pickle does not hold, are wrapped by name.
-    if re.fullmatch(r"torch\.jit\._pickle\.(build_\w*list|restore_type_tag)", function):
+    name = function.removeprefix("torch.jit._pickle.")
+    if name != function and (name.startswith("build_") or name == "restore_type_tag"):
         return arguments[0]
     return _Record(function, arguments)
 
@@ -386,7 +400,8 @@ def _tensors(
         classes: what the code declares, by the full name of the class.
         most_bytes: that the tensors may take together.
     """
-    number, num_bytes = 0, 0
+    number, num_bytes, num_letters = 0, 0, 0
+    handed_over = set[int]()
     pending: list[tuple[str, object, int]] = [("", root, 0)]
     while pending:
         prefix, module, depth = pending.pop()
@@ -395,8 +410,8 @@ def _tensors(
             continue
         if not isinstance(module.content, dict) or members.has_own_form:
             raise TorchScriptError(
-                f"its module {prefix.rstrip('.') or module.kind} keeps its weights in a form of its own, which only its "
-                "own code could read"
+                f"its module {prefix.rstrip('.') or module.kind} stores its weights in a format of its own, which only "
+                "its own code could read"
             )
 
         # A tree that refers to one of its parts twice at every level would have no end.
@@ -410,9 +425,14 @@ def _tensors(
             if not isinstance(value, Tensor):
                 raise TorchScriptError(f"its {prefix}{name} is no dense tensor")
             num_bytes += value.nbytes
-            if num_bytes > most_bytes:
+            num_letters += len(prefix) + len(name)
+            if num_bytes > most_bytes or num_letters > _MAX_TREE_BYTES:
                 raise TorchScriptError("its tensors are larger than its records")
-            yield f"{prefix}{name}", value.clone()
+            # A storage that is one tensor becomes that tensor's own; of a shared one each gets a copy.
+            storage = value.untyped_storage()
+            is_alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in handed_over
+            handed_over.add(storage.data_ptr())
+            yield f"{prefix}{name}", value if is_alone else value.clone()
 
         children = [(n, value) for n, value in module.content.items() if isinstance(value, _Record)]
         for name, child in reversed(children):

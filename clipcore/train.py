@@ -28,7 +28,7 @@ from torch import nn
 
 from clipcore import memory, native, roll_call
 from clipcore.architectures import find_model
-from clipcore.checkpoint import Checkpoint, CheckpointError, run_lock
+from clipcore.checkpoint import Checkpoint, CheckpointError, make_newest, run_lock
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -55,7 +55,7 @@ from clipcore.distributed import (
     is_main,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
-from clipcore.files import make_directory
+from clipcore.files import is_file, make_directory
 from clipcore.grad_cache import Found
 from clipcore.interrupt import REPEAT_S, Interrupt
 from clipcore.logbook import (
@@ -132,8 +132,9 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     """Make one run in its folder, which no other run writes to; arguments and result as of ``train``."""
     # Settings
     checkpoint = find_checkpoint(config, run_dir, world)
-    has_settings = config.resume == "latest" and (run_dir / CONFIG_FILE).exists()
-    if checkpoint is not None or broadcast_object(has_settings) or is_restart(run_dir):
+    has_settings = world.is_main and config.resume == "latest" and is_file(run_dir / CONFIG_FILE)
+    is_begun = checkpoint is not None or broadcast_object(has_settings) or is_restart(run_dir)
+    if is_begun:
         config = resumed_config(run_dir, config, given, world)
     config = in_global_batches(resolve(config), world.world_size)
     note_without_effect(config, world)
@@ -195,7 +196,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         )
     num_steps = epochs * steps_per_epoch
     # A resumed run has the warm-up that it began with, whether from the user or cut from the recipe's.
-    is_chosen = "warmup" in given or checkpoint is not None
+    is_chosen = "warmup" in given or is_begun
     config = dataclasses.replace(
         config, warmup=warmup_steps(config, is_chosen, num_steps), name=run_dir.name
     )
@@ -232,7 +233,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     if checkpoint is not None:
         state.load(checkpoint)
         state.log_mark = mark
-        check_state(state, run_dir, f"{checkpoint.path} cannot be gone on with", CheckpointError)
+        check_state(state, run_dir, f"{checkpoint.path} cannot be resumed from", CheckpointError)
+    begun_from = checkpoint.path if checkpoint is not None else None
     del checkpoint  # its files stay open, and on the disk, for as long as it is there
     if config.profile:
         check_long_enough(num_steps - state.step)
@@ -251,6 +253,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
 
     with contextlib.ExitStack() as stack:
         if world.is_main:
+            if begun_from is not None:
+                make_newest(begun_from)
             write_config(run_dir, config)
             tokenizer.save(run_dir / VOCABULARY_FILE)
         interrupt = stack.enter_context(Interrupt(REPEAT_S if world.world_size > 1 else 0.0))
@@ -324,7 +328,10 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                 ]
             )
             if num_broken:
-                raise NonFiniteError(describe_non_finite(step, found, model, run_dir))
+                sound = shared_sound_checkpoint(run_dir)
+                raise NonFiniteError(
+                    describe_non_finite(step, found, model, remedy(run_dir, sound))
+                )
 
             clipped_step(optimizer, scaler, model.parameters(), grad_norm, config.grad_clip_norm)
             scaler.update()
@@ -430,11 +437,15 @@ def check_state(state: RunState, run_dir: Path, consequence: str, error: type[Ex
     faults = [fault for fault in gather_objects(state.first_fault()) if fault is not None]
     if not faults:
         return
-    sound = broadcast_object(newest_sound(run_dir / "checkpoints") if is_main() else None)
-    raise error(f"{consequence}: {faults[0]}; {way_on(run_dir, sound)}")
+    raise error(f"{consequence}: {faults[0]}; {remedy(run_dir, shared_sound_checkpoint(run_dir))}")
 
 
-def way_on(run_dir: Path, sound: Path | None) -> str:
+def shared_sound_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run that is finite, as rank 0 finds it; called by all."""
+    return broadcast_object(newest_sound(run_dir / "checkpoints") if is_main() else None)
+
+
+def remedy(run_dir: Path, sound: Path | None) -> str:
     """Return what to do after a run that went wrong, given its newest checkpoint that is finite."""
     if sound is None:
         return f"{run_dir} has no checkpoint that is finite; begin anew with a lower --lr or a longer --warmup"
@@ -623,8 +634,8 @@ def minutes_passed(since_s: float, minutes: float | None) -> bool:
     return minutes is not None and time.monotonic() - since_s >= 60 * minutes
 
 
-def describe_non_finite(step: int, found: Found, model: nn.Module, run_dir: Path) -> str:
-    """Which tensor went bad first, in the order in which a step computes them."""
+def describe_non_finite(step: int, found: Found, model: nn.Module, advice: str) -> str:
+    """Return which tensor went bad first, in the order in which a step computes them, and the advice."""
     names = ("image_features", "text_features", "logit_scale", "logit_bias")
     suspects = dict(zip(names, (*found[1:3], *found.scalars), strict=False)) | {"loss": found.loss}
     parameters = dict(model.named_parameters())
@@ -634,10 +645,7 @@ def describe_non_finite(step: int, found: Found, model: nn.Module, run_dir: Path
     # Of what is split, this rank's rows: the ranks may stop at different tensors, so that none may ask the others.
     bad = next((n for n, value in ordered.items() if not local_part(value).isfinite().all()), None)
     where = f"{bad} is the first tensor that is not finite" if bad else "it came from another rank"
-    return (
-        f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; "
-        f"{way_on(run_dir, newest_sound(run_dir / 'checkpoints'))}"
-    )
+    return f"the loss or a gradient of step {step + 1} is not finite; {where}. Nothing was updated; {advice}"
 
 
 def resume_hint(run_dir: Path) -> str:
@@ -682,7 +690,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os._exit(roll_call.EXIT_STATUS)
     except KeyboardInterrupt:
         # Before the first step: from there on a signal is noted, and the step in hand saved.
-        print("clipcore.train: stopped before the first step; nothing was changed", file=sys.stderr)
+        print(
+            "clipcore.train: stopped before the first step; there was nothing to save",
+            file=sys.stderr,
+        )
         return 128 + signal.SIGINT
     except (NonFiniteError, VerificationError) as error:
         print(f"clipcore.train: stopped: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from clipcore.checkpoint import (
     load_latest,
     read_safetensors,
 )
+from clipcore.data import printable
 from clipcore.torchscript import TorchScriptError, is_torchscript, read_torchscript
 
 # Files of a model's folder as open_clip and Hugging Face name them, the preferred first.
@@ -55,9 +56,13 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         return _unwrap(read_safetensors(path, "cpu"), path)
-    if is_torchscript(path):
-        return _unwrap(_load_torchscript(path), path)
-    return _unwrap(_load_pickled_tensors(path), path)
+    try:
+        read = _load_torchscript if is_torchscript(path) else _load_pickled_tensors
+        return _unwrap(read(path), path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the weights {path}: {error.strerror or error}"
+        ) from error
 
 
 def _load_folder(path: Path) -> dict[str, Tensor]:
@@ -67,7 +72,10 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
         inner = path / "checkpoints"
         checkpoint = load_latest(inner if inner.is_dir() else path)
     if checkpoint is not None:
-        return dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+        groups = checkpoint.tensors
+        if not groups.keys() & {"ema", "model"}:
+            raise CheckpointError(f"{checkpoint.path} holds no model")
+        return dict(groups["ema" if "ema" in groups else "model"])
     for name in _WEIGHT_FILES:
         if (path / name).is_file():
             return load_state_dict_file(path / name)
@@ -108,9 +116,8 @@ def _load_pickled_tensors(path: Path) -> object:
         TypeError,
         AttributeError,
         IndexError,
-        OSError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
         raise CheckpointError(
             f"{path} is not a file of weights, or is damaged ({reason}); download it again"
         ) from None

@@ -50,6 +50,11 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_
         time.sleep(0.005)
 
 
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and not yet waited for."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @dataclass
 class Run:
     """One forked run: its process, and where its output goes."""

@@ -29,6 +29,7 @@ from clipcore.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_latest,
+    make_newest,
     run_lock,
     save_checkpoint,
 )
@@ -457,6 +458,7 @@ def test_names_of_others_do_not_stop_a_save(tmp_path):
     (tmp_path / ".tmp_step_00000002").symlink_to(target)
     (tmp_path / ".tmp_old_step_00000007").write_text("a file in place of a folder")
     (tmp_path / ".displaced_step_00000001").write_text("")
+    (tmp_path / ".displaced_target").write_text("of somebody else")
     (tmp_path / "step_00000008").write_text("a file")
     os.mkfifo(tmp_path / "step_00000009")
     with warnings.catch_warnings():
@@ -464,7 +466,7 @@ def test_names_of_others_do_not_stop_a_save(tmp_path):
         save(tmp_path, 2)
     assert (target / "kept").exists() and (tmp_path / ".tmp_notes").exists()
     names = {"step_00000001", "step_00000002", "step_00000008", "step_00000009"}
-    assert set(os.listdir(tmp_path)) == {*names, "target", ".tmp_notes"}
+    assert set(os.listdir(tmp_path)) == {*names, "target", ".tmp_notes", ".displaced_target"}
     with pytest.warns(UserWarning, match="skipped step_0000000[89]"):
         assert_whole(load_latest(tmp_path), 2)
 
@@ -535,6 +537,32 @@ def test_not_a_checkpoint_and_a_newer_one(tmp_path, monkeypatch):
     monkeypatch.setattr("clipcore.checkpoint.FORMAT_VERSION", 0)
     with pytest.raises(CheckpointError, match="newer clipcore"):
         load_checkpoint(path)
+    # It is whole: neither passed over for an older one, nor taken for gone by a save.
+    for act in (load_latest, lambda folder: save(folder, 2)):
+        with pytest.raises(CheckpointError, match="newer clipcore"):
+            act(tmp_path)
+
+
+def test_a_checkpoint_that_a_run_goes_back_to_is_the_newest_from_then_on(tmp_path):
+    paths = [save(tmp_path, step, keep=None) for step in (1, 2, 3)]
+    before = (paths[2] / "manifest.json").read_bytes()
+    make_newest(paths[2])
+    assert (paths[2] / "manifest.json").read_bytes() == before
+    make_newest(paths[0])
+    assert_whole(load_latest(tmp_path), 1)
+    save(tmp_path, 2, mark=22, keep=2)
+    assert_whole(load_latest(tmp_path), 2, mark=22)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_what_is_looked_at_leaves_no_descriptor(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert latest_checkpoint(tmp_path) is None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_loaded_tensors_do_not_hold_the_files(tmp_path):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top; a module may import those of lower layers only, and kernels each other.
 LAYERS = [
-    {"native", "roll_call", "torchscript", "terminal", "files"},
+    {"native", "torchscript", "terminal", "files"},
+    {"roll_call"},
     {"kernels"},
     {
         "distributed",

@@ -98,8 +98,10 @@ def test_a_log_set_aside_never_takes_the_place_of_another(tmp_path):
 
 
 def test_what_is_no_line_of_a_run_is_left_out(tmp_path):
+    whole = b'{"step": 1, "loss": 2.0, "lr": 1, "logit_scale": 1, "pairs_per_s": 1, "time_s": 1}'
     lines = [
-        b'{"step": 1, "loss": 2.0}',
+        whole,
+        b'{"step": 1}',
         b'{"step": 2, "lo',
         b"",
         b"[1]",

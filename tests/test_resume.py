@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pty
 import random
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import NANO, ROOT, RunServer, assert_same_bits, wait_until
+from runs import NANO, ROOT, RunServer, assert_same_bits, children, wait_until
 from shards import write_csv
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from clipcore.checkpoint import (
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.distributed import World
 from clipcore.logbook import read_metrics
-from clipcore.run_state import first_fault, newest_sound, resumed_config
+from clipcore.run_state import first_fault, newest_sound, resumed_config, run_record
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -104,9 +105,13 @@ def test_a_closed_terminal_saves(table, tmp_path):
     with open(os.devnull, "wb") as sink:
         reader = subprocess.Popen(["cat"], stdin=terminal, stdout=sink, stderr=sink)
         wait_until(lambda: log.exists() and log.stat().st_size > 0, "step")
-        os.close(terminal)
+        # The reader first: with the last descriptor the kernel hangs up. A shell would send one more of its own.
         reader.kill()
         reader.wait()
+        os.close(terminal)
+        for _ in range(3):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGHUP)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     steps, _ = read_metrics(tmp_path / "r")
@@ -321,14 +326,38 @@ def test_a_loss_that_is_not_finite_names_the_finite_checkpoint(server, finished,
     assert "the newest checkpoint that is finite is step_00000005" in one_line(text)
 
 
+def test_a_state_without_its_values_is_named(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    found = load_checkpoint(run / "checkpoints" / "step_00000005")
+    for key in found.state.keys() - {"global_batch_size", "metrics_sha256"}:
+        for state in (
+            {**found.state, key: None},
+            {k: v for k, v in found.state.items() if k != key},
+        ):
+            with pytest.raises(CheckpointError, match=f"its {key} is None"):
+                run_record(dataclasses.replace(found, state=state))
+    save_checkpoint(run / "checkpoints", 5, found.tensors, {})
+    status, text = server.run(["--resume", str(run)], tmp_path / "out")
+    assert status == 2 and "is not of a run" in one_line(text)
+
+
+def test_a_run_that_went_back_and_was_killed_goes_on_from_there(server, finished, tmp_path):
+    """Between the cut of its log and its first save."""
+    run = copied(finished, tmp_path)
+    line = ["--resume", str(run / "checkpoints" / "step_00000003"), "--epochs", "2"]
+    started = server.start([*line, "--save-every-steps", "1000"], tmp_path / "out")
+    wait_until(
+        lambda: started.server.poll(started.pid) is not None or len(read_metrics(run)[0]) == 4,
+        "a step",
+    )
+    started.kill()
+    started.wait()
+    status, text = server.run(["--resume", str(run), "--save-every-steps", "1"], tmp_path / "out")
+    assert status == 0, text
+    assert [row["step"] for row in read_metrics(run)[0]] == list(range(1, 11))
+
+
 # Workers.
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started and not yet waited for."""
-    with contextlib.suppress(FileNotFoundError):
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
 
 
 def test_a_killed_worker_costs_no_step(server, table, tmp_path):

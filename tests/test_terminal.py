@@ -30,8 +30,10 @@ def descriptor_of(kind: str) -> Iterator[int]:
     else:
         leader, number = os.openpty()
         os.close(leader)
-    yield number
-    os.close(number)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 @pytest.mark.parametrize("kind", ["full disk", "dead pipe", "closed terminal"])
@@ -77,11 +79,15 @@ def test_a_stream_without_a_descriptor_stays(monkeypatch):
 
 PROGRAM = """
 import os, sys
+from tqdm import tqdm
 from clipcore.terminal import steady_output
 
 @steady_output()
 def main():
     print("one")
+    with tqdm(total=2) as bar:
+        bar.update()
+        bar.write("above")
     print("two", file=sys.stderr)
     descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
     return 5 if descriptor > 2 else 6

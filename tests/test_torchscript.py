@@ -168,7 +168,7 @@ def test_archives_are_told_from_other_files(tmp_path, small):
 
 
 class Stateful(nn.Module):
-    """Keeps its weight in a form of its own."""
+    """Keeps its weight in a format of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def test_torchscript_itself_runs_the_code(folder, capfd):
 def test_code_of_an_archive_never_runs(folder, capfd, kind, is_nested):
     module = nn.Sequential(nn.Linear(2, 2), kind()) if is_nested else kind()
     torch.jit.script(module).save("ViT-B-32.pt")
-    with pytest.raises(TorchScriptError, match="form of its own"):
+    with pytest.raises(TorchScriptError, match="format of its own"):
         read_torchscript(folder / "ViT-B-32.pt")
     assert_refused(folder / "ViT-B-32.pt")
     assert Path("precious").read_text() == "kept" and capfd.readouterr() == ("", "")
@@ -672,7 +672,11 @@ HOSTILE_MODULES = {
     "a child of two lines": module({"a\nb\x1b[2J": module({"w": scalar(3)})}),
     "a child with an endless name": module({"a" * 100_000: GOOD}),
 }
+HOSTILE_NAMES = {
+    "a class of endless name": call("torch.jit._pickle", f"build_{'a' * 3_000_000}", scalar(1)),
+}
 HOSTILE_TREES = {
+    **{f"name: {name}": tree for name, tree in HOSTILE_NAMES.items()},
     **{f"{name}, as the root": tree for name, tree in HOSTILE_CALLS.items()},
     **{f"{name}, as a weight": module({"w": tree}) for name, tree in HOSTILE_CALLS.items()},
     **{f"opcodes: {name}": tree for name, tree in HOSTILE_OPCODES.items()},

@@ -245,6 +245,17 @@ def test_a_warm_up_of_the_users_outlives_a_plain_resume(server, table, tmp_path)
     assert resumed == straight and len(straight) == 20 and max(straight) == straight[14]
 
 
+def test_a_warm_up_of_the_users_outlives_a_start_without_a_checkpoint(server, table, tmp_path):
+    line = flags(tmp_path, "r", table, warmup=15)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    straight = [row["lr"] for row in read_metrics(tmp_path / "r")[0]]
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    line = ["--logs", str(tmp_path), "--name", "r", "--resume", "latest"]
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0, text
+    assert [row["lr"] for row in read_metrics(tmp_path / "r")[0]] == straight
+
+
 def test_resume_with_the_loss_scaler_that_the_run_did_not_have(server, table, tmp_path):
     line = flags(tmp_path, "r", table, epochs=1)
     assert server.run(line, tmp_path / "out")[0] == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import NANO, PROGRAMS, ROOT, assert_same_bits, wait_until
+from runs import NANO, PROGRAMS, ROOT, assert_same_bits, children, wait_until
 from shards import write_csv
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
@@ -125,11 +125,6 @@ def test_another_global_batch_is_refused(table, tmp_path):
     launch(tmp_path, "r", 1, table, "--epochs", "1")
     with pytest.raises(AssertionError, match="choose --global-batch-size 8 again"):
         launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started and not yet waited for."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextlib.contextmanager

@@ -416,7 +416,9 @@ def _how_lost(ends: Iterable[int | None]) -> str:
     remedy = "use fewer --workers, or give the machine more memory"
     if number == signal.SIGKILL:
         return f"a process that reads data was killed, most often for want of memory; {remedy}"
-    how = "ended" if number is None else f"was ended by {signal.Signals(number).name}"
+    if number == signal.SIGBUS:
+        return "a process that reads data found /dev/shm full; enlarge it (docker run --shm-size), or use fewer --workers"
+    how = "ended" if number is None else f"was ended by signal {number}"
     return f"a process that reads data {how}; if memory was short, {remedy}"
 
 
