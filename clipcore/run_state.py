@@ -283,7 +283,7 @@ def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]
         return logs / config.name
     if config.resume is None:
         return None
-    return _run_of_launch(logs, launch) or _newest_run(logs, say)
+    return _run_of_launch(logs, launch, say) or _newest_run(logs, say)
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:
@@ -373,15 +373,19 @@ def is_restart(run_dir: Path) -> bool:
     return bool(broadcast_object(is_begun))
 
 
-def _run_of_launch(logs: Path, launch: str | None) -> Path | None:
+def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -> Path | None:
     """Return the run under ``logs`` that a launch has begun last, as ``write_config`` noted it."""
     begun: dict[Path, int] = {}
     if launch is None:
         return None
     for path in _folders(logs):
         note = path / LAUNCH_FILE
-        if is_file(note) and note.read_bytes() == launch.encode():
-            begun[path] = note.stat().st_mtime_ns
+        try:
+            if is_file(note) and note.read_bytes() == launch.encode():
+                begun[path] = note.stat().st_mtime_ns
+        except OSError as error:
+            # Such as a run of another user.
+            say(f"--resume latest: passed over {path}: {error.strerror}")
     return max(begun, key=begun.__getitem__) if begun else None
 
 

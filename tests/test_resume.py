@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pty
 import random
@@ -31,7 +32,7 @@ from clipcore.checkpoint import (
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.distributed import World
 from clipcore.logbook import read_metrics
-from clipcore.run_state import first_fault, newest_sound, resumed_config, run_record
+from clipcore.run_state import find_run, first_fault, newest_sound, resumed_config, run_record
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -223,6 +224,26 @@ def test_folders_that_are_no_runs_are_passed_over_aloud(server, finished, tmp_pa
     )
     assert status == 0, text
     assert f"passed over {tmp_path / 'notes'}" in text and f"writing to {run}" in text
+
+
+def test_a_run_that_may_not_be_looked_into_does_not_stop_the_others(
+    finished, tmp_path, monkeypatch
+):
+    """Such as one of another user, which a test that runs as root cannot make."""
+    run = copied(finished, tmp_path)
+    (tmp_path / "theirs").mkdir()
+    real = os.stat
+
+    def stat(path: object, *arguments: object, **keywords: object) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/theirs/"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", stat)
+    said: list[str] = []
+    config = TrainConfig(logs=str(tmp_path), resume="latest")
+    assert find_run(config, "a launch", said.append) == run
+    assert len(said) == 1 and f"passed over {tmp_path}/theirs: Permission denied" in said[0]
 
 
 def test_settings_that_cannot_be_read_are_named(server, finished, tmp_path):
