@@ -35,6 +35,8 @@ MAX_REPLACEMENTS = 64
 # Rows to read before the share of bad ones is judged.
 JUDGED_ROWS = 512
 _SHOWN_REASONS = 5
+# Seconds within which a worker whose connection is broken has ended, also on a busy machine.
+_ENDING_S = 10.0
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -397,16 +399,22 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
         yield from parts
     except (RuntimeError, OSError, EOFError) as error:
         # What a worker had announced and can no longer hand over is an error of the connection to it.
+        is_named = "DataLoader worker (pid" in str(error)
+        if not is_named and isinstance(error, RuntimeError):
+            raise
         ends = _ends(getattr(parts, "_workers", []))
-        is_lost = "DataLoader worker (pid" in str(error) or any(end is not None for end in ends)
-        if not is_lost:
+        if not is_named and all(end is None for end in ends):
             raise
         raise WorkerLostError(_how_lost(ends)) from None
 
 
 def _ends(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int | None]:
     """Return the exit statuses of processes, None of those that live; one that is just ending is waited for."""
-    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.5)
+    ended = multiprocessing.connection.wait([p.sentinel for p in processes], timeout=_ENDING_S)
+    for process in processes:
+        # The system closes the files of a process, by which its end is seen here, before it has a status.
+        if process.sentinel in ended:
+            process.join(_ENDING_S)
     return [process.exitcode for process in processes]
 
 
