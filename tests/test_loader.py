@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -391,22 +390,3 @@ class Failing(Pictures):
 def test_an_error_in_a_worker_is_that_error():
     with pytest.raises(RuntimeError, match="a fault of the source"):
         take(make(Failing(64), workers=1).batches(), 1)
-
-
-def test_a_worker_is_lost_when_only_its_connection_shows_it(monkeypatch):
-    """The error comes before the process has an exit status."""
-    ended = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
-    ended.start()
-
-    class Parts:
-        _workers = (ended,)
-
-        def __iter__(self):
-            return self
-
-        def __next__(self) -> Batch:
-            os.kill(ended.pid, signal.SIGKILL)
-            raise EOFError
-
-    with pytest.raises(WorkerLostError, match="was killed"):
-        next(loader._from_workers(Parts()))  # type: ignore[arg-type]
