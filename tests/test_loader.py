@@ -378,15 +378,3 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_due():
     # The one that is missing, and all before it, are what they would have been.
     first.append(loader.batch(len(first)))
     assert_same(first, take(make(Pictures(64)).batches(), len(first)))
-
-
-class Failing(Pictures):
-    """A source with a fault of its own, which is not a worker's end."""
-
-    def __getitem__(self, index: int) -> Pair:
-        raise RuntimeError("a fault of the source")
-
-
-def test_an_error_in_a_worker_is_that_error():
-    with pytest.raises(RuntimeError, match="a fault of the source"):
-        take(make(Failing(64), workers=1).batches(), 1)
