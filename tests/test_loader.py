@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import PROGRAMS, ROOT
+from runs import PROGRAMS, ROOT, children
 from shards import write_csv, write_shards
 
 from clipcore.data import BadSample, DataError, Pair, WorkerLostError, loader
@@ -368,8 +368,7 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_due():
     batches = loader.batches()
     first = take(batches, 1)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    workers = [int(n) for n in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    for pid in workers[-2:]:
+    for pid in children(os.getpid())[-2:]:
         os.kill(pid, signal.SIGKILL)
     torch.ones(100, 100) @ torch.ones(100, 100)
     with pytest.raises(WorkerLostError, match=r"was killed, .*fewer --workers"):
@@ -378,3 +377,18 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_due():
     # The one that is missing, and all before it, are what they would have been.
     first.append(loader.batch(len(first)))
     assert_same(first, take(make(Pictures(64)).batches(), len(first)))
+
+
+class Failing(Pictures):
+    """A source with a fault of its own, which is not a worker's end."""
+
+    def __getitem__(self, index: int) -> Pair:
+        raise RuntimeError("a fault of the source")
+
+
+def test_an_error_in_a_worker_is_that_error_and_leaves_no_process():
+    before = children(os.getpid())
+    with pytest.raises(RuntimeError, match="a fault of the source") as caught:
+        take(make(Failing(64), workers=2).batches(), 1)
+    # The traceback, which holds the loader's frames, is still there.
+    assert caught.tb is not None and children(os.getpid()) == before

@@ -391,7 +391,8 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
     # within seconds where its part is waited for, between two steps.
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if is_main_thread else None
-    parts = iter(loader)
+    # Private names of torch below: it has no others for its processes and their end.
+    parts: Any = iter(loader)
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
 
@@ -402,10 +403,13 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
         is_named = "DataLoader worker (pid" in str(error)
         if not is_named and isinstance(error, RuntimeError):
             raise
-        ends = _ends(getattr(parts, "_workers", []))
+        ends = _ends(parts._workers)
         if not is_named and all(end is None for end in ends):
             raise
         raise WorkerLostError(_how_lost(ends)) from None
+    finally:
+        # An error's traceback keeps the iterator, whose workers must not wait for the garbage collector.
+        parts._shutdown_workers()
 
 
 def _ends(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int | None]:
