@@ -392,3 +392,27 @@ def test_an_error_in_a_worker_is_that_error_and_leaves_no_process():
         take(make(Failing(64), workers=2).batches(), 1)
     # The traceback, which holds the loader's frames, is still there.
     assert caught.tb is not None and children(os.getpid()) == before
+
+
+class BrokenConnection:
+    """What torch's iterator does when a worker is killed while it hands over: the error comes before the exit status."""
+
+    def __init__(self) -> None:
+        self.process = multiprocessing.get_context("fork").Process(target=signal.pause)
+        self.process.start()
+        self._workers = (self.process,)
+
+    def __iter__(self) -> BrokenConnection:
+        return self
+
+    def __next__(self) -> Batch:
+        os.kill(self.process.pid, signal.SIGKILL)
+        raise EOFError
+
+    def _shutdown_workers(self) -> None:
+        self.process.join()
+
+
+def test_a_worker_is_lost_where_only_its_connection_shows_it():
+    with pytest.raises(WorkerLostError, match="was killed, most often for want of memory"):
+        next(loader._from_workers(BrokenConnection()))  # type: ignore[arg-type]
