@@ -221,13 +221,11 @@ def _is_sound(name: str, value: Tensor) -> Tensor:
 
 def newest_sound(directory: Path) -> Path | None:
     """Return the newest checkpoint in a directory whose tensors are all finite; None if there is none."""
-    with contextlib.suppress(CheckpointError):
-        return _newest_sound(directory)
-    return None
-
-
-def _newest_sound(directory: Path) -> Path | None:
-    for path in committed(directory):
+    try:
+        paths = committed(directory)
+    except CheckpointError:
+        return None
+    for path in paths:
         try:
             checkpoint = load_checkpoint(path, lazily=True)
         except CheckpointError:

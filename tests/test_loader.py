@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,8 +346,7 @@ def test_workers_outlive_signals_to_the_whole_run_but_not_the_run():
 def test_loaders_leave_no_process_and_no_file_behind(sources):
     def state() -> tuple[int, int]:
         gc.collect()  # what other tests left in cycles is not the loader's
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return len(children), len(os.listdir("/proc/self/fd"))
+        return len(children(os.getpid())), len(os.listdir("/proc/self/fd"))
 
     def use() -> None:
         batches = make(sources["table"], workers=2, max_bad_fraction=1.0).batches()

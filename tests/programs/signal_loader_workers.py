@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runs import wait_until
+from runs import children, wait_until
 from test_loader import Pictures, assert_same, make, take
 
 STRANGER = "import os, sys; [os.kill(int(pid), int(sys.argv[1])) for pid in sys.argv[2:]]"
@@ -36,7 +36,7 @@ def send(number: int, pids: list[int]) -> None:
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))  # which no worker may keep
 batches = make(Pictures(64), workers=2).batches()
 first = take(batches, 2)  # one of each worker, so that both have set up their signals
-workers = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+workers = children(os.getpid())
 assert len(workers) == 2
 # A worker receives the second SIGTERM only after it has decided not to end at the first.
 for name in ("SIGINT", "SIGUSR1", "SIGTERM", "SIGTERM"):
