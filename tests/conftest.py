@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ import torch
 # interpreter: it runs only where a test calls a Triton launcher with CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Under nohup it is ignored, also by the runs that tests start, and a run then rightly goes on.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from interpreter import patch_once_a_launch
 from ranks import RankPool
