@@ -99,7 +99,8 @@ class _RollCall:
         own.set_timeout(timedelta(seconds=START_S))
         self.session = self._start(own)
         own.set_timeout(timedelta(seconds=PATIENCE_S))
-        threading.Thread(target=self._watch, name="roll call", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="roll call", daemon=True)
+        self._watcher.start()
 
     def _start(self, store: dist.Store) -> str:
         """A prefix that the ranks of this start share, and notes under it of all of them.
@@ -155,7 +156,9 @@ class _RollCall:
         return [_Place.unpack(note) for note in self._store.multi_get(self._keys)]
 
     def close(self) -> None:
+        """End the watch. A thread that the interpreter's end meets inside a call of the store would abort the process."""
         self._closed.set()
+        self._watcher.join(PATIENCE_S)
 
     def _note(self, place: _Place) -> None:
         # Without a store there is nothing to tell, but the collectives may still work.

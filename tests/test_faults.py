@@ -11,12 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import NANO, PROGRAMS, ROOT, assert_same_bits
+import torch.distributed as dist
+from runs import LIMIT_S, NANO, PROGRAMS, ROOT, assert_same_bits
 from shards import write_csv
 
 from clipcore import roll_call
@@ -206,6 +208,32 @@ def test_without_the_notes_only_what_is_known_is_said(ends):
 def test_a_mistake_of_its_own_is_no_other_ranks_fault(ends):
     # The text is torch's, and 2.15 begins it with the operator.
     assert re.match(r"RuntimeError: (mm: )?mat1 and mat2", ends["own_mistake", 1].text)
+
+
+def test_closing_waits_for_the_watch_to_leave_the_store(monkeypatch):
+    """Python ends its daemon threads where they come back from C++, which aborts a process that is done."""
+    monkeypatch.setattr(roll_call, "_POLL_S", 0.0)
+    monkeypatch.setattr(roll_call, "PATIENCE_S", LIMIT_S)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    call = roll_call._RollCall(store, 0, 1, timeout_s=LIMIT_S, is_launchers=True)
+    inside, may_leave = threading.Event(), threading.Event()
+    check = call._store.check
+
+    class Held:
+        def check(self, keys: list[str]) -> bool:
+            inside.set()
+            may_leave.wait(LIMIT_S)
+            return check(keys)
+
+    call._store = Held()
+    assert inside.wait(LIMIT_S)
+    closing = threading.Thread(target=call.close)
+    closing.start()
+    assert call._closed.wait(LIMIT_S)
+    assert closing.is_alive() and call._watcher.is_alive()
+    may_leave.set()
+    closing.join(LIMIT_S)
+    assert not closing.is_alive() and not call._watcher.is_alive()
 
 
 def test_one_process_notes_nothing():
