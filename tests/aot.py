@@ -1,8 +1,8 @@
 """Compile every launch of a test module for GPUs that are not here, and say what came out.
 
 A test module defines `aot_launches()`, which calls Triton launchers with meta tensors. `compiled("test_x")` runs
-this file in a process for each of sm_80, sm_90 and sm_100 (Triton's compiler and its interpreter exclude each other),
-lets each call launch with compilation in place of the launch, and returns one Kernel for each. What is compiled is
+this file in a process of its own (Triton's compiler and its interpreter exclude each other), lets each call launch with
+compilation for sm_80, sm_90 and sm_100 in place of the launch, and returns one Kernel for each. What is compiled is
 therefore what the launcher asks for: its dtypes, its constants, its alignment, its row of the launch table.
 """
 
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,11 @@ def compiled(test_module: str) -> tuple[Kernel, ...]:
     root = Path(__file__).resolve().parent.parent
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests")])
 
-    def compile_for(architecture: int) -> list[Kernel]:
-        command = [sys.executable, __file__, test_module, str(architecture)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-        return [Kernel(**row) for row in json.loads(result.stdout.splitlines()[-1])]
-
-    # The compiler uses one core.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return tuple(kernel for found in pool.map(compile_for, ARCHITECTURES) for kernel in found)
+    # One process for all: it starts for seconds, and the tests' workers have the cores.
+    command = [sys.executable, __file__, test_module]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return tuple(Kernel(**row) for row in json.loads(result.stdout.splitlines()[-1]))
 
 
 def assert_compiled_well(kernels: tuple[Kernel, ...]) -> None:
@@ -169,12 +164,15 @@ def _compiling_for(architecture: int) -> Iterator[dict[str, Kernel]]:
     JITFunction.run, tiles.architecture = run, table_row
 
 
-def main(test_module: str, architecture: int) -> None:
-    """Print the kernels of one test module for one architecture as one line of JSON."""
-    with _compiling_for(architecture) as kernels:
-        importlib.import_module(test_module).aot_launches()
-    print(json.dumps([asdict(kernel) for kernel in kernels.values()]))
+def main(test_module: str) -> None:
+    """Print the kernels of one test module for all architectures as one line of JSON."""
+    found: list[Kernel] = []
+    for architecture in ARCHITECTURES:
+        with _compiling_for(architecture) as kernels:
+            importlib.import_module(test_module).aot_launches()
+        found += kernels.values()
+    print(json.dumps([asdict(kernel) for kernel in found]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1])

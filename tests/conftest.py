@@ -27,12 +27,12 @@ if not torch.cuda.is_available():
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-from interpreter import patch_once_a_launch
+from interpreter import patch_once
 from ranks import RankPool
 from runs import RunServer
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_once_a_launch()
+    patch_once()
 
 # Files with a fixture that takes half a minute: each goes to one worker as a whole.
 BUILT_ONCE = {"test_packaging.py"}

@@ -114,6 +114,7 @@ class RunServer:
         signal_at: tuple[int, int] | None = None,
         count_to: Path | None = None,
         is_pipe_dead: bool = False,
+        num_ranks: int = 0,
     ) -> Run:
         """Begin ``python -m clipcore.train`` with these arguments.
 
@@ -122,18 +123,19 @@ class RunServer:
                 programs/train_server.py says.
             count_to: a file for the number of the run's events.
             is_pipe_dead: print into a pipe that nobody reads, in place of ``output``.
+            num_ranks: under torchrun, with so many ranks.
         """
         output.write_text("")
         request: dict[str, Any] = {"argv": [str(a) for a in arguments], "output": str(output)}
         request |= {"signal_at": signal_at, "count_to": str(count_to) if count_to else None}
-        request |= {"is_pipe_dead": is_pipe_dead}
+        request |= {"is_pipe_dead": is_pipe_dead, "num_ranks": num_ranks}
         run = Run(self._ask(request)["pid"], output, self)
         self._started.append(run)
         return run
 
-    def run(self, arguments: list[str], output: Path) -> tuple[int, str]:
-        """Make a whole run; return its exit status and its output."""
-        run = self.start(arguments, output)
+    def run(self, arguments: list[str], output: Path, num_ranks: int = 0) -> tuple[int, str]:
+        """Make a whole run, under torchrun where a number of ranks is given; return its exit status and its output."""
+        run = self.start(arguments, output, num_ranks=num_ranks)
         return run.wait(), run.text
 
     def poll(self, pid: int) -> int | None:

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from runs import NANO, PROGRAMS, ROOT, assert_same_bits, children, wait_until
+from runs import NANO, PROGRAMS, ROOT, RunServer, assert_same_bits, children, wait_until
 from shards import write_csv
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
@@ -25,24 +25,21 @@ from clipcore.run_state import find_checkpoint
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def launch(tmp_path: Path, name: str, num_ranks: int, table: Path, *extra: str) -> str:
-    """A whole run of global batch 8 on ``num_ranks`` processes."""
-    line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
-    line += ["--val-data", str(table), "--lr", "1e-3"]
-    if "--global-batch-size" not in extra:
-        line += ["--batch-size", str(8 // num_ranks)]
-    line += extra
-    # The -- keeps torchrun from taking --logs for a short form of its own --logs-specs.
-    start = ["-m"] if num_ranks == 1 else [*TORCHRUN, str(num_ranks), "-m", "--"]
-    done = subprocess.run(
-        [sys.executable, *start, "clipcore.train", *line],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def launch(server: RunServer, table: Path, tmp_path: Path) -> Callable[..., str]:
+    """Makes a whole run of global batch 8 on ``num_ranks`` processes; returns what it prints."""
+
+    def run(name: str, num_ranks: int, *extra: str) -> str:
+        line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
+        line += ["--val-data", str(table), "--lr", "1e-3"]
+        if "--global-batch-size" not in extra:
+            line += ["--batch-size", str(8 // num_ranks)]
+        several = num_ranks if num_ranks > 1 else 0
+        status, text = server.run([*line, *extra], tmp_path / "out", several)
+        assert status == 0, text
+        return text
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +47,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("table"), num_pairs=41)
 
 
-def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
-    launch(tmp_path, "one", 1, table, "--epochs", "2")
-    said = launch(tmp_path, "two", 2, table, "--epochs", "1", "--resume", "latest")
+def test_two_ranks_train_as_one_and_resume_on_one(launch, tmp_path):
+    launch("one", 1, "--epochs", "2")
+    said = launch("two", 2, "--epochs", "1", "--resume", "latest")
     assert said.count("starting from the beginning") == 1  # once, not once a rank
     (one, one_evals), (two, two_evals) = (
         read_metrics(tmp_path / "one"),
@@ -64,18 +61,18 @@ def test_two_ranks_train_as_one_and_resume_on_one(table, tmp_path):
     assert [row["lr"] for row in two] != [] and len(two) == 5
     assert two_evals[0]["num_pairs"] == one_evals[0]["num_pairs"] == 41
 
-    launch(tmp_path, "two", 1, table, "--epochs", "2", "--resume", "latest")
+    launch("two", 1, "--epochs", "2", "--resume", "latest")
     resumed = read_metrics(tmp_path / "two")[0]
     assert [row["step"] for row in resumed] == list(range(1, 11))
 
 
-def test_uneven_shares_in_micro_batches_train_as_one_and_resume_on_two(table, tmp_path):
+def test_uneven_shares_in_micro_batches_train_as_one_and_resume_on_two(launch, tmp_path):
     """Global batches of 8 on three ranks, three, three and two pairs, at most two at once; dropped patches are the same."""
     line = "--force-patch-dropout 0.5 --global-batch-size 8 --skip-scheduler".split()
-    launch(tmp_path, "one", 1, table, *line, "--epochs", "2", "--micro-batch-size", "8")
+    launch("one", 1, *line, "--epochs", "2", "--micro-batch-size", "8")
     several = [*line, "--micro-batch-size", "2", "--resume", "latest"]
-    launch(tmp_path, "three", 3, table, *several, "--epochs", "1", "--verify-gradients")
-    launch(tmp_path, "three", 2, table, *several, "--epochs", "2")
+    launch("three", 3, *several, "--epochs", "1", "--verify-gradients")
+    launch("three", 2, *several, "--epochs", "2")
     (one, _), (three, _) = (read_metrics(tmp_path / name) for name in ("one", "three"))
     assert len(one) == len(three) == 10
     for theirs, ours in zip(one, three, strict=True):
@@ -83,23 +80,23 @@ def test_uneven_shares_in_micro_batches_train_as_one_and_resume_on_two(table, tm
     assert three[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
 
 
-def test_a_split_model_is_planned_verified_and_resumed_on_one(table, tmp_path):
+def test_a_split_model_is_planned_verified_and_resumed_on_one(launch, tmp_path):
     line = "--global-batch-size 9 --micro-batch-size 2 --siglip --verify-gradients --resume latest".split()
-    said = launch(tmp_path, "r", 2, table, *line, "--fsdp", "--epochs", "1")
+    said = launch("r", 2, *line, "--fsdp", "--epochs", "1")
     assert "3 micro-batches of 2" in said and "verified against float64" in said
-    launch(tmp_path, "r", 1, table, *line, "--epochs", "2")
+    launch("r", 1, *line, "--epochs", "2")
     assert [row["step"] for row in read_metrics(tmp_path / "r")[0]] == list(range(1, 9))
 
 
-def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(table, tmp_path):
+def test_three_ranks_resume_to_the_bits_of_the_unbroken_run(launch, tmp_path):
     """Three sums depend on their order, and a ResNet's ranks on whose BatchNorm statistics they evaluate with."""
     line = "--epochs 2 --batch-size 3 --model RN-nano-32 --keep-checkpoints 0".split()
-    launch(tmp_path, "straight", 3, table, *line)
+    launch("straight", 3, *line)
     shutil.copytree(tmp_path / "straight", tmp_path / "broken")
     (first, *later) = sorted((tmp_path / "broken" / "checkpoints").glob("step_*"))
     assert first.name == "step_00000004" and len(later) == 1
     shutil.rmtree(later[0])
-    launch(tmp_path, "broken", 3, table, *line, "--resume", "latest")
+    launch("broken", 3, *line, "--resume", "latest")
     assert len(read_metrics(tmp_path / "broken")[1]) == 2
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
 
@@ -121,10 +118,10 @@ def test_ranks_that_find_another_checkpoint_stop_together(pool_of_two, tmp_path)
         save_checkpoint(tmp_path / "1" / "r" / "checkpoints", 1, weights, {})
 
 
-def test_another_global_batch_is_refused(table, tmp_path):
-    launch(tmp_path, "r", 1, table, "--epochs", "1")
+def test_another_global_batch_is_refused(launch, tmp_path):
+    launch("r", 1, "--epochs", "1")
     with pytest.raises(AssertionError, match="choose --global-batch-size 8 again"):
-        launch(tmp_path, "r", 1, table, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
+        launch("r", 1, "--epochs", "2", "--resume", "latest", "--batch-size", "4")
 
 
 @contextlib.contextmanager
@@ -206,7 +203,7 @@ def test_the_worker_of_one_rank_is_killed_and_both_save(table, tmp_path):
     assert_last_step_was_saved(tmp_path / "r", said)
 
 
-def test_two_ranks_give_the_same_bits_every_time(table, tmp_path):
+def test_two_ranks_give_the_same_bits_every_time(launch, tmp_path):
     for name in ("a", "b"):
-        launch(tmp_path, name, 2, table, "--epochs", "1", "--ema-decay", "0.9")
+        launch(name, 2, "--epochs", "1", "--ema-decay", "0.9")
     assert_same_bits(tmp_path / "a", tmp_path / "b")

@@ -1,27 +1,42 @@
-"""Be torchrun for clipcore.train with the faults of inject_faults.py: its own options and agent, but ranks are forked.
+"""Be torchrun for clipcore.train, with its own options and agent, but with ranks that are forked.
 
-They are forked from a process that has imported everything: a start costs one second in place of four.
+They are forked from a process that has imported everything: a start costs one second in place of four. As a program the
+ranks have the faults of inject_faults.py.
 """
 
 import os
+from collections.abc import Callable, Sequence
 
-from inject_faults import inject
 from torch.distributed import run
 from torch.distributed.launcher.api import elastic_launch
 
 import clipcore.train
 
 
-def rank(*arguments):
-    inject()
-    if status := clipcore.train.main(arguments):
-        os._exit(status)
+def launch(num_ranks: int, arguments: Sequence[str]) -> None:
+    """Make a run on so many ranks of this machine; raise torchrun's error where one fails."""
+    start = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", "--", "clipcore.train"]
+    run.elastic_launch = forked(lambda: None)
+    run.main([*start, *arguments])
 
 
-def forked(config, entrypoint):
-    config.start_method = "fork"
-    return lambda *line: elastic_launch(config, rank)(*line[line.index("clipcore.train") + 1 :])
+def forked(prepare: Callable[[], None]):
+    """Return what torchrun calls to start ranks; each calls ``prepare`` first."""
+
+    def rank(*arguments: str) -> None:
+        prepare()
+        if status := clipcore.train.main(arguments):
+            os._exit(status)
+
+    def start(config, entrypoint):
+        config.start_method = "fork"
+        return lambda *line: elastic_launch(config, rank)(*line[line.index("clipcore.train") + 1 :])
+
+    return start
 
 
-run.elastic_launch = forked
-run.main()
+if __name__ == "__main__":
+    from inject_faults import inject
+
+    run.elastic_launch = forked(inject)
+    run.main()

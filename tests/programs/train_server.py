@@ -2,13 +2,15 @@
 
 A request may hold "signal_at", [number, signal]: the run sends itself that signal at its event of that number. With
 "count_to" it keeps the number of its events so far in that file. With "is_pipe_dead" all that it prints goes into a pipe
-that nobody reads.
+that nobody reads. With "num_ranks" the run is torchrun with so many ranks, which are forked as well.
 """
 
 import itertools
 import json
 import os
 import sys
+
+from forking_torchrun import launch
 
 import clipcore.classify
 import clipcore.train
@@ -68,6 +70,9 @@ def main() -> None:
             os.close(0)
             if request["signal_at"] or request["count_to"]:
                 count_events(request["signal_at"], request["count_to"])
+            if request["num_ranks"]:
+                launch(request["num_ranks"], request["argv"])
+                sys.exit(0)
             sys.exit(clipcore.train.main(request["argv"]))
         print(json.dumps({"pid": pid}), flush=True)
 
