@@ -62,6 +62,7 @@ class TrainConfig:
     csv_img_key: str = _option("filepath", DATA, "image column of a table", metavar="KEY")
     csv_caption_key: str = _option("title", DATA, "caption column of a table", metavar="KEY")
     csv_separator: str = _option("\t", DATA, "separator of a csv table [tab]", metavar="SEP")
+    csv_no_quotes: bool = _option(False, DATA, "quotation marks in a csv table are text")
     image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
     max_bad_fraction: float = _option(
         0.01, DATA, "share of unreadable samples that stops the run", metavar="X"

@@ -22,13 +22,16 @@ from shards import (
 )
 
 from clipcore.data import BadSample, DataError, tables
+from clipcore.data.folders import ClassFolderSource
+from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import (
     MixtureSource,
     expand_braces,
+    left_out_of,
     open_source,
     parse_factors,
 )
-from clipcore.data.tables import ClassFolderSource, TextColumn
+from clipcore.data.tables import TextColumn
 from clipcore.data.transforms import decode_image
 
 pytestmark = pytest.mark.fast
@@ -81,7 +84,7 @@ def test_what_one_sample_lacks_is_a_bad_sample_and_counts(tmp_path, kind):
         reasons = [None, "unreadable", None, None]
         if kind == "csv":
             path.write_text(path.read_text() + "images/0000.jpg\n\nnone.jpg\tx\n\tx\n")
-            reasons += ["empty caption", "No such file", "no image path"]
+            reasons += ["1 fields in a table of 2", "No such file", "no image path"]
         elif kind == "jsonl":
             odd = ['{"file_name": 3}', "{", "[1]", '{"file_name": "images/0000.jpg"}']
             path.write_text(path.read_text() + "\n".join(odd) + "\n\n")
@@ -108,6 +111,101 @@ def test_csv_columns_separators_quotes_and_byte_order_mark(tmp_path):
     assert len(source) == 1 and source[0].caption == 'one, "two"\nthree'
 
 
+def test_csv_rows_of_other_lengths_are_bad_samples_and_said_at_the_start(tmp_path):
+    write_images(tmp_path, 2)
+    rows = [
+        "filepath,title,size",
+        "images/0000.jpg,a dog, running,3",
+        "images/0001.jpg,a cat,7,,",
+        "x",
+    ]
+    rows += ["images/0000.jpg,a cow,4"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    source = open_source(str(tmp_path / "t.csv"), separator=",")
+    assert len(source) == 4
+    assert (source[1].caption, source[3].caption) == ("a cat", "a cow")
+    for index, reason in ((0, r"4 fields in a table of 3 \(line 2\)"), (2, "1 fields in a table")):
+        with pytest.raises(BadSample, match=reason):
+            source[index]
+    assert str(left_out_of(source)) == (
+        "1 x row of more fields than the header's 3, such as line 2; "
+        "1 x row of fewer fields than the header's 3, such as line 4"
+    )
+
+
+def test_a_stray_quotation_mark_swallows_no_rows(tmp_path):
+    write_images(tmp_path, 3)
+    path = tmp_path / "t.tsv"
+    lines = ["filepath\ttitle", *(f"images/000{i}.jpg\tcaption {i}" for i in range(3))]
+    for stray, line in (('"a lone mark', 2), ('"closed" and on', 2), ('"', 2)):
+        changed = [lines[0], f"images/0000.jpg\t{stray}", *lines[2:]]
+        path.write_text("\n".join(changed) + "\n")
+        with pytest.raises(
+            DataError, match=rf"t.tsv, in the row that begins in line {line}: .*--csv-no-quotes"
+        ):
+            open_source(str(path))
+        source = open_source(str(path), quotes=False)
+        assert [source[i].caption for i in range(3)] == [stray, "caption 1", "caption 2"]
+
+
+@pytest.mark.parametrize("separator", ["\t", "\\t", "tab"])
+def test_a_tab_may_be_written_out(tmp_path, separator):
+    path = write_csv(tmp_path / "d", 2)
+    assert len(open_source(str(path), separator=separator)) == 2
+    with pytest.raises(DataError, match="one character or `tab`, got 'xy'"):
+        open_source(str(path), separator="xy")
+
+
+def test_a_table_of_lines_that_changes_or_goes_is_noticed(tmp_path):
+    path = write_jsonl(tmp_path / "d", 3)
+    source = open_source(str(path))
+    source[1]
+    path.write_text(path.read_text().replace("number 1", "NUMBER 1") + "\n")
+    with pytest.raises(DataError, match="was changed after the run began"):
+        source[1]
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot read the table .*No such file"):
+        source[1]
+
+
+def test_parquet_cells_that_are_no_text_are_bad_samples(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"\xff\xfe", b"fine"]).cast(pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    table = pyarrow.table({"image": [picture(0)[0]] * 2, "caption": text})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    source = open_source(str(tmp_path / "t.parquet"))
+    with pytest.raises(BadSample, match="an unreadable cell") as caught:
+        source[0]
+    assert caught.value.key == "t.parquet, row 1" and source[1].caption == "fine"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
+    images = [image for image, _ in write_images(tmp_path, 3)]
+    rows = [(images[0], "one"), (images[1], "two"), (images[0], "three"), (images[2], " ")]
+    rows += [(images[2], " "), (images[1], ""), ("", "nothing")]
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        path.write_text("filepath\ttitle\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    else:
+        path.write_text("".join(json.dumps({"image": a, "caption": b}) + "\n" for a, b in rows))
+    source = by_picture(open_source(str(path)))
+    assert isinstance(source, PictureSource) and len(source) == 4
+    for reader in (source, pickle.loads(pickle.dumps(source))):
+        assert (reader[0].caption, reader[1].caption) == (("one", "three"), ("two",))
+        assert reader[0].key == images[0]
+        for index, reason in ((2, "empty caption"), (3, "no image path")):
+            with pytest.raises(BadSample, match=reason):
+                reader[index]
+    assert "1 x caption of a picture (empty caption)" in str(source.left_out)
+    # Where each picture has one row, nothing changes.
+    plain = open_source(str(WRITERS[kind](tmp_path / "plain", 3)))
+    assert by_picture(plain) is plain
+
+
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [
@@ -117,7 +215,7 @@ def test_csv_columns_separators_quotes_and_byte_order_mark(tmp_path):
         ("t.csv", b"", "its columns are none"),
         ("t.csv", b"filepath\ttitle\nno.jpg\tx\n", r"none of the first 1 images .*/no\.jpg"),
         ("t.csv", b"filepath\ttitle\na\tcaf\xe9\n", "not UTF-8"),
-        ("t.csv", b"filepath\ttitle\na\t" + b"x" * 200_000, "line 2: field larger"),
+        ("t.csv", b"filepath\ttitle\na\t" + b"x" * 200_000, "begins in line 2: field larger"),
         ("t.jsonl", b"", "no lines"),
         ("t.jsonl", b"\n \n", "no lines"),
         ("t.jsonl", b"x\n", "record 1: the line is no JSON"),
@@ -350,7 +448,9 @@ def test_a_hundred_thousand_rows_cost_their_own_bytes():
 
 def test_file_names_that_are_no_text_survive(tmp_path):
     name = b"caf\xe9.jpg"
-    (tmp_path / "cat").mkdir()
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dog" / "0.jpg").write_bytes(picture(0)[0])
     try:
         with open(bytes(tmp_path / "cat") + b"/" + name, "wb") as file:
             file.write(picture(0)[0])

@@ -119,11 +119,57 @@ def test_keys_end_at_the_first_dot_of_the_last_component(tmp_path):
     found = {source[i].key.partition("/")[2]: source[i].caption for i in range(len(source))}
     assert found == {
         "d.e/0001": "one",
-        "./0002": "two",
+        "0002": "two",
         "../../etc/0005": "only a key",
         "0006": "six",
     }
     assert not any(path.name == "etc" for path in tmp_path.parent.parent.iterdir())
+
+
+def test_dots_inside_of_names_and_what_belongs_to_no_sample(tmp_path, monkeypatch):
+    image = picture(0)[0]
+    members = [
+        ("shot 1.5 mm.jpg", image),
+        ("shot 1.5 mm.txt", b"wide"),
+        ("v1.2/b.c.jpeg", image),
+        ("v1.2/b.c.json", b'{"caption": "letters"}'),
+        ("lone.jpg", image),
+        ("lone2.PNG", image),
+        ("__a__.jpg", image),
+        ("__a__.txt", b"no metadata"),
+        ("c.jpg", image),
+        ("c.txt", b"one sample"),
+        ("c.mask.png", image),
+        ("c.mask.json", b'{"caption": "no sample"}'),
+        ("shot 1.5 mm.gif", image),
+        ("A.jpg", image),
+        ("a.txt", b"another case"),
+        ("words.json", b"{}"),
+        ("d.gif", image),
+        ("d.txt", b"of a gif"),
+        ("embedding.npy", b""),
+        ("x.cls", b"7"),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    source = TarSource([str(path)])
+    found = {source[i].key.partition("/")[2]: source[i].caption for i in range(len(source))}
+    assert found == {
+        "__a__": "no metadata",
+        "c": "one sample",
+        "shot 1.5 mm": "wide",
+        "v1.2/b.c": "letters",
+    }
+    said = (
+        "2 x picture of another kind, such as shot 1.5 mm.gif; 3 x image without a caption, such as lone.jpg; "
+        "3 x caption without an image, such as a.txt"
+    )
+    assert str(source.left_out) == said
+    # The kept index says the same.
+    monkeypatch.setattr(tar, "build_index", lambda _: pytest.fail("made again"))
+    assert str(TarSource([str(path)]).left_out) == said
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"holds no samples.*; found 1 x image without a caption"):
+        TarSource([str(write_tar(tmp_path / "b.tar", members[4:5]))])
 
 
 def test_text_wins_over_json_and_several_captions_stay_several(tmp_path):
@@ -160,6 +206,12 @@ def test_captions_that_cannot_be_used_are_bad_samples(tmp_path, caption, suffix,
     with pytest.raises(BadSample, match=reason) as caught:
         source[0]
     assert caught.value.key == "a.tar/k"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    members = [("k.jpg", picture(0)[0]), ("k.txt", "\ufeffa cat\r\n".encode())]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert source[0].caption == "a cat"
 
 
 def test_odd_captions_and_names_come_out_as_plain_text(tmp_path):

@@ -320,7 +320,8 @@ def test_evaluation_reads_each_sample_once_and_in_order(world_size, workers):
     named = sorted(key for batch in batches for key, _ in batch.bad)
     assert named == sorted(f"key {index}" for index in bad)
     for batch in batches:
-        assert 0 < len(batch.images) == len(batch.tokens) == len(batch.indices) <= 4
+        assert len(batch.images) == len(batch.tokens) == len(batch.indices) <= 4
+        assert batch.owners is None
         for row, index in enumerate(batch.indices.tolist()):
             image = Image.fromarray(source[index].image)
             assert np.array_equal(batch.images[row].numpy(), EVAL.crop(image))
@@ -328,9 +329,37 @@ def test_evaluation_reads_each_sample_once_and_in_order(world_size, workers):
             assert text == source[index].caption[0]
 
 
-def test_evaluation_of_nothing_readable_is_empty():
-    assert not list(eval_batches(Pictures(5, frozenset(range(5))), EVAL, tokenize, 2))
+def test_evaluation_of_nothing_readable_names_it_all():
+    batches = list(eval_batches(Pictures(5, frozenset(range(5))), EVAL, tokenize, 2))
+    assert [len(batch.indices) for batch in batches] == [0, 0, 0]
+    assert [len(batch.bad) for batch in batches] == [2, 2, 1]
     assert not list(eval_batches(Pictures(1), EVAL, tokenize, 2, rank=0, world_size=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_with_all_captions_says_whose_each_is(workers):
+    source = Pictures(9, frozenset({3}))
+    found = []
+    for batch in eval_batches(source, EVAL, tokenize, 4, workers=workers, all_captions=True):
+        assert len(batch.tokens) == len(batch.owners) == 3 * len(batch.indices)
+        texts = ["".join(map(chr, row.tolist())).partition(chr(END))[0] for row in batch.tokens]
+        found += list(zip(batch.owners.tolist(), texts, strict=True))
+    assert found == [(i, text) for i in range(9) if i != 3 for text in source[i].caption]
+
+
+def test_transparent_pictures_are_counted(tmp_path):
+    for index in range(6):
+        colour = (255, 0, 0, 0 if index % 3 == 0 else 255)
+        Image.new("RGBA", (20, 20), colour).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("words")
+    source = open_source(str(tmp_path))
+    batches = list(eval_batches(source, EVAL, tokenize, 4))
+    assert [batch.num_transparent for batch in batches] == [2, 0]
+    # The red under them is gone.
+    whites = torch.cat([batch.images for batch in batches]).eq(255).flatten(1).all(1)
+    assert whites.tolist() == [True, False, False] * 2
+    (batch,) = take(make(source, 6).batches(), 1)
+    assert batch.num_transparent == 2
 
 
 def test_workers_outlive_signals_to_the_whole_run_but_not_the_run():

@@ -16,6 +16,7 @@ import simplejpeg
 import torch
 from openclip import import_open_clip
 from PIL import Image, ImageFile, WebPImagePlugin
+from PIL.PngImagePlugin import PngInfo
 from shards import picture
 
 from clipcore.data import BadSample
@@ -29,6 +30,7 @@ from clipcore.data.transforms import (
     normalize_images,
     random_box,
     stack_images,
+    was_transparent,
 )
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
@@ -199,6 +201,49 @@ def test_settings_that_cannot_be(settings):
         ImageTransform(32, True, **settings)
 
 
+def over_white(image: Image.Image) -> Image.Image:
+    """Each channel over white by its definition, rounded."""
+    pixels = np.asarray(image).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return Image.fromarray((alpha * pixels[..., :3] + (1 - alpha) * 255).round().astype(np.uint8))
+
+
+def test_transparent_pictures_lie_over_white_and_are_told_apart():
+    hidden = np.zeros((4, 4, 4), np.uint8)
+    hidden[..., 0] = 255  # red where nothing shows
+    hidden[1:3, 1:3] = (0, 0, 255, 255)
+    hidden[0, 0] = (0, 0, 0, 128)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 1), 1)
+    grey = Image.new("L", (4, 4), 9)
+    grey.putpixel((1, 1), 7)
+    pictures = {
+        "RGBA": encoded(Image.fromarray(hidden), "PNG"),
+        "WebP": encoded(Image.fromarray(hidden), "WEBP", lossless=True, exact=True),
+        "palette": encoded(palette, "PNG", transparency=0),
+        "colour": encoded(grey, "PNG", transparency=9),
+    }
+    for kind, data in pictures.items():
+        picture = decode_image(data)
+        assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255), kind
+        assert was_transparent(picture), kind
+    assert decode_image(pictures["RGBA"]).getpixel((0, 0)) == (127, 127, 127)
+    assert decode_image(pictures["RGBA"]).getpixel((1, 1)) == (0, 0, 255)
+    assert decode_image(pictures["colour"]).getpixel((1, 1)) == (7, 7, 7)
+
+    # Opaque pictures with a channel for it, others, and arrays are not.
+    opaque = hidden.copy()
+    opaque[..., 3] = 255
+    plain = decode_image(encoded(Image.fromarray(opaque), "PNG"))
+    assert np.array_equal(np.asarray(plain), opaque[..., :3]) and not was_transparent(plain)
+    assert not was_transparent(hidden)
+    # Nor can a file claim it in its notes.
+    notes = PngInfo()
+    notes.add_text("clipcore: was transparent", "True")
+    assert not was_transparent(decode_image(encoded(noise(4, 4), "PNG", pnginfo=notes)))
+
+
 @pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "I;16", "1"])
 def test_decoding_is_pillows_conversion_to_rgb(decoder, mode):
@@ -214,7 +259,10 @@ def test_decoding_is_pillows_conversion_to_rgb(decoder, mode):
         ours = decode_image(data, decoder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about palettes with transparency
-            theirs = Image.open(io.BytesIO(data)).convert("RGB")
+            theirs = Image.open(io.BytesIO(data))
+            if theirs.has_transparency_data:
+                theirs = over_white(theirs.convert("RGBA"))
+            theirs = theirs.convert("RGB")
         assert ours.mode == "RGB" and ours.size == (21, 13)
         gap = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
         # Another decoder may round a colour differently by a little; Pillow itself may not.

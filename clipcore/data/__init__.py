@@ -4,7 +4,8 @@
 ``sources.py``      ``open_source``: from what ``--train-data`` says to a ``PairSource``
 ``tar.py``          tar shards in the WebDataset layout, through a byte index
 ``raw.py``          images as ``.npy`` members of pixels
-``tables.py``       csv, jsonl and parquet tables, folders of images
+``tables.py``       csv, jsonl and parquet tables
+``folders.py``      folders of images
 ``glyphs.py``       the embedded pictures of writing
 ``transforms.py``   bytes to images to crops to normalised tensors
 ``resample.py``     bicubic resizing
@@ -17,6 +18,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -47,6 +49,48 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+class LeftOut:
+    """What a source does not hand out, by reason: how often, and the first case of each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, example: str, number: int = 1) -> None:
+        """Count a case of a reason, which is written in the singular."""
+        before, first = self._found.get(reason, (0, example))
+        self._found[reason] = (before + number, first)
+
+    def update(self, other: LeftOut) -> None:
+        """Count all cases of another."""
+        for reason, (number, example) in other._found.items():
+            self.add(reason, example, number)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{number:,} x {reason}, such as {printable(example)}"
+            for reason, (number, example) in self._found.items()
+        )
+
+    def to_json(self) -> str:
+        """Return all counts as JSON."""
+        return json.dumps(self._found)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> LeftOut:
+        """Return what ``to_json`` wrote; raise whatever other content raises."""
+        left_out = cls()
+        for reason, (number, example) in json.loads(text or "{}").items():
+            left_out.add(reason, example, number)
+        return left_out
+
+    def found(self) -> str:
+        """Return the end of a sentence about a source that holds nothing: what is there instead."""
+        return f"; found {self}" if self else ""
 
 
 class WorkerLostError(RuntimeError):
@@ -104,8 +148,8 @@ def _caption(value: object) -> str:
         value = value.decode("utf-8", "replace")
     if not isinstance(value, str):
         return ""
-    # Lone surrogates come from JSON escapes; no tokenizer can encode them.
-    text = value.replace("\0", " ").strip()[:MAX_CAPTION_CHARS]
+    # Editors begin some files with a byte-order mark. Lone surrogates come from JSON escapes; no tokenizer can encode them.
+    text = value.removeprefix("\ufeff").replace("\0", " ").strip()[:MAX_CAPTION_CHARS]
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostError
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
-from clipcore.data.transforms import ImageTransform, stack_images
+from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
 
 # Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
 PART_ROWS = 256
@@ -50,12 +50,24 @@ class Batch:
         tokens: int64 [B, L].
         indices: int64 [B], which samples of the source these are (of a replaced one, its replacement).
         bad: (key, reason) of each sample that could not be read.
+        num_transparent: pictures that were laid over white.
+        owners: int64 [L'], the sample of each row of tokens, where samples have all their captions.
     """
 
     images: Tensor
     tokens: Tensor
     indices: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
+    num_transparent: int = 0
+    owners: Tensor | None = None
+
+
+class Sample(NamedTuple):
+    """What is read of a sample: the crop, its caption or captions, whether the picture was laid over white."""
+
+    image: Picture
+    captions: tuple[str, ...]
+    was_transparent: bool
 
 
 class PairLoader:
@@ -162,6 +174,7 @@ class PairLoader:
     def _join(self, parts: Iterator[Batch]) -> Batch:
         """The next parts as one batch; each part's images are gone before the next is taken."""
         tokens, indices, bad = [], [], list[tuple[str, str]]()
+        num_transparent = 0
         images: Tensor | None = None
         for start, stop in self._cuts:
             part = next(parts)
@@ -175,6 +188,7 @@ class PairLoader:
             tokens.append(part.tokens)
             indices.append(part.indices)
             bad += part.bad
+            num_transparent += part.num_transparent
             del part
         assert images is not None
         joined = torch.cat(tokens)
@@ -184,6 +198,7 @@ class PairLoader:
             joined.pin_memory() if self.pin_memory else joined,
             torch.cat(indices),
             bad,
+            num_transparent,
         )
 
 
@@ -200,31 +215,24 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    all_captions: bool = False,
 ) -> Iterator[Batch]:
     """A rank's share of a source, each sample once and in order: the shares of all ranks in turn are the source.
 
     Shares differ by one sample at most, and the last batch is as short as it comes out. A sample that cannot be read is
-    left out and named in ``bad``; a sample with several captions has its first one. Arguments as of ``PairLoader``.
+    left out and named in ``bad``, so that a batch may hold none. Arguments as of ``PairLoader``, and:
+
+    Args:
+        all_captions: a sample has a row of tokens for each caption, and ``owners`` says which; else for its first.
     """
     share = share_of_rank(len(source), rank, world_size)
     starts = range(share.start, share.stop, batch_size)
     keys = ((at, min(at + batch_size, share.stop)) for at in starts)
-    parts = _OrderedParts(_Reader(source, transform, tokenizer))
-    held: Batch | None = None
+    parts = _OrderedParts(_Reader(source, transform, tokenizer), all_captions)
     for part in _read(parts, keys, workers, 2 * workers):
-        # A batch without a readable sample would be empty; what was wrong with it goes to its predecessor.
-        if held is not None and not len(part.indices):
-            held.bad += part.bad
-            continue
-        if held is not None and len(held.indices):
-            yield held
-        elif held is not None:
-            part.bad = held.bad + part.bad
-        held = part
         if len(part.indices):
             part.tokens = trim_tokens(part.tokens)
-    if held is not None and len(held.indices):
-        yield held
+        yield part
 
 
 def trim_tokens(tokens_BL: Tensor) -> Tensor:
@@ -241,31 +249,41 @@ class _Reader:
         self.transform = transform
         self.tokenizer = tokenizer
 
-    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Picture, str]:
-        """The crop and a caption; raises BadSample with its key."""
+    def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
+        """Return a sample with a caption that ``rng`` draws, with all captions without one; raise BadSample with its key."""
         key = f"{self.source.name}, sample {index}"
         try:
             pair: Pair = self.source[index]
             key = pair.key
-            caption = pair.caption
-            if not isinstance(caption, str):
-                if not caption:
-                    raise BadSample("no caption")
-                caption = caption[int(rng.random() * len(caption)) if rng is not None else 0]
-            return self.transform.crop_image(pair.image, rng), caption
+            captions = (pair.caption,) if isinstance(pair.caption, str) else tuple(pair.caption)
+            if not captions:
+                raise BadSample("no caption")
+            if rng is not None and not isinstance(pair.caption, str):
+                captions = (captions[int(rng.random() * len(captions))],)
+            crop = self.transform.crop_image(pair.image, rng)
+            return Sample(crop, captions, was_transparent(pair.image))
         except BadSample as error:
             raise BadSample(error.reason, error.key or key) from None
 
-    def batch(self, samples: Sequence[tuple[Picture, str]], indices: np.ndarray) -> Batch:
-        """Samples as arrays; of none, arrays without rows."""
+    def batch(
+        self, samples: Sequence[Sample], indices: np.ndarray, all_captions: bool = False
+    ) -> Batch:
+        """Return samples as arrays; of none, arrays without rows."""
         if not samples:
             size = self.transform.image_size
             images = torch.empty(0, 3, size, size, dtype=torch.uint8)
             return Batch(images, torch.empty(0, 1, dtype=torch.long), torch.from_numpy(indices))
+
+        captions = [sample.captions if all_captions else sample.captions[:1] for sample in samples]
+        owners = None
+        if all_captions:
+            owners = torch.from_numpy(np.repeat(indices, [len(those) for those in captions]))
         return Batch(
-            torch.from_numpy(stack_images([image for image, _ in samples])),
-            self.tokenizer([caption for _, caption in samples]),
+            torch.from_numpy(stack_images([sample.image for sample in samples])),
+            self.tokenizer([caption for those in captions for caption in those]),
             torch.from_numpy(indices),
+            num_transparent=sum(sample.was_transparent for sample in samples),
+            owners=owners,
         )
 
 
@@ -316,7 +334,7 @@ class _TrainingParts:
         batch.bad = bad
         return batch
 
-    def _replacement(self, index: int, epoch: int) -> tuple[int, tuple[Picture, str]] | None:
+    def _replacement(self, index: int, epoch: int) -> tuple[int, Sample] | None:
         """The first readable one of the samples that stand in for a bad one: a function of it and the epoch."""
         drawn = hash64(np.arange(MAX_REPLACEMENTS), self.seed, epoch, index, 103)
         candidates = (drawn % np.uint64(len(self.reader.source))).astype(np.int64)
@@ -332,8 +350,8 @@ class _TrainingParts:
 class _OrderedParts:
     """(first index, end index) to those of the samples that can be read."""
 
-    def __init__(self, reader: _Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: _Reader, all_captions: bool) -> None:
+        self.reader, self.all_captions = reader, all_captions
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | DataError:
         samples, indices, bad = [], [], []
@@ -343,7 +361,7 @@ class _OrderedParts:
                 indices.append(index)
             except BadSample as error:
                 bad.append((error.key, error.reason))
-        batch = self.reader.batch(samples, np.array(indices, np.int64))
+        batch = self.reader.batch(samples, np.array(indices, np.int64), self.all_captions)
         batch.bad = bad
         return batch
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from clipcore.checkpoint import CheckpointError, run_lock
 from clipcore.data import DataError, PairSource
+from clipcore.data.folders import walk
 from clipcore.data.glyphs import GlyphSource
 from clipcore.data.shards import (
     FORMATS,
@@ -47,6 +48,7 @@ from clipcore.data.sources import (
     DEFAULT_CAPTION_KEY,
     DEFAULT_IMAGE_KEY,
     expand_pattern,
+    left_out_of,
     open_source,
 )
 from clipcore.data.transforms import DECODERS, REDUCING_GAP
@@ -71,6 +73,7 @@ class Settings:
     img_key: str = DEFAULT_IMAGE_KEY
     caption_key: str = DEFAULT_CAPTION_KEY
     separator: str = "\t"
+    quotes: bool = True
 
     def open(self, train_data: str) -> PairSource:
         """The pairs, as the training would open them."""
@@ -82,6 +85,7 @@ class Settings:
             img_key=self.img_key,
             caption_key=self.caption_key,
             separator=self.separator,
+            quotes=self.quotes,
             decoder=self.decoder,
             min_side=REDUCING_GAP * self.image_format.size,
         )
@@ -92,6 +96,8 @@ class Settings:
         found: dict[str, Any] = {"--format": image.kind, "--size": image.size}
         if image.kind == "jpeg":
             found["--quality"] = image.quality
+        if not self.quotes:
+            found["--csv-no-quotes"] = True
         return found | {
             "--shard-size": self.shard_size,
             "--image-decoder": self.decoder,
@@ -124,14 +130,9 @@ def _files(path: str) -> Iterator[str]:
         stat = os.stat(shard)
         yield f"{os.path.basename(shard)} {stat.st_size} {stat.st_mtime_ns}"
     if not shards:
-        for folder, folders, names in os.walk(path):
-            folders.sort()
+        for folder, names in walk(path):
             own = (".clipcore-index", ".clipcore-arrow")
-            yield from (
-                os.path.relpath(os.path.join(folder, name), path)
-                for name in sorted(names)
-                if not name.endswith(own)
-            )
+            yield from (os.path.join(folder, name) for name in names if not name.endswith(own))
 
 
 class Manifest:
@@ -262,6 +263,7 @@ def prepare(
         raise DataError(f"cannot make the folder {output}: {error.strerror}") from None
     with run_lock(output):
         manifest = Manifest(output, settings, source_identity(train_data, source))
+        manifest.content["not used"] = str(left_out_of(source))
         size = settings.shard_size
         jobs = [
             _Job(output / name, range(i * size, min((i + 1) * size, len(source))))
@@ -432,6 +434,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--csv-img-key", default=DEFAULT_IMAGE_KEY, metavar="KEY", help="image column of a table")
     add("--csv-caption-key", default=DEFAULT_CAPTION_KEY, metavar="KEY", help="its caption column")
     add("--csv-separator", default="\t", metavar="SEP", help="separator of a csv table")
+    add("--csv-no-quotes", action="store_true", help="quotation marks in a csv table are text")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -451,6 +454,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         parsed.csv_img_key,
         parsed.csv_caption_key,
         parsed.csv_separator,
+        not parsed.csv_no_quotes,
     )
 
 
@@ -470,6 +474,10 @@ def summary(manifest: Manifest, made: int, seconds: float) -> str:
         f"{pairs} pairs in {len(names)} shards, {num_bytes / 1e9:.3g} GB; {made} of them now, "
         f"{made / max(seconds, 1e-9):.0f} pairs/s"
     ]
+    if unused := manifest.content["not used"]:
+        lines.append(f"not used: {unused}")
+    if transparent := sum(report.transparent for report in reports):
+        lines.append(f"{transparent} pictures are transparent and were laid over white")
     if bad:
         lines.append(
             f"{bad} samples could not be read and are left out; {manifest.path} lists them"

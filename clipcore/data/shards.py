@@ -24,7 +24,7 @@ from clipcore.data.tar import (
     TarSource,
     load_index,
 )
-from clipcore.data.transforms import resize_shorter, sides
+from clipcore.data.transforms import resize_shorter, sides, was_transparent
 
 FORMATS = ("jpeg", "raw")
 MAX_KEY_CHARS = 200
@@ -70,11 +70,15 @@ class ImageFormat:
 
 @dataclass
 class ShardReport:
-    """What a shard holds: pairs, the file's bytes, and (number in the source, key, reason) of each sample left out."""
+    """What a shard holds: pairs, the file's bytes, and (number in the source, key, reason) of each sample left out.
+
+    ``transparent`` counts pictures that were laid over white.
+    """
 
     pairs: int = 0
     bytes: int = 0
     bad: list[tuple[int, str, str]] = field(default_factory=list)
+    transparent: int = 0
 
 
 def write_shard(
@@ -100,13 +104,14 @@ def write_shard(
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
                 for row in rows:
                     try:
-                        members = _members(source, row, image_format, taken)
+                        members, transparent = _members(source, row, image_format, taken)
                     except BadSample as error:
                         report.bad.append((row, printable(error.key), printable(error.reason)))
                     else:
                         for name, content in members:
                             _add(archive, name, content)
                         report.pairs += 1
+                        report.transparent += transparent
                     tick()
             file.flush()
             os.fsync(file.fileno())
@@ -124,8 +129,11 @@ def write_shard(
 
 def _members(
     source: PairSource, row: int, image_format: ImageFormat, taken: set[str]
-) -> list[tuple[str, bytes]]:
-    """(name, content) of a sample's image and caption; its key is added to those taken."""
+) -> tuple[list[tuple[str, bytes]], bool]:
+    """Return (name, content) of a sample's image and caption, and whether the picture was laid over white.
+
+    Its key is added to those taken.
+    """
     try:
         pair = source[row]
     except OSError as error:
@@ -137,7 +145,8 @@ def _members(
     except BadSample as error:
         raise BadSample(error.reason, pair.key) from None
     key = _free(shard_key(source, row, pair.key), row, taken)
-    return [(f"{key}.{image_format.suffix}", image), (f"{key}.{suffix}", caption)]
+    members = [(f"{key}.{image_format.suffix}", image), (f"{key}.{suffix}", caption)]
+    return members, was_transparent(pair.image)
 
 
 def _caption(pair: Pair) -> tuple[str, bytes]:

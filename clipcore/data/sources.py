@@ -7,17 +7,13 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, Pair, PairSource
-from clipcore.data.tables import (
-    CsvSource,
-    JsonlSource,
-    ParquetSource,
-    caption_columns,
-    open_folder,
-)
+from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource
+from clipcore.data.folders import open_folder
+from clipcore.data.tables import CsvSource, JsonlSource, ParquetSource, caption_columns
 from clipcore.data.tar import TarSource
 from clipcore.data.transforms import Decoder, check_decoder
 
@@ -44,6 +40,7 @@ def open_source(
     img_key: str = DEFAULT_IMAGE_KEY,
     caption_key: str = DEFAULT_CAPTION_KEY,
     separator: str = "\t",
+    quotes: bool = True,
     upsampling_factors: str | None = None,
     decoder: str = "pillow",
     min_side: int = 0,
@@ -54,8 +51,8 @@ def open_source(
         train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and
             ``?`` (quote them); several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those.
         dataset_type: one of ``DATASET_TYPES``; ``auto`` goes by the endings. ``synthetic`` needs no data.
-        img_key, caption_key, separator: of csv tables, as open_clip's flags of these names. In other formats the two
-            default keys mean the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
+        img_key, caption_key, separator, quotes: of csv tables, see ``CsvSource``. In other formats the two default keys mean
+            the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
         decoder, min_side: see ``clipcore.data.transforms.Decoder``.
@@ -73,11 +70,9 @@ def open_source(
     check_decoder(decoder)
     if dataset_type == "synthetic":
         return SyntheticSource()
-    keys = {"img_key": img_key, "caption_key": caption_key, "separator": separator}
+    table = _Table(img_key, caption_key, separator, quotes)
     patterns = train_data.split("::") if isinstance(train_data, str) else list(train_data)
-    parts = [
-        _open_part(part, dataset_type, Decoder(decoder, min_side), **keys) for part in patterns
-    ]
+    parts = [_open_part(part, dataset_type, Decoder(decoder, min_side), table) for part in patterns]
     if upsampling_factors is not None:
         return MixtureSource(parts, parse_factors(upsampling_factors, len(parts)))
     return parts[0] if len(parts) == 1 else MixtureSource(parts)
@@ -99,14 +94,16 @@ def parse_factors(text: str, num_parts: int) -> list[float]:
     return factors
 
 
-def _open_part(
-    pattern: str,
-    dataset_type: str,
-    decoder: Decoder,
-    img_key: str,
-    caption_key: str,
-    separator: str,
-) -> PairSource:
+class _Table(NamedTuple):
+    """How csv tables are read."""
+
+    img_key: str
+    caption_key: str
+    separator: str
+    quotes: bool
+
+
+def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table) -> PairSource:
     """The source of one part between ``::``."""
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
         raise DataError(f"{pattern}: only local files can be read; copy or mount the data first")
@@ -116,17 +113,18 @@ def _open_part(
         shards = [s for path in paths for s in sorted(glob.glob(f"{glob.escape(path)}/*.tar"))]
         paths, dataset_type = (shards, "webdataset") if shards else (paths, dataset_type)
     kind = _detect(paths[0]) if dataset_type == "auto" else dataset_type
-    named_image = None if img_key == DEFAULT_IMAGE_KEY else img_key
-    named_caption = None if caption_key == DEFAULT_CAPTION_KEY else caption_key
+    named_image = None if table.img_key == DEFAULT_IMAGE_KEY else table.img_key
+    named_caption = None if table.caption_key == DEFAULT_CAPTION_KEY else table.caption_key
     if kind == "webdataset":
         return TarSource(paths, caption_columns(named_caption), decoder, name)
     if len(paths) > 1:
-        parts = [_open_part(p, kind, decoder, img_key, caption_key, separator) for p in paths]
+        parts = [_open_part(path, kind, decoder, table) for path in paths]
         return MixtureSource(parts, name=name)
     if kind == "csv":
-        return CsvSource(paths[0], img_key, caption_key, separator, decoder)
+        keys = (table.img_key, table.caption_key, table.separator)
+        return CsvSource(paths[0], *keys, decoder=decoder, quotes=table.quotes)
     if kind == "folder":
-        return open_folder(paths[0], named_image, named_caption, decoder)
+        return open_folder(paths[0], named_image, named_caption, decoder, table.quotes)
     source = JsonlSource if kind == "jsonl" else ParquetSource
     return source(paths[0], named_image, named_caption, decoder)
 
@@ -223,6 +221,11 @@ def _alternatives(group: str, pattern: str) -> list[str]:
     return [path for word in words for path in expand_braces(word)]
 
 
+def left_out_of(source: PairSource) -> LeftOut:
+    """Return what a source does not hand out; nothing for sources that cannot leave anything out."""
+    return getattr(source, "left_out", None) or LeftOut()
+
+
 class MixtureSource:
     """Several sources as one: see ``clipcore.data.PairSource``.
 
@@ -242,6 +245,9 @@ class MixtureSource:
         self.parts = list(parts)
         factors = [1.0] * len(self.parts) if factors is None else factors
         self.name = name or "::".join(part.name for part in self.parts)
+        self.left_out = LeftOut()
+        for part in self.parts:
+            self.left_out.update(left_out_of(part))
         smallest = min(factors)
         lengths = [
             round(len(part) * factor / smallest)

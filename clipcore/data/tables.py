@@ -1,4 +1,4 @@
-"""Tables that name or hold images, and folders of images: csv, jsonl, parquet, folders.
+"""Tables that name or hold images: csv, jsonl, parquet.
 
 Every row is a sample; nothing but offsets is held in Python objects, so that ten million rows cost their own bytes
 and worker processes share them.
@@ -9,17 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
+from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
 from clipcore.data.tar import (
-    CAPTION_SUFFIXES,
-    IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
 )
@@ -29,6 +26,8 @@ from clipcore.data.transforms import Decoder, decode_image
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 _PROBED_ROWS = 16
+# Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
+_MISCOUNTED = "\0\0"
 
 
 class TextColumn:
@@ -80,13 +79,17 @@ def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
         )
 
 
+class ColumnError(DataError):
+    """A table lacks a column."""
+
+
 def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
-    """The first of ``names`` that the table has as a column; raises DataError with the columns that there are."""
+    """Return the first of ``names`` that the table has as a column; raise ColumnError with the columns that there are."""
     for name in names:
         if name in columns:
             return name
     there = ", ".join(printable(name) for name in columns) or "none"
-    raise DataError(
+    raise ColumnError(
         f"{path} has no column {' or '.join(map(repr, names))}; its columns are {there}"
     )
 
@@ -104,81 +107,136 @@ def caption_columns(name: str | None) -> Sequence[str]:
 class CsvSource:
     """A table of image paths and captions with a header line: see ``clipcore.data.PairSource``.
 
+    A row with more fields than the header is a bad sample, as its caption may be cut at a separator, and so is one that ends
+    before the two columns.
+
     Args:
         path: the table, UTF-8.
-        img_key, caption_key: its columns, as open_clip's --csv-img-key and --csv-caption-key.
+        img_key, caption_key: its columns, as open_clip's --csv-img-key and --csv-caption-key; None takes the first of the
+            usual names.
         separator: one character, as --csv-separator.
         decoder: see ``decode_image``.
+        quotes: whether quotation marks enclose fields, which then may hold separators and line ends; else they are text.
+
+    Attributes:
+        left_out: rows that are bad samples for their number of fields.
 
     Raises:
-        DataError: the file or a column is missing, or there are no rows.
+        DataError: the file or a column is missing, there are no rows, or a quotation mark is not closed.
     """
 
     def __init__(
         self,
         path: str,
-        img_key: str = "filepath",
-        caption_key: str = "title",
+        img_key: str | None = "filepath",
+        caption_key: str | None = "title",
         separator: str = "\t",
         decoder: Decoder | str = "pillow",
+        quotes: bool = True,
     ) -> None:
         self.name = os.path.basename(path)
         self._folder = os.path.dirname(path)
         self._decoder = decoder
+        self.left_out = LeftOut()
+        separator = {"\\t": "\t", "tab": "\t"}.get(separator, separator)
         if len(separator) != 1:
-            raise DataError(f"--csv-separator is one character, got {separator!r}")
-        columns = _csv_rows(path, separator)
-        header = next(columns, [])
+            raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
+        rows = _csv_rows(path, separator, quotes)
+        _, header = next(rows, (1, []))
         try:
-            image_column = header.index(find_column(path, header, [img_key]))
-            caption_column = header.index(find_column(path, header, [caption_key]))
-        except DataError as error:
+            image_column = header.index(find_column(path, header, image_columns(img_key)))
+            caption_column = header.index(find_column(path, header, caption_columns(caption_key)))
+        except ColumnError as error:
             other = "," if separator == "\t" else "\t"
             is_other = len(header) == 1 and other in header[0]
             hint = f"; they look separated by {other!r}: --csv-separator" if is_other else ""
-            raise DataError(f"{error}{hint}") from None
-        # A row that is too short gets empty fields, so that it is a bad sample and counted as one.
-        interleaved = TextColumn(
-            row[column] if column < len(row) else ""
-            for row in columns
+            raise ColumnError(f"{error}{hint}") from None
+        # What is wrong with a row's number of fields stands in place of its caption.
+        self._cells = TextColumn(
+            cell
+            for line, row in rows
             if row
-            for column in (image_column, caption_column)
+            for cell in self._row(row, line, len(header), image_column, caption_column)
         )
-        self._cells = interleaved
         if not len(self):
             raise DataError(f"{path} has a header line but no rows")
+        named = header[image_column]
         check_images_exist(
-            path, img_key, [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
+            path, named, [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
         )
+
+    def _row(
+        self, row: list[str], line: int, num_columns: int, image_column: int, caption_column: int
+    ) -> tuple[str, str]:
+        """Return image and caption of a row."""
+        image = row[image_column] if image_column < len(row) else ""
+        # A separator at the end of a line makes an empty field, and cuts no caption.
+        is_cut = any(row[num_columns:])
+        if max(image_column, caption_column) < len(row) and not is_cut:
+            return image, row[caption_column]
+        kind = "more" if len(row) > num_columns else "fewer"
+        self.left_out.add(f"row of {kind} fields than the header's {num_columns}", f"line {line}")
+        return image, f"{_MISCOUNTED}{len(row)} fields in a table of {num_columns} (line {line})"
 
     def __len__(self) -> int:
         return len(self._cells) // 2
 
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        path = self._path(index)
-        key = printable(self._cells[2 * index]) or f"{self.name}, row {index + 1}"
+        captions = self.captions(index)
+        image, key = self.picture(index)
+        return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption of a row; raise BadSample."""
+        key, caption = self._key(index), self._cells[2 * index + 1]
+        if caption.startswith(_MISCOUNTED):
+            raise BadSample(printable(caption.removeprefix(_MISCOUNTED)), key)
+        if not self._path(index):
+            raise BadSample("no image path", key)
+        return checked_captions(caption, key)
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a row and its key; raise BadSample."""
+        path, key = self._path(index), self._key(index)
         if not path:
             raise BadSample("no image path", key)
-        captions = checked_captions(self._cells[2 * index + 1], key)
-        return Pair(read_image_file(path, key, self._decoder), captions, key)
+        return read_image_file(path, key, self._decoder), key
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each row the path of its picture, which several rows may have."""
+        return map(self._path, range(len(self)))
+
+    def _key(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return printable(self._cells[2 * index]) or f"{self.name}, row {index + 1}"
 
     def _path(self, index: int) -> str:
         cell = self._cells[2 * index]
         return os.path.join(self._folder, cell) if cell else ""
 
 
-def _csv_rows(path: str, separator: str) -> Iterator[list[str]]:
-    """The rows of a table; raises DataError."""
+def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of the rows of a table; raise DataError."""
     try:
         # utf-8-sig: spreadsheets begin their files with a byte-order mark.
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, delimiter=separator)
+            rows = csv.reader(
+                file,
+                delimiter=separator,
+                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+                strict=True,
+            )
+            line = 1
             try:
-                yield from rows
+                for row in rows:
+                    yield line, row
+                    line = rows.line_num + 1
             except csv.Error as error:
-                raise DataError(f"{path}, line {rows.line_num}: {error}") from None
+                hint = "; if its quotation marks are text, --csv-no-quotes" if quotes else ""
+                raise DataError(
+                    f"{path}, in the row that begins in line {line}: {error}{hint}"
+                ) from None
     except OSError as error:
         raise DataError(f"cannot read the table {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -206,7 +264,9 @@ class JsonlSource:
         self._folder = os.path.dirname(path)
         self._decoder = decoder
         try:
-            self._starts_N1 = _line_offsets(path)
+            with open(path, "rb") as file:
+                self._state = _state_of(file)
+                self._starts_N1 = _line_offsets(file)
         except OSError as error:
             raise DataError(f"cannot read the table {path}: {error.strerror}") from None
         if not len(self):
@@ -224,6 +284,30 @@ class JsonlSource:
         return len(self._starts_N1) - 1
 
     def __getitem__(self, index: int) -> Pair:
+        record, key = self._named(index)
+        captions = checked_captions(record.get(self._caption_key), key)
+        return Pair(self._picture(record, key), captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a record; raise BadSample."""
+        record, key = self._named(index)
+        return checked_captions(record.get(self._caption_key), key)
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a record and its key; raise BadSample."""
+        record, key = self._named(index)
+        return self._picture(record, key), key
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each record the path of its picture, which several records may have."""
+        return map(self._image_path, range(len(self)))
+
+    def _picture(self, record: dict[str, Any], key: str) -> Any:
+        path = os.path.join(self._folder, record[self._img_key])
+        return read_image_file(path, key, self._decoder)
+
+    def _named(self, index: int) -> tuple[dict[str, Any], str]:
+        """Return a record that has an image path, and its key; raise BadSample."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         key = f"{self.name}, record {index + 1}"
@@ -231,18 +315,20 @@ class JsonlSource:
         path = record.get(self._img_key)
         if not isinstance(path, str) or not path:
             raise BadSample(f"no image path in {self._img_key!r}", key)
-        key = printable(path)
-        captions = checked_captions(record.get(self._caption_key), key)
-        return Pair(
-            read_image_file(os.path.join(self._folder, path), key, self._decoder), captions, key
-        )
+        return record, printable(path)
 
     def _record(self, index: int, key: str) -> dict[str, Any]:
         start, end = self._starts_N1[index : index + 2].tolist()
         if end - start > MAX_CAPTION_BYTES:
             raise BadSample(f"a line of {end - start} bytes is too long", key)
-        with open(self._path, "rb") as file:
-            line = os.pread(file.fileno(), end - start, start)
+        try:
+            with open(self._path, "rb") as file:
+                state = _state_of(file)
+                line = os.pread(file.fileno(), end - start, start)
+        except OSError as error:
+            raise DataError(f"cannot read the table {self._path}: {error.strerror}") from None
+        if state != self._state:
+            raise DataError(f"{self._path} was changed after the run began; start the run again")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -259,14 +345,19 @@ class JsonlSource:
         return os.path.join(self._folder, path) if isinstance(path, str) and path else ""
 
 
-def _line_offsets(path: str) -> np.ndarray:
-    """Where the lines of a file that are not empty begin, and where the file ends: int64 [N + 1]."""
+def _state_of(file: IO[bytes]) -> tuple[int, int]:
+    """Return size and modification time."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _line_offsets(file: IO[bytes]) -> np.ndarray:
+    """Return where the lines of a file that are not empty begin, and where the file ends: int64 [N + 1]."""
     starts, offset = array("q"), 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.isspace():
-                starts.append(offset)
-            offset += len(line)
+    for line in file:
+        if not line.isspace():
+            starts.append(offset)
+        offset += len(line)
     starts.append(offset)
     return np.array(starts, np.int64)
 
@@ -326,13 +417,20 @@ class ParquetSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         batch = self._batches[number]
         row = index - (int(self._ends[number]) - batch.num_rows)
-        image = batch.column(0)[row].as_py()
+        image, caption = (self._value(batch.column(i)[row], key) for i in range(2))
         if isinstance(image, dict):
             image = image.get("bytes")
         if not isinstance(image, bytes):
             raise BadSample(f"no bytes in the column {self._img_key!r}", key)
-        captions = checked_captions(batch.column(1)[row].as_py(), key)
+        captions = checked_captions(caption, key)
         return Pair(decode_bytes(image, key, self._decoder), captions, key)
+
+    def _value(self, cell: Any, key: str) -> Any:
+        """Return a cell as a value of Python; raise BadSample, such as for text that is not UTF-8."""
+        try:
+            return cell.as_py()
+        except (ValueError, OverflowError) as error:
+            raise BadSample(f"an unreadable cell: {printable(str(error))}", key) from None
 
     def _map(self) -> None:
         import pyarrow
@@ -383,162 +481,3 @@ def _arrow_copy(path: str, file: Any, columns: list[str]) -> str:
         f"{path}: the images must be written out once, but neither {places[0]} nor {places[1]} can be written; "
         "make room or set XDG_CACHE_HOME"
     )
-
-
-class FolderSource:
-    """Images in a folder and its subfolders, each with its caption in a file of the same stem.
-
-    The caption is in ``<stem>.txt``, or in ``<stem>.json`` as an object's ``caption``; images without are left out.
-
-    Args:
-        path: the folder.
-        caption_keys: fields of a JSON file that may hold the caption, the first that is there counts.
-        decoder: see ``decode_image``.
-
-    Raises:
-        DataError: no folder, or no image with a caption in it.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        caption_keys: Sequence[str] = CAPTION_COLUMNS,
-        decoder: Decoder | str = "pillow",
-    ) -> None:
-        self.name = os.path.basename(os.path.abspath(path))
-        self._folder = path
-        self._caption_keys = tuple(caption_keys)
-        self._decoder = decoder
-        self._cells = TextColumn(
-            cell
-            for folder, names in _walk(path)
-            for image, caption in _stem_pairs(names)
-            for cell in (os.path.join(folder, image), os.path.join(folder, caption))
-        )
-        if not len(self):
-            raise DataError(
-                f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) with a caption in a .txt or .json file of the "
-                "same name"
-            )
-
-    def __len__(self) -> int:
-        return len(self._cells) // 2
-
-    def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        image, caption = self._cells[2 * index], self._cells[2 * index + 1]
-        key = printable(image)
-        captions = checked_captions(self._caption(caption, key), key)
-        path = os.path.join(self._folder, image)
-        return Pair(read_image_file(path, key, self._decoder), captions, key)
-
-    def _caption(self, name: str, key: str) -> object:
-        try:
-            with open(os.path.join(self._folder, name), "rb") as file:
-                data = file.read(MAX_CAPTION_BYTES)
-        except OSError as error:
-            raise BadSample(f"{printable(name)}: {error.strerror}", key) from None
-        if not name.lower().endswith(".json"):
-            return data
-        try:
-            record = json.loads(data)
-        except (ValueError, RecursionError):
-            raise BadSample(f"{printable(name)} is no JSON", key) from None
-        fields = record if isinstance(record, dict) else {}
-        return next((fields[k] for k in self._caption_keys if k in fields), None)
-
-
-class ClassFolderSource:
-    """Images in one folder a class; the caption is the folder's name with spaces for underscores.
-
-    Args:
-        path: the folder of the class folders, which are taken in alphabetical order, whatever is below them included.
-        decoder: see ``decode_image``.
-
-    Attributes:
-        classnames: the captions, one a folder.
-        labels_N: for each image the index of its folder, int64 [N].
-
-    Raises:
-        DataError: no folder, or no image in a folder of its own.
-    """
-
-    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
-        self.name = os.path.basename(os.path.abspath(path))
-        self._folder = path
-        self._decoder = decoder
-        labels, folders = array("q"), dict[str, int]()
-
-        def images() -> Iterator[str]:
-            for folder, names in _walk(path):
-                if folder:
-                    for name in filter(_is_image, names):
-                        top = folder.split(os.sep, 1)[0]
-                        labels.append(folders.setdefault(top, len(folders)))
-                        yield os.path.join(folder, name)
-
-        self._paths = TextColumn(images())
-        self.classnames = [folder.replace("_", " ") for folder in folders]
-        self.labels_N = np.array(labels, np.int64)
-        if not len(self):
-            raise DataError(
-                f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) in a folder of its class, and none with a "
-                "caption in a .txt or .json file of the same name"
-            )
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        path = self._paths[index]
-        key = printable(path)
-        captions = checked_captions(self.classnames[self.labels_N[index]], key)
-        image = read_image_file(os.path.join(self._folder, path), key, self._decoder)
-        return Pair(image, captions, key)
-
-
-def open_folder(
-    path: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str
-) -> Any:
-    """The pairs of a folder, by what it holds.
-
-    ``metadata.jsonl`` (the layout of Hugging Face's imagefolder) wins; then images with a .txt or .json file each;
-    then, with no caption anywhere, class folders.
-    """
-    if not os.path.isdir(path):
-        raise DataError(f"there is no folder {path}")
-    metadata = os.path.join(path, "metadata.jsonl")
-    if os.path.exists(metadata):
-        source = JsonlSource(metadata, img_key, caption_key, decoder)
-        source.name = os.path.basename(os.path.abspath(path))
-        return source
-    if any(True for _, names in _walk(path) for _ in _stem_pairs(names)):
-        return FolderSource(path, caption_columns(caption_key), decoder)
-    return ClassFolderSource(path, decoder)
-
-
-def _walk(path: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder relative to ``path``, sorted names of its files) in order; links to folders are not followed."""
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        yield os.path.relpath(folder, path) if folder != path else "", sorted(names)
-
-
-def _is_image(name: str) -> bool:
-    return re.fullmatch(rf".*\.({'|'.join(IMAGE_SUFFIXES)})", name, re.I | re.S) is not None
-
-
-def _stem_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
-    """(image, caption file) of the names of one folder."""
-    captions = dict[str, str]()
-    for suffix in CAPTION_SUFFIXES:
-        for name in names:
-            stem, _, kind = name.rpartition(".")
-            if kind.lower() == suffix:
-                captions.setdefault(stem, name)
-    for name in filter(_is_image, names):
-        if (caption := captions.get(name.rpartition(".")[0])) is not None:
-            yield name, caption

@@ -1,7 +1,8 @@
 """Tar shards in the WebDataset layout, read in any order through a byte index.
 
 A sample is the members whose names are alike up to the first dot of the last path component: ``a/0001.jpg`` with
-``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Members of other kinds are passed over. In
+``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Where what follows the first dot is no known kind,
+names are alike up to the last one, so that ``shot 1.5 mm.jpg`` finds its caption. What belongs to no sample is counted. In
 place of an image file, pixels may lie there as ``a/0001.npy`` (``raw.py``).
 
 The index (where each image and caption lies) is made by one pass over the headers on first use and kept beside the
@@ -24,13 +25,13 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
+from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
 from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
 from clipcore.data.transforms import Decoder, decode_image
 
@@ -38,6 +39,10 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 # In this order: where a shard holds a picture both ways, the .npy is most often something else, an embedding.
 MEMBER_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, RAW_SUFFIX)
 CAPTION_SUFFIXES = ("txt", "json")
+# Pictures of kinds that are not read: their absence would go unseen.
+OTHER_IMAGE_SUFFIXES = (
+    *("gif", "bmp", "tif", "tiff", "jfif", "avif", "heic", "heif", "jxl", "jp2", "svg"),
+)
 MAX_NAME_BYTES = 4096  # of a long name or of an extended header
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
@@ -55,6 +60,7 @@ _REFUSED = {
     b"S": "a sparse file",
     b"M": "a file continued from another archive",
 }
+_KNOWN_SUFFIXES = {*MEMBER_IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
 # The last path component up to its first dot is the end of the key; what follows is the suffix.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__(/|$)")
@@ -181,7 +187,8 @@ class ShardIndex:
     """Where the samples of one shard are, in the order of their first members.
 
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
-    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read.
+    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts what belongs to no
+    sample.
     """
 
     path: str
@@ -189,6 +196,7 @@ class ShardIndex:
     mtime_ns: int
     columns_6N: np.ndarray
     keys: np.ndarray
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return self.columns_6N.shape[1]
@@ -199,23 +207,35 @@ class ShardIndex:
 
 
 def build_index(path: str) -> ShardIndex:
-    """Reads the headers of a shard. Samples without an image or a caption are left out, as in webdataset.
+    """Read the headers of a shard. What has no other half is left out, as in webdataset, and counted.
 
     Raises:
         DataError: as of ``scan_members``, or a member that is there twice.
     """
     stat = os.stat(path)
+    left_out = LeftOut()
     samples: dict[str, dict[str, Member]] = {}
+    dotted: dict[str, dict[str, Member]] = {}
     for member in scan_members(path):
-        match = _KEY.fullmatch(member.name)
-        if match is None or _METADATA.match(member.name):
+        if _METADATA.match(member.name) or (match := _KEY.fullmatch(member.name)) is None:
             continue
-        key, suffix = match[1], match[2].lower()
-        if suffix in MEMBER_IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
-            members = samples.setdefault(key, {})
+        key, suffix = match[1].removeprefix("./"), match[2].lower()
+        stem, _, last = suffix.rpartition(".")
+        group = samples
+        if stem and last in _KNOWN_SUFFIXES:
+            key, suffix, group = f"{key}.{match[2][: len(stem)]}", last, dotted
+        if suffix in OTHER_IMAGE_SUFFIXES:
+            left_out.add("picture of another kind", member.name)
+        elif suffix in _KNOWN_SUFFIXES:
+            members = group.setdefault(key, {})
             if suffix in members:
                 _refuse(path, f"holds {printable(member.name)!r} twice; write the shard again")
             members[suffix] = member
+    for key, members in dotted.items():
+        # Where the part before the first dot is a sample, "1.mask.png" is a field of it that is not used.
+        if _first_part(key) not in samples:
+            samples[key] = members
+
     columns, keys = array("q"), bytearray()
     for key, members in samples.items():
         image = next((members[s] for s in MEMBER_IMAGE_SUFFIXES if s in members), None)
@@ -225,14 +245,25 @@ def build_index(path: str) -> ShardIndex:
             is_json = int("txt" not in members)
             row = (image.offset, image.size, caption.offset, caption.size, is_json, len(keys))
             columns.extend(row)
+        elif image is not None and not image.name.lower().endswith(f".{RAW_SUFFIX}"):
+            left_out.add("image without a caption", image.name)
+        elif caption is not None:
+            left_out.add("caption without an image", caption.name)
     columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
     keys_K = np.frombuffer(bytes(keys), np.uint8)
-    return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K)
+    return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out)
 
 
-# Magic, size and modification time of the shard, samples, bytes of keys; then the columns, the keys and a CRC-32.
-_SIDECAR = struct.Struct("<8sQQQQ")
-_MAGIC = b"CLIPIDX2"  # 1 did not count .npy members as images
+def _first_part(key: str) -> str:
+    """Return a key up to the first dot of its last component."""
+    folder, slash, last = key.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+# Magic, size and modification time of the shard, samples, bytes of keys and of what is left out; then the columns, the keys,
+# what is left out as JSON, and a CRC-32.
+_SIDECAR = struct.Struct("<8sQQQQQ")
+_MAGIC = b"CLIPIDX3"  # 1 did not count .npy members as images, 2 not what is left out
 
 
 def load_index(path: str) -> ShardIndex:
@@ -263,8 +294,10 @@ def sidecar_paths(path: str) -> tuple[Path, Path]:
 
 
 def _write_sidecar(place: Path, index: ShardIndex) -> None:
-    head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, len(index), len(index.keys))
-    body = head + index.columns_6N.astype("<i8").tobytes() + index.keys.tobytes()
+    left_out = index.left_out.to_json().encode()
+    sizes = (len(index), len(index.keys), len(left_out))
+    head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, *sizes)
+    body = head + index.columns_6N.astype("<i8").tobytes() + index.keys.tobytes() + left_out
     place.parent.mkdir(parents=True, exist_ok=True)
     aside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
@@ -284,10 +317,10 @@ def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | 
     if len(content) < _SIDECAR.size + 4:
         return None
     body, checksum = content[:-4], int.from_bytes(content[-4:], "little")
-    magic, size, mtime_ns, num_samples, num_bytes = _SIDECAR.unpack_from(body)
+    magic, size, mtime_ns, num_samples, num_bytes, num_left_out = _SIDECAR.unpack_from(body)
     if (
         (magic, size, mtime_ns) != (_MAGIC, stat.st_size, stat.st_mtime_ns)
-        or len(body) != _SIDECAR.size + 48 * num_samples + num_bytes
+        or len(body) != _SIDECAR.size + 48 * num_samples + num_bytes + num_left_out
         or zlib.crc32(body) != checksum
     ):
         return None
@@ -299,7 +332,11 @@ def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | 
         return None
     if (np.diff(columns[5], prepend=0) < 0).any() or (num_samples and columns[5, -1] > num_bytes):
         return None
-    return ShardIndex(path, size, mtime_ns, columns, keys)
+    try:
+        left_out = LeftOut.from_json(body[len(body) - num_left_out :])
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return ShardIndex(path, size, mtime_ns, columns, keys, left_out)
 
 
 class TarSource:
@@ -310,6 +347,9 @@ class TarSource:
         caption_keys: fields of a JSON member that may hold the caption, the first that is there counts.
         decoder: see ``decode_image``.
         name: for messages; the last component of the first shard when left out.
+
+    Attributes:
+        left_out: what belongs to no sample, in all shards.
 
     Raises:
         DataError: a shard that cannot be read, or no sample in all of them.
@@ -328,11 +368,14 @@ class TarSource:
         self._caption_keys = tuple(caption_keys)
         self._decoder = decoder
         self._open: OrderedDict[int, int] = OrderedDict()
+        self.left_out = LeftOut()
+        for shard in self.shards:
+            self.left_out.update(shard.left_out)
         if not len(self):
             where = paths[0] if len(paths) == 1 else self.name
             raise DataError(
                 f"{where} holds no samples: an image (.{', .'.join(MEMBER_IMAGE_SUFFIXES)}) needs a member of the same "
-                "name that ends in .txt or .json"
+                f"name that ends in .txt or .json{self.left_out.found()}"
             )
 
     def __len__(self) -> int:

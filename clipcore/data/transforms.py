@@ -34,6 +34,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 DECODERS = ("pillow", "simplejpeg")
 FORMATS = ("JPEG", "PNG", "WEBP")
+RESIZE_MODES = ("shortest", "squash")
+# A mark among a picture's notes, where nothing is kept that a file wrote.
+_TRANSPARENT = "clipcore: was transparent"
 # Pillow's own threshold for suspicion; checked from the header, before anything of that size is allocated.
 MAX_PIXELS = 89_478_485
 _CROP_ATTEMPTS = 10
@@ -69,6 +72,9 @@ def check_decoder(decoder: str) -> None:
 def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
     """The picture in the bytes of a JPEG, PNG or WebP file, the first frame of an animated one, as RGB.
 
+    A transparent picture is laid over white, and ``was_transparent`` tells it from others: what its file has under
+    transparent pixels is nothing that anybody has seen.
+
     Args:
         data: the whole file.
         decoder: ``pillow``, or ``simplejpeg`` for JPEG files of one or three channels; what that does not cover (PNG,
@@ -102,7 +108,26 @@ def _decode_pillow(data: bytes, min_side: int) -> Image.Image:
             if (part := _reduction(*image.size, min_side)) > 1:
                 # Without effect on other formats. Pillow takes the largest reduction that keeps both sides.
                 image.draft(None, (image.width // part, image.height // part))
-            return image.convert("RGB")
+            over_white = _over_white(image) if image.has_transparency_data else None
+            picture = image.convert("RGB") if over_white is None else over_white
+            picture.info = {} if over_white is None else {_TRANSPARENT: True}
+            return picture
+
+
+def _over_white(image: Image.Image) -> Image.Image | None:
+    """Return an image over white as RGB, None where no pixel is transparent."""
+    layers = image.convert("RGBA")
+    alpha = layers.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return None
+    white = Image.new("RGB", image.size, "white")
+    white.paste(layers, mask=alpha)
+    return white
+
+
+def was_transparent(image: Picture) -> bool:
+    """Return whether ``decode_image`` has laid this picture over white."""
+    return isinstance(image, Image.Image) and _TRANSPARENT in image.info
 
 
 def _decode_simplejpeg(data: bytes, min_side: int) -> Image.Image:
@@ -142,6 +167,8 @@ class ImageTransform:
             square crops, whose area is a share of the largest square's.
         resize: pixels of the shorter side, at least S: images are resized to it and S x S pixels cut out at random, in
             place of ``scale`` and ``ratio``.
+        resize_mode: one of ``RESIZE_MODES``, for the centre crop, open_clip's names: ``shortest`` resizes the shorter side
+            to S and cuts the longer one, ``squash`` resizes both to S.
 
     Example:
         >>> transform = ImageTransform(224, is_train=False)
@@ -158,6 +185,7 @@ class ImageTransform:
         scale: tuple[float, float] = (0.9, 1.0),
         ratio: tuple[float, float] | None = (3 / 4, 4 / 3),
         resize: int | None = None,
+        resize_mode: str = "shortest",
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"the scale of a crop is a range within (0, 1], got {scale}")
@@ -168,6 +196,8 @@ class ImageTransform:
                 f"no crop of {image_size} pixels fits images resized to {resize}; --aug-resize is at least the model's "
                 f"{image_size}"
             )
+        if resize_mode not in RESIZE_MODES:
+            raise ValueError(f"the resize mode is {' or '.join(RESIZE_MODES)}, got {resize_mode!r}")
         self.image_size = image_size
         self.is_train = is_train
         self.mean = tuple(mean)
@@ -175,6 +205,7 @@ class ImageTransform:
         self.scale = scale
         self.ratio = ratio
         self.resize = resize
+        self.resize_mode = resize_mode
 
     @property
     def min_side(self) -> int:
@@ -232,13 +263,16 @@ class ImageTransform:
 
     def _centre_crop(self, image: Picture) -> Picture:
         size = self.image_size
+        if self.resize_mode == "squash":
+            return image if sides(image) == (size, size) else resize_bicubic(image, size, size)
         image = resize_shorter(image, size)
         width, height = sides(image)
         # Half a pixel goes to the even side, as Python rounds and torchvision with it.
         return cut(image, round((width - size) / 2), round((height - size) / 2), size, size)
 
     def __repr__(self) -> str:
-        kind = f"random crop of {self.scale} of the area" if self.is_train else "centre crop"
+        kind = "squashed" if self.resize_mode == "squash" else "centre crop"
+        kind = f"random crop of {self.scale} of the area" if self.is_train else kind
         return f"ImageTransform({self.image_size}, {kind}, mean={self.mean}, std={self.std})"
 
 
@@ -247,9 +281,16 @@ def image_transform(
     is_train: bool,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    resize_mode: str | None = None,
 ) -> ImageTransform:
     """The preprocessing for a model of ``image_size``, under the name that open_clip gives it."""
-    return ImageTransform(image_size, is_train, mean or OPENAI_MEAN, std or OPENAI_STD)
+    return ImageTransform(
+        image_size,
+        is_train,
+        mean or OPENAI_MEAN,
+        std or OPENAI_STD,
+        resize_mode=resize_mode or "shortest",
+    )
 
 
 def sides(image: Picture) -> tuple[int, int]:

@@ -1,0 +1,394 @@
+"""Folders of images: with a caption in a file beside each, with a table of them, or one folder a class."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data.tables import (
+    CAPTION_COLUMNS,
+    ColumnError,
+    CsvSource,
+    JsonlSource,
+    TextColumn,
+    caption_columns,
+    read_image_file,
+)
+from clipcore.data.tar import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    OTHER_IMAGE_SUFFIXES,
+)
+from clipcore.data.transforms import Decoder
+
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+
+class FolderSource:
+    """Images in a folder and its subfolders, each with its caption in a file of the same stem.
+
+    The caption is in ``<stem>.txt``, or in ``<stem>.json`` as an object's ``caption``. Names that begin with a dot are no
+    part of the data. Links to folders are followed.
+
+    Args:
+        path: the folder.
+        caption_keys: fields of a JSON file that may hold the caption, the first that is there counts.
+        decoder: see ``decode_image``.
+
+    Attributes:
+        left_out: images without a caption, captions without an image, pictures of other kinds.
+
+    Raises:
+        DataError: no folder, or no image with a caption in it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        caption_keys: Sequence[str] = CAPTION_COLUMNS,
+        decoder: Decoder | str = "pillow",
+    ) -> None:
+        self.name = os.path.basename(os.path.abspath(path))
+        self._folder = path
+        self._caption_keys = tuple(caption_keys)
+        self._decoder = decoder
+        self.left_out = LeftOut()
+        self._cells = TextColumn(
+            cell
+            for folder, names in walk(path)
+            for image, caption in _stem_pairs(folder, names, self.left_out)
+            for cell in (os.path.join(folder, image), os.path.join(folder, caption))
+        )
+        if not len(self):
+            raise DataError(
+                f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) with a caption in a .txt or .json file of the "
+                f"same name{self.left_out.found()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._cells) // 2
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        image, caption = self._cells[2 * index], self._cells[2 * index + 1]
+        key = printable(image)
+        captions = checked_captions(self._caption(caption, key), key)
+        path = os.path.join(self._folder, image)
+        return Pair(read_image_file(path, key, self._decoder), captions, key)
+
+    def _caption(self, name: str, key: str) -> object:
+        try:
+            with open(os.path.join(self._folder, name), "rb") as file:
+                data = file.read(MAX_CAPTION_BYTES)
+        except OSError as error:
+            raise BadSample(f"{printable(name)}: {error.strerror}", key) from None
+        if not name.lower().endswith(".json"):
+            return data
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadSample(f"{printable(name)} is no JSON", key) from None
+        fields = record if isinstance(record, dict) else {}
+        return next((fields[k] for k in self._caption_keys if k in fields), None)
+
+
+class ClassFolderSource:
+    """Images in one folder a class; the caption is the class's name.
+
+    The name is that of the folder with spaces for underscores, or what ``classes.json`` in the outer folder gives for it, an
+    object of folder names to class names. Folders whose names begin with a dot or with ``__`` are no classes.
+
+    Args:
+        path: the folder of the class folders, which are taken in alphabetical order, whatever is below them included. Links
+            to folders are followed.
+        decoder: see ``decode_image``.
+
+    Attributes:
+        classnames: the captions, one a folder.
+        labels_N: for each image the index of its folder, int64 [N].
+        left_out: images outside of class folders, pictures of other kinds.
+
+    Raises:
+        DataError: no folder, no image in a folder of its own, one such folder only, or names that are numbers or
+            ids.
+    """
+
+    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
+        self.name = os.path.basename(os.path.abspath(path))
+        self._folder = path
+        self._decoder = decoder
+        self.left_out = LeftOut()
+        labels, folders = array("q"), dict[str, int]()
+
+        def images() -> Iterator[str]:
+            for folder, names in walk(path):
+                top = folder.split(os.sep, 1)[0]
+                for name in names:
+                    where = os.path.join(folder, name)
+                    if _is_other_image(name):
+                        self.left_out.add("picture of another kind", where)
+                    elif _is_image(name) and (not top or top.startswith("__")):
+                        self.left_out.add("image outside of class folders", where)
+                    elif _is_image(name):
+                        labels.append(folders.setdefault(top, len(folders)))
+                        yield where
+
+        self._paths = TextColumn(images())
+        self.labels_N = np.array(labels, np.int64)
+        if not len(self):
+            raise DataError(
+                f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) in a folder of its class, and none with a "
+                f"caption in a .txt or .json file of the same name{self.left_out.found()}"
+            )
+        if len(folders) == 1:
+            raise DataError(
+                f"{path} holds no captions, and all of its images lie in one folder, {printable(next(iter(folders)))}, "
+                "which makes one class: put each caption into a .txt file of the image's name, or write a metadata.csv with "
+                "the columns file_name and text"
+            )
+        self.classnames = _class_names(path, list(folders))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        path = self._paths[index]
+        key = printable(path)
+        captions = checked_captions(self.classnames[self.labels_N[index]], key)
+        image = read_image_file(os.path.join(self._folder, path), key, self._decoder)
+        return Pair(image, captions, key)
+
+
+# Of ImageNet's folders, and of data sets that number their classes.
+_ID = re.compile(r"n\d{8}|\d+|(?:class|label)[ _-]?\d+", re.IGNORECASE)
+
+
+def _class_names(path: str, folders: list[str]) -> list[str]:
+    """Return the names of classes, given their folders.
+
+    Raises:
+        DataError: classes.json is unreadable, or folders without a name there are named by numbers or ids.
+    """
+    file = os.path.join(path, "classes.json")
+    given = read_json(file, {})
+    shape = "an object of folder names to class names"
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
+        raise DataError(f"{file} is not {shape}")
+    # Its keys may be written as the names are shown, with spaces.
+    by_shown = {key.replace("_", " "): name for key, name in given.items()}
+    shown = [folder.replace("_", " ") for folder in folders]
+    if given and not set(shown) & by_shown.keys():
+        raise DataError(
+            f"{file} names none of the folders beside it, such as {printable(shown[0])}"
+        )
+    ids = [name for name in shown if name not in by_shown and _ID.fullmatch(name)]
+    # One number among names may be one.
+    if 2 * len(ids) > len(folders) or any(name.startswith("n") or given for name in ids):
+        raise DataError(
+            f"class folders of {path} are named by ids or numbers, such as {ids[0]}, which no caption holds; name them in "
+            f'{file}, {shape}: {{"{ids[0]}": "tench", ...}}'
+        )
+    return [by_shown.get(name, name).strip() for name in shown]
+
+
+def read_json(path: str, default: object) -> object:
+    """Return the content of a JSON file, or the default where there is none; raise DataError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def open_folder(
+    path: str,
+    img_key: str | None,
+    caption_key: str | None,
+    decoder: Decoder | str,
+    quotes: bool = True,
+) -> Any:
+    """Return the pairs of a folder, by what it holds.
+
+    A table ``metadata.jsonl`` or ``metadata.csv`` of images and captions (the layout of Hugging Face's imagefolder) wins, in
+    the folder or in its only subfolder with images; then images with a .txt or .json file each; then, with no caption
+    anywhere, class folders.
+
+    Args:
+        img_key, caption_key, decoder, quotes: as of ``CsvSource``.
+
+    Raises:
+        DataError: no folder, or one whose captions cannot be told.
+    """
+    if not os.path.isdir(path):
+        raise DataError(f"there is no folder {path}")
+    name = os.path.basename(os.path.abspath(path))
+    tables, folders = _look_into(path)
+    if not tables:
+        inner = [found for folder in folders for found in _look_into(folder)[0]]
+        tables = [table for table in inner if not _is_elsewhere(path, os.path.dirname(table))]
+        if inner and not tables:
+            raise DataError(
+                f"{path}: {inner[0]} is a table of captions, but images lie outside of its folder too; name the folders to "
+                f"use, such as {os.path.dirname(inner[0])}"
+            )
+
+    without_columns: ColumnError | None = None
+    for table in tables:
+        try:
+            source = _open_metadata(table, img_key, caption_key, decoder, quotes)
+            source.name = name
+            return source
+        except ColumnError as error:
+            # Such as one of patients and their ages.
+            without_columns = error
+
+    ignored = LeftOut()
+    if any(True for folder, names in walk(path) for _ in _stem_pairs(folder, names, ignored)):
+        pairs = FolderSource(path, caption_columns(caption_key), decoder)
+        if without_columns is not None:
+            pairs.left_out.add("table without a column of captions", tables[0])
+        return pairs
+    if without_columns is not None:
+        raise without_columns
+    return ClassFolderSource(path, decoder)
+
+
+def _look_into(path: str) -> tuple[list[str], list[str]]:
+    """Return the tables of captions in a folder, the preferred first, and its subfolders."""
+    tables, folders = [], []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.lower() in _METADATA_FILES:
+                    tables.append(entry.path)
+                elif entry.name.lower().startswith("metadata.parquet"):
+                    raise DataError(
+                        f"{entry.path} names images by their paths, which is not read from parquet; write it as metadata.csv"
+                    )
+                elif _is_folder(entry) and _is_data(entry.name):
+                    folders.append(entry.path)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
+    order = _METADATA_FILES.index
+    return sorted(tables, key=lambda t: order(os.path.basename(t).lower())), sorted(folders)
+
+
+def _is_elsewhere(path: str, folder: str) -> bool:
+    """Return whether an image of a folder lies outside of one of its subfolders."""
+    inside = os.path.relpath(folder, path)
+    return any(
+        _is_image(name) and relative.split(os.sep, 1)[0] != inside
+        for relative, names in walk(path)
+        for name in names
+    )
+
+
+def _open_metadata(
+    table: str,
+    img_key: str | None,
+    caption_key: str | None,
+    decoder: Decoder | str,
+    quotes: bool,
+) -> CsvSource | JsonlSource:
+    if table.lower().endswith(".csv"):
+        return CsvSource(table, img_key, caption_key, ",", decoder, quotes)
+    return JsonlSource(table, img_key, caption_key, decoder)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_data(name: str) -> bool:
+    """Return whether a name may be of data: not hidden, and not what a file system keeps for itself."""
+    return not name.startswith(".") and name != "lost+found"
+
+
+def walk(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder relative to ``path``, sorted names of its files) in order; names that begin with a dot are left out.
+
+    Links to folders are followed, as data sets are made of them, but none that leads into ``path`` itself: what is there
+    comes under its own name.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    return _walk(path, "", frozenset())
+
+
+def _walk(
+    path: str, relative: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield as ``walk`` from one folder on; ``above`` are the devices and inodes of the folders on the way to it."""
+    folder = os.path.join(path, relative) if relative else path
+    try:
+        stat = os.stat(folder)
+        own = (stat.st_dev, stat.st_ino)
+        # A link back to one of them would have no end.
+        if own in above:
+            return
+        with os.scandir(folder) as entries:
+            there = sorted(
+                (e.name, _is_folder(e), e.is_symlink()) for e in entries if _is_data(e.name)
+            )
+    except OSError as error:
+        raise DataError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
+
+    yield relative, [name for name, is_folder, _ in there if not is_folder]
+    for name, is_folder, is_link in there:
+        if is_folder and not (is_link and _is_within(os.path.join(folder, name), path)):
+            yield from _walk(path, os.path.join(relative, name), above | {own})
+
+
+def _is_within(link: str, path: str) -> bool:
+    """Return whether a link leads to a folder or to something in it."""
+    target, root = os.path.realpath(link), os.path.realpath(path)
+    return os.path.commonpath([target, root]) == root
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _is_other_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in OTHER_IMAGE_SUFFIXES
+
+
+def _stem_pairs(folder: str, names: list[str], left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption file) of the names of one folder; count what has no other half."""
+    captions = dict[str, str]()
+    for suffix in CAPTION_SUFFIXES:
+        for name in names:
+            stem, _, kind = name.rpartition(".")
+            if kind.lower() == suffix:
+                captions.setdefault(stem, name)
+
+    used = set[str]()
+    for name in names:
+        stem = name.rpartition(".")[0]
+        if _is_other_image(name):
+            left_out.add("picture of another kind", os.path.join(folder, name))
+        elif _is_image(name) and (caption := captions.get(stem)) is not None:
+            used.add(stem)
+            yield name, caption
+        elif _is_image(name):
+            left_out.add("image without a caption", os.path.join(folder, name))
+    for stem, name in captions.items():
+        if stem not in used:
+            left_out.add("caption without an image", os.path.join(folder, name))

@@ -1,0 +1,105 @@
+"""Pairs by picture: tables with a row for each caption of a picture, as Flickr30k and COCO come."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from clipcore.data import BadSample, LeftOut, Pair, PairSource
+from clipcore.data.sources import MixtureSource
+from clipcore.data.tables import CsvSource, JsonlSource
+
+
+class _Rows(Protocol):
+    """Rows that name their pictures, read one half at a time."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def captions(self, index: int) -> str | tuple[str, ...]: ...
+
+    def picture(self, index: int) -> tuple[Any, str]: ...
+
+
+def by_picture(source: PairSource) -> PairSource:
+    """Return a source that has each picture once, with the captions of all rows that name it.
+
+    Of a source that does not name its pictures by paths, or names each once, that is the source itself. A mixture becomes
+    one of its parts by picture, without factors.
+    """
+    if isinstance(source, MixtureSource):
+        return MixtureSource([by_picture(part) for part in source.parts], name=source.name)
+    if not isinstance(source, CsvSource | JsonlSource):
+        return source
+    # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
+    names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))
+    hash_N = np.fromiter(names, np.int64, len(source))
+    _, first_P, picture_N = np.unique(hash_N, return_index=True, return_inverse=True)
+    if len(first_P) == len(source):
+        return source
+
+    # Numbered by their first rows in place of their hashes.
+    place_P = np.empty_like(first_P)
+    place_P[np.argsort(first_P)] = np.arange(len(first_P))
+    picture_N = place_P[picture_N]
+    rows_N = np.argsort(picture_N, kind="stable")
+    return PictureSource(source, rows_N, np.cumsum(np.bincount(picture_N)))
+
+
+class PictureSource:
+    """The pictures of a table, in the order of their first rows: see ``clipcore.data.PairSource``.
+
+    Args:
+        rows: the table.
+        rows_N: the numbers of its rows, picture by picture, int64 [N].
+        ends_P: for each picture where its rows end in ``rows_N``, int64 [P].
+
+    Attributes:
+        left_out: captions that cannot be read, of pictures with others.
+    """
+
+    def __init__(self, rows: _Rows, rows_N: np.ndarray, ends_P: np.ndarray) -> None:
+        self.name = rows.name
+        self.num_rows = len(rows_N)
+        self.left_out = LeftOut()
+        self._rows = rows
+        starts_P = np.concatenate([[0], ends_P[:-1]])
+        kept = [
+            self._readable(rows_N[start:end].tolist())
+            for start, end in zip(starts_P, ends_P, strict=True)
+        ]
+        self._members = np.array([row for those in kept for row in those], np.int64)
+        self._ends = np.cumsum([len(those) for those in kept])
+
+    def describe(self) -> str:
+        """Return in words how rows and pictures are related."""
+        return f"{self.name}: {len(self):,} pictures in {self.num_rows:,} rows, with all their captions"
+
+    def _readable(self, members: list[int]) -> list[int]:
+        """Return the rows of a picture that have a caption; if none has, the first, which then is a bad sample."""
+        found, errors = [], []
+        for row in members:
+            try:
+                self._rows.captions(row)
+                found.append(row)
+            except BadSample as error:
+                errors.append(error)
+        for unread in errors if found else ():
+            self.left_out.add(f"caption of a picture ({unread.reason})", unread.key)
+        return found or members[:1]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        start = int(self._ends[index - 1]) if index else 0
+        captions = list[str]()
+        for row in self._members[start : self._ends[index]].tolist():
+            found = self._rows.captions(row)
+            captions += [found] if isinstance(found, str) else found
+        image, key = self._rows.picture(int(self._members[start]))
+        return Pair(image, tuple(captions), key)

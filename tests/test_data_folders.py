@@ -1,0 +1,220 @@
+"""Folders as people have them: links, files of other programs, tables of captions, names that are ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from shards import picture, write_images
+
+from clipcore.data import DataError
+from clipcore.data.folders import ClassFolderSource, walk
+from clipcore.data.sources import left_out_of, open_source
+from clipcore.evaluate.tasks import class_folders
+
+pytestmark = pytest.mark.fast
+
+
+def put(path: Path, content: bytes | str | None = None) -> Path:
+    """A file, a picture where no content is given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = picture(0)[0] if content is None else content
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_classes(folder: Path, *names: str) -> Path:
+    """One picture a class."""
+    for name in names:
+        put(folder / name / "0.jpg")
+    return folder
+
+
+def test_what_a_folder_does_not_hand_out_is_counted_by_reason(tmp_path):
+    for name in ("a.jpg", "shot 1.5 mm.jpg", "b.jpg", "c.gif", "d.jfif", "._a.jpg", ".hidden.jpg"):
+        put(tmp_path / "in" / name)
+    for name in ("a.txt", "shot 1.5 mm.txt", "c.txt", "lone.json", "._a.txt", "readme.md"):
+        put(tmp_path / "in" / name, "words")
+    put(tmp_path / ".cache" / "x.jpg")
+    put(tmp_path / ".cache" / "x.txt", "words")
+    source = open_source(str(tmp_path))
+    assert sorted(source[i].key for i in range(len(source))) == ["in/a.jpg", "in/shot 1.5 mm.jpg"]
+    assert str(left_out_of(source)) == (
+        "1 x image without a caption, such as in/b.jpg; 2 x picture of another kind, such as in/c.gif; "
+        "2 x caption without an image, such as in/c.txt"
+    )
+
+
+def test_a_folder_that_holds_no_pair_says_what_it_holds(tmp_path):
+    write_images(tmp_path / "a" / "one", 1)
+    put(tmp_path / "a" / "one" / "images" / "other.txt", "words")
+    with pytest.raises(DataError, match=r"which makes one class.*metadata.csv"):
+        open_source(str(tmp_path / "a"))
+    put(tmp_path / "b" / "x" / "1.gif")
+    with pytest.raises(DataError, match=r"holds no image .*; found 1 x picture of another kind"):
+        open_source(str(tmp_path / "b"))
+
+
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    store = write_classes(tmp_path / "store", "n1", "n2")
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    (classes / "cat").symlink_to(store / "n1")
+    (classes / "dog").symlink_to("../store/n2")
+    (store / "n1" / "up").symlink_to(store)
+    (store / "n2" / "self").symlink_to(".")
+    source = ClassFolderSource(str(classes))
+    assert source.classnames == ["cat", "dog"]
+    # By way of the link up, n1 holds n2's picture too; each folder is entered once on a way.
+    assert [source[i].key for i in range(len(source))] == [
+        "cat/0.jpg",
+        "cat/up/n2/0.jpg",
+        "dog/0.jpg",
+    ]
+
+
+def test_odd_entries_cost_no_data(tmp_path):
+    write_classes(tmp_path, "cat", "dog")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "latest").symlink_to("cat")
+    (tmp_path / "lost+found").mkdir(mode=0)
+    source = ClassFolderSource(str(tmp_path))
+    assert source.classnames == ["cat", "dog"] and len(source) == 2
+
+
+def test_names_come_in_order_and_folders_behind_files(tmp_path):
+    for name in ("b/2.jpg", "b/1.jpg", "a/c/3.jpg", "a/4.jpg", "5.jpg"):
+        put(tmp_path / name)
+    found = [os.path.join(folder, name) for folder, names in walk(str(tmp_path)) for name in names]
+    assert found == ["5.jpg", "a/4.jpg", "a/c/3.jpg", "b/1.jpg", "b/2.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write_classes(tmp_path, "cat", "dog")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read the folder .*dog: Permission denied"):
+        ClassFolderSource(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", [("misc", "n01440764"), ("0", "1"), ("n01440764", "n01443537"), ("class_0", "class_1")]
+)
+def test_classes_named_by_ids_are_refused_until_they_are_named(tmp_path, names):
+    write_classes(tmp_path, *names)
+    for read in (lambda: open_source(str(tmp_path)), lambda: class_folders(tmp_path)):
+        with pytest.raises(DataError, match=r"named by ids or numbers.*classes.json, an object"):
+            read()
+    (tmp_path / "classes.json").write_text(json.dumps({names[0]: "tench"}))
+    with pytest.raises(
+        DataError, match=f"named by ids or numbers, such as {names[1]}".replace("_", " ")
+    ):
+        open_source(str(tmp_path))
+    (tmp_path / "classes.json").write_text(json.dumps({names[0]: "tench", names[1]: "goldfish"}))
+    assert class_folders(tmp_path).classnames == ["tench", "goldfish"]
+    # And the training reads the same names.
+    source = open_source(str(tmp_path))
+    assert [source[i].caption for i in range(2)] == ["tench", "goldfish"]
+
+
+def test_digits_may_be_names_where_somebody_says_so(tmp_path):
+    write_classes(tmp_path, "0", "1")
+    (tmp_path / "classes.json").write_text('{"0": "0", "1": "1"}')
+    assert class_folders(tmp_path).classnames == ["0", "1"]
+
+
+def test_folders_of_other_programs_are_no_classes(tmp_path):
+    write_classes(tmp_path, "cat", "dog", ".ipynb_checkpoints", "__MACOSX")
+    source = ClassFolderSource(str(tmp_path))
+    assert source.classnames == ["cat", "dog"]
+    assert str(source.left_out) == "1 x image outside of class folders, such as __MACOSX/0.jpg"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.json", '["cat"]', "is not an object of folder names"),
+        ("classes.json", '{"cat": 3}', "is not an object of folder names"),
+        ("classes.json", "{", "cannot read .*classes.json"),
+        ("classes.json", "[" * 100_000, "cannot read .*classes.json"),
+        ("classes.json", '{"cow": "a cow"}', "names none of the folders beside it, such as cat"),
+        ("templates.json", "[]", "is not a list of prompts"),
+        ("templates.json", "[3]", "is not a list of prompts"),
+    ],
+)
+def test_names_and_prompts_that_cannot_be(tmp_path, name, content, message):
+    write_classes(tmp_path, "cat", "dog")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        class_folders(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV", "metadata.jsonl"])
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_tables_of_captions_in_the_folder_or_one_below(tmp_path, name, inner):
+    folder = tmp_path / "set" / inner
+    rows = write_images(folder, 2)
+    if name.lower().endswith("csv"):
+        lines = ["file_name,text", *(f'{image},"{caption}"' for image, caption in rows)]
+    else:
+        lines = [json.dumps({"file_name": image, "text": caption}) for image, caption in rows]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    source = open_source(str(tmp_path / "set"))
+    assert source.name == "set"
+    assert [source[i].caption for i in range(2)] == [caption for _, caption in rows]
+
+
+def test_tables_in_subfolders_beside_other_images_are_for_the_user_to_choose_from(tmp_path):
+    for split in ("train", "test"):
+        rows = write_images(tmp_path / split, 1)
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\n{rows[0][0]},words\n")
+    with pytest.raises(DataError, match=r"images lie outside of its folder too; name the folders"):
+        open_source(str(tmp_path))
+    both = open_source(f"{tmp_path}/train::{tmp_path}/test")
+    assert len(both) == 2
+    (tmp_path / "test" / "metadata.csv").unlink()
+    with pytest.raises(DataError, match=r"train/metadata.csv is a table of captions, but images"):
+        open_source(str(tmp_path))
+
+
+def test_a_table_without_captions_is_no_table_of_captions(tmp_path):
+    put(tmp_path / "a.jpg")
+    put(tmp_path / "a.txt", "words")
+    put(tmp_path / "metadata.csv", "isic_id,age\n1,40\n")
+    source = open_source(str(tmp_path))
+    assert source[0].caption == "words"
+    assert "1 x table without a column of captions" in str(left_out_of(source))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match="its columns are isic_id, age"):
+        open_source(str(tmp_path))
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(DataError, match=r"not read from parquet; write it as metadata.csv"):
+        open_source(str(tmp_path))
+
+
+def test_quotation_marks_of_a_table_in_a_folder_may_be_text(tmp_path):
+    rows = write_images(tmp_path, 1)
+    put(tmp_path / "metadata.csv", f'file_name,text\n{rows[0][0]},"a lone mark\n')
+    with pytest.raises(DataError, match="--csv-no-quotes"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), quotes=False)[0].caption == '"a lone mark'
+
+
+def test_a_large_flat_folder_is_listed_and_not_asked_for_each_file(tmp_path, monkeypatch):
+    for index in range(50):
+        put(tmp_path / f"{index}.jpg")
+        put(tmp_path / f"{index}.txt", "words")
+    asked = []
+    for name in ("stat", "lstat"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, f=function, **k: (asked.append(a), f(*a, **k))[1])
+    assert len(open_source(str(tmp_path))) == 50
+    assert len(asked) < 20
