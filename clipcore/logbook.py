@@ -161,9 +161,11 @@ class Logbook:
             self._bar.set_postfix_str(f"micro-batch {num_done} of {num_passes} of this step")
 
     def evaluation(self, row: dict[str, Any], headline: Sequence[str]) -> None:
-        """One evaluation: a line in the file, and the figures named in ``headline`` above the bar."""
+        """One evaluation: a line in the file, and above the bar the figures of ``headline`` and what is not in them."""
         self._write(row, row["task"])
         figures = ", ".join(f"{key} {row[key]:.1%}" for key in headline if key in row)
+        if number := int(row.get("num_unreadable", 0)):
+            figures += f" (without {number:,} that could not be read)"
         self.say(f"step {row['step']}: {row['task']}: {figures}")
         # The time of an evaluation is not a training step's.
         self._last_step = time.perf_counter()

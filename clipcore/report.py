@@ -62,8 +62,8 @@ class ReportData:
     Attributes:
         summary: headline facts in order.
         steps: rows with step, loss, lr, logit_scale, pairs_per_s, time_s.
-        evaluations: rows with step, task, acc1, acc5, chance (fractions), num_classes, num_images.
-        retrieval: rows with step, task, num_pairs, image_to_text_R@1 and the like.
+        evaluations: rows with step, task, acc1, acc5, chance (fractions), num_classes, num_images, num_unreadable.
+        retrieval: rows with step, task, num_pairs, num_texts, num_unreadable, image_to_text_R@1 and the like.
         timings: seconds by part of the run.
         profile: the page about a step, as plain text.
     """
@@ -178,7 +178,7 @@ def _zero_shot(rows: list[dict[str, Any]]) -> str:
         [
             (
                 row["task"],
-                f"{int(row['num_images']):,}",
+                f"{int(row['num_images']):,}{_without(row)}",
                 f"{int(row['num_classes']):,}",
                 f"{row['acc1']:.1%}",
                 f"{row['acc5']:.1%}",
@@ -218,6 +218,21 @@ def _examples(examples: tuple[ZeroShotExample, ...]) -> str:
     )
 
 
+def _gallery(row: dict[str, Any]) -> str:
+    """Return what a retrieval searched."""
+    num_pictures = int(row["num_pairs"])
+    num_texts = int(row.get("num_texts", num_pictures))
+    if num_texts == num_pictures:
+        return f"{num_pictures:,} pairs{_without(row)}"
+    return f"{num_pictures:,} pictures{_without(row)} with {num_texts:,} captions"
+
+
+def _without(row: dict[str, Any]) -> str:
+    """Return what an evaluation could not read, as an addition to a number."""
+    number = int(row.get("num_unreadable", 0))
+    return f" ({number:,} more unreadable)" if number else ""
+
+
 def _retrieval(rows: list[dict[str, Any]], examples: tuple[RetrievalExample, ...]) -> str:
     if not rows and not examples:
         return ""
@@ -232,7 +247,7 @@ def _retrieval(rows: list[dict[str, Any]], examples: tuple[RetrievalExample, ...
                 ("text_to_image", "text to image"),
             )
         ]
-        parts.append(f"<p>{html.escape(last['task'])}, among {int(last['num_pairs']):,} pairs.</p>")
+        parts.append(f"<p>{html.escape(last['task'])}, among {_gallery(last)}.</p>")
         parts.append(_table(("direction", *(f"recall at {k}" for k in ranks)), body))
     if examples:
         items = []

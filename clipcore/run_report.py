@@ -114,7 +114,7 @@ def summary(
     if retrieval and "image_to_text_R@1" in retrieval[-1]:
         row = retrieval[-1]
         facts["image to text, R@1"] = (
-            f"{row['image_to_text_R@1']:.1%} of {int(row['num_pairs']):,} pairs"
+            f"{row['image_to_text_R@1']:.1%} of {int(row['num_pairs']):,} pictures"
         )
     if steps:
         speeds = sorted(row["pairs_per_s"] for row in steps)
@@ -123,6 +123,8 @@ def summary(
         facts["training time"] = f"{steps[-1]['time_s']:,.0f} s, {state.step:,} steps"
     if state.bad_samples:
         facts["unreadable samples replaced"] = f"{state.bad_samples:,}"
+    if state.transparent:
+        facts["transparent pictures laid over white"] = f"{state.transparent:,}"
     return facts
 
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
+from PIL import Image
+from shards import write_csv, write_images
 from torch.nn import functional as F
 
+from clipcore.config import TrainConfig, resolve
+from clipcore.data import DataError
+from clipcore.data.sources import open_source
+from clipcore.data.transforms import ImageTransform
+from clipcore.distributed import World
 from clipcore.evaluate.retrieval import retrieval_recall
+from clipcore.evaluate.tasks import (
+    Encoder,
+    EvaluationPlan,
+    RetrievalTask,
+    class_folders,
+    retrieval_tasks,
+    run_retrieval,
+    run_zero_shot,
+)
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify, zero_shot_accuracy
+from clipcore.logbook import Logbook
+from clipcore.loss import ClipLoss
+from clipcore.model import create_model
+from clipcore.tokenizer import byte_tokenizer
 
 WORDS = ["cat", "dog", "car", "tree", "house", "boat", "star"]
 
@@ -117,3 +140,126 @@ def test_a_gallery_smaller_than_k_leaves_that_recall_out():
 def test_owners_that_do_not_fit():
     with pytest.raises(ValueError, match="do not describe"):
         retrieval_recall(torch.eye(2), torch.eye(2), torch.tensor([0, 5]))
+
+
+# Tasks on data as people have it.
+
+ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def nano_encoder(batch_size: int = 4, max_bad_fraction: float = 0.01) -> Encoder:
+    torch.manual_seed(0)
+    model = create_model("ViT-nano-8-32").eval()
+    transform = ImageTransform(32, is_train=False)
+    tokenizer = byte_tokenizer()
+    tokenizer.context_length = model.context_length
+    return Encoder(model, tokenizer, transform, ALONE, batch_size, max_bad_fraction)
+
+
+def settings_of(val_data: object) -> TrainConfig:
+    given = TrainConfig(train_data=str(val_data), val_data=str(val_data), model="ViT-nano-8-32")
+    return resolve(dataclasses.replace(given, tokenizer="bytes", device="cpu"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_several_captions_of_a_picture_are_evaluated_as_such(tmp_path, batch_size):
+    """Rows of one path are one picture of the gallery; each caption is a query, and any of them a hit."""
+    images = [image for image, _ in write_images(tmp_path, 6)]
+    captions = {image: [f"{word} of {i}" for word in "abc"] for i, image in enumerate(images)}
+    rows = [(image, captions[image][k]) for k in range(3) for image in images]
+    (tmp_path / "t.csv").write_text("filepath\ttitle\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    (task,) = retrieval_tasks(settings_of(tmp_path / "t.csv"))
+    encoder = nano_encoder(batch_size)
+    found = run_retrieval(task, encoder)
+    assert (found["num_pairs"], found["num_texts"], found["num_unreadable"]) == (6, 18, 0)
+
+    # By the definition, from all features at once.
+    pictures = [encoder.transform(Image.open(tmp_path / image)) for image in images]
+    texts = [caption for image in images for caption in captions[image]]
+    image_NE = encoder.model.encode_image(torch.stack(pictures), normalize=True)
+    text_ME = encoder.model.encode_text(encoder.tokenizer(texts), normalize=True)
+    best_N = (image_NE @ text_ME.T).argmax(1) // 3
+    best_M = (text_ME @ image_NE.T).argmax(1)
+    assert found["image_to_text_R@1"] == (best_N == torch.arange(6)).double().mean()
+    assert found["text_to_image_R@1"] == (best_M == torch.arange(18) // 3).double().mean()
+    loss = ClipLoss()(image_NE, text_ME[::3], encoder.model.logit_scale.exp())
+    assert found["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+    # The same data as lists of captions gives the same.
+    lines = [json.dumps({"image": image, "caption": captions[image]}) for image in images]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (task,) = retrieval_tasks(settings_of(tmp_path / "t.jsonl"))
+    assert run_retrieval(task, encoder) == pytest.approx(found, rel=1e-6)
+
+
+def test_what_cannot_be_read_is_counted_and_owners_stay_with_their_pictures(tmp_path):
+    images = [image for image, _ in write_images(tmp_path, 8)]
+    lines = [
+        json.dumps({"image": a, "caption": [f"{i} a", f"{i} b"]}) for i, a in enumerate(images)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "t.jsonl"))
+    for broken in (0, 3):
+        (tmp_path / images[broken]).write_bytes(b"\xff\xd8 broken")
+    task = RetrievalTask("pairs", source)
+    found = run_retrieval(task, nano_encoder())
+    assert (found["num_pairs"], found["num_texts"], found["num_unreadable"]) == (6, 12, 2)
+
+    good = [line for i, line in enumerate(lines) if i not in (0, 3)]
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    whole = run_retrieval(
+        RetrievalTask("pairs", open_source(str(tmp_path / "good.jsonl"))), nano_encoder()
+    )
+    assert whole == pytest.approx({**found, "num_unreadable": 0}, rel=1e-6)
+
+    # Of fewer than 512 samples as many may be bad as of 512.
+    assert run_retrieval(task, nano_encoder(max_bad_fraction=2 / 512)) == found
+    with pytest.raises(DataError, match=r"2 of 8 samples of t.jsonl .*: images/0000.jpg: .*; "):
+        run_retrieval(task, nano_encoder(max_bad_fraction=1.9 / 512))
+    for image in images:
+        (tmp_path / image).write_bytes(b"")
+    with pytest.raises(DataError, match="holds no picture that can be read"):
+        run_retrieval(task, nano_encoder(max_bad_fraction=1.0))
+
+
+def test_class_folders_count_what_they_could_not_read(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 5)
+    (tmp_path / "cat" / "images" / "0001.jpg").write_bytes(b"")
+    task = class_folders(tmp_path)
+    found = run_zero_shot(task, nano_encoder())
+    assert (found["num_images"], found["num_unreadable"]) == (9, 1)
+    with pytest.raises(DataError, match=r"1 of 10 samples .* the image file is empty"):
+        run_zero_shot(task, nano_encoder(max_bad_fraction=0.0))
+
+
+def test_classes_of_one_name_are_said(tmp_path):
+    """OpenAI's names of ImageNet hold two pairs of them."""
+    for name in ("cat", "dog", "cow"):
+        write_images(tmp_path / "v" / name, 1)
+    (tmp_path / "v" / "classes.json").write_text('{"cat": "missile", "cow": "missile"}')
+    config = dataclasses.replace(settings_of(tmp_path / "v"), imagenet_val=str(tmp_path / "v"))
+    plan = EvaluationPlan(config, ALONE, byte_tokenizer(), ImageTransform(32, is_train=False))
+    lines = plan.describe_sources(plan.zero_shot[0].source)
+    assert lines[-1] == ("classes of v: 2 classes are named 'missile', which no prompt tells apart")
+
+
+def test_the_log_says_what_a_figure_leaves_out_and_what_sources_hold(tmp_path, capsys):
+    folder = tmp_path / "d"
+    table = write_csv(folder, 4)
+    table.write_text(table.read_text() + "images/0000.jpg\tagain\n" + "images/0001.jpg\ta\tb\n")
+    config = dataclasses.replace(settings_of(table), max_bad_fraction=0.5)
+    tokenizer = byte_tokenizer()
+    plan = EvaluationPlan(config, ALONE, tokenizer, ImageTransform(32, is_train=False))
+    lines = plan.describe_sources(open_source(str(table)))
+    row = "1 x row of more fields than the header's 2, such as line 7"
+    assert lines[0] == f"not used of pairs.csv: {row}"
+    assert lines[1] == "pairs.csv: 4 pictures in 6 rows, with all their captions"
+    assert lines[2].startswith("not used of pairs.csv: 1 x caption of a picture (3 fields")
+
+    (folder / "images" / "0003.jpg").write_bytes(b"")
+    log = Logbook(tmp_path, num_steps=1)
+    plan.run(create_model("ViT-nano-8-32"), log, step=1, epoch=1, is_last=True)
+    assert "(without 1 that could not be read)" in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (row["num_pairs"], row["num_texts"], row["num_unreadable"]) == (3, 4, 1)

@@ -5,23 +5,25 @@ Legend: B images of a batch, N images, E embedding size.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clipcore.config import TrainConfig
-from clipcore.data import DataError, PairSource
+from clipcore.data import DataError, PairSource, printable
+from clipcore.data.folders import ClassFolderSource, read_json
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
-from clipcore.data.loader import Batch, eval_batches
-from clipcore.data.sources import open_source
-from clipcore.data.tables import ClassFolderSource
+from clipcore.data.loader import JUDGED_ROWS, Batch, eval_batches
+from clipcore.data.pictures import PictureSource, by_picture
+from clipcore.data.sources import MixtureSource, left_out_of, open_source
 from clipcore.data.transforms import ImageTransform, normalize_images
-from clipcore.distributed import World, gather_rows
+from clipcore.distributed import World, gather_objects, gather_rows
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.logbook import Logbook
@@ -38,6 +40,8 @@ SIMPLE_IMAGENET_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+# Of samples that cannot be read.
+SHOWN_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,30 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns a source into features: the model, its preprocessing, and this rank's share."""
+    """What turns a source into features: the model, its preprocessing, and this rank's share.
+
+    Attributes:
+        max_bad_fraction: share of a source's samples that may be unreadable.
+    """
 
     model: CLIP
     tokenizer: Callable[[list[str]], Tensor]
     transform: ImageTransform
     world: World
     batch_size: int
+    max_bad_fraction: float = 0.01
 
-    def batches(self, source: PairSource) -> Iterator[tuple[Batch, Tensor]]:
-        """This rank's batches with their normalised images, in the order of the source."""
+    def batches(
+        self, source: PairSource, tally: Tally, all_captions: bool = False
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield this rank's batches with their normalised images, in the order of the source.
+
+        Args:
+            tally: is given, once all is read, how many samples of all ranks could not be.
+
+        Raises:
+            DataError: on all ranks alike, more of them than ``max_bad_fraction``.
+        """
         rows = eval_batches(
             source,
             self.transform,
@@ -78,29 +96,79 @@ class Encoder:
             self.batch_size,
             self.world.rank,
             self.world.world_size,
+            all_captions=all_captions,
         )
+        bad = list[tuple[str, str]]()
         for batch in rows:
-            images = batch.images.to(self.world.device)
-            yield batch, normalize_images(images, self.transform.mean, self.transform.std)
+            bad += batch.bad
+            tally.num_transparent += batch.num_transparent
+            if len(batch.indices):
+                images = batch.images.to(self.world.device)
+                yield batch, normalize_images(images, self.transform.mean, self.transform.std)
+
+        found = gather_objects((len(bad), bad[:SHOWN_REASONS], tally.num_transparent))
+        tally.num_unreadable = sum(number for number, _, _ in found)
+        tally.num_transparent = sum(number for _, _, number in found)
+        # As in training a share of few samples says little.
+        if tally.num_unreadable > self.max_bad_fraction * max(len(source), JUDGED_ROWS):
+            first = [case for _, cases, _ in found for case in cases][:SHOWN_REASONS]
+            reasons = "; ".join(f"{key}: {reason}" for key, reason in first)
+            raise DataError(
+                f"{tally.num_unreadable} of {len(source)} samples of {source.name} cannot be read, more than "
+                f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
+            )
 
     @torch.no_grad()
-    def pairs(self, source: PairSource) -> tuple[Tensor, Tensor]:
-        """Image and text features of all pairs, [N, E] each, the same rows on every rank."""
-        image_features, text_features = [], []
-        for batch, images in self.batches(source):
+    def features(self, source: PairSource, tally: Tally) -> Features:
+        """Return the features of all pictures and all their captions, the same on every rank."""
+        image_features, text_features, rows, owners = [], [], [], []
+        for batch, images in self.batches(source, tally, all_captions=True):
+            assert batch.owners is not None
             image_features.append(self.model.encode_image(images, normalize=True))
-            tokens = batch.tokens.to(self.world.device)
-            text_features.append(self.model.encode_text(tokens, normalize=True))
+            # A picture may have any number of captions.
+            for tokens in batch.tokens.split(4 * self.batch_size):
+                text_BE = self.model.encode_text(tokens.to(self.world.device), normalize=True)
+                text_features.append(text_BE)
+            rows.append(batch.indices)
+            owners.append(batch.owners)
+
         # A rank may have no pair of a small source; the others wait for it in the gathering all the same.
         none = torch.zeros(0, self.model.config.embed_dim, device=self.world.device)
-        return (
+        numbers = torch.zeros(0, dtype=torch.long)
+        row_N, owner_M = (
+            gather_rows(torch.cat([numbers, *those]).to(self.world.device))
+            for those in (rows, owners)
+        )
+        return Features(
             gather_rows(torch.cat([none, *image_features])),
             gather_rows(torch.cat([none, *text_features])),
+            # Samples that could not be read leave gaps in the numbers, which rise from rank to rank.
+            torch.searchsorted(row_N, owner_M),
         )
+
+
+@dataclass
+class Tally:
+    """What became of the samples of an evaluation, on all ranks."""
+
+    num_unreadable: int = 0
+    num_transparent: int = 0
+
+    def counts(self) -> dict[str, float]:
+        """Return what an evaluation's line notes."""
+        return {name: float(number) for name, number in vars(self).items()}
+
+
+class Features(NamedTuple):
+    """Unit features of pictures and captions, and which picture each caption describes."""
+
+    image_NE: Tensor
+    text_ME: Tensor
+    owner_M: Tensor
 
 
 def run_zero_shot(task: ZeroShotTask, encoder: Encoder) -> dict[str, float]:
-    """Accuracies of a zero-shot task, the same on every rank."""
+    """Return accuracies of a zero-shot task, the same on every rank."""
     classifier_EC = build_zero_shot_classifier(
         encoder.model,
         encoder.tokenizer,
@@ -110,27 +178,39 @@ def run_zero_shot(task: ZeroShotTask, encoder: Encoder) -> dict[str, float]:
         device=encoder.world.device,
     )
     labels_N = torch.from_numpy(task.labels_N)
+    tally = Tally()
+    batches = encoder.batches(task.source, tally)
     report = zero_shot_accuracy(
         encoder.model,
         classifier_EC,
-        ((images, labels_N[batch.indices]) for batch, images in encoder.batches(task.source)),
+        ((images, labels_N[batch.indices]) for batch, images in batches),
     )
     return {
         **report,
+        **tally.counts(),
         "chance": 1 / len(task.classnames),
         "num_classes": float(len(task.classnames)),
     }
 
 
 def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
-    """Recalls of a retrieval task and the loss over all its pairs as one batch."""
-    image_features_NE, text_features_NE = encoder.pairs(task.source)
+    """Return recalls of a retrieval task, and the loss of all its pictures with their first captions as one batch."""
+    tally = Tally()
+    image_NE, text_ME, owner_M = encoder.features(task.source, tally)
+    if not len(image_NE):
+        raise DataError(f"{task.source.name} holds no picture that can be read")
+    first_N = torch.searchsorted(owner_M, torch.arange(len(image_NE), device=owner_M.device))
     scale, bias = encoder.model.logit_scale, encoder.model.logit_bias
     loss_fn = ClipLoss() if bias is None else SigLipLoss()
     with torch.no_grad():
-        loss = loss_fn(image_features_NE, text_features_NE, scale.exp(), bias)
-    recalls = retrieval_recall(image_features_NE, text_features_NE)
-    return {"num_pairs": float(len(image_features_NE)), "val_loss": loss.item(), **recalls}
+        loss = loss_fn(image_NE, text_ME[first_N], scale.exp(), bias)
+    return {
+        "num_pairs": float(len(image_NE)),
+        "num_texts": float(len(text_ME)),
+        **tally.counts(),
+        "val_loss": loss.item(),
+        **retrieval_recall(image_NE, text_ME, owner_M),
+    }
 
 
 def class_folders(folder: Path) -> ZeroShotTask:
@@ -139,29 +219,19 @@ def class_folders(folder: Path) -> ZeroShotTask:
     ``classes.json`` in it may map folder names to class names, and ``templates.json`` hold the list of prompts.
 
     Raises:
-        DataError: no such folders, or files that cannot be read.
+        DataError: no such folders, names that tell no class, or files that cannot be read.
     """
     source = ClassFolderSource(str(folder))
-    names = _read_json(folder / "classes.json", {})
-    templates = _read_json(folder / "templates.json", list(SIMPLE_IMAGENET_TEMPLATES))
-    if not isinstance(names, dict) or not isinstance(templates, list) or not templates:
-        raise DataError(
-            f"{folder}: classes.json maps folder names to class names, templates.json is a list of prompts with {{}}"
-        )
-    by_caption = {str(key).replace("_", " "): str(name) for key, name in names.items()}
-    classnames = [by_caption.get(name, name) for name in source.classnames]
-    return ZeroShotTask(
-        f"classes of {folder.name}", source, source.labels_N, classnames, tuple(map(str, templates))
-    )
-
-
-def _read_json(path: Path, default: object) -> object:
-    if not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    file = folder / "templates.json"
+    templates = read_json(str(file), list(SIMPLE_IMAGENET_TEMPLATES))
+    if (
+        not isinstance(templates, list)
+        or not templates
+        or not all(isinstance(template, str) for template in templates)
+    ):
+        raise DataError(f"{file} is not a list of prompts with {{}} where the class name goes")
+    name = f"classes of {folder.name}"
+    return ZeroShotTask(name, source, source.labels_N, source.classnames, tuple(templates))
 
 
 def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
@@ -191,8 +261,9 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
             img_key=config.csv_img_key,
             caption_key=config.csv_caption_key,
             separator=config.csv_separator,
+            quotes=not config.csv_no_quotes,
         )
-        return [RetrievalTask("validation pairs", source)]
+        return [RetrievalTask("validation pairs", by_picture(source))]
     if config.train_data == "glyphs":
         return [RetrievalTask("unseen characters, retrieval", GlyphSource("unseen"))]
     return []
@@ -202,7 +273,7 @@ class EvaluationPlan:
     """Which evaluations are due at which epoch, run on all ranks and logged.
 
     Args:
-        config: asks for the tasks and how often they run.
+        config: asks for the tasks and how often they run, and how much may be unreadable.
         tokenizer, transform: as in training, with the evaluation crop.
     """
 
@@ -215,13 +286,39 @@ class EvaluationPlan:
     ) -> None:
         self.zero_shot = zero_shot_tasks(config)
         self.retrieval = retrieval_tasks(config)
+        self.max_bad_fraction = config.max_bad_fraction
         self.world, self.tokenizer, self.transform = world, tokenizer, transform
         self.zeroshot_frequency = config.zeroshot_frequency
         self.val_frequency = config.val_frequency
 
+    def describe_sources(self, training_source: PairSource) -> list[str]:
+        """Return lines about data, of training and evaluations, that is not all used or is not what one may expect."""
+        lines = []
+        sources = [training_source, *(task.source for task in self.zero_shot)]
+        sources += [task.source for task in self.retrieval]
+        for source in sources:
+            parts = source.parts if isinstance(source, MixtureSource) else [source]
+            lines += [part.describe() for part in parts if isinstance(part, PictureSource)]
+            if left_out := left_out_of(source):
+                lines.append(f"not used of {source.name}: {left_out}")
+        for task in self.zero_shot:
+            name, number = Counter(task.classnames).most_common(1)[0]
+            if number > 1:
+                lines.append(
+                    f"{task.name}: {number} classes are named {printable(name)!r}, which no prompt tells apart"
+                )
+        return lines
+
     def encoder(self, model: CLIP, world: World | None = None) -> Encoder:
         """The plan's preprocessing with a model, on all ranks or on those of ``world``."""
-        return Encoder(model, self.tokenizer, self.transform, world or self.world, batch_size=256)
+        return Encoder(
+            model,
+            self.tokenizer,
+            self.transform,
+            world or self.world,
+            batch_size=256,
+            max_bad_fraction=self.max_bad_fraction,
+        )
 
     def run(self, model: CLIP, log: Logbook, step: int, epoch: int, is_last: bool) -> None:
         """Runs and logs the evaluations due after ``epoch`` epochs; a frequency of 0 turns them off."""
