@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.architectures import ModelConfig
-from clipcore.convert import hf_config
 from clipcore.data.loader import Batch, trim_tokens
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
+from clipcore.descriptions import hf_config
 from clipcore.distributed import World
 from clipcore.grad_cache import micro_batches
 from clipcore.loss import ClipLoss

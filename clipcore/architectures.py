@@ -60,6 +60,10 @@ class TextConfig:
     mlp_ratio: float = 4.0
 
 
+# Keys of open_clip's JSON that have other names here, and one that says how its parameters are named.
+_KEYS = {"vision_cfg", "text_cfg", "custom_text"}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Both towers and the space they share."""
@@ -84,6 +88,11 @@ class ModelConfig:
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
         if missing:
             raise ValueError(f"the model's description has no {', '.join(sorted(missing))}")
+        stated = {key for key, value in config.items() if value is not None}
+        if unknown := stated - {field.name for field in dataclasses.fields(cls)} - _KEYS:
+            raise ValueError(
+                f"the model has {', '.join(sorted(unknown))}, which clipcore's models do not have"
+            )
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])

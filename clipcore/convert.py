@@ -1,18 +1,15 @@
 """State dicts of the field's packages, read and written under one set of names: open_clip's, which are OpenAI's.
 
-The layouts are those of OpenAI's ``CLIP``, open_clip's ``CLIP`` and ``CustomTextCLIP``, and transformers' ``CLIPModel``
-with its ``CLIPConfig``. No number changes on the way: conversions rename, cut and transpose.
+The layouts are those of OpenAI's ``CLIP``, open_clip's ``CLIP`` and ``CustomTextCLIP``, and transformers' ``CLIPModel``.
+No number changes on the way: conversions rename, cut and transpose.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,116 +132,6 @@ def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 for letter, part in zip("qkv", parts, strict=True):
                     found[f"{theirs}{i}.self_attn.{letter}_proj.{kind}"] = part.clone()
     return found
-
-
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of transformers' ``CLIPConfig`` for a model."""
-    vision, text = config.vision, config.text
-    activation = "quick_gelu" if config.quick_gelu else "gelu"
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "text_config": {
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "projection_dim": config.embed_dim,
-            "hidden_act": activation,
-            "bos_token_id": text.vocab_size - 2,
-            "eos_token_id": text.vocab_size - 1,
-            "pad_token_id": 1,
-        },
-        "vision_config": {
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "projection_dim": config.embed_dim,
-            "hidden_act": activation,
-        },
-    }
-
-
-def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The model of a config.json of transformers' ``CLIPConfig``; what a file leaves out has transformers' default.
-
-    Raises:
-        ConversionError: the file is not of a CLIP, or has an activation that CLIP does not.
-    """
-    if config.get("model_type") != "clip":
-        raise ConversionError(
-            f"the config.json is of a {config.get('model_type')!r}, not of a clip"
-        )
-    # Files of old versions repeat the towers in ..._config_dict, where those were given explicitly.
-    vision = {**config.get("vision_config", {}), **(config.get("vision_config_dict") or {})}
-    text = {**config.get("text_config", {}), **(config.get("text_config_dict") or {})}
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
-    if activations not in ({"quick_gelu"}, {"gelu"}):
-        raise ConversionError(f"the towers have {activations}; clipcore's have quick_gelu or gelu")
-    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
-    return ModelConfig(
-        embed_dim=config.get("projection_dim", 512),
-        vision=VisionConfig(
-            image_size=vision.get("image_size", 224),
-            layers=vision.get("num_hidden_layers", 12),
-            width=width,
-            patch_size=vision.get("patch_size", 32),
-            head_width=width // vision.get("num_attention_heads", 12),
-            mlp_ratio=vision.get("intermediate_size", 3072) / width,
-        ),
-        text=TextConfig(
-            context_length=text.get("max_position_embeddings", 77),
-            vocab_size=text.get("vocab_size", 49408),
-            width=text_width,
-            heads=text.get("num_attention_heads", 8),
-            layers=text.get("num_hidden_layers", 12),
-            mlp_ratio=text.get("intermediate_size", 2048) / text_width,
-        ),
-        quick_gelu=activations == {"quick_gelu"},
-    )
-
-
-def folder_config(path: Path) -> tuple[ModelConfig, dict[str, Any]] | None:
-    """The model that a folder's own description names, with the mean and std of its images where it has them.
-
-    Reads open_clip's open_clip_config.json, or the config.json of transformers with its preprocessor_config.json.
-
-    Returns:
-        None where the folder has no such file, or is none.
-
-    Raises:
-        ValueError: the description is of a model that clipcore does not have.
-    """
-    if content := _read_json(path / "open_clip_config.json"):
-        images = content.get("preprocess_cfg", {})
-        given = {key: images[key] for key in ("mean", "std") if key in images}
-        return ModelConfig.from_dict(content.get("model_cfg", {})), given
-    content = _read_json(path / "config.json")
-    # The folder of a run has a config.json too, of its settings.
-    if "model_type" not in content:
-        return None
-    images = _read_json(path / "preprocessor_config.json")
-    given = {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
-    return config_from_hf(content), given
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds no description of a model")
-    return content
 
 
 def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> ModelConfig:

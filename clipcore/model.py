@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import OPENAI_MODELS, ModelConfig, find_model
-from clipcore.convert import ConversionError, folder_config, infer_config, to_open_clip_names
-from clipcore.data.transforms import ImageTransform
+from clipcore.architectures import MODELS, OPENAI_MODELS, QUICK_GELU_SUFFIX, ModelConfig, find_model
+from clipcore.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.modules import Attention
 from clipcore.packing import PackedText
 from clipcore.resnet import ModifiedResNet
 from clipcore.text import TextTower
 from clipcore.vision import VisionTransformer
-from clipcore.weights import load_state_dict_file
+from clipcore.weights import Weights, read_weights
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -55,21 +55,24 @@ class CLIP(TextTower):
         logit_scale: logarithm of what the cosine is multiplied with; starts at ln(1/0.07).
         logit_bias: what is added to the logits, in SigLIP's models; None in the others.
         output_dict: ``forward`` returns a dict in place of a tuple.
+        images: how its images are prepared, as arguments of ``ImageTransform``; empty where its weights do not say.
     """
 
     def __init__(self, config: ModelConfig, output_dict: bool = False) -> None:
         super().__init__(config.text, config.embed_dim, config.quick_gelu)
         self.config = config
         self.output_dict = output_dict
+        self.images: dict[str, Any] = {}
         self.visual: VisionTransformer | ModifiedResNet
         if config.vision.is_resnet:
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
         else:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
-        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        # A whole number, as JSON may hold, would make an integer tensor, which has no gradient.
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
-            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
 
     @property
     def is_resnet(self) -> bool:
@@ -135,6 +138,12 @@ class CLIP(TextTower):
         """Keeps the scale at most 100 (section 2.5: needed for stable training) and at least 1."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
+    def set_images(self, images: Mapping[str, Any]) -> None:
+        """Take over how images are prepared: arguments of ``ImageTransform``."""
+        self.images = dict(images)
+        self.visual.image_mean = tuple(images.get("mean", OPENAI_MEAN))
+        self.visual.image_std = tuple(images.get("std", OPENAI_STD))
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformer blocks' activations in the backward pass."""
         self.visual.set_grad_checkpointing(enable)
@@ -170,12 +179,13 @@ def create_model(
         force_image_size: another side of the image, pixels; position embeddings of the weights are resized.
         force_quick_gelu: QuickGELU whatever the name says.
         force_patch_dropout, force_vocab_size, force_context_length: other values than the architecture's.
-        init_logit_scale, init_logit_bias: of a new model; SigLIP's are ln(10) and -10. A model without a bias has None.
+        init_logit_scale, init_logit_bias: to begin with, whatever weights say; SigLIP's are ln(10) and -10. A model without
+            a bias has None.
         output_dict: ``forward`` returns a dict.
 
     Raises:
         UnknownModelError: with the nearest names.
-        ValueError: weights that do not fit, or an argument out of range.
+        ValueError: weights that do not fit or are said to be of another model, or an argument out of range.
 
     >>> create_model("ViT-nano-8-32").visual.image_size
     32
@@ -197,8 +207,14 @@ def create_model(
     is_meta = torch.device(device).type == "meta"
     with torch.device("meta") if is_meta else contextlib.nullcontext():
         model = CLIP(config, output_dict)
+
     if pretrained is not None:
         load_checkpoint(model, pretrained)
+        with torch.no_grad():
+            if init_logit_scale is not None:
+                model.logit_scale.fill_(init_logit_scale)
+            if model.logit_bias is not None and init_logit_bias is not None:
+                model.logit_bias.fill_(init_logit_bias)
     return _cast(model, precision).to(device)
 
 
@@ -230,19 +246,24 @@ def create_model_and_transforms(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     *,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_resize_mode: str | None = None,
     aug_cfg: Mapping[str, Any] | None = None,
     **forced: Any,
 ) -> tuple[CLIP, ImageTransform, ImageTransform]:
     """``create_model`` with its preprocessing: (model, preprocess_train, preprocess_val).
 
     Args:
+        image_mean, image_std, image_resize_mode: see ``ImageTransform``; in place of what the weights' description says.
         aug_cfg: of the random crop in training, such as ``{"scale": (0.9, 1.0)}``.
         forced: the ``force_...`` and ``init_...`` arguments of ``create_model``.
     """
     model = create_model(model_name, pretrained, precision, device, **forced)
+    model.set_images(model.images | _images(image_mean, image_std, image_resize_mode))
     size = model.visual.image_size
-    train = ImageTransform(size, is_train=True, **(aug_cfg or {}))
-    return model, train, ImageTransform(size, is_train=False)
+    train = ImageTransform(size, is_train=True, **model.images, **(aug_cfg or {}))
+    return model, train, ImageTransform(size, is_train=False, **model.images)
 
 
 def create_model_from_pretrained(
@@ -250,67 +271,139 @@ def create_model_from_pretrained(
     pretrained: str | Path,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
+    *,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_resize_mode: str | None = None,
     **forced: Any,
 ) -> tuple[CLIP, ImageTransform]:
     """A model with weights from a file, in evaluation mode, and its preprocessing.
 
     Args:
-        model_name: None takes the description beside the weights in a folder of open_clip's or transformers'. Without
-            one the architecture is read off the shapes; the activation, which leaves no trace there, is then taken to
-            be QuickGELU for models that OpenAI published and GELU for others, with a warning.
-        forced: the ``force_...`` arguments of ``create_model``; they need a name.
+        model_name: None takes what open_clip's or transformers' files beside the weights say, or a run's own record.
+            Without one the architecture is read off the shapes; the activation, which leaves no trace there, is then
+            taken to be QuickGELU for models that OpenAI published and GELU for others, with a warning.
+        image_mean, image_std, image_resize_mode: as of ``create_model_and_transforms``.
+        forced: the ``force_...`` and ``init_...`` arguments of ``create_model``; they need a name.
     """
     _check_precision(precision)
-    preprocess: dict[str, Any] = {}
     if model_name is None:
         if forced:
             raise ValueError(f"{', '.join(forced)} need the name of the model")
-        model, preprocess = _from_weights_alone(Path(pretrained))
-        model = _cast(model, precision).to(device)
+        model = _cast(_from_weights_alone(Path(pretrained)), precision).to(device)
     else:
         model = create_model(model_name, pretrained, precision, device, **forced)
-    transform = ImageTransform(model.visual.image_size, is_train=False, **preprocess)
-    model.visual.image_mean, model.visual.image_std = transform.mean, transform.std
-    return model.eval(), transform
+    model.set_images(model.images | _images(image_mean, image_std, image_resize_mode))
+    return model.eval(), ImageTransform(model.visual.image_size, is_train=False, **model.images)
 
 
-def _from_weights_alone(pretrained: Path) -> tuple[CLIP, dict[str, Any]]:
-    """The model that weights are of, and the mean and std of its images where a description beside them says so."""
-    state = to_open_clip_names(load_state_dict_file(pretrained))
-    config, preprocess = folder_config(pretrained) or (None, {})
+def _images(
+    mean: Sequence[float] | None, std: Sequence[float] | None, resize_mode: str | None
+) -> dict[str, Any]:
+    return _given({"mean": mean, "std": std, "resize_mode": resize_mode})
+
+
+def _from_weights_alone(pretrained: Path) -> CLIP:
+    """Return the model that weights are of."""
+    weights = read_weights(pretrained)
+    state = to_open_clip_names(weights.tensors)
+    config = weights.config
     if config is None:
         config = infer_config(state)
         name = config.describe()
-        config = dataclasses.replace(config, quick_gelu=name in OPENAI_MODELS)
-        activation = "QuickGELU" if config.quick_gelu else "GELU"
-        warnings.warn(
-            f"{pretrained} does not say which activation its model has: taken as {name} with {activation}; give the "
-            "name of the model if that is wrong",
-            stacklevel=3,
-        )
+        quick_gelu = weights.quick_gelu
+        if quick_gelu is None:
+            quick_gelu = name in OPENAI_MODELS
+            warnings.warn(
+                f"{pretrained} does not say which activation its model has: taken as {name} with "
+                f"{_activation(quick_gelu)}; give the name of the model if that is wrong",
+                stacklevel=3,
+            )
+        config = dataclasses.replace(config, quick_gelu=quick_gelu)
     model = CLIP(config)
     load_weights(model, state, str(pretrained))
-    return model, preprocess
+    model.set_images(weights.images)
+    return model
 
 
-def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> None:
-    """Loads weights from a file of any known layout; position embeddings are resized to the model's.
+def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> tuple[str, ...]:
+    """Load weights from a file of any known layout; position embeddings are resized to the model's.
+
+    What is said beside them about images is noted at the model, for its preprocessing.
+
+    Returns:
+        the names of what the model keeps, since the weights lack it: see ``load_weights``.
 
     Raises:
-        ValueError: the weights are of another architecture; names the first that differ and what they look like.
+        ValueError: the weights are of another architecture; names the first that differ and what they look like. Or
+            what they say about their model, such as its activation, contradicts ``model``.
     """
-    load_weights(
-        model, to_open_clip_names(load_state_dict_file(checkpoint_path)), str(checkpoint_path)
-    )
+    weights = read_weights(checkpoint_path)
+    check_description(model.config, weights)
+    kept = load_weights(model, to_open_clip_names(weights.tensors), str(checkpoint_path))
+    if weights.images:
+        model.set_images(model.images | weights.images)
+    return kept
 
 
-def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> None:
-    """Loads weights under open_clip's names; see ``load_checkpoint``."""
+def check_description(config: ModelConfig, weights: Weights) -> None:
+    """Raise ValueError where what weights say about their model contradicts an architecture, but not in the shapes."""
+    name, is_known = _name(config)
+    if weights.quick_gelu not in (None, config.quick_gelu):
+        is_quick = bool(weights.quick_gelu)
+        right, has_name = _name(weights.config or dataclasses.replace(config, quick_gelu=is_quick))
+        verb = "set" if is_quick else "leave out"
+        remedy = f"{verb} force_quick_gelu (--force-quick-gelu)"
+        if is_known and has_name:
+            remedy = f"name {right}" if is_quick else f"name {right}, without --force-quick-gelu"
+        raise ValueError(
+            f"{weights.witness} that its model has {_activation(is_quick)}, and {name} has "
+            f"{_activation(config.quick_gelu)}; {remedy}"
+        )
+    if weights.config is None:
+        return
+    for tower, said, own in (
+        ("image", weights.config.vision.heads, config.vision.heads),
+        ("text", weights.config.text.heads, config.text.heads),
+    ):
+        if said != own:
+            raise ValueError(
+                f"{weights.witness} that its {tower} tower has {said} heads, and {name} has {own}; "
+                "create_model_from_pretrained(None, ...) makes the model that it describes"
+            )
+
+
+def _name(config: ModelConfig) -> tuple[str, bool]:
+    """Return the name of a model, or its towers in words, and whether it is a name."""
+    words = config.describe()
+    is_known = words in MODELS
+    return words + QUICK_GELU_SUFFIX * (is_known and config.quick_gelu), is_known
+
+
+def _activation(quick_gelu: bool) -> str:
+    return "QuickGELU" if quick_gelu else "GELU"
+
+
+def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[str, ...]:
+    """Load weights under open_clip's names; see ``load_checkpoint``.
+
+    A model with a bias, as SigLIP's have, keeps it where the weights have none.
+
+    Returns:
+        the names of what the model keeps.
+    """
     own = model.state_dict()
     fitted = resize_position_embeddings(state, own)
+    kept: tuple[str, ...] = ()
     if "logit_bias" in own and "logit_bias" not in fitted:
-        fitted["logit_bias"] = torch.zeros_like(own["logit_bias"])  # as open_clip does
+        kept = ("logit_bias",)
+        fitted["logit_bias"] = own["logit_bias"]
     differing = _differences(fitted, own)
+    if differing == ["logit_bias is unknown"]:
+        raise ValueError(
+            f"the weights in {origin} have a logit_bias, as SigLIP's do, and the model has none: train with --siglip, use "
+            "create_model_from_pretrained(None, ...), or make a model with init_logit_bias=0.0 and load_checkpoint(...)"
+        )
     if differing:
         try:
             looks = f"they look like {infer_config(state).describe()}"
@@ -322,6 +415,7 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> None:
             f"the weights in {origin} do not fit {model.config.describe()}: {', '.join(differing[:3])}{more}; {looks}"
         )
     model.load_state_dict(fitted)
+    return kept
 
 
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -316,8 +316,13 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def check_image_size(images: Tensor, image_size: int) -> None:
-    """Raises ValueError when the images are not [B, 3, S, S] of the model's size."""
+def check_images(images: Tensor, image_size: int) -> None:
+    """Raise ValueError unless the images are [B, 3, S, S] of the model's size, of floats or bytes."""
+    if not images.is_floating_point() and images.dtype != torch.uint8:
+        raise ValueError(
+            f"the model takes normalised images, or pixels as uint8, got {images.dtype}; clipcore.data.transforms has "
+            "normalize_images"
+        )
     if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
         raise ValueError(
             f"the model takes images of [B, 3, {image_size}, {image_size}], got {tuple(images.shape)}; use the "

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from clipcore.architectures import VisionConfig
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.attention_pool import attention_pool
-from clipcore.modules import check_image_size, freeze
+from clipcore.modules import check_images, freeze
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -168,7 +168,7 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(block.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_image_size(images, self.image_size)
+        check_images(images, self.image_size)
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
         # Channels last, which every layer then keeps: the faster layout for convolutions, and the attention pool's own.

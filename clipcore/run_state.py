@@ -36,6 +36,7 @@ from clipcore.checkpoint import (
 )
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import ImageTransform
+from clipcore.descriptions import recorded_images
 from clipcore.distributed import World, all_reduce_sum, broadcast_object, is_main
 from clipcore.files import is_file, is_folder, write_durably
 from clipcore.logbook import LogMark
@@ -75,6 +76,7 @@ class RunState:
         global_batch_size: pairs of a step, on all ranks; a checkpoint must share it too, since it counts in steps.
         evaluated_step: the last step after which the evaluations of an epoch's end were made.
         bad_samples: replaced so far, on all ranks.
+        transparent: pictures laid over white so far, on all ranks.
         elapsed_s: seconds of training so far, over all processes of the run.
         timings: seconds by part of the run.
         log_mark: the end of metrics.jsonl at the last checkpoint.
@@ -89,6 +91,7 @@ class RunState:
     step: int = 0
     evaluated_step: int = 0
     bad_samples: int = 0
+    transparent: int = 0
     elapsed_s: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
     log_mark: LogMark = field(default_factory=LogMark)
@@ -114,6 +117,7 @@ class RunState:
             "global_batch_size": self.global_batch_size,
             "evaluated_step": self.evaluated_step,
             "bad_samples": self.bad_samples,
+            "transparent": self.transparent,
             "elapsed_s": self.elapsed_s,
             "timings": self.timings,
             "metrics_bytes": self.log_mark.size,
@@ -162,6 +166,7 @@ class RunState:
         self.step = checkpoint.step
         self.evaluated_step = record["evaluated_step"]
         self.bad_samples = record["bad_samples"]
+        self.transparent = int(record.get("transparent", 0))
         self.elapsed_s = record["elapsed_s"]
         self.timings = dict(record["timings"])
         self.log_mark = log_mark(checkpoint)
@@ -341,6 +346,13 @@ def run_folder(path: Path) -> Path:
     return folder.parent
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run with checkpoints, or one of them."""
+    if not is_folder(path):
+        return False
+    return bool(committed_names(path / "checkpoints")) or is_file(path / MANIFEST)
+
+
 def open_run(path: Path) -> tuple[Checkpoint, Path]:
     """The checkpoint at ``path``, or the newest of the run there, and the run's folder; its tensors are read when asked for.
 
@@ -481,4 +493,6 @@ def load_run(
     groups = checkpoint.tensors
     model.load_state_dict(groups["ema" if "ema" in groups else "model"])
     tokenizer.context_length = model.context_length
-    return model.eval(), ImageTransform(model.visual.image_size, is_train=False), tokenizer
+    model.set_images(recorded_images(identity, checkpoint.path))
+    transform = ImageTransform(model.visual.image_size, is_train=False, **model.images)
+    return model.eval(), transform, tokenizer

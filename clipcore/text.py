@@ -65,7 +65,7 @@ class TextTower(nn.Module):
             normalize: scale each feature to unit length.
 
         Raises:
-            ValueError: rows or captions that are too long, or empty rows.
+            ValueError: rows or captions that are too long, empty rows, or on the CPU ids that are not of the vocabulary.
         """
         packed = text if isinstance(text, PackedText) else None
         length = text.slots_BM.shape[1] if isinstance(text, PackedText) else text.shape[-1]
@@ -81,6 +81,7 @@ class TextTower(nn.Module):
             x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
             pooled_BD = self.transformer.pooled(x_RLD, packed=text)
         else:
+            self._check_ids(text)
             end_B = text.argmax(-1)
             text = self._without_padding(text, end_B)
             x_RLD = self.token_embedding(text).to(dtype)
@@ -89,14 +90,26 @@ class TextTower(nn.Module):
         features_BE = self.ln_final(pooled_BD) @ self.text_projection
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
+    def _check_ids(self, text_BL: Tensor) -> None:
+        """Raise ValueError for ids that the embedding does not have, on the CPU; a GPU would have to wait for them."""
+        if text_BL.device.type != "cpu" or not _has_values(text_BL) or not text_BL.numel():
+            return
+        size = getattr(self.token_embedding, "num_embeddings", self.vocab_size)
+        least, largest = (int(end) for end in text_BL.aminmax())
+        if least < 0 or largest >= size:
+            wrong = least if least < 0 else largest
+            raise ValueError(
+                f"the token {wrong} is not among the model's {size}: tokenize with the vocabulary that it was trained with, "
+                "such as get_tokenizer(model_name)"
+            )
+
     def _without_padding(self, text_BL: Tensor, end_B: Tensor) -> Tensor:
         """Return the rows cut behind the longest caption, on the CPU.
 
         A GPU would have to wait for the length; a compiler and fake tensors have no values; what has hooks or was replaced
         may expect all columns, and a tower that is not causal sees them.
         """
-        has_values = type(text_BL) is Tensor and not torch.compiler.is_compiling()
-        if text_BL.device.type != "cpu" or not has_values or not len(text_BL):
+        if text_BL.device.type != "cpu" or not _has_values(text_BL) or not len(text_BL):
             return text_BL
         blocks = self.transformer.blocks
         hookable = (self.token_embedding, self.transformer, *blocks)
@@ -122,3 +135,9 @@ class TextTower(nn.Module):
             [self.text_projection],
         ]
         freeze_all_but_last(groups, unlocked_layers)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether numbers can be read off a tensor: fake ones have none, and a trace would keep them for other inputs."""
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(tensor) is Tensor and not is_recorded

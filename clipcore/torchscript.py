@@ -120,8 +120,21 @@ def is_torchscript(path: Path) -> bool:
         raise
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, on the CPU, as ``torch.jit.load(path).state_dict()`` names them.
+@dataclass(frozen=True)
+class TorchScriptWeights:
+    """What an archive holds of its modules.
+
+    Attributes:
+        tensors: parameters and buffers by name, on the CPU, as ``torch.jit.load(path).state_dict()`` names them.
+        classes: the names of the modules' classes, without the packages that they lie in.
+    """
+
+    tensors: dict[str, Tensor]
+    classes: frozenset[str]
+
+
+def read_torchscript(path: Path) -> TorchScriptWeights:
+    """Return the weights of an archive.
 
     No code of the archive runs, and no object of a class that it names is made. Each tensor has memory of its own.
 
@@ -134,10 +147,11 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             size = path.stat().st_size
             archive = _Archive(file, size)
             root = _read_tree(archive.read("data.pkl", _MAX_TREE_BYTES), archive.storage)
-            tensors = dict(_tensors(root, archive.classes(), _MAX_COPIES * size))
+            kinds = set[str]()
+            tensors = dict(_tensors(root, archive.classes(), _MAX_COPIES * size, kinds))
             if not tensors:
                 raise TorchScriptError("it holds no weights")
-            return tensors
+            return TorchScriptWeights(tensors, frozenset(k.rpartition(".")[2] for k in kinds))
     except TorchScriptError:
         raise
     except OSError as error:
@@ -391,7 +405,7 @@ def _tensor(
 
 
 def _tensors(
-    root: object, classes: Mapping[str, _Members], most_bytes: int
+    root: object, classes: Mapping[str, _Members], most_bytes: int, kinds: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of a tree of modules with their names, those of a module before its children's.
 
@@ -399,6 +413,7 @@ def _tensors(
         root: the outermost module.
         classes: what the code declares, by the full name of the class.
         most_bytes: that the tensors may take together.
+        kinds: is given the full name of each module's class.
     """
     number, num_bytes, num_letters = 0, 0, 0
     handed_over = set[int]()
@@ -408,6 +423,7 @@ def _tensors(
         # An attribute may be an object of the archive and no module, such as a member of an enumeration.
         if not isinstance(module, _Record) or (members := classes.get(module.kind)) is None:
             continue
+        kinds.add(module.kind)
         if not isinstance(module.content, dict) or members.has_own_form:
             raise TorchScriptError(
                 f"its module {prefix.rstrip('.') or module.kind} stores its weights in a format of its own, which only "

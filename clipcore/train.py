@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from clipcore import memory, native, roll_call
-from clipcore.architectures import find_model
 from clipcore.checkpoint import Checkpoint, CheckpointError, make_newest, run_lock
 from clipcore.config import (
     ConfigError,
@@ -39,9 +37,7 @@ from clipcore.config import (
     warmup_steps,
 )
 from clipcore.data import PairSource, WorkerLostError
-from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.loader import Batch, PairLoader
-from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import (
     World,
@@ -67,7 +63,7 @@ from clipcore.logbook import (
     set_log_aside,
 )
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP, create_model_and_transforms
+from clipcore.model import CLIP
 from clipcore.optim import (
     ExponentialMovingAverage,
     adam_defaults,
@@ -77,6 +73,14 @@ from clipcore.optim import (
     local_part,
 )
 from clipcore.profile import PROFILE_FOLDER, StepProfile, check_long_enough
+from clipcore.run_parts import (
+    augmentation,
+    build_model,
+    build_tokenizer,
+    lock_towers,
+    open_training_source,
+    tower_widths,
+)
 from clipcore.run_report import report_run
 from clipcore.run_state import (
     CONFIG_FILE,
@@ -97,7 +101,6 @@ from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
 from clipcore.terminal import steady_output
 from clipcore.threads import most_threads
-from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.verify import VerificationError, verify_gradients
 
 WORKER_LOST_STATUS = 4
@@ -155,20 +158,11 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     # Model
     is_split = config.fsdp and world.world_size > 1
     torch.manual_seed(config.seed)
-    model, transform, eval_transform = create_model_and_transforms(
-        str(config.model),
-        pretrained=config.pretrained if checkpoint is None else None,
-        precision="bf16" if config.precision == "bf16" else "fp32",
-        device="cpu" if is_split else world.device,
-        force_image_size=config.force_image_size,
-        force_quick_gelu=config.force_quick_gelu,
-        force_patch_dropout=config.force_patch_dropout,
-        force_vocab_size=tokenizer.vocab_size,
-        # SigLIP's start: of many thousands of pairs in a batch all but a few are none.
-        init_logit_scale=math.log(10) if config.siglip else None,
-        init_logit_bias=-10.0 if config.siglip else None,
-        aug_cfg=augmentation(config),
-    )
+    device = torch.device("cpu") if is_split else world.device
+    model = build_model(config, tokenizer.vocab_size, checkpoint, device, world.say)
+    size = model.visual.image_size
+    transform = ImageTransform(size, is_train=True, **model.images, **augmentation(config))
+    eval_transform = ImageTransform(size, is_train=False, **model.images)
     tokenizer.context_length = model.context_length
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
@@ -229,6 +223,12 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         "data": f"{source.name} of {len(source)} samples",
         "image decoder": config.image_decoder,
     }
+    # Of weights that say so, for whoever uses the run's.
+    if model.images:
+        identity["images"] = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in model.images.items()
+        }
     state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
     if checkpoint is not None:
         state.load(checkpoint)
@@ -271,6 +271,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             )
         )
         log.say(describe(config, model, source, world, num_steps, state.step, run_dir))
+        for line in evaluations.describe_sources(source):
+            log.say(line)
         clock = PartClock(state.timings)
         batches = loader.batches(state.step)
         saved_at = time.monotonic()
@@ -317,11 +319,20 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
 
             # One small all-reduce, so that every rank decides alike: to update, to stop, to save.
             finite = found.loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
-            mean_loss, num_broken, num_bad, num_signalled, num_lost, num_late = all_reduce_sum(
+            (
+                mean_loss,
+                num_broken,
+                num_bad,
+                num_transparent,
+                num_signalled,
+                num_lost,
+                num_late,
+            ) = all_reduce_sum(
                 [
                     found.loss.item() / world.world_size,
                     float(not finite),
                     len(batch.bad),
+                    batch.num_transparent,
                     interrupt.signal_number > 0,
                     lost is not None,
                     world.is_main and minutes_passed(saved_at, config.save_every_minutes),
@@ -343,6 +354,9 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
 
             state.step += 1
             state.bad_samples += int(num_bad)
+            if num_transparent and not state.transparent:
+                log.say(f"step {state.step}: transparent pictures are laid over white")
+            state.transparent += int(num_transparent)
             for key, reason in batch.bad:
                 log.say(f"step {state.step}: replaced {key}: {reason}")
             log.step(
@@ -494,66 +508,6 @@ def evaluate_epoch(
     broadcast_tensors(model.buffers())
     evaluations.run(model, log, state.step, epoch, is_last)
     state.evaluated_step = state.step
-
-
-def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:
-    """The tokenizer that ``--tokenizer`` names."""
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
-    if config.tokenizer != "train":
-        return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
-    if resuming:
-        return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    if config.train_data != "glyphs":
-        raise ConfigError(
-            "--tokenizer train is for the embedded data; make a vocabulary of your captions with "
-            "python -m clipcore.tokenizer --train captions.txt and pass the file to --tokenizer"
-        )
-    return train_tokenizer(training_captions(), config.vocab_size)
-
-
-def augmentation(config: TrainConfig) -> dict[str, Any]:
-    """The random crop, as arguments of ``ImageTransform``."""
-    return {
-        "scale": (config.aug_scale or 1.0, 1.0),
-        "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
-        "resize": config.aug_resize,
-    }
-
-
-def open_training_source(config: TrainConfig) -> PairSource:
-    """The pairs that ``--train-data`` names, in images no larger than the crop needs."""
-    if config.train_data == "glyphs":
-        return GlyphSource("train")
-    size = config.force_image_size or find_model(str(config.model)).vision.image_size
-    crop = ImageTransform(size, is_train=True, **augmentation(config))
-    return open_source(
-        config.train_data,
-        dataset_type=config.dataset_type,
-        img_key=config.csv_img_key,
-        caption_key=config.csv_caption_key,
-        separator=config.csv_separator,
-        upsampling_factors=config.train_data_upsampling_factors,
-        decoder=config.image_decoder,
-        min_side=crop.min_side,
-    )
-
-
-def lock_towers(model: CLIP, config: TrainConfig) -> None:
-    """Freezes what ``--lock-image`` and ``--lock-text`` name."""
-    if config.lock_image:
-        model.lock_image_tower(
-            unlocked_groups=config.lock_image_unlocked_groups,
-            freeze_bn_stats=config.lock_image_freeze_bn_stats,
-        )
-    if config.lock_text:
-        model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
-
-
-def tower_widths(model: CLIP) -> tuple[int, int]:
-    """Inner sizes of the towers' matrix products; of a ResNet those of its attention pool's output."""
-    image = model.config.embed_dim if model.is_resnet else model.config.vision.width
-    return image, model.config.text.width
 
 
 def make_deterministic() -> None:

@@ -19,7 +19,7 @@ from clipcore.kernels.patchify import patchify
 from clipcore.modules import (
     LayerNorm,
     Transformer,
-    check_image_size,
+    check_images,
     compute_dtype,
     freeze_all_but_last,
     is_hooked,
@@ -69,7 +69,7 @@ class VisionTransformer(nn.Module):
             dropout_seeds: int64 [B]: which patches of an image are dropped is a function of its seed, whatever batch or
                 rank it is in; None draws from torch's generator.
         """
-        check_image_size(images, self.image_size)
+        check_images(images, self.image_size)
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
         return self.ln_post(self.transformer.pooled(x_BLD)) @ self.proj
 

@@ -6,11 +6,14 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -20,7 +23,13 @@ from clipcore.checkpoint import (
     read_safetensors,
 )
 from clipcore.data import printable
-from clipcore.torchscript import TorchScriptError, is_torchscript, read_torchscript
+from clipcore.descriptions import read_description, recorded_images
+from clipcore.torchscript import (
+    TorchScriptError,
+    TorchScriptWeights,
+    is_torchscript,
+    read_torchscript,
+)
 
 # Files of a model's folder as open_clip and Hugging Face name them, the preferred first.
 _WEIGHT_FILES = (
@@ -32,15 +41,43 @@ _WEIGHT_FILES = (
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights by name, and what their file or folder says about their model.
+
+    Attributes:
+        tensors: on the CPU, under the names of their origin.
+        config: the model, where it is described.
+        quick_gelu: whether its activation is QuickGELU; None where nothing says so.
+        images: how its images are prepared, as arguments of ``ImageTransform``; empty where nothing says so.
+        witness: what says all this, as the beginning of a sentence.
+    """
+
+    tensors: dict[str, Tensor]
+    config: ModelConfig | None = None
+    quick_gelu: bool | None = None
+    images: dict[str, Any] = field(default_factory=dict)
+    witness: str = ""
+
+
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return weights by name, on the CPU, from a file or folder of whatever origin; no code in them runs.
+    """Return the tensors of ``read_weights``."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Return weights, on the CPU, from a file or folder of whatever origin; no code in them runs.
 
     Takes a safetensors file; a PyTorch file of tensors, bare or under "state_dict" or "model"; OpenAI's TorchScript
     archives (clipcore/torchscript.py); a folder that holds one of them under its usual name; a checkpoint or run of
     clipcore (its moving average where there is one). ``module.`` and ``_orig_mod.`` before all names are taken off.
 
+    What the model is like is read off open_clip_config.json, config.json and preprocessor_config.json beside a file of a
+    usual name, off a run's own record, and off the classes of a TorchScript archive.
+
     Raises:
         CheckpointError: there is no such file, it holds no weights, is damaged, or wants to run code.
+        ConversionError: the description beside it is damaged, or of a model that clipcore does not have.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,18 +91,41 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
         )
-    if path.suffix == ".safetensors":
-        return _unwrap(read_safetensors(path, "cpu"), path)
+    is_in_checkpoint = (path.parent / MANIFEST).is_file()
+    is_described = path.name in _WEIGHT_FILES and not is_in_checkpoint
+    described = read_description(path.parent) if is_described else None
     try:
-        read = _load_torchscript if is_torchscript(path) else _load_pickled_tensors
-        return _unwrap(read(path), path)
+        classes: frozenset[str] = frozenset()
+        if path.suffix == ".safetensors":
+            content: object = read_safetensors(path, "cpu")
+        elif is_torchscript(path):
+            archive = _load_torchscript(path)
+            content, classes = archive.tensors, archive.classes
+        else:
+            content = _load_pickled_tensors(path)
     except OSError as error:
         raise CheckpointError(
             f"cannot read the weights {path}: {error.strerror or error}"
         ) from error
 
+    tensors, is_openai = _unwrap(content, path)
+    if is_in_checkpoint:
+        # A file of a checkpoint, whose run says what its model is like.
+        return _of_run(load_checkpoint(path.parent, lazily=True), tensors)
+    if described is not None:
+        config = described.config
+        witness = f"{described.origin} says"
+        return Weights(tensors, config, config.quick_gelu, described.images, witness)
+    activations = classes & {"QuickGELU", "GELU"}
+    if len(activations) == 1:
+        return Weights(tensors, None, "QuickGELU" in activations, {}, f"the code in {path} says")
+    if is_openai:
+        names = ", ".join(_OPENAI_EXTRAS)
+        return Weights(tensors, None, True, {}, f"{path} holds {names}, as OpenAI's files do:")
+    return Weights(tensors)
 
-def _load_folder(path: Path) -> dict[str, Tensor]:
+
+def _load_folder(path: Path) -> Weights:
     if (path / MANIFEST).is_file():
         checkpoint: Checkpoint | None = load_checkpoint(path)
     else:
@@ -75,16 +135,33 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
         groups = checkpoint.tensors
         if not groups.keys() & {"ema", "model"}:
             raise CheckpointError(f"{checkpoint.path} holds no model")
-        return dict(groups["ema" if "ema" in groups else "model"])
+        return _of_run(checkpoint, dict(groups["ema" if "ema" in groups else "model"]))
     for name in _WEIGHT_FILES:
         if (path / name).is_file():
-            return load_state_dict_file(path / name)
+            return read_weights(path / name)
     raise CheckpointError(
         f"{path} holds no weights: neither a checkpoint of a run nor any of {', '.join(_WEIGHT_FILES)}"
     )
 
 
-def _load_torchscript(path: Path) -> dict[str, Tensor]:
+def _of_run(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Weights:
+    """Return the weights of a checkpoint with what the run noted about its model."""
+    identity = checkpoint.state.get("identity")
+    # Tensors that somebody saved as a checkpoint without a run.
+    if not isinstance(identity, dict) or not isinstance(identity.get("model"), dict):
+        return Weights(tensors)
+    try:
+        config = ModelConfig.from_dict(identity["model"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} is of a model that cannot be made: {error}"
+        ) from error
+    images = recorded_images(identity, checkpoint.path)
+    witness = f"the run of {checkpoint.path} says"
+    return Weights(tensors, config, config.quick_gelu, images, witness)
+
+
+def _load_torchscript(path: Path) -> TorchScriptWeights:
     try:
         return read_torchscript(path)
     except TorchScriptError as error:
@@ -123,14 +200,15 @@ def _load_pickled_tensors(path: Path) -> object:
         ) from None
 
 
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The weights inside what a file holds, under their plain names."""
+def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Return the weights inside what a file holds, under their plain names, and whether it has the extras of OpenAI's."""
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no weights: it is a {type(content).__name__}")
     weights: dict[str, Tensor] = {}
+    is_openai = all(name in content for name in _OPENAI_EXTRAS)
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
@@ -143,4 +221,4 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
         None,
     ):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    return weights, is_openai

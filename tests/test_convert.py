@@ -8,14 +8,12 @@ import torch
 from clipcore.architectures import MODELS, find_model
 from clipcore.convert import (
     ConversionError,
-    config_from_hf,
-    folder_config,
     from_hf,
-    hf_config,
     infer_config,
     to_hf,
     to_open_clip_names,
 )
+from clipcore.descriptions import config_from_hf, hf_config, read_description
 from clipcore.model import CLIP, create_model
 
 pytestmark = pytest.mark.fast
@@ -77,9 +75,9 @@ def test_descriptions_of_other_models_are_refused(tmp_path):
         config_from_hf({"model_type": "siglip"})
     with pytest.raises(ConversionError, match="relu"):
         config_from_hf({"model_type": "clip", "text_config": {"hidden_act": "relu"}})
-    assert folder_config(tmp_path) is None
+    assert read_description(tmp_path) is None
     (tmp_path / "config.json").write_text('{"batch_size": 64}')
-    assert folder_config(tmp_path) is None
+    assert read_description(tmp_path) is None
     described = tmp_path / "open_clip_config.json"
     for content, message in (
         ("{", "is not JSON"),
@@ -92,7 +90,7 @@ def test_descriptions_of_other_models_are_refused(tmp_path):
     ):
         described.write_text(content)
         with pytest.raises(ValueError, match=message):
-            folder_config(tmp_path)
+            read_description(tmp_path)
 
 
 def test_old_position_id_buffers_are_left_out():

@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"native", "torchscript", "terminal", "files"},
     {"roll_call"},
-    {"kernels"},
+    {"kernels", "architectures"},
     {
         "distributed",
-        "architectures",
         "schedule",
         "optim",
         "tokenizer",
@@ -33,7 +32,9 @@ LAYERS = [
         "flops",
     },
     {"data", "all_gather", "traffic"},
-    {"profile", "config", "modules", "convert", "weights"},
+    {"profile", "config", "modules", "convert"},
+    {"descriptions"},
+    {"weights"},
     {"vision", "text"},
     {"resnet"},
     {"model", "strip", "grad_cache"},
@@ -41,7 +42,7 @@ LAYERS = [
     {"evaluate", "step"},
     {"verify"},
     {"run_state"},
-    {"run_report"},
+    {"run_report", "run_parts"},
     {"train", "classify"},
 ]
 WITHIN = {"kernels", "data", "evaluate"}  # rooms whose files may import each other

@@ -28,7 +28,8 @@ from clipcore.architectures import (
     get_model_config,
     list_models,
 )
-from clipcore.convert import hf_config, to_hf
+from clipcore.convert import to_hf
+from clipcore.descriptions import hf_config
 from clipcore.model import (
     CLIP,
     create_model,
@@ -564,7 +565,7 @@ def test_weights_of_another_vocabulary_or_layout_are_named(tmp_path):
         create_model("ViT-nano-8-32", pretrained=tmp_path / "a.safetensors")
     extra = {**create_model("ViT-nano-8-32").state_dict(), "logit_bias": torch.zeros(())}
     save_file(extra, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="logit_bias is unknown"):
+    with pytest.raises(ValueError, match="have a logit_bias, as SigLIP's do"):
         create_model("ViT-nano-8-32", pretrained=tmp_path / "b.safetensors")
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="no CLIP of OpenAI"):

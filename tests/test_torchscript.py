@@ -109,7 +109,7 @@ def test_all_tensors_are_read_as_torch_reads_them(tmp_path, how):
     path = tmp_path / "model.pt"
     (scripted or torch.jit.trace(module, torch.randn(2, 3, 8))).save(path)
     expected = torch.jit.load(path).state_dict()
-    tensors = read_torchscript(path)
+    tensors = read_torchscript(path).tensors
 
     assert list(tensors) == list(expected)
     assert {"twin.norm.weight", "blocks.1.norm.weight", "hidden", "scales.1"} < tensors.keys()
@@ -123,7 +123,9 @@ def test_all_tensors_are_read_as_torch_reads_them(tmp_path, how):
 def test_every_tensor_owns_its_memory(tmp_path):
     path = tmp_path / "model.pt"
     torch.jit.trace(Everything().eval(), torch.randn(2, 3, 8)).save(path)
-    tensors = {name: value for name, value in read_torchscript(path).items() if value.numel()}
+    tensors = {
+        name: value for name, value in read_torchscript(path).tensors.items() if value.numel()
+    }
     before = {name: bits(value) for name, value in tensors.items()}
     assert len({value.untyped_storage().data_ptr() for value in tensors.values()}) == len(tensors)
     for name, value in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -24,6 +25,8 @@ from shards import write_csv, write_shards
 from clipcore import train, verify
 from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
+from clipcore.model import create_model, create_model_from_pretrained
+from clipcore.run_state import load_run
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +393,84 @@ def test_config_is_written_whole(server, table, tmp_path):
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
     assert saved["global_batch_size"] == 8 and saved["warmup"] == 0 and saved["wd"] == 0.2
     assert isinstance(torch.__version__, str)
+
+
+def test_siglip_from_weights_without_a_bias_begins_with_its_own_scale(server, table, tmp_path):
+    """By weights of a softmax loss the scale would be 100, and the first loss in the hundreds."""
+    softmax = create_model("ViT-nano-8-32", init_logit_scale=math.log(100))
+    torch.save(softmax.state_dict(), tmp_path / "clip.pt")
+    line = flags(tmp_path, "r", table, epochs=1, siglip=True, pretrained=tmp_path / "clip.pt")
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0, text
+    assert "has no logit_bias: --siglip begins with a scale of 10 and a bias of -10" in text
+    steps, _ = read_metrics(tmp_path / "r")
+    assert steps[0]["logit_scale"] == pytest.approx(10, rel=0.01)
+
+    # A sigmoid loss goes on from the bias and scale that it had.
+    trained = load_file(latest_checkpoint(tmp_path / "r" / "checkpoints") / "model.safetensors")
+    again = flags(tmp_path, "s", table, epochs=1, siglip=True, pretrained=tmp_path / "r", lr=1e-9)
+    status, text = server.run(again, tmp_path / "out")
+    assert status == 0 and "no logit_bias" not in text, text
+    steps, _ = read_metrics(tmp_path / "s")
+    assert steps[0]["logit_scale"] == pytest.approx(trained["logit_scale"].exp().item(), rel=1e-6)
+
+
+def test_a_run_takes_what_its_weights_say_about_images_and_hands_it_on(server, table, tmp_path):
+    """Mean, standard deviation and squashing go from the folder into the run, its resumed part, and whoever uses it."""
+    folder, model = tmp_path / "hub", create_model("ViT-nano-8-32-quickgelu")
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    images = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "squash"}
+    content = {"model_cfg": model.config.to_dict(), "preprocess_cfg": images}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    data = {"val_data": table, "pretrained": folder}
+
+    # The name says GELU.
+    line = flags(tmp_path, "wrong", table, **data)
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 2 and "; name ViT-nano-8-32-quickgelu" in text
+    assert "Traceback" not in text
+
+    line = flags(tmp_path, "whole", table, epochs=2, force_quick_gelu=True, **data)
+    assert server.run(line, tmp_path / "out")[0] == 0
+    first = flags(tmp_path, "parts", table, epochs=2, force_quick_gelu=True, **data)
+    events = server.counted(
+        flags(tmp_path, "c", table, epochs=2, **data, force_quick_gelu=True), tmp_path / "o"
+    )
+    run = server.start(first, tmp_path / "out", signal_at=(events // 2, signal.SIGTERM))
+    assert run.wait() == 128 + signal.SIGTERM
+    resumed = flags(tmp_path, "parts", table, epochs=2, resume="latest", val_data=table)
+    assert server.run(resumed, tmp_path / "out")[0] == 0
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    plain = flags(tmp_path, "plain", table, epochs=2, val_data=table, pretrained=tmp_path / "w.pt")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert server.run([*plain, "--force-quick-gelu"], tmp_path / "out")[0] == 0
+    losses = [read_metrics(tmp_path / name)[0][0]["loss"] for name in ("whole", "plain")]
+    assert losses[0] != losses[1]
+
+    for used, transform in (
+        create_model_from_pretrained(None, tmp_path / "parts"),
+        create_model_from_pretrained("ViT-nano-8-32-quickgelu", tmp_path / "parts"),
+        load_run(tmp_path / "parts")[:2],
+    ):
+        assert used.config.quick_gelu
+        assert (transform.mean, transform.resize_mode) == ((0.5, 0.4, 0.3), "squash")
+        assert tuple(used.visual.image_std) == (0.2, 0.3, 0.4)
+
+
+def test_transparent_pictures_are_said_once_and_counted(server, tmp_path):
+    (tmp_path / "d").mkdir()
+    for index in range(16):
+        Image.new("RGBA", (32, 32), (255, 16 * index, 0, 0 if index % 4 == 0 else 255)).save(
+            tmp_path / "d" / f"{index}.png"
+        )
+        (tmp_path / "d" / f"{index}.txt").write_text(f"colour {index}")
+    line = flags(tmp_path, "r", tmp_path / "d", epochs=2, val_frequency=0)
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0, text
+    assert text.count("transparent pictures are laid over white") == 1
+    state = json.loads(
+        (latest_checkpoint(tmp_path / "r" / "checkpoints") / "state.json").read_text()
+    )
+    assert state["transparent"] == 8
+    assert "transparent pictures laid over white" in (tmp_path / "r" / "report.html").read_text()

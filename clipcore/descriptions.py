@@ -1,0 +1,315 @@
+"""What the files beside weights say about their model: open_clip's open_clip_config.json, transformers' config.json.
+
+What such a file says is honoured or refused. A key that is passed over would give features that are a little wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipcore.architectures import ModelConfig, TextConfig, VisionConfig
+from clipcore.convert import ConversionError
+from clipcore.data.transforms import RESIZE_MODES
+
+OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
+# Of transformers 4; version 5 keeps the same object under "image_processor" in the other.
+HF_IMAGES_FILE, HF_PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says about a model.
+
+    Attributes:
+        config: its architecture.
+        images: how its images are prepared, as arguments of ``ImageTransform``: ``mean``, ``std`` and ``resize_mode``, where
+            the file states them.
+        origin: the file.
+    """
+
+    config: ModelConfig
+    images: dict[str, Any]
+    origin: Path
+
+
+def read_description(folder: Path) -> Description | None:
+    """Return what a folder says about the model whose weights lie in it, None where it says nothing.
+
+    Raises:
+        ConversionError: the files are damaged, or of a model or of images that clipcore does not have.
+    """
+    path = folder / OPEN_CLIP_FILE
+    if content := _read_json(path):
+        try:
+            config = ModelConfig.from_dict(_object(content.get("model_cfg", {}), path))
+        except ValueError as error:
+            raise ConversionError(f"{path}: {error}") from error
+        images = _object(content.get("preprocess_cfg", {}), path)
+        return Description(config, open_clip_images(images, config, path), path)
+
+    path = folder / HF_FILE
+    content = _read_json(path)
+    # The folder of a run has a config.json too, of its settings.
+    if "model_type" not in content:
+        return None
+    try:
+        config = config_from_hf(content)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    images_path = folder / HF_IMAGES_FILE
+    images = _read_json(images_path)
+    if not images:
+        images_path = folder / HF_PROCESSOR_FILE
+        images = _object(_read_json(images_path).get("image_processor") or {}, images_path)
+    return Description(config, hf_images(images, config, images_path), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+    return _object(content, path)
+
+
+def _object(content: object, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no description of a model")
+    return content
+
+
+# --- Architectures ---
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of transformers' ``CLIPConfig`` for a model."""
+    vision, text = config.vision, config.text
+    activation = "quick_gelu" if config.quick_gelu else "gelu"
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": {
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "projection_dim": config.embed_dim,
+            "hidden_act": activation,
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+            "pad_token_id": 1,
+        },
+        "vision_config": {
+            "hidden_size": vision.width,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "projection_dim": config.embed_dim,
+            "hidden_act": activation,
+        },
+    }
+
+
+# Keys of a tower that change what its weights compute, with the one value that clipcore's towers have.
+_HF_FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
+# The feature of a caption is at its largest id: the published files name that one, or 2 as old versions did.
+_OLD_HF_END_ID = 2
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Return the model of a config.json of transformers' ``CLIPConfig``; a key that is left out has transformers' default.
+
+    Raises:
+        ConversionError: the file is not of a CLIP, or has a value that clipcore's towers do not have.
+    """
+    if config.get("model_type") != "clip":
+        raise ConversionError(
+            f"the config.json is of a {config.get('model_type')!r}, not of a clip"
+        )
+    vision, text = _hf_tower(config, "vision_config"), _hf_tower(config, "text_config")
+    for tower in (vision, text):
+        for key, only in _HF_FIXED.items():
+            if tower.get(key) not in (None, only):
+                raise ConversionError(f"{key} is {tower[key]!r}; clipcore's towers have {only!r}")
+    activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (vision, text)}
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        found = " and ".join(sorted(activations))
+        raise ConversionError(f"the towers have {found}; clipcore's have quick_gelu or gelu")
+    vocab_size = _whole(text, "vocab_size", 49408)
+    end_id = text.get("eos_token_id")
+    if end_id not in (None, vocab_size - 1, _OLD_HF_END_ID):
+        raise ConversionError(
+            f"eos_token_id is {end_id!r}; clipcore reads a caption's feature at its largest id, {vocab_size - 1}"
+        )
+
+    width, text_width = _whole(vision, "hidden_size", 768), _whole(text, "hidden_size", 512)
+    return ModelConfig(
+        embed_dim=_whole(config, "projection_dim", 512),
+        vision=VisionConfig(
+            image_size=_whole(vision, "image_size", 224),
+            layers=_whole(vision, "num_hidden_layers", 12),
+            width=width,
+            patch_size=_whole(vision, "patch_size", 32),
+            head_width=width // _whole(vision, "num_attention_heads", 12),
+            mlp_ratio=_whole(vision, "intermediate_size", 3072) / width,
+        ),
+        text=TextConfig(
+            context_length=_whole(text, "max_position_embeddings", 77),
+            vocab_size=vocab_size,
+            width=text_width,
+            heads=_whole(text, "num_attention_heads", 8),
+            layers=_whole(text, "num_hidden_layers", 12),
+            mlp_ratio=_whole(text, "intermediate_size", 2048) / text_width,
+        ),
+        quick_gelu=activations == {"quick_gelu"},
+    )
+
+
+def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # Files of old versions repeat the towers in ..._config_dict, where those were given explicitly.
+    tower: dict[str, Any] = {}
+    for key in (name, f"{name}_dict"):
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise ConversionError(f"{key} is no object")
+        tower |= given
+    return tower
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
+    """Return a size."""
+    value = values.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ConversionError(f"{key} is {value!r}, no positive whole number")
+    return value
+
+
+# --- Images ---
+
+
+def open_clip_images(
+    images: Mapping[str, Any], config: ModelConfig, origin: Path
+) -> dict[str, Any]:
+    """Return open_clip's ``preprocess_cfg`` as arguments of ``ImageTransform``.
+
+    Raises:
+        ConversionError: names the key whose value clipcore's preprocessing does not have.
+    """
+    size = config.vision.image_size
+    allowed: dict[str, tuple[Any, ...]] = {
+        "size": (size, [size, size]),
+        "mode": ("RGB",),
+        "interpolation": ("bicubic",),
+        "resize_mode": RESIZE_MODES,
+    }
+    # Colour of what a padded image gains, which no mode above pads.
+    _refuse_others(images, allowed, {"mean", "std", "fill_color"}, origin)
+    given = _normalization(images, "mean", "std", origin)
+    if "resize_mode" in images:
+        given["resize_mode"] = images["resize_mode"]
+    return given
+
+
+def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> dict[str, Any]:
+    """Return transformers' ``CLIPImageProcessor`` as arguments of ``ImageTransform``.
+
+    Raises:
+        ConversionError: as of ``open_clip_images``.
+    """
+    size = config.vision.image_size
+    square = {"height": size, "width": size}
+    is_squashed = images.get("size") == square
+    allowed: dict[str, tuple[Any, ...]] = {
+        "do_resize": (True,),
+        "size": (size, {"shortest_edge": size}, square),
+        "resample": (3,),
+        "do_center_crop": (True, False) if is_squashed else (True,),
+        "crop_size": (size, square),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "do_convert_rgb": (True,),
+    }
+    factor = images.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ConversionError(
+            f"{origin}: rescale_factor is {factor!r}; clipcore's images have 1/255"
+        )
+    _refuse_others(images, allowed, None, origin)
+    given = _normalization(images, "image_mean", "image_std", origin)
+    return {**given, "resize_mode": "squash"} if is_squashed else given
+
+
+def recorded_images(identity: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """Return what a run noted about its images, as arguments of ``ImageTransform``; empty where it noted nothing.
+
+    Args:
+        identity: of the run's record.
+        origin: the checkpoint, for messages.
+
+    Raises:
+        ConversionError: as of ``open_clip_images``.
+    """
+    images = _object(identity.get("images", {}), origin)
+    _refuse_others(images, {"resize_mode": RESIZE_MODES}, {"mean", "std"}, origin)
+    given = _normalization(images, "mean", "std", origin)
+    if "resize_mode" in images:
+        given["resize_mode"] = images["resize_mode"]
+    return given
+
+
+def _refuse_others(
+    images: Mapping[str, Any],
+    allowed: Mapping[str, tuple[Any, ...]],
+    more: set[str] | None,
+    origin: Path,
+) -> None:
+    """Raise ConversionError for a value that is not allowed, and for a key that is neither allowed nor among ``more``.
+
+    Args:
+        more: None lets all other keys pass, as in files that hold a class's every attribute.
+    """
+    for key, value in images.items():
+        if key in allowed:
+            if not any(type(value) is type(a) and value == a for a in allowed[key]):
+                *others, last = (json.dumps(a) for a in allowed[key])
+                can = f"{', '.join(others)} or {last}" if others else last
+                raise ConversionError(
+                    f"{origin}: {key} is {json.dumps(value)}; clipcore's preprocessing has {can}"
+                )
+        elif more is not None and key not in more:
+            raise ConversionError(
+                f"{origin}: {key} is unknown to clipcore's preprocessing; take the key out if it changes nothing"
+            )
+
+
+def _normalization(
+    images: Mapping[str, Any], mean_key: str, std_key: str, origin: Path
+) -> dict[str, Any]:
+    """Return ``mean`` and ``std`` of the three channels, where they are given."""
+    given = {}
+    for name, key in (("mean", mean_key), ("std", std_key)):
+        if key not in images:
+            continue
+        values = images[key]
+        is_three = isinstance(values, list) and len(values) == 3
+        if not is_three or not all(_is_finite(v) and (v > 0 or name == "mean") for v in values):
+            raise ConversionError(f"{origin}: {key} is {values!r}, not a number for each channel")
+        given[name] = tuple(map(float, values))
+    return given
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

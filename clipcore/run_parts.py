@@ -1,0 +1,124 @@
+"""The parts of a run, made from its settings: vocabulary, data, model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcore.architectures import find_model
+from clipcore.checkpoint import Checkpoint
+from clipcore.config import ConfigError, TrainConfig
+from clipcore.data import PairSource
+from clipcore.data.glyphs import GlyphSource, training_captions
+from clipcore.data.sources import open_source
+from clipcore.data.transforms import ImageTransform
+from clipcore.descriptions import recorded_images
+from clipcore.model import CLIP, create_model, load_checkpoint
+from clipcore.run_state import VOCABULARY_FILE, run_record
+from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
+
+# Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
+
+
+def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:
+    """Return the tokenizer that ``--tokenizer`` names."""
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    if config.tokenizer != "train":
+        return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
+    if resuming:
+        return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
+    if config.train_data != "glyphs":
+        raise ConfigError(
+            "--tokenizer train is for the embedded data; make a vocabulary of your captions with "
+            "python -m clipcore.tokenizer --train captions.txt and pass the file to --tokenizer"
+        )
+    return train_tokenizer(training_captions(), config.vocab_size)
+
+
+def augmentation(config: TrainConfig) -> dict[str, Any]:
+    """Return the random crop as arguments of ``ImageTransform``."""
+    return {
+        "scale": (config.aug_scale or 1.0, 1.0),
+        "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
+        "resize": config.aug_resize,
+    }
+
+
+def open_training_source(config: TrainConfig) -> PairSource:
+    """Open the pairs that ``--train-data`` names, in images no larger than the crop needs."""
+    if config.train_data == "glyphs":
+        return GlyphSource("train")
+    size = config.force_image_size or find_model(str(config.model)).vision.image_size
+    crop = ImageTransform(size, is_train=True, **augmentation(config))
+    return open_source(
+        config.train_data,
+        dataset_type=config.dataset_type,
+        img_key=config.csv_img_key,
+        caption_key=config.csv_caption_key,
+        separator=config.csv_separator,
+        quotes=not config.csv_no_quotes,
+        upsampling_factors=config.train_data_upsampling_factors,
+        decoder=config.image_decoder,
+        min_side=crop.min_side,
+    )
+
+
+def build_model(
+    config: TrainConfig,
+    vocab_size: int,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> CLIP:
+    """Return the model of a run, newly initialised or with the weights that ``--pretrained`` names.
+
+    Args:
+        checkpoint: of a run that goes on, whose weights are loaded later.
+        say: is told of a scale and a bias that the weights lack.
+    """
+    model = create_model(
+        str(config.model),
+        precision="bf16" if config.precision == "bf16" else "fp32",
+        device=device,
+        force_image_size=config.force_image_size,
+        force_quick_gelu=config.force_quick_gelu,
+        force_patch_dropout=config.force_patch_dropout,
+        force_vocab_size=vocab_size,
+        init_logit_scale=math.log(SIGLIP_SCALE) if config.siglip else None,
+        init_logit_bias=SIGLIP_BIAS if config.siglip else None,
+    )
+    if checkpoint is not None:
+        model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
+    elif config.pretrained is not None:
+        kept = load_checkpoint(model, config.pretrained)
+        if kept:
+            # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.
+            torch.nn.init.constant_(model.logit_scale, math.log(SIGLIP_SCALE))
+            say(
+                f"{config.pretrained} has no logit_bias: --siglip begins with a scale of {SIGLIP_SCALE:g} and a bias of "
+                f"{SIGLIP_BIAS:g}"
+            )
+    return model
+
+
+def lock_towers(model: CLIP, config: TrainConfig) -> None:
+    """Freeze what ``--lock-image`` and ``--lock-text`` name."""
+    if config.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=config.lock_image_unlocked_groups,
+            freeze_bn_stats=config.lock_image_freeze_bn_stats,
+        )
+    if config.lock_text:
+        model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
+
+
+def tower_widths(model: CLIP) -> tuple[int, int]:
+    """Return the inner sizes of the towers' matrix products; of a ResNet those of its attention pool's output."""
+    image = model.config.embed_dim if model.is_resnet else model.config.vision.width
+    return image, model.config.text.width
