@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import stat
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +18,17 @@ import torch
 from PIL import Image
 
 from clipcore import native
-from clipcore.data import BadSample
-from clipcore.data.transforms import ImageTransform, decode_image
+from clipcore.data import BadSample, printable
+from clipcore.data.transforms import FORMATS, ImageTransform, decode_image, was_transparent
+from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
+from clipcore.files import mode_of
 from clipcore.model import CLIP, create_model_from_pretrained
-from clipcore.run_state import load_run
+from clipcore.run_state import is_run, load_run
 from clipcore.tokenizer import Tokenizer, get_tokenizer
+
+# So many decoded pictures are in memory at once.
+IMAGES_AT_ONCE = 64
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--checkpoint", metavar="RUN", help="a run's folder, or one of its checkpoints"
     )
-    weights.add_argument("--pretrained", metavar="FILE", help="a state dict of OpenAI or open_clip")
+    weights.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="weights of OpenAI, open_clip or transformers, or a run",
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="architecture of --pretrained [read off its shapes]"
     )
@@ -54,22 +65,58 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_labels(text: str) -> list[str]:
-    """Names from a comma-separated text or from a file of one name a line."""
+    """Return the names in a comma-separated text, or in a file of one name a line, UTF-8.
+
+    Raises:
+        ValueError: fewer than two names, one of them twice, or a file that is not there or cannot be read.
+    """
     path = Path(text)
-    is_file = "," not in text and path.is_file()
-    parts = path.read_text().splitlines() if is_file else text.split(",")
+    if text.strip() and _is_there(path):
+        try:
+            # utf-8-sig: editors begin some files with a byte-order mark.
+            parts = path.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise ValueError(f"cannot read the labels {text}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the labels {text} are not UTF-8 (byte {error.object[error.start]:#x}); convert them with iconv"
+            ) from None
+    elif "," not in text and (path.suffix or os.sep in text):
+        raise ValueError(f'there is no file of labels {text}; names are written as "a cat, a dog"')
+    else:
+        parts = text.split(",")
+
     labels = [part.strip() for part in parts if part.strip()]
-    if not labels:
-        raise ValueError('--labels holds no name; write them as "a cat, a dog"')
+    if len(labels) < 2:
+        found = f"only {labels[0]!r}" if labels else "no name"
+        raise ValueError(
+            f'--labels holds {found}, and a picture is compared with at least two; write them as "a cat, a dog"'
+        )
+    if twice := [name for name, number in Counter(labels).items() if number > 1]:
+        raise ValueError(
+            f"--labels holds {twice[0]!r} more than once, which would share its probability"
+        )
     return labels
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # such as a text longer than any file's name
+        return False
 
 
 def load_model(
     arguments: argparse.Namespace,
 ) -> tuple[CLIP, ImageTransform, Tokenizer, tuple[str, ...]]:
-    """The model in evaluation mode, its preprocessing, its tokenizer, and the prompts that suit it."""
-    if arguments.checkpoint:
-        model, transform, tokenizer = load_run(Path(arguments.checkpoint), arguments.device)
+    """Return the model in evaluation mode, its preprocessing, its tokenizer, and the prompts that suit it."""
+    run = arguments.checkpoint
+    if arguments.pretrained and is_run(Path(arguments.pretrained)):
+        # Its own record says what it is, and its vocabulary lies beside it.
+        is_asked = arguments.model is None and arguments.bpe_path is None
+        run = arguments.pretrained if is_asked else None
+    if run:
+        model, transform, tokenizer = load_run(Path(run), arguments.device)
         return model, transform, tokenizer, ("{}",)
     model, transform = create_model_from_pretrained(
         arguments.model, pretrained=arguments.pretrained, device=arguments.device
@@ -84,7 +131,7 @@ def load_model(
 
 
 def read_image(path: str) -> Image.Image:
-    """The decoded picture of a file."""
+    """Return the decoded picture of a file."""
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:
@@ -93,33 +140,83 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"{path} is no readable image: {error}") from error
 
 
+def check_image(path: str) -> None:
+    """Raise ValueError for what is plainly no picture, before a model is loaded; a pipe is left to be read once."""
+    mode = mode_of(Path(path))
+    if mode is None:
+        raise ValueError(f"cannot read {path}: there is no such file")
+    if stat.S_ISFIFO(mode):
+        return
+    try:
+        with Image.open(path, formats=FORMATS):
+            pass
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is no readable image: no {', '.join(FORMATS)}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
+    """Return for each image its best names with their probabilities, the most probable first.
+
+    Raises:
+        ValueError, OSError: a mistake in the arguments, or a file that cannot be read.
+    """
+    labels = read_labels(arguments.labels)
+    if arguments.top < 1:
+        raise ValueError(f"--top is at least 1, got {arguments.top}")
+    for path in arguments.images:
+        check_image(path)
+    arguments.device = pick_device(arguments.device, local_rank=0)
+    model, transform, tokenizer, default_templates = load_model(arguments)
+    classifier_EC = build_zero_shot_classifier(
+        model, tokenizer, labels, arguments.templates or default_templates, device=arguments.device
+    )
+
+    rows: list[list[tuple[str, float]]] = []
+    num_transparent = 0
+    for start in range(0, len(arguments.images), IMAGES_AT_ONCE):
+        pictures = []
+        for path in arguments.images[start : start + IMAGES_AT_ONCE]:
+            picture = read_image(path)
+            num_transparent += was_transparent(picture)
+            try:
+                pictures.append(transform(picture))
+            except BadSample as error:
+                raise ValueError(f"{path} is no usable image: {error}") from error
+        images = torch.stack(pictures).to(arguments.device)
+        probabilities, classes = classify(model, images, classifier_EC, arguments.top)
+        rows += [
+            [(labels[c], p) for c, p in zip(best, row, strict=True)]
+            for best, row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+    if num_transparent:
+        print(
+            f"clipcore.classify: note: {num_transparent} of {len(rows)} images are transparent: laid over white",
+            file=sys.stderr,
+        )
+    return rows
+
+
 def print_table(paths: Sequence[str], rows: list[list[tuple[str, float]]]) -> None:
     """One block an image: names with their probabilities as figures and bars."""
     width = max(len(name) for row in rows for name, _ in row)
     for path, row in zip(paths, rows, strict=True):
-        print(path)
+        print(printable(path))
         for name, probability in row:
-            print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(30 * probability)}")
+            print(
+                f"  {printable(name):<{width}}  {probability:6.1%}  {'#' * round(30 * probability)}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     parsed = build_parser().parse_args(arguments)
     try:
-        labels = read_labels(parsed.labels)
-        pictures = [read_image(path) for path in parsed.images]
-        model, transform, tokenizer, default_templates = load_model(parsed)
-        classifier_EC = build_zero_shot_classifier(
-            model, tokenizer, labels, parsed.templates or default_templates, device=parsed.device
-        )
-        images = torch.stack([transform(picture) for picture in pictures]).to(parsed.device)
-        probabilities, classes = classify(model, images, classifier_EC, parsed.top)
+        rows = run_classification(parsed)
     except (ValueError, OSError, native.WrongBuildError) as error:
         print(f"clipcore.classify: error: {error}", file=sys.stderr)
         return 2
-    rows = [
-        [(labels[c], p) for c, p in zip(best, row, strict=True)]
-        for best, row in zip(classes.tolist(), probabilities.tolist(), strict=True)
-    ]
     try:
         if parsed.json:
             print(json.dumps(dict(zip(parsed.images, map(dict, rows), strict=True)), indent=2))

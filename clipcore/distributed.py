@@ -80,7 +80,7 @@ def init_distributed(
             "unset all of them for a single process"
         )
     rank, world_size, local_rank = (0, 1, 0) if missing else (int(os.environ[n]) for n in names)
-    world = World(rank, world_size, local_rank, _pick_device(device, local_rank))
+    world = World(rank, world_size, local_rank, pick_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world_size > 1 and not dist.is_initialized():
@@ -103,14 +103,24 @@ def init_distributed(
     return world
 
 
-def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    """Return the device of a process; None takes CUDA where there is a GPU.
+
+    Raises:
+        ValueError: another device than "cpu" or "cuda", or a GPU that is not there.
+    """
+    asked: torch.device | None
     try:
         asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device is cpu or cuda, not {device!r}") from None
-    if asked.type != "cuda":
-        return torch.device(asked.type)
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is cpu or cuda, not {str(device)!r}")
+    if asked.type == "cpu":
+        return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        raise ValueError(f"--device {asked}: this machine shows no GPU; use --device cpu")
     if asked.index is not None:
         if "LOCAL_RANK" in os.environ:
             raise ValueError(

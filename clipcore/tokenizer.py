@@ -35,6 +35,7 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
+from clipcore.architectures import find_model
 from clipcore.files import write_durably
 from clipcore.terminal import steady_output
 
@@ -368,18 +369,37 @@ def get_tokenizer(
     context_length: int | None = None,
     bpe_path: str | os.PathLike[str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer of the published models, or of another vocabulary.
+    """Return the tokenizer of a model, or of another vocabulary.
 
     Args:
-        model_name: taken for the sake of open_clip's users; all models here share one tokenizer.
-        context_length: of the model [77].
-        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``].
+        model_name: one of ``list_models()``, or OpenAI's spelling; without one the vocabulary is OpenAI's.
+        context_length: of the rows [the model's, 77 without a name].
+        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the bytes' for models of 514 tokens].
 
     Raises:
-        VocabularyError: no vocabulary is found, or it is damaged.
+        UnknownModelError: no model of that name.
+        VocabularyError: no vocabulary is found, it is damaged, or not of the model's size.
     """
+    model = find_model(model_name).text if model_name else None
+    if bpe_path is None and model is not None and model.vocab_size == BYTE_VOCAB_SIZE:
+        tokenizer = byte_tokenizer()
+        tokenizer.context_length = context_length or model.context_length
+        return tokenizer
+
+    if bpe_path is None and model is not None and model.vocab_size != OPENAI_VOCAB_SIZE:
+        raise VocabularyError(
+            f"{model_name} has {model.vocab_size} tokens and no vocabulary of its own: pass the one that its run was "
+            "trained with as bpe_path, such as vocabulary.txt.gz in the run's folder"
+        )
     path = find_openai_vocabulary() if bpe_path is None else Path(bpe_path)
     tokenizer = Tokenizer.from_file(path)
+    if model is not None:
+        if tokenizer.vocab_size != model.vocab_size:
+            raise VocabularyError(
+                f"{path} has {tokenizer.vocab_size} tokens, and {model_name} {model.vocab_size}: pass the vocabulary of the "
+                "model, or make the model with force_vocab_size"
+            )
+        tokenizer.context_length = model.context_length
     if tokenizer.vocab_size == OPENAI_VOCAB_SIZE and tokenizer.sha256 != OPENAI_SHA256:
         warnings.warn(
             f"{path} has the size of OpenAI's vocabulary, but other merges: not for a published model",

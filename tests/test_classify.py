@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from runs import NANO, RunServer
 from safetensors.torch import save_file
 from shards import picture, write_csv
 
+from clipcore import classify
 from clipcore.classify import main, read_labels
 from clipcore.model import create_model
 from clipcore.tokenizer import byte_tokenizer
@@ -98,17 +100,73 @@ def test_weights_of_others(image, tmp_path, capsys):
         ({"image": "none.png"}, "cannot read none.png"),
         ({"image": __file__}, "no readable image"),
         ({"labels": " , "}, "--labels holds no name"),
+        ({"labels": "dog"}, "--labels holds only 'dog'"),
+        ({"labels": "dog, cat, dog"}, "--labels holds 'dog' more than once"),
+        ({"labels": "lables.txt"}, "there is no file of labels lables.txt"),
+        ({"labels": "some/labels"}, "there is no file of labels some/labels"),
+        ({"labels": "x" * 300}, "--labels holds only 'xxx"),
+        ({"labels": "."}, "cannot read the labels .: Is a directory"),
         ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"checkpoint": "."}, "neither the folder of a run nor a checkpoint"),
+        ({"top": "0"}, "--top is at least 1, got 0"),
+        ({"device": "gpu"}, "--device is cpu or cuda, not 'gpu'"),
+        ({"device": "meta"}, "--device is cpu or cuda, not 'meta'"),
+        ({"templates": "a photo"}, "has no {}"),
     ],
 )
 def test_mistakes_are_one_line(run_dir, image, capsys, change, message):
     given = {"image": str(image), "labels": "a, b", "checkpoint": str(run_dir), **change}
-    assert (
-        main([given["image"], "--labels", given["labels"], "--checkpoint", given["checkpoint"]])
-        == 2
-    )
+    line = [given.pop("image"), *(w for flag, value in given.items() for w in (f"--{flag}", value))]
+    assert main(line) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeffa cat\r\nthé\r\n".encode(), "a cat\nthé\n\n".encode()],
+    ids=["byte-order mark", "plain"],
+)
+def test_files_of_labels(tmp_path, content):
+    (tmp_path / "labels.txt").write_bytes(content)
+    assert read_labels(str(tmp_path / "labels.txt")) == ["a cat", "thé"]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "labels.txt").write_bytes("café\nthé\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"are not UTF-8 .*iconv"):
+            read_labels(str(tmp_path / "labels.txt"))
+
+
+def test_pretrained_takes_a_run_for_what_it_is(run_dir, image, capsys):
+    printed = []
+    for flag in ("--checkpoint", "--pretrained"):
+        assert main([str(image), "--labels", "a,b", flag, str(run_dir), "--json"]) == 0
+        printed.append(capsys.readouterr())
+    assert printed[0] == printed[1] and not printed[1].err
+    wrong = ["--pretrained", str(run_dir), "--model", "ViT-nano-8-32-quickgelu"]
+    assert main([str(image), "--labels", "a,b", *wrong]) == 2
+    error = capsys.readouterr().err
+    assert "says that its model has GELU" in error and error.count("\n") == 1
+
+
+def test_pictures_are_classified_in_parts_and_transparent_ones_counted(
+    run_dir, image, tmp_path, capsys, monkeypatch
+):
+    clear = tmp_path / "clear.png"
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(clear)
+    white = tmp_path / "white.png"
+    Image.new("RGB", (40, 40), "white").save(white)
+    paths = [str(image), str(clear), str(white)]
+    line = [*paths, "--labels", "a,b,c", "--checkpoint", str(run_dir), "--json"]
+    assert main(line) == 0
+    whole = capsys.readouterr()
+    assert whole.err == "clipcore.classify: note: 1 of 3 images are transparent: laid over white\n"
+    rows = json.loads(whole.out)
+    assert rows[str(clear)] == rows[str(white)] != rows[str(image)]
+    monkeypatch.setattr(classify, "IMAGES_AT_ONCE", 2)
+    assert main(line) == 0
+    parts = json.loads(capsys.readouterr().out)
+    for path in paths:
+        assert parts[path] == pytest.approx(rows[path], rel=1e-5)
 
 
 def test_labels():

@@ -694,17 +694,17 @@ def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_more_ranks_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="needs GPU 2, but this machine shows 2"):
-        distributed._pick_device("cuda", 2)
+        distributed.pick_device("cuda", 2)
 
 
 def test_the_gpu_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert distributed._pick_device("cuda:1", 0) == torch.device("cuda", 1)
+    assert distributed.pick_device("cuda:1", 0) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="this machine shows 2 GPUs"):
-        distributed._pick_device("cuda:2", 0)
+        distributed.pick_device("cuda:2", 0)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="pass --device cuda"):
-        distributed._pick_device("cuda:1", 0)
+        distributed.pick_device("cuda:1", 0)
     with pytest.raises(ValueError, match="--device is cpu or cuda, not 'gpu'"):
-        distributed._pick_device("gpu", 0)
+        distributed.pick_device("gpu", 0)

@@ -28,9 +28,12 @@ import torch
 from runs import LIMIT_S, PROGRAMS
 
 from clipcore import tokenizer as tokenizer_module
+from clipcore.architectures import OPENAI_NAMES, UnknownModelError, find_model, list_models
 from clipcore.tokenizer import (
+    BYTE_VOCAB_SIZE,
     OPENAI_FILE,
     OPENAI_SHA256,
+    OPENAI_VOCAB_SIZE,
     Tokenizer,
     VocabularyError,
     byte_tokenizer,
@@ -418,7 +421,7 @@ def test_the_search_for_openais_file(trained, tmp_path, monkeypatch):
         get_tokenizer()
     trained.save(tmp_path / "mine.gz")
     monkeypatch.setenv("CLIPCORE_BPE", str(tmp_path / "mine.gz"))
-    assert get_tokenizer("ViT-B-32", context_length=16).context_length == 16
+    assert get_tokenizer(context_length=16).context_length == 16
     assert get_tokenizer().sha256 == trained.sha256
 
 
@@ -525,3 +528,25 @@ def test_mistakes_of_the_command_get_one_line(tmp_path, capsys, mistake):
         "no place": "none",
     }
     assert expected[mistake] in error
+
+
+def test_each_model_has_the_tokenizer_of_its_own_sizes():
+    for name in [*list_models(), *OPENAI_NAMES]:
+        text = find_model(name).text
+        if text.vocab_size not in (BYTE_VOCAB_SIZE, OPENAI_VOCAB_SIZE):
+            with pytest.raises(VocabularyError, match=rf"{name} has 3072 tokens and no vocabulary"):
+                get_tokenizer(name)
+            continue
+        tokenizer = get_tokenizer(name)
+        found = (tokenizer.vocab_size, tokenizer.context_length)
+        assert found == (text.vocab_size, text.context_length), name
+        assert get_tokenizer(name, context_length=20)("a dog").shape == (1, 20)
+
+
+def test_tokenizers_of_unknown_models_and_other_vocabularies_are_refused(trained, tmp_path):
+    for name in ("ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "hf-hub:laion/x", "no such model"):
+        with pytest.raises(UnknownModelError, match="unknown model"):
+            get_tokenizer(name)
+    trained.save(tmp_path / "v.txt.gz")
+    with pytest.raises(VocabularyError, match=r"tokens, and ViT-B-32 49408.*force_vocab_size"):
+        get_tokenizer("ViT-B-32", bpe_path=tmp_path / "v.txt.gz")
