@@ -166,7 +166,8 @@ class RunState:
         self.step = checkpoint.step
         self.evaluated_step = record["evaluated_step"]
         self.bad_samples = record["bad_samples"]
-        self.transparent = int(record.get("transparent", 0))
+        transparent = record.get("transparent")  # not in older checkpoints
+        self.transparent = transparent if isinstance(transparent, int) else 0
         self.elapsed_s = record["elapsed_s"]
         self.timings = dict(record["timings"])
         self.log_mark = log_mark(checkpoint)
