@@ -433,6 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
         formatter_class=_Lines,
         allow_abbrev=False,
+        add_help=False,
     )
     groups = {
         name: parser.add_argument_group(name)
@@ -463,6 +464,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=help,
             **{"metavar": kind.__name__.upper(), **arguments},
         )
+    # In a group of its own it would take three lines of the two screens.
+    groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")
     # A bare --resume means the newest checkpoint.
     resume = next(action for action in parser._actions if action.dest == "resume")
     resume.nargs, resume.const = "?", "latest"
