@@ -192,6 +192,21 @@ def test_several_captions_of_a_picture_are_evaluated_as_such(tmp_path, batch_siz
     assert run_retrieval(task, encoder) == pytest.approx(found, rel=1e-6)
 
 
+def test_a_task_of_first_captions_searches_by_those(tmp_path):
+    images = [image for image, _ in write_images(tmp_path, 5)]
+    lines = [
+        json.dumps({"image": a, "caption": [f"{i} a", "of all"]}) for i, a in enumerate(images)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "t.jsonl"))
+    first = run_retrieval(RetrievalTask("pairs", source, all_captions=False), nano_encoder())
+    (tmp_path / "s.jsonl").write_text("\n".join(lines).replace(', "of all"', ""))
+    alone = run_retrieval(
+        RetrievalTask("pairs", open_source(str(tmp_path / "s.jsonl"))), nano_encoder()
+    )
+    assert first == alone and first["num_texts"] == 5
+
+
 def test_what_cannot_be_read_is_counted_and_owners_stay_with_their_pictures(tmp_path):
     images = [image for image, _ in write_images(tmp_path, 8)]
     lines = [

@@ -57,10 +57,16 @@ class ZeroShotTask:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Pairs among which each side looks for the other."""
+    """Pairs among which each side looks for the other.
+
+    Attributes:
+        all_captions: whether a picture's captions all count, or its first alone: where others describe several pictures
+            equally well, as in the embedded data, a search by them has no right answer.
+    """
 
     name: str
     source: PairSource
+    all_captions: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,18 +125,17 @@ class Encoder:
             )
 
     @torch.no_grad()
-    def features(self, source: PairSource, tally: Tally) -> Features:
-        """Return the features of all pictures and all their captions, the same on every rank."""
+    def features(self, source: PairSource, tally: Tally, all_captions: bool = True) -> Features:
+        """Return the features of all pictures and their captions, the same on every rank."""
         image_features, text_features, rows, owners = [], [], [], []
-        for batch, images in self.batches(source, tally, all_captions=True):
-            assert batch.owners is not None
+        for batch, images in self.batches(source, tally, all_captions):
             image_features.append(self.model.encode_image(images, normalize=True))
             # A picture may have any number of captions.
             for tokens in batch.tokens.split(4 * self.batch_size):
                 text_BE = self.model.encode_text(tokens.to(self.world.device), normalize=True)
                 text_features.append(text_BE)
             rows.append(batch.indices)
-            owners.append(batch.owners)
+            owners.append(batch.indices if batch.owners is None else batch.owners)
 
         # A rank may have no pair of a small source; the others wait for it in the gathering all the same.
         none = torch.zeros(0, self.model.config.embed_dim, device=self.world.device)
@@ -196,7 +201,7 @@ def run_zero_shot(task: ZeroShotTask, encoder: Encoder) -> dict[str, float]:
 def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
     """Return recalls of a retrieval task, and the loss of all its pictures with their first captions as one batch."""
     tally = Tally()
-    image_NE, text_ME, owner_M = encoder.features(task.source, tally)
+    image_NE, text_ME, owner_M = encoder.features(task.source, tally, task.all_captions)
     if not len(image_NE):
         raise DataError(f"{task.source.name} holds no picture that can be read")
     first_N = torch.searchsorted(owner_M, torch.arange(len(image_NE), device=owner_M.device))
@@ -265,7 +270,8 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
         )
         return [RetrievalTask("validation pairs", by_picture(source))]
     if config.train_data == "glyphs":
-        return [RetrievalTask("unseen characters, retrieval", GlyphSource("unseen"))]
+        source = GlyphSource("unseen")
+        return [RetrievalTask("unseen characters, retrieval", source, all_captions=False)]
     return []
 
 
