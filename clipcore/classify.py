@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import torch
 from PIL import Image
 
 from clipcore import native
-from clipcore.data import BadSample, printable
-from clipcore.data.transforms import FORMATS, ImageTransform, decode_image, was_transparent
+from clipcore.data import BadSample, not_utf8, printable
+from clipcore.data.transforms import ImageTransform, decode_image, was_transparent
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.files import mode_of
@@ -78,9 +77,7 @@ def read_labels(text: str) -> list[str]:
         except OSError as error:
             raise ValueError(f"cannot read the labels {text}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"the labels {text} are not UTF-8 (byte {error.object[error.start]:#x}); convert them with iconv"
-            ) from None
+            raise ValueError(not_utf8(f"the file of labels {text}", error)) from None
     elif "," not in text and (path.suffix or os.sep in text):
         raise ValueError(f'there is no file of labels {text}; names are written as "a cat, a dog"')
     else:
@@ -140,22 +137,6 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"{path} is no readable image: {error}") from error
 
 
-def check_image(path: str) -> None:
-    """Raise ValueError for what is plainly no picture, before a model is loaded; a pipe is left to be read once."""
-    mode = mode_of(Path(path))
-    if mode is None:
-        raise ValueError(f"cannot read {path}: there is no such file")
-    if stat.S_ISFIFO(mode):
-        return
-    try:
-        with Image.open(path, formats=FORMATS):
-            pass
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is no readable image: no {', '.join(FORMATS)}") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     """Return for each image its best names with their probabilities, the most probable first.
 
@@ -166,7 +147,9 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
     if arguments.top < 1:
         raise ValueError(f"--top is at least 1, got {arguments.top}")
     for path in arguments.images:
-        check_image(path)
+        # Before a model is loaded.
+        if mode_of(Path(path)) is None:
+            raise ValueError(f"cannot read {path}: there is no such file")
     arguments.device = pick_device(arguments.device, local_rank=0)
     model, transform, tokenizer, default_templates = load_model(arguments)
     classifier_EC = build_zero_shot_classifier(

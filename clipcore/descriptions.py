@@ -190,7 +190,7 @@ def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
-    """Return a size."""
+    """Return a size, the default where it is not stated."""
     value = values.get(key, default)
     if type(value) is not int or value < 1:
         raise ConversionError(f"{key} is {value!r}, no positive whole number")
@@ -217,10 +217,7 @@ def open_clip_images(
     }
     # Colour of what a padded image gains, which no mode above pads.
     _refuse_others(images, allowed, {"mean", "std", "fill_color"}, origin)
-    given = _normalization(images, "mean", "std", origin)
-    if "resize_mode" in images:
-        given["resize_mode"] = images["resize_mode"]
-    return given
+    return _arguments(images, origin)
 
 
 def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> dict[str, Any]:
@@ -264,6 +261,11 @@ def recorded_images(identity: Mapping[str, Any], origin: Path) -> dict[str, Any]
     """
     images = _object(identity.get("images", {}), origin)
     _refuse_others(images, {"resize_mode": RESIZE_MODES}, {"mean", "std"}, origin)
+    return _arguments(images, origin)
+
+
+def _arguments(images: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """Return what is stated of ``mean``, ``std`` and ``resize_mode``, under these names."""
     given = _normalization(images, "mean", "std", origin)
     if "resize_mode" in images:
         given["resize_mode"] = images["resize_mode"]

@@ -132,7 +132,7 @@ def test_files_of_labels(tmp_path, content):
     assert read_labels(str(tmp_path / "labels.txt")) == ["a cat", "thé"]
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / "labels.txt").write_bytes("café\nthé\n".encode(encoding))
-        with pytest.raises(ValueError, match=r"are not UTF-8 .*iconv"):
+        with pytest.raises(ValueError, match=r"is not UTF-8 .*iconv"):
             read_labels(str(tmp_path / "labels.txt"))
 
 

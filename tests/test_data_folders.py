@@ -191,7 +191,10 @@ def test_a_table_without_captions_is_no_table_of_captions(tmp_path):
     put(tmp_path / "metadata.csv", "isic_id,age\n1,40\n")
     source = open_source(str(tmp_path))
     assert source[0].caption == "words"
-    assert "1 x table without a column of captions" in str(left_out_of(source))
+    assert "1 x table without columns that are read" in str(left_out_of(source))
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    assert open_source(str(tmp_path))[0].caption == "words"
+    (tmp_path / "metadata.parquet").rename(tmp_path / "metadata.csv")
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match="its columns are isic_id, age"):
         open_source(str(tmp_path))

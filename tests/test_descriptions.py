@@ -248,8 +248,7 @@ def test_preprocessing_of_a_hub_folder_is_open_clips_to_the_bit(tmp_path, mode):
         model, transform = create_model_from_pretrained(name, path)
         assert torch.equal(transform(picture()), expected)
         pixels = torch.from_numpy(transform.crop(picture()))[None]
-        close = (model.encode_image(pixels) - model.encode_image(expected[None])).abs().max()
-        assert close < 1e-5
+        assert torch.equal(model.encode_image(pixels), model.encode_image(expected[None]))
     _, train, evaluation = create_model_and_transforms(NAME, path)
     assert torch.equal(evaluation(picture()), expected)
     assert (train.mean, train.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -380,7 +379,7 @@ def test_ids_of_another_vocabulary_are_named():
 
 
 def test_a_trace_of_the_text_tower_holds_for_longer_captions():
-    model = create_model(NAME).eval()
+    model = create_model(NAME, precision="fp64").eval()
 
     class Text(nn.Module):
         def __init__(self) -> None:
@@ -400,4 +399,4 @@ def test_a_trace_of_the_text_tower_holds_for_longer_captions():
     traced = torch.jit.trace(Text(), captions(3, 5), check_trace=False)
     for lengths in ((40, 70), (2, 76), (9, 10)):
         expected = model.encode_text(captions(*lengths))
-        torch.testing.assert_close(traced(captions(*lengths)), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(traced(captions(*lengths)), expected, rtol=1e-12, atol=1e-12)

@@ -153,6 +153,11 @@ def _caption(value: object) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def not_utf8(origin: str, error: UnicodeDecodeError) -> str:
+    """Return what is wrong with a text file in another encoding, and the remedy."""
+    return f"{origin} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
+
+
 def printable(text: str) -> str:
     """``text`` fit for one line of a log, whatever a data set wrote into its names."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)

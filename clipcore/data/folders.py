@@ -29,7 +29,7 @@ from clipcore.data.tar import (
 )
 from clipcore.data.transforms import Decoder
 
-_METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class FolderSource:
@@ -259,7 +259,7 @@ def open_folder(
     if any(True for folder, names in walk(path) for _ in _stem_pairs(folder, names, ignored)):
         pairs = FolderSource(path, caption_columns(caption_key), decoder)
         if without_columns is not None:
-            pairs.left_out.add("table without a column of captions", tables[0])
+            pairs.left_out.add("table without columns that are read", tables[0])
         return pairs
     if without_columns is not None:
         raise without_columns
@@ -274,10 +274,6 @@ def _look_into(path: str) -> tuple[list[str], list[str]]:
             for entry in entries:
                 if entry.name.lower() in _METADATA_FILES:
                     tables.append(entry.path)
-                elif entry.name.lower().startswith("metadata.parquet"):
-                    raise DataError(
-                        f"{entry.path} names images by their paths, which is not read from parquet; write it as metadata.csv"
-                    )
                 elif _is_folder(entry) and _is_data(entry.name):
                     folders.append(entry.path)
     except OSError as error:
@@ -303,6 +299,10 @@ def _open_metadata(
     decoder: Decoder | str,
     quotes: bool,
 ) -> CsvSource | JsonlSource:
+    if table.lower().endswith(".parquet"):
+        raise ColumnError(
+            f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
+        )
     if table.lower().endswith(".csv"):
         return CsvSource(table, img_key, caption_key, ",", decoder, quotes)
     return JsonlSource(table, img_key, caption_key, decoder)

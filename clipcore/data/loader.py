@@ -34,7 +34,8 @@ PART_ROWS = 256
 MAX_REPLACEMENTS = 64
 # Rows to read before the share of bad ones is judged.
 JUDGED_ROWS = 512
-_SHOWN_REASONS = 5
+# Of samples that cannot be read, in the message that stops a run.
+SHOWN_REASONS = 5
 # Seconds within which a worker whose connection is broken has ended, also on a busy machine.
 _ENDING_S = 10.0
 
@@ -158,11 +159,7 @@ class PairLoader:
                 num_rows += len(batch.indices)
                 bad += batch.bad
                 if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
-                    reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:_SHOWN_REASONS])
-                    raise DataError(
-                        f"{len(bad)} of {num_rows} samples of {self._name} cannot be read, more than "
-                        f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
-                    )
+                    raise too_many_bad(len(bad), num_rows, self._name, self.max_bad_fraction, bad)
                 yield batch
                 del batch  # before the next one is put together
 
@@ -200,6 +197,21 @@ class PairLoader:
             bad,
             num_transparent,
         )
+
+
+def too_many_bad(
+    num_bad: int, num_samples: int, name: str, max_fraction: float, bad: Sequence[tuple[str, str]]
+) -> DataError:
+    """Return the error about a source of which too much cannot be read.
+
+    Args:
+        bad: (key, reason) of at least the first of them.
+    """
+    reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:SHOWN_REASONS])
+    return DataError(
+        f"{num_bad} of {num_samples} samples of {name} cannot be read, more than --max-bad-fraction "
+        f"{max_fraction:g}: {reasons}"
+    )
 
 
 def share_of_rank(num_rows: int, rank: int, world_size: int) -> slice:

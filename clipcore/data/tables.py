@@ -15,7 +15,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data import (
+    BadSample,
+    DataError,
+    LeftOut,
+    Pair,
+    checked_captions,
+    not_utf8,
+    printable,
+)
 from clipcore.data.tar import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
@@ -240,9 +248,7 @@ def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[tuple[int, li
     except OSError as error:
         raise DataError(f"cannot read the table {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
-        ) from None
+        raise DataError(not_utf8(path, error)) from None
 
 
 class JsonlSource:

@@ -40,9 +40,7 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 MEMBER_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, RAW_SUFFIX)
 CAPTION_SUFFIXES = ("txt", "json")
 # Pictures of kinds that are not read: their absence would go unseen.
-OTHER_IMAGE_SUFFIXES = (
-    *("gif", "bmp", "tif", "tiff", "jfif", "avif", "heic", "heif", "jxl", "jp2", "svg"),
-)
+OTHER_IMAGE_SUFFIXES = tuple("gif bmp tif tiff jfif avif heic heif jxl jp2 svg".split())
 MAX_NAME_BYTES = 4096  # of a long name or of an extended header
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20

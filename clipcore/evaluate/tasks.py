@@ -19,7 +19,13 @@ from clipcore.config import TrainConfig
 from clipcore.data import DataError, PairSource, printable
 from clipcore.data.folders import ClassFolderSource, read_json
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
-from clipcore.data.loader import JUDGED_ROWS, Batch, eval_batches
+from clipcore.data.loader import (
+    JUDGED_ROWS,
+    SHOWN_REASONS,
+    Batch,
+    eval_batches,
+    too_many_bad,
+)
 from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import MixtureSource, left_out_of, open_source
 from clipcore.data.transforms import ImageTransform, normalize_images
@@ -40,8 +46,6 @@ SIMPLE_IMAGENET_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# Of samples that cannot be read.
-SHOWN_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,9 @@ class Encoder:
         tally.num_transparent = sum(number for _, _, number in found)
         # As in training a share of few samples says little.
         if tally.num_unreadable > self.max_bad_fraction * max(len(source), JUDGED_ROWS):
-            first = [case for _, cases, _ in found for case in cases][:SHOWN_REASONS]
-            reasons = "; ".join(f"{key}: {reason}" for key, reason in first)
-            raise DataError(
-                f"{tally.num_unreadable} of {len(source)} samples of {source.name} cannot be read, more than "
-                f"--max-bad-fraction {self.max_bad_fraction:g}: {reasons}"
-            )
+            first = [case for _, cases, _ in found for case in cases]
+            number = tally.num_unreadable
+            raise too_many_bad(number, len(source), source.name, self.max_bad_fraction, first)
 
     @torch.no_grad()
     def features(self, source: PairSource, tally: Tally, all_captions: bool = True) -> Features:
