@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,18 @@ def test_pictures_are_classified_in_parts_and_transparent_ones_counted(
     parts = json.loads(capsys.readouterr().out)
     for path in paths:
         assert parts[path] == pytest.approx(rows[path], rel=1e-5)
+
+
+def test_a_picture_that_is_too_large_is_one_line(run_dir, tmp_path, capsys):
+    """400 million pixels, more than Pillow opens at all."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
+    (tmp_path / "b.png").write_bytes(png + struct.pack(">I", zlib.crc32(chunk)))
+    line = [str(tmp_path / "b.png"), "--labels", "a,b", "--checkpoint", str(run_dir)]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert "b.png is no readable image" in error and error.count("\n") == 1
 
 
 def test_labels():
