@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,10 @@ from clipcore import classify
 from clipcore.classify import main, read_labels
 from clipcore.model import create_model
 from clipcore.tokenizer import byte_tokenizer
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+
+import bombs
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +176,7 @@ def test_pictures_are_classified_in_parts_and_transparent_ones_counted(
 
 def test_a_picture_that_is_too_large_is_one_line(run_dir, tmp_path, capsys):
     """400 million pixels, more than Pillow opens at all."""
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
-    (tmp_path / "b.png").write_bytes(png + struct.pack(">I", zlib.crc32(chunk)))
+    (tmp_path / "b.png").write_bytes(bombs.HEADERS["PNG"](20_000, 20_000))
     line = [str(tmp_path / "b.png"), "--labels", "a,b", "--checkpoint", str(run_dir)]
     assert main(line) == 2
     error = capsys.readouterr().err
