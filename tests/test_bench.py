@@ -372,7 +372,9 @@ def test_one_file_comes_back_with_the_rows_of_all_calls(machine: Machine, result
     for _ in range(2):
         harness.merge(rows)
     lines = (results / "gpu.jsonl").read_text().splitlines()
-    assert lines[0] == "one that is there" and lines[1].startswith("bench/probe.py")
+    # The order of two calls in one second is that of their process numbers as text.
+    assert lines[0] == "one that is there"
+    assert sum(line.startswith("bench/probe.py") for line in lines) == 1
     assert len(lines) == len(set(lines)) == 1 + 2 + 7
 
 
