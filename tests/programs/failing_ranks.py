@@ -20,7 +20,6 @@ roll_call._VERDICT_S = 3.0
 roll_call._ARRIVAL_S = 60.0
 roll_call.MARGIN_S = 10.0
 roll_call.PATIENCE_S = 8.0
-roll_call._LINGER_S = 20.0
 FOREVER_S = 3600
 
 
@@ -62,14 +61,19 @@ def act(case, rank, last):
         y.sum().backward()
 
 
-def main(case, rank, last, timeout_s, ports, output):
-    """Be one rank: join the group at the port that rank 0 hands over ``ports``, act, and say how it ended."""
+def main(case, rank, last, timeout_s, ports, alive, output):
+    """Be one rank: join the group at the port that rank 0 hands over ``ports``, act, and say how it ended.
+
+    All other ranks hold the writing end of ``alive``, so that rank 0, which holds the notes, sees them end.
+    """
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(last + 1))
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
     receiver, sender = ports
     if rank == 0:
+        os.close(alive[1])
+        roll_call._RollCall._linger = lambda _: os.read(alive[0], 1)
         # A port that the system chose, and that this process holds from now on.
         store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False
@@ -95,12 +99,14 @@ def start(groups, folder):
     """Fork all ranks of all groups; return (case, rank) by process."""
     ranks = {}
     for case, (size, timeout_s) in groups.items():
-        ports = os.pipe()
+        ports, alive = os.pipe(), os.pipe()
         for rank in range(size):
             pid = os.fork()
             if not pid:
-                main(case, rank, size - 1, timeout_s, ports, f"{folder}/{case}.{rank}")
+                main(case, rank, size - 1, timeout_s, ports, alive, f"{folder}/{case}.{rank}")
             ranks[pid] = (case, rank)
+        for end in (*ports, *alive):
+            os.close(end)
     return ranks
 
 

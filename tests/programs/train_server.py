@@ -1,10 +1,12 @@
 """Fork a run of clipcore.train for each JSON line on standard input that has argv; report exit statuses on poll.
 
 A request may hold "signal_at", [number, signal]: the run sends itself that signal at its event of that number. With
-"count_to" it keeps the number of its events so far in that file. With "is_pipe_dead" all that it prints goes into a pipe
+"count_to" it writes the number of its events to that file at its end. With "is_pipe_dead" all that it prints goes into a pipe
 that nobody reads. With "num_ranks" the run is torchrun with so many ranks, which are forked as well.
 """
 
+import atexit
+import gc
 import itertools
 import json
 import os
@@ -24,16 +26,20 @@ def count_events(signal_at: list[int] | None, count_to: str | None) -> None:
     from clipcore import logbook
 
     numbers, owner = itertools.count(1), os.getpid()
+    at, number = signal_at or (0, 0)
 
     def come() -> None:
         if os.getpid() != owner:  # a loader's process
             return
-        number = next(numbers)
-        if signal_at is not None and number == signal_at[0]:
-            os.kill(owner, signal_at[1])
-        if count_to is not None:
-            with open(count_to, "w") as file:  # which is no event
-                file.write(str(number))
+        if next(numbers) == at:
+            os.kill(owner, number)
+
+    def write_count(path: str) -> None:
+        with open(path, "w") as file:
+            file.write(str(next(numbers) - 1))
+
+    if count_to is not None:
+        atexit.register(write_count, count_to)
 
     sys.addaudithook(lambda event, _: come() if event in EVENTS else None)
     for holder, name in ((os, "write"), (os, "fsync"), (logbook.PartClock, "charge")):
@@ -51,6 +57,8 @@ def preceded(function, come):
 
 
 def main() -> None:
+    # Each run would copy all of its memory to look for cycles in it, for a second.
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
