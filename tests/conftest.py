@@ -42,15 +42,16 @@ COMPILED_ONCE = "ahead_of_time"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give out single tests, but all files that start ranks or whole runs to one worker, first.
+    """Give out single tests, but all files that start ranks or whole runs, or fork, to one worker, first.
 
-    So they never compete with each other for the cores. This is what xdist's --dist loadgroup is for, which groups nothing
+    So they never compete with each other for the cores, and fork before that worker has grown: a fork copies the tables of
+    its memory. This is what xdist's --dist loadgroup is for, which groups nothing
     under pytest 9.2 (pytest-xdist issue 1386).
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    # What they need for it: a pool of ranks, or the settings of a small run.
-    starts = re.compile(r"\b(RankPool|pool_of_two|NANO)\b")
+    # What they need for it: a pool of ranks, the settings of a small run, or the call itself.
+    starts = re.compile(r"\b(RankPool|pool_of_two|NANO|os\.fork)\b")
     is_alone = {
         path.name: bool(starts.search(path.read_text()))
         for path in Path(__file__).parent.glob("test_*.py")

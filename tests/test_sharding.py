@@ -553,10 +553,17 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(pool: RankPool, tmp_pat
     table = write_csv(tmp_path, num_pairs=41)
     shutil.copy(PROGRAMS / "kill_in_second_checkpoint.py", tmp_path / "sitecustomize.py")
     mark = tmp_path / "killed"
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m --".split()
+    torchrun = "--standalone --nproc-per-node 2 -m --".split()
     line = command_line(tmp_path, table, "sharded", num_ranks=2)
     done = subprocess.run(
-        [sys.executable, *torchrun, "clipcore.train", *line, "--fsdp"],
+        [
+            sys.executable,
+            PROGRAMS / "forking_torchrun.py",
+            *torchrun,
+            "clipcore.train",
+            *line,
+            "--fsdp",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -565,6 +572,7 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(pool: RankPool, tmp_pat
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{tmp_path}:{ROOT}",
             "KILL_MARK": str(mark),
+            "FAULTS": "[]",
         },
     )
     assert done.returncode != 0 and mark.exists(), done.stderr

@@ -73,7 +73,7 @@ def test_cpu_is_exact(B: int, E: int, scale: float, bias: float, kind: str) -> N
     assert_exact(actual, expected, 1e15 if kind == "huge" else 1.0)
 
 
-@pytest.mark.parametrize(("B", "E"), [(2048, 768), (4096, 1024)])
+@pytest.mark.parametrize(("B", "E"), [(2048, 768), (4096, 128)])
 def test_cpu_is_exact_in_a_large_batch(B: int, E: int) -> None:
     inputs = (*embeddings(B, B, E), *factors(10.0, -10.0))
     expected = with_gradients(lambda *x: sigmoid_ref(*x, normalize=True), inputs, ONE)

@@ -4,6 +4,7 @@ They are forked from a process that has imported everything: a start costs one s
 ranks have the faults of inject_faults.py.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 
@@ -39,4 +40,5 @@ if __name__ == "__main__":
     from inject_faults import inject
 
     run.elastic_launch = forked(inject)
+    gc.freeze()  # as of train_server.py
     run.main()

@@ -1,8 +1,8 @@
 """Fork a run of clipcore.train for each JSON line on standard input that has argv; report exit statuses on poll.
 
 A request may hold "signal_at", [number, signal]: the run sends itself that signal at its event of that number. With
-"count_to" it writes the number of its events to that file at its end. With "is_pipe_dead" all that it prints goes into a pipe
-that nobody reads. With "num_ranks" the run is torchrun with so many ranks, which are forked as well.
+"count_to" it writes the number of its events to that file at its end. With "is_pipe_dead" all that it prints goes into a
+pipe that nobody reads. With "num_ranks" the run is torchrun with so many ranks, which are forked as well.
 """
 
 import atexit
