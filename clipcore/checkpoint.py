@@ -30,7 +30,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipcore.files import make_directory, sync_directory, write_durably
+from clipcore.files import (
+    NotRegularError,
+    make_directory,
+    open_own,
+    open_regular,
+    sync_directory,
+    write_durably,
+)
 
 T = TypeVar("T")
 
@@ -174,7 +180,7 @@ def save_checkpoint(
     }
     if writers.rank == 0:
         files[STATE] = [json.dumps(state, indent=2).encode()]
-    final = directory / f"step_{step:08d}"
+    final = directory / step_name(step)
     temporary = directory / f".tmp_{final.name}"
 
     def begin() -> None:
@@ -436,15 +442,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         CheckpointError: it is no file; UnreadableError where the system refuses to open or read it.
     """
     try:
-        # A pipe without a writer would otherwise be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise CheckpointError(f"{path.parent} is damaged: {path.name} is no file")
-            with open(descriptor, "rb", closefd=False) as file:
-                yield file
-        finally:
-            os.close(descriptor)
+        with open_regular(path) as file:
+            yield file
+    except NotRegularError as error:
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} is no file") from error
     except OSError as error:
         raise _refusal(path, error) from error
 
@@ -473,7 +474,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UnreadableError(f"{folder} was written by a newer clipcore; update to read it")
     named = _COMMITTED.fullmatch(folder.name)
     is_intact = is_intact and _is_complete(fields)
-    if not is_intact or (named is not None and named[1] != f"step_{fields['step']:08d}"):
+    if not is_intact or (named is not None and named[1] != step_name(fields["step"])):
         raise CheckpointError(
             f"{folder / MANIFEST} is damaged; use another checkpoint of this run, and remove this one"
         )
@@ -625,6 +626,11 @@ def read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor
     return {name: t.clone() if t.device.type == "cpu" else t for name, t in tensors.items()}
 
 
+def step_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint."""
+    return f"step_{step:08d}"
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """The folder of the checkpoint committed last, by its manifest alone; None where there is none."""
     return next(iter(committed(Path(directory))), None)
@@ -683,9 +689,9 @@ def run_lock(directory: Path) -> Iterator[None]:
     if directory in _locked:
         raise CheckpointError(f"{busy} (this process); {remedy}")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_own(path, os.O_RDWR)
     except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror}") from error
+        raise CheckpointError(f"cannot write to {path}: {error.strerror}") from error
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

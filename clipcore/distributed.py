@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from clipcore import roll_call
+from clipcore.terminal import printable_lines
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class World:
     def say(self, message: str) -> None:
         """Prints a line once for all processes."""
         if self.is_main:
-            print(message)
+            print(printable_lines(message))
 
 
 def init_distributed(

@@ -1,12 +1,43 @@
-"""Files of a run that a crash, a full disk or a link of a stranger must not bend."""
+"""Files that a crash, a full disk, a link or a pipe of a stranger must not bend."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+_PIECE_BYTES = 1 << 20
+
+
+class NotRegularError(OSError):
+    """What has the name of a file is a folder, a pipe, a device or a socket."""
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """Let a file be written under a name that nothing has, and give it its own once it is whole.
+
+    A link of its own name is replaced, not followed. What is left of a process that was killed ends in ``.tmp``.
+
+    Raises:
+        OSError: the file cannot be written; the old one is untouched.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(aside, flags, 0o644), "wb") as file:
+        try:
+            yield file
+            file.flush()
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -17,24 +48,78 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         OSError: the content cannot be written; the old one is untouched.
     """
-    # A name of this process's own: the directory may have several writers.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o644)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        os.fsync(descriptor)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    finally:
-        os.close(descriptor)
+    with written_aside(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     sync_directory(path.parent)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes.
+
+    Raises:
+        NotRegularError: it is something else, such as a pipe or a device, whose reading may never end.
+        OSError: it is not there, or cannot be opened.
+    """
+    # A pipe without a writer would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(descriptor, path)
+        # Some file systems would answer that nothing is there yet.
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
+
+
+def _check_regular(descriptor: int, path: str | Path) -> None:
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        raise NotRegularError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        reason = "Not a regular file; write what it holds to one"
+        raise NotRegularError(errno.EINVAL, reason, os.fspath(path))
+
+
+def read_regular(path: str | Path, limit: int | None = None) -> bytes:
+    """Return the bytes of a regular file, at most ``limit`` of them; errors as of ``open_regular``."""
+    with open_regular(path) as file:
+        if limit is None:
+            return file.read()
+        # As many are allocated as are asked for. Some file systems state a size of 0, so that the end decides.
+        pieces, left = [], limit
+        size = os.fstat(file.fileno()).st_size + 1
+        while left and (piece := file.read(min(left, size))):
+            pieces.append(piece)
+            left -= len(piece)
+            size = _PIECE_BYTES
+        return b"".join(pieces)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that a run writes to, which is made where it is missing; return its descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, which in a folder of a stranger may lead to any file of the user's, or
+            something else that is no regular file.
+    """
+    try:
+        flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        reason = "is a symbolic link, which is not followed; replace it by what it leads to"
+        raise OSError(errno.ELOOP, reason, os.fspath(path)) from None
+    try:
+        _check_regular(descriptor, path)
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def mode_of(path: Path) -> int | None:

@@ -24,7 +24,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from clipcore.files import sync_directory
+from clipcore.files import open_own, open_regular, sync_directory
+from clipcore.terminal import printable_lines
 
 METRICS_FILE = "metrics.jsonl"
 STEP_KEYS = frozenset({"step", "loss", "lr", "logit_scale", "pairs_per_s", "time_s"})
@@ -100,7 +101,8 @@ class Logbook:
             if "wandb" in reporters:
                 self._wandb = _wandb(run_dir, config or {})
             self._digest = compare_log(run_dir, mark)
-            self._file = open(run_dir / METRICS_FILE, "ab")  # noqa: SIM115
+            self._path = run_dir / METRICS_FILE
+            self._file = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "ab")
             self._file.truncate(mark.size)
             self._file.seek(mark.size)
             sync_directory(run_dir)
@@ -173,7 +175,7 @@ class Logbook:
     def say(self, message: str) -> None:
         """A line above the progress bar."""
         if self.writes:
-            self._bar.write(message)
+            self._bar.write(printable_lines(message))
 
     def sync(self) -> LogMark:
         """Put the lines on the disk; return the place behind the last one, for the checkpoint."""
@@ -185,13 +187,28 @@ class Logbook:
         return LogMark(self._file.tell(), self._digest.hexdigest())
 
     @contextlib.contextmanager
+    def whole_or_nothing(self) -> Iterator[None]:
+        """Take back the lines that are written inside, if what is done inside does not come to its end."""
+        if self._file is None:
+            yield
+            return
+        size, digest = self._file.tell(), self._digest.copy()
+        try:
+            yield
+        except BaseException:
+            self._file.flush()
+            self._file.truncate(size)
+            self._file.seek(size)
+            self._digest = digest
+            raise
+
+    @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         """Name the file in an error of writing to it."""
         try:
             yield
         except OSError as error:
-            assert self._file is not None
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+            raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         if self._file is None:
@@ -230,7 +247,7 @@ def compare_log(run_dir: Path, mark: LogMark) -> Any:
 
     left = mark.size
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while left and (chunk := file.read(min(left, 1 << 20))):
                 digest.update(chunk)
                 left -= len(chunk)

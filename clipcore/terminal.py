@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -51,6 +52,37 @@ class SteadyStream(io.TextIOBase):
     def flush(self) -> None:
         pending, self._pending = self._pending, ""
         write_steadily(self._descriptor, pending.encode(self._encoding, "backslashreplace"))
+
+
+# Categories of characters that steer a terminal or break a line, and marks that turn the direction of what follows.
+_STEERING = {"Cc", "Cs", "Zl", "Zp"}
+_TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+
+
+def is_printable(text: str) -> bool:
+    """Return whether a text is fit for one line of a terminal: spaces and joiners of all scripts are."""
+    return text.isprintable() or not any(map(_is_steering, text))
+
+
+def printable(text: str) -> str:
+    """Return a text fit for one line of a terminal or a log, whatever a data set wrote into its names."""
+    if text.isprintable():
+        return text
+    return "".join("\ufffd" if _is_steering(c) else c for c in text)
+
+
+def _is_steering(character: str) -> bool:
+    return unicodedata.category(character) in _STEERING or ord(character) in _TURNING
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, which may hold tabs, fit for a terminal: see ``printable``."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def complain(program: str, text: object) -> None:
+    """Print on standard error what ends a program, or what is wrong with what it was given."""
+    print(f"{program}: {printable_lines(str(text))}", file=sys.stderr, flush=True)
 
 
 def write_steadily(descriptor: int, content: bytes) -> None:

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +26,14 @@ import torch
 from torch import nn
 
 from clipcore import memory, native, roll_call
-from clipcore.checkpoint import Checkpoint, CheckpointError, make_newest, run_lock
+from clipcore.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    make_newest,
+    run_lock,
+    step_name,
+)
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -53,7 +60,7 @@ from clipcore.distributed import (
 from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.files import is_file, make_directory
 from clipcore.grad_cache import Found
-from clipcore.interrupt import REPEAT_S, Interrupt
+from clipcore.interrupt import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt
 from clipcore.logbook import (
     Logbook,
     LogError,
@@ -99,7 +106,7 @@ from clipcore.run_state import (
 from clipcore.schedule import learning_rate
 from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
-from clipcore.terminal import steady_output
+from clipcore.terminal import complain, steady_output
 from clipcore.threads import most_threads
 from clipcore.verify import VerificationError, verify_gradients
 
@@ -257,7 +264,10 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                 make_newest(begun_from)
             write_config(run_dir, config)
             tokenizer.save(run_dir / VOCABULARY_FILE)
-        interrupt = stack.enter_context(Interrupt(REPEAT_S if world.world_size > 1 else 0.0))
+        is_alone = world.world_size == 1
+        interrupt = stack.enter_context(
+            Interrupt(0.0 if is_alone else REPEAT_S, DATA_WAIT_S if is_alone else None)
+        )
         log = stack.enter_context(
             Logbook(
                 run_dir if world.is_main else None,
@@ -275,7 +285,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             log.say(line)
         clock = PartClock(state.timings)
         batches = loader.batches(state.step)
-        saved_at = time.monotonic()
+        saved_at, first_step = time.monotonic(), state.step
+        stack.enter_context(saved_when_data_stops(state, run_dir, config, log, num_steps))
         if state.step > state.evaluated_step and state.step % steps_per_epoch == 0:
             epoch = state.step // steps_per_epoch
             evaluate_epoch(state, evaluations, log, epoch, state.step == num_steps)
@@ -290,7 +301,6 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                 state.timings,
             )
         )
-        first_step = state.step
         for step in range(first_step, num_steps):
             roll_call.at_step(step + 1)
             profiled.begin_step()
@@ -399,7 +409,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                 clock.charge("evaluation")
             if is_stopping:
                 if lost is not None:
-                    print(f"clipcore.train: stopped: {lost}", file=sys.stderr)
+                    complain("clipcore.train", f"stopped: {lost}")
                 log.say(
                     f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}"
                 )
@@ -433,6 +443,27 @@ def continue_log(run_dir: Path, checkpoint: Checkpoint, may_begin: bool, world: 
         world.say(f"--new-log: metrics.jsonl begins behind step {checkpoint.step}{kept}")
         return LogMark()
     return mark
+
+
+@contextlib.contextmanager
+def saved_when_data_stops(
+    state: RunState, run_dir: Path, config: TrainConfig, log: Logbook, num_steps: int
+) -> Iterator[None]:
+    """Save the last whole step where a wait for data is given up, unless it is saved, and say how to go on."""
+    first_step = state.step
+    try:
+        yield
+    except DataWaitError:
+        newest = latest_checkpoint(run_dir / "checkpoints")
+        is_saved = newest is not None and newest.name == step_name(state.step)
+        if state.step > first_step and not is_saved:
+            check_state(state, run_dir, f"step {state.step} was not saved", NonFiniteError)
+            save(state, run_dir, config, log)
+        if state.step > 0:
+            log.say(f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}")
+        else:
+            log.say("there was no step to save")
+        raise
 
 
 def save(state: RunState, run_dir: Path, config: TrainConfig, log: Logbook) -> None:
@@ -506,7 +537,8 @@ def evaluate_epoch(
     model = state.evaluated_model()
     # BatchNorm's statistics are each rank's own after a step; the checkpoint has rank 0's.
     broadcast_tensors(model.buffers())
-    evaluations.run(model, log, state.step, epoch, is_last)
+    with log.whole_or_nothing():
+        evaluations.run(model, log, state.step, epoch, is_last)
     state.evaluated_step = state.step
 
 
@@ -639,7 +671,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(config, given, world)
     except roll_call.RankError as error:
         rank = os.environ.get("RANK")
-        print(f"clipcore.train: rank {rank} ends: {error}", file=sys.stderr, flush=True)
+        complain("clipcore.train", f"rank {rank} ends: {error}")
         # At once: to take the group apart would wait for collectives that never end.
         os._exit(roll_call.EXIT_STATUS)
     except KeyboardInterrupt:
@@ -650,22 +682,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 128 + signal.SIGINT
     except (NonFiniteError, VerificationError) as error:
-        print(f"clipcore.train: stopped: {error}", file=sys.stderr)
+        complain("clipcore.train", f"stopped: {error}")
         return 1
+    except DataWaitError as error:
+        complain("clipcore.train", f"stopped: {error}")
+        return error.exit_status
     except WorkerLostError as error:
-        print(f"clipcore.train: stopped: {error}", file=sys.stderr)
+        complain("clipcore.train", f"stopped: {error}")
         return WORKER_LOST_STATUS
     except OSError as error:
         if os.environ.get("CLIPCORE_TRACEBACK"):
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"clipcore.train: error: {where}{error.strerror or error}", file=sys.stderr)
+        complain("clipcore.train", f"error: {where}{error.strerror or error}")
         return 2
     except (ValueError, native.WrongBuildError) as error:
         # Every mistake of a user is one of these, and names the remedy; a developer may want the trace.
         if os.environ.get("CLIPCORE_TRACEBACK"):
             raise
-        print(f"clipcore.train: error: {error}", file=sys.stderr)
+        complain("clipcore.train", f"error: {error}")
         return 2
     finally:
         close_distributed()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clipcore.files import make_directory, write_durably
+from clipcore.files import (
+    NotRegularError,
+    make_directory,
+    open_own,
+    open_regular,
+    read_regular,
+    write_durably,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -38,20 +48,27 @@ def test_the_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     assert calls == [("fsync", "a"), ("fsync", tmp_path.name)]
     calls.clear()
     write_durably(folder / "config.json", b"new")
-    temporary = f".config.json.{os.getpid()}.tmp"
+    temporary = calls[0][1]
+    assert re.fullmatch(r"\.config\.json\.[0-9a-f]{8}\.tmp", temporary)
     assert calls == [("fsync", temporary), ("replace", temporary), ("fsync", "b")]
     assert os.listdir(folder) == ["config.json"]
     assert (folder / "config.json").read_bytes() == b"new"
 
 
-def test_links_are_replaced_and_not_followed(tmp_path):
+def test_links_are_replaced_and_not_followed(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("kept")
-    for name in ("config.json", f".config.json.{os.getpid()}.tmp"):
-        (tmp_path / name).symlink_to(victim)
+    (tmp_path / "config.json").symlink_to(victim)
     write_durably(tmp_path / "config.json", b"new")
     assert victim.read_text() == "kept" and not (tmp_path / "config.json").is_symlink()
     assert (tmp_path / "config.json").read_bytes() == b"new"
+
+    # Nor one of the name that is used meanwhile, which nobody can know.
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / ".config.json.guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "config.json", b"newer")
+    assert victim.read_text() == "kept" and (tmp_path / "config.json").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("refused", ["fsync", "replace"])
@@ -66,3 +83,38 @@ def test_what_is_refused_leaves_the_old_content_alone(tmp_path, monkeypatch, ref
     with pytest.raises(OSError, match="No space left"):
         write_durably(path, b"new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    assert (
+        read_regular(tmp_path / "link") == b"content"
+        and read_regular(tmp_path / "file", 3) == b"con"
+    )
+    num_open = len(os.listdir("/proc/self/fd"))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for path, reason in (
+            (tmp_path / "pipe", "Not a regular file; write what it holds to one"),
+            (Path("/dev/zero"), "Not a regular file; write what it holds to one"),
+            (tmp_path, "Is a directory"),
+        ):
+            with pytest.raises(NotRegularError) as caught:
+                open_regular(path)
+            assert (caught.value.strerror, caught.value.filename) == (reason, str(path))
+        with pytest.raises(OSError):
+            open_regular(tmp_path / "socket")
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_a_runs_own_file_is_no_link(tmp_path):
+    target = tmp_path / "of the user"
+    target.write_text("kept")
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(OSError, match="is a symbolic link, which is not followed") as caught:
+        open_own(tmp_path / "link", os.O_WRONLY | os.O_TRUNC)
+    assert caught.value.filename == str(tmp_path / "link") and target.read_text() == "kept"
+    os.close(open_own(tmp_path / "new", os.O_WRONLY))
+    assert (tmp_path / "new").exists()

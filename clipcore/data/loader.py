@@ -28,6 +28,7 @@ from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostErro
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
+from clipcore.interrupt import DataWaitError, data_came, waiting_for_data
 
 # Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
 PART_ROWS = 256
@@ -263,6 +264,7 @@ class _Reader:
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
         """Return a sample with a caption that ``rng`` draws, with all captions without one; raise BadSample with its key."""
+        data_came()  # of the sample before
         key = f"{self.source.name}, sample {index}"
         try:
             pair: Pair = self.source[index]
@@ -402,21 +404,22 @@ def _read(
             # Of its own, so that the numbers that the caller draws do not depend on the workers.
             generator=torch.Generator(),
         )
-        read = _from_workers(loader)
+        read = _from_workers(_begin(loader))
     else:
         read = (_Guarded(parts)[key] for key in keys)
-    for part in read:
+    parts_read = iter(read)
+    while True:
+        with waiting_for_data():
+            part = next(parts_read, None)
+        if part is None:
+            return
         if isinstance(part, DataError):
             raise part
         yield part
 
 
-def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
-    """Yield what the workers of a loader read.
-
-    Raises:
-        WorkerLostError: one of them was killed.
-    """
+def _begin(loader: DataLoader[Any]) -> Any:
+    """Start the workers of a loader; return torch's iterator over what they read."""
     # torch's handler of SIGCHLD raises in the middle of whatever this process computes; without it a worker's end is noticed
     # within seconds where its part is waited for, between two steps.
     is_main_thread = threading.current_thread() is threading.main_thread()
@@ -425,9 +428,22 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[Batch | DataError]:
     parts: Any = iter(loader)
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
+    return parts
 
+
+def _from_workers(parts: Any) -> Iterator[Batch | DataError]:
+    """Yield what workers read, which end with this generator.
+
+    Raises:
+        WorkerLostError: one of them was killed.
+    """
     try:
         yield from parts
+    except DataWaitError:
+        # They sleep in the read that does not end, and would be waited for, for seconds each, before the run is saved.
+        for process in parts._workers:
+            process.kill()
+        raise
     except (RuntimeError, OSError, EOFError) as error:
         # What a worker had announced and can no longer hand over is an error of the connection to it.
         is_named = "DataLoader worker (pid" in str(error)
