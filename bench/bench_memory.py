@@ -1,6 +1,6 @@
-"""Memory that a process takes: a step of 32,768 pairs and its losses, the pages that freed memory costs, decoding bombs.
+"""Memory that a process takes: a step of 32,768 pairs and its losses, the pages that freed memory costs, decoding.
 
-python bench/bench_memory.py [--only step loss faults bombs] [--device cuda]
+python bench/bench_memory.py [--only step loss faults bombs pictures] [--device cuda]
 
 Each case runs in a fresh process (`--case`), for what one has left behind would hide what the next one takes. Rows:
 
@@ -10,7 +10,9 @@ loss    the peak above embeddings and their gradients, loss and backward pass to
         pairs, and how much as many matrices would take at 32,768, which is computed
 faults  pages that the kernel had to give for the tensors of twenty steps, as glibc does by itself and after
         `clipcore.memory.keep_freed`
-bombs   the peak while pictures are refused whose headers promise 268 MB and more
+bombs   the peak while pictures are refused, and the processor's time for all of them: of too many pixels by their headers,
+        or made so that a decoder takes seconds
+pictures  the peak while the largest pictures are decoded that are not refused, and the processor's time
 
 On the CPU the peak is of the resident set, on a GPU of torch's allocator.
 """
@@ -18,11 +20,14 @@ On the CPU the peak is of the resident set, on a GPU of torch's allocator.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_contrastive import TABLES, forward_and_backward, inputs_for
 from bench_global_batch import random_batch
-from bombs import HEADERS, all_bombs, encoded
+from bombs import HEADERS, LARGEST, NUM_BOMBS, all_bombs, encoded
 from contrastive_providers import providers
 from harness import extra_bytes_of, leaving_out, parse, record_computed, record_row, run
 
@@ -50,7 +55,7 @@ WIDTHS = (128, 512)
 # Of each loss what is measured at `NUM_PAIRS`; open_clip's is measured at `DENSE_PAIRS`.
 LOSSES = {"softmax": "clipcore recompute", "sigmoid": "clipcore"}
 TITLES = {"softmax": "contrastive loss", "sigmoid": "sigmoid loss"}
-PARTS = ("step", "loss", "faults", "bombs")
+PARTS = ("step", "loss", "faults", "bombs", "pictures")
 PARTS_ON_GPU = ("step", "loss")
 # Without it `memory.watch` sees what is held at the end, and no peak.
 PEAK_RESET = "/proc/self/clear_refs"
@@ -90,9 +95,14 @@ def cases(device: torch.device) -> dict[str, Case]:
         found[f"faults/{name}"] = Case("page faults", provider, {"steps": 20}, run)
 
     for decoder in DECODERS:
-        sizes = {"formats": " ".join(HEADERS), "pictures": len(all_bombs())}
+        sizes = {"formats": " ".join(HEADERS), "pictures": NUM_BOMBS}
         run = partial(bomb_figures, decoder)
         found[f"bombs/{decoder}"] = Case("memory of decoding bombs", decoder, sizes, run)
+        for kind in LARGEST:
+            if decoder == "pillow" or kind.startswith("JPEG"):
+                run = partial(picture_figures, decoder, kind)
+                case = Case("memory of decoding a picture", decoder, {"picture": kind}, run)
+                found[f"pictures/{decoder}/{kind}"] = case
 
     return found
 
@@ -165,10 +175,10 @@ def bomb_figures(decoder: str) -> dict[str, Any]:
         print(error)
         return {}
 
-    for kind in HEADERS:
-        decode_image(encoded(kind), decoder)  # late imports
+    import_decoders(decoder)
     bombs = all_bombs()
 
+    begin = time.process_time()
     with memory.watch(torch.device("cpu")) as watched:
         for bomb in bombs:
             try:
@@ -176,7 +186,30 @@ def bomb_figures(decoder: str) -> dict[str, Any]:
             except BadSample:
                 continue
             raise AssertionError(f"{decoder} has decoded a bomb of {len(bomb)} bytes")
-    return {"extra_bytes": watched.peak}
+    return {"extra_bytes": watched.peak, "cpu_s": round(time.process_time() - begin, 3)}
+
+
+def picture_figures(decoder: str, kind: str) -> dict[str, Any]:
+    """Measures memory and processor time of decoding one of the largest pictures, or of a decoder's refusing it."""
+    try:
+        check_decoder(decoder)
+    except DataError as error:
+        print(error)
+        return {}
+
+    import_decoders(decoder)
+    data = LARGEST[kind]()
+    gc.collect()
+    begin = time.process_time()
+    with memory.watch(torch.device("cpu")) as watched, contextlib.suppress(BadSample):
+        decode_image(data, decoder)
+    return {"extra_bytes": watched.peak, "cpu_s": round(time.process_time() - begin, 3)}
+
+
+def import_decoders(decoder: str) -> None:
+    """Decode a small picture of each format, since libraries are loaded late."""
+    for kind in HEADERS:
+        decode_image(encoded(kind), decoder)
 
 
 def figures_of(name: str, device: torch.device) -> dict[str, Any]:

@@ -1,17 +1,18 @@
-"""Pictures for bench_memory.py: small files whose headers promise more pixels than a decoder may allocate."""
+"""Pictures for bench_memory.py: small files that promise many pixels, files that take a decoder seconds, the largest."""
 
 from __future__ import annotations
 
 import io
 import itertools
+import random
 import struct
 import zlib
 from collections.abc import Callable
 
 from PIL import Image
 
-# The second last is the smallest that is refused; its pixels would take 268 MB.
-SIZES = ((30_000, 30_000), (16_000, 16_000), (10_000, 8_948), (65_000, 65_000))
+# The second last is the smallest that is refused.
+SIZES = ((30_000, 30_000), (16_000, 16_000), (5_000, 5_201), (65_000, 65_000))
 
 
 def encoded(kind: str, mode: str = "RGB", **settings: object) -> bytes:
@@ -64,6 +65,84 @@ HEADERS: dict[str, Callable[[int, int], bytes]] = {
 }
 
 
+def jpeg_of_scans(width: int, height: int, scans: int) -> bytes:
+    """Makes a progressive JPEG of these sides whose last scan, which refines pixels, is there so many times."""
+    data = bytearray(encoded("JPEG", progressive=True))
+    at = data.index(b"\xff\xc2")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    at = data.rindex(b"\xff\xda")
+    return bytes(data[:at] + data[at:-2] * scans + data[-2:])
+
+
+def jpeg_of_parts(part: bytes, count: int) -> bytes:
+    """Makes a JPEG with so many equal parts between its first marker and the others."""
+    data = encoded("JPEG")
+    return data[:2] + part * count + data[2:]
+
+
+def png_of_chunks(count: int) -> bytes:
+    """Makes a PNG with so many chunks without content before its pixels."""
+    data = encoded("PNG")
+    at = data.index(b"IDAT") - 4
+    empty = struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
+    return data[:at] + empty * count + data[at:]
+
+
+def animated_webp(width: int, height: int) -> bytes:
+    """Makes a WebP of two frames of 16 x 16 pixels on a canvas of these sides."""
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "white")]}
+    data = bytearray(encoded("WEBP", **frames))
+    data[24:27] = (width - 1).to_bytes(3, "little")
+    data[27:30] = (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+# Each would take seconds or hundreds of megabytes, although its pixels are few enough.
+SLOW: dict[str, Callable[[], bytes]] = {
+    "scans": lambda: jpeg_of_scans(4_000, 4_000, 200),
+    "scans of a small one": lambda: jpeg_of_scans(16, 16, 600),
+    "empty segments": lambda: jpeg_of_parts(b"\xff\xfe\0\2", 1 << 20),
+    "filler": lambda: jpeg_of_parts(b"\xff", 1 << 22),
+    "junk": lambda: jpeg_of_parts(b"\0", 1 << 22),
+    "markers without a length": lambda: jpeg_of_parts(b"\xff\x01", 1 << 21),
+    "chunks": lambda: png_of_chunks(1 << 20),
+    "canvas": lambda: animated_webp(5_000, 2_601),
+}
+
+
+NUM_BOMBS = len(HEADERS) * len(SIZES) + len(SLOW)
+
+
 def all_bombs() -> list[bytes]:
-    """Makes one of each format and size."""
-    return [make(*size) for make, size in itertools.product(HEADERS.values(), SIZES)]
+    """Makes one of each format and size, and all that are slow."""
+    large = [make(*size) for make, size in itertools.product(HEADERS.values(), SIZES)]
+    return large + [make() for make in SLOW.values()]
+
+
+def picture_of(mode: str, width: int, height: int, kind: str, **settings: object) -> bytes:
+    """Encodes coarse noise, which compresses as a photograph does."""
+    noise = Image.frombytes(
+        "RGBA", (width // 8, height // 8), random.Random(0).randbytes(width * height // 16)
+    )
+    stream = io.BytesIO()
+    noise.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(
+        stream, kind, **settings
+    )
+    return stream.getvalue()
+
+
+# Of as many pixels as are decoded without --max-pixels.
+LARGEST: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: picture_of("RGB", 5000, 5200, "JPEG"),
+    "JPEG, progressive, 4:4:4": lambda: picture_of(
+        "RGB", 5000, 5200, "JPEG", progressive=True, subsampling=0
+    ),
+    "JPEG, progressive, CMYK": lambda: picture_of("CMYK", 5000, 5200, "JPEG", progressive=True),
+    "JPEG of 24 scans": lambda: jpeg_of_scans(5000, 5200, 15),
+    "PNG": lambda: picture_of("RGB", 5000, 5200, "PNG", compress_level=1),
+    "PNG, RGBA": lambda: picture_of("RGBA", 5000, 5200, "PNG", compress_level=1),
+    "PNG, LA": lambda: picture_of("LA", 5000, 5200, "PNG", compress_level=1),
+    "WEBP": lambda: picture_of("RGB", 5000, 2600, "WEBP", method=0),
+    "WEBP, lossless, RGBA": lambda: picture_of("RGBA", 5000, 2600, "WEBP", lossless=True, method=0),
+    "WEBP, animated": lambda: animated_webp(5000, 2600),
+}

@@ -18,12 +18,20 @@ from PIL import Image
 
 from clipcore import native
 from clipcore.data import BadSample, not_utf8, printable
-from clipcore.data.transforms import ImageTransform, decode_image, was_transparent
+from clipcore.data.tables import decode_bytes
+from clipcore.data.tar import MAX_IMAGE_BYTES
+from clipcore.data.transforms import (
+    MAX_PIXELS,
+    Decoder,
+    ImageTransform,
+    was_transparent,
+)
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
-from clipcore.files import mode_of
+from clipcore.files import mode_of, read_regular
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import is_run, load_run
+from clipcore.terminal import complain
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 # So many decoded pictures are in memory at once.
@@ -57,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bpe-path", metavar="FILE", help="vocabulary of --pretrained [OpenAI's]")
     parser.add_argument(
         "--top", type=int, default=5, metavar="K", help="names shown for each image [5]"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"pixels of a picture, of which more are not read [{MAX_PIXELS}]",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -127,10 +142,11 @@ def load_model(
     return model, transform, tokenizer, ("a photo of a {}.",)
 
 
-def read_image(path: str) -> Image.Image:
-    """Return the decoded picture of a file."""
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the decoded picture of a file, of at most so many pixels."""
     try:
-        return decode_image(Path(path).read_bytes())
+        data = read_regular(path, MAX_IMAGE_BYTES + 1)
+        return decode_bytes(data, "", Decoder(max_pixels=max_pixels))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except BadSample as error:
@@ -146,6 +162,8 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
     labels = read_labels(arguments.labels)
     if arguments.top < 1:
         raise ValueError(f"--top is at least 1, got {arguments.top}")
+    if arguments.max_pixels < 1:
+        raise ValueError(f"--max-pixels is at least 1, got {arguments.max_pixels}")
     for path in arguments.images:
         # Before a model is loaded.
         if mode_of(Path(path)) is None:
@@ -161,7 +179,7 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
     for start in range(0, len(arguments.images), IMAGES_AT_ONCE):
         pictures = []
         for path in arguments.images[start : start + IMAGES_AT_ONCE]:
-            picture = read_image(path)
+            picture = read_image(path, arguments.max_pixels)
             num_transparent += was_transparent(picture)
             try:
                 pictures.append(transform(picture))
@@ -198,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = run_classification(parsed)
     except (ValueError, OSError, native.WrongBuildError) as error:
-        print(f"clipcore.classify: error: {error}", file=sys.stderr)
+        complain("clipcore.classify", f"error: {error}")
         return 2
     try:
         if parsed.json:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
+from clipcore.data.transforms import MAX_PIXELS
 from clipcore.schedule import SCHEDULES
+from clipcore.terminal import is_printable
 
 
 class ConfigError(ValueError):
@@ -64,6 +66,9 @@ class TrainConfig:
     csv_separator: str = _option("\t", DATA, "separator of a csv table [tab]", metavar="SEP")
     csv_no_quotes: bool = _option(False, DATA, "quotation marks in a csv table are text")
     image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
+    max_pixels: int = _option(
+        MAX_PIXELS, DATA, "pixels of a picture; one of more is unreadable", metavar="N"
+    )
     max_bad_fraction: float = _option(
         0.01, DATA, "share of unreadable samples that stops the run", metavar="X"
     )
@@ -253,6 +258,7 @@ def _check(config: TrainConfig) -> None:
         "save_every_steps",
         "log_every_n_steps",
         "aug_resize",
+        "max_pixels",
     ):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -498,4 +504,7 @@ def parse_command_line(
             f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         )
     given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+    name = given.get("name")
+    if name is not None and (name in (".", "..") or "/" in name or not is_printable(name)):
+        raise ConfigError(f"--name is of one folder in --logs, without a slash; got {name!r}")
     return TrainConfig(**given), frozenset(given)

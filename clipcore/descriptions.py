@@ -15,7 +15,9 @@ from typing import Any
 from clipcore.architectures import ModelConfig, TextConfig, VisionConfig
 from clipcore.convert import ConversionError
 from clipcore.data.transforms import RESIZE_MODES
+from clipcore.files import read_regular
 
+_MAX_BYTES = 1 << 24
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
 # Of transformers 4; version 5 keeps the same object under "image_processor" in the other.
 HF_IMAGES_FILE, HF_PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
@@ -74,7 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, _MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
     return _object(content, path)

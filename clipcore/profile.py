@@ -12,7 +12,9 @@ CPU; its floor what its bytes and FLOPs take at the rates of a copy and of matri
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from clipcore.ceilings import Ceilings, measure_ceilings
+from clipcore.files import write_durably
 from clipcore.kernels.tiles import visible_operators
 from clipcore.traffic import Operator, Traffic, TrafficCounter
 
@@ -214,9 +217,14 @@ class StepProfile:
             parts_ms,
             ceilings,
         )
+        if self.folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed")
         self.folder.mkdir(parents=True, exist_ok=True)
-        recorder.export_chrome_trace(str(self.folder / TRACE))
-        (self.folder / TABLE).write_text(str(table))
+        # torch writes to a name, which is therefore one that no link has.
+        with tempfile.TemporaryDirectory(dir=self.folder) as aside:
+            recorder.export_chrome_trace(str(Path(aside, TRACE)))
+            Path(aside, TRACE).replace(self.folder / TRACE)
+        write_durably(self.folder / TABLE, str(table).encode())
         most = table.rows[0]
         return (
             f"profile: {self.folder / TABLE}: {table.unexplained_ms / step_ms:.0%} of a step is host and data; "

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from clipcore.files import write_durably
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; CSS variables, so that dark pages can lighten them.
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
@@ -94,9 +95,7 @@ class Line:
 
 def write_report(path: Path, data: ReportData) -> None:
     """Writes the page; a reader never sees half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(render(data), encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, render(data).encode())
 
 
 def render(data: ReportData) -> str:

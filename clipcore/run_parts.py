@@ -66,6 +66,7 @@ def open_training_source(config: TrainConfig) -> PairSource:
         upsampling_factors=config.train_data_upsampling_factors,
         decoder=config.image_decoder,
         min_side=crop.min_side,
+        max_pixels=config.max_pixels,
     )
 
 

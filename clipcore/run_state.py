@@ -35,10 +35,10 @@ from clipcore.checkpoint import (
     save_checkpoint,
 )
 from clipcore.config import ConfigError, TrainConfig
-from clipcore.data.transforms import ImageTransform
+from clipcore.data.transforms import EARLIER_MAX_PIXELS, ImageTransform
 from clipcore.descriptions import recorded_images
 from clipcore.distributed import World, all_reduce_sum, broadcast_object, is_main
-from clipcore.files import is_file, is_folder, write_durably
+from clipcore.files import is_file, is_folder, read_regular, write_durably
 from clipcore.logbook import LogMark
 from clipcore.model import CLIP
 from clipcore.optim import (
@@ -428,7 +428,7 @@ def resumed_config(
     """The settings of the run, with those the user gave again laid over; each difference is printed."""
     path = run_dir / CONFIG_FILE
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(read_regular(path, 1 << 24))
         if not isinstance(saved, dict):
             raise ValueError(f"it holds a {type(saved).__name__}")
     except (OSError, ValueError, RecursionError) as error:
@@ -437,7 +437,8 @@ def resumed_config(
             "same settings from its weights with --pretrained"
         ) from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
-    settings = {name: value for name, value in saved.items() if name in known}
+    settings: dict[str, Any] = {"max_pixels": EARLIER_MAX_PIXELS}
+    settings |= {name: value for name, value in saved.items() if name in known}
     again = {n: getattr(config, n) for n in sorted(given - LAUNCH_SETTINGS)}
     changed = {name for name, value in again.items() if settings.get(name) != value}
     for name in sorted(changed):

@@ -36,8 +36,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
 from clipcore.architectures import find_model
-from clipcore.files import write_durably
-from clipcore.terminal import steady_output
+from clipcore.files import open_regular, read_regular, write_durably
+from clipcore.terminal import complain, steady_output
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -50,7 +50,8 @@ BYTE_VOCAB_SIZE = 514
 # is in none: it folds to the letter iota, so that OpenAI's case-blind expression finds it in no class and drops it.
 _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _MAX_CACHED_WORDS = 1 << 17
-_MAX_FILE_BYTES = 1 << 28
+# OpenAI's file has 262,145 lines and 3.2 MB, of which a model uses a part.
+_MAX_LINES, _MAX_FILE_BYTES = 500_000, 1 << 25
 
 
 class VocabularyError(ValueError):
@@ -140,7 +141,7 @@ class Tokenizer:
         Raises:
             VocabularyError: no such file, another format, or fewer than ``vocab_size`` entries.
         """
-        header, *lines = _read_text(Path(path)).split("\n")
+        header, *lines = _read_lines(Path(path))
         if "#version" not in header:
             raise VocabularyError(
                 f'{path} is not a vocabulary: its first line has no "#version"; make one with python -m '
@@ -256,15 +257,18 @@ class Tokenizer:
         return Tokenizer, (self._merges, self.context_length)
 
 
-def _read_text(path: Path) -> str:
-    """A text file, gzipped or not."""
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, gzipped or not."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_FILE_BYTES)
+        content = read_regular(path, _MAX_FILE_BYTES + 1)
         if content.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(content)) as unzipped:
-                content = unzipped.read(_MAX_FILE_BYTES)
-        return content.decode()
+                content = unzipped.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES or content.count(b"\n") > _MAX_LINES:
+            raise VocabularyError(
+                f"the vocabulary {path} holds more than {_MAX_LINES:,} lines or {_MAX_FILE_BYTES:,} bytes; no CLIP's does"
+            )
+        return content.decode().split("\n")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise VocabularyError(f"the vocabulary {path} is damaged: {error}") from error
     except OSError as error:
@@ -297,6 +301,10 @@ def train_tokenizer(
         raise VocabularyError(
             f"a vocabulary has at least {BYTE_VOCAB_SIZE} entries (bytes, bytes that end a word, start, end); "
             f"got {vocab_size}"
+        )
+    if vocab_size > _MAX_LINES:
+        raise VocabularyError(
+            f"a vocabulary has at most {_MAX_LINES:,} entries; got {vocab_size:,}"
         )
     merges = _learn_merges(captions, vocab_size)
     tokenizer = Tokenizer(merges, context_length)
@@ -440,7 +448,7 @@ def tokenize(
 
 
 def _read_captions(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with io.TextIOWrapper(open_regular(path), "utf-8-sig", "replace") as file:
         yield from file
 
 
@@ -490,14 +498,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as notes:
             tokenizer = train_tokenizer(_read_captions(parsed.train), parsed.vocab_size)
         for note in notes:
-            print(f"clipcore.tokenizer: note: {note.message}", file=sys.stderr)
+            complain("clipcore.tokenizer", f"note: {note.message}")
         tokenizer.save(parsed.output)
         print(_describe(tokenizer, _read_captions(parsed.train)))
     except OSError as error:
-        print(f"clipcore.tokenizer: error: {parsed.train}: {error.strerror}", file=sys.stderr)
+        complain("clipcore.tokenizer", f"error: {parsed.train}: {error.strerror}")
         return 2
     except VocabularyError as error:
-        print(f"clipcore.tokenizer: error: {error}", file=sys.stderr)
+        complain("clipcore.tokenizer", f"error: {error}")
         return 2
     print(
         f"wrote {parsed.output}; use it with python -m clipcore.train --tokenizer {parsed.output}"

@@ -24,6 +24,7 @@ from clipcore.checkpoint import (
 )
 from clipcore.data import printable
 from clipcore.descriptions import read_description, recorded_images
+from clipcore.files import read_regular
 from clipcore.torchscript import (
     TorchScriptError,
     TorchScriptWeights,
@@ -83,8 +84,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if path.is_dir():
         return _load_folder(path)
     try:
-        with open(path, "rb") as file:
-            start = file.read(64)
+        start = read_regular(path, 64)
     except OSError as error:
         raise CheckpointError(f"cannot read the weights {path}: {error.strerror}") from error
     if start.startswith(b"version https://git-lfs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_weights_of_others(image, tmp_path, capsys):
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"checkpoint": "."}, "neither the folder of a run nor a checkpoint"),
         ({"top": "0"}, "--top is at least 1, got 0"),
+        ({"max-pixels": "0"}, "--max-pixels is at least 1, got 0"),
         ({"device": "gpu"}, "--device is cpu or cuda, not 'gpu'"),
         ({"device": "meta"}, "--device is cpu or cuda, not 'meta'"),
         ({"templates": "a photo"}, "has no {}"),
@@ -181,6 +183,18 @@ def test_a_picture_that_is_too_large_is_one_line(run_dir, tmp_path, capsys):
     assert main(line) == 2
     error = capsys.readouterr().err
     assert "b.png is no readable image" in error and error.count("\n") == 1
+
+
+def test_the_largest_picture_is_a_setting(run_dir, tmp_path, capsys):
+    Image.new("RGB", (60, 50)).save(tmp_path / "b.png")
+    line = [str(tmp_path / "b.png"), "--labels", "a,b", "--checkpoint", str(run_dir)]
+    assert main([*line, "--max-pixels", "2999"]) == 2
+    assert "more than 2999; --max-pixels 3000 reads it" in capsys.readouterr().err
+    assert main([*line, "--max-pixels", "3000"]) == 0
+    (tmp_path / "b.png").unlink()
+    os.mkfifo(tmp_path / "b.png")
+    assert main(line) == 2
+    assert "b.png: Not a regular file" in capsys.readouterr().err
 
 
 def test_labels():

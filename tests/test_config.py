@@ -126,6 +126,12 @@ def test_an_unknown_flag_names_the_nearest():
     ("line", "message"),
     [
         ("--epochs 0", "--epochs must be at least 1"),
+        ("--max-pixels 0", "--max-pixels must be at least 1"),
+        ("--name ..", "--name is of one folder in --logs"),
+        ("--name .", "--name is of one folder in --logs"),
+        ("--name /abs", "--name is of one folder in --logs"),
+        ("--name a/b", "--name is of one folder in --logs"),
+        ("--name \x1b[31mred", "--name is of one folder in --logs"),
         ("--warmup -1", "--warmup must not be negative"),
         ("--lr 0", "--lr must be positive"),
         ("--lr nan", "--lr must be positive"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -168,20 +169,6 @@ def test_a_table_of_lines_that_changes_or_goes_is_noticed(tmp_path):
         source[1]
 
 
-def test_parquet_cells_that_are_no_text_are_bad_samples(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    raw = pyarrow.array([b"\xff\xfe", b"fine"]).cast(pyarrow.binary())
-    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
-    table = pyarrow.table({"image": [picture(0)[0]] * 2, "caption": text})
-    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    source = open_source(str(tmp_path / "t.parquet"))
-    with pytest.raises(BadSample, match="an unreadable cell") as caught:
-        source[0]
-    assert caught.value.key == "t.parquet, row 1" and source[1].caption == "fine"
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
     images = [image for image, _ in write_images(tmp_path, 3)]
@@ -262,20 +249,6 @@ def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
         open_source(str(path), decoder="simplejpeg")
     with pytest.raises(DataError, match="pillow, simplejpeg"):
         open_source(str(path), decoder="opencv")
-
-
-def test_parquet_is_written_out_once_and_again_when_it_changes(tmp_path):
-    path = write_parquet(tmp_path, 3)
-    open_source(str(path))
-    (copy,) = tmp_path.glob("*.clipcore-arrow")
-    first = copy.stat().st_mtime_ns
-    open_source(str(path))
-    assert copy.stat().st_mtime_ns == first
-    write_parquet(tmp_path, 5)
-    assert open_source(str(path))[4].caption == picture(4)[1]
-    copy.write_bytes(b"damaged")
-    assert open_source(str(path))[4].caption == picture(4)[1]
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_several_captions(tmp_path):
@@ -465,3 +438,68 @@ def test_an_image_file_that_is_too_large_is_not_read_whole(tmp_path, monkeypatch
     monkeypatch.setattr(tables, "MAX_IMAGE_BYTES", 100)
     with pytest.raises(BadSample, match="too large"):
         open_source(str(path))[0]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "t.tar"])
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a folder"])
+def test_what_is_no_file_is_not_read(tmp_path, name, what):
+    """A reader of a pipe would wait for good, one of /dev/zero for the end of memory."""
+    path = tmp_path / name
+    if what == "a pipe":
+        os.mkfifo(path)
+    elif what == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    kind = {".tar": "webdataset", ".tsv": "csv"}.get(path.suffix, path.suffix[1:])
+    with pytest.raises(
+        DataError, match=r"Not a regular file|Is a directory|no .tar|holds no"
+    ) as caught:
+        open_source(str(path), kind)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_pictures_and_captions_that_are_no_files_are_bad_samples(tmp_path):
+    images = [name for name, _ in write_images(tmp_path, 4)]
+    for name in images[1:3]:
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / images[1])
+    (tmp_path / images[2]).symlink_to("/dev/zero")
+    table = tmp_path / "t.csv"
+    table.write_text("filepath\ttitle\n" + "".join(f"{name}\ta\n" for name in images))
+    source = open_source(str(table))
+    for row in (1, 2):
+        with pytest.raises(BadSample, match="Not a regular file"):
+            source[row]
+    assert source[3].caption == "a"
+
+    folder = write_folder(tmp_path / "folder", 3)
+    caption = sorted(folder.glob("**/*.txt"))[1]
+    caption.unlink()
+    os.mkfifo(caption)
+    source = open_source(str(folder))
+    with pytest.raises(BadSample, match="Not a regular file"):
+        source[1]
+    assert source[2].caption
+
+
+def test_lines_longer_than_any_row_take_no_memory(tmp_path):
+    """They are read in pieces, and refused or counted by their length."""
+    images = [name for name, _ in write_images(tmp_path, 2)]
+    record = json.dumps({"image": images[0], "text": "a"}).encode()
+    long = json.dumps({"image": images[1], "text": "x" * 2**24}).encode()
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join([record, b" " * 2**10, long, record, b""]))
+    rows = "filepath\ttitle\n" + f"{images[0]}\ta\n" + f"{images[1]}\t" + "x\t" * 2**23 + "\n"
+    (tmp_path / "t.csv").write_text(rows)
+    del long, rows
+
+    tracemalloc.start()
+    source = open_source(str(tmp_path / "t.jsonl"))
+    assert len(source) == 3 and source[2].caption == "a"
+    with pytest.raises(BadSample, match=r"a line of .* bytes is too long"):
+        source[1]
+    with pytest.raises(DataError, match="line 3: more than 1048576 characters"):
+        open_source(str(tmp_path / "t.csv"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24

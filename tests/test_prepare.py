@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import itertools
@@ -148,6 +149,9 @@ def test_bad_samples_are_left_out_and_listed(tmp_path, capsys):
     row, key, reason = listed["00000.tar"]["bad"][0]
     assert (row, key) == (3, "images/0003.jpg") and "truncated" in reason.lower()
     printed = capsys.readouterr().out
+    flags[1] = str(tmp_path / "none")
+    assert main([str(folder), *flags, "--max-pixels", "9"]) == 2
+    assert "pixels are more than 9; --max-pixels" in capsys.readouterr().err
     assert "8 pairs in 3 shards" in printed and "2 samples could not be read" in printed
     pattern = printed.rpartition("--train-data ")[2].strip().strip("'")
     assert len(open_source(pattern)) == 8
@@ -238,9 +242,20 @@ def test_other_settings_and_other_sources_are_refused(tmp_path):
         (settings("jpeg"), "--format raw"),
         (settings(size=20), "--size 30"),
         (settings(shard_size=4), "--shard-size 8"),
+        (dataclasses.replace(settings(), max_pixels=1000), "--max-pixels 26000000"),
     ]:
         with pytest.raises(DataError, match=f"{flag}, now .*; give the former to go on, or choose"):
             prepare(data, out, other)
+    # One of before there was the limit, and one that was begun without quotation marks.
+    manifest = json.loads((out / MANIFEST).read_text())
+    for flag, value in (("--max-pixels", None), ("--csv-no-quotes", True)):
+        changed = {**manifest["settings"], flag: value}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        (out / MANIFEST).write_text(json.dumps({**manifest, "settings": changed}))
+        then = {"--max-pixels": 89478485}.get(flag, value)
+        with pytest.raises(DataError, match=f"was begun with {flag} {then}, now it is"):
+            prepare(data, out, settings())
+    (out / MANIFEST).write_text(json.dumps(manifest))
     os.utime(tmp_path / "source" / "000.tar", ns=(0, 1))
     with pytest.raises(DataError, match=r"another state of it .*choose another --output"):
         prepare(data, out, settings())

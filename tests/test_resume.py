@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import NANO, ROOT, RunServer, assert_same_bits, children, wait_until
+from safetensors.torch import save_file
 from shards import write_csv
 from torch import Tensor
 
@@ -254,6 +255,64 @@ def test_settings_that_cannot_be_read_are_named(server, finished, tmp_path):
             resumed_config(run, TrainConfig(), frozenset(), ALONE)
     status, text = server.run(["--resume", str(run)], tmp_path / "out")
     assert status == 2 and f"{run}/config.json" in one_line(text)
+
+
+def test_a_run_of_a_stranger_writes_to_no_file_of_the_users(server, finished, tmp_path):
+    """Links in its folder: those that a run writes through are refused, those that it replaces are replaced."""
+    for name in (".lock", "metrics.jsonl"):
+        run = copied(finished, tmp_path / name)
+        mine = tmp_path / f"of the user, {name}"
+        mine.write_bytes((run / name).read_bytes())
+        before = mine.read_bytes()
+        (run / name).unlink()
+        (run / name).symlink_to(mine)
+        line = ["--resume", str(run), "--epochs", "2"]
+        status, text = server.run(line, tmp_path / "out")
+        assert status == 2 and "is a symbolic link, which is not followed" in one_line(text)
+        assert f"{name}: " in one_line(text) and mine.read_bytes() == before
+
+    run, mine = copied(finished, tmp_path), tmp_path / "of the user"
+    mine.write_text("kept")
+    (run / "profile").mkdir()
+    names = [
+        "config.json",
+        "report.html",
+        "profile/profile.txt",
+        "profile/trace.json.gz",
+        ".launch",
+    ]
+    for name in names:
+        saved = (run / name).read_bytes() if name == "config.json" else b""
+        (run / name).unlink(missing_ok=True)
+        target = tmp_path / "settings" if saved else mine
+        if saved:
+            target.write_bytes(saved)
+        (run / name).symlink_to(target)
+    status, text = server.run(
+        ["--resume", str(run), "--epochs", "3", "--profile"], tmp_path / "out"
+    )
+    assert status == 0 and mine.read_text() == "kept", text
+    assert (tmp_path / "settings").read_bytes() == (finished / "r" / "config.json").read_bytes()
+    assert not any((run / name).is_symlink() for name in names[:-1])
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(server, table, tmp_path):
+    hostile = tmp_path / "\x1b]0;owned\x07\x1b[2J.csv"
+    status, text = server.run(flags(tmp_path, hostile), tmp_path / "out")
+    assert status == 2 and "owned" in text and "\x1b" not in text and "\x07" not in text
+    shutil.copytree(table.parent, tmp_path / "data")
+    (tmp_path / "data" / table.name).rename(tmp_path / "data" / hostile.name)
+    line = flags(tmp_path, tmp_path / "data" / hostile.name)
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0 and "owned" in text and "\x1b" not in text and "\x07" not in text, text
+    weights = tmp_path / "weights.safetensors"
+    save_file(
+        {"\x1b[2Jlogit_scale": torch.ones(()), "token_embedding.weight": torch.ones(2, 2)}, weights
+    )
+    status, text = server.run(
+        [*line, "--name", "other", "--pretrained", str(weights)], tmp_path / "out"
+    )
+    assert status == 2 and "logit_scale" in one_line(text) and "\x1b" not in text, text
 
 
 def test_a_path_that_is_no_run_is_named_and_left_alone(server, tmp_path):

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -405,11 +406,33 @@ def test_damaged_files_are_named(trained, tmp_path):
         assert str(path) in str(caught.value)
     with pytest.raises(VocabularyError, match="No such file"):
         Tokenizer.from_file(tmp_path / "none.gz")
+    os.mkfifo(tmp_path / "pipe.gz")
+    with pytest.raises(VocabularyError, match="Not a regular file"):
+        Tokenizer.from_file(tmp_path / "pipe.gz")
     with pytest.raises(VocabularyError, match="cannot write"):
         trained.save(tmp_path / "none" / "v.gz")
     trained.save(path)
     with pytest.raises(VocabularyError, match="cut short"):
         Tokenizer.from_file(path, vocab_size=701)
+
+
+@pytest.mark.parametrize("line", ["\n", "a b\n", "x" * 1000 + "\n"])
+def test_a_vocabulary_that_swells_is_refused_before_it_is_split(tmp_path, line):
+    path = tmp_path / "v.txt.gz"
+    path.write_bytes(gzip.compress(b"#version: 0.2\n" + line.encode() * (2**28 // len(line)), 1))
+    tracemalloc.start()
+    with pytest.raises(
+        VocabularyError, match=r"more than 500,000 lines or 33,554,432 bytes"
+    ) as caught:
+        Tokenizer.from_file(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 2**25 and str(path) in str(caught.value)
+
+
+def test_no_vocabulary_is_made_that_would_not_be_read():
+    with pytest.raises(VocabularyError, match="at most 500,000 entries; got 500,001"):
+        train_tokenizer(CAPTIONS, 500_001)
 
 
 def test_the_search_for_openais_file(trained, tmp_path, monkeypatch):

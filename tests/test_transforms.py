@@ -19,11 +19,13 @@ from PIL import Image, ImageFile, WebPImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from shards import picture
 
-from clipcore.data import BadSample
+from clipcore.data import BadSample, headers
 from clipcore.data.transforms import (
     MAX_PIXELS,
+    MAX_RESIZED_PIXELS,
     OPENAI_MEAN,
     OPENAI_STD,
+    Decoder,
     ImageTransform,
     decode_image,
     image_transform,
@@ -294,9 +296,94 @@ def test_bombs_are_refused_before_they_are_decoded(decoder, kind, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("kind", bombs.SLOW)
+def test_files_that_are_made_to_be_slow_are_refused_by_their_headers(decoder, kind, monkeypatch):
+    data = bombs.SLOW[kind]()
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    if not kind.startswith("scans"):  # which are judged by the size, too
+        monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("the file was parsed"))
+        header = "decode_jpeg_header"
+        monkeypatch.setattr(simplejpeg, header, lambda *_: pytest.fail("the file was parsed"))
+    with pytest.raises(BadSample, match=r"made to be slow|half of --max-pixels") as caught:
+        decode_image(data, decoder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_usual_files_of_many_parts_are_decoded(decoder):
+    image = noise(64, 48)
+    usual = [
+        encoded(image, "JPEG", progressive=True),
+        bombs.jpeg_of_parts(b"\xff\xe4\0\6abcd", 60),
+        bombs.jpeg_of_parts(b"\xff", 60),
+        bombs.png_of_chunks(900),
+        bombs.animated_webp(32, 16),
+        encoded(image, "WEBP"),
+        encoded(image, "WEBP", lossless=True),
+        encoded(image, "WEBP", exif=b"Exif\0\0abcd"),
+    ]
+    for data in usual:
+        assert decode_image(data, decoder).mode == "RGB"
+
+
+def test_a_jpeg_has_the_more_scans_the_smaller_it_is():
+    before = headers.count_scans(bombs.jpeg_of_scans(16, 16, 1)) - 1
+    assert before == 9
+    for pixels, most in ((MAX_PIXELS, 24), (MAX_PIXELS // 10, 240), (1, 500)):
+        headers.check_scans(bombs.jpeg_of_scans(16, 16, most - before), pixels, MAX_PIXELS)
+        with pytest.raises(BadSample, match=f"{most + 1} scans"):
+            headers.check_scans(bombs.jpeg_of_scans(16, 16, most + 1 - before), pixels, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_only_scans_that_are_decoded_count(decoder, progressive):
+    """Not what lies behind the picture, such as a phone's film, nor in a segment, such as a preview."""
+    film, preview = random.Random(0).randbytes(2**21), b"\xff\xda" * 600
+    assert film.count(b"\xff\xda") > 24
+    data = bytearray(encoded(noise(64, 48), "JPEG", progressive=progressive, comment=preview))
+    assert decode_image(bytes(data) + film, decoder).size == (64, 48)
+    # Of an expert's: two restarts, and a comment between two scans that holds the end's marker.
+    scan = data.rindex(b"\xff\xda")
+    comment = b"\xff\xfe\0\x06\xff\xd9\xff\xda"
+    changed = bytes(data[:scan]) + comment + bytes(data[scan:])
+    assert (
+        headers.count_scans(changed)
+        == headers.count_scans(bytes(data))
+        == (10 if progressive else 1)
+    )
+
+
+def test_scans_of_separate_components_count():
+    """A baseline JPEG whose frame has three components and whose first scan has one."""
+    data = encoded(noise(64, 48), "JPEG")
+    at = data.index(b"\xff\xda")
+    one = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + b"\x55" * 40
+    assert headers.count_scans(data[:at] + one * 700 + b"\xff\xd9" + one) == 700
+
+
+def test_sides_of_a_webp_are_those_that_its_decoder_finds():
+    for size, settings in itertools.product(
+        [(1, 1), (300, 5), (7, 260)], [{}, {"lossless": True}, {"exif": b"Exif\0\0a"}]
+    ):
+        assert headers._webp_size(encoded(noise(*size), "WEBP", **settings)) == size
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_the_limit_of_pixels_is_a_setting(decoder):
+    for kind, cost in (("JPEG", 1), ("PNG", 1), ("WEBP", 2)):
+        data = encoded(noise(60, 50), kind)
+        limit = cost * 3000
+        assert decode_image(data, Decoder(decoder, 0, limit)).size == (60, 50)
+        with pytest.raises(BadSample, match=f"60 x 50 pixels are more than .*{limit} reads it"):
+            decode_image(data, Decoder(decoder, 0, limit - cost))
+
+
 def test_a_thin_image_is_refused_before_it_is_enlarged():
     thin = Image.new("RGB", (1, 60_000))
-    with pytest.raises(BadSample, match=f"more than {MAX_PIXELS}"):
+    with pytest.raises(BadSample, match=f"more than {MAX_RESIZED_PIXELS}"):
         ImageTransform(224, is_train=False).crop(thin)
     assert ImageTransform(224, is_train=True).crop(thin, np.random.default_rng(0)).shape == (
         3,

@@ -4,7 +4,8 @@
 ``sources.py``      ``open_source``: from what ``--train-data`` says to a ``PairSource``
 ``tar.py``          tar shards in the WebDataset layout, through a byte index
 ``raw.py``          images as ``.npy`` members of pixels
-``tables.py``       csv, jsonl and parquet tables
+``tables.py``       csv and jsonl tables
+``parquet.py``      parquet tables, through a copy of their rows
 ``folders.py``      folders of images
 ``glyphs.py``       the embedded pictures of writing
 ``transforms.py``   bytes to images to crops to normalised tensors
@@ -21,6 +22,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from clipcore.terminal import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,8 +159,3 @@ def _caption(value: object) -> str:
 def not_utf8(origin: str, error: UnicodeDecodeError) -> str:
     """Return what is wrong with a text file in another encoding, and the remedy."""
     return f"{origin} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
-
-
-def printable(text: str) -> str:
-    """``text`` fit for one line of a log, whatever a data set wrote into its names."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -28,7 +28,9 @@ from clipcore.data.tar import (
     OTHER_IMAGE_SUFFIXES,
 )
 from clipcore.data.transforms import Decoder
+from clipcore.files import read_regular
 
+_MAX_JSON_BYTES = 1 << 24  # of class names or prompts
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -87,8 +89,7 @@ class FolderSource:
 
     def _caption(self, name: str, key: str) -> object:
         try:
-            with open(os.path.join(self._folder, name), "rb") as file:
-                data = file.read(MAX_CAPTION_BYTES)
+            data = read_regular(os.path.join(self._folder, name), MAX_CAPTION_BYTES)
         except OSError as error:
             raise BadSample(f"{printable(name)}: {error.strerror}", key) from None
         if not name.lower().endswith(".json"):
@@ -205,11 +206,12 @@ def _class_names(path: str, folders: list[str]) -> list[str]:
 def read_json(path: str, default: object) -> object:
     """Return the content of a JSON file, or the default where there is none; raise DataError."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(read_regular(path, _MAX_JSON_BYTES))
     except FileNotFoundError:
         return default
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clipcore.data import BadSample, LeftOut, Pair, PairSource
+from clipcore.data.parquet import ParquetSource
 from clipcore.data.sources import MixtureSource
 from clipcore.data.tables import CsvSource, JsonlSource
 
@@ -26,12 +27,12 @@ class _Rows(Protocol):
 def by_picture(source: PairSource) -> PairSource:
     """Return a source that has each picture once, with the captions of all rows that name it.
 
-    Of a source that does not name its pictures by paths, or names each once, that is the source itself. A mixture becomes
+    Of a source that does not tell its pictures apart, or has each once, that is the source itself. A mixture becomes
     one of its parts by picture, without factors.
     """
     if isinstance(source, MixtureSource):
         return MixtureSource([by_picture(part) for part in source.parts], name=source.name)
-    if not isinstance(source, CsvSource | JsonlSource):
+    if not isinstance(source, CsvSource | JsonlSource | ParquetSource):
         return source
     # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
     names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))

@@ -51,8 +51,9 @@ from clipcore.data.sources import (
     left_out_of,
     open_source,
 )
-from clipcore.data.transforms import DECODERS, REDUCING_GAP
-from clipcore.terminal import steady_output
+from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
+from clipcore.files import read_regular, write_durably
+from clipcore.terminal import complain, steady_output
 
 MANIFEST = "manifest.json"
 # About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
@@ -74,6 +75,7 @@ class Settings:
     caption_key: str = DEFAULT_CAPTION_KEY
     separator: str = "\t"
     quotes: bool = True
+    max_pixels: int = MAX_PIXELS
 
     def open(self, train_data: str) -> PairSource:
         """The pairs, as the training would open them."""
@@ -88,6 +90,7 @@ class Settings:
             quotes=self.quotes,
             decoder=self.decoder,
             min_side=REDUCING_GAP * self.image_format.size,
+            max_pixels=self.max_pixels,
         )
 
     def flags(self) -> dict[str, Any]:
@@ -96,8 +99,6 @@ class Settings:
         found: dict[str, Any] = {"--format": image.kind, "--size": image.size}
         if image.kind == "jpeg":
             found["--quality"] = image.quality
-        if not self.quotes:
-            found["--csv-no-quotes"] = True
         return found | {
             "--shard-size": self.shard_size,
             "--image-decoder": self.decoder,
@@ -105,6 +106,8 @@ class Settings:
             "--csv-img-key": self.img_key,
             "--csv-caption-key": self.caption_key,
             "--csv-separator": self.separator,
+            "--csv-no-quotes": not self.quotes,
+            "--max-pixels": self.max_pixels,
         }
 
 
@@ -131,8 +134,12 @@ def _files(path: str) -> Iterator[str]:
         yield f"{os.path.basename(shard)} {stat.st_size} {stat.st_mtime_ns}"
     if not shards:
         for folder, names in walk(path):
-            own = (".clipcore-index", ".clipcore-arrow")
+            own = (".clipcore-index", ".clipcore-rows", ".clipcore-rows.lock", ".clipcore-arrow")
             yield from (os.path.join(folder, name) for name in names if not name.endswith(own))
+
+
+# What was done before there were these flags, which manifests of then do not name.
+_BEFORE_FLAGS = {"--csv-no-quotes": False, "--max-pixels": EARLIER_MAX_PIXELS}
 
 
 class Manifest:
@@ -170,7 +177,7 @@ class Manifest:
     def _continue(self) -> None:
         """Takes over what an earlier call finished."""
         try:
-            earlier = json.loads(self.path.read_text())
+            earlier = json.loads(read_regular(self.path))
             settings, identity = earlier["settings"], earlier["source"]
             shards = {name: ShardReport(**report) for name, report in earlier["shards"].items()}
             if not (isinstance(settings, dict) and isinstance(identity, dict)):
@@ -179,10 +186,11 @@ class Manifest:
             raise DataError(f"cannot read {self.path} ({error}); choose another --output") from None
         folder = self.path.parent
         for flag, value in self.content["settings"].items():
-            if settings.get(flag) != value:
+            before = settings.get(flag, _BEFORE_FLAGS.get(flag))
+            if before != value:
                 raise DataError(
-                    f"{folder} was begun with {flag} {settings.get(flag)}, now it is {value}; give the former to go on, or "
-                    "choose another --output"
+                    f"{folder} was begun with {flag} {before}, now it is {value}; give the former to go on, or choose "
+                    "another --output"
                 )
         if identity != self.content["source"]:
             raise DataError(
@@ -219,15 +227,10 @@ class Manifest:
     def save(self) -> None:
         """Writes the file anew, whole."""
         shards = {name: dataclasses.asdict(self.shards[name]) for name in sorted(self.shards)}
-        aside = self.path.with_name(f"{MANIFEST}.tmp")
+        content = json.dumps(self.content | {"shards": shards}, indent=1) + "\n"
         try:
-            with open(aside, "w") as file:
-                file.write(json.dumps(self.content | {"shards": shards}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
+            write_durably(self.path, content.encode())
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise DataError(
                 f"cannot write {self.path}: {error.strerror}; mend that, and the same command goes on"
             ) from None
@@ -430,6 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes")
     add("--image-decoder", choices=DECODERS, default="pillow", help="JPEG decoder")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="of a picture")
     add("--dataset-type", choices=DATASET_TYPES, default="auto", help="kind of the source")
     add("--csv-img-key", default=DEFAULT_IMAGE_KEY, metavar="KEY", help="image column of a table")
     add("--csv-caption-key", default=DEFAULT_CAPTION_KEY, metavar="KEY", help="its caption column")
@@ -440,7 +444,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
-    for name in ("size", "shard_size", "workers"):
+    for name in ("size", "shard_size", "workers", "max_pixels"):
         if getattr(parsed, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise DataError(f"{flag} must be at least 1, got {getattr(parsed, name)}")
@@ -455,6 +459,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         parsed.csv_caption_key,
         parsed.csv_separator,
         not parsed.csv_no_quotes,
+        parsed.max_pixels,
     )
 
 
@@ -528,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, CheckpointError) as error:
         if os.environ.get("CLIPCORE_TRACEBACK"):
             raise
-        print(f"clipcore.data.prepare: error: {error}", file=sys.stderr)
+        complain("clipcore.data.prepare", f"error: {error}")
         return 2
     finally:
         for number, handler in previous.items():

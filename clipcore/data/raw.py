@@ -13,9 +13,10 @@ import numpy as np
 from numpy.lib import format as npy
 
 from clipcore.data import BadSample
-from clipcore.data.transforms import check_size
+from clipcore.data.headers import check_size
 
 RAW_SUFFIX = "npy"
+MAX_RAW_PIXELS = (1 << 28) // 3  # what the largest file holds: nothing is decoded
 MAX_HEADER_BYTES = 1024  # NumPy writes 128 for an array of three sizes
 _PREAMBLE = len(npy.magic(1, 0)) + 2  # with the header's length
 
@@ -37,7 +38,7 @@ def decode_raw(data: bytes) -> np.ndarray:
     """The image in the bytes of a ``.npy`` file, without a copy: uint8 [H, W, 3], read-only.
 
     Raises:
-        BadSample: another type, shape, or order in memory, more than ``MAX_PIXELS`` pixels, or bytes missing or left over.
+        BadSample: another type, shape, or order in memory, more than MAX_RAW_PIXELS pixels, or bytes missing or left over.
     """
     length = int.from_bytes(data[_PREAMBLE - 2 : _PREAMBLE], "little")
     if data[:_PREAMBLE][-4:-2] != b"\1\0" or _PREAMBLE + length > MAX_HEADER_BYTES:
@@ -69,5 +70,5 @@ def _sides(head: bytes) -> tuple[int, int]:
         raise BadSample(
             f"raw images are uint8 [H, W, 3] in C order, this .npy is {dtype} {list(shape)} in {order} order"
         )
-    check_size(shape[1], shape[0])
+    check_size(shape[1], shape[0], MAX_RAW_PIXELS)
     return shape[0], shape[1]

@@ -13,9 +13,10 @@ import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource
 from clipcore.data.folders import open_folder
-from clipcore.data.tables import CsvSource, JsonlSource, ParquetSource, caption_columns
+from clipcore.data.parquet import ParquetSource
+from clipcore.data.tables import CsvSource, JsonlSource, caption_columns
 from clipcore.data.tar import TarSource
-from clipcore.data.transforms import Decoder, check_decoder
+from clipcore.data.transforms import MAX_PIXELS, Decoder, check_decoder
 
 __all__ = ["BadSample", "DataError", "MixtureSource", "Pair", "PairSource", "open_source"]
 
@@ -44,6 +45,7 @@ def open_source(
     upsampling_factors: str | None = None,
     decoder: str = "pillow",
     min_side: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> PairSource:
     """Opens image-caption pairs.
 
@@ -55,7 +57,7 @@ def open_source(
             the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
-        decoder, min_side: see ``clipcore.data.transforms.Decoder``.
+        decoder, min_side, max_pixels: see ``clipcore.data.transforms.Decoder``.
 
     Raises:
         DataError: anything that is missing, damaged, empty or unknown, in one line with the remedy.
@@ -72,7 +74,8 @@ def open_source(
         return SyntheticSource()
     table = _Table(img_key, caption_key, separator, quotes)
     patterns = train_data.split("::") if isinstance(train_data, str) else list(train_data)
-    parts = [_open_part(part, dataset_type, Decoder(decoder, min_side), table) for part in patterns]
+    chosen = Decoder(decoder, min_side, max_pixels)
+    parts = [_open_part(part, dataset_type, chosen, table) for part in patterns]
     if upsampling_factors is not None:
         return MixtureSource(parts, parse_factors(upsampling_factors, len(parts)))
     return parts[0] if len(parts) == 1 else MixtureSource(parts)

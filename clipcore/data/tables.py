@@ -1,4 +1,4 @@
-"""Tables that name or hold images: csv, jsonl, parquet.
+"""Tables that name images: csv and jsonl.
 
 Every row is a sample; nothing but offsets is held in Python objects, so that ten million rows cost their own bytes
 and worker processes share them.
@@ -7,11 +7,12 @@ and worker processes share them.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from clipcore.data.tar import (
     MAX_IMAGE_BYTES,
 )
 from clipcore.data.transforms import Decoder, decode_image
+from clipcore.files import open_regular, read_regular
 
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
@@ -60,8 +62,7 @@ class TextColumn:
 def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
     """The decoded picture of a file; raises BadSample."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
+        data = read_regular(path, MAX_IMAGE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise BadSample(getattr(error, "strerror", None) or str(error), key) from None
     return decode_bytes(data, key, decoder)
@@ -224,13 +225,26 @@ class CsvSource:
         return os.path.join(self._folder, cell) if cell else ""
 
 
+def _short_lines(file: TextIO, path: str) -> Iterator[str]:
+    """Yield the lines of a table; raise DataError for one that no row of images and captions has."""
+    number = 0
+    while line := file.readline(MAX_CAPTION_BYTES + 1):
+        number += 1
+        if len(line) > MAX_CAPTION_BYTES:
+            raise DataError(
+                f"{path}, line {number}: more than {MAX_CAPTION_BYTES} characters are no row of an image and its captions; "
+                "take it out"
+            )
+        yield line
+
+
 def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) of the rows of a table; raise DataError."""
     try:
         # utf-8-sig: spreadsheets begin their files with a byte-order mark.
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             rows = csv.reader(
-                file,
+                _short_lines(file, path),
                 delimiter=separator,
                 quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
                 strict=True,
@@ -270,7 +284,7 @@ class JsonlSource:
         self._folder = os.path.dirname(path)
         self._decoder = decoder
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self._state = _state_of(file)
                 self._starts_N1 = _line_offsets(file)
         except OSError as error:
@@ -328,7 +342,7 @@ class JsonlSource:
         if end - start > MAX_CAPTION_BYTES:
             raise BadSample(f"a line of {end - start} bytes is too long", key)
         try:
-            with open(self._path, "rb") as file:
+            with open_regular(self._path) as file:
                 state = _state_of(file)
                 line = os.pread(file.fileno(), end - start, start)
         except OSError as error:
@@ -351,139 +365,24 @@ class JsonlSource:
         return os.path.join(self._folder, path) if isinstance(path, str) and path else ""
 
 
-def _state_of(file: IO[bytes]) -> tuple[int, int]:
+def _state_of(file: BinaryIO) -> tuple[int, int]:
     """Return size and modification time."""
     stat = os.fstat(file.fileno())
     return stat.st_size, stat.st_mtime_ns
 
 
-def _line_offsets(file: IO[bytes]) -> np.ndarray:
+def _line_offsets(file: BinaryIO) -> np.ndarray:
     """Return where the lines of a file that are not empty begin, and where the file ends: int64 [N + 1]."""
     starts, offset = array("q"), 0
-    for line in file:
-        if not line.isspace():
-            starts.append(offset)
-        offset += len(line)
+    is_begun = is_inside = False
+    # In pieces: a line may be as long as a stranger likes.
+    while piece := file.readline(MAX_CAPTION_BYTES):
+        if not is_inside:
+            start, is_begun = offset, False
+        if not is_begun and not piece.isspace():
+            starts.append(start)
+            is_begun = True
+        offset += len(piece)
+        is_inside = not piece.endswith(b"\n")
     starts.append(offset)
     return np.array(starts, np.int64)
-
-
-class ParquetSource:
-    """Images as bytes in a parquet file: a column of bytes or of {bytes, path}, and one of captions.
-
-    Parquet is compressed by groups of many rows, so that a single row cannot be read; on first use the two columns are
-    therefore written out to an Arrow file beside the table (``<table>.clipcore-arrow``, about as large as the table; in
-    the user's cache folder where the table's cannot be written), which is then mapped into memory. Arguments as of
-    ``JsonlSource``.
-
-    Raises:
-        DataError: pyarrow is missing, or the file, a column, a row, or a place for the Arrow file is.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        img_key: str | None = None,
-        caption_key: str | None = None,
-        decoder: Decoder | str = "pillow",
-    ) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise DataError(
-                f"{path}: parquet needs pyarrow: pip install 'clipcore[parquet]'"
-            ) from None
-        self.name = os.path.basename(path)
-        self._decoder = decoder
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                columns = file.schema_arrow.names
-                self._img_key = find_column(path, columns, image_columns(img_key))
-                self._caption_key = find_column(path, columns, caption_columns(caption_key))
-                self._num_rows = file.metadata.num_rows
-                if not self._num_rows:
-                    raise DataError(f"{path} has no rows")
-                self._arrow_path = _arrow_copy(path, file, [self._img_key, self._caption_key])
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            raise DataError(f"cannot read the table {path}: {reason}") from None
-        self._batches: list[Any] = []
-        self._ends: np.ndarray = np.zeros(0, np.int64)
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        if not self._batches:
-            self._map()
-        key = f"{self.name}, row {index + 1}"
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        batch = self._batches[number]
-        row = index - (int(self._ends[number]) - batch.num_rows)
-        image, caption = (self._value(batch.column(i)[row], key) for i in range(2))
-        if isinstance(image, dict):
-            image = image.get("bytes")
-        if not isinstance(image, bytes):
-            raise BadSample(f"no bytes in the column {self._img_key!r}", key)
-        captions = checked_captions(caption, key)
-        return Pair(decode_bytes(image, key, self._decoder), captions, key)
-
-    def _value(self, cell: Any, key: str) -> Any:
-        """Return a cell as a value of Python; raise BadSample, such as for text that is not UTF-8."""
-        try:
-            return cell.as_py()
-        except (ValueError, OverflowError) as error:
-            raise BadSample(f"an unreadable cell: {printable(str(error))}", key) from None
-
-    def _map(self) -> None:
-        import pyarrow
-
-        reader = pyarrow.ipc.open_file(pyarrow.memory_map(self._arrow_path))
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
-
-    def __getstate__(self) -> dict[str, object]:
-        # The mapping cannot travel to another process; it maps the file itself.
-        return {**self.__dict__, "_batches": []}
-
-
-def _arrow_copy(path: str, file: Any, columns: list[str]) -> str:
-    """The Arrow file with the columns of an open parquet file; written unless there is one of this very table."""
-    import pyarrow
-
-    from clipcore.data.tar import sidecar_paths
-
-    stat = os.stat(path)
-    state = f"{stat.st_size} {stat.st_mtime_ns} {' '.join(columns)}".encode()
-    places = [place.with_suffix(".clipcore-arrow") for place in sidecar_paths(path)]
-    for place in places:
-        try:
-            with pyarrow.memory_map(str(place)) as source:
-                if (pyarrow.ipc.open_file(source).schema.metadata or {}).get(b"clipcore") == state:
-                    return str(place)
-        except (OSError, pyarrow.ArrowException):
-            continue
-    fields = [file.schema_arrow.field(name) for name in columns]
-    schema = pyarrow.schema(fields, metadata={b"clipcore": state})
-    for place in places:
-        aside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                pyarrow.OSFile(str(aside), "wb") as sink,
-                pyarrow.ipc.new_file(sink, schema) as out,
-            ):
-                for batch in file.iter_batches(batch_size=256, columns=columns):
-                    arrays = [batch.column(name) for name in columns]
-                    out.write_batch(pyarrow.record_batch(arrays, schema=schema))
-            os.replace(aside, place)
-            return str(place)
-        except OSError:
-            aside.unlink(missing_ok=True)
-    raise DataError(
-        f"{path}: the images must be written out once, but neither {places[0]} nor {places[1]} can be written; "
-        "make room or set XDG_CACHE_HOME"
-    )

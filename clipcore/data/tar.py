@@ -27,13 +27,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
 from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
 from clipcore.data.transforms import Decoder, decode_image
+from clipcore.files import open_regular, read_regular, written_aside
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 # In this order: where a shard holds a picture both ways, the .npy is most often something else, an embedding.
@@ -78,7 +79,7 @@ def scan_members(path: str) -> Iterator[Member]:
     Raises:
         DataError: the file is no tar file, is cut off, or holds something other than plain files and folders.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
         if end == 0:
             _refuse(path, "is empty; copy or write the shard again")
@@ -274,7 +275,10 @@ def load_index(path: str) -> ShardIndex:
     for place in places:
         if (index := _read_sidecar(place, path, stat)) is not None:
             return index
-    index = build_index(path)
+    try:
+        index = build_index(path)
+    except OSError as error:
+        raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
     for place in places:
         try:
             _write_sidecar(place, index)
@@ -297,19 +301,15 @@ def _write_sidecar(place: Path, index: ShardIndex) -> None:
     head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, *sizes)
     body = head + index.columns_6N.astype("<i8").tobytes() + index.keys.tobytes() + left_out
     place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
-        os.replace(aside, place)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with written_aside(place) as file:
+        file.write(body + struct.pack("<I", zlib.crc32(body)))
 
 
 def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | None:
     """The kept index, or None if it is missing, damaged, or of another state of the shard."""
     try:
-        content = place.read_bytes()
+        # No larger than the headers that it is made of, but for what is left out.
+        content = read_regular(place, stat.st_size + MAX_CAPTION_BYTES)
     except OSError:
         return None
     if len(content) < _SIDECAR.size + 4:
@@ -365,7 +365,7 @@ class TarSource:
         self._ends = np.cumsum([len(shard) for shard in self.shards])
         self._caption_keys = tuple(caption_keys)
         self._decoder = decoder
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self.left_out = LeftOut()
         for shard in self.shards:
             self.left_out.update(shard.left_out)
@@ -414,37 +414,37 @@ class TarSource:
 
     def _read(self, number: int, offset: int, size: int, key: str) -> bytes:
         try:
-            data = os.pread(self._descriptor(number), size, offset)
+            data = os.pread(self._shard(number).fileno(), size, offset)
         except OSError as error:
             raise BadSample(f"reading failed: {error.strerror}", key) from None
         if len(data) != size:
             raise BadSample("the shard is cut off", key)
         return data
 
-    def _descriptor(self, number: int) -> int:
+    def _shard(self, number: int) -> BinaryIO:
         """An open shard; the least recently used of too many is closed."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.shards[number]
-        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[number] = descriptor
-        stat = os.fstat(descriptor)
+        file = open_regular(shard.path)
+        self._open[number] = file
+        stat = os.fstat(file.fileno())
         if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
             raise DataError(f"{shard.path} was changed after the run began; start the run again")
         if len(self._open) > MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
+            self._open.popitem(last=False)[1].close()
+        return file
 
     def close(self) -> None:
         """Closes the shards; the next read opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        # Descriptors cannot travel to another process; it opens its own.
+        # Open files cannot travel to another process; it opens its own.
         return {**self.__dict__, "_open": OrderedDict()}

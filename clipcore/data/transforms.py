@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipcore.data import BadSample, DataError
+from clipcore.data.headers import check_header, check_scans, check_size
 from clipcore.data.resample import Picture, as_image, resize_bicubic
 
 # OpenAI's, of its training images.
@@ -37,8 +38,11 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 RESIZE_MODES = ("shortest", "squash")
 # A mark among a picture's notes, where nothing is kept that a file wrote.
 _TRANSPARENT = "clipcore: was transparent"
-# Pillow's own threshold for suspicion; checked from the header, before anything of that size is allocated.
-MAX_PIXELS = 89_478_485
+# Of a picture that is decoded, by its header: cameras of 26 megapixels make such, and decoding one takes 256 MiB.
+MAX_PIXELS = 26_000_000
+EARLIER_MAX_PIXELS = 89_478_485  # of runs and prepared shards that do not record theirs
+# Of a picture as resized, before it is cut: one pixel by thousands becomes hundreds by millions.
+MAX_RESIZED_PIXELS = 1 << 24
 _CROP_ATTEMPTS = 10
 # A JPEG may be halved on decoding as long as it stays so much larger than what it is resized to: the gap at which
 # Pillow's own ``thumbnail`` calls the result close to that of a full decoding.
@@ -49,11 +53,13 @@ class Decoder(NamedTuple):
     """How images are decoded.
 
     ``name`` is the library for JPEG files. Those whose shorter side is ``min_side`` pixels, two, four or eight times over
-    are decoded at that part of their size, which the format allows at a part of the time; 0 decodes all in full.
+    are decoded at that part of their size, which the format allows at a part of the time; 0 decodes all in full. Pictures of
+    more than ``max_pixels`` pixels, of half as many in a WebP, are bad samples.
     """
 
     name: str = "pillow"
     min_side: int = 0
+    max_pixels: int = MAX_PIXELS
 
 
 def check_decoder(decoder: str) -> None:
@@ -81,15 +87,17 @@ def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
             WebP, CMYK) is Pillow's, by a fixed rule on the header. A ``Decoder`` also says how large it must be.
 
     Raises:
-        BadSample: another format, damage, or more than ``MAX_PIXELS`` pixels.
+        BadSample: another format, damage, or a picture that would cost far more than others of the size that is allowed, by
+            its pixels, its scans, or a header of a great many parts.
     """
     if not data:
         raise BadSample("the image file is empty")
-    name, min_side = decoder if isinstance(decoder, Decoder) else (decoder, 0)
+    chosen = decoder if isinstance(decoder, Decoder) else Decoder(decoder)
     try:
-        if name == "simplejpeg" and data[:2] == b"\xff\xd8":
-            return _decode_simplejpeg(data, min_side)
-        return _decode_pillow(data, min_side)
+        check_header(data, chosen.max_pixels)
+        if chosen.name == "simplejpeg" and data[:2] == b"\xff\xd8":
+            return _decode_simplejpeg(data, chosen)
+        return _decode_pillow(data, chosen)
     except BadSample:
         raise
     except Image.UnidentifiedImageError:
@@ -99,30 +107,47 @@ def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
         raise BadSample(f"unreadable image: {str(error) or type(error).__name__}") from None
 
 
-def _decode_pillow(data: bytes, min_side: int) -> Image.Image:
+def _decode_pillow(data: bytes, decoder: Decoder) -> Image.Image:
     with warnings.catch_warnings():
         # Of sizes that the check below refuses, and of broken EXIF blocks, which are not used.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            check_size(*image.size)
-            if (part := _reduction(*image.size, min_side)) > 1:
+            _check_pixels(data, *image.size, decoder.max_pixels)
+            if (part := _reduction(*image.size, decoder.min_side)) > 1:
                 # Without effect on other formats. Pillow takes the largest reduction that keeps both sides.
                 image.draft(None, (image.width // part, image.height // part))
-            over_white = _over_white(image) if image.has_transparency_data else None
-            picture = image.convert("RGB") if over_white is None else over_white
-            picture.info = {} if over_white is None else {_TRANSPARENT: True}
-            return picture
+            return _as_rgb(image)
 
 
-def _over_white(image: Image.Image) -> Image.Image | None:
-    """Return an image over white as RGB, None where no pixel is transparent."""
-    layers = image.convert("RGBA")
-    alpha = layers.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return None
-    white = Image.new("RGB", image.size, "white")
-    white.paste(layers, mask=alpha)
-    return white
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, over white where a pixel is transparent; ``image`` is not to be used afterwards.
+
+    Nothing is copied without need, as a picture takes 4 bytes a pixel.
+    """
+    if image.has_transparency_data:
+        layers = image if image.mode == "RGBA" else image.convert("RGBA")
+        if layers.getchannel("A").getextrema()[0] != 255:
+            if layers is not image:
+                image.close()
+            white = Image.new("RGB", layers.size, "white")
+            white.paste(layers, mask=layers)
+            white.info = {_TRANSPARENT: True}
+            return white
+
+    if image.mode == "RGB":
+        image.load()
+        picture = image
+    else:
+        picture = image.convert("RGB")
+    picture.info = {}
+    return picture
+
+
+def _check_pixels(data: bytes, width: int, height: int, max_pixels: int) -> None:
+    """Raise BadSample for a picture of too many pixels, or a JPEG of too many scans for them."""
+    check_size(width, height, max_pixels, f"; --max-pixels {width * height} reads it")
+    if data.startswith(b"\xff\xd8"):
+        check_scans(data, width * height, max_pixels)
 
 
 def was_transparent(image: Picture) -> bool:
@@ -130,14 +155,14 @@ def was_transparent(image: Picture) -> bool:
     return isinstance(image, Image.Image) and _TRANSPARENT in image.info
 
 
-def _decode_simplejpeg(data: bytes, min_side: int) -> Image.Image:
+def _decode_simplejpeg(data: bytes, decoder: Decoder) -> Image.Image:
     import simplejpeg
 
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    check_size(width, height)
+    _check_pixels(data, width, height, decoder.max_pixels)
     if colorspace not in ("Gray", "YCbCr", "RGB"):
-        return _decode_pillow(data, min_side)
-    part = _reduction(width, height, min_side)
+        return _decode_pillow(data, decoder)
+    part = _reduction(width, height, decoder.min_side)
     least = {"min_height": -(-height // part), "min_width": -(-width // part)}
     return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", **(least if part > 1 else {})))
 
@@ -146,13 +171,6 @@ def _reduction(width: int, height: int, min_side: int) -> int:
     """By what a JPEG's sides are divided on decoding: 8, 4, 2 or 1."""
     parts = min(width, height) // min_side if min_side else 1
     return next(part for part in (8, 4, 2, 1) if part <= max(parts, 1))
-
-
-def check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-    if width < 1 or height < 1:
-        raise BadSample(f"{width} x {height} pixels")
 
 
 class ImageTransform:
@@ -230,7 +248,7 @@ class ImageTransform:
             rng: draws the crop in training; drawn from torch's generator when it is left out.
 
         Raises:
-            BadSample: so long and thin that resizing it would need more than ``MAX_PIXELS`` pixels.
+            BadSample: so long and thin that resizing it would need more than ``MAX_RESIZED_PIXELS`` pixels.
         """
         if not self.is_train:
             return self._centre_crop(image)
@@ -309,14 +327,14 @@ def resize_shorter(image: Picture, size: int) -> Picture:
     """The picture with ``size`` pixels on its shorter side, as torchvision resizes it; the very same one if it has them.
 
     Raises:
-        BadSample: more than ``MAX_PIXELS`` pixels would come of it.
+        BadSample: more than ``MAX_RESIZED_PIXELS`` pixels would come of it.
     """
     width, height = sides(image)
     if width <= height:
         new_width, new_height = size, int(size * height / width)
     else:
         new_width, new_height = int(size * width / height), size
-    check_size(new_width, new_height)
+    check_size(new_width, new_height, MAX_RESIZED_PIXELS, " as resized; crop it")
     if (new_width, new_height) == (width, height):
         return image
     return resize_bicubic(image, new_width, new_height)

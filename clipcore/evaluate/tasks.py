@@ -28,7 +28,7 @@ from clipcore.data.loader import (
 )
 from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import MixtureSource, left_out_of, open_source
-from clipcore.data.transforms import ImageTransform, normalize_images
+from clipcore.data.transforms import Decoder, ImageTransform, normalize_images
 from clipcore.distributed import World, gather_objects, gather_rows
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
@@ -219,15 +219,18 @@ def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
     }
 
 
-def class_folders(folder: Path) -> ZeroShotTask:
+def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTask:
     """The images of a folder of one folder a class, as ImageNet's validation set is laid out.
 
     ``classes.json`` in it may map folder names to class names, and ``templates.json`` hold the list of prompts.
 
+    Args:
+        decoder: see ``decode_image``.
+
     Raises:
         DataError: no such folders, names that tell no class, or files that cannot be read.
     """
-    source = ClassFolderSource(str(folder))
+    source = ClassFolderSource(str(folder), decoder)
     file = folder / "templates.json"
     templates = read_json(str(file), list(SIMPLE_IMAGENET_TEMPLATES))
     if (
@@ -253,7 +256,8 @@ def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
                 ZeroShotTask(name, source, source.labels_N, source.classnames, ZERO_SHOT_TEMPLATES)
             )
     if config.imagenet_val is not None:
-        tasks.append(class_folders(Path(config.imagenet_val)))
+        decoder = Decoder(max_pixels=config.max_pixels)
+        tasks.append(class_folders(Path(config.imagenet_val), decoder))
     return tasks
 
 
@@ -264,6 +268,7 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
             config.val_data,
             dataset_type=config.dataset_type,
             decoder=config.image_decoder,
+            max_pixels=config.max_pixels,
             img_key=config.csv_img_key,
             caption_key=config.csv_caption_key,
             separator=config.csv_separator,

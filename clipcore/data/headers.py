@@ -1,0 +1,153 @@
+"""What a picture will cost, read off its file before a decoder sees it.
+
+Decoders walk through a file's parts one by one in Python, and through each scan of a progressive JPEG over all pixels, so
+that small files can take seconds; an animated WebP takes the memory of its canvas, whatever it shows.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+from clipcore.data import BadSample
+
+# Parts (segments of a JPEG, chunks of a PNG) that any file may have, and one more for so many bytes: encoders cut pixels
+# into chunks of some KB, and a file of parts of a few bytes is made to be slow.
+_MAX_PARTS, _BYTES_A_PART = 1000, 512
+# Scans of a JPEG, each of which costs time by the pixel: at most so many, and so many over the largest picture. Encoders
+# make about ten.
+_MAX_SCANS, _SCANS_OF_LARGEST = 500, 24
+# A WebP takes about twice the memory of other pictures of its size: canvases of an animation, colours at half resolution.
+_WEBP_COST = 2
+
+# Chunks of a PNG that are inflated, to 1 MiB at most each: a profile, and texts.
+_MAX_INFLATED, _INFLATED = 64, {b"iCCP", b"zTXt", b"iTXt"}
+
+_FILLERS = re.compile(rb"\xff+")
+# Within coded pixels a zero or a restart marker follows 0xff.
+_MARKER = re.compile(rb"\xff[^\0\x01\xd0-\xd8\xff]")
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+# Starts of frames, but for tables of Huffman codes (C4), JPG (C8) and arithmetic conditioning (CC).
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+# Markers behind which Pillow looks at the next byte, as they have no length, or none that it reads.
+_BARE = {0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}
+
+
+def check_header(data: bytes, max_pixels: int) -> None:
+    """Raise BadSample for a JPEG, PNG or WebP file that would cost far more than a picture of ``max_pixels`` pixels.
+
+    Other files are left to the decoder, which refuses them.
+    """
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        width, height = _webp_size(data)
+        remedy = f", half of --max-pixels, as a WebP takes twice the memory; {_WEBP_COST * width * height} reads it"
+        check_size(width, height, max_pixels // _WEBP_COST, remedy)
+
+
+def check_size(width: int, height: int, max_pixels: int, remedy: str = "") -> None:
+    """Raise BadSample for a picture of too many pixels, or of none."""
+    if width * height > max_pixels:
+        raise BadSample(f"{width} x {height} pixels are more than {max_pixels}{remedy}")
+    if width < 1 or height < 1:
+        raise BadSample(f"{width} x {height} pixels")
+
+
+def check_scans(data: bytes, num_pixels: int, max_pixels: int) -> None:
+    """Raise BadSample for a JPEG of so many scans that decoding takes seconds."""
+    scans = count_scans(data)
+    if scans > min(_MAX_SCANS, _SCANS_OF_LARGEST * max_pixels // max(num_pixels, 1)):
+        raise BadSample(f"{scans} scans of {num_pixels} pixels are made to be slow; encode it anew")
+
+
+def count_scans(data: bytes) -> int:
+    """Return how many scans a decoder goes through, 1 where one scan has all of a JPEG that is not progressive."""
+    num_components, is_progressive = 0, False
+    for marker, at in _segments(data):
+        if marker in _FRAMES:
+            num_components = data[at + 9] if at + 9 < len(data) else 0
+            is_progressive = marker in _PROGRESSIVE
+        elif marker == _START_OF_SCAN:
+            if not num_components:
+                return 1
+            if not is_progressive and data[at + 4 : at + 5] >= bytes([num_components]):
+                return 1
+            break
+    else:
+        return 1
+
+    scans = 0
+    while (match := _MARKER.search(data, at)) is not None:
+        marker, at = data[match.start() + 1], match.end()
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        at += int.from_bytes(data[at : at + 2], "big")
+    return scans
+
+
+def _refuse_parts(data: bytes, num_parts: int) -> None:
+    if num_parts > _MAX_PARTS + len(data) // _BYTES_A_PART:
+        raise BadSample("so many parts of a few bytes are made to be slow; encode it anew")
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Look at the segments before the first scan, and at what lies between them, which decoders skip byte by byte."""
+    for _ in _segments(data):
+        pass
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, where it is) of a JPEG up to its first scan; raise BadSample for too many parts."""
+    at, num_parts = 2, 0
+    while at + 1 < len(data):
+        if data[at] != 0xFF:
+            junk_end = data.find(b"\xff", at)
+            junk_end = junk_end if junk_end >= 0 else len(data)
+        else:
+            junk_end = _FILLERS.match(data, at).end() - 1  # type: ignore[union-attr]
+        num_parts += 1 + junk_end - at
+        _refuse_parts(data, num_parts)
+        at = junk_end
+        if at + 1 >= len(data) or data[at] != 0xFF:
+            return
+        marker = data[at + 1]
+        yield marker, at
+        if marker == _START_OF_SCAN:
+            return
+        at += 2 if marker in _BARE else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def _check_png(data: bytes) -> None:
+    at, num_parts, num_inflated = 8, 0, 0
+    while at + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IEND":
+            return
+        num_parts += 1
+        num_inflated += kind in _INFLATED
+        _refuse_parts(data, num_parts)
+        if num_inflated > _MAX_INFLATED:
+            raise BadSample(
+                f"more than {_MAX_INFLATED} compressed texts are made to be slow; encode it anew"
+            )
+        at += 12 + size
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of a WebP's canvas, (1, 1) where the header is cut off."""
+    kind = data[12:16]
+    if kind == b"VP8X" and len(data) >= 30:
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8 " and len(data) >= 30:
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return 1, 1

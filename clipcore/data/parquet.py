@@ -1,0 +1,378 @@
+"""Parquet tables that hold images, through a copy whose rows can be read one at a time.
+
+Parquet is compressed by groups of many rows, so that a single row cannot be read. On first use the images and captions are
+therefore written out to a file beside the table (``<table>.clipcore-rows``, about as large as the table; in the user's cache
+folder where the table's cannot be written). A picture of several rows is there once, if they are near each other.
+
+The copy is images and captions (as JSON), then an index of int64 [6, N] (offset, size and CRC-32 of a row's image, then of
+its caption), the state of the table that it was made of, and a trailer with the CRC-32 of both. It may lie in a shared
+folder or come with a data set, so that nothing of it is used before its checksum has been found right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
+from clipcore.data.tables import (
+    caption_columns,
+    decode_bytes,
+    find_column,
+    image_columns,
+)
+from clipcore.data.tar import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, sidecar_paths
+from clipcore.data.transforms import Decoder
+from clipcore.files import open_own, open_regular, written_aside
+
+SUFFIX = ".clipcore-rows"
+# A copy takes at most so many times the table's bytes, and may always take the smaller number: images hardly compress, and
+# a table of a few bytes could fill a disk.
+MAX_EXPANSION = 20
+MAX_SMALL_COPY_BYTES = 1 << 28
+
+_ROWS_AT_ONCE = 64
+# Pictures that a row may share with one before it.
+_REMEMBERED = 4096
+# Magic, rows, bytes of the state, CRC-32 of index and state.
+_TRAILER = struct.Struct("<8sQQI")
+_MAGIC = b"CLIPROW1"
+
+
+class ParquetSource:
+    """Images as bytes in a parquet file, a column of bytes or of {bytes, path}, and one of captions: see ``PairSource``.
+
+    Args:
+        path: the table.
+        img_key, caption_key: its columns; one that is not named is the first of the usual names.
+        decoder: see ``decode_image``.
+
+    Raises:
+        DataError: pyarrow is missing, or the file, a column, a row, or a place for the copy is.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        img_key: str | None = None,
+        caption_key: str | None = None,
+        decoder: Decoder | str = "pillow",
+    ) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise DataError(
+                f"{path}: parquet needs pyarrow: pip install 'clipcore[parquet]'"
+            ) from None
+        self.name = os.path.basename(path)
+        self._decoder = decoder
+        try:
+            with (
+                open_regular(path) as content,
+                pyarrow.parquet.ParquetFile(content, page_checksum_verification=True) as file,
+            ):
+                columns = file.schema_arrow.names
+                names = [
+                    find_column(path, columns, image_columns(img_key)),
+                    find_column(path, columns, caption_columns(caption_key)),
+                ]
+                if twice := [name for name in names if columns.count(name) > 1]:
+                    raise DataError(f"{path} has several columns {twice[0]!r}; rename them")
+                if not file.metadata.num_rows:
+                    raise DataError(f"{path} has no rows")
+                table = _Table(path, os.fstat(content.fileno()), file, names)
+                self._rows = _copy_of(table)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise _unreadable(path, error) from None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        image, key = self.picture(index)
+        return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a row; raise BadSample."""
+        key = self._key(index)
+        record = json.loads(self._rows.read_caption(index, key))
+        if isinstance(record, dict):
+            raise BadSample(record["reason"], key)
+        return record if isinstance(record, str) else tuple(record)
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a row and its key; raise BadSample."""
+        key = self._key(index)
+        return decode_bytes(self._rows.read_image(index, key), key, self._decoder), key
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each row what tells its picture from others, "" where it has none."""
+        for offset, size in self._rows.columns_6N[:2].T.tolist():
+            yield f"{offset}" if size else ""
+
+    def _key(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return f"{self.name}, row {index + 1}"
+
+
+class _Copy:
+    """The rows of a copy: their bytes, checked as they are read.
+
+    Args:
+        place: the copy.
+        start: where its index begins.
+        tail: CRC-32 of the index and the state.
+        columns_6N: the index.
+    """
+
+    def __init__(self, place: Path, start: int, tail: int, columns_6N: np.ndarray) -> None:
+        self.columns_6N = columns_6N
+        self._place = place
+        self._start = start
+        self._tail = tail
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return self.columns_6N.shape[1]
+
+    def read_image(self, row: int, key: str) -> bytes:
+        """Return the bytes of a row's image; raise BadSample."""
+        return self._read(self.columns_6N[:3, row], key)
+
+    def read_caption(self, row: int, key: str) -> bytes:
+        """Return the JSON of a row's captions; raise BadSample."""
+        return self._read(self.columns_6N[3:, row], key)
+
+    def _read(self, entry_3: np.ndarray, key: str) -> bytes:
+        offset, size, checksum = entry_3.tolist()
+        try:
+            if self._file is None:
+                self._file = self._open()
+            content = os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise BadSample(f"reading failed: {error.strerror}", key) from None
+        if len(content) != size or zlib.crc32(content) != checksum:
+            raise BadSample(
+                f"damaged in {self._place}; delete that file, and it is made again", key
+            )
+        return content
+
+    def _open(self) -> BinaryIO:
+        """Open the copy, which another process may have made again of the same table, with the same bytes."""
+        file = open_regular(self._place)
+        file.seek(self._start)
+        content = file.read(48 * len(self) + MAX_CAPTION_BYTES)
+        if zlib.crc32(content[: -_TRAILER.size]) != self._tail:
+            file.close()
+            raise DataError(f"{self._place} was changed after the run began; start the run again")
+        return file
+
+    def __getstate__(self) -> dict[str, object]:
+        # An open file cannot travel to another process; it opens its own.
+        return {**self.__dict__, "_file": None}
+
+
+class _Table(NamedTuple):
+    """An open parquet file, its path and state, and the names of its image and caption columns."""
+
+    path: str
+    stat: os.stat_result
+    file: Any
+    names: Sequence[str]
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return DataError(f"cannot read the table {path}: {reason}")
+
+
+def _copy_of(table: _Table) -> _Copy:
+    """Return the copy of a table's two columns, made unless there is one of this very table."""
+    num_rows = table.file.metadata.num_rows
+    state = json.dumps([table.stat.st_size, table.stat.st_mtime_ns, *table.names]).encode()
+    places = [place.with_suffix(SUFFIX) for place in sidecar_paths(table.path)]
+    for place in places:
+        if (copy := _read_index(place, state, num_rows)) is not None:
+            return copy
+
+    rows_at_once = _check_groups(table)
+    limit = max(MAX_SMALL_COPY_BYTES, MAX_EXPANSION * table.stat.st_size)
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _making(place):
+                # Another rank may have made it meanwhile.
+                if (copy := _read_index(place, state, num_rows)) is not None:
+                    return copy
+                with written_aside(place) as file:
+                    _write_copy(file, _rows_of(table, rows_at_once), state, limit, table.path)
+        except OSError:
+            continue  # the next place may be writable
+        if (copy := _read_index(place, state, num_rows)) is not None:
+            return copy
+    raise DataError(
+        f"{table.path}: the images must be written out once, but neither {places[0]} nor {places[1]} can be written; "
+        "make room or set XDG_CACHE_HOME"
+    )
+
+
+@contextlib.contextmanager
+def _making(place: Path) -> Iterator[None]:
+    """Wait until no other process makes this copy, and keep others waiting.
+
+    File systems without locks let several make it, each under a name of its own.
+    """
+    path = place.with_name(f"{place.name}.lock")
+    descriptor = open_own(path, os.O_RDWR)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _check_groups(table: _Table) -> int:
+    """Return how many rows to read at once; raise DataError where a part would take more than images of the largest size."""
+    largest = 1
+    metadata = table.file.metadata
+    for group in range(metadata.num_row_groups):
+        parts = metadata.row_group(group)
+        for number in range(parts.num_columns if parts.num_rows else 0):
+            part = parts.column(number)
+            column = part.path_in_schema
+            if not any(column == name or column.startswith(f"{name}.") for name in table.names):
+                continue
+            size = part.total_uncompressed_size
+            is_bomb = size > MAX_IMAGE_BYTES and size > MAX_EXPANSION * part.total_compressed_size
+            if is_bomb or size > MAX_IMAGE_BYTES * parts.num_rows:
+                raise DataError(
+                    f"{table.path}: {size:,} bytes of {column!r} in {parts.num_rows:,} rows, which take "
+                    f"{part.total_compressed_size:,} compressed, are no images and captions; write the table without them"
+                )
+            largest = max(largest, size)
+    # Each row may be the one value of a dictionary, which is as large as all of the part.
+    return min(max(MAX_IMAGE_BYTES // largest, 1), _ROWS_AT_ONCE)
+
+
+def _rows_of(table: _Table, rows_at_once: int) -> Iterator[tuple[bytes, object]]:
+    """Yield for each row its image and its captions, or no image and the reason as {"reason": ...}; raise DataError."""
+    import pyarrow
+
+    batches = table.file.iter_batches(batch_size=rows_at_once, columns=list(table.names))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise _unreadable(table.path, error) from None
+        if batch is None:
+            return
+        images, captions = (batch.column(name) for name in table.names)
+        for image, caption in zip(images, captions, strict=True):
+            try:
+                yield _image_of(image, table.names[0]), checked_captions(_value_of(caption), "")
+            except BadSample as error:
+                yield b"", {"reason": error.reason}
+
+
+def _image_of(cell: Any, name: str) -> bytes:
+    image = _value_of(cell)
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if not isinstance(image, bytes) or not image:
+        raise BadSample(f"no bytes in the column {name!r}")
+    if len(image) > MAX_IMAGE_BYTES:
+        raise BadSample(f"{len(image)} bytes are too large")
+    return image
+
+
+def _value_of(cell: Any) -> Any:
+    """Return a cell as a value of Python; raise BadSample, such as for text that is not UTF-8."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        raise BadSample(f"an unreadable cell: {printable(str(error))}") from None
+
+
+def _write_copy(
+    file: BinaryIO,
+    rows: Iterator[tuple[bytes, object]],
+    state: bytes,
+    limit: int,
+    path: str,
+) -> None:
+    """Write a copy of rows; raise DataError where they have more than ``limit`` bytes, OSError from writing."""
+    index, end, total = array("q"), 0, 0
+
+    def add(content: bytes) -> tuple[int, int, int]:
+        nonlocal end
+        file.write(content)
+        end += len(content)
+        return end - len(content), len(content), zlib.crc32(content)
+
+    written = OrderedDict[bytes, tuple[int, int, int]]()
+    for image, captions in rows:
+        record = json.dumps(captions).encode()
+        if len(record) > MAX_CAPTION_BYTES:
+            record = b'{"reason": "captions of %d bytes are too long"}' % len(record)
+
+        # With what is not written, as it is there.
+        total += len(image) + len(record)
+        if total > limit:
+            raise DataError(
+                f"{path}: more than {limit:,} bytes come out of a table that compresses them {MAX_EXPANSION} times; they "
+                "are no images; write it without them"
+            )
+
+        digest = hashlib.sha256(image).digest()
+        if digest not in written:
+            written[digest] = add(image)
+        if len(written) > _REMEMBERED:
+            written.popitem(last=False)
+        index.extend((*written[digest], *add(record)))
+
+    tail = np.frombuffer(index, np.int64).reshape(-1, 6).T.astype("<i8").tobytes() + state
+    file.write(tail + _TRAILER.pack(_MAGIC, len(index) // 6, len(state), zlib.crc32(tail)))
+
+
+def _read_index(place: Path, state: bytes, num_rows: int) -> _Copy | None:
+    """Return what a copy holds, None where it is missing, damaged, or of another table or state."""
+    tail_bytes = 48 * num_rows + len(state)
+    try:
+        with open_regular(place) as file:
+            stat = os.fstat(file.fileno())
+            start = stat.st_size - tail_bytes - _TRAILER.size
+            if start < 0:
+                return None
+            file.seek(start)
+            content = file.read(tail_bytes + _TRAILER.size)
+    except OSError:
+        return None
+    tail, trailer = content[:tail_bytes], content[tail_bytes:]
+    if trailer != _TRAILER.pack(_MAGIC, num_rows, len(state), zlib.crc32(tail)):
+        return None
+    if tail[48 * num_rows :] != state:
+        return None
+    columns_6N = np.frombuffer(tail, "<i8", 6 * num_rows).reshape(6, num_rows)
+    offsets, sizes = columns_6N[[0, 3]], columns_6N[[1, 4]]
+    # The checksum is no signature: no offset may lead out of the file, nor a size to a read of gigabytes.
+    if columns_6N.min() < 0 or (offsets > start - sizes).any() or sizes.max() > MAX_IMAGE_BYTES:
+        return None
+    return _Copy(place, start, zlib.crc32(tail), columns_6N)
