@@ -473,6 +473,7 @@ FIGURE_COLUMNS: Columns = {
     "micro-batch": _count("micro_batch_size"),
     "kept graphs": _count("kept"),
     "page faults": _count("page_faults"),
+    "CPU s": _count("cpu_s"),
 }
 # Of what is found beside a time or alone.
 FOUND_COLUMNS: Columns = {
@@ -508,9 +509,10 @@ COMPUTED_COLUMNS: Columns = {
 # milliseconds of a step's parts, how a step was cut, bytes that a rank has sent.
 ERRORS = {"loss_error", "gradient_error", "scale_error"}
 EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"}
-# What rows without a time have: memory, how a step was cut, pages that the kernel gave, whether numbers are finite.
+# What rows without a time have: memory, how a step was cut, pages that the kernel gave, the processor's time for all that
+# was done, whether numbers are finite.
 FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
-FIGURES |= {"micro_batch_size", "kept", "page_faults", "finite"}
+FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
     "op",
