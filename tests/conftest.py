@@ -11,8 +11,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-# Read by OpenMP when torch is imported, and by every process that a test starts. Workers share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Read by OpenMP when torch is imported, and by every process that a test starts: workers share the cores. They inherit it
+# from the process that starts them, which must not set another number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
