@@ -169,13 +169,8 @@ def fault_figures(keeps: bool) -> dict[str, Any]:
 
 def bomb_figures(decoder: str) -> dict[str, Any]:
     """Measures how far memory rises while all bombs are refused."""
-    try:
-        check_decoder(decoder)
-    except DataError as error:
-        print(error)
+    if not import_decoders(decoder):
         return {}
-
-    import_decoders(decoder)
     bombs = all_bombs()
 
     begin = time.process_time()
@@ -191,13 +186,8 @@ def bomb_figures(decoder: str) -> dict[str, Any]:
 
 def picture_figures(decoder: str, kind: str) -> dict[str, Any]:
     """Measures memory and processor time of decoding one of the largest pictures, or of a decoder's refusing it."""
-    try:
-        check_decoder(decoder)
-    except DataError as error:
-        print(error)
+    if not import_decoders(decoder):
         return {}
-
-    import_decoders(decoder)
     data = LARGEST[kind]()
     gc.collect()
     begin = time.process_time()
@@ -206,10 +196,16 @@ def picture_figures(decoder: str, kind: str) -> dict[str, Any]:
     return {"extra_bytes": watched.peak, "cpu_s": round(time.process_time() - begin, 3)}
 
 
-def import_decoders(decoder: str) -> None:
-    """Decode a small picture of each format, since libraries are loaded late."""
+def import_decoders(decoder: str) -> bool:
+    """Decode a small picture of each format, since libraries are loaded late; return whether the decoder is installed."""
+    try:
+        check_decoder(decoder)
+    except DataError as error:
+        print(error)
+        return False
     for kind in HEADERS:
         decode_image(encoded(kind), decoder)
+    return True
 
 
 def figures_of(name: str, device: torch.device) -> dict[str, Any]:

@@ -80,12 +80,20 @@ def jpeg_of_parts(part: bytes, count: int) -> bytes:
     return data[:2] + part * count + data[2:]
 
 
-def png_of_chunks(count: int) -> bytes:
-    """Makes a PNG with so many chunks without content before its pixels."""
+def png_of_chunks(count: int, kind: bytes = b"prVt", content: bytes = b"") -> bytes:
+    """Makes a PNG with so many equal chunks before its pixels."""
     data = encoded("PNG")
     at = data.index(b"IDAT") - 4
-    empty = struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
-    return data[:at] + empty * count + data[at:]
+    body = kind + content
+    chunk = struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:at] + chunk * count + data[at:]
+
+
+def jpeg_of_comments(count: int) -> bytes:
+    """Makes a progressive JPEG with so many comments without content before its last scan."""
+    data = encoded("JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + b"\xff\xfe\0\2" * count + data[at:]
 
 
 def animated_webp(width: int, height: int) -> bytes:
@@ -105,7 +113,11 @@ SLOW: dict[str, Callable[[], bytes]] = {
     "filler": lambda: jpeg_of_parts(b"\xff", 1 << 22),
     "junk": lambda: jpeg_of_parts(b"\0", 1 << 22),
     "markers without a length": lambda: jpeg_of_parts(b"\xff\x01", 1 << 21),
+    # Their length is not read, and what follows is looked at byte by byte.
+    "segments without a handler": lambda: jpeg_of_parts(b"\xff\xf0\x7f\xff" + bytes(0x7FFD), 40),
+    "scans and comments": lambda: jpeg_of_comments(1 << 20),
     "chunks": lambda: png_of_chunks(1 << 20),
+    "profiles": lambda: png_of_chunks(900, b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))),
     "canvas": lambda: animated_webp(5_000, 2_601),
 }
 

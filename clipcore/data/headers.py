@@ -66,7 +66,11 @@ def check_scans(data: bytes, num_pixels: int, max_pixels: int) -> None:
 
 
 def count_scans(data: bytes) -> int:
-    """Return how many scans a decoder goes through, 1 where one scan has all of a JPEG that is not progressive."""
+    """Return how many scans a decoder goes through, 1 where one scan has all of a JPEG that is not progressive.
+
+    Raises:
+        BadSample: between them are too many other parts.
+    """
     num_components, is_progressive = 0, False
     for marker, at in _segments(data):
         if marker in _FRAMES:
@@ -81,12 +85,14 @@ def count_scans(data: bytes) -> int:
     else:
         return 1
 
-    scans = 0
+    scans = num_parts = 0
     while (match := _MARKER.search(data, at)) is not None:
         marker, at = data[match.start() + 1], match.end()
         if marker == _END_OF_IMAGE:
             break
         scans += marker == _START_OF_SCAN
+        num_parts += 1
+        _refuse_parts(data, num_parts)
         at += int.from_bytes(data[at : at + 2], "big")
     return scans
 
