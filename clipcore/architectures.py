@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+# Above these no tower was ever trained: a description that says more is damaged, or wants to fill the memory.
+MAX_LAYERS, MAX_SIZE, MAX_GRID = 1024, 1 << 24, 1 << 12
 
 
 class UnknownModelError(ValueError):
@@ -37,6 +39,27 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Share of patches dropped in training (Li et al. 2022, FLIP)."""
 
+    def __post_init__(self) -> None:
+        stages = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        if isinstance(self.layers, tuple) and len(stages) != 4:
+            raise ValueError(f"layers is {self.layers}; a ResNet has four stages")
+        for number in stages:
+            _check_size("layers", number, MAX_LAYERS)
+        for name in ("image_size", "width", "head_width"):
+            _check_size(name, getattr(self, name))
+        if self.patch_size is not None:
+            _check_size("patch_size", self.patch_size)
+        elif not self.is_resnet:
+            raise ValueError(
+                "patch_size is missing; a ResNet, which has none, has four numbers as layers"
+            )
+        if self.patch_size is not None and self.image_size // self.patch_size > MAX_GRID:
+            raise ValueError(
+                f"image_size {self.image_size} is more than {MAX_GRID:,} patches of {self.patch_size}"
+            )
+        _check_mlp(self.width, self.mlp_ratio)
+        _check_number("patch_dropout", self.patch_dropout)
+
     @property
     def is_resnet(self) -> bool:
         return not isinstance(self.layers, int)
@@ -59,6 +82,46 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
 
+    def __post_init__(self) -> None:
+        _check_size("layers", self.layers, MAX_LAYERS)
+        for name in ("context_length", "vocab_size", "width", "heads"):
+            _check_size(name, getattr(self, name))
+        _check_mlp(self.width, self.mlp_ratio)
+
+
+def _check_mlp(width: int, mlp_ratio: object) -> None:
+    _check_number("mlp_ratio", mlp_ratio)
+    if not 1 <= width * float(mlp_ratio) <= MAX_SIZE:  # type: ignore[arg-type]
+        raise ValueError(
+            f"mlp_ratio is {mlp_ratio}, which of width {width} is not 1 to {MAX_SIZE:,} units"
+        )
+
+
+def _check_size(name: str, value: object, most: int = MAX_SIZE) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} is {shortened(value)}, no whole number from 1 to {most:,}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not is_finite_number(value):
+        raise ValueError(f"{name} is {shortened(value)}, no number")
+
+
+def is_finite_number(value: object) -> bool:
+    """Return whether a value, such as one of a JSON file, is a number that a float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shortened(value: object) -> str:
+    """Return a value for a message; Python refuses to write whole numbers of thousands of digits."""
+    is_huge = isinstance(value, int) and abs(value) >= 10**20
+    return "a number of more than 20 digits" if is_huge else repr(value)
+
 
 # Keys of open_clip's JSON that have other names here, and one that says how its parameters are named.
 _KEYS = {"vision_cfg", "text_cfg", "custom_text"}
@@ -78,13 +141,23 @@ class ModelConfig:
     init_logit_bias: float | None = None
     """What is added to the logits, before training; None for a model without (SigLIP's has -10)."""
 
+    def __post_init__(self) -> None:
+        _check_size("embed_dim", self.embed_dim)
+        if type(self.quick_gelu) is not bool:
+            raise ValueError(f"quick_gelu is {self.quick_gelu!r}, neither true nor false")
+        _check_number("init_logit_scale", self.init_logit_scale)
+        if self.init_logit_bias is not None:
+            _check_number("init_logit_bias", self.init_logit_bias)
+
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, config: Any) -> ModelConfig:
         """From open_clip's JSON shape.
 
         Raises:
-            ValueError: a key that this model does not have, or a missing one.
+            ValueError: a key that this model does not have, a missing one, or a value that cannot be.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"the model's description is a {type(config).__name__}, no object")
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
         if missing:
             raise ValueError(f"the model's description has no {', '.join(sorted(missing))}")
@@ -93,6 +166,9 @@ class ModelConfig:
             raise ValueError(
                 f"the model has {', '.join(sorted(unknown))}, which clipcore's models do not have"
             )
+        for tower in ("vision_cfg", "text_cfg"):
+            if not isinstance(config[tower], dict):
+                raise ValueError(f"{tower} is {config[tower]!r}, no object")
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])

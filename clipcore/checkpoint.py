@@ -49,6 +49,7 @@ from clipcore.files import (
     sync_directory,
     write_durably,
 )
+from clipcore.terminal import printable
 
 T = TypeVar("T")
 
@@ -662,7 +663,7 @@ def load_latest(
             failures[remaining[0]] = error
             continue
         for path in failures.keys() & set(present):
-            warnings.warn(f"skipped {path.name}: {failures[path]}", stacklevel=2)
+            warnings.warn(printable(f"skipped {path.name}: {failures[path]}"), stacklevel=2)
         return checkpoint
     reasons = [str(error) for path, error in failures.items() if path in present]
     if reasons:

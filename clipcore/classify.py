@@ -1,13 +1,15 @@
 """Name what is in a picture: ``python -m clipcore.classify IMAGE... --labels "a, b, c" --checkpoint RUN``.
 
-Exit status: 0 done, 2 a mistake in the arguments or an unreadable file.
+Exit status: 0 done, 2 a mistake in the arguments, an unreadable file or too little memory, 70 a fault of clipcore's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +18,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clipcore import native
 from clipcore.data import BadSample, not_utf8, printable
 from clipcore.data.tables import decode_bytes
 from clipcore.data.tar import MAX_IMAGE_BYTES
@@ -28,6 +29,7 @@ from clipcore.data.transforms import (
 )
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
+from clipcore.failures import end_with
 from clipcore.files import mode_of, read_regular
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import is_run, load_run
@@ -212,12 +214,18 @@ def print_table(paths: Sequence[str], rows: list[list[tuple[str, float]]]) -> No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
+    # A name of a class or a file may have letters that the terminal's encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parsed = build_parser().parse_args(arguments)
     try:
         rows = run_classification(parsed)
-    except (ValueError, OSError, native.WrongBuildError) as error:
-        complain("clipcore.classify", f"error: {error}")
-        return 2
+    except KeyboardInterrupt:
+        complain("clipcore.classify", "stopped")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return end_with("clipcore.classify", error, "take a smaller model")
     try:
         if parsed.json:
             print(json.dumps(dict(zip(parsed.images, map(dict, rows), strict=True)), indent=2))

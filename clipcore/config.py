@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import math
 import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 from clipcore.data.transforms import MAX_PIXELS
@@ -241,7 +243,57 @@ class TrainConfig:
     save_most_recent: bool = _option(False, ACCEPTED, "--resume latest needs no extra file")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check(self)
+
+
+def _check_types(config: TrainConfig) -> None:
+    """Refuses values that no flag gives, such as those of a config.json that somebody edited."""
+    for name, kind in _kinds().items():
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        if value is None and kind.is_optional:
+            continue
+        is_whole = type(value) is int
+        if type(value) is not kind.type and not (kind.type is float and is_whole):
+            raise ConfigError(f"{flag} is {value!r}, which is no {_WORDS[kind.type]}")
+        is_unlimited = name == "grad_clip_norm" and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not is_unlimited:
+            raise ConfigError(f"{flag} is a finite number, got {value}")
+        if is_whole and abs(value) > _MAX_WHOLE:
+            raise ConfigError(f"{flag} has too many digits for a number of 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{flag} holds a zero byte, which no name or path does")
+        if kind.choices and value not in kind.choices:
+            raise ConfigError(f"{flag} is one of {', '.join(kind.choices)}, got {value!r}")
+
+
+_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+# What torch and numpy take for a whole number.
+_MAX_WHOLE = (1 << 63) - 1
+# More are a mistake: OpenMP ends the process where it cannot start them.
+_MAX_THREADS = 1024
+_MAX_TIMEOUT_S = 10**8
+_MAX_RATIO = 100
+
+
+class _Kind(NamedTuple):
+    """What a setting may be."""
+
+    type: type
+    is_optional: bool
+    choices: Sequence[str]
+
+
+@functools.cache
+def _kinds() -> dict[str, _Kind]:
+    hints = typing.get_type_hints(TrainConfig)
+    kinds = {}
+    for field in dataclasses.fields(TrainConfig):
+        types = typing.get_args(hints[field.name]) or (hints[field.name],)
+        plain = next(t for t in types if t is not type(None))
+        choices = tuple(field.metadata["arguments"].get("choices", ()))
+        kinds[field.name] = _Kind(plain, type(None) in types, choices)
+    return kinds
 
 
 def _check(config: TrainConfig) -> None:
@@ -259,6 +311,8 @@ def _check(config: TrainConfig) -> None:
         "log_every_n_steps",
         "aug_resize",
         "max_pixels",
+        "force_image_size",
+        "vocab_size",
     ):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -270,12 +324,21 @@ def _check(config: TrainConfig) -> None:
         "keep_checkpoints",
         "zeroshot_frequency",
         "val_frequency",
+        "seed",
+        "wd",
+        "lock_image_unlocked_groups",
+        "lock_text_unlocked_layers",
+        "epochs_cooldown",
+        "lr_cooldown_end",
+        "lr_cooldown_power",
     ):
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    if config.aug_ratio is not None and config.aug_ratio < 1:
-        raise ConfigError(f"--aug-ratio is at least 1, for square crops; got {config.aug_ratio}")
+    if config.aug_ratio is not None and not 1 <= config.aug_ratio <= _MAX_RATIO:
+        raise ConfigError(
+            f"--aug-ratio is 1, for square crops, to {_MAX_RATIO}; got {config.aug_ratio:g}"
+        )
     if config.aug_resize is not None and (config.aug_scale, config.aug_ratio) != (None, None):
         raise ConfigError(
             "--aug-resize takes the place of --aug-scale and --aug-ratio; leave one or the other out"
@@ -304,8 +367,14 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--profile names operators, which --torchcompile merges; leave one of them out"
         )
-    if config.step_memory == float("inf"):
-        raise ConfigError("--step-memory is a number of GB; leave it out for what is free")
+    for name in ("threads", "workers"):
+        value = getattr(config, name)
+        if value is not None and value > _MAX_THREADS:
+            raise ConfigError(f"--{name} is at most {_MAX_THREADS}, got {value}")
+    if config.timeout > _MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"--timeout is at most {_MAX_TIMEOUT_S:,} seconds, got {config.timeout:g}"
+        )
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
@@ -445,7 +514,6 @@ def build_parser() -> argparse.ArgumentParser:
         name: parser.add_argument_group(name)
         for name in (DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED)
     }
-    hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         add = groups[field.metadata["group"]].add_argument
         flag, help, arguments = (
@@ -453,14 +521,10 @@ def build_parser() -> argparse.ArgumentParser:
             field.metadata["help"],
             field.metadata["arguments"],
         )
-        if hints[field.name] is bool:
+        kind = _kinds()[field.name].type
+        if kind is bool:
             add(flag, action="store_true", help=help)
             continue
-        kind = next(
-            t
-            for t in (typing.get_args(hints[field.name]) or (hints[field.name],))
-            if t is not type(None)
-        )
         if field.default not in (None, "", "\t"):
             help += " [%(default)s]"
         add(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipcore.architectures import MODELS, ModelConfig, TextConfig, VisionConfig
+from clipcore.terminal import printable
 
 TEXT_PARTS = (
     "text_projection",
@@ -81,6 +82,10 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"the weights are no CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)"
         )
     for scalar in ("logit_scale", "logit_bias"):
+        if scalar in found and found[scalar].numel() != 1:
+            raise ConversionError(
+                f"the weights' {scalar} is {list(found[scalar].shape)}, where a CLIP has one number"
+            )
         if scalar in found and found[scalar].ndim:
             found[scalar] = found[scalar].reshape(())
     return found
@@ -107,6 +112,10 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     except KeyError as error:
         raise ConversionError(
             f"the weights look like transformers' CLIPModel but lack {error}"
+        ) from error
+    except RuntimeError as error:
+        raise ConversionError(
+            f"the weights have names of transformers' CLIPModel and shapes of none: {printable(str(error).splitlines()[0])}"
         ) from error
     return found
 
@@ -143,20 +152,24 @@ def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> Model
     Raises:
         ConversionError: the shapes are no CLIP's.
     """
+    bias = float(state["logit_bias"]) if "logit_bias" in state else None
+    if bias is not None and not math.isfinite(bias):
+        raise ConversionError(f"the weights' logit_bias is {bias}")
     try:
         embed_dim = state["text_projection"].shape[1]
         vision, text = _infer_vision(state), _infer_text(state)
+        for known in MODELS.values():
+            if (known.vision.width, known.vision.layers) == (vision.width, vision.layers):
+                vision = dataclasses.replace(vision, head_width=known.vision.head_width)
+            if (known.text.width, known.text.layers) == (text.width, text.layers):
+                text = dataclasses.replace(text, heads=known.text.heads)
+        return ModelConfig(embed_dim, vision, text, quick_gelu, init_logit_bias=bias)
     except KeyError as error:
         raise ConversionError(
             f"the weights have no {error}: not a CLIP of OpenAI or open_clip"
         ) from error
-    for known in MODELS.values():
-        if (known.vision.width, known.vision.layers) == (vision.width, vision.layers):
-            vision = dataclasses.replace(vision, head_width=known.vision.head_width)
-        if (known.text.width, known.text.layers) == (text.width, text.layers):
-            text = dataclasses.replace(text, heads=known.text.heads)
-    bias = float(state["logit_bias"]) if "logit_bias" in state else None
-    return ModelConfig(embed_dim, vision, text, quick_gelu, init_logit_bias=bias)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConversionError("the weights have names of a CLIP and shapes of none") from error
 
 
 def _infer_text(state: Mapping[str, Tensor]) -> TextConfig:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import ModelConfig, TextConfig, VisionConfig
+from clipcore.architectures import (
+    MAX_SIZE,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    is_finite_number,
+    shortened,
+)
 from clipcore.convert import ConversionError
 from clipcore.data.transforms import RESIZE_MODES
 from clipcore.files import read_regular
@@ -61,7 +68,7 @@ def read_description(folder: Path) -> Description | None:
         return None
     try:
         config = config_from_hf(content)
-    except ConversionError as error:
+    except ValueError as error:
         raise ConversionError(f"{path}: {error}") from error
     images_path = folder / HF_IMAGES_FILE
     images = _read_json(images_path)
@@ -194,8 +201,10 @@ def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
     """Return a size, the default where it is not stated."""
     value = values.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ConversionError(f"{key} is {value!r}, no positive whole number")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise ConversionError(
+            f"{key} is {shortened(value)}, no whole number from 1 to {MAX_SIZE:,}"
+        )
     return value
 
 
@@ -309,11 +318,9 @@ def _normalization(
             continue
         values = images[key]
         is_three = isinstance(values, list) and len(values) == 3
-        if not is_three or not all(_is_finite(v) and (v > 0 or name == "mean") for v in values):
+        if not is_three or not all(
+            is_finite_number(v) and (v > 0 or name == "mean") for v in values
+        ):
             raise ConversionError(f"{origin}: {key} is {values!r}, not a number for each channel")
         given[name] = tuple(map(float, values))
     return given
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -80,7 +80,12 @@ def init_distributed(
             "start several processes with `torchrun --nproc-per-node N -m -- clipcore.train ...`, or "
             "unset all of them for a single process"
         )
-    rank, world_size, local_rank = (0, 1, 0) if missing else (int(os.environ[n]) for n in names)
+    rank, world_size, local_rank = (0, 1, 0) if missing else map(_whole_number, names)
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise ValueError(
+            f"the environment says RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, and ranks count from 0 to "
+            "below WORLD_SIZE; let torchrun set them, or unset all of them for a single process"
+        )
     world = World(rank, world_size, local_rank, pick_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -88,7 +93,15 @@ def init_distributed(
         on_cuda = world.device.type == "cuda"
         # The start has a time limit of its own: machines differ more in it than in a step.
         start = timedelta(seconds=roll_call.START_S)
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
+        except dist.DistError as error:
+            where = ":".join(os.environ.get(n, "") for n in ("MASTER_ADDR", "MASTER_PORT"))
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"rank {rank} cannot meet the others at {where}: {first_line}; MASTER_ADDR and MASTER_PORT name a free port "
+                "of the machine of rank 0, which all can reach"
+            ) from error
         is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = roll_call.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
         # NCCL's own watchdog aborts without a word about the other ranks: the roll call's comes first.
@@ -102,6 +115,16 @@ def init_distributed(
             device_id=world.device if on_cuda else None,
         )
     return world
+
+
+def _whole_number(name: str) -> int:
+    """Return what a variable of the environment says."""
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(
+            f"{name} is {os.environ[name]!r} in the environment, no whole number; let torchrun set it, or unset it"
+        ) from None
 
 
 def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:

@@ -29,15 +29,21 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(aside, flags, 0o644), "wb") as file:
-        try:
-            yield file
-            file.flush()
-            aside.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                aside.unlink()
+    try:
+        with open(os.open(aside, flags, 0o644), "wb") as file:
+            try:
+                yield file
+                file.flush()
+                aside.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    aside.unlink()
+                raise
+    except OSError as error:
+        # Writing names no file, and the name aside says nothing to its reader.
+        if error.errno is None or error.filename not in (None, os.fspath(aside)):
             raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -160,6 +166,6 @@ def sync_directory(directory: Path) -> None:
     except OSError as error:
         # Some network file systems cannot; their renames are durable on their own terms.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+            raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
     finally:
         os.close(descriptor)

@@ -103,8 +103,9 @@ class Logbook:
             self._digest = compare_log(run_dir, mark)
             self._path = run_dir / METRICS_FILE
             self._file = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "ab")
-            self._file.truncate(mark.size)
-            self._file.seek(mark.size)
+            with self._named():
+                self._file.truncate(mark.size)
+                self._file.seek(mark.size)
             sync_directory(run_dir)
         self._start = self._last_step = self._last_progress = time.perf_counter()
         self._elapsed_before_s = elapsed_s
@@ -311,11 +312,18 @@ def _wandb(run_dir: Path, config: dict[str, Any]) -> Any:
         raise ValueError(
             '--report-to wandb needs Weights & Biases: pip install "clipcore[wandb]"'
         ) from error
-    return wandb.init(
-        project=config.get("wandb_project_name"),
-        name=run_dir.name,
-        id=run_dir.name,
-        resume="allow",
-        dir=run_dir,
-        config=config,
-    )
+    try:
+        return wandb.init(
+            project=config.get("wandb_project_name"),
+            name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+        )
+    # Of many kinds: no network, no login, a project of somebody else.
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"--report-to wandb: {first_line}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error

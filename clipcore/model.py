@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ from clipcore.convert import ConversionError, infer_config, to_open_clip_names
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.modules import Attention
+from clipcore.open_clip_arguments import check_others
 from clipcore.packing import PackedText
 from clipcore.resnet import ModifiedResNet
 from clipcore.text import TextTower
@@ -29,6 +32,13 @@ from clipcore.vision import VisionTransformer
 from clipcore.weights import Weights, read_weights
 
 MAX_LOGIT_SCALE = math.log(100)
+# The position embeddings of all models, and how many rows one has at most that is made for a stranger's description.
+POSITIONS = (
+    "visual.positional_embedding",
+    "visual.attnpool.positional_embedding",
+    "positional_embedding",
+)
+MAX_POSITIONS = 1 << 15
 
 # open_clip's names, and fp64 for tests. The amp ones keep float32 weights: what is computed in which dtype is then
 # autocast's decision.
@@ -160,14 +170,17 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     *,
-    force_image_size: int | None = None,
+    force_image_size: int | Sequence[int] | None = None,
     force_quick_gelu: bool = False,
     force_patch_dropout: float | None = None,
     force_vocab_size: int | None = None,
     force_context_length: int | None = None,
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
-    output_dict: bool = False,
+    output_dict: bool | None = False,
+    require_pretrained: bool = False,
+    load_weights: bool = True,
+    **others: Any,
 ) -> CLIP:
     """A model of a known architecture, newly initialised or with weights from a file.
 
@@ -176,23 +189,43 @@ def create_model(
         pretrained: a file or folder of weights: OpenAI's, open_clip's, transformers', or a run of clipcore.
         precision: one of ``PRECISIONS``: ``bf16`` and ``fp16`` hold the matrices in that type, and gains, biases of the
             norms, embeddings and the logit scale in float32; ``pure_bf16`` and ``pure_fp16`` hold everything in it.
-        force_image_size: another side of the image, pixels; position embeddings of the weights are resized.
+        force_image_size: another side of the image, pixels, or (side, side); position embeddings of the weights are resized.
         force_quick_gelu: QuickGELU whatever the name says.
         force_patch_dropout, force_vocab_size, force_context_length: other values than the architecture's.
         init_logit_scale, init_logit_bias: to begin with, whatever weights say; SigLIP's are ln(10) and -10. A model without
             a bias has None.
         output_dict: ``forward`` returns a dict.
+        require_pretrained: refuse a model without weights.
+        load_weights: False leaves ``pretrained`` out.
+        others: open_clip's other arguments, with values that change nothing.
 
     Raises:
         UnknownModelError: with the nearest names.
         ValueError: weights that do not fit or are said to be of another model, or an argument out of range.
+        TypeError: an argument that neither clipcore nor open_clip has.
 
     >>> create_model("ViT-nano-8-32").visual.image_size
     32
     """
+    check_others("create_model", others, _ARGUMENTS)
+    _check_precision(precision)
+    # open_clip's way to say none, beside None.
+    pretrained = pretrained if pretrained and load_weights else None
+    if require_pretrained and pretrained is None:
+        raise ValueError(
+            "require_pretrained asks for weights: give their file or folder as pretrained"
+        )
+    init_logit_scale, init_logit_bias = _plain(init_logit_scale), _plain(init_logit_bias)
     config = find_model(model_name)
-    vision = {"image_size": force_image_size, "patch_dropout": force_patch_dropout}
-    text = {"vocab_size": force_vocab_size, "context_length": force_context_length}
+    if isinstance(force_image_size, list | tuple):
+        if len(set(force_image_size)) != 1:
+            raise ValueError(f"the models' images are square, got {tuple(force_image_size)}")
+        force_image_size = force_image_size[0]
+    vision = {"image_size": _plain(force_image_size), "patch_dropout": _plain(force_patch_dropout)}
+    text = {
+        "vocab_size": _plain(force_vocab_size),
+        "context_length": _plain(force_context_length),
+    }
     config = dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, **_given(vision)),
@@ -202,11 +235,10 @@ def create_model(
     )
     if config.vision.is_resnet and config.vision.patch_dropout:
         raise ValueError("patch dropout is for Vision Transformers; leave it out for a ResNet")
-    _check_precision(precision)
     # On the meta device, which holds shapes only, weights are not made elsewhere first.
     is_meta = torch.device(device).type == "meta"
     with torch.device("meta") if is_meta else contextlib.nullcontext():
-        model = CLIP(config, output_dict)
+        model = CLIP(config, bool(output_dict))
 
     if pretrained is not None:
         load_checkpoint(model, pretrained)
@@ -218,8 +250,13 @@ def create_model(
     return _cast(model, precision).to(device)
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
+_ARGUMENTS = tuple(name for name in inspect.signature(create_model).parameters if name != "others")
+# Of a model that weights describe they are free all the same.
+_FREE_ARGUMENTS = {"output_dict", "require_pretrained"}
+
+
+def _check_precision(precision: object) -> None:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
 
 
@@ -234,6 +271,11 @@ def _cast(model: CLIP, precision: str) -> CLIP:
     if isinstance(model.visual, VisionTransformer):
         model.visual.proj.data = model.visual.proj.to(dtype)
     return model
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's or of a tensor as Python's own, all else as it is."""
+    return value.item() if isinstance(value, np.generic | Tensor) else value
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +299,7 @@ def create_model_and_transforms(
     Args:
         image_mean, image_std, image_resize_mode: see ``ImageTransform``; in place of what the weights' description says.
         aug_cfg: of the random crop in training, such as ``{"scale": (0.9, 1.0)}``.
-        forced: the ``force_...`` and ``init_...`` arguments of ``create_model``.
+        forced: the other arguments of ``create_model``.
     """
     model = create_model(model_name, pretrained, precision, device, **forced)
     model.set_images(model.images | _images(image_mean, image_std, image_resize_mode))
@@ -284,13 +326,16 @@ def create_model_from_pretrained(
             Without one the architecture is read off the shapes; the activation, which leaves no trace there, is then
             taken to be QuickGELU for models that OpenAI published and GELU for others, with a warning.
         image_mean, image_std, image_resize_mode: as of ``create_model_and_transforms``.
-        forced: the ``force_...`` and ``init_...`` arguments of ``create_model``; they need a name.
+        forced: the other arguments of ``create_model``; those of a model's shape need a name.
     """
     _check_precision(precision)
     if model_name is None:
-        if forced:
-            raise ValueError(f"{', '.join(forced)} need the name of the model")
+        free = {name: forced.pop(name) for name in _FREE_ARGUMENTS & forced.keys()}
+        if shaping := [name for name in forced if name in _ARGUMENTS]:
+            raise ValueError(f"{', '.join(shaping)} need the name of the model")
+        check_others("create_model_from_pretrained", forced, _ARGUMENTS)
         model = _cast(_from_weights_alone(Path(pretrained)), precision).to(device)
+        model.output_dict = bool(free.get("output_dict"))
     else:
         model = create_model(model_name, pretrained, precision, device, **forced)
     model.set_images(model.images | _images(image_mean, image_std, image_resize_mode))
@@ -320,9 +365,34 @@ def _from_weights_alone(pretrained: Path) -> CLIP:
                 stacklevel=3,
             )
         config = dataclasses.replace(config, quick_gelu=quick_gelu)
-    model = CLIP(config)
-    load_weights(model, state, str(pretrained))
+    if config.init_logit_bias is not None and "logit_bias" not in state:
+        state["logit_bias"] = torch.tensor(float(config.init_logit_bias))
+    # As open_clip does, for a description of another image or context; to a stranger's huge one they are not stretched.
+    with torch.device("meta"):
+        own = CLIP(config).state_dict()
+    if all(own[key].shape[0] <= MAX_POSITIONS for key in POSITIONS if key in own):
+        state = resize_position_embeddings(state, own)
+    model = model_of(config, state, str(pretrained))
     model.set_images(weights.images)
+    return model
+
+
+def model_of(config: ModelConfig, state: dict[str, Tensor], origin: str) -> CLIP:
+    """Return the model of a description with its weights, under open_clip's names and in its very shapes.
+
+    The shapes are compared before memory is taken: a description may be a stranger's.
+
+    Args:
+        origin: of the weights, for messages.
+
+    Raises:
+        ValueError: as of ``load_checkpoint``.
+    """
+    with torch.device("meta"):
+        own = CLIP(config).state_dict()
+    _check_shapes(config, state, own, origin)
+    model = CLIP(config)
+    model.load_state_dict(state)
     return model
 
 
@@ -398,7 +468,17 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[st
     if "logit_bias" in own and "logit_bias" not in fitted:
         kept = ("logit_bias",)
         fitted["logit_bias"] = own["logit_bias"]
-    differing = _differences(fitted, own)
+    _check_shapes(model.config, fitted, own, origin)
+    model.load_state_dict(fitted)
+    return kept
+
+
+def _check_shapes(
+    config: ModelConfig, state: dict[str, Tensor], own: Mapping[str, Tensor], origin: str
+) -> None:
+    """Raise ValueError unless weights have the names and shapes of a model's, with what they look like."""
+    found = {name: value.shape for name, value in state.items()}
+    differing = shape_differences(found, {name: value.shape for name, value in own.items()})
     if differing == ["logit_bias is unknown"]:
         raise ValueError(
             f"the weights in {origin} have a logit_bias, as SigLIP's do, and the model has none: train with --siglip, use "
@@ -412,18 +492,18 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[st
         rest = len(differing) - 3
         more = f", and {rest} more" if rest > 0 else ""
         raise ValueError(
-            f"the weights in {origin} do not fit {model.config.describe()}: {', '.join(differing[:3])}{more}; {looks}"
+            f"the weights in {origin} do not fit {config.describe()}: {', '.join(differing[:3])}{more}; {looks}"
         )
-    model.load_state_dict(fitted)
-    return kept
 
 
-def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """In words: what ``state`` has in another shape than ``own``, lacks, or has alone."""
+def shape_differences(
+    state: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Return in words which of the shapes in ``state`` differ from those in ``own``, are missing, or are unknown."""
     shapes = [
-        f"{name} is {list(state[name].shape)} instead of {list(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
+        f"{name} is {list(state[name])} instead of {list(shape)}"
+        for name, shape in own.items()
+        if name in state and state[name] != shape
     ]
     missing = [f"{name} is missing" for name in own if name not in state]
     return shapes + missing + [f"{name} is unknown" for name in state if name not in own]
@@ -437,15 +517,13 @@ def resize_position_embeddings(
     As in open_clip, and for ResNets too. Embeddings of another width are left as they are.
     """
     resized = dict(state)
-    for key in (
-        "visual.positional_embedding",
-        "visual.attnpool.positional_embedding",
-        "positional_embedding",
-    ):
+    for key in POSITIONS:
         if key not in state or key not in own or state[key].shape[1:] != own[key].shape[1:]:
             continue
         old, length = state[key], own[key].shape[0]
         if old.shape[0] != length:
+            if not old.shape[0]:
+                raise ConversionError(f"the weights' {key} has no row")
             resize = _resize_line if key == "positional_embedding" else _resize_grid
             resized[key] = resize(old.float(), length).to(old.dtype)
     return resized
@@ -454,7 +532,7 @@ def resize_position_embeddings(
 def _resize_grid(old_LD: Tensor, length: int) -> Tensor:
     """One embedding for the class token or the mean, which stays, then a square grid."""
     old, new = math.isqrt(old_LD.shape[0] - 1), math.isqrt(length - 1)
-    if old_LD.shape[0] != old**2 + 1:
+    if old_LD.shape[0] != old**2 + 1 or not old:
         raise ConversionError(
             f"the weights have {old_LD.shape[0]} image positions, which are no square and a class token"
         )

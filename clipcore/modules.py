@@ -161,10 +161,10 @@ class ResidualAttentionBlock(nn.Module):
         """The block's output at one token of each sequence, [B, D]: all that a tower reads of its last block.
 
         Of the other tokens only LayerNorm's output is computed; the result and every gradient are those of ``forward``.
-        Hooks and attention of another kind get all tokens.
+        Modules that were replaced or have hooks get all tokens.
         """
         x_RLD = Stream(x_RLD, delta_RLD).joined()
-        if type(self.attn) is not Attention or is_hooked(self.attn) or is_hooked(self):
+        if is_hooked(self) or not self._has_own_parts():
             segments_RL = None if read.packed is None else read.packed.segments_RP
             found = self(x_RLD, None, read.is_causal, segments_RL)
             x_RLD = found if isinstance(found, Tensor) else Stream(*found).joined()
@@ -186,7 +186,10 @@ class ResidualAttentionBlock(nn.Module):
         return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
 
     def is_as_made(self) -> bool:
-        """Whether its modules are those of ``__init__``, without hooks."""
+        """Whether its modules are those of ``__init__``, without hooks, and no trace is made, which follows modules only."""
+        return not torch.jit.is_tracing() and self._has_own_parts()
+
+    def _has_own_parts(self) -> bool:
         outer = (self.ln_1, self.attn, self.ln_2, self.mlp)
         if tuple(type(part) for part in outer) != (LayerNorm, Attention, LayerNorm, nn.Sequential):
             return False
@@ -218,7 +221,9 @@ class ReadAt(NamedTuple):
             return x_RLD.flatten(0, 1).index_select(0, self.packed.ends_B)
         if self.token_B is None:
             return x_RLD[:, 0]
-        return x_RLD[torch.arange(len(x_RLD), device=x_RLD.device), self.token_B]
+        # Of its shape, which traces and exports follow to other batches; len() would be a number to them.
+        rows_B = torch.arange(x_RLD.shape[0], device=x_RLD.device)
+        return x_RLD[rows_B, self.token_B]
 
     def sequences(self, x_RLD: Tensor) -> Tensor:
         """The values of the sequences that they are of, [B, L, D]."""
@@ -287,6 +292,8 @@ class Transformer(nn.Module):
         if is_hooked(self):
             return read.tokens(self(x_RLD, segments_RP))
         *blocks, last = self.blocks
+        if not isinstance(last, ResidualAttentionBlock):
+            return read.tokens(self(x_RLD, segments_RP))
         return last.pooled(*self._run(blocks, x_RLD, segments_RP), read)
 
     def _run(
@@ -307,6 +314,19 @@ class Transformer(nn.Module):
         return stream
 
 
+def read_pooled(
+    transformer: nn.Module,
+    x_RLD: Tensor,
+    token_B: Tensor | None = None,
+    packed: PackedText | None = None,
+) -> Tensor:
+    """``Transformer.pooled`` of a transformer that may have been replaced, and then is called with all tokens."""
+    if isinstance(transformer, Transformer):
+        return transformer.pooled(x_RLD, token_B, packed)
+    found = transformer(x_RLD) if packed is None else transformer(x_RLD, packed.segments_RP)
+    return ReadAt(token_B, packed=packed).tokens(found)
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the products with a matrix, which the stream between them shares: autocast's where it is on."""
     kind = weight.device.type
@@ -317,7 +337,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def check_images(images: Tensor, image_size: int) -> None:
-    """Raise ValueError unless the images are [B, 3, S, S] of the model's size, of floats or bytes."""
+    """Raise TypeError for no tensor, ValueError unless it is [B, 3, S, S] of the model's size, of floats or bytes."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"the model takes images as a tensor, got {type(images).__name__}; use the preprocessing that "
+            "create_model_and_transforms returns, and torch.stack"
+        )
     if not images.is_floating_point() and images.dtype != torch.uint8:
         raise ValueError(
             f"the model takes normalised images, or pixels as uint8, got {images.dtype}; clipcore.data.transforms has "

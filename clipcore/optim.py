@@ -231,7 +231,8 @@ def load_optimizer_tensors(
     Moments of a run with another ``--adam-moments`` take the dtype of this one's: to bfloat16 once to nearest.
 
     Raises:
-        ValueError: the tensors belong to other parameters, such as after a change of the locked towers.
+        ValueError: the tensors belong to other parameters, such as after a change of the locked towers, or to others of
+            these names.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     names = {key.rpartition(".")[0] for key in tensors}
@@ -241,15 +242,30 @@ def load_optimizer_tensors(
             f"the checkpoint's optimizer state is for other parameters (first: {differing[0]}); resume with the "
             "--lock-image and --lock-text options of the run that wrote it"
         )
+    for name in trained if tensors else ():
+        if missing := [key for key in ("step", *MOMENTS) if f"{name}.{key}" not in tensors]:
+            raise ValueError(
+                f"the checkpoint's optimizer state lacks {name}.{missing[0]}; use another checkpoint of the run"
+            )
     is_ours = isinstance(optimizer, AdamW)
     moments = optimizer.moments if isinstance(optimizer, AdamW) else None
     for name, parameter in trained.items():
         state = optimizer.state[parameter]
         if (step := tensors.get(f"{name}.step")) is not None:
+            if step.numel() != 1:
+                raise ValueError(
+                    f"the checkpoint's optimizer state is damaged: {name}.step is {list(step.shape)}, no single number; use "
+                    "another checkpoint of the run"
+                )
             # torch's fused optimizer counts on the device, ours on the CPU.
             state["step"] = step.to("cpu" if is_ours else parameter.device, copy=True)
         for key in MOMENTS:
             if (value := tensors.get(f"{name}.{key}")) is not None:
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the checkpoint's optimizer state is for another model: {name}.{key} is {list(value.shape)}, and "
+                        f"the weights are {list(parameter.shape)}; use another checkpoint of the run"
+                    )
                 state[key] = value.to(parameter.device, moments or parameter.dtype, copy=True)
 
 

@@ -62,6 +62,17 @@ class PackedText(NamedTuple):
             part.record_stream(stream)
 
 
+def check_token_rows(text: object) -> None:
+    """Raise TypeError unless captions are whole numbers in a tensor."""
+    if not isinstance(text, Tensor):
+        raise TypeError(
+            f"the model takes captions as token ids in a tensor, got {type(text).__name__}; get_tokenizer(model_name) makes "
+            "them of text"
+        )
+    if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+        raise TypeError(f"the model takes token ids as whole numbers, got {text.dtype}")
+
+
 def pack_captions(text_BL: Tensor, length: int = PACKED_LENGTH) -> PackedText:
     """Packs padded token rows; on the host, where the tokenizer leaves them.
 
@@ -72,10 +83,12 @@ def pack_captions(text_BL: Tensor, length: int = PACKED_LENGTH) -> PackedText:
 
     Raises:
         ValueError: not token rows.
+        TypeError: no ids, such as text.
 
     >>> pack_captions(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0]])).ids_RP[0, :6]
     tensor([1, 5, 9, 1, 9, 0])
     """
+    check_token_rows(text_BL)
     if text_BL.ndim != 2 or 0 in text_BL.shape:
         raise ValueError(f"token rows must be [B, L], got {list(text_BL.shape)}")
     text = text_BL.numpy(force=True)

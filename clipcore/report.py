@@ -67,6 +67,7 @@ class ReportData:
         retrieval: rows with step, task, num_pairs, num_texts, num_unreadable, image_to_text_R@1 and the like.
         timings: seconds by part of the run.
         profile: the page about a step, as plain text.
+        warnings: what went wrong in the run, a sentence or two each.
     """
 
     title: str
@@ -81,6 +82,7 @@ class ReportData:
     versions: dict[str, str]
     timings: dict[str, float]
     profile: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def write_report(path: Path, data: ReportData) -> None:
 def render(data: ReportData) -> str:
     """The page as HTML."""
     sections = [
+        _warnings(data.warnings),
         _summary(data.summary),
         _curves(data.steps),
         _zero_shot(data.evaluations),
@@ -115,6 +118,12 @@ def render(data: ReportData) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body><main><header><p>clipcore run</p>"
         f"<h1>{title}</h1></header>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    return "".join(
+        f'<section class="warning"><p>{html.escape(text)}</p></section>' for text in warnings
     )
 
 
@@ -471,5 +480,6 @@ align-items:center}.pair ol{margin:0}.pair q{font-size:.85rem}.pair span{display
 .matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*75%),transparent);min-width:2rem}
 .matrix .own{outline:2px solid var(--b);outline-offset:-2px;font-weight:700}
 .captions{columns:2 22rem;font-size:.82rem;color:var(--muted);padding-left:1.6rem}details{margin-top:1.5rem}
-summary{cursor:pointer;font-size:1.25rem;font-weight:600}
+summary{cursor:pointer;font-size:1.25rem;font-weight:600}.warning{border-left:4px solid var(--b);padding-left:.9rem;
+margin:1.25rem 0 0}.warning p{margin:0;font-weight:600}
 """

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from clipcore.architectures import VisionConfig
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.attention_pool import attention_pool
-from clipcore.modules import check_images, freeze
+from clipcore.modules import check_images, freeze, is_hooked
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -100,6 +100,8 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, grid: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"{heads} heads do not divide {channels} channels")
         self.heads = heads
         self.positional_embedding = nn.Parameter(
             torch.randn(grid**2 + 1, channels) * channels**-0.5
@@ -114,8 +116,21 @@ class AttentionPool2d(nn.Module):
         x_BLC = torch.cat([x_BLC.mean(1, keepdim=True), x_BLC], 1)
         x_BLC = x_BLC + self.positional_embedding.to(x_BLC.dtype)
         q_BHK = self.q_proj(x_BLC[:, 0]).unflatten(-1, (self.heads, -1))
-        key, value = ((proj.weight, proj.bias) for proj in (self.k_proj, self.v_proj))
+        parts = (self.k_proj, self.v_proj)
+        if any(type(part) is not nn.Linear or is_hooked(part) for part in parts):
+            return self.c_proj(self._pool_by_modules(q_BHK, x_BLC))
+        key, value = ((part.weight, part.bias) for part in parts)
         return self.c_proj(attention_pool(q_BHK, x_BLC, key, value))
+
+    def _pool_by_modules(self, q_BHK: Tensor, x_BLC: Tensor) -> Tensor:
+        """The same by calling ``k_proj`` and ``v_proj``, which somebody has replaced or watches."""
+        k_BLHK, v_BLHK = (
+            part(x_BLC).unflatten(-1, (self.heads, -1)) for part in (self.k_proj, self.v_proj)
+        )
+        scores_BHL = torch.einsum("bhk,blhk->bhl", q_BHK * q_BHK.shape[-1] ** -0.5, k_BLHK)
+        wide = torch.promote_types(q_BHK.dtype, torch.float32)
+        weights_BHL = scores_BHL.to(wide).softmax(-1).to(v_BLHK.dtype)
+        return torch.einsum("bhl,blhk->bhk", weights_BHL, v_BLHK).flatten(1)
 
 
 class ModifiedResNet(nn.Module):

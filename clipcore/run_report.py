@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import clipcore
+from clipcore.collapse import CollapseWatch
 from clipcore.config import TrainConfig
 from clipcore.data import BadSample, PairSource
 from clipcore.data.transforms import ImageTransform, normalize_images
@@ -60,15 +61,18 @@ def report_run(
     plan: EvaluationPlan,
     training_source: PairSource,
     log: Logbook,
+    watch: CollapseWatch,
 ) -> None:
     """Writes report.html into the run's folder, on the main rank; called by all.
 
     Args:
+        watch: has seen the steps of the run.
         training_source: shown where the run has no pairs to validate on.
     """
     model = state.evaluated_model()
     if not plan.world.is_main:
         return
+    collapsed = watch.end()
     steps, evaluations = read_metrics(run_dir)
     was_training = model.training
     model.eval()
@@ -83,6 +87,7 @@ def report_run(
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
         summary=summary(steps, zero_shot, retrieval, state),
+        warnings=tuple(map(watch.describe, watch.found)),
         steps=steps,
         evaluations=zero_shot,
         retrieval=retrieval,
@@ -96,6 +101,8 @@ def report_run(
     )
     model.train(was_training)
     write_report(run_dir / "report.html", data)
+    if collapsed is not None:
+        log.say(collapsed)
     log.say(f"report: {run_dir / 'report.html'}")
 
 

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.architectures import ModelConfig
+from clipcore.architectures import ModelConfig, is_finite_number
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
+    TensorGroup,
     Writers,
     committed,
     committed_names,
@@ -40,7 +41,7 @@ from clipcore.descriptions import recorded_images
 from clipcore.distributed import World, all_reduce_sum, broadcast_object, is_main
 from clipcore.files import is_file, is_folder, read_regular, write_durably
 from clipcore.logbook import LogMark
-from clipcore.model import CLIP
+from clipcore.model import CLIP, model_of, shape_differences
 from clipcore.optim import (
     ExponentialMovingAverage,
     load_optimizer_tensors,
@@ -60,6 +61,7 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     "metrics_bytes": int,
     "scaler": dict,
 }
+_SCALER_STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 VOCABULARY_FILE = "vocabulary.txt.gz"
 CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 # What each launch decides for itself; the process group has its timeout already when a run is resumed.
@@ -154,6 +156,14 @@ class RunState:
                 f"{checkpoint.path} holds no moving average; resume without --ema-decay"
             )
         groups = checkpoint.tensors
+        _check_weights(checkpoint, "model", self.model.state_dict())
+        if self.ema is not None:
+            _check_weights(checkpoint, "ema", self.ema.shadow)
+        # A loss scaler may have left out every step so far.
+        if not groups["optimizer"] and checkpoint.step > 0 and not record["scaler"]:
+            raise CheckpointError(
+                f"{checkpoint.path} lacks the optimizer's moments; use another checkpoint of the run"
+            )
         if is_sharded(self.model):
             groups = {name: OwnRows(group, self.model) for name, group in groups.items()}
         self.model.load_state_dict(groups["model"])
@@ -192,6 +202,18 @@ class RunState:
             self._averaged = copy.deepcopy(self.model)
         self._averaged.load_state_dict(self.ema.shadow)
         return self._averaged
+
+
+def _check_weights(checkpoint: Checkpoint, group: str, own: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a group of a checkpoint has the names and shapes of a model's weights."""
+    found = checkpoint.tensors[group]
+    is_lazy = isinstance(found, TensorGroup)  # whose tensors are not read for their shapes
+    shapes = {name: found.shape(name) if is_lazy else found[name].shape for name in found}  # type: ignore[attr-defined]
+    if differing := shape_differences(shapes, {name: value.shape for name, value in own.items()}):
+        raise CheckpointError(
+            f"{checkpoint.path} is not of the model that it says: {', '.join(differing[:3])}; use another checkpoint of the "
+            "run"
+        )
 
 
 def first_fault(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
@@ -255,10 +277,19 @@ def run_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     record = checkpoint.state
     for key, kind in _RECORD.items():
-        if not isinstance(record.get(key), kind):
-            raise CheckpointError(
-                f"{checkpoint.path} is not of a run: its {key} is {record.get(key)!r}"
-            )
+        value = record.get(key)
+        is_sound = not isinstance(value, int | float) or (is_finite_number(value) and value >= 0)
+        if not isinstance(value, kind) or not is_sound:
+            raise CheckpointError(f"{checkpoint.path} is not of a run: its {key} is {value!r}")
+    scaler = record["scaler"]
+    if scaler and not all(is_finite_number(scaler.get(key)) for key in _SCALER_STATE):
+        raise CheckpointError(f"{checkpoint.path} is not of a run: its scaler is {scaler!r}")
+    if not all(is_finite_number(seconds) for seconds in record["timings"].values()):
+        raise CheckpointError(f"{checkpoint.path} is not of a run: its timings are no numbers")
+    if not isinstance(record.get("metrics_sha256"), str | None):
+        raise CheckpointError(
+            f"{checkpoint.path} is not of a run: its metrics_sha256 is {record['metrics_sha256']!r}"
+        )
     if "model" not in checkpoint.tensors or "optimizer" not in checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.path} is not of a run: it lacks weights or moments")
     return record
@@ -456,7 +487,12 @@ def resumed_config(
         settings["threads"] = None
     settings |= again
     own = {name: getattr(config, name) for name in LAUNCH_SETTINGS}
-    return TrainConfig(**{**settings, **own})
+    try:
+        return TrainConfig(**{**settings, **own})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; the run's settings are in {path}: put them back as they were, or give the flag again"
+        ) from error
 
 
 def new_run_dir(config: TrainConfig) -> Path:
@@ -487,13 +523,17 @@ def load_run(
     checkpoint, run_dir = open_run(path)
     identity = run_record(checkpoint)["identity"]
     tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    if tokenizer.sha256 != identity["vocabulary"]:
+    if tokenizer.sha256 != identity.get("vocabulary"):
         raise CheckpointError(
             f"{run_dir / VOCABULARY_FILE} is not the vocabulary that {checkpoint.path} was trained with"
         )
-    model = CLIP(ModelConfig.from_dict(identity["model"])).to(device)
     groups = checkpoint.tensors
-    model.load_state_dict(groups["ema" if "ema" in groups else "model"])
+    try:
+        config = ModelConfig.from_dict(identity.get("model"))
+        weights = dict(groups["ema" if "ema" in groups else "model"])
+        model = model_of(config, weights, str(checkpoint.path)).to(device)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be made a model: {error}") from error
     tokenizer.context_length = model.context_length
     model.set_images(recorded_images(identity, checkpoint.path))
     transform = ImageTransform(model.visual.image_size, is_train=False, **model.images)

@@ -81,8 +81,9 @@ def printable_lines(text: str) -> str:
 
 
 def complain(program: str, text: object) -> None:
-    """Print on standard error what ends a program, or what is wrong with what it was given."""
-    print(f"{program}: {printable_lines(str(text))}", file=sys.stderr, flush=True)
+    """Print on standard error, in one line, what ends a program, or what is wrong with what it was given."""
+    line = " ".join(str(text).splitlines())
+    print(f"{program}: {printable_lines(line)}", file=sys.stderr, flush=True)
 
 
 def write_steadily(descriptor: int, content: bytes) -> None:

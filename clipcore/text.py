@@ -20,8 +20,9 @@ from clipcore.modules import (
     compute_dtype,
     freeze_all_but_last,
     is_hooked,
+    read_pooled,
 )
-from clipcore.packing import PackedText
+from clipcore.packing import PackedText, check_token_rows
 
 
 class TextTower(nn.Module):
@@ -66,7 +67,10 @@ class TextTower(nn.Module):
 
         Raises:
             ValueError: rows or captions that are too long, empty rows, or on the CPU ids that are not of the vocabulary.
+            TypeError: no ids, such as text.
         """
+        if not isinstance(text, PackedText):
+            check_token_rows(text)
         packed = text if isinstance(text, PackedText) else None
         length = text.slots_BM.shape[1] if isinstance(text, PackedText) else text.shape[-1]
         if (packed is None and text.ndim != 2) or not 1 <= length <= self.context_length:  # type: ignore[union-attr]
@@ -79,14 +83,14 @@ class TextTower(nn.Module):
         if isinstance(text, PackedText):
             positions_RLD = F.embedding(text.positions_RP, self.positional_embedding)
             x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
-            pooled_BD = self.transformer.pooled(x_RLD, packed=text)
+            pooled_BD = read_pooled(self.transformer, x_RLD, packed=text)
         else:
             self._check_ids(text)
             end_B = text.argmax(-1)
             text = self._without_padding(text, end_B)
             x_RLD = self.token_embedding(text).to(dtype)
             x_RLD = x_RLD + self.positional_embedding[: text.shape[1]].to(dtype)
-            pooled_BD = self.transformer.pooled(x_RLD, end_B)
+            pooled_BD = read_pooled(self.transformer, x_RLD, end_B)
         features_BE = self.ln_final(pooled_BD) @ self.text_projection
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
@@ -109,7 +113,9 @@ class TextTower(nn.Module):
         A GPU would have to wait for the length; a compiler and fake tensors have no values; what has hooks or was replaced
         may expect all columns, and a tower that is not causal sees them.
         """
-        if text_BL.device.type != "cpu" or not _has_values(text_BL) or not len(text_BL):
+        if text_BL.device.type != "cpu" or not _has_values(text_BL) or not text_BL.numel():
+            return text_BL
+        if not isinstance(self.transformer, Transformer):
             return text_BL
         blocks = self.transformer.blocks
         hookable = (self.token_embedding, self.transformer, *blocks)

@@ -23,6 +23,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 import zlib
@@ -36,6 +37,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
 from clipcore.architectures import find_model
+from clipcore.failures import end_with
 from clipcore.files import open_regular, read_regular, write_durably
 from clipcore.terminal import complain, steady_output
 
@@ -448,8 +450,14 @@ def tokenize(
 
 
 def _read_captions(path: Path) -> Iterator[str]:
-    with io.TextIOWrapper(open_regular(path), "utf-8-sig", "replace") as file:
-        yield from file
+    """Yield the lines of a file; raise VocabularyError where it is not UTF-8."""
+    with io.TextIOWrapper(open_regular(path), "utf-8-sig") as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise VocabularyError(
+                f"{path} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
+            ) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -490,7 +498,7 @@ def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 2 for a mistake, with one line on standard error."""
+    """Run the command line; return its exit status, as of ``clipcore.failures``."""
     parsed = build_parser().parse_args(arguments)
     # This process never forks, so that the library may use all cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -501,12 +509,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             complain("clipcore.tokenizer", f"note: {note.message}")
         tokenizer.save(parsed.output)
         print(_describe(tokenizer, _read_captions(parsed.train)))
-    except OSError as error:
-        complain("clipcore.tokenizer", f"error: {parsed.train}: {error.strerror}")
-        return 2
-    except VocabularyError as error:
-        complain("clipcore.tokenizer", f"error: {error}")
-        return 2
+    except KeyboardInterrupt:
+        complain("clipcore.tokenizer", "stopped")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return end_with("clipcore.tokenizer", error, "train it from fewer captions")
     print(
         f"wrote {parsed.output}; use it with python -m clipcore.train --tokenizer {parsed.output}"
     )

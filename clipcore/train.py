@@ -4,10 +4,11 @@ Settings, data, model, optimizer, resume, then one loop; at the end the report. 
 moving average, step): the order of the data, the crops and the dropout are functions of the seed and the step, so that
 a run continues bit for bit from any of its checkpoints.
 
-Exit status: 0 done; 1 stopped by a loss, gradient or weight that is not finite; 2 a mistake in the settings or the data, or
-a file that cannot be read or written; 3 ended because another rank died or kept the others waiting for longer than
-``--timeout``; 4 stopped, after saving a checkpoint, because a process that reads data was killed; 128 + n stopped by signal
-n, after saving a checkpoint.
+Exit status: 0 done; 1 stopped by a loss, gradient or weight that is not finite; 2 a mistake in the settings or the data, a
+file that cannot be read or written, or too little memory; 3 ended because another rank died or kept the others waiting for
+longer than ``--timeout``; 4 stopped, after saving a checkpoint, because a process that reads data was killed; 5
+``--verify-gradients`` found gradients that are not those of the loss; 70 a fault of clipcore's own; 128 + n stopped by
+signal n, after saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +37,7 @@ from clipcore.checkpoint import (
     run_lock,
     step_name,
 )
+from clipcore.collapse import CollapseWatch
 from clipcore.config import (
     ConfigError,
     TrainConfig,
@@ -58,6 +62,7 @@ from clipcore.distributed import (
     is_main,
 )
 from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.failures import end_with
 from clipcore.files import is_file, make_directory
 from clipcore.grad_cache import Found
 from clipcore.interrupt import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt
@@ -67,6 +72,7 @@ from clipcore.logbook import (
     LogMark,
     PartClock,
     compare_log,
+    read_metrics,
     set_log_aside,
 )
 from clipcore.loss import ClipLoss, SigLipLoss
@@ -111,6 +117,7 @@ from clipcore.threads import most_threads
 from clipcore.verify import VerificationError, verify_gradients
 
 WORKER_LOST_STATUS = 4
+WRONG_GRADIENTS_STATUS = 5
 
 
 class NonFiniteError(RuntimeError):
@@ -248,6 +255,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
 
     towers: nn.Module = model
     if config.torchcompile:
+        if world.device.type == "cpu":
+            check_compiler()
         towers = cast(nn.Module, torch.compile(model))
     training = TrainingStep(
         *(model, towers, loss_fn, world, precision, config.seed, global_batch_size),
@@ -283,6 +292,13 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         log.say(describe(config, model, source, world, num_steps, state.step, run_dir))
         for line in evaluations.describe_sources(source):
             log.say(line)
+        warmup = 0 if config.skip_scheduler else config.warmup or 0
+        watch = CollapseWatch(
+            global_batch_size, config.siglip, warmup, config.grad_clip_norm is not None
+        )
+        earlier = read_metrics(run_dir)[0] if log.writes and state.step else []
+        if said := watch.see_all(earlier):
+            log.say(said)
         clock = PartClock(state.timings)
         batches = loader.batches(state.step)
         saved_at, first_step = time.monotonic(), state.step
@@ -369,6 +385,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             state.transparent += int(num_transparent)
             for key, reason in batch.bad:
                 log.say(f"step {state.step}: replaced {key}: {reason}")
+            length = grad_norm.item()
             log.step(
                 {
                     "step": state.step,
@@ -376,12 +393,14 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                     "loss": mean_loss,
                     "lr": lr,
                     "logit_scale": model.logit_scale.exp().item(),
-                    "grad_norm": grad_norm.item(),
+                    "grad_norm": length,
                     "bad_samples": state.bad_samples,
                 },
                 num_pairs=global_batch_size,
                 every=config.log_every_n_steps,
             )
+            if said := watch.see(state.step, mean_loss, length):
+                log.say(said)
 
             del batch, found  # which may be large, before the next are there
             if said := profiled.end_step():
@@ -416,7 +435,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
                 status = WORKER_LOST_STATUS if num_lost else interrupt.exit_status
                 break
         else:
-            report_run(run_dir, config, state, evaluations, source, log)
+            report_run(run_dir, config, state, evaluations, source, log, watch)
             status = 0
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.
     barrier()
@@ -550,6 +569,16 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile would find no C++ compiler, in the middle of the first step on a CPU."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    if not command or shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"--torchcompile needs a C++ compiler, and {' '.join(command) or 'CXX'} is not there: install g++, name one in "
+            "CXX, or leave the flag out"
+        )
+
+
 def note_without_effect(config: TrainConfig, world: World) -> None:
     """Says which settings are taken from open_clip's users but change nothing."""
     names = (
@@ -681,27 +710,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 128 + signal.SIGINT
-    except (NonFiniteError, VerificationError) as error:
+    except NonFiniteError as error:
         complain("clipcore.train", f"stopped: {error}")
         return 1
+    except VerificationError as error:
+        complain("clipcore.train", f"stopped: {error}")
+        return WRONG_GRADIENTS_STATUS
     except DataWaitError as error:
         complain("clipcore.train", f"stopped: {error}")
         return error.exit_status
     except WorkerLostError as error:
         complain("clipcore.train", f"stopped: {error}")
         return WORKER_LOST_STATUS
-    except OSError as error:
-        if os.environ.get("CLIPCORE_TRACEBACK"):
-            raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        complain("clipcore.train", f"error: {where}{error.strerror or error}")
-        return 2
-    except (ValueError, native.WrongBuildError) as error:
-        # Every mistake of a user is one of these, and names the remedy; a developer may want the trace.
-        if os.environ.get("CLIPCORE_TRACEBACK"):
-            raise
-        complain("clipcore.train", f"error: {error}")
-        return 2
+    except Exception as error:
+        return end_with(
+            "clipcore.train",
+            error,
+            "lower --step-memory or --micro-batch-size, or set --grad-checkpointing",
+        )
     finally:
         close_distributed()
 

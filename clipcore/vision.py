@@ -23,6 +23,7 @@ from clipcore.modules import (
     compute_dtype,
     freeze_all_but_last,
     is_hooked,
+    read_pooled,
 )
 
 
@@ -71,7 +72,7 @@ class VisionTransformer(nn.Module):
         """
         check_images(images, self.image_size)
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
-        return self.ln_post(self.transformer.pooled(x_BLD)) @ self.proj
+        return self.ln_post(read_pooled(self.transformer, x_BLD)) @ self.proj
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens [B, L, D], normalised: the class token, then the patches row by row, with their positions."""
@@ -91,17 +92,21 @@ class VisionTransformer(nn.Module):
         )
 
     def _is_as_made(self) -> bool:
+        if torch.jit.is_tracing():
+            return False
         parts = (self.conv1, self.ln_pre)
         return (type(self.conv1), type(self.ln_pre)) == (nn.Conv2d, LayerNorm) and not any(
             map(is_hooked, parts)
         )
 
     def _embed_by_modules(self, images: Tensor) -> Tensor:
-        """The same by calling ``conv1`` and ``ln_pre``, which somebody has replaced or watches."""
+        """The same by calling ``conv1`` and ``ln_pre``, which somebody has replaced, watches or traces."""
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
-        x_BPD = self.conv1(images.to(self.class_embedding.dtype)).flatten(2).mT
-        class_B1D = self.class_embedding.to(x_BPD.dtype).expand(len(images), 1, -1)
+        # Layers of other kinds in its place may have no ``weight``.
+        dtype = next(self.conv1.parameters(), self.class_embedding).dtype
+        x_BPD = self.conv1(images.to(dtype)).flatten(2).mT
+        class_B1D = self.class_embedding.to(x_BPD.dtype).expand(images.shape[0], 1, -1)
         x_BLD = torch.cat([class_B1D, x_BPD], 1) + self.positional_embedding.to(x_BPD.dtype)
         return self.ln_pre(x_BLD)
 
@@ -112,11 +117,11 @@ class VisionTransformer(nn.Module):
         num_patches = x_BLD.shape[1] - 1
         num_kept = max(1, int(num_patches * (1 - self.patch_dropout)))
         if seeds_B is None:
-            drawn = torch.rand(len(x_BLD), num_patches, device=x_BLD.device)
+            drawn = torch.rand(x_BLD.shape[0], num_patches, device=x_BLD.device)
         else:
             drawn = _hashes(seeds_B, num_patches)
         kept = drawn.topk(num_kept).indices + 1
-        rows = torch.arange(len(x_BLD), device=x_BLD.device)[:, None]
+        rows = torch.arange(x_BLD.shape[0], device=x_BLD.device)[:, None]
         return torch.cat([x_BLD[:, :1], x_BLD[rows, kept]], 1)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:

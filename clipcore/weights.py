@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ _WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+# Where training programs keep the weights in a file, the preferred first; the temperature tells a CLIP's from others.
+_USUAL_KEYS = ("state_dict", "model")
+_MAX_NESTING = 4  # a dictionary may hold itself
+_SCALE_NAME = "logit_scale"
+_SCALE = re.compile(rf"(?:^|\.){_SCALE_NAME}$")
+_INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 24
+# Modules that torch wraps around others, and whose names it puts between theirs.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -69,9 +82,10 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def read_weights(path: str | os.PathLike[str]) -> Weights:
     """Return weights, on the CPU, from a file or folder of whatever origin; no code in them runs.
 
-    Takes a safetensors file; a PyTorch file of tensors, bare or under "state_dict" or "model"; OpenAI's TorchScript
-    archives (clipcore/torchscript.py); a folder that holds one of them under its usual name; a checkpoint or run of
-    clipcore (its moving average where there is one). ``module.`` and ``_orig_mod.`` before all names are taken off.
+    Takes a safetensors file; a PyTorch file of tensors, bare or in a dictionary, as training programs save them; the index
+    of weights in several files; OpenAI's TorchScript archives (clipcore/torchscript.py); a folder that holds one of them
+    under its usual name; a checkpoint or run of clipcore (its moving average where there is one). What wrappers put before
+    or into all names, such as ``module.``, is taken off.
 
     What the model is like is read off open_clip_config.json, config.json and preprocessor_config.json beside a file of a
     usual name, off a run's own record, and off the classes of a TorchScript archive.
@@ -84,20 +98,20 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if path.is_dir():
         return _load_folder(path)
     try:
-        start = read_regular(path, 64)
+        _check_start(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read the weights {path}: {error.strerror}") from error
-    if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
-        )
+            f"cannot read the weights {path}: {error.strerror}{_hint_for_tag(path)}"
+        ) from error
     is_in_checkpoint = (path.parent / MANIFEST).is_file()
     is_described = path.name in _WEIGHT_FILES and not is_in_checkpoint
     described = read_description(path.parent) if is_described else None
     try:
         classes: frozenset[str] = frozenset()
-        if path.suffix == ".safetensors":
-            content: object = read_safetensors(path, "cpu")
+        if path.name.endswith(_INDEX_SUFFIX):
+            content: object = _read_parts(path)
+        elif path.suffix == ".safetensors":
+            content = read_safetensors(path, "cpu")
         elif is_torchscript(path):
             archive = _load_torchscript(path)
             content, classes = archive.tensors, archive.classes
@@ -123,6 +137,68 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         names = ", ".join(_OPENAI_EXTRAS)
         return Weights(tensors, None, True, {}, f"{path} holds {names}, as OpenAI's files do:")
     return Weights(tensors)
+
+
+def _check_start(path: Path) -> None:
+    """Raise CheckpointError for a pointer in place of a file of weights, OSError for what is no file or cannot be read."""
+    if read_regular(path, 64).startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
+        )
+
+
+def _hint_for_tag(path: Path) -> str:
+    """Return what to do where the name of no file was given, such as open_clip's names of published weights."""
+    folder = path.parts[:-1]
+    is_file = path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".json")
+    # A tag, or an organisation and its model, whose folder is not there.
+    is_name = not folder or (
+        len(folder) == 1 and not path.is_absolute() and not path.parent.exists()
+    )
+    if is_file or not is_name or os.path.lexists(path):
+        return ""
+    return (
+        f"; if {path} is a name of published weights, download them: clipcore downloads nothing, and takes their file or "
+        "folder"
+    )
+
+
+def _read_parts(path: Path) -> dict[str, Tensor]:
+    """Return the weights in several files, which an index names; each holds those that the index says.
+
+    Raises:
+        CheckpointError: the index is damaged, or a file lacks what the index says.
+    """
+    try:
+        content = json.loads(read_regular(path, _MAX_INDEX_BYTES))
+        places = dict(content["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index of weights; download it again") from error
+    files: dict[str, list[str]] = {}
+    for name, file in places.items():
+        # Beside the index, and no index itself.
+        if not isinstance(file, str) or Path(file).name != file or file.endswith(_INDEX_SUFFIX):
+            raise CheckpointError(f"{path} names {file!r}, which is no file beside it")
+        files.setdefault(file, []).append(name)
+
+    weights: dict[str, Tensor] = {}
+    for file, names in files.items():
+        part = path.parent / file
+        is_safe = part.suffix == ".safetensors"
+        try:
+            _check_start(part)
+            held = read_safetensors(part, "cpu") if is_safe else _load_pickled_tensors(part)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read the weights {part}: {error.strerror or error}; {path.name} names it"
+            ) from error
+        for name in names:
+            if not isinstance(held, Mapping) or name not in held:
+                raise CheckpointError(
+                    f"{part} holds no {name}, as {path.name} says; download both again"
+                )
+            weights[name] = held[name]
+    return weights
 
 
 def _load_folder(path: Path) -> Weights:
@@ -202,9 +278,7 @@ def _load_pickled_tensors(path: Path) -> object:
 
 def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
     """Return the weights inside what a file holds, under their plain names, and whether it has the extras of OpenAI's."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    content = _innermost(content, path)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no weights: it is a {type(content).__name__}")
     weights: dict[str, Tensor] = {}
@@ -214,11 +288,83 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
             raise CheckpointError(
                 f"{path} holds more than weights by name: {name!r} is a {type(value).__name__}"
             )
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise CheckpointError(
+                f"{path} holds weights that clipcore's models do not have: {name!r} is {value.dtype}, {value.layout}"
+            )
+        if value.is_meta:
+            raise CheckpointError(
+                f"{path} holds shapes without numbers: {name!r} is on the device meta"
+            )
         if name not in _OPENAI_EXTRAS:
             weights[name] = value
-    while prefix := next(
-        (p for p in ("module.", "_orig_mod.") if weights and all(n.startswith(p) for n in weights)),
-        None,
-    ):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights, is_openai
+    return _without_wrappers(weights, path), is_openai
+
+
+def _innermost(content: object, path: Path) -> object:
+    """Return the dictionary of weights in nested ones: the only CLIP's, or the only one under usual names alone."""
+    clips = dict(_clips(content, (), _MAX_NESTING))
+    usual = {
+        keys: found for keys, found in clips.items() if all(key in _USUAL_KEYS for key in keys)
+    }
+    chosen = usual or clips
+    if len(chosen) == 1:
+        return next(iter(chosen.values()))
+    if chosen:
+        names = " and ".join(repr(".".join(keys)) for keys in chosen)
+        raise CheckpointError(
+            f"{path} holds weights more than once, under {names}: save the one that is meant by itself, as a "
+            "safetensors file or with torch.save"
+        )
+    # Weights of something else, or of half a CLIP.
+    for _ in range(_MAX_NESTING):
+        if not isinstance(content, Mapping):
+            break
+        inner = [content[key] for key in _USUAL_KEYS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    return content
+
+
+def _clips(
+    content: object, keys: tuple[str, ...], depth: int
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the dictionaries in nested ones that hold a CLIP, with the keys that lead there."""
+    if _is_clip(content):
+        yield keys, content
+    elif isinstance(content, Mapping) and depth > 0:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, Mapping):
+                yield from _clips(value, (*keys, key), depth - 1)
+
+
+def _is_clip(content: object) -> bool:
+    """Return whether a dictionary holds tensors by the names of a CLIP, whatever stands before them."""
+    return isinstance(content, Mapping) and any(
+        isinstance(name, str) and isinstance(value, Tensor) and _SCALE.search(name)
+        for name, value in content.items()
+    )
+
+
+def _without_wrappers(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return weights under the names that they have without the modules that were wrapped around theirs."""
+    plain = {_WRAPPERS.sub("", name): value for name, value in weights.items()}
+    # Two names that become one are somebody's own.
+    weights = plain if len(plain) == len(weights) else weights
+    prefixes = [name.removesuffix(_SCALE_NAME) for name in weights if _SCALE.search(name)]
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"{path} holds weights more than once, under {' and '.join(map(repr, prefixes))}: save those of one by "
+            "themselves"
+        )
+    if not prefixes or not prefixes[0]:
+        return weights
+
+    prefix = prefixes[0]
+    if others := [name for name in weights if not name.startswith(prefix)]:
+        raise CheckpointError(
+            f"{path} holds a CLIP under {prefix!r} and others beside it, such as {others[0]!r}: save those of the CLIP by "
+            "themselves"
+        )
+    return {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clipcore.kernels import attention_cpu, attention_torch, attention_triton, tiles
 
@@ -140,6 +141,11 @@ def attention(
     torch.Size([2, 5, 32])
     """
     check_packed(qkv_RL3HK, segments_RL)
+    if torch.jit.is_tracing() and segments_RL is None:
+        # Whoever runs a trace may have no clipcore: operators of torch alone.
+        q_RHLK, k_RHLK, v_RHLK = qkv_RL3HK.permute(2, 0, 3, 1, 4)
+        out_RHLK = F.scaled_dot_product_attention(q_RHLK, k_RHLK, v_RHLK, is_causal=is_causal)
+        return out_RHLK.transpose(1, 2).flatten(2)
     return torch.ops.clipcore.attention_forward(qkv_RL3HK, is_causal, segments_RL)[0]
 
 

@@ -70,7 +70,8 @@ def attention_pool(
     )
     x_BLC = x_BLC.to(dtype)
 
-    q_BHK = q_BHK * size**-0.5
+    # In a trace a side of a shape is a tensor, whose power would be float32.
+    q_BHK = q_BHK * int(size) ** -0.5
     asked_BHC = torch.einsum("bhk,hkc->bhc", q_BHK, key_HKC)
     # The same for all tokens, which the softmax does not see: here for the bias's gradient, which is zero.
     offset_BH = (q_BHK * key[1].to(dtype).unflatten(0, (heads, size))).sum(-1)

@@ -37,7 +37,7 @@ def embed_layer_norm_ref(
     eps: float = 1e-5,
 ) -> Tensor:
     """LayerNorm of class token and patches plus positions, with the sum in the dtype of the patches: the reference."""
-    class_B1D = class_D.to(patches_BPD.dtype).expand(len(patches_BPD), 1, -1)
+    class_B1D = class_D.to(patches_BPD.dtype).expand(patches_BPD.shape[0], 1, -1)
     x_BLD = torch.cat([class_B1D, patches_BPD], 1) + position_LD.to(patches_BPD.dtype)
     return layer_norm_ref(x_BLD, weight_D, bias_D, eps)
 

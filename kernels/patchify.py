@@ -287,7 +287,7 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     num_patches = (height // patch_size) * (width // patch_size)
-    return images.new_empty((len(images), num_patches, padded_width(patch_size)), dtype=dtype)
+    return images.new_empty((images.shape[0], num_patches, padded_width(patch_size)), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,6 +7,7 @@ thread and differentiate as fresh ones do.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -48,6 +49,15 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_
     while not condition():
         assert time.monotonic() < limit, f"no {what} within {limit_s:g} s"
         time.sleep(0.005)
+
+
+def open_descriptors() -> int:
+    """Return how many descriptors this process has open, once those are closed that other tests left in cycles.
+
+    Threads of other tests may close some of theirs later: compare with ``<=``.
+    """
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def children(pid: int) -> list[int]:

@@ -134,7 +134,7 @@ def test_an_unknown_flag_names_the_nearest():
         ("--name \x1b[31mred", "--name is of one folder in --logs"),
         ("--warmup -1", "--warmup must not be negative"),
         ("--lr 0", "--lr must be positive"),
-        ("--lr nan", "--lr must be positive"),
+        ("--lr nan", "--lr is a finite number"),
         ("--timeout 0", "--timeout must be positive"),
         ("--force-patch-dropout 1.5", "between 0 and 1"),
         ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
@@ -173,3 +173,69 @@ def test_warm_up_longer_than_the_run():
         warmup_steps(config, explicit=True, num_steps=40)
     assert warmup_steps(config, explicit=True, num_steps=400) == 50
     assert warmup_steps(config, explicit=False, num_steps=40) == 4
+
+
+KINDS = {"int": 3, "float": 1.5, "str": "text", "bool": True, "list": [1], "dict": {}, "none": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_setting_of_another_type_is_named(kind):
+    value = KINDS[kind]
+    for field in dataclasses.fields(TrainConfig):
+        default_type = field.type.removesuffix(" | None")
+        fits = type(value).__name__ == default_type or (kind, default_type) == ("int", "float")
+        if fits or (value is None and field.type.endswith("None")):
+            continue
+        with pytest.raises(
+            ConfigError, match=f"--{field.name.replace('_', '-')} is .*which is no "
+        ):
+            TrainConfig(**{field.name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value):
+    for field in dataclasses.fields(TrainConfig):
+        # Of a gradient it means no limit.
+        is_taken = field.name == "grad_clip_norm" and value == float("inf")
+        if field.type.startswith("float") and not is_taken:
+            with pytest.raises(
+                ConfigError, match=f"--{field.name.replace('_', '-')} is a finite number"
+            ):
+                TrainConfig(**{field.name: value})
+
+
+def test_numbers_that_nothing_can_hold_are_refused():
+    for field in dataclasses.fields(TrainConfig):
+        if field.type.startswith(("int", "float")):
+            for value in (-(10**400), 10**400):
+                with pytest.raises(ConfigError, match=f"--{field.name.replace('_', '-')} "):
+                    TrainConfig(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--seed", "-1"],
+        ["--wd", "-0.1"],
+        ["--lock-image-unlocked-groups", "-1"],
+        ["--lock-text-unlocked-layers", "-1"],
+        ["--force-image-size", "0"],
+        ["--vocab-size", "0"],
+        ["--aug-ratio", "0.5"],
+        ["--aug-ratio", "1e308"],
+        ["--workers", "1000000"],
+        ["--threads", "1000000"],
+        ["--timeout", "1e12"],
+        ["--image-decoder", "magic"],
+        ["--logs", "a\0b"],
+    ],
+)
+def test_values_out_of_range_name_their_flag(line):
+    with pytest.raises(ConfigError, match=line[0]):
+        parse_command_line(line)
+
+
+@pytest.mark.parametrize("name", ["image_decoder", "precision", "lr_scheduler", "adam_moments"])
+def test_a_choice_that_is_none_is_refused_wherever_it_comes_from(name):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is one of .*'magic'"):
+        TrainConfig(**{name: "magic"})

@@ -71,6 +71,13 @@ def test_reference_is_the_cross_entropy_of_torch(smoothing: float) -> None:
 
 
 @pytest.mark.fast
+def test_a_second_derivative_is_refused() -> None:
+    image, text, scale = (torch.randn(s, requires_grad=True) for s in ((5, 8), (5, 8), ()))
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        torch.autograd.grad(contrastive_loss(image, text, scale.exp()), image, create_graph=True)
+
+
+@pytest.mark.fast
 def test_finite_differences() -> None:
     image, text = embeddings(5, 7, 4)
     inputs = [t.requires_grad_() for t in (image, text, torch.tensor(3.0, dtype=torch.float64))]

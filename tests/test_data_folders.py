@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 from shards import picture, write_images
 
-from clipcore.data import DataError
+from clipcore.data import BadSample, DataError
 from clipcore.data.folders import ClassFolderSource, walk
 from clipcore.data.sources import left_out_of, open_source
 from clipcore.evaluate.tasks import class_folders
@@ -45,6 +46,20 @@ def test_what_a_folder_does_not_hand_out_is_counted_by_reason(tmp_path):
         "1 x image without a caption, such as in/b.jpg; 2 x picture of another kind, such as in/c.gif; "
         "2 x caption without an image, such as in/c.txt"
     )
+
+
+def test_a_caption_in_another_encoding_is_a_bad_sample(tmp_path):
+    """Not a caption with holes: read as UTF-8, a word of Latin-1 loses its letters without a word."""
+    put(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "a.txt").write_bytes("a caf\u00e9".encode("latin-1"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            tar.add(tmp_path / "in" / name, name)
+    for path in (tmp_path / "in", tmp_path / "a.tar"):
+        with pytest.raises(
+            BadSample, match=r"the caption is not UTF-8 \(byte 0xe9\); convert it with iconv"
+        ):
+            _ = open_source(str(path))[0]
 
 
 def test_a_folder_that_holds_no_pair_says_what_it_holds(tmp_path):

@@ -395,6 +395,8 @@ def test_factors(tmp_path):
             parse_factors(text, parts)
     table = str(write_csv(tmp_path, 5))
     assert len(open_source(f"{table}::{table}", upsampling_factors="1::3")) == 20
+    with pytest.raises(DataError, match=r"1e\+308 and 1 of mixed sources are further apart"):
+        open_source(f"{table}::{table}", upsampling_factors="1::1e308")
 
 
 def test_synthetic_pairs_are_fixed():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import open_descriptors
 
 from clipcore.files import (
     NotRegularError,
@@ -20,6 +21,7 @@ from clipcore.files import (
     open_regular,
     read_regular,
     write_durably,
+    written_aside,
 )
 
 pytestmark = pytest.mark.fast
@@ -93,7 +95,7 @@ def test_only_regular_files_are_read(tmp_path):
         read_regular(tmp_path / "link") == b"content"
         and read_regular(tmp_path / "file", 3) == b"con"
     )
-    num_open = len(os.listdir("/proc/self/fd"))
+    num_open = open_descriptors()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         for path, reason in (
@@ -106,7 +108,7 @@ def test_only_regular_files_are_read(tmp_path):
             assert (caught.value.strerror, caught.value.filename) == (reason, str(path))
         with pytest.raises(OSError):
             open_regular(tmp_path / "socket")
-    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert open_descriptors() <= num_open
 
 
 def test_a_runs_own_file_is_no_link(tmp_path):
@@ -118,3 +120,31 @@ def test_a_runs_own_file_is_no_link(tmp_path):
     assert caught.value.filename == str(tmp_path / "link") and target.read_text() == "kept"
     os.close(open_own(tmp_path / "new", os.O_WRONLY))
     assert (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "open"])
+def test_an_error_of_writing_names_the_file_itself(call, tmp_path, monkeypatch):
+    """Not the name aside, and not nothing, as the system's own errors of writing do."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_: object) -> None:
+        raise full
+
+    path = tmp_path / "config.json"
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if call == "open":
+        path = tmp_path / "none" / "config.json"
+    with pytest.raises(OSError, match=r"No (space left|such file)") as caught:
+        if call == "write":
+            with written_aside(path):
+                fail()
+        else:
+            write_durably(path, b"x")
+    assert caught.value.filename == str(path)
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, written_aside(tmp_path / "out"):
+        (tmp_path / "in").read_bytes()
+    assert caught.value.filename == str(tmp_path / "in")

@@ -24,6 +24,13 @@ PLACES = [
         "transformer.resblocks.0.mlp.c_proj",
         "transformer.resblocks.1",
         "transformer.resblocks.1.attn",
+        "transformer.resblocks.1.attn.out_proj",
+        "transformer.resblocks.1.ln_1",
+        "transformer.resblocks.1.ln_2",
+        "transformer.resblocks.1.mlp",
+        "transformer.resblocks.1.mlp.c_fc",
+        "transformer.resblocks.1.mlp.gelu",
+        "transformer.resblocks.1.mlp.c_proj",
     ),
 ]
 
@@ -118,3 +125,63 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+class Wrapper(nn.Module):
+    """As people put around a block: LoRA, a timer, a cache."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        return self.inner(x, *rest)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "transformer",
+        "transformer.resblocks.0",
+        "transformer.resblocks.1",
+        "transformer.resblocks.1.mlp",
+    ],
+)
+@pytest.mark.parametrize("tower", ["image", "text", "packed"])
+def test_modules_in_a_wrapper_compute_the_same(place: str, tower: str) -> None:
+    torch.manual_seed(2)
+    model = create_model("ViT-nano-8-32", precision="fp64").eval()
+    tokens = torch.zeros(3, 12, dtype=torch.int64)
+    tokens[torch.arange(3), torch.tensor([3, 11, 6])] = model.vocab_size - 1
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    whole: nn.Module = model.visual if tower == "image" else model
+    if tower == "image":
+        features = lambda: model.encode_image(images)  # noqa: E731
+    else:
+        features = lambda: model.encode_text(pack_captions(tokens) if tower == "packed" else tokens)  # noqa: E731
+
+    with torch.no_grad():
+        expected = features()
+        parent, _, name = place.rpartition(".")
+        holder = whole.get_submodule(parent)
+        setattr(holder, name, Wrapper(holder.get_submodule(name)))
+        assert (features() - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "c_proj"])
+@pytest.mark.parametrize("change", ["hook", "replace"])
+def test_every_projection_of_the_attention_pool_is_called(part: str, change: str) -> None:
+    torch.manual_seed(3)
+    model = create_model("RN-nano-32", precision="fp64").eval()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    pool = model.visual.attnpool
+    with torch.no_grad():
+        expected = model.encode_image(images)
+        calls: list[Any] = []
+        if change == "replace":
+            setattr(pool, part, Wrapper(getattr(pool, part)))
+            getattr(pool, part).inner.register_forward_hook(lambda *seen: calls.append(seen))
+        else:
+            getattr(pool, part).register_forward_hook(lambda *seen: calls.append(seen))
+        assert (model.encode_image(images) - expected).abs().max() <= 1e-12
+    assert len(calls) == 1

@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top; a module may import those of lower layers only, and kernels each other.
 LAYERS = [
     {"native", "torchscript", "terminal", "files"},
-    {"roll_call"},
+    {"roll_call", "failures"},
     {"kernels", "architectures"},
     {
         "distributed",
         "schedule",
+        "collapse",
         "optim",
         "tokenizer",
         "checkpoint",
@@ -32,7 +33,7 @@ LAYERS = [
         "flops",
     },
     {"data", "all_gather", "traffic"},
-    {"profile", "config", "modules", "convert"},
+    {"profile", "config", "modules", "convert", "open_clip_arguments"},
     {"descriptions"},
     {"weights"},
     {"vision", "text"},

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from openclip import import_open_clip
@@ -425,6 +427,196 @@ def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
     for length in (0, 78):
         with pytest.raises(ValueError, match=r"from 1 to 77.*context_length=77"):
             model.encode_text(torch.zeros(1, length, dtype=torch.long))
+
+
+@pytest.mark.parametrize("images", [None, "x.png", [torch.zeros(3, 32, 32)], 3])
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+def test_images_that_are_no_tensor_are_named(name, images):
+    with pytest.raises(
+        TypeError, match=f"images as a tensor, got {type(images).__name__}.*torch.stack"
+    ):
+        create_model(name).encode_image(images)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "a cat", ["a cat"], [[1, 2]], torch.zeros(1, 77), torch.ones(1, 77).bool()]
+)
+def test_captions_that_are_no_ids_are_named(text):
+    with pytest.raises(TypeError, match=r"the model takes .*token ids"):
+        create_model("ViT-nano-8-32").encode_text(text)
+
+
+OPEN_CLIPS_OTHERS = {
+    "jit": (False, True),
+    "force_custom_text": (False, True),
+    "force_preprocess_cfg": ({}, {"mean": (0, 0, 0)}),
+    "pretrained_image": (False, True),
+    "pretrained_text_path": (None, "text.pt"),
+    "weights_only": (True, False),
+    "return_transform": (True, False),
+    "image_interpolation": ("bicubic", "bilinear"),
+}
+
+
+@pytest.mark.parametrize("argument", OPEN_CLIPS_OTHERS)
+def test_open_clips_other_arguments_are_taken_or_refused_by_name(argument):
+    harmless, other = OPEN_CLIPS_OTHERS[argument]
+    more = {argument: harmless, "cache_dir": "cache", "pretrained_hf": True}
+    create_model("ViT-nano-8-32", **more)
+    create_model_and_transforms("ViT-nano-8-32", **more)
+    with pytest.raises(ValueError, match=f"{argument}=.* is open_clip's alone; [a-z]"):
+        create_model("ViT-nano-8-32", **{argument: other})
+
+
+def test_arguments_that_nobody_has_are_named():
+    with pytest.raises(
+        TypeError, match="no argument 'force_imagesize'; did you mean force_image_size"
+    ):
+        create_model("ViT-nano-8-32", force_imagesize=32)
+    with pytest.raises(TypeError, match=r"no argument 'x'$"):
+        create_model("ViT-nano-8-32", x=3)
+
+
+def test_arguments_of_open_clips_own_types_are_taken():
+    assert create_model("ViT-nano-8-32", force_image_size=(48, 48)).visual.image_size == 48
+    assert not create_model("ViT-nano-8-32", output_dict=None).output_dict
+    with pytest.raises(ValueError, match=r"square, got \(48, 32\)"):
+        create_model("ViT-nano-8-32", force_image_size=(48, 32))
+    with pytest.raises(ValueError, match="require_pretrained asks for weights"):
+        create_model("ViT-nano-8-32", require_pretrained=True)
+    with pytest.raises(ValueError, match="precision True is none of"):
+        create_model("ViT-nano-8-32", None, True)
+
+
+WRONG_VALUES: list[tuple[str, str, object]] = [
+    ("", "embed_dim", "8"),
+    ("", "embed_dim", 0),
+    ("", "quick_gelu", "yes"),
+    ("", "init_logit_scale", float("nan")),
+    ("", "init_logit_bias", []),
+    ("", "vision_cfg", 3),
+    ("", "text_cfg", None),
+    ("vision_cfg", "layers", 10**9),
+    ("vision_cfg", "layers", [1, 2]),
+    ("vision_cfg", "layers", True),
+    ("vision_cfg", "width", 10**12),
+    ("vision_cfg", "head_width", 0),
+    ("vision_cfg", "patch_size", None),
+    ("vision_cfg", "patch_size", -8),
+    ("vision_cfg", "image_size", [32, 32]),
+    ("vision_cfg", "mlp_ratio", 0),
+    ("vision_cfg", "mlp_ratio", "4"),
+    ("vision_cfg", "patch_dropout", float("inf")),
+    ("text_cfg", "heads", 0),
+    ("text_cfg", "context_length", 1.5),
+    ("text_cfg", "vocab_size", {}),
+    ("text_cfg", "layers", -1),
+    ("", "embed_dim", 10**400),
+    ("", "init_logit_scale", 10**400),
+    ("vision_cfg", "mlp_ratio", 10**400),
+    ("vision_cfg", "mlp_ratio", 1e308),
+    ("text_cfg", "mlp_ratio", 1e30),
+    ("vision_cfg", "image_size", 1 << 24),
+    ("vision_cfg", "layers", [12]),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), WRONG_VALUES)
+def test_descriptions_with_values_that_cannot_be_are_refused(part, key, value):
+    described = get_model_config("ViT-nano-8-32")
+    (described[part] if part else described)[key] = value
+    with pytest.raises(ValueError, match=key):
+        ModelConfig.from_dict(described)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("visual.positional_embedding", (0, 32)),
+        ("visual.positional_embedding", (1, 32)),
+        ("visual.positional_embedding", (4, 32)),
+        ("positional_embedding", (0, 32)),
+    ],
+)
+def test_position_embeddings_of_no_image_and_no_text_are_named(tmp_path, name, shape):
+    state = create_model("ViT-nano-8-32").state_dict()
+    torch.save({**state, name: torch.zeros(shape)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"image positions|positional_embedding has no row"):
+        create_model("ViT-nano-8-32", tmp_path / "w.pt")
+
+
+def test_a_description_of_another_image_stretches_the_positions(tmp_path):
+    """As open_clip does, and as with a name and force_image_size."""
+    model = create_model("ViT-nano-8-32")
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    described = get_model_config("ViT-nano-8-32")
+    described["vision_cfg"]["image_size"] = 48
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
+    found, transform = create_model_from_pretrained(None, tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    shutil.copy(weights, tmp_path / "w.safetensors")
+    expected = create_model("ViT-nano-8-32", tmp_path / "w.safetensors", force_image_size=48)
+    assert transform.image_size == 48
+    assert torch.equal(found.visual.positional_embedding, expected.visual.positional_embedding)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = create_model(
+        "ViT-nano-8-32", force_image_size=np.int64(48), init_logit_scale=np.float32(2.5)
+    )
+    assert model.visual.image_size == 48 and model.logit_scale.item() == 2.5
+
+
+def test_heads_that_do_not_divide_a_resnets_channels_are_refused():
+    described = get_model_config("RN-nano-32")
+    described["vision_cfg"]["head_width"] = 100
+    with pytest.raises(ValueError, match="heads do not divide"):
+        CLIP(
+            ModelConfig.from_dict(
+                described | {"vision_cfg": described["vision_cfg"] | {"width": 24}}
+            )
+        )
+
+
+@pytest.mark.parametrize("described", [None, [], "ViT-B-32", 3, {}])
+def test_what_is_no_description_is_refused(described):
+    with pytest.raises(ValueError, match="the model's description"):
+        ModelConfig.from_dict(described)
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "named"),
+    [
+        ("vision_cfg", {"width": 1 << 20}, "visual.class_embedding"),
+        ("vision_cfg", {"image_size": 1 << 15}, "visual.positional_embedding"),
+        ("text_cfg", {"context_length": 1 << 24}, "positional_embedding"),
+        ("text_cfg", {"vocab_size": 1 << 24}, "token_embedding.weight"),
+    ],
+)
+def test_a_description_of_a_huge_model_takes_no_memory(tmp_path, part, changed, named):
+    """The weights beside it are compared with its shapes before anything of its size is made."""
+    model = create_model("ViT-nano-8-32")
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    described = model.config.to_dict()
+    described[part] |= changed
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
+    with pytest.raises(ValueError, match=rf"do not fit .*{named} is \[.*\] instead of \["):
+        create_model_from_pretrained(None, tmp_path)
+
+
+OTHER_SHAPES = [(0,), (3,), (2, 2), (0, 0), (1, 2, 3, 4, 5)]
+WITH_OTHER_SHAPES = [("logit_scale", shape) for shape in OTHER_SHAPES]
+for _name in ("text_projection", "visual.conv1.weight", "positional_embedding", "ln_final.weight"):
+    WITH_OTHER_SHAPES += [(_name, shape) for shape in ((), *OTHER_SHAPES)]
+
+
+@pytest.mark.parametrize(("name", "shape"), WITH_OTHER_SHAPES)
+def test_weights_of_shapes_that_no_clip_has_are_refused(tmp_path, name, shape):
+    state = create_model("ViT-nano-8-32").state_dict()
+    torch.save({**state, name: torch.zeros(shape)}, tmp_path / "w.pt")
+    for model_name in (None, "ViT-nano-8-32"):
+        with pytest.raises(ValueError, match="weights"):
+            create_model_from_pretrained(model_name, tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(

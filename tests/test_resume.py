@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import pty
 import random
@@ -23,7 +24,9 @@ from shards import write_csv
 from torch import Tensor
 
 from clipcore import train
+from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
+    Checkpoint,
     CheckpointError,
     latest_checkpoint,
     load_checkpoint,
@@ -33,7 +36,17 @@ from clipcore.checkpoint import (
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.distributed import World
 from clipcore.logbook import read_metrics
-from clipcore.run_state import find_run, first_fault, newest_sound, resumed_config, run_record
+from clipcore.model import CLIP
+from clipcore.optim import ExponentialMovingAverage, build_optimizer
+from clipcore.run_state import (
+    RunState,
+    find_run,
+    first_fault,
+    load_run,
+    newest_sound,
+    resumed_config,
+    run_record,
+)
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -257,6 +270,41 @@ def test_settings_that_cannot_be_read_are_named(server, finished, tmp_path):
     assert status == 2 and f"{run}/config.json" in one_line(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", "3"),
+        ("epochs", 1e400),
+        ("lr", [1e-3]),
+        ("lr", float("nan")),
+        ("model", {"name": "ViT-B-32"}),
+        ("grad_checkpointing", 1),
+        ("precision", "fp1"),
+        ("seed", -4),
+        ("report_to", None),
+        ("train_data", "a\0b"),
+    ],
+)
+def test_settings_that_somebody_edited_are_named(finished, tmp_path, name, value):
+    run = copied(finished, tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, name: value}))
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=f"^{flag} .*{run}/config.json: put them back"):
+        resumed_config(run, TrainConfig(), frozenset(), ALONE)
+
+
+def test_a_run_of_edited_settings_ends_in_one_line(server, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, "epochs": {}}))
+    status, text = server.run(["--resume", str(run)], tmp_path / "out")
+    said = (
+        f"--epochs is {{}}, which is no whole number; the run's settings are in {run}/config.json"
+    )
+    assert status == 2 and said in one_line(text)
+
+
 def test_a_run_of_a_stranger_writes_to_no_file_of_the_users(server, finished, tmp_path):
     """Links in its folder: those that a run writes through are refused, those that it replaces are replaced."""
     for name in (".lock", "metrics.jsonl"):
@@ -419,6 +467,102 @@ def test_a_state_without_its_values_is_named(server, finished, tmp_path):
     save_checkpoint(run / "checkpoints", 5, found.tensors, {})
     status, text = server.run(["--resume", str(run)], tmp_path / "out")
     assert status == 2 and "is not of a run" in one_line(text)
+
+
+STATES = {
+    "identity": [[], 3, True],
+    "evaluated_step": [-1, "3", True, 1.5],
+    "bad_samples": [-1, None],
+    "elapsed_s": [-1.0, float("nan"), "long", 10**400],
+    "timings": [[], {"data": "1 s"}, {"data": None}],
+    "metrics_bytes": [-5, 1.0],
+    "metrics_sha256": [3, []],
+    "scaler": [[], {"scale": 2.0}, {"scale": "2"}],
+}
+
+
+@pytest.mark.parametrize("key", STATES)
+def test_a_state_of_other_types_is_named(finished, key):
+    found = load_checkpoint(finished / "r" / "checkpoints" / "step_00000005")
+    for value in STATES[key]:
+        state = {**found.state, key: value}
+        with pytest.raises(CheckpointError, match=f"is not of a run: its {key} "):
+            run_record(dataclasses.replace(found, state=state))
+
+
+def state_of(found: Checkpoint) -> RunState:
+    """A state at its beginning that the checkpoint belongs to."""
+    identity = found.state["identity"]
+    model = CLIP(ModelConfig.from_dict(identity["model"]))
+    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = ExponentialMovingAverage(model, 0.9)
+    return RunState(model, optimizer, scaler, ema, identity, found.state["global_batch_size"])
+
+
+def without(group: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in group.items() if key != name}
+
+
+MISFITS: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "missing": ("model", lambda g: without(g, "visual.proj"), "visual.proj is missing"),
+    "unknown": ("model", lambda g: {**g, "x": torch.ones(1)}, "x is unknown"),
+    "shape": (
+        "model",
+        lambda g: {**g, "visual.proj": torch.ones(2)},
+        r"visual.proj is \[2\] instead",
+    ),
+    "average": (
+        "ema",
+        lambda g: {**g, "logit_scale": torch.ones(2)},
+        r"logit_scale is \[2\] instead",
+    ),
+    "no average": ("ema", lambda g: without(g, "logit_scale"), "logit_scale is missing"),
+    "moments": (
+        "optimizer",
+        lambda g: {**g, "visual.proj.exp_avg": torch.ones(2)},
+        r"visual.proj.exp_avg is \[2\]",
+    ),
+    "no moment": (
+        "optimizer",
+        lambda g: without(g, "visual.proj.exp_avg_sq"),
+        "lacks visual.proj.exp_avg_sq",
+    ),
+    "no count": ("optimizer", lambda g: without(g, "visual.proj.step"), "lacks visual.proj.step"),
+    "no moments": ("optimizer", lambda g: {}, "lacks the optimizer's moments"),
+    "count": (
+        "optimizer",
+        lambda g: {**g, "visual.proj.step": torch.ones(2)},
+        r"visual.proj.step is \[2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("what", MISFITS)
+def test_tensors_of_another_model_are_named(finished, tmp_path, what, lazily):
+    run = copied(finished, tmp_path)
+    newest = run / "checkpoints" / "step_00000005"
+    found = load_checkpoint(newest)
+    state_of(found).load(load_checkpoint(newest, lazily=lazily))
+    group, edit, said = MISFITS[what]
+    tensors = {key: dict(value) for key, value in found.tensors.items()}
+    save_checkpoint(run / "checkpoints", 5, {**tensors, group: edit(tensors[group])}, found.state)
+    with pytest.raises(ValueError, match=said):
+        state_of(found).load(load_checkpoint(newest, lazily=lazily))
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [{}, {"model": 3}, {"model": {}}, {"model": {"embed_dim": 8}}, {"vocabulary": 3}],
+)
+def test_a_run_that_does_not_say_its_model_is_named(finished, tmp_path, identity):
+    run = copied(finished, tmp_path)
+    found = load_checkpoint(run / "checkpoints" / "step_00000005")
+    known = {**found.state["identity"], **identity} if identity else {}
+    save_checkpoint(run / "checkpoints", 5, found.tensors, {**found.state, "identity": known})
+    with pytest.raises(CheckpointError, match="step_00000005"):
+        load_run(run)
 
 
 def test_a_run_that_went_back_and_was_killed_goes_on_from_there(server, finished, tmp_path):

@@ -123,7 +123,7 @@ def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkey
     monkeypatch.setitem(verify.LIMITS, "fp32", 0.0)
     monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
     line = flags(tmp_path, "r", table, verify_gradients=True)
-    assert train.main(line) == 1
+    assert train.main(line) == 5
     said = capfd.readouterr().err.splitlines()
     assert said[-1].startswith(
         "clipcore.train: stopped: --verify-gradients: the gradients of 8 pairs"
@@ -223,6 +223,25 @@ def test_a_seed_is_the_run_and_another_seed_another(server, table, tmp_path):
         server.run(flags(tmp_path, name, table, epochs=1, seed=seed), tmp_path / "out")
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert final_state(tmp_path / "a")[1] != final_state(tmp_path / "c")[1]
+
+
+def test_a_collapsed_run_is_named_in_its_log_and_on_its_page(server, table, tmp_path):
+    """Of a rate that is a hundred times too high; a resumed run says it before its first step."""
+    line = flags(tmp_path, "r", table, batch_size=16, epochs=40, lr=0.1, warmup=1)
+    said = "the run has collapsed: its loss has stood at ln(16), 2.773 since step"
+    status, text = server.run(line, tmp_path / "out")
+    steps, page = read_metrics(tmp_path / "r")[0], (tmp_path / "r" / "report.html").read_text()
+    assert status == 0 and text.count(said) >= 2, text  # when it is noticed, and at the end
+    assert steps[-1]["loss"] == pytest.approx(math.log(16), abs=0.05)
+    assert '<section class="warning">' in page and said in page
+
+    more = ["--logs", str(tmp_path), "--resume", "latest", "--epochs", "41"]
+    status, text = server.run(more, tmp_path / "out")
+    assert status == 0 and text.index(said) < text.index("contrastive loss"), text
+
+    status, text = server.run(flags(tmp_path, "sound", table, epochs=6), tmp_path / "out")
+    assert status == 0 and "has collapsed" not in text
+    assert 'class="warning"' not in (tmp_path / "sound" / "report.html").read_text()
 
 
 def test_resume_without_other_flags_takes_the_settings_of_the_run(server, table, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import pickle
 import shutil
@@ -47,6 +48,152 @@ def test_pytorch_files_are_unwrapped(tmp_path, name):
         assert_weights(path)
     torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
     assert_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("nested", "others"),
+    [
+        (
+            "model_state_dict",
+            {"optimizer_state_dict": {"state": {}, "step": torch.tensor(3)}, "epoch": 3},
+        ),
+        ("net", {}),
+        ("state.model", {"rng": [3]}),
+        ("state_dict", {"ema": {n: v + 1 for n, v in WEIGHTS.items()}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "prefix", ["", "clip.", "model.clip_model.", "module.", "module.model._orig_mod."]
+)
+def test_weights_in_the_files_of_training_programs_are_found(tmp_path, nested, others, prefix):
+    content: dict[str, object] = {f"{prefix}{n}": v for n, v in WEIGHTS.items()}
+    for key in reversed(nested.split(".")):
+        content = {key: content}
+    content = {**others, **content}
+    torch.save(content, tmp_path / "w.pt")
+    assert_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
+def test_names_of_wrappers_inside_are_taken_off(tmp_path, wrapper):
+    wrapped = {
+        "visual." + wrapper + ".proj": WEIGHTS["visual.proj"],
+        "logit_scale": WEIGHTS["logit_scale"],
+    }
+    torch.save(wrapped, tmp_path / "w.pt")
+    assert_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"student": WEIGHTS, "teacher": WEIGHTS}, "under 'student' and 'teacher'"),
+        (
+            {**{f"clip.{n}": v for n, v in WEIGHTS.items()}, "head.weight": torch.ones(2)},
+            "under 'clip.' and others beside it, such as 'head.weight'",
+        ),
+        (
+            {"state_dict": {f"{p}.{n}": v for n, v in WEIGHTS.items() for p in ("model", "ema")}},
+            "more than once, under 'model.' and 'ema.'",
+        ),
+        ({**WEIGHTS, "step": 3}, "'step' is a int"),
+        ({**WEIGHTS, "visual.proj": torch.ones(2, 3).to_sparse()}, "sparse"),
+        ({**WEIGHTS, "visual.proj": torch.ones(2, 3, dtype=torch.complex64)}, "complex64"),
+    ],
+)
+def test_weights_beside_others_are_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_state_dict_file(tmp_path / "w.pt")
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    content: dict[str, object] = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="'epoch' is a int"):
+        load_state_dict_file(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("other", [{"name": "ViT-B-32"}, {}, {"head.weight": torch.ones(2)}])
+def test_a_usual_name_of_something_else_hides_no_weights(tmp_path, other):
+    torch.save({"model": other, "net": WEIGHTS}, tmp_path / "w.pt")
+    assert_weights(tmp_path / "w.pt")
+
+
+def test_shapes_without_numbers_are_refused(tmp_path):
+    torch.save({name: value.to("meta") for name, value in WEIGHTS.items()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="shapes without numbers"):
+        load_state_dict_file(tmp_path / "w.pt")
+
+
+def test_parts_of_an_index_are_looked_at_as_files_are(tmp_path):
+    index = write_index(
+        tmp_path, "model.safetensors", {"weight_map": {"logit_scale": "a.safetensors"}}
+    )
+    part = tmp_path / "a.safetensors"
+    part.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(CheckpointError, match=r"a.safetensors is a Git LFS pointer"):
+        load_state_dict_file(index)
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(CheckpointError, match="Not a regular file"):
+        load_state_dict_file(index)
+
+
+def write_index(folder: Path, kind: str, places: object) -> Path:
+    path = folder / f"{kind}.index.json"
+    path.write_text(json.dumps(places))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files_are_read_by_their_index(tmp_path, kind):
+    stem, suffix = kind.split(".")
+    names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    for file, name in zip(names, WEIGHTS, strict=True):
+        save({name: WEIGHTS[name]}, tmp_path / file)
+    places = {"metadata": {}, "weight_map": dict(zip(WEIGHTS, names, strict=True))}
+    index = write_index(tmp_path, kind, places)
+
+    assert_weights(index)
+    assert_weights(tmp_path)
+
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{names[1]}: No such file.*index.json names it"):
+        load_state_dict_file(index)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "no index of weights"),
+        ({"weight_map": 3}, "no index of weights"),
+        ({"weight_map": {"logit_scale": "../w.safetensors"}}, "no file beside it"),
+        ({"weight_map": {"logit_scale": 3}}, "no file beside it"),
+        ({"weight_map": {"logit_scale": "model.safetensors.index.json"}}, "no file beside it"),
+        ({"weight_map": {"logit_bias": "w.safetensors"}}, "holds no logit_bias"),
+    ],
+)
+def test_a_damaged_index_is_one_line(tmp_path, content, message):
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_state_dict_file(write_index(tmp_path, "model.safetensors", content))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["openai", "laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "hf-hub:laion/x"],
+)
+def test_names_of_published_weights_are_told_from_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name}: No such file.*downloads nothing"):
+        load_state_dict_file(name)
+    with pytest.raises(CheckpointError, match=r"No such file or directory$"):
+        load_state_dict_file(f"{name}.pt")
 
 
 class Archived(nn.Module):

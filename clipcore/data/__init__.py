@@ -128,27 +128,30 @@ def checked_captions(value: object, key: str) -> str | tuple[str, ...]:
     """The caption or captions of a sample, as text without control characters' harm and of bounded length.
 
     Args:
-        value: bytes (UTF-8, faults replaced), a string, or a list of either.
+        value: bytes of UTF-8, a string, or a list of either.
 
     Raises:
-        BadSample: nothing but white space, or no text at all.
+        BadSample: nothing but white space, no text at all, or bytes of another encoding.
     """
     if isinstance(value, (list, tuple)):
-        captions = tuple(text for item in value if (text := _caption(item)))
+        captions = tuple(text for item in value if (text := _caption(item, key)))
         if not captions:
             raise BadSample("empty caption", key)
         return captions
     if value is not None and not isinstance(value, (str, bytes)):
         raise BadSample(f"the caption is no text but {type(value).__name__}", key)
-    caption = _caption(value)
+    caption = _caption(value, key)
     if not caption:
         raise BadSample("empty caption", key)
     return caption
 
 
-def _caption(value: object) -> str:
+def _caption(value: object, key: str) -> str:
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(not_utf8("the caption", error), key) from error
     if not isinstance(value, str):
         return ""
     # Editors begin some files with a byte-order mark. Lone surrogates come from JSON escapes; no tokenizer can encode them.

@@ -89,9 +89,11 @@ class FolderSource:
 
     def _caption(self, name: str, key: str) -> object:
         try:
-            data = read_regular(os.path.join(self._folder, name), MAX_CAPTION_BYTES)
+            data = read_regular(os.path.join(self._folder, name), MAX_CAPTION_BYTES + 1)
         except OSError as error:
             raise BadSample(f"{printable(name)}: {error.strerror}", key) from None
+        if len(data) > MAX_CAPTION_BYTES:
+            raise BadSample(f"{printable(name)} is longer than {MAX_CAPTION_BYTES:,} bytes", key)
         if not name.lower().endswith(".json"):
             return data
         try:

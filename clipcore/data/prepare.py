@@ -32,7 +32,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from clipcore.checkpoint import CheckpointError, run_lock
+from clipcore.checkpoint import run_lock
 from clipcore.data import DataError, PairSource
 from clipcore.data.folders import walk
 from clipcore.data.glyphs import GlyphSource
@@ -52,8 +52,9 @@ from clipcore.data.sources import (
     open_source,
 )
 from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
+from clipcore.failures import end_with
 from clipcore.files import read_regular, write_durably
-from clipcore.terminal import complain, steady_output
+from clipcore.terminal import steady_output
 
 MANIFEST = "manifest.json"
 # About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
@@ -179,10 +180,11 @@ class Manifest:
         try:
             earlier = json.loads(read_regular(self.path))
             settings, identity = earlier["settings"], earlier["source"]
+            versions = earlier.get("versions", self.content["versions"])
             shards = {name: ShardReport(**report) for name, report in earlier["shards"].items()}
-            if not (isinstance(settings, dict) and isinstance(identity, dict)):
-                raise TypeError("settings and source are not objects")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(part, dict) for part in (settings, identity, versions)):
+                raise TypeError("settings, source and versions are not objects")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"cannot read {self.path} ({error}); choose another --output") from None
         folder = self.path.parent
         for flag, value in self.content["settings"].items():
@@ -203,7 +205,7 @@ class Manifest:
             if (folder / name).exists() and (folder / name).stat().st_size == report.bytes
         }
         if self.shards:
-            self.content["versions"] = earlier.get("versions", self.content["versions"])
+            self.content["versions"] = versions
 
     def check_versions(self, here: dict[str, str]) -> None:
         """DataError where what decodes and encodes is not what the finished shards were made with."""
@@ -517,28 +519,25 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 2 for a mistake, with one line on standard error."""
+    """Run the command line; return its exit status, as of ``clipcore.failures``."""
     parsed = build_parser().parse_args(arguments)
     previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
     start = time.perf_counter()
     try:
         settings = _settings(parsed)
         manifest = prepare(parsed.source, parsed.output, settings, parsed.workers, parsed.quiet)
+        print(summary(manifest, manifest.made, time.perf_counter() - start))
     except KeyboardInterrupt as interrupt:
         print(
             "clipcore.data.prepare: stopped; finished shards are kept, and the same command goes on",
             file=sys.stderr,
         )
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-    except (DataError, CheckpointError) as error:
-        if os.environ.get("CLIPCORE_TRACEBACK"):
-            raise
-        complain("clipcore.data.prepare", f"error: {error}")
-        return 2
+    except Exception as error:
+        return end_with("clipcore.data.prepare", error, "take fewer --workers")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    print(summary(manifest, manifest.made, time.perf_counter() - start))
     return 0
 
 

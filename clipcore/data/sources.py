@@ -30,6 +30,7 @@ _SUFFIX_TYPES = {
     ".parquet": "parquet",
 }
 _MAX_EXPANSION = 1_000_000
+MAX_FACTOR = 1_000_000
 DEFAULT_IMAGE_KEY = "filepath"  # open_clip's
 DEFAULT_CAPTION_KEY = "title"
 
@@ -251,7 +252,11 @@ class MixtureSource:
         self.left_out = LeftOut()
         for part in self.parts:
             self.left_out.update(left_out_of(part))
-        smallest = min(factors)
+        smallest, largest = min(factors), max(factors)
+        if largest > MAX_FACTOR * smallest:
+            raise DataError(
+                f"the factors {largest:g} and {smallest:g} of mixed sources are further apart than {MAX_FACTOR:,} times"
+            )
         lengths = [
             round(len(part) * factor / smallest)
             for part, factor in zip(self.parts, factors, strict=True)

@@ -36,6 +36,7 @@ from clipcore.files import open_regular, read_regular
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 _PROBED_ROWS = 16
+_SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
 # Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
 _MISCOUNTED = "\0\0"
 
@@ -97,10 +98,11 @@ def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
     for name in names:
         if name in columns:
             return name
-    there = ", ".join(printable(name) for name in columns) or "none"
-    raise ColumnError(
-        f"{path} has no column {' or '.join(map(repr, names))}; its columns are {there}"
-    )
+    # A file that is no table has one, whose name is its first line.
+    shown = [printable(name)[:_SHOWN_CHARS] for name in columns[:_SHOWN_COLUMNS]]
+    there = ", ".join(shown) + ", ..." * (len(columns) > len(shown))
+    found = "it has one column" if len(columns) == 1 else f"its columns are {there or 'none'}"
+    raise ColumnError(f"{path} has no column {' or '.join(map(repr, names))}; {found}")
 
 
 def image_columns(name: str | None) -> Sequence[str]:
