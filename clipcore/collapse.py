@@ -174,10 +174,6 @@ class _Longest:
     @property
     def usual(self) -> float:
         """The length that ``NUM_LONGEST`` of them have reached; of fewer, half of them."""
-        if not self.heap:
-            return 0.0
-        return (
-            self.heap[0]
-            if len(self.heap) == NUM_LONGEST
-            else sorted(self.heap)[len(self.heap) // 2]
-        )
+        if len(self.heap) == NUM_LONGEST:
+            return self.heap[0]
+        return sorted(self.heap)[len(self.heap) // 2] if self.heap else 0.0

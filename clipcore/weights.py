@@ -44,7 +44,7 @@ _WEIGHT_FILES = (
 )
 # Where training programs keep the weights in a file, the preferred first; the temperature tells a CLIP's from others.
 _USUAL_KEYS = ("state_dict", "model")
-_MAX_NESTING = 4  # a dictionary may hold itself
+_MAX_NESTING = 4
 _SCALE_NAME = "logit_scale"
 _SCALE = re.compile(rf"(?:^|\.){_SCALE_NAME}$")
 _INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 24
@@ -302,22 +302,21 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _innermost(content: object, path: Path) -> object:
-    """Return the dictionary of weights in nested ones: the only CLIP's, or the only one under usual names alone."""
-    clips = dict(_clips(content, (), _MAX_NESTING))
-    usual = {
-        keys: found for keys, found in clips.items() if all(key in _USUAL_KEYS for key in keys)
-    }
-    chosen = usual or clips
-    if len(chosen) == 1:
-        return next(iter(chosen.values()))
-    if chosen:
-        names = " and ".join(repr(".".join(keys)) for keys in chosen)
+    """Return the dictionary of weights in nested ones: a CLIP's under usual names alone, or the only CLIP's."""
+    clips = dict(_clips(content, (), set()))
+    usual = [keys for keys in clips if all(key in _USUAL_KEYS for key in keys)]
+    if usual:
+        return clips[min(usual, key=lambda keys: [_USUAL_KEYS.index(key) for key in keys])]
+    if len(clips) == 1:
+        return next(iter(clips.values()))
+    if clips:
+        names = " and ".join(repr(".".join(keys)) for keys in clips)
         raise CheckpointError(
             f"{path} holds weights more than once, under {names}: save the one that is meant by itself, as a "
             "safetensors file or with torch.save"
         )
     # Weights of something else, or of half a CLIP.
-    for _ in range(_MAX_NESTING):
+    for _ in _USUAL_KEYS:
         if not isinstance(content, Mapping):
             break
         inner = [content[key] for key in _USUAL_KEYS if isinstance(content.get(key), Mapping)]
@@ -328,15 +327,22 @@ def _innermost(content: object, path: Path) -> object:
 
 
 def _clips(
-    content: object, keys: tuple[str, ...], depth: int
+    content: object, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield the dictionaries in nested ones that hold a CLIP, with the keys that lead there."""
+    """Yield the dictionaries in nested ones that hold a CLIP, with the keys that lead there.
+
+    Args:
+        seen: identities of those that were looked into: one may hold itself.
+    """
+    if not isinstance(content, Mapping) or id(content) in seen:
+        return
+    seen.add(id(content))
     if _is_clip(content):
         yield keys, content
-    elif isinstance(content, Mapping) and depth > 0:
+    elif len(keys) < _MAX_NESTING:
         for key, value in content.items():
-            if isinstance(key, str) and isinstance(value, Mapping):
-                yield from _clips(value, (*keys, key), depth - 1)
+            if isinstance(key, str):
+                yield from _clips(value, (*keys, key), seen)
 
 
 def _is_clip(content: object) -> bool:

@@ -60,6 +60,7 @@ def test_pytorch_files_are_unwrapped(tmp_path, name):
         ("net", {}),
         ("state.model", {"rng": [3]}),
         ("state_dict", {"ema": {n: v + 1 for n, v in WEIGHTS.items()}}),
+        ("state_dict", {"model": {n: v + 1 for n, v in WEIGHTS.items()}}),
     ],
 )
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_names_of_wrappers_inside_are_taken_off(tmp_path, wrapper):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"student": WEIGHTS, "teacher": WEIGHTS}, "under 'student' and 'teacher'"),
+        ({"student": WEIGHTS, "teacher": dict(WEIGHTS)}, "under 'student' and 'teacher'"),
         (
             {**{f"clip.{n}": v for n, v in WEIGHTS.items()}, "head.weight": torch.ones(2)},
             "under 'clip.' and others beside it, such as 'head.weight'",
@@ -112,6 +113,7 @@ def test_weights_beside_others_are_named(tmp_path, content, message):
 def test_a_dictionary_that_holds_itself_ends(tmp_path):
     content: dict[str, object] = {"epoch": 3}
     content["model"] = content
+    content |= {f"key {i}": content for i in range(1000)}
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="'epoch' is a int"):
         load_state_dict_file(tmp_path / "w.pt")
