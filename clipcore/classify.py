@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clipcore.data import BadSample, not_utf8, printable
+from clipcore.data import BadSample, printable
 from clipcore.data.tables import decode_bytes
 from clipcore.data.tar import MAX_IMAGE_BYTES
 from clipcore.data.transforms import (
@@ -30,7 +30,7 @@ from clipcore.data.transforms import (
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.failures import end_with
-from clipcore.files import mode_of, read_regular
+from clipcore.files import mode_of, not_utf8, read_regular
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import is_run, load_run
 from clipcore.terminal import complain

@@ -18,9 +18,9 @@ from typing import Any
 
 # How near to guessing the loss is, in nats; how short the gradient, over what is usual in the run; and for how many steps.
 LOSS_MARGIN, GRADIENT_SHARE, NUM_STEPS = 0.01, 0.1, 20
-# For how many steps at the end of a run, after which no more come.
+# So many steps are enough at the end of a run.
 NUM_LAST_STEPS = 5
-# A gradient is usual that so many steps have reached, so that a few spikes do not count.
+# The usual length of the gradient is one that so many steps have reached: a few spikes do not count.
 NUM_LONGEST = 10
 
 
@@ -100,7 +100,7 @@ class CollapseWatch:
     def end(self) -> str | None:
         """Return what is to be said at the end of a run that stands in a collapse, noticed or just begun."""
         self._notice(NUM_LAST_STEPS)
-        return self.describe(self.found[-1]) if self.is_collapsed else None
+        return self._describe_current()
 
     def see_all(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
         """Take in the steps that a log holds; return a line if the last stands in a collapse.
@@ -111,7 +111,7 @@ class CollapseWatch:
             step, loss, grad_norm = (row.get(key) for key in ("step", "loss", "grad_norm"))
             if isinstance(step, int) and isinstance(loss, float) and isinstance(grad_norm, float):
                 self.see(step, loss, grad_norm)
-        return self.describe(self.found[-1]) if self.is_collapsed else None
+        return self._describe_current()
 
     def describe(self, collapse: Collapse) -> str:
         """Return what has happened, and the remedy."""
@@ -131,6 +131,9 @@ class CollapseWatch:
     def is_collapsed(self) -> bool:
         """Whether a collapse that was noticed is going on."""
         return bool(self.found) and self.found[-1] is self._current
+
+    def _describe_current(self) -> str | None:
+        return self.describe(self.found[-1]) if self.is_collapsed else None
 
     def _notice(self, num_steps: int) -> str | None:
         """Note the current collapse as found once it has so many steps."""

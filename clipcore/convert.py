@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipcore.architectures import MODELS, ModelConfig, TextConfig, VisionConfig
-from clipcore.terminal import printable
+from clipcore.terminal import first_line
 
 TEXT_PARTS = (
     "text_projection",
@@ -115,7 +115,7 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ) from error
     except RuntimeError as error:
         raise ConversionError(
-            f"the weights have names of transformers' CLIPModel and shapes of none: {printable(str(error).splitlines()[0])}"
+            f"the weights have names of transformers' CLIPModel and shapes of none: {first_line(error)}"
         ) from error
     return found
 

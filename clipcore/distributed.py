@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from clipcore import roll_call
-from clipcore.terminal import printable_lines
+from clipcore.terminal import first_line, printable_lines
 
 T = TypeVar("T")
 
@@ -97,10 +97,9 @@ def init_distributed(
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
         except dist.DistError as error:
             where = ":".join(os.environ.get(n, "") for n in ("MASTER_ADDR", "MASTER_PORT"))
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"rank {rank} cannot meet the others at {where}: {first_line}; MASTER_ADDR and MASTER_PORT name a free port "
-                "of the machine of rank 0, which all can reach"
+                f"rank {rank} cannot meet the others at {where}: {first_line(error)}; MASTER_ADDR and MASTER_PORT name "
+                "a free port of the machine of rank 0, which all can reach"
             ) from error
         is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = roll_call.open_roll_call(store, rank, world_size, timeout_s, is_launchers)

@@ -8,14 +8,14 @@ import traceback
 import torch.distributed as dist
 
 from clipcore import native
-from clipcore.terminal import complain, printable
+from clipcore.terminal import complain, first_line
 
 MISTAKE_STATUS = 2
 # sysexits.h's EX_SOFTWARE. Python's own status is 1, which a job script takes for a loss that is not finite.
 FAULT_STATUS = 70
 # Every mistake of a user is one of these.
 _MISTAKES = (ValueError, OSError, native.WrongBuildError)
-# What torch begins an error with that a GPU or its driver reports.
+# How torch's messages begin where a GPU or its driver reports an error.
 _DEVICE_FAILED = ("CUDA error", "NCCL error", "CUDA driver error")
 # What allocators of the machine, of a GPU and of its libraries say; torch has a class of its own for one of them.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "bad_alloc")
@@ -31,32 +31,23 @@ def end_with(program: str, error: Exception, more_memory: str) -> int:
         error: a mistake in what the program was given is a ValueError or OSError, whose message names the remedy.
         more_memory: what to do where memory is short.
     """
-    is_mistake = is_out_of_memory(error) or isinstance(error, _MISTAKES)
+    is_short = is_out_of_memory(error)
+    is_mistake = is_short or isinstance(error, _MISTAKES)
     if not is_mistake or os.environ.get("CLIPCORE_TRACEBACK"):
         traceback.print_exception(error)
 
-    if is_out_of_memory(error):
-        first_line = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
-        complain(program, f"error: too little memory: {printable(first_line)}; {more_memory}")
-        return MISTAKE_STATUS
-
-    if isinstance(error, OSError):
+    said = str(error)
+    if is_short:
+        said = f"too little memory: {first_line(error).rstrip('.')}; {more_memory}"
+    elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
-        complain(program, f"error: {where}{error.strerror or error}")
-        return MISTAKE_STATUS
-
-    if is_mistake:
-        complain(program, f"error: {error}")
-        return MISTAKE_STATUS
-
-    first_line = (str(error).splitlines() or [""])[0]
-    if isinstance(error, dist.DistError) or first_line.startswith(_DEVICE_FAILED):
-        complain(program, f"error: a GPU or the connection to another rank failed: {first_line}")
-    else:
-        complain(
-            program, "error: this is a fault of clipcore; please report it with the lines above"
-        )
-    return FAULT_STATUS
+        said = f"{where}{error.strerror or error}"
+    elif isinstance(error, dist.DistError) or said.startswith(_DEVICE_FAILED):
+        said = f"a GPU or the connection to another rank failed: {first_line(error)}"
+    elif not is_mistake:
+        said = "this is a fault of clipcore; please report it with the lines above"
+    complain(program, f"error: {said}")
+    return MISTAKE_STATUS if is_mistake else FAULT_STATUS
 
 
 def is_out_of_memory(error: Exception) -> bool:

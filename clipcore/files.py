@@ -104,6 +104,11 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
         return b"".join(pieces)
 
 
+def not_utf8(origin: str, error: UnicodeDecodeError) -> str:
+    """Return what is wrong with a text file in another encoding, and the remedy."""
+    return f"{origin} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
+
+
 def open_own(path: Path, flags: int) -> int:
     """Open a file that a run writes to, which is made where it is missing; return its descriptor.
 

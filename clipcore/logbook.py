@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from clipcore.files import open_own, open_regular, sync_directory
-from clipcore.terminal import printable_lines
+from clipcore.terminal import first_line, printable_lines
 
 METRICS_FILE = "metrics.jsonl"
 STEP_KEYS = frozenset({"step", "loss", "lr", "logit_scale", "pairs_per_s", "time_s"})
@@ -323,7 +323,6 @@ def _wandb(run_dir: Path, config: dict[str, Any]) -> Any:
         )
     # Of many kinds: no network, no login, a project of somebody else.
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--report-to wandb: {first_line}; log in with `wandb login`, or set WANDB_MODE=offline"
+            f"--report-to wandb: {first_line(error)}; log in with `wandb login`, or set WANDB_MODE=offline"
         ) from error

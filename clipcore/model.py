@@ -32,7 +32,7 @@ from clipcore.vision import VisionTransformer
 from clipcore.weights import Weights, read_weights
 
 MAX_LOGIT_SCALE = math.log(100)
-# The position embeddings of all models, and how many rows one has at most that is made for a stranger's description.
+# Position embeddings, of all models, and the length to which they are resized at most for a description beside weights.
 POSITIONS = (
     "visual.positional_embedding",
     "visual.attnpool.positional_embedding",
@@ -251,7 +251,7 @@ def create_model(
 
 
 _ARGUMENTS = tuple(name for name in inspect.signature(create_model).parameters if name != "others")
-# Of a model that weights describe they are free all the same.
+# These change no shape, so that they need no name of a model.
 _FREE_ARGUMENTS = {"output_dict", "require_pretrained"}
 
 
@@ -367,29 +367,30 @@ def _from_weights_alone(pretrained: Path) -> CLIP:
         config = dataclasses.replace(config, quick_gelu=quick_gelu)
     if config.init_logit_bias is not None and "logit_bias" not in state:
         state["logit_bias"] = torch.tensor(float(config.init_logit_bias))
-    # As open_clip does, for a description of another image or context; to a stranger's huge one they are not stretched.
-    with torch.device("meta"):
-        own = CLIP(config).state_dict()
-    if all(own[key].shape[0] <= MAX_POSITIONS for key in POSITIONS if key in own):
-        state = resize_position_embeddings(state, own)
-    model = model_of(config, state, str(pretrained))
+    model = model_of(config, state, str(pretrained), may_resize=True)
     model.set_images(weights.images)
     return model
 
 
-def model_of(config: ModelConfig, state: dict[str, Tensor], origin: str) -> CLIP:
-    """Return the model of a description with its weights, under open_clip's names and in its very shapes.
+def model_of(
+    config: ModelConfig, state: dict[str, Tensor], origin: str, may_resize: bool = False
+) -> CLIP:
+    """Return the model of a description with its weights.
 
     The shapes are compared before memory is taken: a description may be a stranger's.
 
     Args:
+        state: weights under open_clip's names, in the shapes of the description.
         origin: of the weights, for messages.
+        may_resize: resize position embeddings of another length, as open_clip does, to at most ``MAX_POSITIONS``.
 
     Raises:
         ValueError: as of ``load_checkpoint``.
     """
     with torch.device("meta"):
         own = CLIP(config).state_dict()
+    if may_resize and all(own[key].shape[0] <= MAX_POSITIONS for key in POSITIONS if key in own):
+        state = resize_position_embeddings(state, own)
     _check_shapes(config, state, own, origin)
     model = CLIP(config)
     model.load_state_dict(state)

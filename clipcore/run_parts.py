@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,16 @@ def lock_towers(model: CLIP, config: TrainConfig) -> None:
         )
     if config.lock_text:
         model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
+
+
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile would find no C++ compiler, in the middle of the first step on a CPU."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    if not command or shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"--torchcompile needs a C++ compiler, and {' '.join(command) or 'CXX'} is not there: install g++, name one in "
+            "CXX, or leave the flag out"
+        )
 
 
 def tower_widths(model: CLIP) -> tuple[int, int]:

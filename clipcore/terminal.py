@@ -80,6 +80,11 @@ def printable_lines(text: str) -> str:
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing, fit for a terminal."""
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
+
+
 def complain(program: str, text: object) -> None:
     """Print on standard error, in one line, what ends a program, or what is wrong with what it was given."""
     line = " ".join(str(text).splitlines())

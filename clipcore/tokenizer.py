@@ -38,7 +38,7 @@ from torch import LongTensor, Tensor
 
 from clipcore.architectures import find_model
 from clipcore.failures import end_with
-from clipcore.files import open_regular, read_regular, write_durably
+from clipcore.files import not_utf8, open_regular, read_regular, write_durably
 from clipcore.terminal import complain, steady_output
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -455,9 +455,7 @@ def _read_captions(path: Path) -> Iterator[str]:
         try:
             yield from file
         except UnicodeDecodeError as error:
-            raise VocabularyError(
-                f"{path} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
-            ) from error
+            raise VocabularyError(not_utf8(str(path), error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
-import shutil
 import signal
 import sys
 import time
@@ -90,6 +88,7 @@ from clipcore.run_parts import (
     augmentation,
     build_model,
     build_tokenizer,
+    check_compiler,
     lock_towers,
     open_training_source,
     tower_widths,
@@ -567,16 +566,6 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory would cost a pass over every activation; the kernels' tests poison it instead.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def check_compiler() -> None:
-    """Raise ConfigError where torch.compile would find no C++ compiler, in the middle of the first step on a CPU."""
-    command = shlex.split(os.environ.get("CXX") or "g++")
-    if not command or shutil.which(command[0]) is None:
-        raise ConfigError(
-            f"--torchcompile needs a C++ compiler, and {' '.join(command) or 'CXX'} is not there: install g++, name one in "
-            "CXX, or leave the flag out"
-        )
 
 
 def note_without_effect(config: TrainConfig, world: World) -> None:

@@ -23,9 +23,9 @@ from clipcore.checkpoint import (
     load_latest,
     read_safetensors,
 )
-from clipcore.data import printable
 from clipcore.descriptions import read_description, recorded_images
 from clipcore.files import read_regular
+from clipcore.terminal import first_line
 from clipcore.torchscript import (
     TorchScriptError,
     TorchScriptWeights,
@@ -42,7 +42,7 @@ _WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-# Where training programs keep the weights in a file, the preferred first; the temperature tells a CLIP's from others.
+# Where training programs keep the weights in a file, the preferred first. The scale tells a CLIP's weights from others.
 _USUAL_KEYS = ("state_dict", "model")
 _MAX_NESTING = 4
 _SCALE_NAME = "logit_scale"
@@ -270,9 +270,8 @@ def _load_pickled_tensors(path: Path) -> object:
         AttributeError,
         IndexError,
     ) as error:
-        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
         raise CheckpointError(
-            f"{path} is not a file of weights, or is damaged ({reason}); download it again"
+            f"{path} is not a file of weights, or is damaged ({first_line(error)}); download it again"
         ) from None
 
 

@@ -200,6 +200,11 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
         ("t.csv", b"filepath,title\na.jpg,x\n", "separated by ',': --csv-separator"),
         ("t.csv", b"filepath\ttitle\n", "no rows"),
         ("t.csv", b"", "its columns are none"),
+        (
+            "t.csv",
+            b"root:x:0:0:root:/root\nbin:x:1:1\n",
+            "no column 'filepath'; it has one column$",
+        ),
         ("t.csv", b"filepath\ttitle\nno.jpg\tx\n", r"none of the first 1 images .*/no\.jpg"),
         ("t.csv", b"filepath\ttitle\na\tcaf\xe9\n", "not UTF-8"),
         ("t.csv", b"filepath\ttitle\na\t" + b"x" * 200_000, "begins in line 2: field larger"),

@@ -13,6 +13,7 @@ from clipcore.data import DataError
 from clipcore.distributed import init_distributed
 from clipcore.failures import FAULT_STATUS, MISTAKE_STATUS, end_with, is_out_of_memory
 from clipcore.native import WrongBuildError
+from clipcore.run_parts import check_compiler
 from clipcore.verify import VerificationError
 
 pytestmark = pytest.mark.fast
@@ -33,7 +34,7 @@ MISTAKES = {
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
         "too little memory: [enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes; buy more",
     ),
-    "python memory": (MemoryError(), "too little memory: nothing is left; buy more"),
+    "python memory": (MemoryError(), "too little memory: MemoryError; buy more"),
 }
 FAULTS = [
     RuntimeError("shapes differ"),
@@ -174,12 +175,32 @@ def test_a_missing_compiler_is_named_before_the_first_step(
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("CXX", compiler)
-    check = importlib.import_module("clipcore.train").check_compiler
     if is_there:
-        check()
+        check_compiler()
     else:
         with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and none\+\+ is not there"):
-            check()
+            check_compiler()
+
+
+def test_a_place_where_the_ranks_cannot_meet_is_named(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.distributed.DistNetworkError("The server socket has failed to listen\nmore")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "host",
+        "MASTER_PORT": "7",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError,
+        match="rank 1 cannot meet the others at host:7: The server socket has failed to listen;",
+    ):
+        init_distributed("cpu")
 
 
 def test_wrong_gradients_are_told_from_a_loss_that_is_not_finite(monkeypatch, capfd):

@@ -155,10 +155,11 @@ def test_modules_in_a_wrapper_compute_the_same(place: str, tower: str) -> None:
     tokens[torch.arange(3), torch.tensor([3, 11, 6])] = model.vocab_size - 1
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     whole: nn.Module = model.visual if tower == "image" else model
-    if tower == "image":
-        features = lambda: model.encode_image(images)  # noqa: E731
-    else:
-        features = lambda: model.encode_text(pack_captions(tokens) if tower == "packed" else tokens)  # noqa: E731
+
+    def features() -> Tensor:
+        if tower == "image":
+            return model.encode_image(images)
+        return model.encode_text(pack_captions(tokens) if tower == "packed" else tokens)
 
     with torch.no_grad():
         expected = features()

@@ -175,6 +175,17 @@ def test_weights_and_biases_receives_every_figure(tmp_path, monkeypatch):
     )
 
 
+def test_a_service_that_refuses_is_named_with_the_remedy(tmp_path, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise RuntimeError("api_key not configured\nmore")
+
+    module = ModuleType("wandb")
+    module.init = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(ValueError, match="--report-to wandb: api_key not configured; log in with"):
+        Logbook(tmp_path, num_steps=1, reporters=["wandb"], quiet=True)
+
+
 @pytest.mark.parametrize("reporter", ["tensorboard", "wandb"])
 def test_a_missing_reporter_names_the_extra(reporter, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -442,8 +442,9 @@ def test_images_that_are_no_tensor_are_named(name, images):
     "text", [None, "a cat", ["a cat"], [[1, 2]], torch.zeros(1, 77), torch.ones(1, 77).bool()]
 )
 def test_captions_that_are_no_ids_are_named(text):
-    with pytest.raises(TypeError, match=r"the model takes .*token ids"):
-        create_model("ViT-nano-8-32").encode_text(text)
+    for take in (create_model("ViT-nano-8-32").encode_text, clipcore.pack_captions):
+        with pytest.raises(TypeError, match=r"the model takes .*token ids"):
+            take(text)
 
 
 OPEN_CLIPS_OTHERS = {
@@ -593,15 +594,25 @@ def test_what_is_no_description_is_refused(described):
         ("text_cfg", {"vocab_size": 1 << 24}, "token_embedding.weight"),
     ],
 )
-def test_a_description_of_a_huge_model_takes_no_memory(tmp_path, part, changed, named):
+def test_a_description_of_a_huge_model_takes_no_memory(tmp_path, monkeypatch, part, changed, named):
     """The weights beside it are compared with its shapes before anything of its size is made."""
     model = create_model("ViT-nano-8-32")
+    devices = []
+
+    class Recorded(CLIP):
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config)
+            devices.append(self.logit_scale.device.type)
+
+    monkeypatch.setattr("clipcore.model.CLIP", Recorded)
+    monkeypatch.setattr("clipcore.model.F.interpolate", lambda *_, **__: pytest.fail("resized"))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     described = model.config.to_dict()
     described[part] |= changed
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
     with pytest.raises(ValueError, match=rf"do not fit .*{named} is \[.*\] instead of \["):
         create_model_from_pretrained(None, tmp_path)
+    assert devices == ["meta"]
 
 
 OTHER_SHAPES = [(0,), (3,), (2, 2), (0, 0), (1, 2, 3, 4, 5)]

@@ -533,6 +533,13 @@ def test_the_command_makes_a_vocabulary(tmp_path, capsys, trained):
     assert "rather than 60,000" in capsys.readouterr().err
 
 
+def test_captions_in_another_encoding_are_no_vocabulary(tmp_path, capsys):
+    (tmp_path / "c.txt").write_bytes("a caf\u00e9\n".encode("latin-1"))
+    line = ["--train", str(tmp_path / "c.txt"), "--output", str(tmp_path / "v.txt.gz")]
+    assert main(line) == 2 and not (tmp_path / "v.txt.gz").exists()
+    assert "c.txt is not UTF-8 (byte 0xe9); convert it with iconv" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mistake", ["missing", "empty", "folder", "too small", "no place"])
 def test_mistakes_of_the_command_get_one_line(tmp_path, capsys, mistake):
     captions = tmp_path / "captions.txt"

@@ -23,6 +23,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from clipcore.files import not_utf8
 from clipcore.terminal import printable
 
 if TYPE_CHECKING:
@@ -157,8 +158,3 @@ def _caption(value: object, key: str) -> str:
     # Editors begin some files with a byte-order mark. Lone surrogates come from JSON escapes; no tokenizer can encode them.
     text = value.removeprefix("\ufeff").replace("\0", " ").strip()[:MAX_CAPTION_CHARS]
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def not_utf8(origin: str, error: UnicodeDecodeError) -> str:
-    """Return what is wrong with a text file in another encoding, and the remedy."""
-    return f"{origin} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"

@@ -22,7 +22,6 @@ from clipcore.data import (
     LeftOut,
     Pair,
     checked_captions,
-    not_utf8,
     printable,
 )
 from clipcore.data.tar import (
@@ -30,7 +29,7 @@ from clipcore.data.tar import (
     MAX_IMAGE_BYTES,
 )
 from clipcore.data.transforms import Decoder, decode_image
-from clipcore.files import open_regular, read_regular
+from clipcore.files import not_utf8, open_regular, read_regular
 
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
