@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,24 +121,31 @@ class RunServer:
         self,
         arguments: list[str],
         output: Path,
-        signal_at: tuple[int, int] | None = None,
+        signals: Sequence[tuple[int, int]] = (),
         count_to: Path | None = None,
         is_pipe_dead: bool = False,
         num_ranks: int = 0,
+        terminal: str | None = None,
+        disk: Sequence[object] | None = None,
     ) -> Run:
         """Begin ``python -m clipcore.train`` with these arguments.
 
         Args:
-            signal_at: (number, signal): the run sends itself this signal at its event of this number; what an event is,
+            signals: (number, signal): the run sends itself this signal at its event of this number; what an event is,
                 programs/train_server.py says.
             count_to: a file for the number of the run's events.
             is_pipe_dead: print into a pipe that nobody reads, in place of ``output``.
             num_ranks: under torchrun, with so many ranks.
+            terminal: the device of a terminal that the run is to be controlled by, and print to in place of ``output``.
+            disk: arguments of attack/disk.py's ``begin``, where that library was preloaded.
         """
         output.write_text("")
         request: dict[str, Any] = {"argv": [str(a) for a in arguments], "output": str(output)}
-        request |= {"signal_at": signal_at, "count_to": str(count_to) if count_to else None}
-        request |= {"is_pipe_dead": is_pipe_dead, "num_ranks": num_ranks}
+        request |= {"signals": list(signals), "count_to": str(count_to) if count_to else None}
+        request |= {"is_pipe_dead": is_pipe_dead, "num_ranks": num_ranks, "terminal": terminal}
+        request["disk"] = (
+            None if disk is None else [str(a) if isinstance(a, Path) else a for a in disk]
+        )
         run = Run(self._ask(request)["pid"], output, self)
         self._started.append(run)
         return run

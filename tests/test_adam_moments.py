@@ -273,7 +273,7 @@ def test_a_run_is_resumed_bit_for_bit_and_may_change_its_moments(
     chosen += ["--precision", precision, "--ema-decay", "0.9", "--verify-gradients"]
     num_events = server.counted(flags(tmp_path, "straight", table, *chosen), tmp_path / "a")
     line = flags(tmp_path, "broken", table, *chosen, "--resume", "latest")
-    run = server.start(line, tmp_path / "b", signal_at=(num_events // 2, signal.SIGTERM))
+    run = server.start(line, tmp_path / "b", signals=[(num_events // 2, signal.SIGTERM)])
     assert run.wait() == 143, run.text
     assert server.run(line, tmp_path / "b")[0] == 0
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")

@@ -100,7 +100,7 @@ def test_a_dead_pipe_costs_no_step(server, table, tmp_path):
     moments = random.Random(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         at = moments.randrange(events // 10, events // 5)
-        run = server.start(line, tmp_path / "b", signal_at=(at, number), is_pipe_dead=True)
+        run = server.start(line, tmp_path / "b", signals=[(at, number)], is_pipe_dead=True)
         assert run.wait() == 128 + number
     run = server.start(line, tmp_path / "b", is_pipe_dead=True)
     assert run.wait() == 0

@@ -80,7 +80,7 @@ def test_stopped_by_sigterm_and_resumed_is_the_unbroken_run(server, table, tmp_p
     # A quarter of the run and the rest of a step, three times, is less than all of its steps.
     for _ in range(3):
         resumed = [*line, "--resume", "latest"]
-        run = server.start(resumed, tmp_path / "b", signal_at=(num_events // 4, signal.SIGTERM))
+        run = server.start(resumed, tmp_path / "b", signals=[(num_events // 4, signal.SIGTERM)])
         assert run.wait() == 143, run.text
     assert server.run([*line, "--resume", "latest"], tmp_path / "b")[0] == 0
     assert_same_bits(tmp_path / "straight", tmp_path / "broken")
@@ -137,7 +137,7 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_p
     line = [*flags(tmp_path, "broken", table, **settings), "--resume", "latest"]
     # An eighth of the run and the rest of a step, four times, is less than all of its twelve steps.
     for _ in range(4):
-        run = server.start(line, tmp_path / "b", signal_at=(num_events // 8, signal.SIGTERM))
+        run = server.start(line, tmp_path / "b", signals=[(num_events // 8, signal.SIGTERM)])
         assert run.wait() == 143, run.text
     assert server.run(line, tmp_path / "b")[0] == 0
     assert len(read_metrics(tmp_path / "straight")[1]) == 12
@@ -154,7 +154,7 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_bits(server, shards,
     moment, reached = random.Random(0), set()
     for _ in range(20):
         killed = (moment.randrange(1, most), signal.SIGKILL)
-        run = server.start(line, tmp_path / "b", signal_at=killed)
+        run = server.start(line, tmp_path / "b", signals=[killed])
         assert run.wait() in (-signal.SIGKILL, 0), run.text
         newest = latest_checkpoint(tmp_path / "killed" / "checkpoints")
         reached.add(newest.name if newest else "none")
@@ -456,7 +456,7 @@ def test_a_run_takes_what_its_weights_say_about_images_and_hands_it_on(server, t
     events = server.counted(
         flags(tmp_path, "c", table, epochs=2, **data, force_quick_gelu=True), tmp_path / "o"
     )
-    run = server.start(first, tmp_path / "out", signal_at=(events // 2, signal.SIGTERM))
+    run = server.start(first, tmp_path / "out", signals=[(events // 2, signal.SIGTERM)])
     assert run.wait() == 128 + signal.SIGTERM
     resumed = flags(tmp_path, "parts", table, epochs=2, resume="latest", val_data=table)
     assert server.run(resumed, tmp_path / "out")[0] == 0

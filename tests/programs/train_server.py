@@ -1,8 +1,9 @@
 """Fork a run of clipcore.train for each JSON line on standard input that has argv; report exit statuses on poll.
 
-A request may hold "signal_at", [number, signal]: the run sends itself that signal at its event of that number. With
+A request may hold "signals", [[number, signal], ...]: the run sends itself each at its event of that number. With
 "count_to" it writes the number of its events to that file at its end. With "is_pipe_dead" all that it prints goes into a
-pipe that nobody reads. With "num_ranks" the run is torchrun with so many ranks, which are forked as well.
+pipe that nobody reads; with "terminal" to that terminal, which controls the run. With "num_ranks" the run is torchrun with
+so many ranks, which are forked as well. "disk" holds the arguments of attack/disk.py's ``begin``.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 
 from forking_torchrun import launch
 
@@ -21,18 +23,17 @@ import clipcore.train
 EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 
-def count_events(signal_at: list[int] | None, count_to: str | None) -> None:
-    """Number the run's events, and send it a signal at one of them."""
+def count_events(signals: dict[int, int], count_to: str | None) -> None:
+    """Number the run's events, and send it a signal at some of them."""
     from clipcore import logbook
 
     numbers, owner = itertools.count(1), os.getpid()
-    at, number = signal_at or (0, 0)
 
     def come() -> None:
         if os.getpid() != owner:  # a loader's process
             return
-        if next(numbers) == at:
-            os.kill(owner, number)
+        if (signal := signals.get(next(numbers))) is not None:
+            os.kill(owner, signal)
 
     def write_count(path: str) -> None:
         with open(path, "w") as file:
@@ -56,33 +57,48 @@ def preceded(function, come):
     return call
 
 
+def be_run(request) -> None:
+    """Become the run of a request, in a process of its own; ends in SystemExit."""
+    out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    if request["is_pipe_dead"]:
+        reader, out = os.pipe()
+        os.close(reader)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(0)
+    if request["terminal"]:
+        os.login_tty(os.open(request["terminal"], os.O_RDWR))
+    if request["signals"] or request["count_to"]:
+        count_events(dict(request["signals"]), request["count_to"])
+    if request["disk"]:
+        from attack import disk
+
+        folder, fault, at, *calls = request["disk"]
+        disk.begin(Path(folder), fault, at, *map(Path, calls))
+    if request["num_ranks"]:
+        launch(request["num_ranks"], request["argv"])
+        sys.exit(0)
+    sys.exit(clipcore.train.main(request["argv"]))
+
+
+def answer(request) -> dict:
+    """Fork the run that is asked for, or say how one has ended."""
+    if "poll" in request:
+        pid, status = os.waitpid(request["poll"], os.WNOHANG)
+        return {"status": os.waitstatus_to_exitcode(status) if pid else None}
+    pid = os.fork()
+    if not pid:
+        be_run(request)
+    return {"pid": pid}
+
+
 def main() -> None:
     # Each run would copy all of its memory to look for cycles in it, for a second.
     gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            ended = os.waitstatus_to_exitcode(status) if pid else None
-            print(json.dumps({"status": ended}), flush=True)
-            continue
-        pid = os.fork()
-        if not pid:
-            out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            if request["is_pipe_dead"]:
-                reader, out = os.pipe()
-                os.close(reader)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            os.close(0)
-            if request["signal_at"] or request["count_to"]:
-                count_events(request["signal_at"], request["count_to"])
-            if request["num_ranks"]:
-                launch(request["num_ranks"], request["argv"])
-                sys.exit(0)
-            sys.exit(clipcore.train.main(request["argv"]))
-        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
