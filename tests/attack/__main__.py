@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -19,25 +19,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import attack.disk  # noqa: E402
 
 
-def parsed() -> argparse.Namespace:
+def parsed(known: Collection[str]) -> argparse.Namespace:
+    """Return the arguments; ends the program where an attack's name is unknown."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
     parser.add_argument("names", nargs="*", help="attacks to try [all]")
     parser.add_argument("--fast", action="store_true", help="only the part that the suite tries")
     parser.add_argument("--case", help="only the cases whose name has this in it")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="[one a core]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"no attack is called {min(unknown)!r}; there are: {', '.join(known)}")
+    return arguments
 
 
 def main() -> int:
-    arguments = parsed()
     from attack.all import ATTACKS
     from attack.harness import chosen, try_all
 
+    arguments = parsed(ATTACKS)
     # A child would copy all of this process's memory to look for cycles in it.
     gc.freeze()
     names = arguments.names or list(ATTACKS)
-    results = {}
+    num_findings = 0
     with tempfile.TemporaryDirectory(prefix="attack") as place:
         for name in names:
             folder = Path(place, name.replace(" ", "_"))
@@ -47,7 +50,7 @@ def main() -> int:
             if arguments.fast:
                 cases = chosen(cases, made.fast)
             result = try_all(made, cases, folder / "cases", arguments.processes)
-            results[name] = {"outcomes": dict(result.outcomes), "findings": result.findings}
+            num_findings += len(result.findings)
             ended = ", ".join(
                 f"{count:,} {outcome}" for outcome, count in result.outcomes.most_common()
             )
@@ -58,9 +61,7 @@ def main() -> int:
             )
             for case, what in result.findings.items():
                 print(f"FOUND {name}: {case}: {what}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results))
-    return int(any(result["findings"] for result in results.values()))
+    return int(num_findings > 0)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from checkpoints import groups, mark_of, save
 
 from attack import disk
 from attack.harness import Attack
 from clipcore.checkpoint import (
-    Checkpoint,
     CheckpointError,
     Writers,
     load_checkpoint,
@@ -28,22 +26,6 @@ from clipcore.checkpoint import (
 )
 
 SAVED, REFUSED, KILLED = 0, 3, -signal.SIGKILL
-
-
-def groups(mark: int) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a checkpoint, each other for each mark."""
-    generator = torch.Generator().manual_seed(mark)
-    weight = torch.randn(6, 7, generator=generator)
-    return {
-        "model": {"weight": weight, "tied": weight, "scale": torch.tensor(float(mark))},
-        "optimizer": {"weight.step": torch.tensor(float(mark)), "weight.exp_avg": weight * 2},
-    }
-
-
-def save(directory: Path, step: int, mark: int | None = None, keep: int | None = 2) -> None:
-    """Write a checkpoint of a mark, its step if none is given."""
-    mark = step if mark is None else mark
-    save_checkpoint(directory, step, groups(mark), {"mark": mark}, keep)
 
 
 def save_by_two(directory: Path, step: int, mark: int | None = None, keep: int | None = 2) -> None:
@@ -80,17 +62,6 @@ def save_by_two(directory: Path, step: int, mark: int | None = None, keep: int |
     assert len(failures) in (0, 2), "one rank went on without the other"
     if failures:
         raise failures[0]
-
-
-def mark_of(checkpoint: Checkpoint | None) -> int:
-    """Return a checkpoint's mark; raise unless it is whole, bit for bit."""
-    assert checkpoint is not None, "no checkpoint is left"
-    mark: int = checkpoint.state["mark"]
-    for group, tensors in groups(mark).items():
-        assert checkpoint.tensors[group].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(checkpoint.tensors[group][name], tensor), f"{name} has other bits"
-    return mark
 
 
 # By scenario: the checkpoints before in the order of saves, the step that is saved then, and how.
