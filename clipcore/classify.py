@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 # So many decoded pictures are in memory at once.
 IMAGES_AT_ONCE = 64
+_MAX_LABEL_BYTES = 1 << 24
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +90,7 @@ def read_labels(text: str) -> list[str]:
     if text.strip() and _is_there(path):
         try:
             # utf-8-sig: editors begin some files with a byte-order mark.
-            parts = path.read_text(encoding="utf-8-sig").splitlines()
+            parts = read_regular(path, _MAX_LABEL_BYTES).decode("utf-8-sig").splitlines()
         except OSError as error:
             raise ValueError(f"cannot read the labels {text}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -106,10 +106,13 @@ def read_labels(text: str) -> list[str]:
         raise ValueError(
             f'--labels holds {found}, and a picture is compared with at least two; write them as "a cat, a dog"'
         )
-    if twice := [name for name, number in Counter(labels).items() if number > 1]:
-        raise ValueError(
-            f"--labels holds {twice[0]!r} more than once, which would share its probability"
-        )
+    # A vocabulary knows neither capitals nor runs of spaces.
+    same: dict[str, list[str]] = {}
+    for label in labels:
+        same.setdefault(" ".join(label.lower().split()), []).append(label)
+    if twice := [names for names in same.values() if len(names) > 1]:
+        names = " and ".join(map(repr, twice[0][:2]))
+        raise ValueError(f"--labels holds {names}, one prompt that would share its probability")
     return labels
 
 
@@ -129,6 +132,10 @@ def load_model(
         # Its own record says what it is, and its vocabulary lies beside it.
         is_asked = arguments.model is None and arguments.bpe_path is None
         run = arguments.pretrained if is_asked else None
+    if run and (arguments.model is not None or arguments.bpe_path is not None):
+        raise ValueError(
+            "--checkpoint takes model and vocabulary from the run: leave --model and --bpe-path out, or use --pretrained"
+        )
     if run:
         model, transform, tokenizer = load_run(Path(run), arguments.device)
         return model, transform, tokenizer, ("{}",)
@@ -189,6 +196,8 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
                 raise ValueError(f"{path} is no usable image: {error}") from error
         images = torch.stack(pictures).to(arguments.device)
         probabilities, classes = classify(model, images, classifier_EC, arguments.top)
+        if not probabilities.isfinite().all():
+            raise ValueError("the model's features are not finite; its weights are not usable")
         rows += [
             [(labels[c], p) for c, p in zip(best, row, strict=True)]
             for best, row in zip(classes.tolist(), probabilities.tolist(), strict=True)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -433,6 +434,8 @@ PAPER_RECIPE: dict[str, Any] = {
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills the unset fields from the recipe of the data; what depends on the number of steps stays for the run."""
     recipe = dict(GLYPHS_RECIPE if config.train_data == "glyphs" else PAPER_RECIPE)
+    # More processes than cores only take turns.
+    recipe["workers"] = min(recipe["workers"], len(os.sched_getaffinity(0)))
     if config.model is not None and config.train_data != "glyphs":
         name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])

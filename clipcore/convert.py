@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipcore.architectures import MODELS, ModelConfig, TextConfig, VisionConfig
-from clipcore.terminal import first_line
+from clipcore.terminal import first_line, printable
 
 TEXT_PARTS = (
     "text_projection",
@@ -95,19 +95,19 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' ``CLIPModel`` names to open_clip's; the position-id buffers of old files are left out.
 
     Raises:
-        ConversionError: a key is missing.
+        ConversionError: a key is missing, or there is one that no CLIP has, without which the model would be another.
     """
+    left = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
     try:
-        found = {ours: state[theirs] for ours, theirs in _HF_NAMES}
-        found |= {ours: state[theirs].T.contiguous() for ours, theirs in _HF_PROJECTIONS}
+        found = {ours: left.pop(theirs) for ours, theirs in _HF_NAMES}
+        found |= {ours: left.pop(theirs).T.contiguous() for ours, theirs in _HF_PROJECTIONS}
         for ours, theirs in _HF_TOWERS:
             for i in range(_num_blocks(state, theirs)):
                 for kind in ("weight", "bias"):
                     for our_part, their_part in _HF_BLOCK:
-                        found[f"{ours}{i}.{our_part}.{kind}"] = state[
-                            f"{theirs}{i}.{their_part}.{kind}"
-                        ]
-                    packed = [state[f"{theirs}{i}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
+                        theirs_name = f"{theirs}{i}.{their_part}.{kind}"
+                        found[f"{ours}{i}.{our_part}.{kind}"] = left.pop(theirs_name)
+                    packed = [left.pop(f"{theirs}{i}.self_attn.{p}_proj.{kind}") for p in "qkv"]
                     found[f"{ours}{i}.attn.in_proj_{kind}"] = torch.cat(packed)
     except KeyError as error:
         raise ConversionError(
@@ -117,6 +117,11 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ConversionError(
             f"the weights have names of transformers' CLIPModel and shapes of none: {first_line(error)}"
         ) from error
+    if left:
+        raise ConversionError(
+            f"the weights look like transformers' CLIPModel, which has no {printable(min(left))}; merge an adapter into the "
+            "weights, and take out what belongs to another head"
+        )
     return found
 
 

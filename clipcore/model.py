@@ -470,8 +470,25 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[st
         kept = ("logit_bias",)
         fitted["logit_bias"] = own["logit_bias"]
     _check_shapes(model.config, fitted, own, origin)
+    _check_numbers(fitted, own, origin)
     model.load_state_dict(fitted)
     return kept
+
+
+def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:
+    """Raise ValueError for weights that are quantised, or not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(
+                f"{name} in {origin} is {value.dtype}, and the model's {own[name].dtype}; quantised weights are not read, "
+                "save them as floats"
+            )
+        # Numbers of eight bits know no isfinite.
+        wide = value if value.element_size() > 1 else value.float()
+        if value.is_floating_point() and not wide.isfinite().all():
+            raise ValueError(
+                f"{name} in {origin} is not finite: its training failed, or the file is damaged; take an earlier checkpoint"
+            )
 
 
 def _check_shapes(
@@ -484,6 +501,11 @@ def _check_shapes(
         raise ValueError(
             f"the weights in {origin} have a logit_bias, as SigLIP's do, and the model has none: train with --siglip, use "
             "create_model_from_pretrained(None, ...), or make a model with init_logit_bias=0.0 and load_checkpoint(...)"
+        )
+    if differing and all(difference.endswith(" is unknown") for difference in differing):
+        raise ValueError(
+            f"the weights in {origin} hold more than {config.describe()}: {', '.join(differing[:3])}; merge an adapter into "
+            "the weights, and take out of the file what belongs to something else"
         )
     if differing:
         try:

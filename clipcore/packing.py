@@ -71,6 +71,10 @@ def check_token_rows(text: object) -> None:
         )
     if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
         raise TypeError(f"the model takes token ids as whole numbers, got {text.dtype}")
+    if text.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"the model takes token ids of 32 or 64 bits, got {text.dtype}; use .long()"
+        )
 
 
 def pack_captions(text_BL: Tensor, length: int = PACKED_LENGTH) -> PackedText:

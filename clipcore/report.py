@@ -247,14 +247,14 @@ def _retrieval(rows: list[dict[str, Any]], examples: tuple[RetrievalExample, ...
     parts = []
     if rows:
         last = rows[-1]
-        ranks = [key.partition("@")[2] for key in last if key.startswith("image_to_text_R@")]
-        body = [
-            (label, *(f"{last[f'{direction}_R@{k}']:.1%}" for k in ranks))
-            for direction, label in (
-                ("image_to_text", "image to text"),
-                ("text_to_image", "text to image"),
-            )
-        ]
+        # Fewer pictures than captions may leave one direction without the larger ones.
+        names = [key for key in last if "_to_" in key and "_R@" in key]
+        ranks = sorted({int(key.partition("@")[2]) for key in names})
+        body = []
+        for direction in ("image_to_text", "text_to_image"):
+            recalls = [last.get(f"{direction}_R@{k}") for k in ranks]
+            shown = ("–" if recall is None else f"{recall:.1%}" for recall in recalls)
+            body.append((direction.replace("_", " "), *shown))
         parts.append(f"<p>{html.escape(last['task'])}, among {_gallery(last)}.</p>")
         parts.append(_table(("direction", *(f"recall at {k}" for k in ranks)), body))
     if examples:

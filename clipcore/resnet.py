@@ -133,12 +133,27 @@ class AttentionPool2d(nn.Module):
         return torch.einsum("bhl,blhk->bhk", weights_BHL, v_BLHK).flatten(1)
 
 
+class Stage(nn.Sequential):
+    """Blocks one after another.
+
+    Attributes:
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            is_recomputed = self.grad_checkpointing and torch.is_grad_enabled()
+            x = _run_checkpointed(block, x) if is_recomputed else block(x)
+        return x
+
+
 class ModifiedResNet(nn.Module):
     """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
 
     Attributes:
         image_mean, image_std: of each channel of pixels in [0, 1], with which uint8 images are normalised.
-        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
@@ -149,7 +164,6 @@ class ModifiedResNet(nn.Module):
         self.image_size = config.image_size
         self.image_mean: Sequence[float] = OPENAI_MEAN
         self.image_std: Sequence[float] = OPENAI_STD
-        self.grad_checkpointing = False
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = BatchNorm2d(width // 2)
@@ -165,7 +179,7 @@ class ModifiedResNet(nn.Module):
             blocks = [Bottleneck(channels, planes, stride=1 if i == 0 else 2)]
             channels = planes * Bottleneck.expansion
             blocks += [Bottleneck(channels, planes) for _ in range(num_blocks - 1)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            setattr(self, f"layer{i + 1}", Stage(*blocks))
         self.attnpool = AttentionPool2d(config.image_size // 32, channels, config.heads, embed_dim)
         self._initialize(channels)
 
@@ -192,14 +206,8 @@ class ModifiedResNet(nn.Module):
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
         for i in range(1, 5):
-            for block in getattr(self, f"layer{i}"):
-                x = self._run(block, x)
+            x = getattr(self, f"layer{i}")(x)
         return self.attnpool(x)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return _run_checkpointed(block, x)
-        return block(x)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes the whole tower, its BatchNorm statistics too if asked."""
@@ -213,7 +221,9 @@ class ModifiedResNet(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass; BatchNorm counts each batch once all the same."""
-        self.grad_checkpointing = enable
+        for part in self.modules():
+            if isinstance(part, Stage):
+                part.grad_checkpointing = enable
 
 
 # torch.compile knows no checkpoint with contexts of its own: such blocks run uncompiled.

@@ -81,6 +81,7 @@ class TextTower(nn.Module):
             )
         dtype = compute_dtype(self.text_projection)
         if isinstance(text, PackedText):
+            self._check_ids(text.ids_RP)
             positions_RLD = F.embedding(text.positions_RP, self.positional_embedding)
             x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
             pooled_BD = read_pooled(self.transformer, x_RLD, packed=text)

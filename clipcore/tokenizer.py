@@ -246,6 +246,10 @@ class Tokenizer:
                 f"context_length holds start and end, so it is at least 2; got {length}"
             )
         batch = [texts] if isinstance(texts, str) else texts
+        if not isinstance(batch, Sequence):
+            raise ValueError(
+                f"the tokenizer takes a text or a list of texts, got {type(texts).__name__}"
+            )
         rows_BL = torch.zeros(len(batch), length, dtype=torch.long)
         rows = rows_BL.numpy()
         for row, text in zip(rows, batch, strict=True):
@@ -378,6 +382,7 @@ def get_tokenizer(
     model_name: str = "",
     context_length: int | None = None,
     bpe_path: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Tokenizer:
     """Return the tokenizer of a model, or of another vocabulary.
 
@@ -385,11 +390,17 @@ def get_tokenizer(
         model_name: one of ``list_models()``, or OpenAI's spelling; without one the vocabulary is OpenAI's.
         context_length: of the rows [the model's, 77 without a name].
         bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the bytes' for models of 514 tokens].
+        cache_dir: accepted as by open_clip; nothing is downloaded.
 
     Raises:
         UnknownModelError: no model of that name.
+        ValueError: a context length that is no whole number, or holds no start and end.
         VocabularyError: no vocabulary is found, it is damaged, or not of the model's size.
     """
+    if context_length is not None and (type(context_length) is not int or context_length < 2):
+        raise ValueError(
+            f"context_length is a whole number of at least 2, for start and end; got {context_length!r}"
+        )
     model = find_model(model_name).text if model_name else None
     if bpe_path is None and model is not None and model.vocab_size == BYTE_VOCAB_SIZE:
         tokenizer = byte_tokenizer()

@@ -52,6 +52,8 @@ _INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 24
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+# A file of weights that an index names with others.
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -104,6 +106,10 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
             f"cannot read the weights {path}: {error.strerror}{_hint_for_tag(path)}"
         ) from error
     is_in_checkpoint = (path.parent / MANIFEST).is_file()
+    if not is_in_checkpoint and (part := _PART.fullmatch(path.name)) is not None:
+        raise CheckpointError(
+            f"{path} is one part of several; name their index, {part[1]}{part[2]}{_INDEX_SUFFIX}, or the folder"
+        )
     is_described = path.name in _WEIGHT_FILES and not is_in_checkpoint
     described = read_description(path.parent) if is_described else None
     try:

@@ -127,6 +127,17 @@ def test_keys_end_at_the_first_dot_of_the_last_component(tmp_path):
     assert not any(path.name == "etc" for path in tmp_path.parent.parent.iterdir())
 
 
+def test_numbered_copies_are_samples_of_their_own(tmp_path):
+    """``photo.1.jpg`` has a text of its own, and is no field of the sample ``photo``."""
+    image = picture(0)[0]
+    names = ("photo", "photo.1", "photo.2", "photo.10", "1", "1.5")
+    members = [(f"{n}.{s}", c) for n in names for s, c in (("jpg", image), ("txt", n.encode()))]
+    members += [("photo.png", image), ("photo.3.jpg", image), ("photo.4.npy", b"an embedding")]
+    source = TarSource([str(write_tar(tmp_path / "a.tar", members))])
+    assert {source[i].caption for i in range(len(source))} == set(names)
+    assert str(source.left_out) == "2 x further picture of a sample, such as photo.3.jpg"
+
+
 def test_dots_inside_of_names_and_what_belongs_to_no_sample(tmp_path, monkeypatch):
     image = picture(0)[0]
     members = [
@@ -161,8 +172,8 @@ def test_dots_inside_of_names_and_what_belongs_to_no_sample(tmp_path, monkeypatc
         "v1.2/b.c": "letters",
     }
     said = (
-        "2 x picture of another kind, such as shot 1.5 mm.gif; 3 x image without a caption, such as lone.jpg; "
-        "3 x caption without an image, such as a.txt"
+        "2 x picture of another kind, such as shot 1.5 mm.gif; 1 x further picture of a sample, such as c.mask.png; "
+        "3 x image without a caption, such as lone.jpg; 3 x caption without an image, such as a.txt"
     )
     assert str(source.left_out) == said
     # The kept index says the same.

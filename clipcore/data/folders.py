@@ -31,6 +31,10 @@ from clipcore.data.transforms import Decoder
 from clipcore.files import read_regular
 
 _MAX_JSON_BYTES = 1 << 24  # of class names or prompts
+_OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+# What holds captions by its name wherever it lies, and what may hold them beside the folders of images.
+_CAPTIONS_FILE = re.compile(r"(?:metadata|captions)\.[a-z0-9.]+", re.IGNORECASE)
+_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|parquet)(?:\.gz)?", re.IGNORECASE)
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -65,7 +69,7 @@ class FolderSource:
         self.left_out = LeftOut()
         self._cells = TextColumn(
             cell
-            for folder, names in walk(path)
+            for folder, names in walk(path, self.left_out)
             for image, caption in _stem_pairs(folder, names, self.left_out)
             for cell in (os.path.join(folder, image), os.path.join(folder, caption))
         )
@@ -132,9 +136,13 @@ class ClassFolderSource:
         self.left_out = LeftOut()
         labels, folders = array("q"), dict[str, int]()
 
+        tops = dict[str, None]()
+
         def images() -> Iterator[str]:
-            for folder, names in walk(path):
+            for folder, names in walk(path, self.left_out):
                 top = folder.split(os.sep, 1)[0]
+                if top and not top.startswith("__"):
+                    tops[top] = None
                 for name in names:
                     where = os.path.join(folder, name)
                     if _is_other_image(name):
@@ -158,6 +166,9 @@ class ClassFolderSource:
                 "which makes one class: put each caption into a .txt file of the image's name, or write a metadata.csv with "
                 "the columns file_name and text"
             )
+        for top in tops:
+            if top not in folders:
+                self.left_out.add("folder without a picture", top)
         self.classnames = _class_names(path, list(folders))
 
     def __len__(self) -> int:
@@ -173,8 +184,17 @@ class ClassFolderSource:
         return Pair(image, captions, key)
 
 
-# Of ImageNet's folders, and of data sets that number their classes.
-_ID = re.compile(r"n\d{8}|\d+|(?:class|label)[ _-]?\d+", re.IGNORECASE)
+# Of ImageNet's folders, and of data sets that number their classes, maybe before their names.
+_ID = re.compile(
+    r"n\d{8}\b.*|\d+(?:[ ._-].*)?|0x[0-9a-f]+|(?=.*\d)[0-9a-f]{4,}|(?:id|c|cl|cls|class|cat|category|label)[ _-]?\d+",
+    re.IGNORECASE,
+)
+# Of the parts of a data set, or of what a folder of pictures is called.
+_NO_CLASS = re.compile(
+    r"(?:train|training|val|valid|validation|dev|test|testing|eval|split|fold|part|shard|batch|data|dataset|images?|imgs?|"
+    r"pictures?|pics?|photos?|jpegs?|jpgs?|pngs?)(?:[ _-]?\d+|[ _-](?:set|split|data|images?|imgs?))?",
+    re.IGNORECASE,
+)
 
 
 def _class_names(path: str, folders: list[str]) -> list[str]:
@@ -191,13 +211,20 @@ def _class_names(path: str, folders: list[str]) -> list[str]:
     # Its keys may be written as the names are shown, with spaces.
     by_shown = {key.replace("_", " "): name for key, name in given.items()}
     shown = [folder.replace("_", " ") for folder in folders]
+    if not given and all(map(_NO_CLASS.fullmatch, shown)):
+        first = printable(os.path.join(path, folders[0]))
+        raise DataError(
+            f"the folders of {path} are named as parts of a data set, not as classes; name one of them, such as {first}, "
+            f"or, if they are classes, give their names in {file}, {shape}"
+        )
     if given and not set(shown) & by_shown.keys():
         raise DataError(
             f"{file} names none of the folders beside it, such as {printable(shown[0])}"
         )
     ids = [name for name in shown if name not in by_shown and _ID.fullmatch(name)]
     # One number among names may be one.
-    if 2 * len(ids) > len(folders) or any(name.startswith("n") or given for name in ids):
+    is_most = len(ids) > 1 and 2 * len(ids) >= len(folders)
+    if is_most or any(name[0] in "nN" or given for name in ids):
         raise DataError(
             f"class folders of {path} are named by ids or numbers, such as {ids[0]}, which no caption holds; name them in "
             f'{file}, {shape}: {{"{ids[0]}": "tench", ...}}'
@@ -254,6 +281,7 @@ def open_folder(
         try:
             source = _open_metadata(table, img_key, caption_key, decoder, quotes)
             source.name = name
+            _count_unnamed(path, source)
             return source
         except ColumnError as error:
             # Such as one of patients and their ages.
@@ -267,7 +295,26 @@ def open_folder(
         return pairs
     if without_columns is not None:
         raise without_columns
+    for folder, names in walk(path):
+        for name in names:
+            if _CAPTIONS_FILE.fullmatch(name) or (not folder and _TABLE.fullmatch(name)):
+                table = os.path.join(path, folder, name)
+                raise DataError(
+                    f"{path} holds no image with a caption beside it, but {printable(table)}, which may hold them: name that "
+                    "file as the data, or, if the names of the folders are the captions, take it out"
+                )
     return ClassFolderSource(path, decoder)
+
+
+def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
+    """Count the images of a folder that its table does not name."""
+    # Hashes, as millions of names would take gigabytes.
+    named = {hash(name) for name in source.picture_names()}
+    for folder, names in walk(path, source.left_out):
+        for name in names:
+            where = os.path.join(folder, name)
+            if _is_image(name) and hash(os.path.abspath(os.path.join(path, where))) not in named:
+                source.left_out.add("image that the table does not name", where)
 
 
 def _look_into(path: str) -> tuple[list[str], list[str]]:
@@ -307,9 +354,16 @@ def _open_metadata(
         raise ColumnError(
             f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
         )
-    if table.lower().endswith(".csv"):
-        return CsvSource(table, img_key, caption_key, ",", decoder, quotes)
-    return JsonlSource(table, img_key, caption_key, decoder)
+    if not table.lower().endswith(".csv"):
+        return JsonlSource(table, img_key, caption_key, decoder)
+    # Commas by its layout; spreadsheets write others.
+    errors = []
+    for separator in (",", "\t", ";"):
+        try:
+            return CsvSource(table, img_key, caption_key, separator, decoder, quotes)
+        except ColumnError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -321,23 +375,26 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_data(name: str) -> bool:
     """Return whether a name may be of data: not hidden, and not what a file system keeps for itself."""
-    return not name.startswith(".") and name != "lost+found"
+    return not name.startswith(".") and name not in _OF_FILE_SYSTEMS
 
 
-def walk(path: str) -> Iterator[tuple[str, list[str]]]:
+def walk(path: str, left_out: LeftOut | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield (folder relative to ``path``, sorted names of its files) in order; names that begin with a dot are left out.
 
     Links to folders are followed, as data sets are made of them, but none that leads into ``path`` itself: what is there
     comes under its own name.
 
+    Args:
+        left_out: counts the links that are not followed.
+
     Raises:
         DataError: a folder cannot be read.
     """
-    return _walk(path, "", frozenset())
+    return _walk(path, "", frozenset(), LeftOut() if left_out is None else left_out)
 
 
 def _walk(
-    path: str, relative: str, above: frozenset[tuple[int, int]]
+    path: str, relative: str, above: frozenset[tuple[int, int]], left_out: LeftOut
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield as ``walk`` from one folder on; ``above`` are the devices and inodes of the folders on the way to it."""
     folder = os.path.join(path, relative) if relative else path
@@ -356,8 +413,13 @@ def _walk(
 
     yield relative, [name for name, is_folder, _ in there if not is_folder]
     for name, is_folder, is_link in there:
-        if is_folder and not (is_link and _is_within(os.path.join(folder, name), path)):
-            yield from _walk(path, os.path.join(relative, name), above | {own})
+        where = os.path.join(relative, name)
+        if is_link and not is_folder and not os.path.exists(os.path.join(folder, name)):
+            left_out.add("link that leads nowhere", where)
+        elif is_link and is_folder and _is_within(os.path.join(folder, name), path):
+            left_out.add("link to a folder that comes under its own name", where)
+        elif is_folder:
+            yield from _walk(path, where, above | {own}, left_out)
 
 
 def _is_within(link: str, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +32,15 @@ def by_picture(source: PairSource) -> PairSource:
     one of its parts by picture, without factors.
     """
     if isinstance(source, MixtureSource):
-        return MixtureSource([by_picture(part) for part in source.parts], name=source.name)
-    if not isinstance(source, CsvSource | JsonlSource | ParquetSource):
+        # A picture may have its captions in several tables.
+        tables = [part for part in source.parts if isinstance(part, _TABLES)]
+        rest: list[PairSource] = [part for part in source.parts if not isinstance(part, _TABLES)]
+        if len(tables) > 1 and all(isinstance(part, CsvSource | JsonlSource) for part in tables):
+            rest = [by_picture(JoinedRows(tables, source.name)), *rest]
+        else:
+            rest = [by_picture(part) for part in source.parts]
+        return rest[0] if len(rest) == 1 else MixtureSource(rest, name=source.name)
+    if not isinstance(source, _TABLES):
         return source
     # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
     names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))
@@ -47,6 +55,61 @@ def by_picture(source: PairSource) -> PairSource:
     picture_N = place_P[picture_N]
     rows_N = np.argsort(picture_N, kind="stable")
     return PictureSource(source, rows_N, np.cumsum(np.bincount(picture_N)))
+
+
+class JoinedRows:
+    """The rows of several tables, one table after another: see ``clipcore.data.PairSource``.
+
+    Args:
+        tables: whose rows name their pictures by whole paths.
+
+    Attributes:
+        left_out: what the tables leave out.
+    """
+
+    def __init__(self, tables: Sequence[Any], name: str) -> None:
+        self.name = name
+        self.left_out = LeftOut()
+        for table in tables:
+            self.left_out.update(table.left_out)
+        self._tables = list(tables)
+        self._ends = np.cumsum([len(table) for table in tables])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Pair:
+        table, row = self._place(index)
+        pair: Pair = table[row]
+        return pair
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a row; raise BadSample."""
+        table, row = self._place(index)
+        found: str | tuple[str, ...] = table.captions(row)
+        return found
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a row and its key; raise BadSample."""
+        table, row = self._place(index)
+        found: tuple[Any, str] = table.picture(row)
+        return found
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each row the whole path of its picture."""
+        for table in self._tables:
+            yield from table.picture_names()
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        """Return the table of a row, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._tables[number], index - (int(self._ends[number - 1]) if number else 0)
+
+
+# Whose rows may name one picture several times.
+_TABLES = (CsvSource, JsonlSource, ParquetSource, JoinedRows)
 
 
 class PictureSource:

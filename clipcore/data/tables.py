@@ -25,6 +25,7 @@ from clipcore.data import (
     printable,
 )
 from clipcore.data.tar import (
+    IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
 )
@@ -151,8 +152,12 @@ class CsvSource:
         separator = {"\\t": "\t", "tab": "\t"}.get(separator, separator)
         if len(separator) != 1:
             raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
+        self._table, self._separator = path, separator
         rows = _csv_rows(path, separator, quotes)
         _, header = next(rows, (1, []))
+        if repeated := {name for name in header if name and header.count(name) > 1}:
+            first = printable(min(repeated))
+            raise DataError(f"{path} has more than one column {first!r}; rename or remove one")
         try:
             image_column = header.index(find_column(path, header, image_columns(img_key)))
             caption_column = header.index(find_column(path, header, caption_columns(caption_key)))
@@ -178,7 +183,17 @@ class CsvSource:
     def _row(
         self, row: list[str], line: int, num_columns: int, image_column: int, caption_column: int
     ) -> tuple[str, str]:
-        """Return image and caption of a row."""
+        """Return image and caption of a row.
+
+        Raises:
+            DataError: a quotation mark takes whole rows into a field.
+        """
+        for field in row:
+            if "\n" in field and self._holds_row(field, num_columns, image_column):
+                raise DataError(
+                    f"{self._table}, in the row that begins in line {line}: other rows lie between two quotation marks; "
+                    "close the first one, or, if quotation marks are text, --csv-no-quotes"
+                )
         image = row[image_column] if image_column < len(row) else ""
         # A separator at the end of a line makes an empty field, and cuts no caption.
         is_cut = any(row[num_columns:])
@@ -187,6 +202,15 @@ class CsvSource:
         kind = "more" if len(row) > num_columns else "fewer"
         self.left_out.add(f"row of {kind} fields than the header's {num_columns}", f"line {line}")
         return image, f"{_MISCOUNTED}{len(row)} fields in a table of {num_columns} (line {line})"
+
+    def _holds_row(self, field: str, num_columns: int, image_column: int) -> bool:
+        """Return whether a line in a field has as many columns as the table, and an image's name in the right one."""
+        # The first line belongs to the field's own row.
+        for text in field.splitlines()[1:]:
+            cells = text.split(self._separator)
+            if len(cells) == num_columns > 1 and _names_image(cells[image_column]):
+                return True
+        return False
 
     def __len__(self) -> int:
         return len(self._cells) // 2
@@ -213,8 +237,8 @@ class CsvSource:
         return read_image_file(path, key, self._decoder), key
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each row the path of its picture, which several rows may have."""
-        return map(self._path, range(len(self)))
+        """Yield for each row the whole path of its picture, which several rows may have; empty without one."""
+        return (os.path.abspath(p) if (p := self._path(row)) else "" for row in range(len(self)))
 
     def _key(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -224,6 +248,10 @@ class CsvSource:
     def _path(self, index: int) -> str:
         cell = self._cells[2 * index]
         return os.path.join(self._folder, cell) if cell else ""
+
+
+def _names_image(cell: str) -> bool:
+    return cell.strip().rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def _short_lines(file: TextIO, path: str) -> Iterator[str]:
@@ -271,6 +299,9 @@ class JsonlSource:
 
     Only the offsets of the lines are held; empty lines do not count. The first line says which columns there are.
     Arguments as of ``CsvSource``; a column that is not named is the first of the usual names.
+
+    Attributes:
+        left_out: images of its folder that it does not name, where it is the table of a folder.
     """
 
     def __init__(
@@ -284,6 +315,7 @@ class JsonlSource:
         self._path = path
         self._folder = os.path.dirname(path)
         self._decoder = decoder
+        self.left_out = LeftOut()
         try:
             with open_regular(path) as file:
                 self._state = _state_of(file)
@@ -320,8 +352,9 @@ class JsonlSource:
         return self._picture(record, key), key
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each record the path of its picture, which several records may have."""
-        return map(self._image_path, range(len(self)))
+        """Yield for each record the whole path of its picture, which several records may have; empty without one."""
+        paths = map(self._image_path, range(len(self)))
+        return (os.path.abspath(path) if path else "" for path in paths)
 
     def _picture(self, record: dict[str, Any], key: str) -> Any:
         path = os.path.join(self._folder, record[self._img_key])

@@ -24,7 +24,7 @@ import struct
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -231,14 +231,16 @@ def build_index(path: str) -> ShardIndex:
                 _refuse(path, f"holds {printable(member.name)!r} twice; write the shard again")
             members[suffix] = member
     for key, members in dotted.items():
-        # Where the part before the first dot is a sample, "1.mask.png" is a field of it that is not used.
-        if _first_part(key) not in samples:
+        # "1.mask.png" is a field of sample 1 that is not used; with a text of its own it is a sample.
+        if _first_part(key) not in samples or ("txt" in members and _image_of(members)):
             samples[key] = members
+        else:
+            _count_further(members, None, left_out)
 
     columns, keys = array("q"), bytearray()
     for key, members in samples.items():
-        image = next((members[s] for s in MEMBER_IMAGE_SUFFIXES if s in members), None)
-        caption = members.get("txt") or members.get("json")
+        image, caption = _image_of(members), _caption_of(members)
+        _count_further(members, image, left_out)
         if image is not None and caption is not None:
             keys += printable(key).encode("utf-8", "replace")
             is_json = int("txt" not in members)
@@ -253,6 +255,21 @@ def build_index(path: str) -> ShardIndex:
     return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out)
 
 
+def _image_of(members: Mapping[str, Member]) -> Member | None:
+    return next((members[s] for s in MEMBER_IMAGE_SUFFIXES if s in members), None)
+
+
+def _count_further(members: Mapping[str, Member], used: Member | None, left_out: LeftOut) -> None:
+    """Count the pictures of a group beside the one that is used; a .npy member there is most often an embedding."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members and members[suffix] != used:
+            left_out.add("further picture of a sample", members[suffix].name)
+
+
+def _caption_of(members: Mapping[str, Member]) -> Member | None:
+    return members.get("txt") or members.get("json")
+
+
 def _first_part(key: str) -> str:
     """Return a key up to the first dot of its last component."""
     folder, slash, last = key.rpartition("/")
@@ -262,7 +279,7 @@ def _first_part(key: str) -> str:
 # Magic, size and modification time of the shard, samples, bytes of keys and of what is left out; then the columns, the keys,
 # what is left out as JSON, and a CRC-32.
 _SIDECAR = struct.Struct("<8sQQQQQ")
-_MAGIC = b"CLIPIDX3"  # 1 did not count .npy members as images, 2 not what is left out
+_MAGIC = b"CLIPIDX4"  # 1 did not count .npy members as images, 2 not what is left out, 3 lost samples with dots
 
 
 def load_index(path: str) -> ShardIndex:

@@ -214,6 +214,10 @@ class ImageTransform:
                 f"no crop of {image_size} pixels fits images resized to {resize}; --aug-resize is at least the model's "
                 f"{image_size}"
             )
+        if not all(isinstance(v, Sequence) and len(v) == 3 for v in (mean, std)):
+            raise ValueError(
+                f"mean and std are three numbers each, of a channel, got {mean} and {std}"
+            )
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"the resize mode is {' or '.join(RESIZE_MODES)}, got {resize_mode!r}")
         self.image_size = image_size
@@ -250,6 +254,7 @@ class ImageTransform:
         Raises:
             BadSample: so long and thin that resizing it would need more than ``MAX_RESIZED_PIXELS`` pixels.
         """
+        _check_picture(image)
         if not self.is_train:
             return self._centre_crop(image)
         if rng is None:
@@ -292,6 +297,23 @@ class ImageTransform:
         kind = "squashed" if self.resize_mode == "squash" else "centre crop"
         kind = f"random crop of {self.scale} of the area" if self.is_train else kind
         return f"ImageTransform({self.image_size}, {kind}, mean={self.mean}, std={self.std})"
+
+
+def _check_picture(image: object) -> None:
+    """Raise TypeError or ValueError unless it is a PIL image or uint8 pixels, with at least one pixel."""
+    remedy = "open a file with PIL.Image.open(path), or give uint8 pixels as an array [H, W, 3]"
+    if not isinstance(image, Image.Image | np.ndarray):
+        raise TypeError(
+            f"the preprocessing takes a PIL image, got {type(image).__name__}; {remedy}"
+        )
+    if isinstance(image, np.ndarray):
+        is_picture = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not is_picture:
+            raise ValueError(
+                f"the preprocessing takes a PIL image, got an array of {image.dtype} {list(image.shape)}; {remedy}"
+            )
+    if not all(sides(image)):
+        raise ValueError("the picture has no pixels")
 
 
 def image_transform(

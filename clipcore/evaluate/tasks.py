@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipcore.config import TrainConfig
-from clipcore.data import DataError, PairSource, printable
+from clipcore.data import BadSample, DataError, PairSource, printable
 from clipcore.data.folders import ClassFolderSource, read_json
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
 from clipcore.data.loader import (
@@ -46,6 +46,10 @@ SIMPLE_IMAGENET_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+
+
+# Of which one at least has to be readable when a run begins.
+_PROBED_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,20 @@ def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
     }
 
 
+def check_readable(source: PairSource) -> None:
+    """Raise DataError where none of a source's first samples can be read, before hours of training depend on it."""
+    reasons = []
+    for index in range(min(len(source), _PROBED_SAMPLES)):
+        try:
+            _ = source[index]
+            return
+        except BadSample as error:
+            reasons.append(str(error))
+    raise DataError(
+        f"none of the first {len(reasons)} samples of {source.name} can be read, such as {printable(reasons[0])}"
+    )
+
+
 def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTask:
     """The images of a folder of one folder a class, as ImageNet's validation set is laid out.
 
@@ -282,7 +300,7 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
 
 
 class EvaluationPlan:
-    """Which evaluations are due at which epoch, run on all ranks and logged.
+    """Which evaluations are due at which epoch, run on all ranks and logged; raises DataError for data that cannot be read.
 
     Args:
         config: asks for the tasks and how often they run, and how much may be unreadable.
@@ -298,6 +316,8 @@ class EvaluationPlan:
     ) -> None:
         self.zero_shot = zero_shot_tasks(config)
         self.retrieval = retrieval_tasks(config)
+        for source in self._sources():
+            check_readable(source)
         self.max_bad_fraction = config.max_bad_fraction
         self.world, self.tokenizer, self.transform = world, tokenizer, transform
         self.zeroshot_frequency = config.zeroshot_frequency
@@ -306,9 +326,7 @@ class EvaluationPlan:
     def describe_sources(self, training_source: PairSource) -> list[str]:
         """Return lines about data, of training and evaluations, that is not all used or is not what one may expect."""
         lines = []
-        sources = [training_source, *(task.source for task in self.zero_shot)]
-        sources += [task.source for task in self.retrieval]
-        for source in sources:
+        for source in (training_source, *self._sources()):
             parts = source.parts if isinstance(source, MixtureSource) else [source]
             lines += [part.describe() for part in parts if isinstance(part, PictureSource)]
             if left_out := left_out_of(source):
@@ -320,6 +338,9 @@ class EvaluationPlan:
                     f"{task.name}: {number} classes are named {printable(name)!r}, which no prompt tells apart"
                 )
         return lines
+
+    def _sources(self) -> list[PairSource]:
+        return [task.source for task in self.zero_shot] + [task.source for task in self.retrieval]
 
     def encoder(self, model: CLIP, world: World | None = None) -> Encoder:
         """The plan's preprocessing with a model, on all ranks or on those of ``world``."""

@@ -44,6 +44,11 @@ def build_zero_shot_classifier(
     Raises:
         ValueError: no class names, no templates, or a template without a place for the name.
     """
+    for what, given in (("class names", classnames), ("templates", templates)):
+        if isinstance(given, str):
+            raise ValueError(
+                f"{what} are a list of texts, got the text {given!r}; put it into a list"
+            )
     if not classnames or not templates:
         raise ValueError("a zero-shot classifier needs at least one class name and one template")
     size = num_classes_per_batch or len(classnames)
