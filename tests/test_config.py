@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -158,6 +159,9 @@ def test_recipes_fill_what_is_not_given():
     paper = resolve(parse_command_line("--train-data x.tar --model ViT-L-14 --wd 0.1".split())[0])
     assert (paper.lr, paper.wd, paper.epochs, paper.tokenizer) == (4e-4, 0.1, 32, "openai")
     assert resolve(glyphs) == glyphs
+    # Of the paper's recipe, but no more than there are cores.
+    assert paper.workers == min(4, len(os.sched_getaffinity(0)))
+    assert resolve(parse_command_line("--train-data x.tar --workers 4".split())[0]).workers == 4
 
 
 @pytest.mark.parametrize("openai", ["ViT-L/14", "ViT-L/14@336px"])

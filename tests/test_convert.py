@@ -99,6 +99,24 @@ def test_old_position_id_buffers_are_left_out():
     assert from_hf(state).keys() == create_model("ViT-nano-8-32").state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual_projection.bias",
+        "vision_model.embeddings.patch_embedding.bias",
+        "vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "text_model.encoder.layers.0.ls1.gamma",
+        "logit_bias",
+        "classifier.weight",
+    ],
+)
+def test_a_tensor_that_no_clip_of_transformers_has_is_not_dropped(name):
+    state = to_hf(create_model("ViT-nano-8-32").state_dict())
+    state[name] = torch.ones(32)
+    with pytest.raises(ConversionError, match=f"which has no {name}; merge an adapter"):
+        to_open_clip_names(state)
+
+
 def test_what_cannot_be_converted_says_why():
     with pytest.raises(ConversionError, match="ResNets"):
         to_hf(create_model("RN-nano-32").state_dict())

@@ -121,7 +121,18 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "names", [("misc", "n01440764"), ("0", "1"), ("n01440764", "n01443537"), ("class_0", "class_1")]
+    "names",
+    [
+        ("misc", "n01440764"),
+        ("0", "1"),
+        ("n01440764", "n01443537"),
+        ("class_0", "class_1"),
+        ("c0", "c1"),
+        ("1f600", "1f601"),
+        ("001.Black_footed", "002.Laysan"),
+        ("n01440764_tench", "n01443537_goldfish"),
+        ("0x1f", "0x2a"),
+    ],
 )
 def test_classes_named_by_ids_are_refused_until_they_are_named(tmp_path, names):
     write_classes(tmp_path, *names)
@@ -138,6 +149,16 @@ def test_classes_named_by_ids_are_refused_until_they_are_named(tmp_path, names):
     # And the training reads the same names.
     source = open_source(str(tmp_path))
     assert [source[i].caption for i in range(2)] == ["tench", "goldfish"]
+
+
+def test_names_with_numbers_in_them_are_names(tmp_path):
+    """Of aircraft and cars; and one number of many."""
+    names = ["707-320", "A300B4", "DC-10", "F-16A", "E-170"]
+    source = ClassFolderSource(str(write_classes(tmp_path / "a", *names)))
+    assert source.classnames == sorted(names)
+    mixed = write_classes(tmp_path / "b", "0", "1", "cat", "dog")
+    with pytest.raises(DataError, match="named by ids or numbers"):
+        ClassFolderSource(str(mixed))
 
 
 def test_digits_may_be_names_where_somebody_says_so(tmp_path):
@@ -185,6 +206,75 @@ def test_tables_of_captions_in_the_folder_or_one_below(tmp_path, name, inner):
     source = open_source(str(tmp_path / "set"))
     assert source.name == "set"
     assert [source[i].caption for i in range(2)] == [caption for _, caption in rows]
+
+
+@pytest.mark.parametrize("separator", ["\t", ";", ","])
+def test_a_table_of_a_folder_may_have_other_separators(tmp_path, separator):
+    rows = write_images(tmp_path, 2)
+    lines = [("file_name", "text"), *((image, "words") for image, _ in rows)]
+    put(tmp_path / "metadata.csv", "".join(f"{a}{separator}{b}\n" for a, b in lines))
+    source = open_source(str(tmp_path))
+    assert [source[i].caption for i in range(2)] == ["words", "words"]
+    assert str(left_out_of(source)) == ""
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_images_that_a_table_does_not_name_are_counted(tmp_path, name):
+    (image, _), *_ = write_images(tmp_path, 3)
+    line = f"file_name,text\n./{image},words\n"
+    if name.endswith("jsonl"):
+        line = json.dumps({"file_name": f"./{image}", "text": "words"}) + "\n"
+    put(tmp_path / name, line)
+    source = open_source(str(tmp_path))
+    assert len(source) == 1
+    assert str(left_out_of(source)) == (
+        "2 x image that the table does not name, such as images/0001.jpg"
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("Train", "test_set"), ("images_1", "images_2"), ("dev", "data")]
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    write_classes(tmp_path, *names)
+    with pytest.raises(DataError, match="named as parts of a data set, not as classes; name one"):
+        open_source(str(tmp_path))
+    put(tmp_path / "classes.json", json.dumps({names[0]: "steam train"}))
+    assert "steam train" in ClassFolderSource(str(tmp_path)).classnames
+    # One class of many may be called so.
+    assert (
+        len(ClassFolderSource(str(write_classes(tmp_path / "b", "train", "car"))).classnames) == 2
+    )
+
+
+@pytest.mark.parametrize(
+    "table", ["metadata.tsv", "metadata.csv.gz", "captions.json", "x.parquet", "a/b/metadata.csv"]
+)
+def test_class_folders_with_a_table_of_captions_in_sight_are_refused(tmp_path, table):
+    write_classes(tmp_path, "cat", "dog")
+    put(tmp_path / table, "")
+    with pytest.raises(
+        DataError, match=rf"{table}, which may hold them: name that file as the data"
+    ):
+        open_source(str(tmp_path))
+    # An evaluation of class folders reads no captions.
+    assert ClassFolderSource(str(tmp_path)).classnames[:2] != []
+
+
+def test_links_and_folders_that_give_no_class_are_counted(tmp_path):
+    write_classes(tmp_path, "cat", "dog")
+    (tmp_path / "owl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "kitty").symlink_to(tmp_path / "cat")
+    (tmp_path / "empty").mkdir()
+    source = ClassFolderSource(str(tmp_path))
+    assert source.classnames == ["cat", "dog"]
+    said = str(source.left_out)
+    for reason in (
+        "1 x link to a folder that comes under its own name, such as kitty",
+        "1 x link that leads nowhere, such as owl",
+        "1 x folder without a picture, such as empty",
+    ):
+        assert reason in said
 
 
 def test_tables_in_subfolders_beside_other_images_are_for_the_user_to_choose_from(tmp_path):

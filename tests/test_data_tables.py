@@ -149,6 +149,29 @@ def test_a_stray_quotation_mark_swallows_no_rows(tmp_path):
         assert [source[i].caption for i in range(3)] == [stray, "caption 1", "caption 2"]
 
 
+def test_two_stray_quotation_marks_swallow_no_rows_either(tmp_path):
+    write_images(tmp_path, 6)
+    lines = [f"images/000{i}.jpg\tcaption {i}" for i in range(6)]
+    lines[1], lines[4] = 'images/0001.jpg\t"red car', 'images/0004.jpg\tgreen"'
+    path = tmp_path / "t.tsv"
+    path.write_text("\n".join(["filepath\ttitle", *lines]) + "\n")
+    with pytest.raises(
+        DataError, match=r"begins in line 3: other rows lie between .*--csv-no-quotes"
+    ):
+        open_source(str(path))
+    assert open_source(str(path), quotes=False)[4].caption == 'green"'
+    # A caption of several lines is one, whatever separators are in it.
+    text = "title,filepath\n" + '"a dog,\nrunning, happy\nand a.jpg",images/0000.jpg\n'
+    path.write_text(text)
+    assert open_source(str(path), separator=",")[0].caption == "a dog,\nrunning, happy\nand a.jpg"
+
+
+def test_two_columns_of_one_name_are_named(tmp_path):
+    (tmp_path / "t.tsv").write_text("filepath\ttitle\ttitle\na.jpg\tx\ty\n")
+    with pytest.raises(DataError, match="more than one column 'title'; rename or remove one"):
+        open_source(str(tmp_path / "t.tsv"))
+
+
 @pytest.mark.parametrize("separator", ["\t", "\\t", "tab"])
 def test_a_tab_may_be_written_out(tmp_path, separator):
     path = write_csv(tmp_path / "d", 2)
@@ -188,6 +211,12 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
             with pytest.raises(BadSample, match=reason):
                 reader[index]
     assert "1 x caption of a picture (empty caption)" in str(source.left_out)
+    # However its path is written, also over several tables.
+    others = [f"./{images[0]}", str(tmp_path / images[1])]
+    (tmp_path / "u.csv").write_text("filepath\ttitle\n" + "".join(f"{a}\tmore\n" for a in others))
+    joined = by_picture(open_source(f"{path}::{tmp_path / 'u.csv'}"))
+    assert isinstance(joined, PictureSource) and len(joined) == 4
+    assert joined[0].caption == ("one", "three", "more") and joined[1].caption == ("two", "more")
     # Where each picture has one row, nothing changes.
     plain = open_source(str(WRITERS[kind](tmp_path / "plain", 3)))
     assert by_picture(plain) is plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -246,6 +247,23 @@ def test_class_folders_count_what_they_could_not_read(tmp_path):
     assert (found["num_images"], found["num_unreadable"]) == (9, 1)
     with pytest.raises(DataError, match=r"1 of 10 samples .* the image file is empty"):
         run_zero_shot(task, nano_encoder(max_bad_fraction=0.0))
+
+
+def test_data_that_cannot_be_read_is_refused_before_the_training(tmp_path):
+    table = write_csv(tmp_path, 20)
+    for path in sorted((tmp_path / "images").iterdir())[:16]:
+        path.write_bytes(b"broken")
+    transform = ImageTransform(32, is_train=False)
+    with pytest.raises(DataError, match=r"none of the first 16 samples of pairs.csv can be read"):
+        EvaluationPlan(settings_of(table), ALONE, byte_tokenizer(), transform)
+    shutil.copy(tmp_path / "images" / "0019.jpg", tmp_path / "images" / "0007.jpg")
+    EvaluationPlan(settings_of(table), ALONE, byte_tokenizer(), transform)
+
+
+@pytest.mark.parametrize("arguments", [("cat", TEMPLATES), (["cat", "dog"], "a {}")])
+def test_a_text_in_place_of_a_list_is_refused(arguments):
+    with pytest.raises(ValueError, match="are a list of texts, got the text"):
+        build_zero_shot_classifier(KnownModel(), tokenize, *arguments)
 
 
 def test_classes_of_one_name_are_said(tmp_path):

@@ -169,6 +169,28 @@ def test_modules_in_a_wrapper_compute_the_same(place: str, tower: str) -> None:
         assert (features() - expected).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("change", ["hook", "replace"])
+@pytest.mark.parametrize("stage", ["layer1", "layer4"])
+def test_every_stage_of_a_resnet_is_called(stage: str, change: str, checkpointing: bool) -> None:
+    """Where Grad-CAM looks: the last one, forwards and backwards."""
+    torch.manual_seed(3)
+    model = create_model("RN-nano-32", precision="fp64").eval()
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model.encode_image(images)
+    if change == "replace":
+        setattr(model.visual, stage, Wrapper(getattr(model.visual, stage)))
+    part = getattr(model.visual, stage)
+    calls: list[str] = []
+    part.register_forward_hook(lambda *_: calls.append("forward"))
+    part.register_full_backward_hook(lambda *_: calls.append("backward"))
+    features = model.encode_image(images)
+    assert torch.equal(features, expected)
+    features.sum().backward()
+    assert calls == ["forward", "backward"]
+
+
 @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "c_proj"])
 @pytest.mark.parametrize("change", ["hook", "replace"])
 def test_every_projection_of_the_attention_pool_is_called(part: str, change: str) -> None:

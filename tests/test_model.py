@@ -447,6 +447,16 @@ def test_captions_that_are_no_ids_are_named(text):
             take(text)
 
 
+def test_ids_of_other_vocabularies_and_widths_are_named():
+    model = create_model("ViT-nano-8-32")
+    tokens = torch.tensor([[1, 40_000, 2]])
+    for text in (tokens, clipcore.pack_captions(tokens)):
+        with pytest.raises(ValueError, match="the token 40000 is not among the model's 514"):
+            model.encode_text(text)
+    with pytest.raises(TypeError, match=r"got torch.uint8; use .long\(\)"):
+        model.encode_text(torch.tensor([[1, 2]], dtype=torch.uint8))
+
+
 OPEN_CLIPS_OTHERS = {
     "jit": (False, True),
     "force_custom_text": (False, True),
@@ -756,6 +766,22 @@ def test_weights_of_another_architecture_are_named(tmp_path):
     )
     assert "visual.class_embedding is missing" in message
     assert message.endswith("and 151 more; they look like RN-nano-32")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("visual.proj", torch.full((32, 32), math.nan), "visual.proj in .* is not finite"),
+        ("logit_scale", torch.tensor(math.inf), "logit_scale in .* is not finite"),
+        ("visual.proj", torch.ones(32, 32, dtype=torch.int8), "quantised weights are not read"),
+        ("visual.conv1.lora_A", torch.ones(2), "hold more than ViT-nano-8-32: .* merge an adapter"),
+    ],
+)
+def test_weights_that_compute_nothing_or_something_else_are_named(tmp_path, name, value, message):
+    state = create_model("ViT-nano-8-32").state_dict()
+    torch.save({**state, name: value}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        create_model("ViT-nano-8-32", pretrained=tmp_path / "w.pt")
 
 
 def test_weights_of_another_vocabulary_or_layout_are_named(tmp_path):

@@ -157,6 +157,21 @@ def test_bad_samples_are_left_out_and_listed(tmp_path, capsys):
     assert len(open_source(pattern)) == 8
 
 
+def test_pictures_with_several_rows_are_said(tmp_path, capsys):
+    """Each row becomes a pair, of which an evaluation could find but one."""
+    table = write_csv(tmp_path / "source", 3)
+    table.write_text(table.read_text() + "images/0001.jpg\tanother\n./images/0001.jpg\tmore\n")
+    line = ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    assert main([str(table), *line]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "5 pairs in 1 shards" in said and "3 pictures have several captions, each in a pair" in said
+    )
+    line[1] = str(tmp_path / "plain")
+    assert main([str(write_csv(tmp_path / "other", 3)), *line]) == 0
+    assert "several captions" not in capsys.readouterr().out
+
+
 def test_a_source_without_a_readable_sample_is_an_error(tmp_path, capsys):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"junk"), ("a.txt", b"a")])
     assert main([str(path), "--output", str(tmp_path / "out"), "--quiet"]) == 2

@@ -119,6 +119,15 @@ def test_every_section_is_there_and_well_formed():
     assert "75%" in page and "recall at 10" in page and "✓" in page
 
 
+def test_a_recall_that_one_direction_lacks_is_a_dash():
+    """Fewer pictures than captions: the fifth nearest picture is not there."""
+    recalls = {"image_to_text_R@1": 0.25, "text_to_image_R@1": 0.5, "image_to_text_R@5": 0.75}
+    row = {"step": 1, "task": "few", "num_pairs": 4.0, "num_texts": 12.0, **recalls}
+    page = render(dataclasses.replace(full_data(), retrieval=[row]))
+    parse(page)
+    assert "recall at 5" in page and "75.0%" in page and "<td>–</td>" in page
+
+
 def test_hostile_captions_stay_text():
     parsed = parse(render(full_data(HOSTILE)))
     assert "script" not in parsed.seen

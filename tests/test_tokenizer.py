@@ -575,6 +575,16 @@ def test_each_model_has_the_tokenizer_of_its_own_sizes(monkeypatch):
         assert get_tokenizer(name, context_length=20)("a dog").shape == (1, 20)
 
 
+def test_arguments_of_get_tokenizer(tmp_path):
+    assert get_tokenizer("ViT-nano-8-32", context_length=9, cache_dir=tmp_path).context_length == 9
+    for length in (0, -3, 1, "77", 7.5, True):
+        with pytest.raises(ValueError, match="a whole number of at least 2"):
+            get_tokenizer("ViT-nano-8-32", context_length=length)
+    for texts in (5, None, b"a cat"):
+        with pytest.raises(ValueError, match=r"takes a text or a list|is no text|not text|a str"):
+            get_tokenizer("ViT-nano-8-32")(texts)
+
+
 def test_tokenizers_of_unknown_models_and_other_vocabularies_are_refused(trained, tmp_path):
     for name in ("ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "hf-hub:laion/x", "no such model"):
         with pytest.raises(UnknownModelError, match="unknown model"):

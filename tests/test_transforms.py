@@ -203,11 +203,36 @@ def test_settings_that_cannot_be(settings):
         ImageTransform(32, True, **settings)
 
 
+@pytest.mark.parametrize("settings", [{"mean": (0.5, 0.5)}, {"std": 0.5}])
+def test_means_and_deviations_are_of_three_channels(settings):
+    with pytest.raises(ValueError, match="mean and std are three numbers each"):
+        ImageTransform(32, False, **settings)
+
+
 def over_white(image: Image.Image) -> Image.Image:
     """Each channel over white by its definition, rounded."""
     pixels = np.asarray(image).astype(float)
     alpha = pixels[..., 3:] / 255
     return Image.fromarray((alpha * pixels[..., :3] + (1 - alpha) * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(3, 32, 32), TypeError, "takes a PIL image, got Tensor; open a file"),
+        ("picture.jpg", TypeError, "takes a PIL image, got str"),
+        (None, TypeError, "got NoneType"),
+        (np.zeros((32, 32, 3), np.float32), ValueError, r"an array of float32 \[32, 32, 3\]"),
+        (np.zeros((3, 32, 32), np.uint8), ValueError, r"an array of uint8 \[3, 32, 32\]"),
+        (np.zeros((32, 32, 4), np.uint8), ValueError, r"an array of uint8 \[32, 32, 4\]"),
+        (np.zeros((0, 32, 3), np.uint8), ValueError, "has no pixels"),
+        (Image.new("RGB", (0, 3)), ValueError, "has no pixels"),
+    ],
+)
+@pytest.mark.parametrize("is_train", [False, True])
+def test_what_is_no_picture_is_named(image, error, message, is_train):
+    with pytest.raises(error, match=message):
+        ImageTransform(32, is_train)(image)
 
 
 def test_transparent_pictures_lie_over_white_and_are_told_apart():

@@ -213,6 +213,13 @@ class Archived(nn.Module):
         return x @ self.visual.proj * self.logit_scale
 
 
+def test_one_part_of_several_names_their_index(tmp_path):
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    path.write_bytes(b"never looked into")
+    with pytest.raises(CheckpointError, match="name their index, model.safetensors.index.json, or"):
+        load_state_dict_file(path)
+
+
 def test_openai_archives(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated

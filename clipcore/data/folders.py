@@ -300,8 +300,8 @@ def open_folder(
             if _CAPTIONS_FILE.fullmatch(name) or (not folder and _TABLE.fullmatch(name)):
                 table = os.path.join(path, folder, name)
                 raise DataError(
-                    f"{path} holds no image with a caption beside it, but {printable(table)}, which may hold them: name that "
-                    "file as the data, or, if the names of the folders are the captions, take it out"
+                    f"{path} holds no image with a caption beside it, but {printable(table)}, which may hold them: name "
+                    "that file as the data, or, if the names of the folders are the captions, take it out"
                 )
     return ClassFolderSource(path, decoder)
 

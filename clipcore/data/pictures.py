@@ -13,6 +13,20 @@ from clipcore.data.sources import MixtureSource
 from clipcore.data.tables import CsvSource, JsonlSource
 
 
+def num_pictures(source: PairSource) -> int | None:
+    """Return how many pictures the rows of a table name; None of a source that does not tell its pictures apart."""
+    if not isinstance(source, _TABLES):
+        return None
+    return len(np.unique(_hashes(source)))
+
+
+def _hashes(source: _Rows) -> np.ndarray:
+    """Return a number for each row, int64 [N], equal where rows name one picture."""
+    # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
+    names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))
+    return np.fromiter(names, np.int64, len(source))
+
+
 class _Rows(Protocol):
     """Rows that name their pictures, read one half at a time."""
 
@@ -23,6 +37,8 @@ class _Rows(Protocol):
     def captions(self, index: int) -> str | tuple[str, ...]: ...
 
     def picture(self, index: int) -> tuple[Any, str]: ...
+
+    def picture_names(self) -> Iterator[str]: ...
 
 
 def by_picture(source: PairSource) -> PairSource:
@@ -42,9 +58,7 @@ def by_picture(source: PairSource) -> PairSource:
         return rest[0] if len(rest) == 1 else MixtureSource(rest, name=source.name)
     if not isinstance(source, _TABLES):
         return source
-    # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
-    names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))
-    hash_N = np.fromiter(names, np.int64, len(source))
+    hash_N = _hashes(source)
     _, first_P, picture_N = np.unique(hash_N, return_index=True, return_inverse=True)
     if len(first_P) == len(source):
         return source

@@ -36,6 +36,7 @@ from clipcore.checkpoint import run_lock
 from clipcore.data import DataError, PairSource
 from clipcore.data.folders import walk
 from clipcore.data.glyphs import GlyphSource
+from clipcore.data.pictures import num_pictures
 from clipcore.data.shards import (
     FORMATS,
     ImageFormat,
@@ -269,6 +270,7 @@ def prepare(
     with run_lock(output):
         manifest = Manifest(output, settings, source_identity(train_data, source))
         manifest.content["not used"] = str(left_out_of(source))
+        manifest.content["pictures"] = num_pictures(source)
         size = settings.shard_size
         jobs = [
             _Job(output / name, range(i * size, min((i + 1) * size, len(source))))
@@ -483,6 +485,12 @@ def summary(manifest: Manifest, made: int, seconds: float) -> str:
     ]
     if unused := manifest.content["not used"]:
         lines.append(f"not used: {unused}")
+    named = manifest.content["pictures"]
+    if named is not None and named < pairs:
+        lines.append(
+            f"{named} pictures have several captions, each in a pair of its own: for training; evaluate retrieval on "
+            "the table itself"
+        )
     if transparent := sum(report.transparent for report in reports):
         lines.append(f"{transparent} pictures are transparent and were laid over white")
     if bad:
