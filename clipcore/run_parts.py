@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from clipcore.architectures import find_model
 from clipcore.checkpoint import Checkpoint
 from clipcore.config import ConfigError, TrainConfig
-from clipcore.data import PairSource
+from clipcore.data import BadSample, PairSource
 from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
@@ -26,22 +26,34 @@ from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_t
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
+# Samples whose captions make a vocabulary: more take minutes and change few merges.
+_MAX_LEARNT_SAMPLES = 200_000
 
 
-def build_tokenizer(config: TrainConfig, run_dir: Path, resuming: bool) -> Tokenizer:
-    """Return the tokenizer that ``--tokenizer`` names."""
+def build_tokenizer(
+    config: TrainConfig, run_dir: Path, resuming: bool, source: PairSource
+) -> Tokenizer:
+    """Return the tokenizer that ``--tokenizer`` names, which may be learnt from the captions of the training data."""
     if config.tokenizer == "bytes":
         return byte_tokenizer()
     if config.tokenizer != "train":
         return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    if config.train_data != "glyphs":
-        raise ConfigError(
-            "--tokenizer train is for the embedded data; make a vocabulary of your captions with "
-            "python -m clipcore.tokenizer --train captions.txt and pass the file to --tokenizer"
-        )
-    return train_tokenizer(training_captions(), config.vocab_size)
+    is_embedded = config.train_data == "glyphs"
+    captions = training_captions() if is_embedded else _some_captions(source)
+    return train_tokenizer(captions, config.vocab_size)
+
+
+def _some_captions(source: PairSource) -> Iterator[str]:
+    """Yield the captions of evenly spread samples, of all where they are few; those that cannot be read are left out."""
+    number = min(len(source), _MAX_LEARNT_SAMPLES)
+    for place in range(number):
+        try:
+            found = source.captions(place * len(source) // number)
+        except BadSample:
+            continue
+        yield from [found] if isinstance(found, str) else found
 
 
 def augmentation(config: TrainConfig) -> dict[str, Any]:

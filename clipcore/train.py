@@ -165,8 +165,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         mark = continue_log(run_dir, checkpoint, config.new_log, world)
 
     # Data
-    tokenizer = build_tokenizer(config, run_dir, resuming=checkpoint is not None)
     source = open_training_source(config)
+    tokenizer = build_tokenizer(config, run_dir, checkpoint is not None, source)
 
     # Model
     is_split = config.fsdp and world.world_size > 1

@@ -134,6 +134,25 @@ def test_csv_rows_of_other_lengths_are_bad_samples_and_said_at_the_start(tmp_pat
     )
 
 
+@pytest.mark.parametrize("kind", [*WRITERS, "shards", "classes", "mixture"])
+def test_captions_come_without_their_pictures(tmp_path, kind, monkeypatch):
+    if kind == "classes":
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "data" / name, 2)
+        path = str(tmp_path / "data")
+    elif kind in ("shards", "mixture"):
+        path = write_shards(tmp_path / "data", 2, 3)
+    else:
+        path = str(WRITERS[kind](tmp_path / "data", 5))
+    if kind == "mixture":
+        path += f"::{write_csv(tmp_path / 'more', 5)}"
+    source = open_source(path)
+    expected = [source[i].caption for i in range(len(source))]
+    monkeypatch.setattr("clipcore.data.tables.decode_image", None)
+    monkeypatch.setattr("clipcore.data.tar.decode_image", None)
+    assert [source.captions(i) for i in range(len(source))] == expected
+
+
 def test_a_stray_quotation_mark_swallows_no_rows(tmp_path):
     write_images(tmp_path, 3)
     path = tmp_path / "t.tsv"

@@ -27,6 +27,7 @@ from clipcore.checkpoint import latest_checkpoint
 from clipcore.logbook import read_metrics
 from clipcore.model import create_model, create_model_from_pretrained
 from clipcore.run_state import load_run
+from clipcore.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,19 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(server, table, tmp_path):
     assert run.wait() == 143
 
 
+def test_a_vocabulary_is_learnt_from_the_captions_of_the_data(server, table, tmp_path):
+    """A picture that cannot be read costs no caption; a resumed run has the vocabulary from its folder."""
+    line = flags(tmp_path, "r", table, epochs=1, tokenizer="train", vocab_size=560)
+    line[line.index("--tokenizer") :][:2] = []
+    status, text = server.run([*line, "--tokenizer", "train"], tmp_path / "out")
+    assert status == 0, text
+    captions = [row.split("\t")[1] for row in table.read_text().splitlines()[1:]]
+    expected = train_tokenizer(captions, 560)
+    assert Tokenizer.from_file(tmp_path / "r" / "vocabulary.txt.gz").sha256 == expected.sha256
+    more = ["--resume", str(tmp_path / "r"), "--epochs", "2"]
+    assert server.run(more, tmp_path / "out")[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["shards", "table"])
 def test_trains_evaluates_and_reports_on_user_data(server, shards, table, tmp_path, kind):
     data = shards if kind == "shards" else table
@@ -310,7 +324,8 @@ def test_validation_data_is_read_as_the_training_data_is(server, table, tmp_path
     assert len(read_metrics(tmp_path / "r")[1]) == 1
 
 
-def test_weights_that_are_not_finite_stop_before_the_update(server, table, tmp_path):
+def test_weights_that_are_not_finite_are_no_beginning(server, table, tmp_path):
+    """A mistake in the file, and not a loss that became infinite."""
     assert server.run(flags(tmp_path, "good", table, epochs=1), tmp_path / "out")[0] == 0
     newest = latest_checkpoint(tmp_path / "good" / "checkpoints")
     weights = load_file(newest / "model.safetensors")
@@ -319,9 +334,9 @@ def test_weights_that_are_not_finite_stop_before_the_update(server, table, tmp_p
     status, text = server.run(
         flags(tmp_path, "bad", table, pretrained=tmp_path / "bad.safetensors"), tmp_path / "out"
     )
-    assert status == 1
-    assert "step 1 is not finite; visual.proj is the first tensor" in text
-    assert latest_checkpoint(tmp_path / "bad" / "checkpoints") is None
+    assert status == 2, text
+    assert f"visual.proj in {tmp_path / 'bad.safetensors'} is not finite" in text
+    assert not (tmp_path / "bad" / "checkpoints").exists()
 
 
 def test_a_bad_sample_is_replaced_named_and_counted(server, tmp_path):

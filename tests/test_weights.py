@@ -216,7 +216,9 @@ class Archived(nn.Module):
 def test_one_part_of_several_names_their_index(tmp_path):
     path = tmp_path / "model-00001-of-00002.safetensors"
     path.write_bytes(b"never looked into")
-    with pytest.raises(CheckpointError, match="name their index, model.safetensors.index.json, or"):
+    with pytest.raises(
+        CheckpointError, match=r"name their index, model\.safetensors\.index\.json, or"
+    ):
         load_state_dict_file(path)
 
 

@@ -115,6 +115,8 @@ class Pair(NamedTuple):
 class PairSource(Protocol):
     """Image-caption pairs by number: ``source[index]`` returns a ``Pair`` or raises ``BadSample``.
 
+    ``captions(index)`` returns its caption or captions alone, without a look at the image, or raises the same.
+
     A source is read from several processes at once, so that it must survive ``fork`` and pickling.
     """
 
@@ -123,6 +125,8 @@ class PairSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair: ...
+
+    def captions(self, index: int) -> str | Sequence[str]: ...
 
 
 def checked_captions(value: object, key: str) -> str | tuple[str, ...]:

@@ -85,11 +85,15 @@ class FolderSource:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        image, caption = self._cells[2 * index], self._cells[2 * index + 1]
+        captions, image = self.captions(index), self._cells[2 * index]
         key = printable(image)
-        captions = checked_captions(self._caption(caption, key), key)
         path = os.path.join(self._folder, image)
         return Pair(read_image_file(path, key, self._decoder), captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of an image; raise BadSample."""
+        key = printable(self._cells[2 * index])
+        return checked_captions(self._caption(self._cells[2 * index + 1], key), key)
 
     def _caption(self, name: str, key: str) -> object:
         try:
@@ -177,11 +181,16 @@ class ClassFolderSource:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        path = self._paths[index]
+        captions, path = self.captions(index), self._paths[index]
         key = printable(path)
-        captions = checked_captions(self.classnames[self.labels_N[index]], key)
         image = read_image_file(os.path.join(self._folder, path), key, self._decoder)
         return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the name of an image's class; raise BadSample where it is empty."""
+        return checked_captions(
+            self.classnames[self.labels_N[index]], printable(self._paths[index])
+        )
 
 
 # Of ImageNet's folders, and of data sets that number their classes, maybe before their names.

@@ -184,11 +184,16 @@ class GlyphSource:
     def __getitem__(self, index: int) -> Pair:
         if (pair := self._pairs.get(index)) is None:
             face, character = self.samples[index]
-            name = character_name(character)
-            captions = tuple(fill(t, face.description, name) for t in CAPTION_TEMPLATES)
             key = f"{face.file}/U+{ord(character):04X}"
-            pair = self._pairs[index] = Pair(draw(character, self._font(face)), captions, key)
+            picture = draw(character, self._font(face))
+            pair = self._pairs[index] = Pair(picture, self.captions(index), key)
         return pair
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a picture."""
+        face, character = self.samples[index]
+        name = character_name(character)
+        return tuple(fill(template, face.description, name) for template in CAPTION_TEMPLATES)
 
     def __getstate__(self) -> dict[str, object]:
         # FreeType handles cannot travel to a worker process; it opens its own.

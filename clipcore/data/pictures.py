@@ -174,10 +174,19 @@ class PictureSource:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
-        start = int(self._ends[index - 1]) if index else 0
+        captions = self.captions(index)
+        image, key = self._rows.picture(self._rows_of(index)[0])
+        return Pair(image, captions, key)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of all rows of a picture; raise BadSample."""
         captions = list[str]()
-        for row in self._members[start : self._ends[index]].tolist():
+        for row in self._rows_of(index):
             found = self._rows.captions(row)
             captions += [found] if isinstance(found, str) else found
-        image, key = self._rows.picture(int(self._members[start]))
-        return Pair(image, tuple(captions), key)
+        return tuple(captions)
+
+    def _rows_of(self, index: int) -> list[int]:
+        start = int(self._ends[index - 1]) if index else 0
+        rows: list[int] = self._members[start : self._ends[index]].tolist()
+        return rows

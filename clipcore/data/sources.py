@@ -270,6 +270,11 @@ class MixtureSource:
         number, row = self.locate(index)
         return self.parts[number][row]
 
+    def captions(self, index: int) -> str | Sequence[str]:
+        """Return the caption or captions of a sample; raise BadSample."""
+        number, row = self.locate(index)
+        return self.parts[number].captions(row)
+
     def locate(self, index: int) -> tuple[int, int]:
         """(source, index in it) of a sample of the mixture."""
         if not 0 <= index < len(self):
@@ -297,4 +302,8 @@ class SyntheticSource:
             raise IndexError(f"sample {index} of {len(self)}")
         shape = (self._image_size, self._image_size, 3)
         noise = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
-        return Pair(noise, f"picture number {index} of noise", f"synthetic/{index}")
+        return Pair(noise, self.captions(index), f"synthetic/{index}")
+
+    def captions(self, index: int) -> str:
+        """Return the caption of a picture."""
+        return f"picture number {index} of noise"

@@ -397,19 +397,8 @@ class TarSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self.shards[number]
-        row = index - (int(self._ends[number]) - len(shard))
-        image_at, image_size, caption_at, caption_size, is_json, _ = shard.columns_6N[
-            :, row
-        ].tolist()
-        key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
-        if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
-            raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
-        caption = self._read(number, caption_at, caption_size, key)
-        captions = checked_captions(self._json_caption(caption, key) if is_json else caption, key)
+        captions = self.captions(index)
+        number, key, (image_at, image_size, _, _, _) = self._place(index)
         try:
             data = self._read(number, image_at, image_size, key)
             # By the content, as other formats are told apart.
@@ -417,6 +406,24 @@ class TarSource:
         except BadSample as error:
             raise BadSample(error.reason, key) from None
         return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a sample; raise BadSample."""
+        number, key, (_, image_size, caption_at, caption_size, is_json) = self._place(index)
+        if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
+            raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
+        caption = self._read(number, caption_at, caption_size, key)
+        return checked_captions(self._json_caption(caption, key) if is_json else caption, key)
+
+    def _place(self, index: int) -> tuple[int, str, list[int]]:
+        """Return the shard's number, the key and the first five columns of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.shards[number]
+        row = index - (int(self._ends[number]) - len(shard))
+        key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
+        return number, key, shard.columns_6N[:5, row].tolist()
 
     def _json_caption(self, data: bytes, key: str) -> object:
         try:
