@@ -154,6 +154,8 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         config = resumed_config(run_dir, config, given, world)
     config = in_global_batches(resolve(config), world.world_size)
     note_without_effect(config, world)
+    if not is_begun and "model" not in given:
+        note_default_model(config, world)
     make_deterministic()
     config = set_threads(config, "threads" in given, world)
     if world.device.type == "cpu":
@@ -581,6 +583,15 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
         world.say(f"{', '.join(flags)}: accepted, without effect (see --help)")
     if config.fsdp and world.world_size == 1:
         world.say("--fsdp: one process has nobody to split the model with, and trains it whole")
+
+
+def note_default_model(config: TrainConfig, world: World) -> None:
+    """Say that there are small models, where the default one would take hours on a CPU."""
+    if world.device.type == "cpu" and config.train_data != "glyphs":
+        world.say(
+            f"{config.model} is the default model, and a step of it takes many seconds without a GPU; --model ViT-glyphs is "
+            "a small one, with --tokenizer train for a small vocabulary"
+        )
 
 
 def set_threads(config: TrainConfig, is_chosen: bool, world: World) -> TrainConfig:
