@@ -1,0 +1,317 @@
+"""A linear probe: multinomial logistic regression on features, solved to its optimum.
+
+Legend: N images, D features, K classes, R directions in which the features vary.
+
+Source: Radford et al. 2021, section 3.2 and appendix A.3: L-BFGS on features before the projection, without augmentation,
+and a search over the strength of the penalty. The objective is scikit-learn's, C times the sum of the cross-entropies plus
+half the squared weights, with a bias that is not penalised.
+
+The features are rotated into their principal directions, and each direction is scaled so that the objective curves alike
+along all of them. It is a change of variables: the optimum is the same, and L-BFGS takes a fraction of the steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of the search over C: appendix A.3's 97 points.
+GRID = tuple(10.0 ** (-6 + exponent / 8) for exponent in range(97))
+_COARSE_STEP = 16
+# Rows whose logits are held at once.
+_BLOCK_ROWS = 1 << 14
+_MAX_ITERATIONS = 1000
+
+Metric = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier of features.
+
+    Attributes:
+        weight: [K, D].
+        bias: [K]; -inf of a class without a training image, which is never predicted.
+        C: the inverse strength of the penalty that it was fitted with.
+        num_iterations: of L-BFGS.
+        gradient_norm: largest element of the gradient at the end, of the mean objective in the solver's coordinates.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    C: float
+    num_iterations: int
+    gradient_norm: float
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        """Return the unnormalised log-probabilities of the classes, [N, K]."""
+        return torch.addmm(self.bias, features_ND, self.weight.T)
+
+
+@dataclass(frozen=True)
+class CSearch:
+    """What a search over C found.
+
+    Attributes:
+        C: the best on the validation images; of several the smallest.
+        trace: (C, score on the validation images) in the order of the fits.
+        probe: fitted with the best C on training and validation images together.
+    """
+
+    C: float
+    trace: list[tuple[float, float]]
+    probe: LinearProbe
+
+
+def fit_linear_probe(
+    features_ND: Tensor,
+    labels_N: Tensor,
+    C: float = 1.0,
+    num_classes: int | None = None,
+    tolerance: float = 1e-5,
+) -> LinearProbe:
+    """Fit a linear classifier to features, on their device and in their dtype with sums in float64.
+
+    The objective and the meaning of C are those of scikit-learn's ``LogisticRegression``; of two classes too, where it has
+    one row of weights for both.
+
+    Args:
+        features_ND: [N, D], float32 or float64.
+        labels_N: [N], class indices.
+        num_classes: K [the largest label plus one].
+        tolerance: the solver ends when no element of its gradient is larger.
+
+    Raises:
+        ValueError: the arguments do not fit, or a feature is not finite.
+    """
+    problem = _Problem(features_ND, labels_N, num_classes)
+    return problem.probe(problem.solve(C, tolerance))
+
+
+def search_C(
+    train_features_ND: Tensor,
+    train_labels_N: Tensor,
+    val_features_ND: Tensor,
+    val_labels_N: Tensor,
+    num_classes: int | None = None,
+    metric: Metric | None = None,
+    tolerance: float = 1e-5,
+) -> CSearch:
+    """Find the C whose probe is best on validation images, and fit it to all images (appendix A.3).
+
+    Every sixteenth point of ``GRID`` is tried first, then those 8, 4, 2 and 1 points beside the best one so far: at most 15
+    fits, each begun from the nearest one before it.
+
+    Args:
+        metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
+
+    Raises:
+        ValueError: as of ``fit_linear_probe``, or there are no validation images.
+    """
+    if num_classes is None and len(train_labels_N) and len(val_labels_N):
+        num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
+    if not len(val_labels_N):
+        raise ValueError("the search over C needs at least one validation image")
+
+    measure = metric or top1
+    problem = _Problem(train_features_ND, train_labels_N, num_classes)
+    solutions: dict[int, _Solution] = {}
+    scores: dict[int, float] = {}
+
+    def attempt(index: int) -> None:
+        nearest = min(solutions, key=lambda other: abs(other - index), default=None)
+        start = None if nearest is None else solutions[nearest]
+        solutions[index] = problem.solve(GRID[index], tolerance, start)
+        logits = problem.probe(solutions[index]).logits(val_features_ND)
+        scores[index] = measure(logits, val_labels_N)
+
+    def best() -> int:
+        return min(scores, key=lambda index: (-scores[index], index))
+
+    for index in range(0, len(GRID), _COARSE_STEP):
+        attempt(index)
+    step = _COARSE_STEP // 2
+    while step:
+        centre = best()
+        for index in (centre - step, centre + step):
+            if 0 <= index < len(GRID) and index not in scores:
+                attempt(index)
+        step //= 2
+
+    found = best()
+    whole = _Problem(
+        torch.cat([train_features_ND, val_features_ND]),
+        torch.cat([train_labels_N, val_labels_N]),
+        num_classes,
+    )
+    probe = whole.probe(whole.solve(GRID[found], tolerance))
+    return CSearch(GRID[found], [(GRID[index], score) for index, score in scores.items()], probe)
+
+
+def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
+    """Return the share of images whose class has the largest logit; of equal ones the first counts."""
+    return (logits_NK.argmax(1) == labels_N).double().mean().item()
+
+
+def split_validation(
+    labels: Sequence[int], keys: Sequence[str], fraction: float = 0.1
+) -> list[bool]:
+    """Say of each training image whether it is set aside for validation: the same ones always, some of each class.
+
+    Which ones is decided by a hash of their keys, so that neither their order nor a random generator matters. A class of two
+    images or more gives one at least, and keeps one.
+
+    Args:
+        labels: the classes of N images.
+        keys: their names.
+
+    Returns:
+        N flags.
+    """
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    is_set_aside = [False] * len(labels)
+    for members in by_class.values():
+        members.sort(key=lambda index: hashlib.sha256(keys[index].encode()).digest())
+        number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        for index in members[:number]:
+            is_set_aside[index] = True
+    return is_set_aside
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """A fit in the rotated, unscaled coordinates, of the classes that have images: weight [K, R], bias [K]."""
+
+    C: float
+    weight: Tensor
+    bias: Tensor
+    num_iterations: int
+    gradient_norm: float
+
+
+class _Problem:
+    """The features in their principal directions, and what any C's fit needs."""
+
+    def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+        _check(features_ND, labels_N, num_classes)
+        self._num_classes = int(labels_N.max()) + 1 if num_classes is None else num_classes
+        # A class without images has its optimum at a bias of minus infinity.
+        self._present, self._labels_N = labels_N.to(features_ND.device).unique(return_inverse=True)
+        self._dtype = features_ND.dtype
+
+        self._mean_D = features_ND.double().mean(0)
+        variances, directions = torch.linalg.eigh(self._covariance(features_ND))
+        # What is smaller is what rounding makes of nothing.
+        eps = torch.finfo(self._dtype).eps
+        is_real = variances > variances.max() * max(len(variances) * eps**2, 1e-13)
+        self._variance_R, self._directions_DR = variances[is_real], directions[:, is_real]
+        centred_to = self._directions_DR.to(self._dtype)
+        shift = (self._mean_D @ self._directions_DR).to(self._dtype)
+        self._rotated_NR = torch.addmm(shift, features_ND, centred_to, beta=-1)
+
+    def _covariance(self, features_ND: Tensor) -> Tensor:
+        total = features_ND.new_zeros((features_ND.shape[1],) * 2, dtype=torch.float64)
+        for block in features_ND.split(_BLOCK_ROWS):
+            centred = block.double() - self._mean_D
+            total.addmm_(centred.T, centred)
+        return total / len(features_ND)
+
+    def solve(self, C: float, tolerance: float, start: _Solution | None = None) -> _Solution:
+        """Minimise the mean objective; begin from another solution of this problem where one is given."""
+        if not C > 0:
+            raise ValueError(f"C is {C}, and has to be positive")
+        num_classes, num_rows = len(self._present), len(self._labels_N)
+        zeros = self._variance_R.new_zeros(num_classes, len(self._variance_R))
+        if num_classes == 1:
+            return _Solution(C, zeros, zeros.new_zeros(1), 0, 0.0)
+
+        # scikit-learn's one row for two classes is the difference of two rows here, whose squares are half of its square.
+        penalty = (2.0 if num_classes == 2 else 1.0) / (C * num_rows)
+        curvature = (1 - 1 / num_classes) / num_classes
+        scale_R = (curvature * self._variance_R + penalty).rsqrt()
+        bias_scale = curvature**-0.5
+        begun = (
+            (zeros, zeros.new_zeros(num_classes)) if start is None else (start.weight, start.bias)
+        )
+        weight_KR = (begun[0] / scale_R).requires_grad_()
+        bias_K = (begun[1] / bias_scale).requires_grad_()
+
+        solver = torch.optim.LBFGS(
+            [weight_KR, bias_K],
+            max_iter=_MAX_ITERATIONS,
+            max_eval=2 * _MAX_ITERATIONS,
+            tolerance_grad=tolerance,
+            # The objective's excess is about the square of the gradient.
+            tolerance_change=10 * tolerance**2,
+            history_size=10,
+            line_search_fn="strong_wolfe",
+        )
+
+        @torch.no_grad()
+        def evaluate() -> float:
+            rotated_KR = weight_KR * scale_R
+            loss, weight_grad, bias_grad = self._cross_entropy(rotated_KR, bias_K * bias_scale)
+            weight_KR.grad = (weight_grad + penalty * rotated_KR) * scale_R
+            bias_K.grad = bias_grad * bias_scale
+            return loss + penalty / 2 * rotated_KR.square().sum().item()
+
+        solver.step(evaluate)
+        evaluate()
+        gradients = [p.grad.abs().max().item() for p in (weight_KR, bias_K) if p.numel()]
+        num_iterations = solver.state[weight_KR]["n_iter"]
+        weight, bias = weight_KR.detach() * scale_R, bias_K.detach() * bias_scale
+        return _Solution(C, weight, bias, num_iterations, max(gradients))
+
+    def _cross_entropy(self, weight_KR: Tensor, bias_K: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the mean cross-entropy and its gradients by weight and bias; blocks of rows are summed in order."""
+        weight, bias = weight_KR.to(self._dtype), bias_K.to(self._dtype)
+        loss = bias_K.new_zeros(())
+        weight_grad, bias_grad = torch.zeros_like(weight_KR), torch.zeros_like(bias_K)
+        for rows_BR, labels_B in zip(
+            self._rotated_NR.split(_BLOCK_ROWS), self._labels_N.split(_BLOCK_ROWS), strict=True
+        ):
+            log_probability_BK = torch.addmm(bias, rows_BR, weight.T).log_softmax(1)
+            loss -= log_probability_BK.gather(1, labels_B[:, None]).sum(dtype=torch.float64)
+            residual_BK = log_probability_BK.exp_()
+            residual_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
+            weight_grad += residual_BK.T @ rows_BR
+            bias_grad += residual_BK.sum(0, dtype=torch.float64)
+        num_rows = len(self._labels_N)
+        return loss.item() / num_rows, weight_grad / num_rows, bias_grad / num_rows
+
+    def probe(self, solution: _Solution) -> LinearProbe:
+        """Return a solution in the features' own coordinates, with all classes."""
+        weight = solution.weight @ self._directions_DR.T
+        bias = solution.bias - weight @ self._mean_D
+        weight_KD = weight.new_zeros(self._num_classes, weight.shape[1])
+        bias_K = bias.new_full((self._num_classes,), -torch.inf)
+        weight_KD[self._present], bias_K[self._present] = weight, bias
+        return LinearProbe(
+            weight_KD.to(self._dtype),
+            bias_K.to(self._dtype),
+            solution.C,
+            solution.num_iterations,
+            solution.gradient_norm,
+        )
+
+
+def _check(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+    """Raise ValueError unless there are features with labels that fit."""
+    if features_ND.dim() != 2 or features_ND.dtype not in (torch.float32, torch.float64):
+        kind = f"{features_ND.dtype} {list(features_ND.shape)}"
+        raise ValueError(f"features are [N, D] in float32 or float64, not {kind}; use .float()")
+    if labels_N.shape != features_ND.shape[:1] or not len(labels_N):
+        raise ValueError(f"{len(features_ND)} rows of features have {len(labels_N)} labels")
+    if labels_N.is_floating_point() or labels_N.is_complex() or int(labels_N.min()) < 0:
+        raise ValueError("labels are class indices from 0")
+    if num_classes is not None and int(labels_N.max()) >= num_classes:
+        raise ValueError(f"label {int(labels_N.max())} is not one of {num_classes} classes")
+    if not features_ND.isfinite().all():
+        row = int((~features_ND.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"features of row {row} are not finite; look at the image or the model")

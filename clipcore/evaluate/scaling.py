@@ -1,0 +1,103 @@
+"""How errors fall as training grows: a power law through models of several sizes, and what it predicts.
+
+error = factor * compute ** exponent, a line of the logarithms. That it predicts the largest model from the smaller ones is
+the claim, so that is what ``leave_out_largest`` shows.
+
+Source: Radford et al. 2021, figure 9; Cherti et al. 2023 for the fit to the best of each bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipcore.evaluate.robustness import fit_line
+
+Numbers = Sequence[float] | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """error = factor * compute ** exponent.
+
+    Attributes:
+        r2: share of the variance, of the logarithms, that it explains.
+        num_models: it was fitted to.
+    """
+
+    factor: float
+    exponent: float
+    r2: float
+    num_models: int
+
+    def error(self, compute: float) -> float:
+        """Return the error of a model of so much compute."""
+        return float(self.factor * compute**self.exponent)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a law of the smaller models says of the largest.
+
+    Attributes:
+        predicted: its error by the law.
+        actual: its error.
+        law: of the others.
+    """
+
+    predicted: float
+    actual: float
+    law: PowerLaw
+
+
+def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None) -> PowerLaw:
+    """Fit a power law by least squares of the logarithms.
+
+    Args:
+        compute: of M models, in any unit, such as GMACs of all training.
+        error: of the same models; 1 minus the mean of their metrics over the data sets.
+        num_bins: fit to the smallest error of each of so many bins of equal width in log(compute), at the bin's middle, which
+            ignores runs that were stopped or tuned badly [to all models].
+
+    Raises:
+        ValueError: there are not as many of both, a number is not positive, or fewer than two different models are left.
+    """
+    c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
+    if c.shape != e.shape:
+        raise ValueError(f"{len(c)} models have {len(e)} errors")
+    if not ((c > 0) & (e > 0) & np.isfinite(c) & np.isfinite(e)).all():
+        raise ValueError(
+            "compute and error of a power law are positive; leave out a model without error"
+        )
+    x, y = np.log10(c), np.log10(e)
+    if num_bins is not None and len(x):
+        x, y = _best_of_bins(x, y, num_bins)
+    exponent, intercept, r2 = fit_line(x, y, "amounts of compute")
+    return PowerLaw(10**intercept, exponent, r2, len(x))
+
+
+def leave_out_largest(compute: Numbers, error: Numbers) -> Prediction:
+    """Fit a law to all models but the one of most compute, and predict its error.
+
+    Raises:
+        ValueError: as of ``fit_power_law``.
+    """
+    c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
+    order = np.argsort(c, kind="stable")
+    law = fit_power_law(c[order[:-1]], e[order[:-1]])
+    largest = order[-1]
+    return Prediction(law.error(float(c[largest])), float(e[largest]), law)
+
+
+def _best_of_bins(
+    x: NDArray[np.float64], y: NDArray[np.float64], num_bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the middles of the bins that hold a point, and the smallest y in each."""
+    edges = np.linspace(x.min(), x.max(), num_bins + 1)
+    number = np.clip(np.digitize(x, edges) - 1, 0, num_bins - 1)
+    filled = np.unique(number)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return middles[filled], np.array([y[number == one].min() for one in filled])
