@@ -59,8 +59,8 @@ def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None)
     Args:
         compute: of M models, in any unit, such as GMACs of all training.
         error: of the same models; 1 minus the mean of their metrics over the data sets.
-        num_bins: fit to the smallest error of each of so many bins of equal width in log(compute), at the bin's middle, which
-            ignores runs that were stopped or tuned badly [to all models].
+        num_bins: fit to the smallest error of each of so many bins of equal width in log(compute), at the bin's middle,
+            which ignores runs that were stopped or tuned badly [to all models].
 
     Raises:
         ValueError: there are not as many of both, a number is not positive, or fewer than two different models are left.
