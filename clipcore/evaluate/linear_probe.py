@@ -59,7 +59,7 @@ class CSearch:
     Attributes:
         C: the best on the validation images; of several the smallest.
         trace: (C, score on the validation images) in the order of the fits.
-        probe: fitted with the best C on training and validation images together.
+        probe: fitted with the best C, on training and validation images together unless the search was told otherwise.
     """
 
     C: float
@@ -100,6 +100,7 @@ def search_C(
     num_classes: int | None = None,
     metric: Metric | None = None,
     tolerance: float = 1e-5,
+    fit_all: bool = True,
 ) -> CSearch:
     """Find the C whose probe is best on validation images, and fit it to all images (appendix A.3).
 
@@ -108,6 +109,7 @@ def search_C(
 
     Args:
         metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
+        fit_all: whether the probe that is returned is fitted to the validation images too.
 
     Raises:
         ValueError: as of ``fit_linear_probe``, or there are no validation images.
@@ -143,12 +145,11 @@ def search_C(
         step //= 2
 
     found = best()
-    whole = _Problem(
-        torch.cat([train_features_ND, val_features_ND]),
-        torch.cat([train_labels_N, val_labels_N]),
-        num_classes,
-    )
-    probe = whole.probe(whole.solve(GRID[found], tolerance))
+    probe = problem.probe(solutions[found])
+    if fit_all:
+        features_ND = torch.cat([train_features_ND, val_features_ND])
+        labels_N = torch.cat([train_labels_N, val_labels_N])
+        probe = fit_linear_probe(features_ND, labels_N, GRID[found], num_classes, tolerance)
     return CSearch(GRID[found], [(GRID[index], score) for index, score in scores.items()], probe)
 
 
