@@ -89,17 +89,26 @@ class CLIP(TextTower):
         return self.config.vision.is_resnet
 
     def encode_image(
-        self, image: Tensor, normalize: bool = False, dropout_seeds: Tensor | None = None
+        self,
+        image: Tensor,
+        normalize: bool = False,
+        dropout_seeds: Tensor | None = None,
+        projected: bool = True,
     ) -> Tensor:
         """Features [B, E] of preprocessed images [B, 3, S, S]; ``normalize`` scales them to unit length.
 
         Args:
             dropout_seeds: see ``VisionTransformer.forward``; for a model with patch dropout, in training.
+            projected: False gives a ViT's features before the projection, [B, width of the tower], to which the paper fits
+                its linear probes; a ResNet has no projection beside its attention pool.
 
         Raises:
             ValueError: images of another size than the model's.
         """
-        features_BE = self.visual(image, *(() if dropout_seeds is None else (dropout_seeds,)))
+        more: dict[str, Any] = {} if projected else {"projected": False}
+        if dropout_seeds is not None:
+            more["dropout_seeds"] = dropout_seeds
+        features_BE = self.visual(image, **more)
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
     def forward(

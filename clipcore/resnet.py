@@ -196,7 +196,8 @@ class ModifiedResNet(nn.Module):
             if isinstance(block, Bottleneck):
                 nn.init.zeros_(block.bn3.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, projected: bool = True) -> Tensor:
+        """Features [B, E] of images; the attention pool's output is what the paper's probes read, ``projected`` or not."""
         check_images(images, self.image_size)
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)

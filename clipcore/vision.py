@@ -62,17 +62,21 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, images: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, dropout_seeds: Tensor | None = None, projected: bool = True
+    ) -> Tensor:
         """Features of images.
 
         Args:
             images: preprocessed floats, or uint8 pixels, which are normalised here with ``image_mean`` and ``image_std``.
             dropout_seeds: int64 [B]: which patches of an image are dropped is a function of its seed, whatever batch or
                 rank it is in; None draws from torch's generator.
+            projected: False gives what the projection is multiplied with, [B, D].
         """
         check_images(images, self.image_size)
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
-        return self.ln_post(read_pooled(self.transformer, x_BLD)) @ self.proj
+        pooled_BD = self.ln_post(read_pooled(self.transformer, x_BLD))
+        return pooled_BD @ self.proj if projected else pooled_BD
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens [B, L, D], normalised: the class token, then the patches row by row, with their positions."""

@@ -420,6 +420,26 @@ def test_public_names_cost_nothing_until_used():
         clipcore.nothing  # noqa: B018
 
 
+def test_features_before_the_projection():
+    """What probes are fitted to; a call of the tower as any other, for whoever watches it."""
+    images = torch.randn(2, 3, 32, 32)
+    model = create_model("ViT-nano-8-32").eval()
+    shapes = []
+    model.visual.register_forward_hook(lambda _, __, found: shapes.append(found.shape))
+    with torch.no_grad():
+        pooled, projected = model.encode_image(images, projected=False), model.encode_image(images)
+    assert torch.equal(pooled @ model.visual.proj, projected)
+    assert shapes == [pooled.shape, projected.shape]
+    assert pooled.shape == (2, model.config.vision.width)
+
+
+def test_a_resnets_features_are_its_attention_pools():
+    model = create_model("RN50", force_image_size=64).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(images, projected=False), model.encode_image(images))
+
+
 def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
     model = create_model("ViT-nano-8-32")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\].*create_model_and_transforms"):
