@@ -46,6 +46,7 @@ def main() -> int:
             folder = Path(place, name.replace(" ", "_"))
             folder.mkdir()
             made = ATTACKS[name](folder)
+            made.is_fast = arguments.fast
             cases = {n: c for n, c in made.cases().items() if (arguments.case or "") in n}
             if arguments.fast:
                 cases = chosen(cases, made.fast)

@@ -31,11 +31,13 @@ class Attack(ABC):
 
     Attributes:
         fast: how many of the cases the suite tries.
+        is_fast: whether the suite tries it, which judges nothing by time or memory in use.
         limit_s: seconds after which a case is a hang.
         folder: of its own, for what its cases share.
     """
 
     fast: ClassVar[int]
+    is_fast: bool = False
     limit_s: ClassVar[float] = 120.0
 
     def __init__(self, folder: Path) -> None:
@@ -182,21 +184,31 @@ class LocalRuns(RunServer):
                 run.kill()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        parent, status = os.getpid(), 1
-        try:
+        if "poll" in request:
             return train_server.answer(request)
-        except BaseException as error:
-            if os.getpid() == parent:
-                raise
-            # The run's own process, at its end.
-            if isinstance(error, SystemExit) and isinstance(error.code, int):
-                status = error.code
-            else:
-                traceback.print_exc()
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        pid = os.fork()
+        if not pid:
+            _be_run(request)
+        return {"pid": pid}
+
+
+def _be_run(request: dict[str, Any]) -> None:
+    """Become a run, and end this process with its status, whatever frames there are below."""
+    status = 1
+    try:
+        # Those of the attack would take its folder away.
+        atexit._clear()
+        train_server.be_run(request)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            status = error.code
+        else:
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def one_line(text: str) -> str:

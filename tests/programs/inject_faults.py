@@ -26,6 +26,8 @@ def pass_by(phase):
             os._exit(0)
         if what == "raise":
             raise OSError("the disk of this rank is gone")
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(3600)  # longer than any test may take: only another process ends it
 
 
@@ -40,6 +42,21 @@ def before(owner, name, phase=None):
     setattr(owner, name, patched)
 
 
+def wait_for_all():
+    """Return once the launcher has started all ranks.
+
+    For a rank that connects earlier the launcher looks a name up in another thread, and a rank forked meanwhile inherits
+    a lock of the C library that nobody opens.
+    """
+    launcher, limit = os.getppid(), time.monotonic() + 5.0  # one may have gone on, and be dead
+    children = f"/proc/{launcher}/task/{launcher}/children"
+    while time.monotonic() < limit:
+        with open(children) as file:
+            if len(file.read().split()) >= int(os.environ["LOCAL_WORLD_SIZE"]):
+                return
+        time.sleep(0.01)
+
+
 def inject():
     import torch.distributed
 
@@ -47,6 +64,7 @@ def inject():
     import clipcore.logbook
     from clipcore import roll_call
 
+    wait_for_all()
     roll_call.MARGIN_S = (
         30.0  # on a busy machine the group's own error is late, and is to come first
     )
