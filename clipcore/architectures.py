@@ -13,6 +13,7 @@ from typing import Any
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 # Above these no tower was ever trained: a description that says more is damaged, or wants to fill the memory.
+_SHOWN_CHARS = 200  # of a value in a message
 MAX_LAYERS, MAX_SIZE, MAX_GRID = 1024, 1 << 24, 1 << 12
 
 
@@ -58,6 +59,7 @@ class VisionConfig:
                 f"image_size {self.image_size} is more than {MAX_GRID:,} patches of {self.patch_size}"
             )
         _check_mlp(self.width, self.mlp_ratio)
+        _check_heads(self.width * (32 if self.is_resnet else 1), self.heads)
         _check_number("patch_dropout", self.patch_dropout)
 
     @property
@@ -87,6 +89,12 @@ class TextConfig:
         for name in ("context_length", "vocab_size", "width", "heads"):
             _check_size(name, getattr(self, name))
         _check_mlp(self.width, self.mlp_ratio)
+        _check_heads(self.width, self.heads)
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}")
 
 
 def _check_mlp(width: int, mlp_ratio: object) -> None:
@@ -119,8 +127,13 @@ def is_finite_number(value: object) -> bool:
 
 def shortened(value: object) -> str:
     """Return a value for a message; Python refuses to write whole numbers of thousands of digits."""
-    is_huge = isinstance(value, int) and abs(value) >= 10**20
-    return "a number of more than 20 digits" if is_huge else repr(value)
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of such a number inside, or of many levels
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 # Keys of open_clip's JSON that have other names here, and one that says how its parameters are named.
@@ -144,7 +157,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_size("embed_dim", self.embed_dim)
         if type(self.quick_gelu) is not bool:
-            raise ValueError(f"quick_gelu is {self.quick_gelu!r}, neither true nor false")
+            raise ValueError(f"quick_gelu is {shortened(self.quick_gelu)}, neither true nor false")
         _check_number("init_logit_scale", self.init_logit_scale)
         if self.init_logit_bias is not None:
             _check_number("init_logit_bias", self.init_logit_bias)
@@ -168,7 +181,7 @@ class ModelConfig:
             )
         for tower in ("vision_cfg", "text_cfg"):
             if not isinstance(config[tower], dict):
-                raise ValueError(f"{tower} is {config[tower]!r}, no object")
+                raise ValueError(f"{tower} is {shortened(config[tower])}, no object")
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])

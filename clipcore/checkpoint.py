@@ -62,6 +62,7 @@ _COMMITTED = re.compile(r"(?:\.displaced_)?(step_\d{8,})")
 _LEFT_OVER = re.compile(r"\.tmp_(?:old_)?(?:\.displaced_)?step_\d{8,}")
 _GROUP_FILE = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _CHUNK_BYTES = 1 << 24
+_MAX_JSON_BYTES = 1 << 24  # of the manifest and of the state
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -459,7 +460,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         with _opened(folder / MANIFEST) as file:
-            content = file.read()
+            content = file.read(_MAX_JSON_BYTES)
     except UnreadableError:
         raise
     except CheckpointError as error:
@@ -532,7 +533,7 @@ def load_checkpoint(
 def _read_state(path: Path) -> dict[str, Any]:
     """Return the JSON values of a checkpoint."""
     with _opened(path) as file:
-        content = file.read()
+        content = file.read(_MAX_JSON_BYTES)
     try:
         state = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -32,16 +32,16 @@ from clipcore.failures import end_with
 from clipcore.files import mode_of, not_utf8, read_regular
 from clipcore.model import CLIP, create_model_from_pretrained
 from clipcore.run_state import is_run, load_run
-from clipcore.terminal import complain
+from clipcore.terminal import Parser, check_whole_numbers, complain
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 # So many decoded pictures are in memory at once.
 IMAGES_AT_ONCE = 64
-_MAX_LABEL_BYTES = 1 << 24
+_MAX_LABEL_BYTES, _SHOWN_CHARS = 1 << 20, 80
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m clipcore.classify", description=__doc__)
+    parser = Parser(prog="python -m clipcore.classify", description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
     parser.add_argument(
         "--labels", required=True, help="names separated by commas, or a file of one name a line"
@@ -90,7 +90,12 @@ def read_labels(text: str) -> list[str]:
     if text.strip() and _is_there(path):
         try:
             # utf-8-sig: editors begin some files with a byte-order mark.
-            parts = read_regular(path, _MAX_LABEL_BYTES).decode("utf-8-sig").splitlines()
+            content = read_regular(path, _MAX_LABEL_BYTES + 1)
+            if len(content) > _MAX_LABEL_BYTES:
+                raise ValueError(
+                    f"the file of labels {text} has more than {_MAX_LABEL_BYTES:,} bytes"
+                )
+            parts = content.decode("utf-8-sig").splitlines()
         except OSError as error:
             raise ValueError(f"cannot read the labels {text}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -102,7 +107,7 @@ def read_labels(text: str) -> list[str]:
 
     labels = [part.strip() for part in parts if part.strip()]
     if len(labels) < 2:
-        found = f"only {labels[0]!r}" if labels else "no name"
+        found = f"only {labels[0][:_SHOWN_CHARS]!r}" if labels else "no name"
         raise ValueError(
             f'--labels holds {found}, and a picture is compared with at least two; write them as "a cat, a dog"'
         )
@@ -111,7 +116,7 @@ def read_labels(text: str) -> list[str]:
     for label in labels:
         same.setdefault(" ".join(label.lower().split()), []).append(label)
     if twice := [names for names in same.values() if len(names) > 1]:
-        names = " and ".join(map(repr, twice[0][:2]))
+        names = " and ".join(repr(name[:_SHOWN_CHARS]) for name in twice[0][:2])
         raise ValueError(f"--labels holds {names}, one prompt that would share its probability")
     return labels
 
@@ -132,11 +137,11 @@ def load_model(
         # Its own record says what it is, and its vocabulary lies beside it.
         is_asked = arguments.model is None and arguments.bpe_path is None
         run = arguments.pretrained if is_asked else None
-    if run and (arguments.model is not None or arguments.bpe_path is not None):
+    if run is not None and (arguments.model is not None or arguments.bpe_path is not None):
         raise ValueError(
             "--checkpoint takes model and vocabulary from the run: leave --model and --bpe-path out, or use --pretrained"
         )
-    if run:
+    if run is not None:
         model, transform, tokenizer = load_run(Path(run), arguments.device)
         return model, transform, tokenizer, ("{}",)
     model, transform = create_model_from_pretrained(
@@ -169,6 +174,7 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
         ValueError, OSError: a mistake in the arguments, or a file that cannot be read.
     """
     labels = read_labels(arguments.labels)
+    check_whole_numbers(arguments, ("top", "max_pixels"))
     if arguments.top < 1:
         raise ValueError(f"--top is at least 1, got {arguments.top}")
     if arguments.max_pixels < 1:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.schedule import SCHEDULES
-from clipcore.terminal import is_printable
+from clipcore.terminal import is_printable, printable
 
 
 class ConfigError(ValueError):
@@ -275,6 +275,7 @@ _MAX_WHOLE = (1 << 63) - 1
 _MAX_THREADS = 1024
 _MAX_TIMEOUT_S = 10**8
 _MAX_RATIO = 100
+_MIN_SCALE = 1e-4
 
 
 class _Kind(NamedTuple):
@@ -340,6 +341,10 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--aug-ratio is 1, for square crops, to {_MAX_RATIO}; got {config.aug_ratio:g}"
         )
+    if config.aug_scale is not None and not _MIN_SCALE <= config.aug_scale <= 1:
+        raise ConfigError(
+            f"--aug-scale is a share of the area, from {_MIN_SCALE:g} to 1; got {config.aug_scale:g}"
+        )
     if config.aug_resize is not None and (config.aug_scale, config.aug_ratio) != (None, None):
         raise ConfigError(
             "--aug-resize takes the place of --aug-scale and --aug-ratio; leave one or the other out"
@@ -351,7 +356,6 @@ def _check(config: TrainConfig) -> None:
     for name in (
         "force_patch_dropout",
         "max_bad_fraction",
-        "aug_scale",
         "beta1",
         "beta2",
         "ema_decay",
@@ -574,4 +578,18 @@ def parse_command_line(
     name = given.get("name")
     if name is not None and (name in (".", "..") or "/" in name or not is_printable(name)):
         raise ConfigError(f"--name is of one folder in --logs, without a slash; got {name!r}")
+    for name in ("logs", "name", "resume"):
+        # safetensors opens nothing else.
+        if not _is_utf8(str(given.get(name, ""))):
+            raise ConfigError(
+                f"--{name} {printable(str(given[name]))} is not UTF-8; rename the folder"
+            )
     return TrainConfig(**given), frozenset(given)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -24,7 +24,7 @@ from clipcore.convert import ConversionError
 from clipcore.data.transforms import RESIZE_MODES
 from clipcore.files import read_regular
 
-_MAX_BYTES = 1 << 24
+_MAX_BYTES = 1 << 22
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
 # Of transformers 4; version 5 keeps the same object under "image_processor" in the other.
 HF_IMAGES_FILE, HF_PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"

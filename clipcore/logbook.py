@@ -27,6 +27,7 @@ from tqdm import tqdm
 from clipcore.files import open_own, open_regular, sync_directory
 from clipcore.terminal import first_line, printable_lines
 
+_MAX_LINE_BYTES = 1 << 16
 METRICS_FILE = "metrics.jsonl"
 STEP_KEYS = frozenset({"step", "loss", "lr", "logit_scale", "pairs_per_s", "time_s"})
 CLOCK_KEYS = frozenset({"pairs_per_s", "time_s"})
@@ -243,7 +244,7 @@ def compare_log(run_dir: Path, mark: LogMark) -> Any:
     """
     path = run_dir / METRICS_FILE
     digest = hashlib.sha256()
-    if mark.size == 0:
+    if mark.size == 0 and mark.sha256 in (None, digest.hexdigest()):
         return digest
 
     left = mark.size
@@ -283,7 +284,7 @@ def set_log_aside(run_dir: Path) -> Path | None:
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the lines of metrics.jsonl: (steps, evaluations). What is no line of a run is left out."""
     rows = []
-    for line in (run_dir / METRICS_FILE).read_bytes().splitlines():
+    for line in _short_lines(run_dir / METRICS_FILE):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -291,6 +292,17 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
         if isinstance(row, dict) and ("task" in row or row.keys() >= STEP_KEYS):
             rows.append(row)
     return [r for r in rows if "task" not in r], [r for r in rows if "task" in r]
+
+
+def _short_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, without those that are longer than any of a run."""
+    is_inside = False
+    with open_regular(path) as file:
+        while piece := file.readline(_MAX_LINE_BYTES):
+            is_end = piece.endswith(b"\n")
+            if not is_inside and (is_end or len(piece) < _MAX_LINE_BYTES):
+                yield piece
+            is_inside = not is_end
 
 
 def _tensorboard(run_dir: Path, first_step: int) -> Any:

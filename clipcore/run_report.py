@@ -24,6 +24,7 @@ from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.distributed import World
 from clipcore.evaluate.tasks import Encoder, EvaluationPlan, ZeroShotTask
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
+from clipcore.files import read_regular
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.kernels.similarity_topk import similarity_topk
 from clipcore.logbook import Logbook, read_metrics
@@ -41,6 +42,7 @@ NUM_ZERO_SHOT_EXAMPLES = 24
 NUM_RETRIEVAL_EXAMPLES = 6
 NUM_PAIRS = 16
 GALLERY_SIZE = 1000
+_MAX_PROFILE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def report_run(
     gallery = collect(source, GALLERY_SIZE, encoder)
     zero_shot = [row for row in evaluations if "acc1" in row]
     retrieval = [row for row in evaluations if "num_pairs" in row]
-    profile = run_dir / PROFILE_FOLDER / TABLE
+    profile = _read_profile(run_dir / PROFILE_FOLDER / TABLE)
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
         summary=summary(steps, zero_shot, retrieval, state),
@@ -97,13 +99,21 @@ def report_run(
         config=dataclasses.asdict(config),
         versions=versions(plan.world.device),
         timings={part: round(seconds, 2) for part, seconds in state.timings.items()},
-        profile=profile.read_text() if profile.exists() else "",
+        profile=profile,
     )
     model.train(was_training)
     write_report(run_dir / "report.html", data)
     if collapsed is not None:
         log.say(collapsed)
     log.say(f"report: {run_dir / 'report.html'}")
+
+
+def _read_profile(path: Path) -> str:
+    """Return the table of a profile; empty where there is none, or something else in its place."""
+    try:
+        return read_regular(path, _MAX_PROFILE_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def summary(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.architectures import ModelConfig, is_finite_number
+from clipcore.architectures import ModelConfig, is_finite_number, shortened
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -61,8 +61,11 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     "metrics_bytes": int,
     "scaler": dict,
 }
+# In newer checkpoints.
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"transparent": int, "metrics_sha256": str}
 _SCALER_STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 VOCABULARY_FILE = "vocabulary.txt.gz"
+_MAX_CONFIG_BYTES, _MAX_NOTE_BYTES = 1 << 22, 1 << 12
 CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 # What each launch decides for itself; the process group has its timeout already when a run is resumed.
 LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "new_log", "timeout", "profile"})
@@ -276,23 +279,39 @@ def run_record(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: something that is read of it is missing or of another type.
     """
     record = checkpoint.state
-    for key, kind in _RECORD.items():
+    there = {key: kind for key, kind in _OPTIONAL.items() if record.get(key) is not None}
+    for key, kind in (_RECORD | there).items():
         value = record.get(key)
-        is_sound = not isinstance(value, int | float) or (is_finite_number(value) and value >= 0)
+        is_sound = not isinstance(value, int | float) or _is_count(value)
         if not isinstance(value, kind) or not is_sound:
-            raise CheckpointError(f"{checkpoint.path} is not of a run: its {key} is {value!r}")
+            raise CheckpointError(
+                f"{checkpoint.path} is not of a run: its {key} is {shortened(value)}"
+            )
     scaler = record["scaler"]
-    if scaler and not all(is_finite_number(scaler.get(key)) for key in _SCALER_STATE):
-        raise CheckpointError(f"{checkpoint.path} is not of a run: its scaler is {scaler!r}")
-    if not all(is_finite_number(seconds) for seconds in record["timings"].values()):
-        raise CheckpointError(f"{checkpoint.path} is not of a run: its timings are no numbers")
-    if not isinstance(record.get("metrics_sha256"), str | None):
+    if scaler and not _is_scaler(scaler):
         raise CheckpointError(
-            f"{checkpoint.path} is not of a run: its metrics_sha256 is {record['metrics_sha256']!r}"
+            f"{checkpoint.path} is not of a run: its scaler is {shortened(scaler)}"
         )
+    if not all(map(_is_count, record["timings"].values())):
+        raise CheckpointError(f"{checkpoint.path} is not of a run: its timings are no numbers")
     if "model" not in checkpoint.tensors or "optimizer" not in checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.path} is not of a run: it lacks weights or moments")
     return record
+
+
+def _is_count(value: object) -> bool:
+    """Return whether a value is a number from 0 to what 63 bits hold."""
+    return is_finite_number(value) and 0 <= value < 2**63  # type: ignore[operator]
+
+
+def _is_scaler(state: Mapping[str, Any]) -> bool:
+    """Return whether a loss scaler can go on from a state."""
+    scale, growth, backoff, interval, tracker = (state.get(key) for key in _SCALER_STATE)
+    factors = (scale, growth, backoff)
+    if not all(is_finite_number(v) and 0 < v < torch.finfo(torch.float32).max for v in factors):  # type: ignore[operator]
+        return False
+    counts = (interval, tracker)
+    return all(type(v) is int and 0 <= v < 2**31 for v in counts) and interval != 0
 
 
 def log_mark(checkpoint: Checkpoint) -> LogMark:
@@ -411,8 +430,12 @@ def is_restart(run_dir: Path) -> bool:
     """Return whether this launch has begun the run of that folder already, the same on all ranks: torchrun has started its
     processes anew, which go on with the settings and the plan of their predecessors."""
     note, launch = run_dir / LAUNCH_FILE, launch_id()
-    is_begun = is_main() and launch and is_file(note) and note.read_bytes() == launch.encode()
+    is_begun = is_main() and launch and is_file(note) and _read_note(note) == launch.encode()
     return bool(broadcast_object(is_begun))
+
+
+def _read_note(note: Path) -> bytes:
+    return read_regular(note, _MAX_NOTE_BYTES)
 
 
 def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -> Path | None:
@@ -423,7 +446,7 @@ def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -
     for path in _folders(logs):
         note = path / LAUNCH_FILE
         try:
-            if is_file(note) and note.read_bytes() == launch.encode():
+            if is_file(note) and _read_note(note) == launch.encode():
                 begun[path] = note.stat().st_mtime_ns
         except OSError as error:
             # Such as a run of another user.
@@ -459,7 +482,7 @@ def resumed_config(
     """The settings of the run, with those the user gave again laid over; each difference is printed."""
     path = run_dir / CONFIG_FILE
     try:
-        saved = json.loads(read_regular(path, 1 << 24))
+        saved = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
         if not isinstance(saved, dict):
             raise ValueError(f"it holds a {type(saved).__name__}")
     except (OSError, ValueError, RecursionError) as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, TextIO
 
 
 class SteadyStream(io.TextIOBase):
@@ -54,6 +55,8 @@ class SteadyStream(io.TextIOBase):
         write_steadily(self._descriptor, pending.encode(self._encoding, "backslashreplace"))
 
 
+_MOST_CHARS = 1200  # of one complaint
+
 # Categories of characters that steer a terminal or break a line, and marks that turn the direction of what follows.
 _STEERING = {"Cc", "Cs", "Zl", "Zp"}
 _TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
@@ -88,7 +91,25 @@ def first_line(error: BaseException) -> str:
 def complain(program: str, text: object) -> None:
     """Print on standard error, in one line, what ends a program, or what is wrong with what it was given."""
     line = " ".join(str(text).splitlines())
+    # What a file holds may be of any length; the remedy is at the end.
+    if len(line) > _MOST_CHARS:
+        line = f"{line[: _MOST_CHARS // 2]} [...] {line[-_MOST_CHARS // 2 :]}"
     print(f"{program}: {printable_lines(line)}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments that tells a mistake in one line, whatever is in the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(self.prog.removeprefix("python -m "), f"error: {message}; see --help")
+        raise SystemExit(2)
+
+
+def check_whole_numbers(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise ValueError for an option whose value was ``--``, of which argparse makes an empty list."""
+    for name in names:
+        if not isinstance(getattr(arguments, name), int):
+            raise ValueError(f"--{name.replace('_', '-')} takes a whole number, got '--'")
 
 
 def write_steadily(descriptor: int, content: bytes) -> None:

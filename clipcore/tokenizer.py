@@ -39,7 +39,7 @@ from torch import LongTensor, Tensor
 from clipcore.architectures import find_model
 from clipcore.failures import end_with
 from clipcore.files import not_utf8, open_regular, read_regular, write_durably
-from clipcore.terminal import complain, steady_output
+from clipcore.terminal import Parser, complain, steady_output
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -54,6 +54,7 @@ _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _MAX_CACHED_WORDS = 1 << 17
 # OpenAI's file has 262,145 lines and 3.2 MB, of which a model uses a part.
 _MAX_LINES, _MAX_FILE_BYTES = 500_000, 1 << 25
+_MAX_CAPTION_CHARS = 1 << 20  # of a line to learn from
 
 
 class VocabularyError(ValueError):
@@ -464,13 +465,18 @@ def _read_captions(path: Path) -> Iterator[str]:
     """Yield the lines of a file; raise VocabularyError where it is not UTF-8."""
     with io.TextIOWrapper(open_regular(path), "utf-8-sig") as file:
         try:
-            yield from file
+            while line := file.readline(_MAX_CAPTION_CHARS):
+                if len(line) == _MAX_CAPTION_CHARS:
+                    raise VocabularyError(
+                        f"{path} holds a line of more than {_MAX_CAPTION_CHARS:,} characters, which is no caption"
+                    )
+                yield line
         except UnicodeDecodeError as error:
             raise VocabularyError(not_utf8(str(path), error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m clipcore.tokenizer", description="Make a vocabulary of your captions."
     )
     parser.add_argument(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from clipcore.architectures import ModelConfig
+from clipcore.architectures import ModelConfig, shortened
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -24,7 +27,7 @@ from clipcore.checkpoint import (
     read_safetensors,
 )
 from clipcore.descriptions import read_description, recorded_images
-from clipcore.files import read_regular
+from clipcore.files import open_regular, read_regular
 from clipcore.terminal import first_line
 from clipcore.torchscript import (
     TorchScriptError,
@@ -47,13 +50,16 @@ _USUAL_KEYS = ("state_dict", "model")
 _MAX_NESTING = 4
 _SCALE_NAME = "logit_scale"
 _SCALE = re.compile(rf"(?:^|\.){_SCALE_NAME}$")
-_INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 24
+_INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 22
 # Modules that torch wraps around others, and whose names it puts between theirs.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 # A file of weights that an index names with others.
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
+# Of a PyTorch file, which may claim more than it holds.
+_ZIP_START = b"PK\x03\x04"
+_MOST_PICKLES, _MAX_OPCODES, _MAX_TREE_BYTES = 5, 200_000, 8 << 20
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -183,8 +189,8 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     files: dict[str, list[str]] = {}
     for name, file in places.items():
         # Beside the index, and no index itself.
-        if not isinstance(file, str) or Path(file).name != file or file.endswith(_INDEX_SUFFIX):
-            raise CheckpointError(f"{path} names {file!r}, which is no file beside it")
+        if not _is_file_name(file) or file.endswith(_INDEX_SUFFIX):
+            raise CheckpointError(f"{path} names {shortened(file)}, which is no file beside it")
         files.setdefault(file, []).append(name)
 
     weights: dict[str, Tensor] = {}
@@ -205,6 +211,17 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
                 )
             weights[name] = held[name]
     return weights
+
+
+def _is_file_name(name: object) -> bool:
+    """Return whether a value may name a file of the same folder."""
+    if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # a half of a surrogate pair
+        return False
+    return True
 
 
 def _load_folder(path: Path) -> Weights:
@@ -255,6 +272,7 @@ def _load_torchscript(path: Path) -> TorchScriptWeights:
 
 def _load_pickled_tensors(path: Path) -> object:
     """torch.load that builds tensors and plain containers only."""
+    _check_cost(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -279,6 +297,60 @@ def _load_pickled_tensors(path: Path) -> object:
         raise CheckpointError(
             f"{path} is not a file of weights, or is damaged ({first_line(error)}); download it again"
         ) from None
+
+
+def _check_cost(path: Path) -> None:
+    """Raise CheckpointError for a PyTorch file that would take far more memory than its size to load."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise CheckpointError(
+            f"{path} is refused: {reason}, as no torch.save writes it; ask for the weights as safetensors"
+        )
+
+    with open_regular(path) as file:
+        is_zip = file.read(4) == _ZIP_START
+        file.seek(0)
+        if not is_zip:
+            _check_pickles(file, refuse)
+            return
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+                size = os.fstat(file.fileno()).st_size
+                if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+                    refuse("it holds compressed records")
+                if sum(info.file_size for info in infos) > size:
+                    refuse("its records overlap")
+                for info in infos:
+                    if info.filename.rpartition("/")[2] == "data.pkl":
+                        if info.file_size > _MAX_TREE_BYTES:
+                            refuse("its objects are too many")
+                        _check_pickles(io.BytesIO(archive.read(info)), refuse)
+        except CheckpointError:
+            raise
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+            raise CheckpointError(
+                f"{path} is not a file of weights, or is damaged; download it again"
+            ) from None
+
+
+def _check_pickles(file: IO[bytes], refuse: Callable[[str], NoReturn]) -> None:
+    """Refuse pickles of too many objects, or of bytes that are made of nothing; an older torch.save wrote five a file."""
+    num_opcodes = 0
+    for _ in range(_MOST_PICKLES):
+        try:
+            for _, argument, _ in pickletools.genops(file):
+                num_opcodes += 1
+                if num_opcodes > _MAX_OPCODES:
+                    refuse("its objects are too many")
+                if argument in ("bytearray", "builtins bytearray", "__builtin__ bytearray"):
+                    refuse("it makes bytes of nothing")
+        except CheckpointError:
+            raise
+        except (
+            Exception
+        ):  # of any kind where it is no pickle: torch.load says what is wrong with it
+            return
 
 
 def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -30,7 +30,7 @@ from clipcore.data.tar import (
 from clipcore.data.transforms import Decoder
 from clipcore.files import read_regular
 
-_MAX_JSON_BYTES = 1 << 24  # of class names or prompts
+_MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 # What holds captions by its name wherever it lies, and what may hold them beside the folders of images.
 _CAPTIONS_FILE = re.compile(r"(?:metadata|captions)\.[a-z0-9.]+", re.IGNORECASE)

@@ -24,6 +24,9 @@ _WEBP_COST = 2
 # Chunks of a PNG that are inflated, to 1 MiB at most each: a profile, and texts.
 _MAX_INFLATED, _INFLATED = 64, {b"iCCP", b"zTXt", b"iTXt"}
 
+# A decoder copies what is no pixels.
+_MAX_CHUNK_BYTES = 1 << 24
+
 _FILLERS = re.compile(rb"\xff+")
 # Within coded pixels a zero or a restart marker follows 0xff.
 _MARKER = re.compile(rb"\xff[^\0\x01\xd0-\xd8\xff]")
@@ -136,6 +139,8 @@ def _check_png(data: bytes) -> None:
         if kind == b"IEND":
             return
         num_parts += 1
+        if size > _MAX_CHUNK_BYTES and kind not in (b"IDAT", b"fdAT"):
+            raise BadSample(f"{size} bytes beside the pixels are too large; encode it anew")
         num_inflated += kind in _INFLATED
         _refuse_parts(data, num_parts)
         if num_inflated > _MAX_INFLATED:

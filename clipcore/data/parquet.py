@@ -49,6 +49,8 @@ _REMEMBERED = 4096
 # Magic, rows, bytes of the state, CRC-32 of index and state.
 _TRAILER = struct.Struct("<8sQQI")
 _MAGIC = b"CLIPROW1"
+# Each row takes memory, whatever it holds: so many may be of a few bytes.
+_FREE_ROWS, _BYTES_A_ROW = 100_000, 8
 
 
 class ParquetSource:
@@ -95,7 +97,8 @@ class ParquetSource:
                     raise DataError(f"{path} has no rows")
                 table = _Table(path, os.fstat(content.fileno()), file, names)
                 self._rows = _copy_of(table)
-        except (OSError, pyarrow.ArrowException) as error:
+        # A name in it may be no UTF-8.
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise _unreadable(path, error) from None
 
     def __len__(self) -> int:
@@ -253,6 +256,11 @@ def _check_groups(table: _Table) -> int:
     """Return how many rows to read at once; raise DataError where a part would take more than images of the largest size."""
     largest = 1
     metadata = table.file.metadata
+    if metadata.num_rows > _FREE_ROWS + table.stat.st_size // _BYTES_A_ROW:
+        raise DataError(
+            f"{table.path}: {metadata.num_rows:,} rows in {table.stat.st_size:,} bytes are no images and captions; write "
+            "the table without the empty and equal ones"
+        )
     for group in range(metadata.num_row_groups):
         parts = metadata.row_group(group)
         for number in range(parts.num_columns if parts.num_rows else 0):

@@ -55,7 +55,7 @@ from clipcore.data.sources import (
 from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
 from clipcore.failures import end_with
 from clipcore.files import read_regular, write_durably
-from clipcore.terminal import steady_output
+from clipcore.terminal import Parser, check_whole_numbers, printable_lines, steady_output
 
 MANIFEST = "manifest.json"
 # About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
@@ -141,7 +141,20 @@ def _files(path: str) -> Iterator[str]:
 
 
 # What was done before there were these flags, which manifests of then do not name.
+_MAX_MANIFEST_BYTES = 1 << 26
 _BEFORE_FLAGS = {"--csv-no-quotes": False, "--max-pixels": EARLIER_MAX_PIXELS}
+
+
+def _report_of(record: Any) -> ShardReport:
+    """Return the report of a shard from its JSON; raise TypeError where it has other types."""
+    report = ShardReport(**record)
+    counts = (report.pairs, report.bytes, report.transparent)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise TypeError("a shard's counts are no numbers")
+    for case in report.bad if isinstance(report.bad, list) else (None,):
+        if not isinstance(case, list) or list(map(type, case)) != [int, str, str]:
+            raise TypeError("a shard's bad samples are no list of numbers, keys and reasons")
+    return report
 
 
 class Manifest:
@@ -179,10 +192,10 @@ class Manifest:
     def _continue(self) -> None:
         """Takes over what an earlier call finished."""
         try:
-            earlier = json.loads(read_regular(self.path))
+            earlier = json.loads(read_regular(self.path, _MAX_MANIFEST_BYTES))
             settings, identity = earlier["settings"], earlier["source"]
             versions = earlier.get("versions", self.content["versions"])
-            shards = {name: ShardReport(**report) for name, report in earlier["shards"].items()}
+            shards = {name: _report_of(record) for name, record in earlier["shards"].items()}
             if not all(isinstance(part, dict) for part in (settings, identity, versions)):
                 raise TypeError("settings, source and versions are not objects")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -421,7 +434,7 @@ def _write(job: _Job) -> ShardReport:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags that the training has too keep their names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m clipcore.data.prepare",
         description="Turn image-caption pairs into tar shards of small JPEGs or raw pixels, which train faster.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -448,7 +461,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
-    for name in ("size", "shard_size", "workers", "max_pixels"):
+    numbers = ("size", "shard_size", "workers", "max_pixels")
+    check_whole_numbers(parsed, (*numbers, "quality"))
+    for name in numbers:
         if getattr(parsed, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise DataError(f"{flag} must be at least 1, got {getattr(parsed, name)}")
@@ -534,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(parsed)
         manifest = prepare(parsed.source, parsed.output, settings, parsed.workers, parsed.quiet)
-        print(summary(manifest, manifest.made, time.perf_counter() - start))
+        print(printable_lines(summary(manifest, manifest.made, time.perf_counter() - start)))
     except KeyboardInterrupt as interrupt:
         print(
             "clipcore.data.prepare: stopped; finished shards are kept, and the same command goes on",

@@ -257,6 +257,11 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
         or not all(isinstance(template, str) for template in templates)
     ):
         raise DataError(f"{file} is not a list of prompts with {{}} where the class name goes")
+    for template in templates:
+        if "{}" not in template and "{c}" not in template:
+            raise DataError(
+                f"{file}: the prompt {printable(template[:80])!r} has no {{}} where the class name goes"
+            )
     name = f"classes of {folder.name}"
     return ZeroShotTask(name, source, source.labels_N, source.classnames, tuple(templates))
 

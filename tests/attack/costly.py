@@ -52,6 +52,7 @@ _OF_LARGEST = "of the largest size"
 _LARGEST_SECONDS, _LARGEST_BYTES = 2.0, 340 << 20
 # Beyond these a case is ended: bytes of address space, of which the first judges with `--fast`, and seconds.
 _FAST_BYTES, _GUARD_BYTES, _GUARD_SECONDS = 512 << 20, 3 << 30, 30
+_MAKING_SECONDS = 600
 
 REFUSALS = (
     BadSample,
@@ -712,7 +713,7 @@ class Costly(Attack):
     With ``--fast`` a limit of the address space takes the place of what is measured.
     """
 
-    fast: ClassVar[int] = 40
+    fast: ClassVar[int] = 30
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -725,20 +726,19 @@ class Costly(Attack):
         make, use = self._cases[what]
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         # Memory that making it has taken and given back would hide what reading it takes.
-        made = in_a_child(lambda: {"path": str(make(folder))}, 600, 8 << 30)
+        made = in_a_child(lambda: {"path": str(make(folder))}, _MAKING_SECONDS, 8 << 30)
         path = Path(made["path"])
         most_bytes = _FAST_BYTES if self.is_fast else _GUARD_BYTES
-        told = in_a_child(partial(measured, use, path), _GUARD_SECONDS, most_bytes)
+        most_seconds = _MAKING_SECONDS if self.is_fast else _GUARD_SECONDS
+        told = in_a_child(partial(measured, use, path), most_seconds, most_bytes)
         assert "error" not in told, told["error"]
         if not self.is_fast:
             seconds, peak, ended = told["seconds"], told["peak"], told["ended"]
             is_largest = what.endswith(_OF_LARGEST)
             most_held = _LARGEST_BYTES if is_largest else MOST_BYTES
             assert peak <= most_held, f"it takes {peak >> 20} MB and {seconds:.1f} s ({ended})"
-            most_seconds = _LARGEST_SECONDS if is_largest else MOST_SECONDS
-            assert seconds <= most_seconds, (
-                f"it takes {seconds:.1f} s and {peak >> 20} MB ({ended})"
-            )
+            most_spent = _LARGEST_SECONDS if is_largest else MOST_SECONDS
+            assert seconds <= most_spent, f"it takes {seconds:.1f} s and {peak >> 20} MB ({ended})"
         return str(told["ended"])
 
 
