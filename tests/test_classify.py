@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from runs import NANO, RunServer
 from safetensors.torch import save_file
@@ -117,6 +119,7 @@ def test_weights_of_others(image, tmp_path, capsys):
         ({"labels": "."}, "cannot read the labels .: Is a directory"),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"checkpoint": "."}, "neither the folder of a run nor a checkpoint"),
+        ({"checkpoint": ""}, "neither the folder of a run nor a checkpoint"),
         ({"top": "0"}, "--top is at least 1, got 0"),
         ({"max-pixels": "0"}, "--max-pixels is at least 1, got 0"),
         ({"device": "gpu"}, "--device is cpu or cuda, not 'gpu'"),
@@ -202,3 +205,33 @@ def test_the_largest_picture_is_a_setting(run_dir, tmp_path, capsys):
 
 def test_labels():
     assert read_labels("a cat, a dog") == ["a cat", "a dog"]
+
+
+def test_labels_are_read_from_files_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"cannot read the labels .*pipe: Not a regular file"):
+        read_labels(str(tmp_path / "pipe"))
+    (tmp_path / "long").write_bytes(b"a" * (1 << 21))
+    with pytest.raises(ValueError, match=r"long has more than 1,048,576 bytes"):
+        read_labels(str(tmp_path / "long"))
+    (tmp_path / "one").write_bytes(b"a" * (1 << 19))
+    with pytest.raises(ValueError, match="--labels holds only 'aaa") as caught:
+        read_labels(str(tmp_path / "one"))
+    assert len(str(caught.value)) < 300
+
+
+def test_arguments_do_not_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["a.jpg", "--labels", "a,b", "--checkpoint", "r", "--tip\x1b[2J\nline"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "\x1b" not in error
+    assert error.startswith("clipcore.classify: error: unrecognized arguments: --tip")
+
+
+def test_features_that_are_not_finite_are_named(run_dir, image, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "clipcore.classify.classify",
+        lambda *_: (torch.full((1, 2), math.nan), torch.zeros(1, 2, dtype=torch.long)),
+    )
+    assert main([str(image), "--labels", "a, b", "--checkpoint", str(run_dir)]) == 2
+    assert "the model's features are not finite" in capsys.readouterr().err

@@ -167,6 +167,13 @@ def test_digits_may_be_names_where_somebody_says_so(tmp_path):
     assert class_folders(tmp_path).classnames == ["0", "1"]
 
 
+def test_a_prompt_without_a_place_for_the_name_is_named_with_its_file(tmp_path):
+    write_classes(tmp_path, "cat", "dog")
+    put(tmp_path / "templates.json", json.dumps(["a {}", "a {c}", "a\nphoto"]))
+    with pytest.raises(DataError, match=r"templates.json: the prompt 'a.photo' has no {}"):
+        class_folders(tmp_path)
+
+
 def test_folders_of_other_programs_are_no_classes(tmp_path):
     write_classes(tmp_path, "cat", "dog", ".ipynb_checkpoints", "__MACOSX")
     source = ClassFolderSource(str(tmp_path))

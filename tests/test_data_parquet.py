@@ -249,6 +249,14 @@ def test_tables_that_swell_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.clipcore-rows"))
 
 
+def test_rows_of_nothing_are_refused_by_their_number(tmp_path):
+    number = 200_000
+    columns = {"image": pyarrow.nulls(number, pyarrow.binary()), "caption": ["x"] * number}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet: 200,000 rows in [\d,]+ bytes are no images"):
+        open_source(str(tmp_path / "t.parquet"))
+
+
 def test_a_cell_that_is_too_large_is_a_bad_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_IMAGE_BYTES", 2**20)
     large = random.Random(0).randbytes(2**20 + 1)

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from clipcore.logbook import Logbook, LogError, LogMark, read_metrics, set_log_aside
+from clipcore.logbook import (
+    Logbook,
+    LogError,
+    LogMark,
+    compare_log,
+    read_metrics,
+    set_log_aside,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -84,6 +91,21 @@ def test_a_log_goes_on_from_any_mark_with_its_hash(tmp_path):
     # A checkpoint of an earlier version has no hash, and the size alone counts.
     with Logbook(tmp_path, num_steps=4, first_step=2, mark=LogMark(first.size), quiet=True) as log:
         assert log.sync() == first
+
+
+def test_a_log_that_should_hold_something_is_not_cut_to_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(LogError, match="has changed in its first 0 bytes"):
+        compare_log(tmp_path, LogMark(0, hashlib.sha256(b"{}\n").hexdigest()))
+    for sha256 in (None, hashlib.sha256(b"").hexdigest()):
+        compare_log(tmp_path, LogMark(0, sha256))
+
+
+def test_a_line_of_megabytes_is_no_line_of_a_run(tmp_path):
+    row = {"step": 1, "loss": 1.0, "lr": 1.0, "logit_scale": 1.0, "pairs_per_s": 1.0, "time_s": 1.0}
+    lines = [json.dumps(row), json.dumps({**row, "note": "x" * 200_000}), json.dumps(row)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == ([row, row], [])
 
 
 def test_a_log_set_aside_never_takes_the_place_of_another(tmp_path):

@@ -248,6 +248,32 @@ def test_finished_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monke
     assert made == ["00001.tar"] and contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"pairs": "8"},
+        {"pairs": -1},
+        {"bytes": 1.5},
+        {"bad": 3},
+        {"bad": [[1, "key"]]},
+        {"bad": [["1", "key", "reason"]]},
+        {"transparent": True},
+        {"unknown": 1},
+        [],
+    ],
+)
+def test_a_manifest_of_other_types_is_named(tmp_path, report):
+    data = write_shards(tmp_path / "source", 1, 3)
+    prepare(data, tmp_path / "out", settings())
+    path = tmp_path / "out" / MANIFEST
+    content = json.loads(path.read_text())
+    before = content["shards"]["00000.tar"]
+    content["shards"]["00000.tar"] = {**before, **report} if report else report
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"cannot read .*manifest.json .*choose another --output"):
+        prepare(data, tmp_path / "out", settings())
+
+
 def test_other_settings_and_other_sources_are_refused(tmp_path):
     data = write_shards(tmp_path / "source", 1, 9)
     out = tmp_path / "out"

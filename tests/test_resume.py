@@ -471,14 +471,34 @@ def test_a_state_without_its_values_is_named(server, finished, tmp_path):
 
 STATES = {
     "identity": [[], 3, True],
-    "evaluated_step": [-1, "3", True, 1.5],
-    "bad_samples": [-1, None],
+    "evaluated_step": [-1, "3", True, 1.5, 2**63],
+    "bad_samples": [-1, None, 10**5000],
+    "transparent": [-1, "many", [], 1.5],
     "elapsed_s": [-1.0, float("nan"), "long", 10**400],
-    "timings": [[], {"data": "1 s"}, {"data": None}],
+    "timings": [[], {"data": "1 s"}, {"data": None}, {"data": -1.0}],
     "metrics_bytes": [-5, 1.0],
     "metrics_sha256": [3, []],
     "scaler": [[], {"scale": 2.0}, {"scale": "2"}],
 }
+# A loss scaler's own, and what cannot be in it.
+SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 3,
+}
+STATES["scaler"] += [
+    {**SCALER, key: value}
+    for key, values in {
+        "scale": (0.0, -1.0, 1e300, 10**30, float("inf")),
+        "growth_factor": (0, -2.0, float("nan")),
+        "backoff_factor": (0.0, "half"),
+        "growth_interval": (0, -1, 0.5, 2**63, 10**30),
+        "_growth_tracker": (-1, 0.5, 2**40, None),
+    }.items()
+    for value in values
+]
 
 
 @pytest.mark.parametrize("key", STATES)
@@ -488,6 +508,12 @@ def test_a_state_of_other_types_is_named(finished, key):
         state = {**found.state, key: value}
         with pytest.raises(CheckpointError, match=f"is not of a run: its {key} "):
             run_record(dataclasses.replace(found, state=state))
+
+
+def test_a_loss_scalers_state_is_one(finished):
+    found = load_checkpoint(finished / "r" / "checkpoints" / "step_00000005")
+    state = {**found.state, "scaler": SCALER, "transparent": 4, "metrics_sha256": None}
+    assert run_record(dataclasses.replace(found, state=state)) == state
 
 
 def state_of(found: Checkpoint) -> RunState:

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from runs import ROOT
 from tqdm import tqdm
 
-from clipcore.terminal import SteadyStream, steady_output
+from clipcore.terminal import SteadyStream, check_whole_numbers, complain, steady_output
 
 pytestmark = pytest.mark.fast
 
@@ -105,3 +106,16 @@ def test_a_command_ends_with_its_own_status(tmp_path, redirection):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(["bash", "-c", line], env=environment).returncode == 5
     assert Path(file).read_bytes() == b""
+
+
+def test_a_complaint_is_one_line_of_bounded_length(capsys):
+    complain("clipcore", "first\nsecond \x1b[2J" + "x" * 10_000 + " the remedy")
+    said = capsys.readouterr().err
+    assert said.startswith("clipcore: first second \ufffd[2Jxxx") and said.endswith("the remedy\n")
+    assert len(said) < 1300 and said.count("\n") == 1 and " [...] " in said
+
+
+def test_an_option_without_a_number_is_named():
+    """argparse makes an empty list of ``--top --``."""
+    with pytest.raises(ValueError, match="--max-pixels takes a whole number, got '--'"):
+        check_whole_numbers(Namespace(top=3, max_pixels=[]), ("top", "max_pixels"))

@@ -540,6 +540,13 @@ def test_captions_in_another_encoding_are_no_vocabulary(tmp_path, capsys):
     assert "c.txt is not UTF-8 (byte 0xe9); convert it with iconv" in capsys.readouterr().err
 
 
+def test_a_line_of_megabytes_is_no_caption(tmp_path, capsys):
+    (tmp_path / "c.txt").write_text("a cat\n" + "x" * (1 << 21))
+    line = ["--train", str(tmp_path / "c.txt"), "--output", str(tmp_path / "v.txt.gz")]
+    assert main(line) == 2 and not (tmp_path / "v.txt.gz").exists()
+    assert "c.txt holds a line of more than 1,048,576 characters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mistake", ["missing", "empty", "folder", "too small", "no place"])
 def test_mistakes_of_the_command_get_one_line(tmp_path, capsys, mistake):
     captions = tmp_path / "captions.txt"

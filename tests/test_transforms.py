@@ -336,6 +336,16 @@ def test_files_that_are_made_to_be_slow_are_refused_by_their_headers(decoder, ki
     assert "\n" not in str(caught.value)
 
 
+def test_a_png_with_megabytes_beside_its_pixels_is_refused(monkeypatch):
+    monkeypatch.setattr(headers, "_MAX_CHUNK_BYTES", 1000)
+    decode_image(bombs.png_of_chunks(1, content=bytes(1000)))
+    with pytest.raises(BadSample, match="1001 bytes beside the pixels are too large"):
+        decode_image(bombs.png_of_chunks(1, content=bytes(1001)))
+    # Pixels may be as large as they are.
+    monkeypatch.setattr(headers, "_MAX_CHUNK_BYTES", 20)
+    decode_image(encoded(noise(48, 40), "PNG"))
+
+
 @pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
 def test_usual_files_of_many_parts_are_decoded(decoder):
     image = noise(64, 48)

@@ -213,6 +213,50 @@ class Archived(nn.Module):
         return x @ self.visual.proj * self.logit_scale
 
 
+class Nothing:
+    """Bytes that a pickle makes of a number."""
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return bytearray, (1 << 31,)
+
+
+def costly(kind: str, path: Path) -> None:
+    """Write a small file that takes gigabytes to load."""
+    if kind == "compressed":
+        torch.save({"logit_scale": torch.zeros(1 << 20)}, path)
+        records = {}
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in records.items():
+                archive.writestr(name, content)
+    elif kind == "bytes of nothing":
+        path.write_bytes(pickle.dumps({"logit_scale": Nothing()}, protocol=2))
+    elif kind == "bytes of nothing in a zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("w/data.pkl", pickle.dumps({"logit_scale": Nothing()}, protocol=2))
+    else:
+        path.write_bytes(pickle.dumps([[] for _ in range(300_000)], protocol=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("compressed", "it holds compressed records"),
+        ("bytes of nothing", "it makes bytes of nothing"),
+        ("bytes of nothing in a zip", "it makes bytes of nothing"),
+        ("many objects", "its objects are too many"),
+    ],
+)
+def test_files_that_take_gigabytes_are_refused_before_they_are_loaded(
+    tmp_path, monkeypatch, kind, reason
+):
+    costly(kind, tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(CheckpointError, match=f"w.pt is refused: {reason}, as no torch.save"):
+        load_state_dict_file(tmp_path / "w.pt")
+
+
 def test_one_part_of_several_names_their_index(tmp_path):
     path = tmp_path / "model-00001-of-00002.safetensors"
     path.write_bytes(b"never looked into")
