@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from attack.captions import Captions
 from attack.costly import Costly
-from attack.fuzz import Captions, Images, Tables, Tars
 from attack.harness import Attack
+from attack.images import Images
 from attack.mutations import MutatedData, Mutations
 from attack.non_finite import NonFinite
 from attack.payloads import Payloads
@@ -12,6 +13,8 @@ from attack.rank_deaths import RankDeaths
 from attack.saves import Saves
 from attack.settings import ClassifyLines, Descriptions, PrepareLines, TrainLines
 from attack.stopped_runs import Resumes, Signals
+from attack.tables import Tables
+from attack.tars import Tars
 from attack.whole_runs import TwoWriters, WholeRuns
 
 ATTACKS: dict[str, type[Attack]] = {

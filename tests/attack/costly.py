@@ -23,8 +23,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from attack.fuzz import encoded, header_of, noise, padded
-from attack.harness import Attack
+from attack.harness import Attack, limit_memory
+from attack.images import encoded, noise
+from attack.tars import header_of, padded
 from clipcore.checkpoint import CheckpointError, load_latest
 from clipcore.classify import read_labels
 from clipcore.config import ConfigError, TrainConfig
@@ -776,9 +777,7 @@ def in_a_child(
         status = 1
         try:
             os.close(reading)
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            most = pages * os.sysconf("SC_PAGE_SIZE") + most_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            limit_memory(most_bytes)
             resource.setrlimit(resource.RLIMIT_CPU, (most_seconds, most_seconds))
             told = work()
             os.write(writing, json.dumps(told).encode())

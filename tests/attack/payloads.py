@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import resource
 import shutil
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from runs import NANO
 from shards import picture, write_csv, write_parquet, write_tar
 from torch import Tensor, nn
 
-from attack.harness import Attack, called, one_line
+from attack.harness import Attack, called, limit_memory, one_line
 from clipcore import classify, train
 from clipcore.data import prepare
 from clipcore.model import create_model_from_pretrained
@@ -374,7 +373,7 @@ class Payloads(Attack):
         here = shutil.copytree(self._home, folder / "here", symlinks=True)
         os.chdir(here)
         os.environ["XDG_CACHE_HOME"] = str(here / "cache")
-        _limit_memory()
+        limit_memory(_MOST_BYTES)
         if kind == "trust":
             return self._trust(rest[0])
         if kind == "model":
@@ -482,14 +481,6 @@ def _append_links(path: Path) -> None:
         link = tarfile.TarInfo("7.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-
-
-def _limit_memory() -> None:
-    """Let this process have some gigabytes more than it has, so that an endless read ends."""
-    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * os.sysconf("SC_PAGE_SIZE") + _MOST_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
 def _write_home(home: Path) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from shards import picture, write_csv
 
 import clipcore.classify
-from attack.harness import Attack, one_line, redirected
+from attack.harness import Attack, limit_memory, one_line, redirected
 from attack.mutations import ALONE, NEWEST, finish, in_a_child, quietly, run_flags
 from clipcore.checkpoint import load_checkpoint, load_latest
 from clipcore.config import TrainConfig, build_parser
@@ -166,7 +165,7 @@ def ended(
         os.chdir(here)
         os.environ |= {"HOME": str(here), "XDG_CACHE_HOME": str(here), "TMPDIR": str(here)}
         tempfile.tempdir, sys.dont_write_bytecode = None, True
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+        limit_memory(MOST_BYTES)
         watch_writes(folder)
         train_server.count_events({LAST_EVENT: signal.SIGTERM}, None)
         return command(arguments)
@@ -503,7 +502,7 @@ class Descriptions(Attack):
 
     def attempt(self, what: Any, folder: Path) -> str:
         path, seed, attempt = what
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, resource.RLIM_INFINITY))
+        limit_memory(MOST_BYTES)
         top = Path(path).parts[0]
         shutil.copytree(self.folder / top, folder / top)
         content = json.loads((self.folder / path).read_text())
