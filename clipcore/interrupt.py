@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -66,6 +67,19 @@ def data_came() -> None:
     global _waiting_since
     if _waiting_since is not None:
         _waiting_since = time.monotonic()
+
+
+@contextlib.contextmanager
+def signal_ignored(number: int) -> Iterator[None]:
+    """Let a signal pass unnoticed within it, such as one more Ctrl-C while the first is answered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
 
 
 class Interrupt:

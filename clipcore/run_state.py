@@ -62,7 +62,11 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     "scaler": dict,
 }
 # In newer checkpoints.
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"transparent": int, "metrics_sha256": str}
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "global_batch_size": int,
+    "transparent": int,
+    "metrics_sha256": str,
+}
 _SCALER_STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 VOCABULARY_FILE = "vocabulary.txt.gz"
 _MAX_CONFIG_BYTES, _MAX_NOTE_BYTES = 1 << 22, 1 << 12
@@ -308,8 +312,11 @@ def _is_scaler(state: Mapping[str, Any]) -> bool:
     """Return whether a loss scaler can go on from a state."""
     scale, growth, backoff, interval, tracker = (state.get(key) for key in _SCALER_STATE)
     factors = (scale, growth, backoff)
-    if not all(is_finite_number(v) and 0 < v < torch.finfo(torch.float32).max for v in factors):  # type: ignore[operator]
-        return False
+    for value in factors:
+        # JSON's whole numbers may be beyond what a tensor is made of.
+        most = 2**63 if isinstance(value, int) else torch.finfo(torch.float32).max
+        if not is_finite_number(value) or not 0 < value < most:  # type: ignore[operator]
+            return False
     counts = (interval, tracker)
     return all(type(v) is int and 0 <= v < 2**31 for v in counts) and interval != 0
 

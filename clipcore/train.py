@@ -63,7 +63,7 @@ from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.failures import end_with
 from clipcore.files import is_file, make_directory
 from clipcore.grad_cache import Found
-from clipcore.interrupt import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt
+from clipcore.interrupt import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt, signal_ignored
 from clipcore.logbook import (
     Logbook,
     LogError,
@@ -705,10 +705,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os._exit(roll_call.EXIT_STATUS)
     except KeyboardInterrupt:
         # Before the first step: from there on a signal is noted, and the step in hand saved.
-        print(
-            "clipcore.train: stopped before the first step; there was nothing to save",
-            file=sys.stderr,
-        )
+        with signal_ignored(signal.SIGINT):
+            complain("clipcore.train", "stopped before the first step; there was nothing to save")
         return 128 + signal.SIGINT
     except NonFiniteError as error:
         complain("clipcore.train", f"stopped: {error}")

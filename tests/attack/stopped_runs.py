@@ -295,7 +295,7 @@ class Signals(RunAttack):
     ) -> dict[str, Any]:
         """Return when a run stands still, and when it then sends itself a second signal."""
         if second is not None and kind not in _FROM_READER:
-            # Every fourth before the first step, which is as long as that to somebody who waits.
+            # One in four before the first step, where few of the events are.
             is_early = kind == "impatience" or draws.random() < 0.25
             at = draws.randrange(1, 25 if is_early else self.straight.num_events)
             later = draws.randrange(1, 3 if kind == "impatience" else 30)
