@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 
@@ -26,3 +30,16 @@ def import_open_clip() -> ModuleType:
     import open_clip
 
     return open_clip
+
+
+def simple_tokenizer() -> ModuleType:
+    """Return open_clip/tokenizer.py alone: the package around it needs a torchvision that loads."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(os.environ):  # which it changes
+        spec.loader.exec_module(module)
+    return module

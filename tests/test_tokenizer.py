@@ -21,11 +21,11 @@ import tracemalloc
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from openclip import simple_tokenizer
 from runs import LIMIT_S, PROGRAMS
 
 from clipcore import tokenizer as tokenizer_module
@@ -62,17 +62,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def open_clip_tokenizer() -> ModuleType:
-    """open_clip/tokenizer.py alone: the package itself needs a torchvision that loads."""
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")  # it sets this on import
-        spec.loader.exec_module(module)
-    return module
+    return simple_tokenizer()
 
 
 @pytest.fixture(scope="module")

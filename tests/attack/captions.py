@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
-from unittest import mock
 
 import regex
+from openclip import simple_tokenizer
 
 from attack.fuzz import (
     NUM_CASES,
@@ -138,19 +136,6 @@ def hostile_text(dice: random.Random) -> str:
     if not dice.randrange(40):
         text = (text * _LONGEST)[: dice.randrange(_LONGEST)]
     return text
-
-
-def simple_tokenizer() -> ModuleType:
-    """Return open_clip/tokenizer.py, without the package around it."""
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(os.environ):  # which it changes
-        spec.loader.exec_module(module)
-    return module
 
 
 def is_younger(text: str) -> bool:
