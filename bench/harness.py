@@ -474,6 +474,9 @@ FIGURE_COLUMNS: Columns = {
     "kept graphs": _count("kept"),
     "page faults": _count("page_faults"),
     "CPU s": _count("cpu_s"),
+    "steps": _count("iterations"),
+    "excess": lambda row: f"{row['excess']:.1e}" if "excess" in row else "",
+    "accuracy": lambda row: f"{row['accuracy']:.1%}" if "accuracy" in row else "",
 }
 # Of what is found beside a time or alone.
 FOUND_COLUMNS: Columns = {
@@ -513,6 +516,8 @@ EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"
 # was done, whether numbers are finite.
 FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
 FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
+# Of a fit: steps, how far the objective is above the least as a share of it, right answers.
+FIGURES |= {"iterations", "excess", "accuracy"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
     "op",
