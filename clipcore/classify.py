@@ -90,7 +90,7 @@ def read_labels(text: str) -> list[str]:
     if text.strip() and _is_there(path):
         try:
             # utf-8-sig: editors begin some files with a byte-order mark.
-            content = read_regular(path, _MAX_LABEL_BYTES + 1)
+            content = _read_labels_file(path)
             if len(content) > _MAX_LABEL_BYTES:
                 raise ValueError(
                     f"the file of labels {text} has more than {_MAX_LABEL_BYTES:,} bytes"
@@ -119,6 +119,14 @@ def read_labels(text: str) -> list[str]:
         names = " and ".join(repr(name[:_SHOWN_CHARS]) for name in twice[0][:2])
         raise ValueError(f"--labels holds {names}, one prompt that would share its probability")
     return labels
+
+
+def _read_labels_file(path: Path) -> bytes:
+    # A shell's <(...) is a pipe that somebody writes to; another may be waited for without end.
+    if path.parent in (Path("/dev/fd"), Path("/proc/self/fd")):
+        with open(path, "rb") as pipe:
+            return pipe.read(_MAX_LABEL_BYTES + 1)
+    return read_regular(path, _MAX_LABEL_BYTES + 1)
 
 
 def _is_there(path: Path) -> bool:

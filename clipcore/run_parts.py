@@ -20,9 +20,16 @@ from clipcore.data.glyphs import GlyphSource, training_captions
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.descriptions import recorded_images
+from clipcore.distributed import broadcast_object, is_main
 from clipcore.model import CLIP, create_model, load_checkpoint
 from clipcore.run_state import VOCABULARY_FILE, run_record
-from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
+from clipcore.tokenizer import (
+    Tokenizer,
+    VocabularyError,
+    byte_tokenizer,
+    get_tokenizer,
+    train_tokenizer,
+)
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
@@ -40,9 +47,19 @@ def build_tokenizer(
         return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    is_embedded = config.train_data == "glyphs"
-    captions = training_captions() if is_embedded else _some_captions(source)
-    return train_tokenizer(captions, config.vocab_size)
+    if config.train_data == "glyphs":
+        return train_tokenizer(training_captions(), config.vocab_size)
+    # By one rank: a caption that another cannot read would give it other merges.
+    learnt: Tokenizer | VocabularyError | None = None
+    if is_main():
+        try:
+            learnt = train_tokenizer(_some_captions(source), config.vocab_size)
+        except VocabularyError as error:
+            learnt = error
+    learnt = broadcast_object(learnt)
+    if not isinstance(learnt, Tokenizer):
+        raise learnt or VocabularyError("rank 0 learnt no vocabulary")
+    return learnt
 
 
 def _some_captions(source: PairSource) -> Iterator[str]:

@@ -246,11 +246,11 @@ class Tokenizer:
             raise ValueError(
                 f"context_length holds start and end, so it is at least 2; got {length}"
             )
-        batch = [texts] if isinstance(texts, str) else texts
-        if not isinstance(batch, Sequence):
+        if isinstance(texts, bytes) or not isinstance(texts, Iterable):
             raise ValueError(
                 f"the tokenizer takes a text or a list of texts, got {type(texts).__name__}"
             )
+        batch = [texts] if isinstance(texts, str) else list(texts)
         rows_BL = torch.zeros(len(batch), length, dtype=torch.long)
         rows = rows_BL.numpy()
         for row, text in zip(rows, batch, strict=True):

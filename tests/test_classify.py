@@ -207,6 +207,15 @@ def test_labels():
     assert read_labels("a cat, a dog") == ["a cat", "a dog"]
 
 
+def test_labels_may_come_from_a_pipe_of_the_shell(tmp_path):
+    """As of ``--labels <(cut -f1 names.tsv)``."""
+    reader, writer = os.pipe()
+    os.write(writer, b"a cat\na dog\n")
+    os.close(writer)
+    assert read_labels(f"/dev/fd/{reader}") == ["a cat", "a dog"]
+    os.close(reader)
+
+
 def test_labels_are_read_from_files_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"cannot read the labels .*pipe: Not a regular file"):

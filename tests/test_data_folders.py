@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         ("0", "1"),
         ("n01440764", "n01443537"),
         ("class_0", "class_1"),
-        ("c0", "c1"),
+        ("cls01", "id_3"),
         ("1f600", "1f601"),
         ("001.Black_footed", "002.Laysan"),
         ("n01440764_tench", "n01443537_goldfish"),
@@ -153,9 +153,18 @@ def test_classes_named_by_ids_are_refused_until_they_are_named(tmp_path, names):
 
 def test_names_with_numbers_in_them_are_names(tmp_path):
     """Of aircraft and cars; and one number of many."""
-    names = ["707-320", "A300B4", "DC-10", "F-16A", "E-170"]
-    source = ClassFolderSource(str(write_classes(tmp_path / "a", *names)))
-    assert source.classnames == sorted(names)
+    for number, names in enumerate(
+        (
+            ["707-320", "A300B4", "DC-10", "F-16A", "E-170"],
+            ["10_euro", "20_euro", "5_euro"],
+            ["1_person", "2_people"],
+            ["A320", "B747", "C130"],
+            ["c3", "c4"],
+            ["cafe1", "dada2"],
+        )
+    ):
+        source = ClassFolderSource(str(write_classes(tmp_path / str(number), *names)))
+        assert source.classnames == [name.replace("_", " ") for name in sorted(names)]
     mixed = write_classes(tmp_path / "b", "0", "1", "cat", "dog")
     with pytest.raises(DataError, match="named by ids or numbers"):
         ClassFolderSource(str(mixed))
@@ -255,17 +264,30 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
 
 
 @pytest.mark.parametrize(
-    "table", ["metadata.tsv", "metadata.csv.gz", "captions.json", "x.parquet", "a/b/metadata.csv"]
+    "table", ["metadata.tsv", "captions.jsonl", "pairs.csv", "cat/captions.csv"]
 )
 def test_class_folders_with_a_table_of_captions_in_sight_are_refused(tmp_path, table):
     write_classes(tmp_path, "cat", "dog")
-    put(tmp_path / table, "")
-    with pytest.raises(
-        DataError, match=rf"{table}, which may hold them: name that file as the data"
-    ):
+    image = "0.jpg" if table.startswith("cat/") else "cat/0.jpg"
+    rows = [("file_name", "text"), (image, "a black cat")]
+    separator = "\t" if table.endswith("tsv") else ","
+    content = "".join(f"{a}{separator}{b}\n" for a, b in rows)
+    if table.endswith("jsonl"):
+        content = json.dumps({"file_name": image, "text": "a black cat"}) + "\n"
+    put(tmp_path / table, content)
+    with pytest.raises(DataError, match=rf"but the table .*{table}: name that as the data"):
         open_source(str(tmp_path))
     # An evaluation of class folders reads no captions.
-    assert ClassFolderSource(str(tmp_path)).classnames[:2] != []
+    assert ClassFolderSource(str(tmp_path)).classnames == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "other", ["labels.csv", "cat/metadata.yaml", "cat/captions.png", "README.txt", "cat/a.csv"]
+)
+def test_other_files_beside_class_folders_are_no_captions(tmp_path, other):
+    write_classes(tmp_path, "cat", "dog")
+    put(tmp_path / other, None if other.endswith("png") else "id,breed\n1,tabby\n")
+    assert open_source(str(tmp_path)).classnames == ["cat", "dog"]
 
 
 def test_links_and_folders_that_give_no_class_are_counted(tmp_path):

@@ -183,12 +183,17 @@ def test_two_stray_quotation_marks_swallow_no_rows_either(tmp_path):
     text = "title,filepath\n" + '"a dog,\nrunning, happy\nand a.jpg",images/0000.jpg\n'
     path.write_text(text)
     assert open_source(str(path), separator=",")[0].caption == "a dog,\nrunning, happy\nand a.jpg"
+    path.write_text('filepath,title\nimages/0000.jpg,"Available as:\njpg, png"\n')
+    assert open_source(str(path), separator=",")[0].caption == "Available as:\njpg, png"
 
 
 def test_two_columns_of_one_name_are_named(tmp_path):
     (tmp_path / "t.tsv").write_text("filepath\ttitle\ttitle\na.jpg\tx\ty\n")
     with pytest.raises(DataError, match="more than one column 'title'; rename or remove one"):
         open_source(str(tmp_path / "t.tsv"))
+    write_images(tmp_path, 1)
+    (tmp_path / "t.tsv").write_text("filepath\ttitle\tnote\tnote\nimages/0000.jpg\tx\ty\tz\n")
+    assert open_source(str(tmp_path / "t.tsv"))[0].caption == "x"
 
 
 @pytest.mark.parametrize("separator", ["\t", "\\t", "tab"])

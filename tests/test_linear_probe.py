@@ -292,3 +292,30 @@ def test_a_search_needs_validation_images():
 def test_a_probe_is_made_of_plain_tensors():
     probe = LinearProbe(torch.eye(2), torch.zeros(2), 1.0, 0, 0.0)
     assert probe.logits(torch.tensor([[3.0, 1.0]])).tolist() == [[3.0, 1.0]]
+
+
+def test_a_strong_penalty_on_unit_features_of_many_classes_leaves_directions():
+    """There the gradient without weights is below any fixed limit, and the optimum is no zero."""
+    features = F.normalize(
+        torch.randn(300, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1
+    )
+    labels = torch.arange(300)
+    probe = fit_linear_probe(features, labels, 1e-6)
+    exact = fit_linear_probe(features, labels, 1e-6, tolerance=1e-13)
+    assert probe.num_iterations > 0
+    assert (probe.weight - exact.weight).abs().max() < 0.01 * exact.weight.abs().max()
+    assert linear_probe.top1(probe.logits(features), labels) > 0.99
+
+
+def test_features_with_a_graph_are_numbers():
+    features, labels = drawn(60, 5, 3)
+    probe = fit_linear_probe(features.clone().requires_grad_() * 1.0, labels)
+    expected = fit_linear_probe(features, labels)
+    assert torch.equal(probe.weight, expected.weight) and not probe.weight.requires_grad
+
+
+def test_labels_of_a_split_may_be_a_tensor():
+    labels, keys = torch.tensor([0] * 20 + [1] * 20), [str(index) for index in range(40)]
+    assert split_validation(labels, keys) == split_validation(labels.tolist(), keys)
+    with pytest.raises(ValueError, match="40 labels have 39 keys"):
+        split_validation(labels, keys[1:])

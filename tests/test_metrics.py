@@ -156,3 +156,10 @@ def test_wilsons_interval():
 def test_counts_that_cannot_be_are_refused(call):
     with pytest.raises(ValueError, match=r"hits in|from 0 to 1"):
         call()
+
+
+def test_scores_that_are_no_numbers_are_no_right_answers():
+    with pytest.raises(ValueError, match="a score is not a number"):
+        top_k_accuracy(torch.full((4, 5), math.nan), torch.arange(4), 1)
+    lowest = torch.tensor([[0.0, -math.inf]])
+    assert top_k_accuracy(lowest, torch.tensor([1]), 1) == 0.0

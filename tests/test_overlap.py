@@ -85,7 +85,9 @@ def test_pixels_find_a_copy_of_another_size_and_brightness():
 
 
 def test_a_picture_of_one_colour_is_like_no_other():
-    flat = pixel_descriptors(torch.full((2, 3, 20, 30), 77, dtype=torch.uint8))
+    images = torch.full((2, 3, 20, 30), 77, dtype=torch.uint8)
+    images[1, 0] = 255
+    flat = pixel_descriptors(images)
     assert flat.shape == (2, 768) and not flat.any()
 
 

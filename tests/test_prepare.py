@@ -164,12 +164,10 @@ def test_pictures_with_several_rows_are_said(tmp_path, capsys):
     line = ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
     assert main([str(table), *line]) == 0
     said = capsys.readouterr().out
-    assert (
-        "5 pairs in 1 shards" in said and "3 pictures have several captions, each in a pair" in said
-    )
+    assert "5 pairs in 1 shards" in said and "5 rows name 3 pictures, and each is a pair" in said
     line[1] = str(tmp_path / "plain")
     assert main([str(write_csv(tmp_path / "other", 3)), *line]) == 0
-    assert "several captions" not in capsys.readouterr().out
+    assert "rows name" not in capsys.readouterr().out
 
 
 def test_a_source_without_a_readable_sample_is_an_error(tmp_path, capsys):

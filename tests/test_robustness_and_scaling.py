@@ -172,3 +172,15 @@ def test_a_law_is_found_again_and_the_best_of_each_bin():
 def test_models_that_make_no_law_are_named(compute, error, message):
     with pytest.raises(ValueError, match=message):
         fit_power_law(compute, error)
+
+
+def test_errors_that_are_not_the_models_are_no_prediction():
+    with pytest.raises(ValueError, match="3 models have 5 errors"):
+        leave_out_largest([1.0, 10.0, 100.0], [0.5, 0.4, 0.3, 0.2, 0.1])
+    with pytest.raises(ValueError, match="4 models have 2 errors"):
+        leave_out_largest([1.0, 10.0, 100.0, 1000.0], [0.5, 0.4])
+
+
+def test_a_fit_to_no_bin_is_refused():
+    with pytest.raises(ValueError, match="at least one bin, not 0"):
+        fit_power_law([1.0, 2.0], [0.5, 0.4], num_bins=0)

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from openclip import simple_tokenizer
@@ -577,6 +578,10 @@ def test_arguments_of_get_tokenizer(tmp_path):
     for length in (0, -3, 1, "77", 7.5, True):
         with pytest.raises(ValueError, match="a whole number of at least 2"):
             get_tokenizer("ViT-nano-8-32", context_length=length)
+    tokenizer = get_tokenizer("ViT-nano-8-32")
+    both = tokenizer(["a", "b"])
+    for texts in (("a", "b"), np.array(["a", "b"]), {"a": 1, "b": 2}.keys(), iter("ab")):
+        assert torch.equal(tokenizer(texts), both)
     for texts in (5, None, b"a cat"):
         with pytest.raises(ValueError, match=r"takes a text or a list|is no text|not text|a str"):
             get_tokenizer("ViT-nano-8-32")(texts)

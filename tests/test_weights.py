@@ -213,6 +213,16 @@ class Archived(nn.Module):
         return x @ self.visual.proj * self.logit_scale
 
 
+def test_a_file_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"logit_scale": torch.ones(())}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load_state_dict_file(tmp_path / "w.pt").keys() == {"logit_scale"}
+
+
 class Nothing:
     """Bytes that a pickle makes of a number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,9 +33,9 @@ from clipcore.files import read_regular
 
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-# What holds captions by its name wherever it lies, and what may hold them beside the folders of images.
-_CAPTIONS_FILE = re.compile(r"(?:metadata|captions)\.[a-z0-9.]+", re.IGNORECASE)
-_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|parquet)(?:\.gz)?", re.IGNORECASE)
+_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson)", re.IGNORECASE)
+# Rows of a table that are compared with what its folder holds: more take minutes.
+_MOST_COUNTED = 1_000_000
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -195,7 +196,7 @@ class ClassFolderSource:
 
 # Of ImageNet's folders, and of data sets that number their classes, maybe before their names.
 _ID = re.compile(
-    r"n\d{8}\b.*|\d+(?:[ ._-].*)?|0x[0-9a-f]+|(?=.*\d)[0-9a-f]{4,}|(?:id|c|cl|cls|class|cat|category|label)[ _-]?\d+",
+    r"n\d{8}\b.*|\d+(?:[.-][a-z].*)?|0x[0-9a-f]+|\d[0-9a-f]{3,}|(?:id|cls|class|category|label)[ _-]?\d+",
     re.IGNORECASE,
 )
 # Of the parts of a data set, or of what a folder of pictures is called.
@@ -304,20 +305,42 @@ def open_folder(
         return pairs
     if without_columns is not None:
         raise without_columns
-    for folder, names in walk(path):
-        for name in names:
-            if _CAPTIONS_FILE.fullmatch(name) or (not folder and _TABLE.fullmatch(name)):
-                table = os.path.join(path, folder, name)
-                raise DataError(
-                    f"{path} holds no image with a caption beside it, but {printable(table)}, which may hold them: name "
-                    "that file as the data, or, if the names of the folders are the captions, take it out"
-                )
+    for table in _tables_beside(path, folders):
+        if _has_captions(table, img_key, caption_key, decoder, quotes):
+            raise DataError(
+                f"{path} holds no image with a caption beside it, but the table {printable(table)}: name that as the data, "
+                "or one of the folders"
+            )
     return ClassFolderSource(path, decoder)
 
 
+def _tables_beside(path: str, folders: Sequence[str]) -> list[str]:
+    """Return the tables in a folder, and those in its subfolders that are called metadata or captions."""
+    found = []
+    for folder in (path, *folders):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_named = entry.name.lower().startswith(("metadata.", "captions."))
+                if (folder == path or is_named) and _TABLE.fullmatch(entry.name):
+                    found.append(entry.path)
+    return sorted(found)
+
+
+def _has_captions(
+    table: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str, quotes: bool
+) -> bool:
+    """Return whether a table can be read as one of images and captions."""
+    try:
+        _open_table(table, img_key, caption_key, decoder, quotes)
+    except DataError:
+        return False
+    return True
+
+
 def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
-    """Count the images of a folder that its table does not name."""
-    # Hashes, as millions of names would take gigabytes.
+    """Count the images of a folder that its table does not name, where the table is short enough to be gone through."""
+    if len(source) > _MOST_COUNTED:
+        return
     named = {hash(name) for name in source.picture_names()}
     for folder, names in walk(path, source.left_out):
         for name in names:
@@ -363,7 +386,17 @@ def _open_metadata(
         raise ColumnError(
             f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
         )
-    if not table.lower().endswith(".csv"):
+    return _open_table(table, img_key, caption_key, decoder, quotes)
+
+
+def _open_table(
+    table: str,
+    img_key: str | None,
+    caption_key: str | None,
+    decoder: Decoder | str,
+    quotes: bool,
+) -> CsvSource | JsonlSource:
+    if not table.lower().endswith((".csv", ".tsv")):
         return JsonlSource(table, img_key, caption_key, decoder)
     # Commas by its layout; spreadsheets write others.
     errors = []

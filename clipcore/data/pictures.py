@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcore.data import BadSample, LeftOut, Pair, PairSource
 from clipcore.data.parquet import ParquetSource
-from clipcore.data.sources import MixtureSource
+from clipcore.data.sources import MixtureSource, left_out_of
 from clipcore.data.tables import CsvSource, JsonlSource
 
 
@@ -142,6 +142,7 @@ class PictureSource:
         self.name = rows.name
         self.num_rows = len(rows_N)
         self.left_out = LeftOut()
+        self.left_out.update(left_out_of(rows))  # type: ignore[arg-type]
         self._rows = rows
         starts_P = np.concatenate([[0], ends_P[:-1]])
         kept = [

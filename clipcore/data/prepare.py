@@ -141,7 +141,6 @@ def _files(path: str) -> Iterator[str]:
 
 
 # What was done before there were these flags, which manifests of then do not name.
-_MAX_MANIFEST_BYTES = 1 << 26
 _BEFORE_FLAGS = {"--csv-no-quotes": False, "--max-pixels": EARLIER_MAX_PIXELS}
 
 
@@ -192,7 +191,7 @@ class Manifest:
     def _continue(self) -> None:
         """Takes over what an earlier call finished."""
         try:
-            earlier = json.loads(read_regular(self.path, _MAX_MANIFEST_BYTES))
+            earlier = json.loads(read_regular(self.path))
             settings, identity = earlier["settings"], earlier["source"]
             versions = earlier.get("versions", self.content["versions"])
             shards = {name: _report_of(record) for name, record in earlier["shards"].items()}
@@ -500,10 +499,10 @@ def summary(manifest: Manifest, made: int, seconds: float) -> str:
     ]
     if unused := manifest.content["not used"]:
         lines.append(f"not used: {unused}")
-    named = manifest.content["pictures"]
-    if named is not None and named < pairs:
+    rows, named = manifest.content["source"]["samples"], manifest.content["pictures"]
+    if named is not None and named < rows:
         lines.append(
-            f"{named} pictures have several captions, each in a pair of its own: for training; evaluate retrieval on "
+            f"{rows} rows name {named} pictures, and each is a pair of its own here: for training; evaluate retrieval on "
             "the table itself"
         )
     if transparent := sum(report.transparent for report in reports):

@@ -258,7 +258,9 @@ class MixtureSource:
                 f"the factors {largest:g} and {smallest:g} of mixed sources are further apart than {MAX_FACTOR:,} times"
             )
         lengths = [
-            round(len(part) * (factor / smallest))
+            round(
+                len(part) * factor / smallest if factor < 1e100 else len(part) * (factor / smallest)
+            )
             for part, factor in zip(self.parts, factors, strict=True)
         ]
         self._ends = np.cumsum(lengths)

@@ -155,9 +155,6 @@ class CsvSource:
         self._table, self._separator = path, separator
         rows = _csv_rows(path, separator, quotes)
         _, header = next(rows, (1, []))
-        if repeated := {name for name in header if name and header.count(name) > 1}:
-            first = printable(min(repeated))
-            raise DataError(f"{path} has more than one column {first!r}; rename or remove one")
         try:
             image_column = header.index(find_column(path, header, image_columns(img_key)))
             caption_column = header.index(find_column(path, header, caption_columns(caption_key)))
@@ -166,6 +163,11 @@ class CsvSource:
             is_other = len(header) == 1 and other in header[0]
             hint = f"; they look separated by {other!r}: --csv-separator" if is_other else ""
             raise ColumnError(f"{error}{hint}") from None
+        for name in (header[image_column], header[caption_column]):
+            if header.count(name) > 1:
+                raise DataError(
+                    f"{path} has more than one column {printable(name)!r}; rename or remove one"
+                )
         # What is wrong with a row's number of fields stands in place of its caption.
         self._cells = TextColumn(
             cell
@@ -251,7 +253,8 @@ class CsvSource:
 
 
 def _names_image(cell: str) -> bool:
-    return cell.strip().rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    stem, _, suffix = cell.strip().rpartition(".")
+    return bool(stem) and suffix.lower() in IMAGE_SUFFIXES
 
 
 def _short_lines(file: TextIO, path: str) -> Iterator[str]:

@@ -214,7 +214,7 @@ class ImageTransform:
                 f"no crop of {image_size} pixels fits images resized to {resize}; --aug-resize is at least the model's "
                 f"{image_size}"
             )
-        if not all(isinstance(v, Sequence) and len(v) == 3 for v in (mean, std)):
+        if any(np.shape(values) != (3,) for values in (mean, std)):
             raise ValueError(
                 f"mean and std are three numbers each, of a channel, got {mean} and {std}"
             )
@@ -222,8 +222,8 @@ class ImageTransform:
             raise ValueError(f"the resize mode is {' or '.join(RESIZE_MODES)}, got {resize_mode!r}")
         self.image_size = image_size
         self.is_train = is_train
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean = tuple(map(float, mean))
+        self.std = tuple(map(float, std))
         self.scale = scale
         self.ratio = ratio
         self.resize = resize

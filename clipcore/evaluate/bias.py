@@ -76,9 +76,11 @@ def rates_by_group(holds: Sequence[bool] | Tensor, groups: Sequence[str]) -> lis
     Raises:
         ValueError: there are not as many of both, or there is no group.
     """
-    flags = [bool(flag) for flag in holds]
+    flags = [bool(flag) for flag in (holds.tolist() if isinstance(holds, Tensor) else holds)]
     if len(flags) != len(groups):
         raise ValueError(f"{len(flags)} images have {len(groups)} groups")
+    if others := [group for group in groups if not isinstance(group, str)]:
+        raise ValueError(f"a group is a name, and not {others[0]!r}; use str()")
     counts: dict[str, list[int]] = {}
     for flag, group in zip(flags, groups, strict=True):
         if group:
@@ -127,12 +129,13 @@ def category_rates(
     Raises:
         ValueError: a category names a class that there is not.
     """
-    index = {name: number for number, name in enumerate(classnames)}
     found = {}
     for category, names in categories.items():
-        if unknown := [name for name in names if name not in index]:
+        if unknown := [name for name in names if name not in classnames]:
             raise ValueError(f"{category} names {unknown[0]!r}, which is no class here")
-        chosen = torch.tensor([index[name] for name in names], device=predicted_N.device)
+        # Several classes may have one name.
+        those = [number for number, name in enumerate(classnames) if name in names]
+        chosen = torch.tensor(those, device=predicted_N.device)
         found[category] = rates_by_group(torch.isin(predicted_N, chosen), groups)
     return found
 
@@ -158,9 +161,12 @@ def label_differences(
             f"groups of {SMALL_GROUP} images or more are compared; there are {len(large)}"
         )
     names = sorted(large)
-    members = torch.tensor([[group == name for group in groups] for name in names])
-    number_G = members.sum(1).double()
-    hits_GK = members.double() @ has_label_NK.cpu().double()
+    place = {name: number for number, name in enumerate(names)}
+    rows = [index for index, group in enumerate(groups) if group in place]
+    group_R = torch.tensor([place[groups[index]] for index in rows])
+    number_G = group_R.bincount(minlength=len(names)).double()
+    hits_GK = torch.zeros(len(names), len(labels), dtype=torch.float64)
+    hits_GK.index_add_(0, group_R, has_label_NK.cpu()[rows].double())
     given = hits_GK.sum(0).nonzero().flatten().tolist()
 
     found = []

@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipcore.evaluate.linear_probe import Metric, fit_linear_probe, search_C, top1
+from clipcore.evaluate.linear_probe import (
+    Metric,
+    fit_linear_probe,
+    members_by_class,
+    search_C,
+    top1,
+)
 
 SHOTS = (1, 2, 4, 8, 16)
 # Images a class on which C is chosen, beside those that are fitted.
@@ -119,9 +125,7 @@ def _order(
     labels: Sequence[int], keys: Sequence[str], num_needed: int, seed: int
 ) -> list[list[int]]:
     """Return the images of each class in the order in which a seed takes them."""
-    by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_class.setdefault(label, []).append(index)
+    by_class = members_by_class(labels, keys)
     draw, orders = np.random.default_rng(seed), []
     for label in sorted(by_class):
         members = sorted(by_class[label], key=lambda index: keys[index])

@@ -25,6 +25,8 @@ _COARSE_STEP = 16
 # Rows whose logits are held at once.
 _BLOCK_ROWS = 1 << 14
 _MAX_ITERATIONS = 1000
+# A fit ends at the latest with so small a part of the gradient that there is without weights.
+_STEEPNESS = 1e-3
 
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -119,8 +121,24 @@ def search_C(
     if not len(val_labels_N):
         raise ValueError("the search over C needs at least one validation image")
 
-    measure = metric or top1
-    problem = _Problem(train_features_ND, train_labels_N, num_classes)
+    train, val = (train_features_ND, train_labels_N), (val_features_ND, val_labels_N)
+    C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance)
+    if fit_all:
+        features_ND = torch.cat([train_features_ND, val_features_ND])
+        labels_N = torch.cat([train_labels_N, val_labels_N])
+        probe = fit_linear_probe(features_ND, labels_N, C, num_classes, tolerance)
+    return CSearch(C, trace, probe)
+
+
+def _search(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    num_classes: int | None,
+    measure: Metric,
+    tolerance: float,
+) -> tuple[float, list[tuple[float, float]], LinearProbe]:
+    """Return the best C, the scores in the order of the fits, and the best probe of the training images."""
+    problem = _Problem(train[0], train[1], num_classes)
     solutions: dict[int, _Solution] = {}
     scores: dict[int, float] = {}
 
@@ -128,8 +146,8 @@ def search_C(
         nearest = min(solutions, key=lambda other: abs(other - index), default=None)
         start = None if nearest is None else solutions[nearest]
         solutions[index] = problem.solve(GRID[index], tolerance, start)
-        logits = problem.probe(solutions[index]).logits(val_features_ND)
-        scores[index] = measure(logits, val_labels_N)
+        logits = problem.probe(solutions[index]).logits(val[0])
+        scores[index] = measure(logits, val[1])
 
     def best() -> int:
         return min(scores, key=lambda index: (-scores[index], index))
@@ -145,12 +163,8 @@ def search_C(
         step //= 2
 
     found = best()
-    probe = problem.probe(solutions[found])
-    if fit_all:
-        features_ND = torch.cat([train_features_ND, val_features_ND])
-        labels_N = torch.cat([train_labels_N, val_labels_N])
-        probe = fit_linear_probe(features_ND, labels_N, GRID[found], num_classes, tolerance)
-    return CSearch(GRID[found], [(GRID[index], score) for index, score in scores.items()], probe)
+    trace = [(GRID[index], score) for index, score in scores.items()]
+    return GRID[found], trace, problem.probe(solutions[found])
 
 
 def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
@@ -159,7 +173,7 @@ def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
 
 
 def split_validation(
-    labels: Sequence[int], keys: Sequence[str], fraction: float = 0.1
+    labels: Sequence[int] | Tensor, keys: Sequence[str], fraction: float = 0.1
 ) -> list[bool]:
     """Say of each training image whether it is set aside for validation: the same ones always, some of each class.
 
@@ -173,16 +187,25 @@ def split_validation(
     Returns:
         N flags.
     """
-    by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_class.setdefault(label, []).append(index)
-    is_set_aside = [False] * len(labels)
+    by_class = members_by_class(labels, keys)
+    is_set_aside = [False] * len(keys)
     for members in by_class.values():
         members.sort(key=lambda index: hashlib.sha256(keys[index].encode()).digest())
         number = min(max(round(fraction * len(members)), 1), len(members) - 1)
         for index in members[:number]:
             is_set_aside[index] = True
     return is_set_aside
+
+
+def members_by_class(labels: Sequence[int] | Tensor, keys: Sequence[str]) -> dict[int, list[int]]:
+    """Return the numbers of the images of each class, in their order; raise ValueError unless each image has a key."""
+    numbers = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    if len(numbers) != len(keys):
+        raise ValueError(f"{len(numbers)} labels have {len(keys)} keys")
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(numbers):
+        by_class.setdefault(label, []).append(index)
+    return by_class
 
 
 @dataclass(frozen=True)
@@ -205,8 +228,10 @@ class _Problem:
         # A class without images has its optimum at a bias of minus infinity.
         self._present, self._labels_N = labels_N.to(features_ND.device).unique(return_inverse=True)
         self._dtype = features_ND.dtype
+        self._shares = self._labels_N.bincount().double() / len(self._labels_N)
 
-        self._mean_D = features_ND.double().mean(0)
+        features_ND = features_ND.detach()
+        self._mean_D = features_ND.mean(0, dtype=torch.float64)
         variances, directions = torch.linalg.eigh(self._covariance(features_ND))
         # What is smaller is what rounding makes of nothing.
         eps = torch.finfo(self._dtype).eps
@@ -243,13 +268,16 @@ class _Problem:
         weight_KR = (begun[0] / scale_R).requires_grad_()
         bias_K = (begun[1] / bias_scale).requires_grad_()
 
+        # Many classes or a strong penalty make all gradients small, those at the beginning too.
+        _, grad_KR, _ = self._cross_entropy(zeros, self._shares.log())
+        smallest = _STEEPNESS * (grad_KR * scale_R).abs().max().item() if grad_KR.numel() else 0.0
         solver = torch.optim.LBFGS(
             [weight_KR, bias_K],
             max_iter=_MAX_ITERATIONS,
             max_eval=2 * _MAX_ITERATIONS,
-            tolerance_grad=tolerance,
+            tolerance_grad=min(tolerance, smallest) if smallest else tolerance,
             # The objective's excess is about the square of the gradient.
-            tolerance_change=10 * tolerance**2,
+            tolerance_change=10 * min(tolerance, smallest or tolerance) ** 2,
             history_size=10,
             line_search_fn="strong_wolfe",
         )

@@ -20,7 +20,12 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int) -> float | None:
     """Return the share of images whose class is among the k best; None where there are fewer than k classes.
 
     Of equal scores the lower class is the better one.
+
+    Raises:
+        ValueError: a score is not a number.
     """
+    if scores_NC.isnan().any():
+        raise ValueError("a score is not a number; look at the model")
     if k > scores_NC.shape[1]:
         return None
     own_N = scores_NC.gather(1, labels_N[:, None])
@@ -149,19 +154,12 @@ def binomial_tail(hits: int, trials: int, share: float) -> float:
     if share == 0:
         return 0.0
     # Logarithms, whose factorials do not overflow; the smaller tail is summed.
-    log_ways = math.lgamma(trials + 1)
-    terms = range(hits, trials + 1) if hits > trials * share else range(hits)
-    total = math.fsum(
-        math.exp(
-            log_ways
-            - math.lgamma(k + 1)
-            - math.lgamma(trials - k + 1)
-            + k * math.log(share)
-            + (trials - k) * math.log1p(-share)
-        )
-        for k in terms
-    )
-    return min(total if hits > trials * share else 1 - total, 1.0)
+    is_upper = hits > trials * share
+    k = torch.arange(hits, trials + 1) if is_upper else torch.arange(hits)
+    k = k.double()
+    log_ways = math.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma(trials - k + 1)
+    total = (log_ways + k * math.log(share) + (trials - k) * math.log1p(-share)).exp().sum().item()
+    return min(total if is_upper else 1 - total, 1.0)
 
 
 def _share_where(holds: Callable[[float], bool]) -> float:

@@ -85,7 +85,7 @@ def nearest_training(descriptors_NE: Tensor, training: Iterable[Tensor]) -> tupl
 
 
 def pixel_descriptors(images_N3HW: Tensor) -> Tensor:
-    """Return what tells pictures apart without a model: their coarse pixels, free of their mean, of length one.
+    """Return what tells pictures apart without a model: their coarse pixels, free of each channel's mean, of length one.
 
     Args:
         images_N3HW: uint8, or floats from 0 to 255, of any size.
@@ -96,8 +96,7 @@ def pixel_descriptors(images_N3HW: Tensor) -> Tensor:
     coarse = F.interpolate(
         images_N3HW.float(), (_PIXEL_SIDE, _PIXEL_SIDE), mode="bilinear", antialias=True
     )
-    free = coarse.flatten(1)
-    free = free - free.mean(1, keepdim=True)
+    free = (coarse - coarse.mean((2, 3), keepdim=True)).flatten(1)
     length = free.norm(dim=1, keepdim=True)
     # What rounding leaves of a single colour is no pattern.
     is_flat = length < 1e-3 * free.shape[1] ** 0.5

@@ -66,12 +66,9 @@ def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None)
         ValueError: there are not as many of both, a number is not positive, or fewer than two different models are left.
     """
     c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
-    if c.shape != e.shape:
-        raise ValueError(f"{len(c)} models have {len(e)} errors")
-    if not ((c > 0) & (e > 0) & np.isfinite(c) & np.isfinite(e)).all():
-        raise ValueError(
-            "compute and error of a power law are positive; leave out a model without error"
-        )
+    _check_numbers(c, e)
+    if num_bins is not None and num_bins < 1:
+        raise ValueError(f"there is at least one bin, not {num_bins}")
     x, y = np.log10(c), np.log10(e)
     if num_bins is not None and len(x):
         x, y = _best_of_bins(x, y, num_bins)
@@ -86,10 +83,21 @@ def leave_out_largest(compute: Numbers, error: Numbers) -> Prediction:
         ValueError: as of ``fit_power_law``.
     """
     c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
+    _check_numbers(c, e)
     order = np.argsort(c, kind="stable")
     law = fit_power_law(c[order[:-1]], e[order[:-1]])
     largest = order[-1]
     return Prediction(law.error(float(c[largest])), float(e[largest]), law)
+
+
+def _check_numbers(compute: NDArray[np.float64], error: NDArray[np.float64]) -> None:
+    if compute.shape != error.shape:
+        raise ValueError(f"{len(compute)} models have {len(error)} errors")
+    numbers = np.concatenate([compute, error])
+    if not ((numbers > 0) & np.isfinite(numbers)).all():
+        raise ValueError(
+            "compute and error of a power law are positive; leave out a model without error"
+        )
 
 
 def _best_of_bins(

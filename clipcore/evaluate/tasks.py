@@ -29,7 +29,7 @@ from clipcore.data.loader import (
 from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import MixtureSource, left_out_of, open_source
 from clipcore.data.transforms import Decoder, ImageTransform, normalize_images
-from clipcore.distributed import World, gather_objects, gather_rows
+from clipcore.distributed import World, gather_objects, gather_rows, is_main
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.logbook import Logbook
@@ -224,16 +224,17 @@ def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
 
 
 def check_readable(source: PairSource) -> None:
-    """Raise DataError where none of a source's first samples can be read, before hours of training depend on it."""
+    """Raise DataError where none of some evenly spread samples can be read, before hours of training depend on it."""
     reasons = []
-    for index in range(min(len(source), _PROBED_SAMPLES)):
+    number = min(len(source), _PROBED_SAMPLES)
+    for place in range(number):
         try:
-            _ = source[index]
+            _ = source[place * len(source) // number]
             return
         except BadSample as error:
             reasons.append(str(error))
     raise DataError(
-        f"none of the first {len(reasons)} samples of {source.name} can be read, such as {printable(reasons[0])}"
+        f"none of {number} samples of {source.name} can be read, such as {printable(reasons[0])}"
     )
 
 
@@ -321,7 +322,8 @@ class EvaluationPlan:
     ) -> None:
         self.zero_shot = zero_shot_tasks(config)
         self.retrieval = retrieval_tasks(config)
-        for source in self._sources():
+        # The ranks begin together or not at all: those that can read wait in the next collective for the others.
+        for source in self._sources() if is_main() else ():
             check_readable(source)
         self.max_bad_fraction = config.max_bad_fraction
         self.world, self.tokenizer, self.transform = world, tokenizer, transform
