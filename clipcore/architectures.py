@@ -313,6 +313,10 @@ def find_model(name: str) -> ModelConfig:
     """
     if name in OPENAI_NAMES:
         return dataclasses.replace(MODELS[OPENAI_NAMES[name]], quick_gelu=True)
+    if not isinstance(name, str):
+        raise UnknownModelError(
+            f"a model's name is a text, got {name!r}; create_model_from_pretrained(None, path) reads it off the weights"
+        )
     base = name.removesuffix(QUICK_GELU_SUFFIX)
     if base not in MODELS:
         known = [*list_models(), *OPENAI_NAMES]

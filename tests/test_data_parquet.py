@@ -249,6 +249,13 @@ def test_tables_that_swell_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.clipcore-rows"))
 
 
+def test_a_table_of_paths_says_that_it_holds_no_images(tmp_path):
+    columns = {"url": ["https://a/b.jpg"], "caption": ["x"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"holds texts in 'url', .* with img2dataset, first"):
+        open_source(str(tmp_path / "t.parquet"), img_key="url")
+
+
 def test_rows_of_nothing_are_refused_by_their_number(tmp_path):
     number = 200_000
     columns = {"image": pyarrow.nulls(number, pyarrow.binary()), "caption": ["x"] * number}

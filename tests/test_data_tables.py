@@ -134,6 +134,15 @@ def test_csv_rows_of_other_lengths_are_bad_samples_and_said_at_the_start(tmp_pat
     )
 
 
+def test_compressed_shards_of_a_folder_are_said(tmp_path):
+    write_shards(tmp_path / "d", 1, 3)
+    (tmp_path / "d" / "001.tar.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "d" / "002.tgz").write_bytes(b"\x1f\x8b")
+    source = open_source(str(tmp_path / "d"))
+    assert len(source) == 3
+    assert str(left_out_of(source)) == ("2 x compressed shard, to be gunzipped, such as 001.tar.gz")
+
+
 @pytest.mark.parametrize("kind", [*WRITERS, "shards", "classes", "mixture"])
 def test_captions_come_without_their_pictures(tmp_path, kind, monkeypatch):
     if kind == "classes":

@@ -127,6 +127,21 @@ def test_keys_end_at_the_first_dot_of_the_last_component(tmp_path):
     assert not any(path.name == "etc" for path in tmp_path.parent.parent.iterdir())
 
 
+def test_a_shard_without_its_end_is_said(tmp_path):
+    """Cut between two members, where nothing else shows it."""
+    members = [m for i in range(4) for m in sample(f"{i:04d}")]
+    path = write_tar(tmp_path / "whole.tar", members)
+    assert str(TarSource([str(path)]).left_out) == ""
+    with tarfile.open(path) as archive:
+        cut_at = archive.getmembers()[4].offset
+    (tmp_path / "cut.tar").write_bytes(path.read_bytes()[:cut_at])
+    source = TarSource([str(tmp_path / "cut.tar")])
+    assert len(source) == 2
+    assert str(source.left_out) == (
+        "1 x shard without its end, which may be cut off, such as cut.tar"
+    )
+
+
 def test_numbered_copies_are_samples_of_their_own(tmp_path):
     """``photo.1.jpg`` has a text of its own, and is no field of the sample ``photo``."""
     image = picture(0)[0]

@@ -253,10 +253,20 @@ def test_data_that_cannot_be_read_is_refused_before_the_training(tmp_path):
     for path in sorted((tmp_path / "images").iterdir()):
         path.write_bytes(b"broken")
     transform = ImageTransform(32, is_train=False)
-    with pytest.raises(DataError, match=r"none of 16 samples of pairs.csv can be read, such as"):
+    with pytest.raises(DataError, match=r"none of 20 samples of pairs.csv can be read, such as"):
         EvaluationPlan(settings_of(table), ALONE, byte_tokenizer(), transform)
     (tmp_path / "images" / "0018.jpg").write_bytes(picture(0)[0])
     EvaluationPlan(settings_of(table), ALONE, byte_tokenizer(), transform)
+
+
+def test_rows_that_cannot_be_read_every_few_rows_are_not_all_of_them(tmp_path):
+    """Every fifth row, in a table of which 64 are tried."""
+    table = write_csv(tmp_path, 320)
+    rows = table.read_text().splitlines()
+    rows[1::5] = [row.partition("\t")[0] + "\t" for row in rows[1::5]]
+    table.write_text("\n".join(rows) + "\n")
+    config = dataclasses.replace(settings_of(table), max_bad_fraction=0.5)
+    EvaluationPlan(config, ALONE, byte_tokenizer(), ImageTransform(32, is_train=False))
 
 
 @pytest.mark.parametrize("arguments", [("cat", TEMPLATES), (["cat", "dog"], "a {}")])

@@ -272,7 +272,11 @@ FEATURES, LABELS = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
         (FEATURES, LABELS[:3], {}, "4 rows of features have 3 labels"),
         (FEATURES[:0], LABELS[:0], {}, "0 rows of features have 0 labels"),
         (FEATURES, LABELS - 1, {}, "class indices from 0"),
-        (FEATURES, LABELS.float(), {}, "class indices from 0"),
+        (FEATURES, LABELS.float(), {}, "class indices from 0, whole numbers"),
+        (FEATURES, LABELS.bool(), {}, "class indices from 0, whole numbers"),
+        (FEATURES, F.one_hot(LABELS), {}, "4 rows of features have 4x2 labels"),
+        (FEATURES.numpy(), LABELS, {}, r"not ndarray and Tensor; use torch.as_tensor\(\)"),
+        (FEATURES, LABELS.tolist(), {}, "not Tensor and list"),
         (FEATURES, LABELS, {"num_classes": 1}, "label 1 is not one of 1 classes"),
         (FEATURES, LABELS, {"C": 0.0}, "C is 0.0"),
         (FEATURES, LABELS, {"C": float("nan")}, "C is nan"),
@@ -287,6 +291,26 @@ def test_what_does_not_fit_is_named(features, labels, more, message):
 def test_a_search_needs_validation_images():
     with pytest.raises(ValueError, match="at least one validation image"):
         search_C(FEATURES, LABELS, FEATURES[:0], LABELS[:0])
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (FEATURES[:, :2], LABELS, "differ in width, dtype or device: 3 torch.float32 cpu and 2"),
+        (FEATURES.double(), LABELS, "differ in width, dtype or device"),
+        (FEATURES, LABELS[:2], "4 rows of features have 2 labels"),
+    ],
+)
+def test_validation_images_that_do_not_fit_are_named_before_a_fit(features, labels, message):
+    with pytest.raises(ValueError, match=message):
+        search_C(FEATURES, LABELS, features, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_whole_numbers(dtype):
+    features, labels = drawn(60, 5, 3)
+    found = fit_linear_probe(features, labels.to(dtype), num_classes=4)
+    assert torch.equal(found.weight, fit_linear_probe(features, labels, num_classes=4).weight)
 
 
 def test_a_probe_is_made_of_plain_tensors():

@@ -675,6 +675,11 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         create_model(**{"model_name": "ViT-nano-8-32", **arguments})
 
 
+def test_a_model_without_a_name_is_named():
+    with pytest.raises(ValueError, match=r"got None; create_model_from_pretrained\(None, path\)"):
+        create_model_and_transforms(None, pretrained="w.pt")
+
+
 def test_create_model_and_transforms():
     model, train, val = create_model_and_transforms(
         "ViT-nano-8-32", force_image_size=48, force_quick_gelu=True

@@ -306,11 +306,13 @@ def test_an_evaluation_that_fails_costs_no_training(server, table, tmp_path):
     for name in ("a", "b"):
         (classes / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(classes / name / "0.png")
-    (classes / "templates.json").write_text('["no place for the name"]')
+    # More than what may be, and not all, which would be refused before the first step.
+    for number in range(1, 8):
+        (classes / "a" / f"{number}.png").write_bytes(b"broken")
     line = flags(tmp_path, "r", table, imagenet_val=classes, zeroshot_frequency=1)
     line[line.index("--save-every-steps") + 1] = "1000"
     status, text = server.run(line, tmp_path / "out")
-    assert status == 2 and "no place for the name" in text
+    assert status == 2 and "7 of 9 samples of classes cannot be read" in text, text
     newest = latest_checkpoint(tmp_path / "r" / "checkpoints")
     assert newest is not None and newest.name == "step_00000005"
 

@@ -93,6 +93,12 @@ class ParquetSource:
                 ]
                 if twice := [name for name in names if columns.count(name) > 1]:
                     raise DataError(f"{path} has several columns {twice[0]!r}; rename them")
+                kind = file.schema_arrow.field(names[0]).type
+                if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                    raise DataError(
+                        f"{path} holds texts in {printable(names[0])!r}, and a parquet table has to hold the bytes of its "
+                        "images; write paths as a csv, and fetch the images of addresses, with img2dataset, first"
+                    )
                 if not file.metadata.num_rows:
                     raise DataError(f"{path} has no rows")
                 table = _Table(path, os.fstat(content.fileno()), file, names)

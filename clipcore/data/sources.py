@@ -113,14 +113,25 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
         raise DataError(f"{pattern}: only local files can be read; copy or mount the data first")
     paths = expand_pattern(pattern)
     name = os.path.basename(os.path.normpath(pattern))
+    compressed: list[str] = []
     if dataset_type in ("auto", "webdataset") and os.path.isdir(paths[0]):
         shards = [s for path in paths for s in sorted(glob.glob(f"{glob.escape(path)}/*.tar"))]
+        compressed = [
+            os.path.basename(name)
+            for path in paths
+            for pattern in ("*.tar.*", "*.tgz")
+            for name in sorted(glob.glob(f"{glob.escape(path)}/{pattern}"))
+            if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
+        ]
         paths, dataset_type = (shards, "webdataset") if shards else (paths, dataset_type)
     kind = _detect(paths[0]) if dataset_type == "auto" else dataset_type
     named_image = None if table.img_key == DEFAULT_IMAGE_KEY else table.img_key
     named_caption = None if table.caption_key == DEFAULT_CAPTION_KEY else table.caption_key
     if kind == "webdataset":
-        return TarSource(paths, caption_columns(named_caption), decoder, name)
+        source = TarSource(paths, caption_columns(named_caption), decoder, name)
+        for shard in compressed:
+            source.left_out.add("compressed shard, to be gunzipped", shard)
+        return source
     if len(paths) > 1:
         parts = [_open_part(path, kind, decoder, table) for path in paths]
         return MixtureSource(parts, name=name)
@@ -129,8 +140,8 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
         return CsvSource(paths[0], *keys, decoder=decoder, quotes=table.quotes)
     if kind == "folder":
         return open_folder(paths[0], named_image, named_caption, decoder, table.quotes)
-    source = JsonlSource if kind == "jsonl" else ParquetSource
-    return source(paths[0], named_image, named_caption, decoder)
+    table_source = JsonlSource if kind == "jsonl" else ParquetSource
+    return table_source(paths[0], named_image, named_caption, decoder)
 
 
 def _detect(path: str) -> str:

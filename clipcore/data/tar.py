@@ -73,8 +73,11 @@ class Member(NamedTuple):
     size: int
 
 
-def scan_members(path: str) -> Iterator[Member]:
+def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
     """The regular files of a tar file, from its headers alone.
+
+    Args:
+        left_out: counts an end that is missing.
 
     Raises:
         DataError: the file is no tar file, is cut off, or holds something other than plain files and folders.
@@ -120,6 +123,9 @@ def scan_members(path: str) -> Iterator[Member]:
             if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
                 yield Member(name, data, size)
             offset = data + -(-size // _BLOCK) * _BLOCK
+    # Every program that writes tar files ends them with blocks of zeros; some that read them do not ask for these.
+    if left_out is not None:
+        left_out.add("shard without its end, which may be cut off", os.path.basename(path))
 
 
 def _refuse(path: str, reason: str) -> NoReturn:
@@ -215,7 +221,7 @@ def build_index(path: str) -> ShardIndex:
     left_out = LeftOut()
     samples: dict[str, dict[str, Member]] = {}
     dotted: dict[str, dict[str, Member]] = {}
-    for member in scan_members(path):
+    for member in scan_members(path, left_out):
         if _METADATA.match(member.name) or (match := _KEY.fullmatch(member.name)) is None:
             continue
         key, suffix = match[1].removeprefix("./"), match[2].lower()

@@ -85,7 +85,8 @@ def fit_linear_probe(
         features_ND: [N, D], float32 or float64.
         labels_N: [N], class indices.
         num_classes: K [the largest label plus one].
-        tolerance: the solver ends when no element of its gradient is larger.
+        tolerance: the solver ends when no element of its gradient is larger, or when rounding leaves nothing to gain, which
+            in float32 may be a few times above the default.
 
     Raises:
         ValueError: the arguments do not fit, or a feature is not finite.
@@ -116,11 +117,22 @@ def search_C(
     Raises:
         ValueError: as of ``fit_linear_probe``, or there are no validation images.
     """
-    if num_classes is None and len(train_labels_N) and len(val_labels_N):
-        num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
     if not len(val_labels_N):
         raise ValueError("the search over C needs at least one validation image")
+    for features_ND, labels_N in (
+        (train_features_ND, train_labels_N),
+        (val_features_ND, val_labels_N),
+    ):
+        _check(features_ND, labels_N, None)
+    kinds = [(f.shape[1], f.dtype, f.device) for f in (train_features_ND, val_features_ND)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            "training and validation features differ in width, dtype or device: "
+            f"{' and '.join(' '.join(map(str, kind)) for kind in kinds)}"
+        )
 
+    if num_classes is None:
+        num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
     train, val = (train_features_ND, train_labels_N), (val_features_ND, val_labels_N)
     C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance)
     if fit_all:
@@ -226,7 +238,8 @@ class _Problem:
         _check(features_ND, labels_N, num_classes)
         self._num_classes = int(labels_N.max()) + 1 if num_classes is None else num_classes
         # A class without images has its optimum at a bias of minus infinity.
-        self._present, self._labels_N = labels_N.to(features_ND.device).unique(return_inverse=True)
+        labels_N = labels_N.to(features_ND.device, torch.long)
+        self._present, self._labels_N = labels_N.unique(return_inverse=True)
         self._dtype = features_ND.dtype
         self._shares = self._labels_N.bincount().double() / len(self._labels_N)
 
@@ -332,13 +345,18 @@ class _Problem:
 
 def _check(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
     """Raise ValueError unless there are features with labels that fit."""
+    if not isinstance(features_ND, Tensor) or not isinstance(labels_N, Tensor):
+        kinds = f"{type(features_ND).__name__} and {type(labels_N).__name__}"
+        raise ValueError(f"features and labels are tensors, not {kinds}; use torch.as_tensor()")
     if features_ND.dim() != 2 or features_ND.dtype not in (torch.float32, torch.float64):
         kind = f"{features_ND.dtype} {list(features_ND.shape)}"
         raise ValueError(f"features are [N, D] in float32 or float64, not {kind}; use .float()")
     if labels_N.shape != features_ND.shape[:1] or not len(labels_N):
-        raise ValueError(f"{len(features_ND)} rows of features have {len(labels_N)} labels")
-    if labels_N.is_floating_point() or labels_N.is_complex() or int(labels_N.min()) < 0:
-        raise ValueError("labels are class indices from 0")
+        shape = "x".join(map(str, labels_N.shape)) or "1"
+        raise ValueError(f"{len(features_ND)} rows of features have {shape} labels")
+    is_number = labels_N.is_floating_point() or labels_N.is_complex()
+    if is_number or labels_N.dtype == torch.bool or int(labels_N.min()) < 0:
+        raise ValueError("labels are class indices from 0, whole numbers")
     if num_classes is not None and int(labels_N.max()) >= num_classes:
         raise ValueError(f"label {int(labels_N.max())} is not one of {num_classes} classes")
     if not features_ND.isfinite().all():
