@@ -350,15 +350,15 @@ def _picture(image: np.ndarray, description: str, size: int) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten apart) from below ``low`` to above ``high``."""
-    # A constant curve, up to what its mean has lost in rounding.
-    if not high - low > 1e-9 * max(abs(low), abs(high)):
-        high = low + (abs(low) or 1.0)
+    # A constant curve, up to what its mean has lost in rounding; also one of numbers whose powers of ten would be 0.
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-300):
+        high = low + max(abs(low), 1.0 if abs(low) < 1e-300 else 0.0)
     raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    # Of numbers that are nearly 0 the power may be 0.
-    step = next((m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9)), raw)
+    exponent = math.floor(math.log10(raw))
+    power = 10.0**exponent
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, max(12, 3 - exponent)) for i in range(first, last + 1)]
 
 
 def _figure(

@@ -184,6 +184,16 @@ def test_ticks_are_round_and_cover(low, high):
     assert round(mantissa, 6) in (1, 2, 5, 10)
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-20, 3e-19), (0, 1e-15), (0, 1e-320), (1e-320, 1e-310), (5e-324, 5e-324)]
+)
+def test_ticks_of_tiny_numbers_are_not_one_place(low, high):
+    """As of the learning rates of a run that cannot learn."""
+    found = ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and found[-1] > found[0]
+    assert len(set(found)) == len(found) <= 12
+
+
 def test_a_chart_puts_its_ends_at_its_edges():
     svg = line_chart([Line("x", [(0, 0.0), (10, 1.0)])], "step", "loss")
     first, last = re.search(r'points="([^"]*)"', svg).group(1).split(" ")
