@@ -31,7 +31,6 @@ from clipcore.classify import read_labels
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.convert import ConversionError
 from clipcore.data import BadSample, DataError
-from clipcore.data.prepare import main as prepare_main
 from clipcore.data.raw import encode_raw
 from clipcore.data.sources import open_source
 from clipcore.data.tar import sidecar_paths
@@ -128,10 +127,6 @@ def run(
     assert status in (0, 2), f"the exit status is {status}"
 
 
-def _prepared(path: Path) -> list[str]:
-    return [str(path / "data"), "--output", str(path / "output"), "--workers", "1", "--quiet"]
-
-
 def _trained(path: Path) -> list[str]:
     return ["--train", str(path), "--vocab-size", "600", "--output", str(path.with_name("v.gz"))]
 
@@ -184,14 +179,6 @@ def described(name: str, content: bytes, folder: Path) -> Path:
 def manifest(name: str, folder: Path) -> Path:
     """Make a checkpoint one of whose files has hundreds of megabytes; return the folder of checkpoints."""
     sparse(f"step_00000001/{name}", b"{", folder)
-    return folder
-
-
-def prepared(folder: Path) -> Path:
-    """Make data to prepare, and an output whose manifest has hundreds of megabytes; return the folder of both."""
-    written("data/0.png", encoded(noise("RGB"), "PNG"), folder)
-    written("data/0.txt", b"a caption", folder)
-    sparse("output/manifest.json", b"{", folder)
     return folder
 
 
@@ -610,7 +597,6 @@ def text_cases() -> dict[str, tuple[_Make, _Use]]:
             find_launch,
         ),
         "manifest of a checkpoint": (partial(manifest, "manifest.json"), load_latest),
-        "manifest of shards": (prepared, partial(run, prepare_main, _prepared)),
         "captions to learn": (
             partial(sparse, "captions.txt", b"a cat\na cat\n"),
             partial(run, tokenizer_main, _trained),
