@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -23,6 +24,12 @@ from typing import Any, ClassVar
 
 import train_server
 from runs import RunServer
+from tqdm import tqdm
+
+# tqdm's own lock is shared by all processes that are forked, and a run that is killed while it holds it would keep the
+# others waiting for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 class Attack(ABC):
