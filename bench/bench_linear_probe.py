@@ -3,7 +3,7 @@
 python bench/bench_linear_probe.py [--images 10000] [--width 512] [--classes 10 100] [--search]
 
 Features are drawn: overlapping clouds, one a class. --search makes the paper's search over C as well, 15 fits from 1e-6 to
-1e6 (with 25,000 images and 100 classes some five minutes of scikit-learn's).
+1e6, which takes scikit-learn minutes with 25,000 images and 100 classes.
 """
 
 from __future__ import annotations

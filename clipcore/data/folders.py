@@ -331,7 +331,7 @@ def _has_captions(
 ) -> bool:
     """Return whether a table can be read as one of images and captions."""
     try:
-        _open_table(table, img_key, caption_key, decoder, quotes)
+        _open_metadata(table, img_key, caption_key, decoder, quotes)
     except DataError:
         return False
     return True
@@ -386,16 +386,6 @@ def _open_metadata(
         raise ColumnError(
             f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
         )
-    return _open_table(table, img_key, caption_key, decoder, quotes)
-
-
-def _open_table(
-    table: str,
-    img_key: str | None,
-    caption_key: str | None,
-    decoder: Decoder | str,
-    quotes: bool,
-) -> CsvSource | JsonlSource:
     if not table.lower().endswith((".csv", ".tsv")):
         return JsonlSource(table, img_key, caption_key, decoder)
     # Commas by its layout; spreadsheets write others.

@@ -117,11 +117,11 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
     if dataset_type in ("auto", "webdataset") and os.path.isdir(paths[0]):
         shards = [s for path in paths for s in sorted(glob.glob(f"{glob.escape(path)}/*.tar"))]
         compressed = [
-            os.path.basename(name)
+            os.path.basename(shard)
             for path in paths
-            for pattern in ("*.tar.*", "*.tgz")
-            for name in sorted(glob.glob(f"{glob.escape(path)}/{pattern}"))
-            if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
+            for ending in ("*.tar.*", "*.tgz")
+            for shard in sorted(glob.glob(f"{glob.escape(path)}/{ending}"))
+            if shard.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
         ]
         paths, dataset_type = (shards, "webdataset") if shards else (paths, dataset_type)
     kind = _detect(paths[0]) if dataset_type == "auto" else dataset_type

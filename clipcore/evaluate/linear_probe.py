@@ -145,7 +145,7 @@ def search_C(
 def _search(
     train: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
-    num_classes: int | None,
+    num_classes: int,
     measure: Metric,
     tolerance: float,
 ) -> tuple[float, list[tuple[float, float]], LinearProbe]:
@@ -241,7 +241,6 @@ class _Problem:
         labels_N = labels_N.to(features_ND.device, torch.long)
         self._present, self._labels_N = labels_N.unique(return_inverse=True)
         self._dtype = features_ND.dtype
-        self._shares = self._labels_N.bincount().double() / len(self._labels_N)
 
         features_ND = features_ND.detach()
         self._mean_D = features_ND.mean(0, dtype=torch.float64)
@@ -253,6 +252,11 @@ class _Problem:
         centred_to = self._directions_DR.to(self._dtype)
         shift = (self._mean_D @ self._directions_DR).to(self._dtype)
         self._rotated_NR = torch.addmm(shift, features_ND, centred_to, beta=-1)
+
+        # The gradient where no feature counts, and each class has its share.
+        shares_K = self._labels_N.bincount().double() / len(self._labels_N)
+        zeros = self._variance_R.new_zeros(len(shares_K), len(self._variance_R))
+        _, self._steepness_KR, _ = self._cross_entropy(zeros, shares_K.log())
 
     def _covariance(self, features_ND: Tensor) -> Tensor:
         total = features_ND.new_zeros((features_ND.shape[1],) * 2, dtype=torch.float64)
@@ -281,16 +285,17 @@ class _Problem:
         weight_KR = (begun[0] / scale_R).requires_grad_()
         bias_K = (begun[1] / bias_scale).requires_grad_()
 
-        # Many classes or a strong penalty make all gradients small, those at the beginning too.
-        _, grad_KR, _ = self._cross_entropy(zeros, self._shares.log())
-        smallest = _STEEPNESS * (grad_KR * scale_R).abs().max().item() if grad_KR.numel() else 0.0
+        # Many classes or a strong penalty make all gradients small, those without weights too.
+        steepness_KR = (self._steepness_KR * scale_R).abs()
+        steepest = steepness_KR.max().item() if steepness_KR.numel() else 0.0
+        limit = min(tolerance, _STEEPNESS * steepest) or tolerance
         solver = torch.optim.LBFGS(
             [weight_KR, bias_K],
             max_iter=_MAX_ITERATIONS,
             max_eval=2 * _MAX_ITERATIONS,
-            tolerance_grad=min(tolerance, smallest) if smallest else tolerance,
+            tolerance_grad=limit,
             # The objective's excess is about the square of the gradient.
-            tolerance_change=10 * min(tolerance, smallest or tolerance) ** 2,
+            tolerance_change=10 * limit**2,
             history_size=10,
             line_search_fn="strong_wolfe",
         )
