@@ -109,6 +109,6 @@ def test_groups_are_names_and_classes_may_share_theirs():
     with pytest.raises(ValueError, match=r"a group is a name, and not 0; use str\(\)"):
         rates_by_group([True] * 2, [0, 1])
     found = category_rates(
-        torch.tensor([0, 0, 1]), ["crane", "dog", "crane"], {"birds": ["crane"]}, ["a"] * 3
+        torch.tensor([0, 2, 1]), ["crane", "dog", "crane"], {"birds": ["crane"]}, ["a"] * 3
     )
     assert found["birds"][0].hits == 2

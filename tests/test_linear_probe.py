@@ -324,8 +324,8 @@ def test_a_strong_penalty_on_unit_features_of_many_classes_leaves_directions():
         torch.randn(300, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1
     )
     labels = torch.arange(300)
-    probe = fit_linear_probe(features, labels, 1e-6)
-    exact = fit_linear_probe(features, labels, 1e-6, tolerance=1e-13)
+    probe = fit_linear_probe(features, labels, 1e-8)
+    exact = fit_linear_probe(features, labels, 1e-8, tolerance=1e-13)
     assert probe.num_iterations > 0
     assert (probe.weight - exact.weight).abs().max() < 0.01 * exact.weight.abs().max()
     assert linear_probe.top1(probe.logits(features), labels) > 0.99
