@@ -184,10 +184,14 @@ class GlyphSource:
     def __getitem__(self, index: int) -> Pair:
         if (pair := self._pairs.get(index)) is None:
             face, character = self.samples[index]
-            key = f"{face.file}/U+{ord(character):04X}"
             picture = draw(character, self._font(face))
-            pair = self._pairs[index] = Pair(picture, self.captions(index), key)
+            pair = self._pairs[index] = Pair(picture, self.captions(index), self.key(index))
         return pair
+
+    def key(self, index: int) -> str:
+        """Return the name of a picture: its face's file and its character."""
+        face, character = self.samples[index]
+        return f"{face.file}/U+{ord(character):04X}"
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of a picture."""
