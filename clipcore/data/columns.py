@@ -60,8 +60,16 @@ class CsvColumns:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        headers = {separator: _header(path, separator) for separator in _SEPARATORS}
-        self.separator = max(_SEPARATORS, key=lambda separator: len(headers[separator]))
+        headers, refused = dict[str, list[str]](), None
+        for separator in _SEPARATORS:
+            try:
+                headers[separator] = next(csv_rows(path, separator), (1, []))[1]
+            except DataError as error:
+                # Quotation marks may not fit the wrong one.
+                refused = error
+        if not headers and refused is not None:
+            raise refused
+        self.separator = max(headers, key=lambda separator: len(headers[separator]))
         self.names = headers[self.separator]
         if twice := [name for name in self.names if name and self.names.count(name) > 1]:
             raise DataError(
@@ -87,16 +95,6 @@ class CsvColumns:
     def class_names(self, label: str) -> list[str] | None:
         """Return the names of the classes that the table itself gives for a column of numbers: none."""
         return None
-
-
-def _header(path: str, separator: str) -> list[str]:
-    try:
-        return next(csv_rows(path, separator), (1, []))[1]
-    except DataError:
-        # Quotation marks may not fit one separator; the error of the right one comes from its rows.
-        if separator == _SEPARATORS[-1]:
-            raise
-        return []
 
 
 class JsonlColumns:
@@ -132,22 +130,21 @@ class JsonlColumns:
             with open_regular(self._path) as file:
                 number = 0
                 while line := file.readline(MAX_CAPTION_BYTES + 1):
-                    is_long = len(line) > MAX_CAPTION_BYTES
-                    # In pieces: a line may be as long as a stranger likes.
-                    while line and not line.endswith(b"\n") and is_long:
-                        line = file.readline(MAX_CAPTION_BYTES)
-                    if is_long or not line.isspace():
-                        number += 1
-                        trouble = "line that is too long" if is_long else ""
-                        yield (f"record {number}", *_parsed(line, trouble))
+                    if line.isspace():
+                        continue
+                    number += 1
+                    if len(line) > MAX_CAPTION_BYTES:
+                        raise DataError(
+                            f"{self._path}, record {number}: a line of more than {MAX_CAPTION_BYTES} bytes is no row; "
+                            "take it out"
+                        )
+                    yield (f"record {number}", *_parsed(line))
         except OSError as error:
             raise DataError(f"cannot read the table {self._path}: {error.strerror}") from None
 
 
-def _parsed(line: bytes, trouble: str) -> tuple[dict[str, Any] | None, str]:
+def _parsed(line: bytes) -> tuple[dict[str, Any] | None, str]:
     """Return the object in a line, and why there is none."""
-    if trouble:
-        return None, trouble
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

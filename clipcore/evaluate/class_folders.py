@@ -70,8 +70,8 @@ def open_class_folders(
     """Open a folder of one folder a class, or of such folders for each split.
 
     The names of classes are those of their folders, or what ``classes.json`` gives for them, a name or a list of names. That
-    file and ``templates.json``, a list of prompts, lie in the folder or in a split's. The classes are those of all splits, in
-    alphabetical order of their folders.
+    file and ``templates.json``, a list of prompts, lie in the folder or in a split's. The classes are those of all splits,
+    in alphabetical order of their folders.
 
     Args:
         whole: of a folder without splits, its source where it has been opened before.
@@ -95,7 +95,9 @@ def open_class_folders(
     names = checked_names(names, str(path / CLASSES_FILE))
 
     def open_split(name: str) -> Split:
-        return _split(name, whole or ClassFolderSource(str(splits[name]), decoder, names_by_folder))
+        folder = splits[name]
+        source = whole or ClassFolderSource(str(folder), decoder, names_by_folder)
+        return _split(name, source, folder)
 
     name = path.resolve().name
     return EvaluationSet(
@@ -110,12 +112,12 @@ def open_class_folders(
     )
 
 
-def _split(name: str, source: ClassFolderSource) -> Split:
+def _split(name: str, source: ClassFolderSource, folder: Path) -> Split:
     return Split(
         name=name,
         source=source,
         labels_N=source.labels_N,
-        fingerprint=lambda: files_fingerprint(source.picture_names()),
+        fingerprint=lambda: files_fingerprint(source.picture_names(), folder),
         keys=lambda: keys_of(source),
         notes=(
             *left_out_notes(name, source),

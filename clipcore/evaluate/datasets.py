@@ -117,8 +117,8 @@ def open_set(
     """Open a data set, whose layout is told by what is there.
 
     Args:
-        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz`` or of images with
-            captions; a table; a ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
+        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz`` or of images
+            with captions; a table; a ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
         max_pixels: of a picture, of which more are not read.
         img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
         group_columns: a table's columns of groups, beside those called ``group:...``.
@@ -148,7 +148,8 @@ def open_set(
                 f"{', '.join(EMBEDDED)}"
             )
         image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
-        return pairs_set(path.name, open_source(spec, img_key=image_key, max_pixels=max_pixels))
+        source = open_source(spec, img_key=image_key, max_pixels=max_pixels)
+        return pairs_set(path.name, source, path.parent)
 
 
 def _open_folder(
@@ -180,4 +181,4 @@ def _open_folder(
     source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
     if isinstance(source, ClassFolderSource):
         return open_class_folders(path, decoder, source)
-    return pairs_set(name, source)
+    return pairs_set(name, source, path)

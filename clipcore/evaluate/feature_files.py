@@ -94,7 +94,7 @@ def _split(split: str, path: Path, features_NW: np.ndarray, labels_N: np.ndarray
         name=split,
         source=None,
         labels_N=labels_N,
-        fingerprint=lambda: files_fingerprint([str(path)]),
+        fingerprint=lambda: files_fingerprint([str(path)], path.parent),
         keys=lambda: [f"{path.name}, row {row + 1}" for row in range(len(labels_N))],
         features_NW=features_NW,
     )
@@ -190,6 +190,8 @@ def _read_header(
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, is_fortran, dtype = read(stream, max_header_size=MAX_HEADER_BYTES)
+    except zipfile.BadZipFile:
+        raise
     except Exception as error:
         # Besides ValueError whatever the evaluation of a damaged literal raises.
         raise DataError(f"{path}: unreadable header of {name} ({first_line(error)})") from None

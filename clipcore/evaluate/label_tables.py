@@ -102,8 +102,8 @@ def open_table(
 ) -> EvaluationSet:
     """Open a table of images with labels, groups or captions; its paths are absolute or relative to its folder.
 
-    Labels that are names are the classes in alphabetical order. Labels that are numbers are named by a column ``classname``, by
-    ``classes.json`` beside the table, a list, or by Hugging Face's notes in a parquet file.
+    Labels that are names are the classes in alphabetical order. Labels that are numbers are named by a column ``classname``,
+    by ``classes.json`` beside the table, a list, or by Hugging Face's notes in a parquet file.
 
     Args:
         img_key, label_key: the columns of images and labels; the first of the usual names when left out.
@@ -264,15 +264,17 @@ class _Rows:
         if isinstance(value, float) and value.is_integer():
             # A column of whole numbers of which some are missing.
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, str | int):
+        is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        if not is_number and not isinstance(value, str):
             kind = type(value).__name__
             raise DataError(
                 f"{self._path}, {place}: the column {printable(column)!r} holds no text or whole number but {kind}"
             )
-        text = str(value).strip() if isinstance(value, str) or abs(value) < 1 << 63 else "?"
+        text = str(value).strip()
         if column != self._layout.image and len(text) > _MAX_CHARS:
             raise DataError(
-                f"{self._path}, {place}: {len(text):,} characters in the column {printable(column)!r} are no name; shorten it"
+                f"{self._path}, {place}: {len(text):,} characters in the column {printable(column)!r} are no name; "
+                "shorten it"
             )
         return text
 
@@ -323,7 +325,7 @@ def _numbered_classes(
         )
     if rows.names.texts:
         name_by_label = _pairs_of(path, rows)
-        order = sorted(number_L)
+        order = sorted(set(number_L))
         place = {number: place for place, number in enumerate(order)}
         by_number = dict(zip(number_L, rows.labels.texts, strict=True))
         names = [(name_by_label[by_number[number]],) for number in order]
@@ -391,8 +393,9 @@ def _open_split(
 
     def fingerprint() -> str:
         if isinstance(pictures, TableImages):
-            return files_fingerprint(pictures.picture_path(row) for row in rows_N.tolist())
-        return files_fingerprint([str(path)], rows_N.tobytes())
+            paths = (pictures.picture_path(row) for row in rows_N.tolist())
+            return files_fingerprint(paths, path.parent)
+        return files_fingerprint([str(path)], path.parent, rows_N.tobytes())
 
     return Split(
         name=split,
@@ -422,7 +425,7 @@ def _open_pairs(
         chosen_rows = (
             source if splits is None else ChosenRows(source, _rows_of_split(splits, split))
         )
-        return pairs_split(split, chosen_rows)
+        return pairs_split(split, chosen_rows, path.parent)
 
     return EvaluationSet(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from clipcore.data import PairSource
@@ -21,25 +22,26 @@ from clipcore.evaluate.splits import (
 from clipcore.evaluate.suites import main_metric
 
 
-def pairs_split(name: str, rows: PairSource) -> Split:
+def pairs_split(name: str, rows: PairSource, folder: str | Path) -> Split:
     """Return a split of images with captions, each image once with the captions of all rows that name it.
 
     Args:
         name: of the split.
         rows: the pairs as ``open_source`` reads them.
+        folder: in which they lie.
     """
     source = by_picture(rows)
     return Split(
         name=name,
         source=source,
         labels_N=None,
-        fingerprint=lambda: files_fingerprint(_files_of(rows), len(rows), _choice_of(rows)),
+        fingerprint=lambda: files_fingerprint(_files_of(rows), folder, len(rows), _choice_of(rows)),
         keys=lambda: keys_of(source),
         notes=left_out_notes(name, source),
     )
 
 
-def pairs_set(name: str, rows: PairSource) -> EvaluationSet:
+def pairs_set(name: str, rows: PairSource, folder: str | Path) -> EvaluationSet:
     """Return a data set of one split, test, for retrieval; arguments as of ``pairs_split``."""
     return EvaluationSet(
         name=name,
@@ -48,7 +50,7 @@ def pairs_set(name: str, rows: PairSource) -> EvaluationSet:
         templates=(),
         split_names=("test",),
         main_metric=main_metric(name, "retrieval"),
-        open_split=opened_once(lambda split: pairs_split(split, rows)),
+        open_split=opened_once(lambda split: pairs_split(split, rows, folder)),
     )
 
 

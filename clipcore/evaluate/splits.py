@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -175,19 +176,24 @@ def keys_of(source: PairSource) -> list[str]:
     return [key(row) for row in range(len(source))]
 
 
-def files_fingerprint(paths: Iterable[str], *others: object) -> str:
+def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
     """Return a hash of the names, sizes and modification times of files in their order, and of other values.
 
     A file that is not there counts as such.
+
+    Args:
+        folder: of the data set: names are those within it, so that a copy of a folder with its times has the same hash.
     """
     digest = hashlib.sha256(repr(others).encode("utf-8", "surrogateescape"))
+    whole, given = os.path.join(os.path.abspath(folder), ""), os.path.join(folder, "")
     for path in paths:
         try:
             stat = os.stat(path)
             state = (stat.st_size, stat.st_mtime_ns)
         except (OSError, ValueError):
             state = (-1, -1)
-        digest.update(repr((path, *state)).encode("utf-8", "surrogateescape"))
+        name = path.removeprefix(whole).removeprefix(given)
+        digest.update(repr((name, *state)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -254,7 +254,7 @@ def _open_labelled(folder: Path, decoder: Decoder, task: Task, names: Names) -> 
         name=folder.name,
         source=source,
         labels_N=labels_N,
-        fingerprint=lambda: files_fingerprint(shards, task, len(images)),
+        fingerprint=lambda: files_fingerprint(shards, folder, task, len(images)),
         keys=lambda: keys_of(source),
         notes=(
             *notes,
@@ -374,7 +374,7 @@ def _open_pairs(folder: Path, decoder: Decoder) -> Split:
         name=folder.name,
         source=source,
         labels_N=None,
-        fingerprint=lambda: files_fingerprint(shards, "retrieval", len(source)),
+        fingerprint=lambda: files_fingerprint(shards, folder, "retrieval"),
         keys=lambda: keys_of(source),
         notes=(*notes, *left_out_notes(folder.name, source)),
     )
