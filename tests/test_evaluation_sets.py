@@ -513,6 +513,16 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, kind):
     assert data.notes == (f"not used of the table: {cases}",)
 
 
+def test_lone_surrogates_of_json_are_replaced(tmp_path):
+    path = write_table(tmp_path, [{"label": "a"}, {"label": "b"}], "jsonl")
+    with open(path, "a") as file:
+        file.write('{"image": "\\ud800.jpg", "label": "\\udfff", "group:\\ud800": "x"}\n')
+    data = open_set(str(path))
+    assert data.classnames == (("?",), ("a",), ("b",))
+    assert data.split("test").keys()[2] == "?.jpg"
+    assert len(data.split("test").fingerprint()) == 64
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -270,7 +270,8 @@ class _Rows:
             raise DataError(
                 f"{self._path}, {place}: the column {printable(column)!r} holds no text or whole number but {kind}"
             )
-        text = str(value).strip()
+        # A lone surrogate comes from a JSON escape; no file's name and no tokenizer has it.
+        text = str(value).strip().encode("utf-8", "replace").decode("utf-8")
         if column != self._layout.image and len(text) > _MAX_CHARS:
             raise DataError(
                 f"{self._path}, {place}: {len(text):,} characters in the column {printable(column)!r} are no name; "
@@ -379,6 +380,12 @@ def _rows_of_split(rows: _Rows, split: str) -> np.ndarray:
     return np.flatnonzero(rows.splits.code_R == rows.splits.texts.index(split))
 
 
+def _texts(codes: _Codes, rows_N: np.ndarray) -> list[str]:
+    """Return the texts of some rows."""
+    texts = codes.texts
+    return [texts[code] for code in codes.code_R[rows_N].tolist()]
+
+
 def _open_split(
     path: Path,
     split: str,
@@ -403,10 +410,7 @@ def _open_split(
         labels_N=labels_N,
         fingerprint=fingerprint,
         keys=lambda: keys_of(source),
-        groups={
-            name: [codes.texts[code] for code in codes.code_R[rows_N].tolist()]
-            for name, codes in rows.groups.items()
-        },
+        groups={name: _texts(codes, rows_N) for name, codes in rows.groups.items()},
         notes=() if labels_N is None else empty_class_notes(split, labels_N, names),
     )
 
@@ -416,9 +420,7 @@ def _open_pairs(
 ) -> EvaluationSet:
     """Open a table of images with captions; raise DataError."""
     source = _pairs_source(str(path), columns, layout, decoder)
-    splits = None
-    if layout.split is not None:
-        splits = _Rows(path, columns, layout)
+    splits = None if layout.split is None else _Rows(path, columns, layout)
     split_names = ("test",) if splits is None else _splits_in(splits)
 
     def open_split(split: str) -> Split:
@@ -435,6 +437,7 @@ def _open_pairs(
         split_names=split_names,
         main_metric=zero_shot_metric(name, "retrieval"),
         open_split=opened_once(open_split),
+        notes=() if splits is None else left_out_notes("the table", splits),
     )
 
 

@@ -89,7 +89,7 @@ class EvaluationSet:
         if name not in self.split_names:
             raise DataError(
                 f"{printable(self.name)} has no split {name!r}; it has {', '.join(self.split_names)}: "
-                f"name a split's images {name!r} to use them so"
+                f"rename one of them, or link {name!r} to it"
             )
         return self.open_split(name)
 
