@@ -19,6 +19,7 @@ from clipcore.data import BadSample, DataError, raw
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
 from clipcore.data.transforms import was_transparent
 from clipcore.evaluate.datasets import EMBEDDED, EvaluationSet, Split, open_set
+from clipcore.evaluate.splits import opened_once
 
 pytestmark = pytest.mark.fast
 
@@ -283,6 +284,7 @@ def test_what_belongs_to_no_sample_of_a_shard_is_counted(tmp_path):
     write_tar(tmp_path / "test" / "0.tar", members)
     data = open_set(str(tmp_path))
     assert labels_of(data) == [4, 5]
+    assert data.split("test").keys() == ["0.tar/d", "0.tar/shot 1.5 mm"]
     assert data.split("test").notes[0] == (
         "not used of test: 1 x picture of another kind, such as c.gif; 1 x image without a label in .cls, such as a.jpg; "
         "2 x label without an image, such as b.cls; 1 x further picture of a sample, such as d"
@@ -565,13 +567,8 @@ def test_tables_of_captions_have_each_picture_once(tmp_path, kind):
         {"caption": f"text {number}", "split": "train" if number == 1 else "test"}
         for number in range(4)
     ]
-    if kind == "parquet":
-        (tmp_path / "images").mkdir()
-    path = write_table(tmp_path, [*rows], kind) if kind != "parquet" else None
-    if path is None:
-        (tmp_path / "images").rmdir()
-        path = write_table(tmp_path, rows, kind)
-    else:
+    path = write_table(tmp_path, rows, kind)
+    if kind != "parquet":
         path.write_text(path.read_text().replace("0003.jpg", "0000.jpg"))
     data = open_set(str(path))
     assert (data.task, data.split_names) == ("retrieval", ("train", "test"))
@@ -580,6 +577,11 @@ def test_tables_of_captions_have_each_picture_once(tmp_path, kind):
         ["text 0", "text 2", "text 3"] if kind == "parquet" else [("text 0", "text 3"), ("text 2",)]
     )
     assert captions_of(data.split("train")) == ["text 1"]
+    for split, row, index in (("train", 0, 1), ("test", 1, 2)):
+        source = data.split(split).source
+        assert source is not None
+        with Image.open(io.BytesIO(picture(index)[0])) as image:
+            assert np.array_equal(np.asarray(source[row].image), np.asarray(image))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -672,6 +674,13 @@ def test_files_of_features_that_are_none(tmp_path):
     whole = write_features(path, [0] * 4).read_bytes()
     put(path, whole.replace(np.arange(12, dtype=np.float32).tobytes(), b"\0" * 48))
     refuse(path, "is damaged .*Bad CRC-32")
+    # A compressed array of which all numbers come out before its checksum is due.
+    noise = np.random.default_rng(0).standard_normal((4, 1 << 16))
+    np.savez_compressed(path, features=noise, labels=np.arange(4))
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\1\2")
+    data[entry + 16] ^= 1
+    refuse(put(path, bytes(data)), "is damaged .*Bad CRC-32")
     np.savez(path, features=np.ones((4, 3)))
     refuse(path, "has no array labels or label_list; it holds 'features.npy'")
     # A header that promises what the file does not hold.
@@ -765,11 +774,21 @@ def test_a_fingerprint_is_of_the_images_alone(tmp_path):
         assert first == fingerprint(moved), name
         os.utime(moved / changed[name], ns=(1, 1))
         assert first != fingerprint(moved), name
-    (tmp_path / "folders" / "b" / "1.jpg").rename(tmp_path / "folders" / "b" / "2.jpg")
-    assert (
-        open_set(str(made["folders"])).split("test").fingerprint()
-        != open_set(str(tmp_path / "moved" / "folders")).split("test").fingerprint()
-    )
+
+
+def test_a_fingerprint_changes_with_a_name(tmp_path):
+    folder = write_classes(tmp_path, a=1, b=2)
+    first = open_set(str(folder)).split("test").fingerprint()
+    (folder / "b" / "1.jpg").rename(folder / "b" / "2.jpg")
+    assert open_set(str(folder)).split("test").fingerprint() != first
+
+
+def test_what_the_system_refuses_to_a_split_comes_in_one_line(tmp_path):
+    def open_split(name: str) -> Split:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "0.tar"))
+
+    with pytest.raises(DataError, match=r"cannot read .*0.tar: Permission denied"):
+        opened_once(open_split)("test")
 
 
 @pytest.mark.parametrize(
