@@ -164,6 +164,15 @@ def test_two_classes_of_one_name_are_told(tmp_path):
     )
 
 
+def test_of_many_classes_of_one_name_a_few_are_told(tmp_path):
+    write_wds(tmp_path, 0)
+    put(tmp_path / "classnames.txt", "name\n" * 200_000)
+    notes = open_set(str(tmp_path)).notes
+    assert len(notes) == 4 and notes[3] == "199,996 more classes share a name with another"
+    put(tmp_path / "classnames.txt", "name\n" * (1 << 20 | 1))
+    refuse(tmp_path, "longer than|names 1,048,577 classes, more than 1,048,576")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -550,6 +559,16 @@ def test_rows_that_are_refused(tmp_path, row, message):
     refuse(write_table(tmp_path, [row], "jsonl"), message)
 
 
+def test_tables_of_a_great_many_columns(tmp_path):
+    """One line, without comparing each column with each other."""
+    path = put(tmp_path / "a.csv", "image,label" + ",x" * 400_000 + "\n")
+    refuse(path, "has more than one column 'x'")
+    put(path, "image,label" + "".join(f",group:{number}" for number in range(101)) + "\n")
+    refuse(path, "has 101 columns of groups, more than 100")
+    put(path, "image" + "".join(f",{number}" for number in range(100_000)) + "\n")
+    refuse(path, "has no column of labels .* 17, 18; name that")
+
+
 def test_the_columns_of_a_table_may_be_named(tmp_path):
     rows: list[dict[str, object]] = [{"label": "a", "species": "b"}, {"label": "a", "species": "c"}]
     path = write_table(tmp_path, rows, "csv")
@@ -684,11 +703,14 @@ def test_files_of_features_that_are_none(tmp_path):
     np.savez(path, features=np.ones((4, 3)))
     refuse(path, "has no array labels or label_list; it holds 'features.npy'")
     # A header that promises what the file does not hold.
-    with zipfile.ZipFile(path, "w") as archive:
-        head = npy(np.ones((4, 3)), "float32").replace(b"(4, 3), ", b"(1 << 40, 3), ")
-        archive.writestr("features.npy", head.replace(b"(1 << 40, 3)", b"(9999999, 3)"))
-        archive.writestr("labels.npy", npy([0] * 4, "int64"))
-    refuse(path, "does not fit its|unreadable header")
+    content = npy(np.ones((4, 3)), "float32")
+    large = content.replace(b"(4, 3), }       ", b"(4000000, 3), } ")
+    for wrong in (content[:-1], content + b"x", large):
+        assert wrong != content
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("features.npy", wrong)
+            archive.writestr("labels.npy", npy([0] * 4, "int64"))
+        refuse(path, "features of float32 .* does not fit its")
     # Gigabytes of zeros.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("features.npy", npy(np.zeros((1 << 18, 64)), "float32"))

@@ -5,6 +5,7 @@
 ``tar.py``          tar shards in the WebDataset layout, through a byte index
 ``raw.py``          images as ``.npy`` members of pixels
 ``tables.py``       csv and jsonl tables
+``columns.py``      columns of tables, such as those of labels
 ``parquet.py``      parquet tables, through a copy of their rows
 ``folders.py``      folders of images
 ``glyphs.py``       the embedded pictures of writing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class CsvColumns:
             raise refused
         self.separator = max(headers, key=lambda separator: len(headers[separator]))
         self.names = headers[self.separator]
-        if twice := [name for name in self.names if name and self.names.count(name) > 1]:
+        if twice := [name for name, number in Counter(self.names).items() if name and number > 1]:
             raise DataError(
                 f"{path} has more than one column {printable(twice[0])!r}; rename or remove one"
             )

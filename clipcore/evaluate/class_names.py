@@ -91,17 +91,20 @@ def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
 
 def twin_notes(names: Names) -> tuple[str, ...]:
     """Return a note for each two classes that share a name, of which no prompt tells one from the other."""
-    seen, notes = dict[str, int](), list[str]()
+    seen, notes, num_twins = dict[str, int](), list[str](), 0
     for number, those in enumerate(names):
         # A vocabulary knows neither capitals nor runs of spaces.
         for name in {" ".join(name.casefold().split()) for name in those}:
             other = seen.setdefault(name, number)
-            if other != number:
+            if other == number:
+                continue
+            num_twins += 1
+            if num_twins <= _SHOWN_TWINS:
                 notes.append(
                     f"classes {other} and {number} are both called {printable(name)!r}: one of them always loses"
                 )
-    if len(notes) > _SHOWN_TWINS:
-        notes[_SHOWN_TWINS:] = [f"{len(notes) - _SHOWN_TWINS} more classes share a name"]
+    if num_twins > len(notes):
+        notes.append(f"{num_twins - len(notes):,} more classes share a name with another")
     return tuple(notes)
 
 

@@ -28,6 +28,7 @@ LABEL_COLUMNS = ("label", "class")
 NAME_COLUMN, SPLIT_COLUMN, GROUP_PREFIX = "classname", "split", "group:"
 _SPLIT_WORDS = {"validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 _MAX_CHARS = 1000  # of a label or a group
+_MAX_GROUPS = 100
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ def layout_of(
         for column in there
         if column.startswith(GROUP_PREFIX)
     }
+    if len(groups) > _MAX_GROUPS:
+        raise DataError(
+            f"{path} has {len(groups):,} columns of groups, more than {_MAX_GROUPS}; take some out"
+        )
     groups |= {column: find_column(str(path), there, [column]) for column in group_columns}
 
     name = NAME_COLUMN if NAME_COLUMN in there else None
@@ -74,7 +79,7 @@ def layout_of(
     if label is None and caption is None and not groups:
         raise ColumnError(
             f"{path} has no column of labels ({', '.join(LABEL_COLUMNS)}) or captions ({', '.join(CAPTION_COLUMNS)}); its "
-            f"columns are {', '.join(map(printable, there[:20]))}; name that of labels with --label-key"
+            f"columns are {', '.join(printable(name[:40]) for name in there[:20])}; name that of labels with --label-key"
         )
     split = SPLIT_COLUMN if SPLIT_COLUMN in there else None
     return Layout(image, label, name, split, groups, caption)
