@@ -1,4 +1,4 @@
-"""A model as a command line names it: a run, or a file of weights, with the preprocessing and the vocabulary that belong to it."""
+"""Models as a command line names them: runs, or files of weights, with their preprocessing and their vocabularies."""
 
 from __future__ import annotations
 

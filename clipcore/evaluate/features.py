@@ -96,11 +96,14 @@ class SplitFeatures:
         """Where the model is; the CPU of a file of features."""
         return torch.device("cpu") if self._model is None else self._model.logit_scale.device
 
-    def blocks(self, projected: bool = True, rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
+    def blocks(
+        self, projected: bool = True, unit: bool = True, rows: int = _BLOCK_ROWS
+    ) -> Iterator[Tensor]:
         """Yield float32 features of so many images after another, on the model's device.
 
         Args:
-            projected: True gives unit features in the space of the texts, [rows, E]; False those before it, [rows, W].
+            projected: True gives features in the space of the texts, [rows, E]; False those before it, [rows, W].
+            unit: whether they are scaled to unit length.
 
         Raises:
             DataError: features of a file have no projection.
@@ -111,16 +114,15 @@ class SplitFeatures:
             )
         for start in range(0, len(self), rows):
             block = np.asarray(self.pooled_NW[start : start + rows], np.float32)
-            pooled = torch.from_numpy(np.ascontiguousarray(block)).to(self.device)
+            features = torch.from_numpy(np.ascontiguousarray(block)).to(self.device)
             if projected and self._model is not None:
                 with torch.no_grad():
-                    yield F.normalize(self._model.visual.project(pooled), dim=-1)
-            else:
-                yield pooled
+                    features = self._model.visual.project(features)
+            yield F.normalize(features, dim=-1) if unit else features
 
-    def whole(self, projected: bool = False) -> Tensor:
+    def whole(self, projected: bool = False, unit: bool = False) -> Tensor:
         """Return all features at once, as a probe needs them: see ``blocks``."""
-        return torch.cat(list(self.blocks(projected)))
+        return torch.cat(list(self.blocks(projected, unit)))
 
 
 class FeatureStore:

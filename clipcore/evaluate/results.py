@@ -127,9 +127,8 @@ def _read(path: Path) -> Result | None:
         raise DataError(f"{path} has no metrics; evaluate it anew, or remove it")
     numbers = {str(name): _number(value) for name, value in metrics.items()}
     language = str(record.get("language", "en"))
-    return Result(
-        *(record[key] for key in keys), metrics=numbers, details=details, language=language
-    )
+    dataset, model, pretrained, task = (record[key] for key in keys)
+    return Result(dataset, model, pretrained, task, numbers, details, language)
 
 
 def _number(value: object) -> float | None:
@@ -169,3 +168,9 @@ def models_of(results: Iterable[Result]) -> list[tuple[str, str]]:
 def _in_file_name(text: str) -> str:
     """Return a text fit for a part of a file's name."""
     return re.sub(r"[^\w.+-]", "-", text.replace("/", "-"), flags=re.ASCII)
+
+
+def find_result(folder: Path, like: Result) -> Result | None:
+    """Return the result of the same model, data set and task in a folder; None where there is none."""
+    path = folder / like.file_name
+    return _read(path) if path.is_file() else None
