@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipcore.data import PairSource
+from clipcore.data import DataError, PairSource
 
 Task = Literal["classification", "multilabel", "retrieval"]
 SPLITS = ("train", "val", "test")
@@ -65,7 +65,9 @@ class EvaluationSet:
 
     def split(self, name: str) -> Split:
         """Return a split; raise DataError where the set has none of that name."""
-        raise NotImplementedError
+        if name not in self.split_names:
+            raise DataError(f"{self.name} has no {name} split")
+        return self.open_split(name)
 
 
 def open_set(spec: str, **options: Any) -> EvaluationSet:

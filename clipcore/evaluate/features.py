@@ -113,8 +113,9 @@ class SplitFeatures:
                 "a file of features cannot be compared with texts; give a data set of images"
             )
         for start in range(0, len(self), rows):
-            block = np.asarray(self.pooled_NW[start : start + rows], np.float32)
-            features = torch.from_numpy(np.ascontiguousarray(block)).to(self.device)
+            # A copy, as torch takes no memory that it must not write to.
+            block = np.array(self.pooled_NW[start : start + rows], np.float32)
+            features = torch.from_numpy(block).to(self.device)
             if projected and self._model is not None:
                 with torch.no_grad():
                     features = self._model.visual.project(features)

@@ -47,7 +47,6 @@ from clipcore.loading import LoadedModel
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
 _NUM_BEST = 5
-# Name and title of the prompts that are compared; those of the data set itself come third.
 _BARE, _PHOTO = ("{}",), ("A photo of a {}.",)
 
 
@@ -200,7 +199,10 @@ def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
         DataError: as of ``measure_zero_shot``.
     """
     _check_task(dataset, ("classification", "multilabel"))
-    variants = [("name", "the name alone", _BARE), ("photo", "A photo of a {}.", _PHOTO)]
+    variants: list[tuple[str, str, tuple[str, ...]]] = [
+        ("name", "the name alone", _BARE),
+        ("photo", "A photo of a {}.", _PHOTO),
+    ]
     if dataset.templates:
         variants.append(("own", "the data set's own", dataset.templates))
     variants.append(("imagenet80", "the 80 of ImageNet", IMAGENET_TEMPLATES))
@@ -250,9 +252,9 @@ def measure_linear_probe(
         save_to: a file for weight, bias and class names, in numpy's ``.npz``.
 
     Raises:
-        DataError: the set has several labels an image, or a split is missing.
+        DataError: the set has no labels, or a split is missing.
     """
-    _check_task(dataset, ("classification",), "a linear probe")
+    _check_task(dataset, ("classification", "multilabel"), "a linear probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
     parts = [train, test]
     val = subject.features(dataset, "val") if "val" in dataset.split_names else None
@@ -274,7 +276,9 @@ def measure_linear_probe(
             validation = "own split"
             if val is None:
                 validation = f"{options.val_fraction:.0%} of train"
-                flags = split_validation(y, train.keys, options.val_fraction)
+                # Of several labels none tells the images apart.
+                kinds = y if y.dim() == 1 else y.new_zeros(len(y))
+                flags = split_validation(kinds, train.keys, options.val_fraction)
                 is_val = torch.tensor(flags, device=X.device)
                 if not is_val.any():
                     raise DataError(
@@ -308,7 +312,7 @@ def measure_linear_probe(
         "trace": [[C, score] for C, score in trace],
         "validation": validation,
         "num_train": num_train,
-        "mean_labels_per_class": num_train / max(len(torch.unique(train.labels_N)), 1),
+        "mean_labels_per_class": num_train / len(dataset.classnames),
         "after_projection": options.after_projection,
     }
     if save_to is not None:
@@ -460,6 +464,8 @@ def _probe_metrics(
     logits: Iterable[Tensor], labels_N: Tensor, dataset: EvaluationSet
 ) -> dict[str, float | None]:
     """Return the metrics of a probe, given its logits [rows, C] block by block."""
+    if dataset.task == "multilabel":
+        return _multilabel_metrics(torch.cat([block.cpu() for block in logits]), labels_N.cpu())
     best, among, pairs, begun = [], [], [], 0
     for block in logits:
         labels = labels_N[begun : begun + len(block)].to(block.device)
