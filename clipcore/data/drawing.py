@@ -117,10 +117,6 @@ class DrawnSource:
         """Return what a picture is called: its font file and its character."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, object]:
-        # FreeType handles cannot travel to a worker process; it opens its own.
-        return {**self.__dict__, "_fonts": {}}
-
     def _font(self, file: FontFile) -> ImageFont.FreeTypeFont:
         if file not in self._fonts:
             self._fonts[file] = ImageFont.truetype(
