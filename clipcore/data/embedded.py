@@ -59,26 +59,26 @@ _ICONS_RECIPE = {
 
 EMBEDDED = {
     "glyphs": EmbeddedData(
-        glyphs.GlyphSource,
-        glyphs.ZERO_SHOT_TEMPLATES,
-        glyphs.training_captions,
-        {
+        open=glyphs.GlyphSource,
+        templates=glyphs.ZERO_SHOT_TEMPLATES,
+        training_captions=glyphs.training_captions,
+        zero_shot={
             "unseen": "unseen characters",
             "shift": "unseen characters in an unseen typeface",
         },
-        "unseen characters, retrieval",
-        _GLYPHS_RECIPE,
+        retrieval="unseen characters, retrieval",
+        recipe=_GLYPHS_RECIPE,
     ),
     "icons": EmbeddedData(
-        icons.IconSource,
-        icons.ZERO_SHOT_TEMPLATES,
-        icons.training_captions,
-        {
+        open=icons.IconSource,
+        templates=icons.ZERO_SHOT_TEMPLATES,
+        training_captions=icons.training_captions,
+        zero_shot={
             "unseen": "unseen icons",
             "shift": "unseen icons in unseen families",
             "seen-shift": "trained icons in unseen families",
         },
-        "unseen icons, retrieval",
-        _ICONS_RECIPE,
+        retrieval="unseen icons, retrieval",
+        recipe=_ICONS_RECIPE,
     ),
 }
