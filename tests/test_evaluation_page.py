@@ -75,7 +75,7 @@ SHOTS = (1, 2, 4, 8, 16)
 PNG = io.BytesIO()
 Image.new("RGB", (8, 8), (200, 60, 60)).save(PNG, "PNG")
 PICTURE = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
-HOSTILE = "\"><script>alert(1)</script>$x^2$ \x1b[31m\ufffe ]]>&amp;"
+HOSTILE = '"><script>alert(1)</script>$x^2$ \x1b[31m\ufffe ]]>&amp;'
 
 
 def make_results(
@@ -267,7 +267,7 @@ def bias_of_set(draw: np.random.Generator) -> Any:
                 {
                     "title": f"{category} by {column}",
                     "column": column,
-                    "category": category,
+                    "category": None if category == "accuracy" else category,
                     "rows": rows,
                 }
             )
@@ -326,7 +326,13 @@ def studies(
     law = {"factor": 0.62, "exponent": -0.072, "r2": 0.99, "num_models": len(models)}
     prediction = {"predicted": 0.5, "actual": 0.486, "law": law, "model": models[-1][0]}
     rows = [
-        {"dataset": name, "metric": "acc1", "a": 0.5 + 0.03 * (i % 9), "b": 0.6, "difference": 0}
+        {
+            "dataset": name,
+            "metric": "acc1",
+            "a": 0.5 + 0.03 * (i % 9),
+            "b": 0.42 + 0.04 * (i % 7),
+            "difference": 0,
+        }
         for i, name in enumerate(sets)
     ]
     return {

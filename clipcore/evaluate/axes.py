@@ -64,9 +64,9 @@ class Point(NamedTuple):
 def row_axes(names: Sequence[str], num_models: int) -> tuple[Axes, list[int]]:
     """Return axes with a name at each row, and the rows' places, the first on top."""
     labels = [shortened(name, _MOST_LETTERS) for name in names]
-    left = 10 + min(max(map(width_of, labels)), 0.42 * WIDTH)
+    left = 8 + min(max(map(width_of, labels)), 0.42 * WIDTH)
     row = max(_ROW, 8 + 7.0 * num_models)
-    axes = new_axes(_TOP + _BOTTOM + row * len(names), left, 10, _TOP, _BOTTOM)
+    axes = new_axes(_TOP + _BOTTOM + row * len(names), left, 18, _TOP, _BOTTOM)
     places = list(range(len(names)))[::-1]
     axes.set_yticks(places, labels=labels)
     axes.set_ylim(-0.6, len(names) - 0.4)
@@ -128,9 +128,14 @@ def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def round_ticks(most: int) -> MaxNLocator:
+    """Return what places about so many ticks, at 1, 2 or 5 times a power of ten."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
+
+
 def percentages(axis: Axis) -> None:
     """Write shares as percentages."""
-    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_locator(round_ticks(6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
 
 
@@ -138,7 +143,7 @@ def logarithmic(axis: Axis, low: float, high: float, text: Callable[[float], str
     """Give a logarithmic axis of values from low to high its ticks, in 1, 2 and 5 where few powers of ten fit."""
     decades = math.log10(high / low)
     if decades < 1:
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(round_ticks(5))
     else:
         subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs, numticks=7))

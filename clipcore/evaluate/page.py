@@ -18,19 +18,19 @@ from clipcore.evaluate import page_bias, page_few_shot, page_parts, page_scores,
 from clipcore.evaluate.page_data import (
     PageData,
     common,
-    count,
     mean,
     read_page_data,
     read_score,
-    shown,
 )
-from clipcore.evaluate.page_parts import mixed, paragraph, percent, section, sets
+from clipcore.evaluate.page_parts import metric_title, paragraph, percent, section, sets
+from clipcore.evaluate.page_values import count, shown
 from clipcore.evaluate.results import ZERO_SHOT, Result
 from clipcore.files import write_durably
 from clipcore.page_style import document, escaped, table
 
 PAGE_FILE = "report.html"
 _MOST_NOTES = 20
+_MOST_TILES = 8
 
 
 class _Section(NamedTuple):
@@ -108,12 +108,13 @@ def _summary(data: PageData) -> str:
     # The section on zero-shot has counted what is left out.
     scores = PageData(data.models, data.results, {}).parsed(ZERO_SHOT, read_score)
     shared = common(scores, len(data.models))
-    metrics = mixed(score.metric for name in shared for score in scores[name].values())
-    for index, model in enumerate(data.models[:8] if shared else []):
+    metrics = {score.metric for name in shared for score in scores[name].values()}
+    kind = metric_title(metrics.pop()) if len(metrics) == 1 else "metrics mixed"
+    for index, model in enumerate(data.models[:_MOST_TILES] if shared else []):
         value = mean(scores[name][index].value for name in shared)
-        title = f"{model.title}: zero-shot" if len(data.models) > 1 else "zero-shot"
-        over = f", mean of {sets(len(shared))}" if len(shared) > 1 else ""
-        tiles.append((f"{title}{over} ({metrics})", percent(value)))
+        of_model = f" of {model.title}" if len(data.models) > 1 else ""
+        over = f"{sets(len(shared))}, {kind}"
+        tiles.append((f"zero-shot{of_model}: mean of {over}", percent(value)))
     content = "".join(
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in tiles
     )

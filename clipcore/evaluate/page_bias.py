@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from clipcore.evaluate.bias import SMALL_GROUP
 from clipcore.evaluate.page_data import (
     Bias,
+    Counted,
     Difference,
     PageData,
     Rate,
@@ -46,17 +47,19 @@ def bias(data: PageData) -> str:
     return section("Groups of people", *parts)
 
 
-def _heat_map(column: str, counted: Mapping[str, Mapping[str, Rate]]) -> str:
+def _heat_map(column: str, counted: Mapping[str, Counted]) -> str:
     """Return the rates of groups as a table of shaded cells, a row a group and a column what is counted."""
-    groups = list(dict.fromkeys(group for rates in counted.values() for group in rates))
-    highest = max((rate.rate for rates in counted.values() for rate in rates.values()), default=0.0)
-    worst = {what: _worst(what, rates) for what, rates in counted.items()}
+    groups = list(dict.fromkeys(group for what in counted.values() for group in what.rates))
+    highest = max(
+        (rate.rate for what in counted.values() for rate in what.rates.values()), default=0.0
+    )
+    worst = {title: _worst(what) for title, what in counted.items()}
     rows = []
     for group in groups:
-        known = [rates[group] for rates in counted.values() if group in rates]
+        known = [what.rates[group] for what in counted.values() if group in what.rates]
         cells = "".join(
-            _cell(rates.get(group), highest, group == worst[what])
-            for what, rates in counted.items()
+            _cell(what.rates.get(group), highest, group == worst[title])
+            for title, what in counted.items()
         )
         few = "few" if known[0].is_small else ""
         rows.append(
@@ -69,16 +72,12 @@ def _heat_map(column: str, counted: Mapping[str, Mapping[str, Rate]]) -> str:
     )
 
 
-def _worst(what: str, rates: Mapping[str, Rate]) -> str | None:
-    """Return the group with the lowest accuracy, or with the highest rate of anything else; None of fewer than two."""
-    large = {group: rate.rate for group, rate in rates.items() if not rate.is_small}
+def _worst(what: Counted) -> str | None:
+    """Return the group with the lowest accuracy, or with the highest rate of a category; None where all are equal."""
+    large = {group: rate.rate for group, rate in what.rates.items() if not rate.is_small}
     if len(set(large.values())) < 2:
         return None
-    return (
-        min(large, key=large.__getitem__)
-        if "accuracy" in what.lower()
-        else max(large, key=large.__getitem__)
-    )
+    return (min if what.is_accuracy else max)(large, key=large.__getitem__)
 
 
 def _cell(rate: Rate | None, highest: float, is_worst: bool) -> str:

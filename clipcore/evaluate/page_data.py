@@ -6,7 +6,6 @@ A result that lacks what its plot needs is left out and counted. Shares are from
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from clipcore.data import DataError, LeftOut, printable
+from clipcore.evaluate.page_values import (
+    count,
+    difference,
+    interval,
+    number,
+    objects,
+    positive,
+    share,
+    shown,
+)
 from clipcore.evaluate.results import (
     LINEAR_PROBE,
     RETRIEVAL,
@@ -37,11 +46,8 @@ _FALLBACKS = {
 }
 _MAX_STUDY_BYTES = 1 << 26
 _MAX_TITLE_CHARS = 40
-_MAX_NAME_CHARS = 500
 _MAX_PICTURE_CHARS = 1 << 16
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-# What XML cannot hold beside what a terminal cannot.
-_NO_XML = re.compile("[\ufffe\uffff]")
 
 
 class Model(NamedTuple):
@@ -121,6 +127,13 @@ class Rate(NamedTuple):
     is_small: bool
 
 
+class Counted(NamedTuple):
+    """What is counted in a column of groups: accuracy, or how often an image is put into a category."""
+
+    rates: dict[str, Rate]
+    is_accuracy: bool
+
+
 class Difference(NamedTuple):
     """How unevenly a label is given to the groups of a column; a ratio of None is endless."""
 
@@ -135,7 +148,7 @@ class Difference(NamedTuple):
 class Bias(NamedTuple):
     """Rates by group, of each column of groups and of what is counted in it; and labels given unevenly."""
 
-    tables: dict[str, dict[str, dict[str, Rate]]]
+    tables: dict[str, dict[str, Counted]]
     differences: tuple[Difference, ...]
 
 
@@ -185,7 +198,10 @@ def read_page_data(folder: Path) -> PageData:
     index = {pair: number for number, pair in enumerate(pairs)}
     data = PageData(_models(pairs), {}, _read_studies(folder))
 
-    for result in sorted(results, key=lambda result: (result.task, result.dataset.lower())):
+    def order(result: Result) -> tuple[str, str, int]:
+        return result.dataset.lower(), result.dataset, index[result.model, result.pretrained]
+
+    for result in sorted(results, key=order):
         name = shown(result.dataset)
         if result.language != "en":
             name = f"{name} ({shown(result.language)})"
@@ -226,60 +242,6 @@ def _read_studies(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(record, dict) and record.get("study") == study:
             studies[study] = record
     return studies
-
-
-def shown(value: object) -> str:
-    """Return a name from data as a page can hold it; "–" of what is no text."""
-    if not isinstance(value, str):
-        return "–"
-    return _NO_XML.sub("\ufffd", printable(value[:_MAX_NAME_CHARS]))
-
-
-def number(value: object) -> float | None:
-    """Return a finite number; None of anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # A whole number of JSON may be too large for a float.
-    if isinstance(value, int) and abs(value) > 1 << 53:
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def share(value: object) -> float | None:
-    """Return a number from 0 to 1; None of anything else."""
-    found = number(value)
-    return found if found is not None and 0 <= found <= 1 else None
-
-
-def difference(value: object) -> float | None:
-    """Return a difference of two shares; None of anything else."""
-    found = number(value)
-    return found if found is not None and -1 <= found <= 1 else None
-
-
-def count(value: object) -> int:
-    """Return a whole number from 0; 0 of anything else."""
-    found = number(value)
-    return int(found) if found is not None and found > 0 else 0
-
-
-def positive(value: object) -> float | None:
-    """Return a number above 0 that a logarithmic axis can hold; None of anything else."""
-    found = number(value)
-    return found if found is not None and 1e-100 < found < 1e100 else None
-
-
-def interval(value: object) -> tuple[float, float] | None:
-    """Return two shares, the lower first; None of anything else."""
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    low, high = share(value[0]), share(value[1])
-    return (low, high) if low is not None and high is not None and low <= high else None
-
-
-def objects(value: object) -> list[dict[str, Any]]:
-    """Return the objects in a list; none of anything else."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def read_score(result: Result) -> Score:
@@ -338,9 +300,20 @@ def read_few_shot(result: Result) -> FewShot:
         zero_shot=share(details.get("zero_shot")),
         full=share(details.get("full")),
         labels=positive(labels.get("number")),
-        labels_text=shown(labels.get("text")),
+        labels_text=_labels_text(labels.get("text")),
         metric=shown(details.get("metric")),
     )
+
+
+def _labels_text(value: object) -> str:
+    """Return labels per class such as "5.4" or ">16" in few digits; "–" of anything else."""
+    parts = (
+        re.fullmatch(r"([<>]?)(\d{1,9}(?:\.\d{1,9})?)", value) if isinstance(value, str) else None
+    )
+    if parts is None:
+        return "–"
+    found = float(parts[2])
+    return parts[1] + (f"{found:,.0f}" if found >= 100 else f"{found:.3g}")
 
 
 def read_overlap(result: Result) -> Overlap:
@@ -391,18 +364,24 @@ def _picture(value: object) -> str:
 
 def read_bias(result: Result) -> Bias:
     """Return rates by group; raise ValueError where there are none."""
-    tables: dict[str, dict[str, dict[str, Rate]]] = {}
+    tables: dict[str, dict[str, Counted]] = {}
     for table in objects(result.details.get("tables")):
         # A column of groups is one table of the page, and what is counted a column of it.
-        rates = tables.setdefault(shown(table.get("column")), {}).setdefault(_counted(table), {})
-        for row in objects(table.get("rows")):
-            if (rate := share(row.get("rate"))) is not None:
-                rates[shown(row.get("group"))] = Rate(
+        column = shown(table.get("column"))
+        title = shown(table.get("title")).replace(f" by {column}", "")
+        tables.setdefault(column, {})[title] = Counted(
+            {
+                shown(row.get("group")): Rate(
                     rate,
                     count(row.get("num_images")),
                     interval(row.get("interval")),
                     row.get("is_small") is True,
                 )
+                for row in objects(table.get("rows"))
+                if (rate := share(row.get("rate"))) is not None
+            },
+            is_accuracy=table.get("category") is None,
+        )
     differences = tuple(
         Difference(
             shown(row.get("column")),
@@ -417,12 +396,6 @@ def read_bias(result: Result) -> Bias:
     if not tables and not differences:
         raise ValueError("bias result without rates")
     return Bias(tables, differences)
-
-
-def _counted(table: dict[str, Any]) -> str:
-    """Return what a table of rates counts, as the head of a column."""
-    parts = [shown(table[key]) for key in ("title", "category") if table.get(key)]
-    return ": ".join(dict.fromkeys(parts)) or "rate"
 
 
 def _rates(value: object) -> dict[str, float]:

@@ -63,11 +63,15 @@ def few_shot(data: PageData) -> str:
             figure(first_of("Labels a class that zero-shot is worth", len(rows)), plot, entries)
         )
 
+    never = any(
+        few.labels_text.startswith(">") for _, by_model in rows for few in by_model.values()
+    )
+    beyond = "A label count at the right edge is more than were tried." if never else ""
     metrics = mixed(found[name][0].metric for name in shared)
     what = f"The curve is the mean of {sets(len(shared))} ({metrics}); its band, one deviation over seeds. "
     return section(
         "Few-shot",
-        paragraph((what if curves else "") + "Zero-shot stands at no image."),
+        paragraph((what if curves else "") + "Zero-shot stands at no image. " + beyond),
         charts(*figures),
         _labels_totals(data, found),
         folded("All few-shot scores", _few_shot_table(data, found)),
@@ -119,7 +123,8 @@ def _curve(index: int, probes: Sequence[FewShot], shots: tuple[int, ...]) -> Cur
 def _by_labels(labelled: Mapping[str, Mapping[int, FewShot]]) -> list[str]:
     """Return the data sets that have labels per class, that with the most first."""
     numbers = {
-        name: {index: _number_of_labels(few) for index, few in by_model.items()}
+        # As the plot has them: by their logarithms, endless ones at its edge.
+        name: {i: math.log2(1 + min(_number_of_labels(few), 1e4)) for i, few in by_model.items()}
         for name, by_model in labelled.items()
         if by_model
     }

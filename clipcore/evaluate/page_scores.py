@@ -19,13 +19,10 @@ from clipcore.evaluate.page_data import (
     Variant,
     common,
     mean,
-    number,
-    positive,
     read_prompts,
     read_recalls,
     read_score,
     read_trace,
-    share,
 )
 from clipcore.evaluate.page_parts import (
     by_value,
@@ -48,6 +45,7 @@ from clipcore.evaluate.page_parts import (
     strong_best,
     with_total,
 )
+from clipcore.evaluate.page_values import number, positive, share
 from clipcore.evaluate.plots import (
     MOST_PANELS,
     MOST_ROWS,
@@ -58,7 +56,7 @@ from clipcore.evaluate.plots import (
 )
 from clipcore.evaluate.results import LINEAR_PROBE, PROMPTS, RETRIEVAL, ZERO_SHOT, Result
 from clipcore.evaluate.robustness import fit_line
-from clipcore.evaluate.svg import MODEL_COLOURS, LegendEntry
+from clipcore.evaluate.svg import INK, MODEL_COLOURS, LegendEntry
 from clipcore.page_style import table
 
 
@@ -82,7 +80,7 @@ def _scores_figure(title: str, data: PageData, scores: dict[str, dict[int, Score
     entries = model_entries(data.models, (index for _, by_model in rows for index in by_model))
     if any(score.chance is not None for score in shown):
         first = entries or [LegendEntry("score", MODEL_COLOURS[0], "s")]
-        entries = [*first, LegendEntry("chance", MODEL_COLOURS[1], "|")]
+        entries = [*first, LegendEntry("chance", INK, "|")]
     return charts(figure(first_of(title, len(order)), score_chart(rows, len(data.models)), entries))
 
 
@@ -118,7 +116,8 @@ def retrieval(data: PageData) -> str:
     return section(
         "Retrieval",
         paragraph(
-            "Recall: how often what belongs together is among so many nearest; image: the image of a text."
+            "Image retrieval looks for the image of a text, text retrieval for the texts of an image. Recall at k is how "
+            "often it is among the k nearest."
         ),
         table(["data set", *model_head(data.models), *head], rows),
     )
@@ -155,9 +154,9 @@ def prompts(data: PageData) -> str:
 
     means = [mean(values) for values in gains.values()]
     if has_mean := len(shared) > 1:
+        num_rows = len(shared) * len(data.models)
         texts = [
-            points(value)
-            + ("" if len(values) == len(shared) * len(data.models) else f" of {len(values)}")
+            points(value) + ("" if len(values) == num_rows else f" ({len(values)} of {num_rows})")
             for value, values in zip(means, gains.values(), strict=True)
         ]
         metrics = [metric for name in found for metric, _ in found[name].values() if name in shared]
@@ -167,7 +166,7 @@ def prompts(data: PageData) -> str:
     return section(
         "What prompts gain",
         paragraph(
-            "The same image features under four ways to write prompts; in brackets, points over bare names."
+            "The same image features, with prompts written in several ways; in brackets, points over bare names."
         ),
         with_total(table(head, rows), has_mean),
     )
@@ -263,7 +262,7 @@ def versus_probe(data: PageData) -> str:
     return section(
         "Zero-shot against a probe",
         paragraph(
-            "Both by the same metric; a difference above zero is a data set where no label is worth more."
+            "Both by the same metric, on the same features. Above zero, the prompts are better than all training labels."
         ),
         _duel_totals(data, duels),
         charts(figure(title, bars, entries), figure("Zero-shot over probe", dots, entries)),

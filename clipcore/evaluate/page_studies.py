@@ -15,14 +15,7 @@ from clipcore.evaluate.page_data import (
     Neighbour,
     Overlap,
     PageData,
-    count,
-    difference,
-    number,
-    objects,
-    positive,
     read_overlap,
-    share,
-    shown,
 )
 from clipcore.evaluate.page_parts import (
     charts,
@@ -41,6 +34,7 @@ from clipcore.evaluate.page_parts import (
     section,
     sets,
 )
+from clipcore.evaluate.page_values import count, difference, number, objects, positive, share, shown
 from clipcore.evaluate.plots import (
     MOST_ROWS,
     Law,
@@ -82,7 +76,7 @@ def compare(data: PageData) -> str:
     dots = scatter_chart([Point(b, a, 0, name) for name, _, a, b in rows], second, first)
     interval = study.get("interval")
     ends = [number(end) for end in interval] if isinstance(interval, list) else []
-    facts = [f"{count(study.get(k)):,} {k}" for k in ("wins", "losses", "ties")]
+    facts = [f"{key} {count(study.get(key)):,}" for key in ("wins", "losses", "ties")]
     if (r := number(study.get("pearson"))) is not None:
         facts.append(f"Pearson r {decimal(r, '.2f')}")
     if (slope := number(study.get("slope"))) is not None:

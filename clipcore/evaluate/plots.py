@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from clipcore.evaluate.axes import (
     SMALL,
@@ -26,6 +26,7 @@ from clipcore.evaluate.axes import (
     offset,
     padded,
     percentages,
+    round_ticks,
     row_axes,
     short,
     signed,
@@ -99,18 +100,16 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
                 axes.plot([low, high], [at, at], color=colour, linewidth=1)
             if score.chance is not None:
                 half = 0.4 / num_models if num_models > 1 else 0.4
-                axes.plot(
-                    [score.chance] * 2, [at - half, at + half], color=_LOWER_COLOUR, linewidth=1.8
-                )
+                axes.plot([score.chance] * 2, [at - half, at + half], color=INK, linewidth=1.8)
     axes.set_xlim(0, max(highest, 0.01) * (1.16 if num_models == 1 else 1.04))
     percentages(axes.xaxis)
 
     best = [(max(score.value for score in scores.values()), name) for name, scores in rows]
     (top, top_name), (bottom, bottom_name) = max(best), min(best)
+    least = f"from {bottom:.1%} on {bottom_name} to " if len(rows) > 1 else ""
     return plot_of(
         axes,
-        f"Scores of {_models(num_models)} on {_sets(len(rows))}, "
-        f"from {bottom:.1%} on {bottom_name} to {top:.1%} on {top_name}.",
+        f"Scores of {_models(num_models)} on {_sets(len(rows))}, {least}{top:.1%} on {top_name}.",
     )
 
 
@@ -132,9 +131,9 @@ def difference_chart(
             text, side = f" {signed(value)} ", "left" if value >= 0 else "right"
             axes.text(value, at, text, va="center", ha=side, fontsize=SMALL)
     low, high = min(0.0, *values), max(0.0, *values)
-    pad = max(high - low, 0.01) * (0.17 if num_models == 1 else 0.05)
+    pad = max(high - low, 0.01) * (0.22 if num_models == 1 else 0.05)
     axes.set_xlim(low - pad, high + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(round_ticks(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g")))
     axes.set_xlabel("points")
 
@@ -142,7 +141,7 @@ def difference_chart(
     return plot_of(
         axes,
         f"{first} minus {second}: {wins} of {len(values)} differences on {_sets(len(rows))} are "
-        f"above zero; they go from {signed(low)} to {signed(high)} points.",
+        f"above zero; they go from {signed(min(values))} to {signed(max(values))} points.",
     )
 
 
@@ -213,9 +212,9 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
             else:
                 axes.plot(end, at, marker=">", markersize=6, color=colour, linestyle="")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left, right * (right / left) ** (0.16 if num_models == 1 else 0.04))
+    axes.set_xlim(left, right * (right / left) ** (0.22 if num_models == 1 else 0.04))
     ticks = [2.0**i for i in range(math.ceil(math.log2(left)), math.floor(math.log2(right)) + 1)]
-    ticks = ticks[:: 1 + len(ticks) // 9]
+    ticks = ticks[:: 1 + len(ticks) // 7]
     axes.set_xticks(ticks, labels=[f"{tick:,.4g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("labelled images a class")
@@ -232,7 +231,7 @@ def scatter_chart(
     points: Sequence[Point], first: str, second: str, line: tuple[float, float] | None = None
 ) -> Plot:
     """Draw one score of each data set over another (figure 8), with y = x dashed, and a line of slope and intercept."""
-    axes = new_axes(330, left=52)
+    axes = new_axes(330, left=60)
     values = [value for point in points for value in (point.x, point.y)]
     low, high = padded(min(values), max(values))
     axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
@@ -260,7 +259,7 @@ def scaling_chart(
     points: Sequence[Point], law: Law | None, others: Law | None, unit: str, metric: str
 ) -> Plot:
     """Draw errors over compute, both as logarithms (figure 9); the dashed law of all but the largest ends at a diamond."""
-    axes = new_axes(270, left=52)
+    axes = new_axes(270, left=60)
     xs, errors = [point.x for point in points], [point.y for point in points]
     largest = max(xs)
     for each, style in ((law, "-"), (others, (0, (4, 3)))):
@@ -295,7 +294,7 @@ def shift_chart(
     points: Sequence[ShiftPoint], baseline: tuple[float, float] | None, first: str, second: str
 ) -> Plot:
     """Draw accuracies under a shift over those without it, as logits (figure 13); arrows are the effective robustness."""
-    axes = new_axes(340, left=52)
+    axes = new_axes(340, left=60)
     xs, ys = [logit(p.in_accuracy) for p in points], [logit(p.out_accuracy) for p in points]
     x_low, x_high = padded(min(xs), max(xs), least=0.4)
     on_line = [baseline[0] * x + baseline[1] for x in xs] if baseline else []
@@ -312,9 +311,11 @@ def shift_chart(
         if point.kind == "baseline":
             axes.plot(x, y, marker="o", markersize=3.5, color=MUTED, linestyle="")
             continue
-        if baseline:
+        end = baseline[0] * x + baseline[1] if baseline else y
+        # A shorter arrow would be all head.
+        if abs(y - end) > 0.03 * (y_high - y_low):
             arrow = {"arrowstyle": "->", "color": model_colour(point.model), "linewidth": 0.9}
-            axes.annotate("", (x, y), (x, baseline[0] * x + baseline[1]), arrowprops=arrow)
+            axes.annotate("", (x, y), (x, end), arrowprops=arrow)
         axes.plot(x, y, **mark(point.model, is_hollow=point.kind == "probe"))
     axes.set_xlim(x_low, x_high)
     axes.set_ylim(y_low, y_high)
@@ -334,7 +335,7 @@ def shift_chart(
 
 def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_tests: int) -> Plot:
     """Draw what overlap raises scores by, over the share of overlapping pictures (figure 17); filled is significant."""
-    axes = new_axes(280, left=52)
+    axes = new_axes(280, left=60)
     axes.axhline(0, color=MUTED, linewidth=1)
     points = []
     for name, model, overlap in rows:
@@ -394,7 +395,7 @@ def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: i
         axes.xaxis.set_major_locator(LogLocator(numticks=4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(round_ticks(3))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
         axes.tick_params(labelsize=SMALL - 1)
     return Plot(

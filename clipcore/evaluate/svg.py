@@ -28,7 +28,7 @@ WIDTH = 400
 FONT_SIZE = 10.5
 _UNITS_PER_INCH = 72
 # Mean width of a letter of the page's fonts, in units; a wide one, as of Chinese, takes two.
-_LETTER = 5.6
+_LETTER = 6.4
 
 INK, MUTED, RULE, CARD = "#1f2328", "#8a9099", "#e4e2dd", "#fefefe"
 MODEL_COLOURS = (
@@ -131,7 +131,7 @@ def new_figure(height: float) -> Figure:
 
 
 def new_axes(
-    height: float, left: float = 46, right: float = 12, top: float = 10, bottom: float = 40
+    height: float, left: float = 48, right: float = 18, top: float = 10, bottom: float = 40
 ) -> Axes:
     """Return the axes of a new figure; its height and its margins are in units of the drawing."""
     width = WIDTH - left - right
