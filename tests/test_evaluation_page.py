@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 from test_report import parse
 
 from clipcore.data import DataError
+from clipcore.evaluate import plots, svg
+from clipcore.evaluate.few_shot import labels_per_class
 from clipcore.evaluate.page import write_page
+from clipcore.evaluate.page_data import Score
 from clipcore.evaluate.results import (
     BIAS,
     FEW_SHOT,
@@ -30,7 +35,6 @@ from clipcore.evaluate.results import (
     Result,
     write_result,
 )
-from clipcore.evaluate.few_shot import labels_per_class
 
 pytestmark = pytest.mark.fast
 
@@ -356,3 +360,422 @@ def studies(
             "interval": [0.93, 1.79],
         },
     }
+
+
+def page_of(folder: Path) -> str:
+    """Write the page of a folder; return it once it is well formed."""
+    page = write_page(folder).read_text()
+    parse(page)
+    return page
+
+
+def drawings(page: str) -> list[ElementTree.Element]:
+    """Return the plots of a page, without the marks of legends, each parsed as XML."""
+    texts = re.findall(r"<svg viewBox[^>]*role=.*?</svg>", page, re.S)
+    return [ElementTree.fromstring(text) for text in texts]
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table after a heading, as text; bold ones between stars."""
+    table = page[page.index(f"<h2>{heading}") :]
+    table = re.sub(r"</?b>", "*", table[: table.index("</table>")])
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in table.split("</tr>")]
+    return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in row] for row in rows if row]
+
+
+def put(folder: Path, name: str, model: int, task: str, metrics: Any, **details: Any) -> None:
+    write_result(folder, Result(name, *MODELS[model], task, metrics, details))
+
+
+def put_score(folder: Path, name: str, model: int, value: float, metric: str = "acc1") -> None:
+    put(folder, name, model, ZERO_SHOT, {metric: value}, main_metric=metric)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> tuple[Path, str]:
+    """A folder of 3 models, 12 data sets and all tasks, and its page."""
+    folder = make_results(tmp_path_factory.mktemp("results") / "results")
+    return folder, page_of(folder)
+
+
+HEADINGS = {
+    ZERO_SHOT: "Zero-shot classification",
+    RETRIEVAL: "Retrieval",
+    PROMPTS: "What prompts gain",
+    LINEAR_PROBE: "Linear probe",
+    FEW_SHOT: "Few-shot",
+    OVERLAP: "Overlap with the training data",
+    BIAS: "Groups of people",
+}
+
+
+def test_every_plot_is_there(full):
+    _, page = full
+    for heading in (*HEADINGS.values(), "Comparison", "Natural shift", "Scaling"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "Zero-shot against a probe" in page and "The search of C" in page
+    labels = [drawing.get("aria-label") for drawing in drawings(page)]
+    beginnings = (
+        "Scores of 3 models on 12 data sets",
+        "Scores of 3 models on 12 data sets",
+        "Validation score in percent over C",
+        "Zero-shot minus probe: ",
+        "zero-shot over linear probe: ",
+        "Mean score over 12 data sets of probes",
+        "Labelled images a class",
+        "zero-shot minus ResNet-50 probe: ",
+        "zero-shot over ResNet-50 probe: ",
+        "Accuracy on imagenetv2 over that on imagenet1k",
+        "Accuracy on imagenet_sketch over that on imagenet1k",
+        "mean error of 12 sets of 3 models over GMACs",
+        "Share of overlapping pictures",
+    )
+    assert len(labels) == len(beginnings)
+    assert all(label.startswith(begin) for label, begin in zip(labels, beginnings, strict=True))
+    assert "Not here" not in page and "Left out" not in page
+    assert not re.search(r"\b(nan|inf|None)\b", page)
+
+
+def test_nothing_is_fetched_and_colours_are_the_page_s(full):
+    _, page = full
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    for drawing in drawings(page):
+        assert drawing.get("role") == "img" and drawing.get("viewBox").startswith("0 0 400 ")
+        text = ElementTree.tostring(drawing, encoding="unicode")
+        assert "var(--ink)" in text and not re.search(r"#[0-9a-fA-F]{6}\b", text)
+        assert "font-family" not in text and "<style" not in text
+
+
+def test_names_in_drawings_are_unique_and_lead_somewhere(full):
+    found = [drawing.iter() for drawing in drawings(full[1])]
+    attributes = [item for elements in found for e in elements for item in e.attrib.items()]
+    names = [value for key, value in attributes if key == "id"]
+    used = [m[1] for _, value in attributes if (m := re.match(r"(?:url\()?#(\w+)", value))]
+    assert len(names) == len(set(names)) and used and set(used) <= set(names)
+
+
+def test_the_same_results_give_the_same_bytes(full, tmp_path):
+    """Whatever the user set for plots of their own."""
+    folder, page = full
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        again = write_page(folder, tmp_path / "again.html").read_text()
+        assert matplotlib.rcParams["font.size"] == 30
+    assert again == page
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_only_what_there_are_results_of_has_a_section(tmp_path, task):
+    folder = make_results(tmp_path / "results", SETS[:2], MODELS[:1], (task,))
+    for study in ("robustness", "scaling", "compare"):
+        (folder / f"{study}.json").unlink()
+    page = page_of(folder)
+    assert [t for t, heading in HEADINGS.items() if f"<h2>{heading}</h2>" in page] == [task]
+    rest = page[page.index("<h2>Not here") :]
+    assert rest.count("<li>") == 10
+    command = {ZERO_SHOT: "zero-shot", PROMPTS: "prompts", RETRIEVAL: "retrieval"}.get(task, task)
+    assert f"evaluate {command.replace('_', '-')} --data DIR<" not in rest
+
+
+def test_hostile_names_stay_text(tmp_path):
+    hostile = (HOSTILE, f"{HOSTILE} 2")
+    folder = make_results(tmp_path / "results", hostile, ((HOSTILE, HOSTILE),))
+    page = write_page(folder).read_text()
+    assert "script" not in parse(page).seen and "\x1b" not in page and "\ufffe" not in page
+    texts = ["".join(d.itertext()) for d in drawings(page)]
+    assert len(texts) == 13
+    # The dollars are no formula.
+    assert '"><script>' in texts[0] and "$x" in texts[2]
+
+
+def test_means_are_over_what_all_models_have(tmp_path):
+    for name, model, value, metric in (
+        ("a", 0, 0.1, "acc1"),
+        ("b", 0, 0.3, "roc_auc"),
+        ("c", 0, 0.9, "acc1"),
+        ("a", 1, 0.5, "acc1"),
+        ("b", 1, 0.7, "roc_auc"),
+        ("d", 1, 0.9, "acc1"),
+    ):
+        put_score(tmp_path, name, model, value, metric)
+    rows = rows_of(page_of(tmp_path), "Zero-shot")
+    assert rows[-1] == [
+        "mean of 2 data sets that all models have",
+        "top-1 and ROC AUC mixed",
+        "",
+        "*60.0%*",
+        "20.0%",
+    ]
+    assert rows[3][3:] == ["–", "90.0%"]
+
+
+def test_equal_bests_are_both_bold_and_metrics_are_not_compared(tmp_path):
+    for name, values in (("a", (0.5, 0.5, 0.4)), ("b", (0.2, 0.3, 0.1))):
+        for model, value in enumerate(values):
+            put_score(tmp_path, name, model, value)
+    put_score(tmp_path, "b", 2, 0.9, "roc_auc")
+    _, a, b, other, *_ = rows_of(page_of(tmp_path), "Zero-shot")
+    # By their names: ViT-B-16, ViT-B-32, ViT-L-14.
+    assert a[3:] == ["*50.0%*", "*50.0%*", "40.0%"]
+    assert b[3:] == ["*30.0%*", "20.0%", "–"] and other[1:] == ["ROC AUC", "–", "–", "–", "90.0%"]
+
+
+def test_results_of_others_are_judged_by_the_first_metric_there_is(tmp_path):
+    record = {
+        "dataset": "wds/cars",
+        "model": "ViT-B-32",
+        "pretrained": "openai",
+        "task": ZERO_SHOT,
+        "metrics": {"acc1": 0.25, "acc5": math.nan, "mean_per_class_recall": 0.2},
+        "language": "de",
+    }
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    assert rows_of(page_of(tmp_path), "Zero-shot")[1] == ["wds/cars (de)", "top-1", "–", "25.0%"]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    put_score(tmp_path, "a", 0, 0.5)
+    put(tmp_path, "b", 0, ZERO_SHOT, {"acc1": 7.0}, main_metric="acc1")
+    put(tmp_path, "c", 0, ZERO_SHOT, {"acc1": None}, main_metric="acc1")
+    put(tmp_path, "d", 0, FEW_SHOT, {}, shots=[1, 2], scores=[[0.5]])
+    (tmp_path / "copy.json").write_text((tmp_path / "a_x.json").name)
+    (tmp_path / "copy.json").write_bytes(next(tmp_path.glob("a_*.json")).read_bytes())
+    left_out = page_of(tmp_path).partition("<h2>Left out</h2>")[2]
+    assert "2 x result without a main metric from 0 to 1, such as b_" in left_out
+    assert "1 x few-shot result whose scores do not fit its shots, such as d_" in left_out
+    assert "1 x second result of one model, data set and task, such as a_" in left_out
+
+
+BROKEN: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    10**400,
+    1e300,
+    "<b>",
+    [],
+    [[]],
+    [None, "x", {}],
+    {},
+    {"number": "x", "text": 3},
+    [{}] * 2,
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_broken_details_break_no_page(tmp_path, task):
+    """Each detail and each metric, and each of those within lists, is replaced by each broken value in turn."""
+    draw = np.random.default_rng(1)
+    metrics, details = results_of_set(draw, "x", 1, 0)[task]
+    number = 0
+    for place in ("metrics", "clipcore"):
+        for key in {"metrics": metrics, "clipcore": details}[place]:
+            for broken in BROKEN:
+                whole = {"metrics": metrics, "clipcore": details}
+                records = [{**whole, place: {**whole[place], key: broken}}]
+                if isinstance(value := whole[place][key], list) and isinstance(value[0], dict):
+                    records += [
+                        {**whole, place: {**whole[place], key: [{**value[0], inner: broken}]}}
+                        for inner in value[0]
+                    ]
+                for record in records:
+                    names = {"dataset": f"{number}", "model": "m", "pretrained": "p", "task": task}
+                    text = json.dumps({**names, **record})
+                    (tmp_path / f"{number}.json").write_text(text)
+                    number += 1
+    page = page_of(tmp_path)
+    drawings(page)
+    assert not re.search(r"\b(nan|inf|None|Traceback)\b", page)
+
+
+@pytest.mark.parametrize("study", ["robustness", "scaling", "compare"])
+def test_broken_studies_break_no_page(tmp_path, study):
+    put_score(tmp_path, "a", 0, 0.5)
+    whole = studies(SETS[:3], MODELS)[study]
+    for key, value in whole.items():
+        for broken in BROKEN:
+            records = [{**whole, key: broken}]
+            if isinstance(value, list) and isinstance(value[0], dict):
+                records += [{**whole, key: [{**value[0], k: broken}]} for k in value[0]]
+            if isinstance(value, dict):
+                records += [{**whole, key: {**value, k: broken}} for k in value]
+            for record in records[:: 1 if study == "compare" else 3]:
+                text = json.dumps({"study": study, **record})
+                (tmp_path / f"{study}.json").write_text(text)
+                page = page_of(tmp_path)
+                drawings(page)
+                assert not re.search(r"\b(nan|inf|None)\b", page)
+
+
+def test_lists_beyond_all_reason_are_told_in_a_line(tmp_path):
+    put_score(tmp_path, "a", 0, 0.5)
+    rows = [{"dataset": "a", "metric": "acc1", "a": 0.5, "b": 0.4}] * 6000
+    (tmp_path / "compare.json").write_text(json.dumps({"study": "compare", "sets": rows}))
+    with pytest.raises(DataError, match="more than 5,000 entries"):
+        write_page(tmp_path)
+
+
+def test_what_cannot_be_read_or_written_is_told_in_a_line(tmp_path):
+    with pytest.raises(DataError, match="no folder of results"):
+        write_page(tmp_path / "no")
+    put_score(tmp_path, "a", 0, 0.5)
+    with pytest.raises(DataError, match=r"cannot write .*; give another path"):
+        write_page(tmp_path, tmp_path / "no" / "page.html")
+    (tmp_path / "scaling.json").mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*scaling\.json"):
+        write_page(tmp_path)
+
+
+def test_zero_shot_against_a_probe_compares_one_metric(tmp_path):
+    for name, zero_shot, probe in (("a", 0.5, 0.4), ("b", 0.3, 0.6), ("c", 0.2, 0.2)):
+        put_score(tmp_path, name, 0, zero_shot)
+        put(tmp_path, name, 0, LINEAR_PROBE, {"lp_acc1": probe}, main_metric="lp_acc1")
+    # Of another metric alone: not compared.
+    put_score(tmp_path, "d", 0, 0.9, "roc_auc")
+    put(tmp_path, "d", 0, LINEAR_PROBE, {"lp_acc1": 0.1}, main_metric="lp_acc1")
+    page = page_of(tmp_path)
+    totals = rows_of(page, "Zero-shot against a probe")[1]
+    slope, r = 0.03 / 0.08, 0.03 / math.sqrt(0.08 * 0.14 / 3)
+    assert totals[1:5] == ["1", "1", "1", "−6.7"]
+    assert totals[5:7] == [f"{r:.2f}", f"{slope:.2f}"]
+    assert "they go from −30.0 to +10.0 points" in page
+
+
+def test_few_shot_curves_are_means_over_sets_with_the_spread_of_seeds(tmp_path, monkeypatch):
+    drawn = []
+    chart = plots.few_shot_chart
+    monkeypatch.setattr(
+        "clipcore.evaluate.page_few_shot.few_shot_chart",
+        lambda curves, number: drawn.append((curves, number)) or chart(curves, number),
+    )
+    for model, shift in ((0, 0.0), (1, 0.1)):
+        for name, base in (("a", 0.2), ("b", 0.4)):
+            scores = [[base + shift, base + shift + 0.2], [0.6 + shift, 0.6 + shift]]
+            put(tmp_path, name, model, FEW_SHOT, {}, shots=[1, 4], scores=scores, zero_shot=0.5)
+    # Of one model alone.
+    put(tmp_path, "c", 0, FEW_SHOT, {}, shots=[1, 4], scores=[[0.0], [0.0]], zero_shot=0.9)
+    page_of(tmp_path)
+    ((curves, number),) = drawn
+    assert number == 2 and [curve.model for curve in curves] == [0, 1]
+    # ViT-B-16, the second, is the first by its name.
+    assert np.allclose(curves[0].means, [0.5, 0.7]) and np.allclose(curves[1].means, [0.4, 0.6])
+    assert np.allclose(curves[0].deviations, [0.2 / math.sqrt(2), 0.0])
+    assert curves[0].zero_shot == 0.5
+
+
+def test_labels_beyond_what_was_tried_have_a_median_and_no_mean(tmp_path):
+    for name, labels in (("a", "5.4"), ("b", ">16"), ("c", "<1"), ("d", "2.0")):
+        known = None if labels == ">16" else float(labels.strip("<"))
+        found = {"number": known, "text": labels}
+        scores = {"shots": [1, 16], "scores": [[0.1], [0.4]], "labels_per_class": found}
+        put(tmp_path, name, 0, FEW_SHOT, {}, **scores)
+    page = page_of(tmp_path)
+    row = rows_of(page, "Few-shot")[1]
+    assert row[1:] == ["4", "3.7", "more than were tried", "more than were tried", "1"]
+    assert "from 1.0 to 5.4" in page
+
+
+def test_overlap_s_bars_and_significance(tmp_path, monkeypatch):
+    drawn = []
+    chart = plots.overlap_chart
+    monkeypatch.setattr(
+        "clipcore.evaluate.page_studies.overlap_chart",
+        lambda *a: drawn.append(a) or chart(*a),
+    )
+    for name, p_value in (("a", 0.02), ("b", 0.5), ("c", None)):
+        metrics = {"contamination": 0.25, "clean_score": 0.6, "gain": 0.05, "p_value": p_value}
+        put(tmp_path, name, 0, OVERLAP, metrics, overlap_interval=[0.4, 1.0], num_overlap=5)
+    page = page_of(tmp_path)
+    rows, num_sets, num_tests = drawn[0]
+    assert np.allclose(rows[0][2].gain_interval, (-0.05, 0.1)) and (num_sets, num_tests) == (3, 2)
+    p_values = [row[-1] for row in rows_of(page, "Overlap")[1:]]
+    assert p_values == ["0.04", "1", "–"]
+    # A hollow mark is of the card's colour.
+    assert ElementTree.tostring(drawings(page)[-1], "unicode").count("fill: var(--card)") == 2
+
+
+def test_pictures_that_are_none_are_counted(tmp_path):
+    nearest = [
+        {
+            "cosine": 0.9,
+            "image_key": "k",
+            "training_key": "t",
+            "image": i,
+            "training_image": PICTURE,
+        }
+        for i in (PICTURE, "http://x/y.png", 'data:image/png;base64,"onerror=', None)
+    ]
+    put(tmp_path, "a", 0, OVERLAP, {"contamination": 0.5}, nearest=nearest, threshold=0.8)
+    page = page_of(tmp_path)
+    assert page.count("<img") == 2 and "3 more pairs have no picture here" in page
+    assert "0.900, overlaps" in page and "http:" not in page
+
+
+def test_small_groups_are_never_the_worst(tmp_path):
+    def table(category, rates):
+        rows = [
+            {"group": f"g{i}", "rate": rate, "num_images": n, "is_small": n < 30}
+            for i, (rate, n) in enumerate(rates)
+        ]
+        title = f"{category or 'accuracy'} by age"
+        return {"title": title, "column": "age", "category": category, "rows": rows}
+
+    tables = [
+        table(None, [(0.5, 40), (0.9, 40), (0.1, 10)]),
+        table("crime", [(0.1, 40), (0.2, 40), (0.8, 10)]),
+    ]
+    put(tmp_path, "a", 0, BIAS, {}, tables=tables)
+    page = page_of(tmp_path)
+    body = page[page.index('<table class="matrix heat">') :].split("</table>")[0]
+    rows = [re.findall(r'<td class="(own|)"[^>]*>([\d.]+%)', row) for row in body.split("</tr>")]
+    assert rows[1:4] == [
+        [("own", "50.0%"), ("", "10.0%")],
+        [("", "90.0%"), ("own", "20.0%")],
+        [("", "10.0%"), ("", "80.0%")],
+    ]
+    assert ">accuracy</th>" in body and 'class="few"' in body
+
+
+def test_bars_are_as_long_as_their_scores():
+    rows = [("long", {0: Score(0.8, "acc1")}), ("short", {0: Score(0.2, "acc1", None, 0.1)})]
+    with svg.drawing():
+        root = ElementTree.fromstring(svg.to_svg(plots.score_chart(rows, 1)))
+    paths = [e.get("d") for e in root.iter("path") if "var(--a)" in e.get("style", "")]
+    lengths = []
+    for path in paths:
+        xs = [float(x) for x in re.findall(r"[ML] ([\d.]+)", path)]
+        lengths.append(max(xs) - min(xs))
+    assert len(lengths) == 2 and lengths[0] == pytest.approx(4 * lengths[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sets", "models"),
+    [
+        (SETS[:1], MODELS[:1]),
+        (SETS + MORE_SETS, MODELS[:1]),
+        (SETS[:3], tuple((f"ViT-{i}", "laion2b") for i in range(12))),
+    ],
+    ids=["one", "many-sets", "many-models"],
+)
+def test_texts_of_rows_lie_within_the_drawing(tmp_path, sets, models):
+    folder = make_results(tmp_path / "results", sets, models, (ZERO_SHOT, FEW_SHOT, LINEAR_PROBE))
+    for drawing in drawings(page_of(folder)):
+        height = float(drawing.get("viewBox").split()[3])
+        for text in drawing.iter("text"):
+            x, y = float(text.get("x", 0)), float(text.get("y", 0))
+            style, width = text.get("style"), svg.width_of(text.text)
+            if "rotate(-90" in text.get("transform", ""):
+                continue
+            left = {"end": x - width, "middle": x - width / 2}.get(
+                style.partition("text-anchor: ")[2].partition(";")[0], x
+            )
+            assert left > -3 and left + 0.85 * width < svg.WIDTH + 3 and 0 < y < height
+
+
+def test_more_rows_than_a_plot_holds_are_said(tmp_path):
+    for i in range(plots.MOST_ROWS + 5):
+        put(tmp_path, f"s{i}", 0, "x", {})
+        record = Result(f"s{i}", *MODELS[0], ZERO_SHOT, {"acc1": 0.5}, {"main_metric": "acc1"})
+        (tmp_path / record.file_name).write_text(json.dumps(record.to_dict()))
+    page = page_of(tmp_path)
+    assert "Zero-shot by data set: the first 100 of 105" in page
+    assert len(rows_of(page, "Zero-shot")) == 107

@@ -16,6 +16,7 @@ from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.page_values import (
     count,
     difference,
+    entries,
     interval,
     number,
     objects,
@@ -279,17 +280,17 @@ def read_prompts(result: Result) -> tuple[str, tuple[Variant, ...]]:
 def read_few_shot(result: Result) -> FewShot:
     """Return a few-shot curve; raise ValueError where numbers of images and scores do not fit."""
     details = result.details
-    shots, rows = details.get("shots"), details.get("scores")
-    if not isinstance(shots, list) or not isinstance(rows, list) or len(shots) != len(rows):
+    shots, rows = entries(details.get("shots")), entries(details.get("scores"))
+    if not shots or len(shots) != len(rows):
         raise ValueError("few-shot result whose scores do not fit its shots")
     scores = []
     for row in rows:
-        values = [share(value) for value in row] if isinstance(row, list) else []
+        values = [share(value) for value in entries(row)]
         if not values or None in values:
             raise ValueError("few-shot result whose scores are not from 0 to 1")
         scores.append(tuple(value for value in values if value is not None))
     places = [count(value) for value in shots]
-    if not places or 0 in places or sorted(set(places)) != places or places[-1] > 1 << 30:
+    if 0 in places or sorted(set(places)) != places or places[-1] > 1 << 30:
         raise ValueError("few-shot result whose shots do not grow")
 
     labels = details.get("labels_per_class")
@@ -406,10 +407,9 @@ def _rates(value: object) -> dict[str, float]:
 
 
 def read_trace(result: Result) -> Trace:
-    """Return the search of a probe's C; raise ValueError where it was not searched."""
-    rows = result.details.get("trace")
+    """Return the search of a probe's C, without fits where its C was given; raise ValueError where it has too many."""
     fits = []
-    for row in rows if isinstance(rows, list) else []:
+    for row in entries(result.details.get("trace")):
         if isinstance(row, list) and len(row) == 2:
             C, score = positive(row[0]), share(row[1])
             if C is not None and score is not None:

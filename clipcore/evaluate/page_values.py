@@ -6,9 +6,10 @@ import math
 import re
 from typing import Any
 
-from clipcore.data import printable
+from clipcore.data import DataError, printable
 
 _MAX_NAME_CHARS = 500
+_MOST_ENTRIES = 5000
 # What XML cannot hold beside what a terminal cannot.
 _NO_XML = re.compile("[\ufffe\uffff]")
 
@@ -21,13 +22,19 @@ def shown(value: object) -> str:
 
 
 def number(value: object) -> float | None:
-    """Return a finite number; None of anything else."""
+    """Return a number that a result may have; None of anything else."""
+    found = _finite(value)
+    return found if found is not None and abs(found) < 1e15 else None
+
+
+def _finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # A whole number of JSON may be too large for a float.
-    if isinstance(value, int) and abs(value) > 1 << 53:
+    try:
+        found = float(value)
+    except OverflowError:  # of a whole number of many digits
         return None
-    return float(value) if math.isfinite(value) else None
+    return found if math.isfinite(found) else None
 
 
 def share(value: object) -> float | None:
@@ -50,7 +57,7 @@ def count(value: object) -> int:
 
 def positive(value: object) -> float | None:
     """Return a number above 0 that a logarithmic axis can hold; None of anything else."""
-    found = number(value)
+    found = _finite(value)
     return found if found is not None and 1e-100 < found < 1e100 else None
 
 
@@ -62,6 +69,19 @@ def interval(value: object) -> tuple[float, float] | None:
     return (low, high) if low is not None and high is not None and low <= high else None
 
 
+def entries(value: object) -> list[Any]:
+    """Return a list; an empty one of anything else.
+
+    Raises:
+        DataError: there are more entries than a page can show.
+    """
+    if not isinstance(value, list):
+        return []
+    if len(value) > _MOST_ENTRIES:
+        raise DataError(f"list of more than {_MOST_ENTRIES:,} entries, which no page can show")
+    return value
+
+
 def objects(value: object) -> list[dict[str, Any]]:
-    """Return the objects in a list; none of anything else."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    """Return the objects in a list; errors as of ``entries``."""
+    return [entry for entry in entries(value) if isinstance(entry, dict)]

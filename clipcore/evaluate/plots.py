@@ -388,8 +388,8 @@ def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: i
                     scores[Cs.index(trace.C)],
                     marker="o",
                     markersize=6,
+                    color=model_colour(model),
                     markerfacecolor=CARD,
-                    markeredgecolor=model_colour(model),
                 )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=4))

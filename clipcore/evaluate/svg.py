@@ -186,7 +186,7 @@ def to_svg(plot: Plot) -> str:
             else:
                 element.set(key, _REFERENCE.sub(rf"\g<1>{prefix}\g<2>", value))
 
-    content = ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+    content = ElementTree.tostring(root, encoding="unicode")
     inside = content[content.index(">") + 1 :]
     height = round(plot.figure.get_size_inches()[1] * _UNITS_PER_INCH)
     label = html.escape(plot.description)
