@@ -122,6 +122,7 @@ def results_of_set(draw: np.random.Generator, dataset: str, s: int, m: int) -> d
         "versions": {"torch": "2.13", "clipcore": "0.1"},
         "notes": ["split: datacomp"] if s == 9 else [],
         "chance": 1 / num_classes,
+        "templates": ["a photo of a {}.", "a {}."],
         "first_class": "apple pie",
         "last_class": "waffle",
         "ci95": [acc - half, acc + half],
@@ -240,6 +241,9 @@ def overlap_of_set(
         "threshold": 0.96,
         "threshold_from": "given",
         "num_overlap": num_overlap,
+        "training": "shards/{0..9}.tar",
+        "num_training": 12345,
+        "descriptor": "pixels",
         "overlap_interval": [max(0.0, over - half), min(1.0, over + half)] if num_overlap else None,
         "nearest": nearest,
     }
@@ -288,7 +292,13 @@ def bias_of_set(draw: np.random.Generator) -> Any:
         for label, rate in (("newsreader", 0.02), ("executive", 0.06), ("doctor", 0.11))
     ]
     metrics = {"accuracy": 0.9, "worst_group_accuracy": 0.85, "gap": 0.07}
-    details = {"main_metric": "accuracy", "tables": tables, "differences": differences}
+    details = {
+        "main_metric": "accuracy",
+        "tables": tables,
+        "differences": differences,
+        "labels": ["doctor", "thief"],
+        "categories": {"crime": ["thief"]},
+    }
     return metrics, details
 
 
@@ -432,6 +442,9 @@ def test_every_plot_is_there(full):
     )
     assert len(labels) == len(beginnings)
     assert all(label.startswith(begin) for label, begin in zip(labels, beginnings, strict=True))
+    assert "Compared with shards/{0..9}.tar (12,345 pictures, by pixels)." in page
+    assert "<td>a photo of a {}. | a {}.</td>" in page and "<p>crime: thief.</p>" in page
+    assert "<td>0.96 given</td>" in page and "apple pie … waffle" in page
     assert "Not here" not in page and "Left out" not in page
     assert not re.search(r"\b(nan|inf|None)\b", page)
 
@@ -457,7 +470,7 @@ def test_names_in_drawings_are_unique_and_lead_somewhere(full):
 def test_the_same_results_give_the_same_bytes(full, tmp_path):
     """Whatever the user set for plots of their own."""
     folder, page = full
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 30, "xtick.direction": "in", "lines.linewidth": 9}):
         again = write_page(folder, tmp_path / "again.html").read_text()
         assert matplotlib.rcParams["font.size"] == 30
     assert again == page
@@ -537,10 +550,10 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     put(tmp_path, "b", 0, ZERO_SHOT, {"acc1": 7.0}, main_metric="acc1")
     put(tmp_path, "c", 0, ZERO_SHOT, {"acc1": None}, main_metric="acc1")
     put(tmp_path, "d", 0, FEW_SHOT, {}, shots=[1, 2], scores=[[0.5]])
-    (tmp_path / "copy.json").write_text((tmp_path / "a_x.json").name)
+    put(tmp_path, "e", 0, ZERO_SHOT, {"acc1": 0.5}, main_metric=["acc1"])
     (tmp_path / "copy.json").write_bytes(next(tmp_path.glob("a_*.json")).read_bytes())
     left_out = page_of(tmp_path).partition("<h2>Left out</h2>")[2]
-    assert "2 x result without a main metric from 0 to 1, such as b_" in left_out
+    assert "3 x result without a main metric from 0 to 1, such as b_" in left_out
     assert "1 x few-shot result whose scores do not fit its shots, such as d_" in left_out
     assert "1 x second result of one model, data set and task, such as a_" in left_out
 
@@ -711,7 +724,7 @@ def test_pictures_that_are_none_are_counted(tmp_path):
             "image": i,
             "training_image": PICTURE,
         }
-        for i in (PICTURE, "http://x/y.png", 'data:image/png;base64,"onerror=', None)
+        for i in (PICTURE, "http://x/y.png", f'{PICTURE}" onerror="x', None)
     ]
     put(tmp_path, "a", 0, OVERLAP, {"contamination": 0.5}, nearest=nearest, threshold=0.8)
     page = page_of(tmp_path)

@@ -22,7 +22,7 @@ from clipcore.evaluate.page_data import (
     read_page_data,
     read_score,
 )
-from clipcore.evaluate.page_parts import metric_title, paragraph, percent, section, sets
+from clipcore.evaluate.page_parts import folded, metric_title, paragraph, percent, section, sets
 from clipcore.evaluate.page_values import count, shown
 from clipcore.evaluate.results import ZERO_SHOT, Result
 from clipcore.files import write_durably
@@ -31,6 +31,7 @@ from clipcore.page_style import document, escaped, table
 PAGE_FILE = "report.html"
 _MOST_NOTES = 20
 _MOST_TILES = 8
+_MOST_TEMPLATES = 100
 
 
 class _Section(NamedTuple):
@@ -129,6 +130,7 @@ def _details(data: PageData) -> str:
             by_name.setdefault(name, []).extend(by_model.values())
     rows = [(name, *_set_cells([r.details for r in by_name[name]])) for name in _names(data)]
     head = ("data set", "images", "classes", "first and last class", "left out", "notes")
+    prompts = [(name, text) for name in _names(data) if (text := _prompts(by_name[name]))]
     models = [(model.title, model.architecture, model.pretrained) for model in data.models]
     versions = sorted(
         {
@@ -142,8 +144,20 @@ def _details(data: PageData) -> str:
         "What was evaluated",
         table(head, rows),
         table(("model", "architecture", "weights"), models),
+        folded("Prompts", table(("data set", "templates"), prompts)) if prompts else "",
         paragraph(f"Versions: {', '.join(versions)}.") if versions else "",
     )
+
+
+def _prompts(results: list[Result]) -> str:
+    """Return the templates of the first zero-shot result that names any."""
+    for result in results:
+        templates = result.details.get("templates")
+        if result.task == ZERO_SHOT and isinstance(templates, list) and templates:
+            found = " | ".join(map(shown, templates[:_MOST_TEMPLATES]))
+            more = len(templates) - _MOST_TEMPLATES
+            return f"{found} and {more:,} more" if more > 0 else found
+    return ""
 
 
 def _items(value: object) -> list[tuple[Any, Any]]:

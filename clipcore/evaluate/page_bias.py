@@ -16,6 +16,7 @@ from clipcore.evaluate.page_data import (
 )
 from clipcore.evaluate.page_parts import (
     decimal,
+    folded,
     model_cell,
     paragraph,
     percent,
@@ -44,7 +45,17 @@ def bias(data: PageData) -> str:
             parts.append(f"<h3>{html.escape(title)}</h3>")
             parts += [_heat_map(column, counted) for column, counted in one.tables.items()]
             parts += _differences(one)
+            parts.append(_labels(one))
     return section("Groups of people", *parts)
+
+
+def _labels(found: Bias) -> str:
+    """Return which labels were asked for, and which of them make up a category."""
+    if not found.labels:
+        return ""
+    categories = (f"{name}: {', '.join(those)}." for name, those in found.categories.items())
+    lines = (f"{', '.join(found.labels)}.", *categories)
+    return folded("The labels", "".join(map(paragraph, lines)))
 
 
 def _heat_map(column: str, counted: Mapping[str, Counted]) -> str:

@@ -23,6 +23,7 @@ from clipcore.evaluate.page_values import (
     positive,
     share,
     shown,
+    text,
 )
 from clipcore.evaluate.results import (
     LINEAR_PROBE,
@@ -117,6 +118,8 @@ class Overlap(NamedTuple):
     gain_interval: tuple[float, float] | None
     p_value: float | None
     neighbours: tuple[Neighbour, ...]
+    training: str
+    threshold_from: str
 
 
 class Rate(NamedTuple):
@@ -151,6 +154,8 @@ class Bias(NamedTuple):
 
     tables: dict[str, dict[str, Counted]]
     differences: tuple[Difference, ...]
+    labels: tuple[str, ...]
+    categories: dict[str, tuple[str, ...]]
 
 
 class Trace(NamedTuple):
@@ -353,7 +358,16 @@ def read_overlap(result: Result) -> Overlap:
         gain_interval=gain_interval,
         p_value=share(metrics.get("p_value")),
         neighbours=neighbours,
+        training=_training(details),
+        threshold_from=text(details.get("threshold_from")),
     )
+
+
+def _training(details: dict[str, Any]) -> str:
+    """Return what training pictures an evaluation was compared with, and how; an empty text where it does not say."""
+    name, descriptor = text(details.get("training")), text(details.get("descriptor"))
+    by = f", by {descriptor}" if descriptor else ""
+    return f"{name} ({count(details.get('num_training')):,} pictures{by})" if name else ""
 
 
 def _picture(value: object) -> str:
@@ -396,7 +410,17 @@ def read_bias(result: Result) -> Bias:
     )
     if not tables and not differences:
         raise ValueError("bias result without rates")
-    return Bias(tables, differences)
+    details = result.details
+    categories = details.get("categories")
+    return Bias(
+        tables,
+        differences,
+        labels=tuple(map(shown, entries(details.get("labels")))),
+        categories={
+            shown(name): tuple(map(shown, entries(those)))
+            for name, those in (categories if isinstance(categories, dict) else {}).items()
+        },
+    )
 
 
 def _rates(value: object) -> dict[str, float]:

@@ -206,7 +206,9 @@ def probe(data: PageData) -> str:
     if panels:
         plot = trace_chart(panels, len(data.models))
         entries = model_entries(data.models, (i for _, by_model in panels for i in by_model))
-        title = first_of("The search of C: validation score, %", len(panels), MOST_PANELS)
+        title = first_of(
+            "The search of C: validation score, %; a ring is the C taken", len(panels), MOST_PANELS
+        )
         parts.append(charts(figure(title, plot, entries)))
     return section("Linear probe", *parts)
 

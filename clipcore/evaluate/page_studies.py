@@ -46,7 +46,15 @@ from clipcore.evaluate.plots import (
     shift_chart,
 )
 from clipcore.evaluate.results import OVERLAP
-from clipcore.evaluate.svg import CARD, INK, MUTED, LegendEntry, shortened
+from clipcore.evaluate.svg import (
+    CARD,
+    INK,
+    MUTED,
+    LegendEntry,
+    model_colour,
+    model_marker,
+    shortened,
+)
 from clipcore.page_style import table
 
 # All pictures of the page together; what is beyond is counted.
@@ -191,7 +199,9 @@ def _shift_entries(
     judged = [mark.model for mark in marks if mark.kind != "baseline"]
     entries = model_entries(models, judged)
     if not entries and judged:
-        entries = [LegendEntry(models[judged[0]].title, INK)]
+        first = judged[0]
+        title = models[first].title
+        entries = [LegendEntry(title, model_colour(first), model_marker(first))]
     kinds = {mark.kind for mark in marks}
     if "probe" in kinds:
         entries.append(LegendEntry("hollow: a probe", CARD))
@@ -269,7 +279,7 @@ def overlap(data: PageData) -> str:
             *model_cell(data.models, index),
             f"{one.num_overlap:,} of {one.num_images:,}",
             percent(one.contamination),
-            decimal(one.threshold),
+            f"{decimal(one.threshold)} {one.threshold_from}",
             percent(one.score),
             percent(one.clean_score),
             percent(one.overlap_score),
@@ -286,6 +296,8 @@ def overlap(data: PageData) -> str:
         ),
         table(("data set", *model_head(data.models), *head), rows),
     ]
+    if origins := sorted({one.training for _, _, one in every if one.training}):
+        parts.append(paragraph(f"Compared with {'; '.join(origins)}."))
     drawn = [entry for entry in every if entry[2].gain is not None]
     if drawn:
         num_sets = len({name for name, _, _ in drawn})

@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     return _NO_XML.sub("\ufffd", printable(value[:_MAX_NAME_CHARS]))
 
 
+def text(value: object) -> str:
+    """Return a name as ``shown`` does; an empty one of what is no text."""
+    return shown(value) if isinstance(value, str) else ""
+
+
 def number(value: object) -> float | None:
     """Return a number that a result may have; None of anything else."""
     found = _finite(value)

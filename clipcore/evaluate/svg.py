@@ -237,7 +237,13 @@ def legend(entries: Sequence[LegendEntry]) -> str:
         return ""
     items = "".join(
         f'<li><svg class="mark" viewBox="0 0 10 10" aria-hidden="true"><path d="{_MARK_PATHS[entry.marker]}" '
-        f'style="stroke:none;fill:{_VARIABLES.get(entry.colour, entry.colour)}"/></svg>{html.escape(entry.name)}</li>'
+        f'style="{_mark_style(entry.colour)}"/></svg>{html.escape(entry.name)}</li>'
         for entry in entries
     )
     return f'<ul class="legend">{items}</ul>'
+
+
+def _mark_style(colour: str) -> str:
+    # A hollow mark is one on the card of the card's own colour.
+    line = "stroke:var(--ink);stroke-width:1" if colour == CARD else "stroke:none"
+    return f"{line};fill:{_VARIABLES.get(colour, colour)}"
