@@ -57,7 +57,8 @@ class Result:
     @property
     def value(self) -> float | None:
         """The main metric's value."""
-        return self.metrics.get(self.details.get("main_metric", ""))
+        name = self.details.get("main_metric")
+        return self.metrics.get(name) if isinstance(name, str) else None
 
     @property
     def file_name(self) -> str:
@@ -133,9 +134,12 @@ def _read(path: Path) -> Result | None:
 
 def _number(value: object) -> float | None:
     """Return a metric; None where it is not a finite number, as CLIP_benchmark's acc5 of few classes is."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # of a whole number of many digits
+        return None
 
 
 def _write_lines(folder: Path) -> None:
