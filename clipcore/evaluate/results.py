@@ -178,12 +178,17 @@ def _read(path: Path) -> Result | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         return None
     metrics, details = record.get("metrics"), record.get("clipcore", {})
+    language = record.get("language")
     if not isinstance(metrics, dict) or not isinstance(details, dict):
         raise DataError(f"{path} has no metrics; evaluate it anew, or remove it")
-    numbers = {str(name): _number(value) for name, value in metrics.items()}
-    language = str(record.get("language", "en"))
     return Result(
-        *(record[key] for key in keys), metrics=numbers, details=details, language=language
+        dataset=record["dataset"],
+        model=record["model"],
+        pretrained=record["pretrained"],
+        task=record["task"],
+        metrics={str(name): _number(value) for name, value in metrics.items()},
+        details=details,
+        language=language if isinstance(language, str) else "en",
     )
 
 

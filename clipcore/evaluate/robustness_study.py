@@ -129,7 +129,7 @@ def robustness_study(
 
     if not any(model["kind"] != "baseline" for pair in pairs for model in pair["models"]):
         raise DataError(
-            f"{results} has no model with accuracies on both sets of a pair; {left_out}"
+            f"{results} has no model with accuracies on both sets of a pair; left out: {left_out}"
         )
     if left_out:
         notes.append(f"left out: {left_out}")
@@ -180,7 +180,7 @@ def _accuracies(
 
 
 def _read_baseline(path: Path, sets: Iterable[str]) -> BaselineTable:
-    """Return the columns of a table that belong to data sets; raise DataError where one is missing or holds no accuracies."""
+    """Return the columns of a table that belong to data sets; raise DataError for a missing one or one of other numbers."""
     columns, rows = read_rows(path)
     named = {set_key(column): column for column in columns if column != "model"}
     values: dict[str, list[float | None]] = {}

@@ -43,9 +43,10 @@ def scaling_study(
     scores = scores_of(read_results(results), task, left_out)
     compute = _compute_of_models(list(scores), gmacs, left_out)
     if len(compute) < _FEWEST_MODELS:
+        rest = f"; left out: {left_out}" if left_out else ""
         raise DataError(
-            f"a law needs at least {_FEWEST_MODELS} models with results of {printable(task)} and known compute; {results} has "
-            f"{len(compute)}{left_out.found()}"
+            f"a law needs at least {_FEWEST_MODELS} models with results of {printable(task)} and known compute; {results} "
+            f"has {len(compute)}{rest}"
         )
     notes = [_SHAPES_NOTE] if gmacs is None else []
 
@@ -145,9 +146,9 @@ def _laws(
     """
     try:
         law = fit_power_law(compute, error, num_bins)
-    except ValueError as error_:
+    except ValueError as reason:
         raise DataError(
-            f"{error_}; models of one shape are told apart by --gmacs FILE with the columns model, pretrained, gmacs, samples"
+            f"{reason}; --gmacs FILE with the columns model, pretrained, gmacs and samples tells models of one shape apart"
         ) from None
     try:
         return law, leave_out_largest(compute, error)

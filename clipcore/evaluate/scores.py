@@ -1,4 +1,4 @@
-"""The results of a folder as a table: of each model its result on each data set, and the metric that several of them share."""
+"""The results of a folder as a table, each model's on each data set, and the metric that several of them share."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def share(result: Result, metric: str) -> float | None:
     value = score(result, metric)
     if value is not None and not 0 <= value <= 1:
         raise DataError(
-            f"{printable(metric)} of {Model(result.model, result.pretrained)} on {printable(result.dataset)} is {value:g}, no "
-            "share from 0 to 1; evaluate it anew, or remove its file"
+            f"{printable(metric)} of {Model(result.model, result.pretrained)} on {printable(result.dataset)} is {value:g}, "
+            "no share from 0 to 1; evaluate it anew, or remove its file"
         )
     return value
 

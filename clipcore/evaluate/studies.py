@@ -6,8 +6,8 @@
 ``compare``       two models, or zero-shot and probe, ``comparison.py``
 ================  ==============================================================
 
-A study is a dict, as its JSON file holds it: ``robustness.json``, ``scaling.json`` or ``compare.json``. Its key ``notes`` says
-what was left out and what was understood of the input.
+A study is a dict, as its JSON file holds it: ``robustness.json``, ``scaling.json`` or ``compare.json``. Its key ``notes``
+says what was left out and what was understood of the input.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
         "--gmacs",
         type=Path,
         metavar="FILE",
-        help="compute of the models: csv with the columns model, gmacs, and maybe pretrained and samples; or a JSON object of "
-        "numbers by model [of one image, by the model's shape]",
+        help="compute of the models: csv with the columns model, gmacs, and maybe pretrained and samples; or a JSON object "
+        "of numbers by model [of one image, by the model's shape]",
     )
     parser.add_argument(
         "--bins",
@@ -223,8 +223,8 @@ def _scaling(study: dict[str, Any]) -> list[str]:
         lines.append("no prediction: the smaller models make no law")
     else:
         lines.append(
-            f"the smaller models predict {_percent(prediction['predicted'])} for the largest, {printable(prediction['model'])}; "
-            f"it has {_percent(prediction['actual'])}"
+            f"the smaller models predict {_percent(prediction['predicted'])} for the largest, "
+            f"{printable(prediction['model'])}; it has {_percent(prediction['actual'])}"
         )
     return lines
 
