@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 
 import pytest
 from result_folders import (
@@ -107,6 +108,20 @@ def test_sets_are_named_and_their_classes_compared(tmp_path):
     assert "pets-drawn has 12 classes and pets 37" in note_of(study, "classes")
 
 
+def test_accuracies_without_a_logit_are_counted_and_have_no_robustness(tmp_path):
+    put(tmp_path / "results", "imagenet1k", 1.0)
+    put(tmp_path / "results", "imagenetv2", 0.5)
+    table = tmp_path / "line.csv"
+    table.write_text("model,imagenet1k,imagenetv2\na,0.25,0.2\nb,0.5,0.4\nc,1,0.75\nd,0.5,0\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study = robustness_study(tmp_path / "results", str(table))
+    (pair,) = study["pairs"]
+    assert pair["baseline"]["num_models"] == 2
+    assert (pair["models"][0]["effective"], pair["models"][0]["gap_closed"]) == (None, None)
+    assert "2 x model of the baseline with an accuracy of 0 or 1" in note_of(study, "left out")
+
+
 ROBUSTNESS_MISTAKES = {
     "no pair": (
         None,
@@ -177,6 +192,7 @@ TABLES = {
         "model,glyphs,glyphs/shift\n" + "a" * 200_000 + "\n",
         "is no csv table: field",
     ),
+    "many rows": ("model,glyphs,glyphs/shift\n" + "a,,\n" * 10_001, "more than 10,000 rows"),
     "too long": ("\n" * (1 << 20) + "\n", "more than 1 MB, which no table of models has"),
 }
 

@@ -150,6 +150,17 @@ def test_folders_that_make_no_law_get_one_line(tmp_path):
         scaling_study(tmp_path)
 
 
+def test_sizes_that_hardly_differ_make_no_law(tmp_path):
+    put_resnets(tmp_path / "results")
+    path = tmp_path / "compute.json"
+    path.write_text(json.dumps({name: 1 + k * 1e-9 for k, name in enumerate(RESNETS)}))
+    law = scaling_study(tmp_path / "results", path)["law"]
+    assert law["exponent"] < -1e6
+    path.write_text(json.dumps({name: 1e9 * (1 + k * 1e-9) for k, name in enumerate(RESNETS)}))
+    with pytest.raises(DataError, match="the models' compute is too alike for a law"):
+        scaling_study(tmp_path / "results", path)
+
+
 COMPUTE = {
     "a.csv": (
         "model,flops\nRN50,4\n",

@@ -16,8 +16,8 @@ from clipcore.data import DataError
 from clipcore.evaluate.scores import Model, listed
 from clipcore.files import not_utf8, read_regular
 
-# A table of ten thousand models has less.
-_MAX_BYTES = 1 << 20
+# No table of models has more.
+_MAX_BYTES, _MAX_ROWS = 1 << 20, 10_000
 _COMPUTE_COLUMNS = ("gmacs", "compute")
 
 
@@ -69,6 +69,10 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
                 )
             if cells:
                 rows.append(Row(where, dict(zip(columns, cells, strict=True))))
+            if len(rows) > _MAX_ROWS:
+                raise DataError(
+                    f"{path} has more than {_MAX_ROWS:,} rows, which no table of models has"
+                )
     except csv.Error as error:
         raise DataError(f"{path} is no csv table: {error}; mend it") from None
     except UnicodeDecodeError as error:

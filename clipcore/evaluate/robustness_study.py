@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.model_tables import read_rows
 from clipcore.evaluate.results import LINEAR_PROBE, ZERO_SHOT, Result, read_results, set_key
@@ -101,7 +103,8 @@ def robustness_study(
     probes = scores_of(found, LINEAR_PROBE, left_out)
     there: dict[str, Result] = {}
     for scores in (*zero_shot.values(), *probes.values()):
-        there = {**scores, **there}
+        for name, result in scores.items():
+            there.setdefault(name, result)
 
     chosen = _named_pairs(results, there, in_name, out_names)
     table = None
@@ -119,11 +122,12 @@ def robustness_study(
         line = origin = None
         if table is not None:
             origin, models = table.name, table.rows(inside, outside)
-            line = _fit(models, origin, names)
+            line = _fit(models, origin, names, left_out)
             rows += models
         elif baseline == FIT:
             origin = FIT
-            line = _fit([row for row in rows if row.kind == "probe"], origin, names)
+            models = [row for row in rows if row.kind == "probe"]
+            line = _fit(models, origin, names, left_out)
         pairs.append(_pair(names, rows, line, origin, left_out))
         notes += _class_note(there[inside], there[outside])
 
@@ -209,7 +213,9 @@ def _read_baseline(path: Path, sets: Iterable[str]) -> BaselineTable:
     return BaselineTable(path.name, models, shares, percent if unit > 1 else None)
 
 
-def _fit(rows: Sequence[Accuracies], origin: str, names: tuple[str, str]) -> BaselineFit:
+def _fit(
+    rows: Sequence[Accuracies], origin: str, names: tuple[str, str], left_out: LeftOut
+) -> BaselineFit:
     """Return the line through models that have both accuracies; raise DataError where there are not two."""
     both = [
         (row.inside, row.outside)
@@ -217,13 +223,17 @@ def _fit(rows: Sequence[Accuracies], origin: str, names: tuple[str, str]) -> Bas
         if row.inside is not None and row.outside is not None
     ]
     try:
-        return fit_baseline([x for x, _ in both], [y for _, y in both])
+        line = fit_baseline([x for x, _ in both], [y for _, y in both])
     except ValueError as error:
         what = "the probes of this folder" if origin == FIT else origin
         raise DataError(
             f"no baseline of {names[0]} and {names[1]} from {what}: {error}; give a table of models "
             "trained on one data set as --baseline FILE.csv, or leave --baseline out"
         ) from None
+    if num_infinite := len(both) - line.num_models:
+        reason = "model of the baseline with an accuracy of 0 or 1, whose logit is infinite"
+        left_out.add(reason, names[1], num_infinite)
+    return line
 
 
 def _pair(
@@ -241,14 +251,10 @@ def _pair(
             lacking = names[0] if row.inside is None else names[1]
             left_out.add(f"{row.kind} without accuracy on {lacking}", str(row.model))
             continue
-        effective = closed = relative = None
-        if line is not None:
-            effective = effective_robustness(line, row.inside, row.outside)
-            closed = gap_closed(line, row.inside, row.outside)
-        # Its probe's accuracy under the shift is enough; one without the shift is not needed.
-        other = probe_outside.get(row.model)
-        if row.kind == "zero-shot" and other is not None:
-            relative = row.outside - other
+        effective, closed = _beside_line(line, row.inside, row.outside)
+        # Of its probe the accuracy under the shift is enough.
+        other = probe_outside.get(row.model) if row.kind == "zero-shot" else None
+        relative = None if other is None else row.outside - other
         models.append(
             {
                 "model": row.model.model,
@@ -256,7 +262,7 @@ def _pair(
                 "in_accuracy": row.inside,
                 "out_accuracy": row.outside,
                 "effective": effective,
-                "gap_closed": None if closed is None or math.isnan(closed) else closed,
+                "gap_closed": closed,
                 "relative": relative,
                 "kind": row.kind,
             }
@@ -273,10 +279,23 @@ def _pair(
     return {"in": names[0], "out": names[1], "baseline": baseline, "models": models}
 
 
+def _beside_line(
+    line: BaselineFit | None, inside: float, outside: float
+) -> tuple[float | None, float | None]:
+    """Return effective robustness and gap closed; None without a line, or where the line says nothing."""
+    # The logit of an accuracy of 0 or 1 is infinite.
+    if line is None or inside in (0, 1):
+        return None, None
+    with np.errstate(over="ignore"):
+        effective = effective_robustness(line, inside, outside)
+        closed = gap_closed(line, inside, outside)
+    return effective, None if math.isnan(closed) else closed
+
+
 def _class_note(inside: Result, outside: Result) -> list[str]:
     """Return the note on sets of different classes, on which accuracies do not compare."""
     counts = [result.details.get("num_classes") for result in (inside, outside)]
-    if None in counts or counts[0] == counts[1]:
+    if any(type(count) is not int for count in counts) or counts[0] == counts[1]:
         return []
     return [
         f"{printable(outside.dataset)} has {counts[1]} classes and {printable(inside.dataset)} {counts[0]}: the paper "

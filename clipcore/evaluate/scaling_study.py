@@ -146,13 +146,17 @@ def _laws(
     """
     try:
         law = fit_power_law(compute, error, num_bins)
+    except OverflowError:
+        raise DataError(
+            "the models' compute is too alike for a law; take models of more sizes"
+        ) from None
     except ValueError as reason:
         raise DataError(
             f"{reason}; --gmacs FILE with the columns model, pretrained, gmacs and samples tells models of one shape apart"
         ) from None
     try:
         return law, leave_out_largest(compute, error)
-    except ValueError:
+    except (ValueError, OverflowError):
         return law, None
 
 

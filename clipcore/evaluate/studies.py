@@ -177,7 +177,7 @@ def _robustness(study: dict[str, Any]) -> list[str]:
     lines = []
     for pair in study["pairs"]:
         lines.append(f"{printable(pair['in'])} -> {printable(pair['out'])}{_line_of(pair)}")
-        rows = [["model", "weights", "by", "in", "out", "effective", "gap closed", "relative"]]
+        rows = [["model", "weights", "kind", "in", "out", "effective", "gap closed", "relative"]]
         # A baseline's models are many, and the line says what they are for.
         models = [model for model in pair["models"] if model["kind"] != "baseline"]
         for model in sorted(models, key=lambda model: -model["out_accuracy"]):
