@@ -74,11 +74,14 @@ def test_two_folders_of_different_spellings_and_sets_that_one_lacks(tmp_path):
     put(a, "only-a", 0.5, "RNa")
     put(b, "only-b", 0.5, "RNb")
     put(b, "cars-b", 0.5, "RNb", task=PROBE)
+    put(a, "memes", 0.5, "RNa", metric="roc_auc")
+    put(b, "memes", 0.5, "RNb")
     study = compare(a, b)
     assert (study["wins"], study["losses"], study["ties"]) == (1, 0, 1)
     assert [row["metric"] for row in study["sets"]] == ["acc1", "mean_per_class_recall"]
     assert study["sets"][0]["difference"] == 0.6 - 0.4
     left_out = note_of(study, "left out")
+    assert "1 x set without a metric of both, such as memes" in left_out
     assert "1 x set of the first alone, such as only-a" in left_out
     assert "1 x set of the second alone, such as only-b" in left_out
     # Two sets have a slope, but no interval of it.

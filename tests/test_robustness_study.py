@@ -159,9 +159,12 @@ def test_out_without_in_is_refused_where_it_is_not_clear(tmp_path):
 def test_models_on_one_side_alone_make_no_study(tmp_path):
     put(tmp_path, "glyphs", 0.5, pretrained="a")
     put(tmp_path, "glyphs/shift", 0.4, pretrained="b")
+    table = tmp_path / "line.csv"
+    table.write_text("model,glyphs,glyphs/shift\na,0.5,0.4\nb,0.6,0.5\n")
     message = "no model with accuracies on both .* 1 x zero-shot without accuracy on glyphs/shift"
-    with pytest.raises(DataError, match=message):
-        robustness_study(tmp_path)
+    for baseline in (None, str(table)):
+        with pytest.raises(DataError, match=message):
+            robustness_study(tmp_path, baseline)
 
 
 def test_accuracies_of_strangers_are_no_shares(tmp_path):

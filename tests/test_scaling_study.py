@@ -126,7 +126,7 @@ def test_the_metric_of_a_set_is_one_that_all_models_have(tmp_path):
     for model, value in (("RN50", 0.3), ("RN101", 0.4), ("RN50x4", 0.5)):
         metrics = {"acc1": 0.9, "mean_per_class_recall": value}
         # One of CLIP_benchmark's own says no main metric.
-        details = {} if model == "RN50" else {"main_metric": "mean_per_class_recall"}
+        details = {} if model == "RN101" else {"main_metric": "mean_per_class_recall"}
         write_result(tmp_path, Result("pets", model, "openai", ZERO_SHOT, metrics, details))
         put(tmp_path, "food101", 0.5, model)
     study = scaling_study(tmp_path)
