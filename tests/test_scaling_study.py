@@ -144,8 +144,13 @@ def test_folders_that_make_no_law_get_one_line(tmp_path):
     )
     with pytest.raises(DataError, match=message):
         scaling_study(tmp_path)
-    put(tmp_path, "icons", 0.7, "RN50x4")
-    message = "no data set that all 3 models have; the fewest has RN101 openai: glyphs"
+    put(tmp_path, "glyphs", 1.0, "RN50x4")
+    with pytest.raises(
+        DataError, match="at least 3 models .* has 2; .* 1 x model without an error"
+    ):
+        scaling_study(tmp_path)
+    put(tmp_path, "icons", 0.7, "RN50x16")
+    message = "no data set that all 4 models have; the fewest has RN101 openai: glyphs"
     with pytest.raises(DataError, match=message):
         scaling_study(tmp_path)
 

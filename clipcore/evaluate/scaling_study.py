@@ -42,12 +42,7 @@ def scaling_study(
     left_out = LeftOut()
     scores = scores_of(read_results(results), task, left_out)
     compute = _compute_of_models(list(scores), gmacs, left_out)
-    if len(compute) < _FEWEST_MODELS:
-        rest = f"; left out: {left_out}" if left_out else ""
-        raise DataError(
-            f"a law needs at least {_FEWEST_MODELS} models with results of {printable(task)} and known compute; {results} "
-            f"has {len(compute)}{rest}"
-        )
+    _check_enough(len(compute), results, task, left_out)
     notes = [_SHAPES_NOTE] if gmacs is None else []
 
     metrics = _shared_metrics({model: scores[model] for model in compute}, results)
@@ -62,6 +57,7 @@ def scaling_study(
     for model in [model for model, error in errors.items() if error == 0]:
         left_out.add("model without an error, which has no logarithm", str(model))
         del errors[model]
+    _check_enough(len(errors), results, task, left_out)
     models = sorted(errors, key=lambda model: compute[model])
     law, prediction = _laws(
         [compute[model] for model in models], [errors[model] for model in models], num_bins
@@ -86,6 +82,16 @@ def scaling_study(
         "prediction": _prediction_record(prediction, models[-1]),
         "notes": notes,
     }
+
+
+def _check_enough(number: int, folder: Path, task: str, left_out: LeftOut) -> None:
+    """Raise DataError for fewer models than a law is fitted to."""
+    if number < _FEWEST_MODELS:
+        rest = f"; left out: {left_out}" if left_out else ""
+        raise DataError(
+            f"a law needs at least {_FEWEST_MODELS} models with results of {printable(task)} and known compute; {folder} "
+            f"has {number}{rest}"
+        )
 
 
 def _compute_of_models(
