@@ -146,7 +146,7 @@ def test_folders_that_make_no_law_get_one_line(tmp_path):
         scaling_study(tmp_path)
     put(tmp_path, "glyphs", 1.0, "RN50x4")
     with pytest.raises(
-        DataError, match="at least 3 models .* has 2; .* 1 x model without an error"
+        DataError, match=r"at least 3 models .* has 2; .* 1 x model without an error"
     ):
         scaling_study(tmp_path)
     put(tmp_path, "icons", 0.7, "RN50x16")
