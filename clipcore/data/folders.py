@@ -7,7 +7,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from clipcore.data.tar import (
 from clipcore.data.transforms import Decoder
 from clipcore.files import read_regular
 
+CLASSES_FILE, TEMPLATES_FILE = "classes.json", "templates.json"
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 _TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson)", re.IGNORECASE)
@@ -86,15 +87,22 @@ class FolderSource:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        captions, image = self.captions(index), self._cells[2 * index]
-        key = printable(image)
-        path = os.path.join(self._folder, image)
+        captions, key = self.captions(index), self.key(index)
+        path = os.path.join(self._folder, self._cells[2 * index])
         return Pair(read_image_file(path, key, self._decoder), captions, key)
 
     def captions(self, index: int) -> str | tuple[str, ...]:
         """Return the caption or captions of an image; raise BadSample."""
-        key = printable(self._cells[2 * index])
+        key = self.key(index)
         return checked_captions(self._caption(self._cells[2 * index + 1], key), key)
+
+    def key(self, index: int) -> str:
+        """Return the name of an image, within the folder."""
+        return printable(self._cells[2 * index])
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each image its whole path."""
+        return (os.path.join(self._folder, self._cells[2 * row]) for row in range(len(self)))
 
     def _caption(self, name: str, key: str) -> object:
         try:
@@ -117,15 +125,19 @@ class ClassFolderSource:
     """Images in one folder a class; the caption is the class's name.
 
     The name is that of the folder with spaces for underscores, or what ``classes.json`` in the outer folder gives for it, an
-    object of folder names to class names. Folders whose names begin with a dot or with ``__`` are no classes.
+    object of folder names to class names, or to lists of them. Folders whose names begin with a dot or with ``__`` are no
+    classes.
 
     Args:
         path: the folder of the class folders, which are taken in alphabetical order, whatever is below them included. Links
             to folders are followed.
         decoder: see ``decode_image``.
+        names: of a data set of several such folders, the names of each class by its folder, in the order of the classes, of
+            which this one may hold a part.
 
     Attributes:
-        classnames: the captions, one a folder.
+        names: of each class, in the order of the folders.
+        classnames: the captions, the first name of each class.
         labels_N: for each image the index of its folder, int64 [N].
         left_out: images outside of class folders, pictures of other kinds.
 
@@ -134,13 +146,17 @@ class ClassFolderSource:
             ids.
     """
 
-    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
+    def __init__(
+        self,
+        path: str,
+        decoder: Decoder | str = "pillow",
+        names: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.name = os.path.basename(os.path.abspath(path))
         self._folder = path
         self._decoder = decoder
         self.left_out = LeftOut()
-        labels, folders = array("q"), dict[str, int]()
-
+        labels, folders = array("q"), {folder: place for place, folder in enumerate(names or ())}
         tops = dict[str, None]()
 
         def images() -> Iterator[str]:
@@ -152,9 +168,9 @@ class ClassFolderSource:
                     where = os.path.join(folder, name)
                     if _is_other_image(name):
                         self.left_out.add("picture of another kind", where)
-                    elif _is_image(name) and (not top or top.startswith("__")):
+                    elif is_image(name) and (not top or top.startswith("__")):
                         self.left_out.add("image outside of class folders", where)
-                    elif _is_image(name):
+                    elif is_image(name):
                         labels.append(folders.setdefault(top, len(folders)))
                         yield where
 
@@ -165,7 +181,7 @@ class ClassFolderSource:
                 f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) in a folder of its class, and none with a "
                 f"caption in a .txt or .json file of the same name{self.left_out.found()}"
             )
-        if len(folders) == 1:
+        if len(folders) == 1 and names is None:
             raise DataError(
                 f"{path} holds no captions, and all of its images lie in one folder, {printable(next(iter(folders)))}, "
                 "which makes one class: put each caption into a .txt file of the image's name, or write a metadata.csv with "
@@ -174,7 +190,11 @@ class ClassFolderSource:
         for top in tops:
             if top not in folders:
                 self.left_out.add("folder without a picture", top)
-        self.classnames = _class_names(path, list(folders))
+        if names is None:
+            file = os.path.join(path, CLASSES_FILE)
+            names = dict(zip(folders, class_names(path, list(folders), file), strict=True))
+        self.names = tuple(names.values())
+        self.classnames = [those[0] for those in self.names]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -189,9 +209,15 @@ class ClassFolderSource:
 
     def captions(self, index: int) -> str | tuple[str, ...]:
         """Return the name of an image's class; raise BadSample where it is empty."""
-        return checked_captions(
-            self.classnames[self.labels_N[index]], printable(self._paths[index])
-        )
+        return checked_captions(self.classnames[self.labels_N[index]], self.key(index))
+
+    def key(self, index: int) -> str:
+        """Return the name of an image, within the outer folder."""
+        return printable(self._paths[index])
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each image its whole path."""
+        return (os.path.join(self._folder, self._paths[row]) for row in range(len(self)))
 
 
 # Of ImageNet's folders, and of data sets that number their classes, maybe before their names.
@@ -207,19 +233,29 @@ _NO_CLASS = re.compile(
 )
 
 
-def _class_names(path: str, folders: list[str]) -> list[str]:
-    """Return the names of classes, given their folders.
+def class_names(path: str, folders: Sequence[str], file: str) -> list[tuple[str, ...]]:
+    """Return the names of classes, given their folders: one of each, or as many as the file has.
+
+    Args:
+        path: where the folders lie, for messages.
+        file: which may give the names, JSON.
 
     Raises:
-        DataError: classes.json is unreadable, or folders without a name there are named by numbers or ids.
+        DataError: the file is unreadable, or folders without a name there are named by numbers or ids.
     """
-    file = os.path.join(path, "classes.json")
     given = read_json(file, {})
     shape = "an object of folder names to class names"
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
+    if not isinstance(given, dict):
         raise DataError(f"{file} is not {shape}")
     # Its keys may be written as the names are shown, with spaces.
-    by_shown = {key.replace("_", " "): name for key, name in given.items()}
+    by_shown = dict[str, tuple[str, ...]]()
+    for key, value in given.items():
+        names = (value,) if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not names:
+            raise DataError(f"{file} is not {shape}, or to lists of them")
+        if not all(isinstance(name, str) for name in names):
+            raise DataError(f"{file} is not {shape}, or to lists of them")
+        by_shown[key.replace("_", " ")] = tuple(name.strip() for name in names)
     shown = [folder.replace("_", " ") for folder in folders]
     if not given and all(map(_NO_CLASS.fullmatch, shown)):
         first = printable(os.path.join(path, folders[0]))
@@ -239,7 +275,7 @@ def _class_names(path: str, folders: list[str]) -> list[str]:
             f"class folders of {path} are named by ids or numbers, such as {ids[0]}, which no caption holds; name them in "
             f'{file}, {shape}: {{"{ids[0]}": "tench", ...}}'
         )
-    return [by_shown.get(name, name).strip() for name in shown]
+    return [by_shown.get(name, (name.strip(),)) for name in shown]
 
 
 def read_json(path: str, default: object) -> object:
@@ -345,7 +381,7 @@ def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
     for folder, names in walk(path, source.left_out):
         for name in names:
             where = os.path.join(folder, name)
-            if _is_image(name) and hash(os.path.abspath(os.path.join(path, where))) not in named:
+            if is_image(name) and hash(os.path.abspath(os.path.join(path, where))) not in named:
                 source.left_out.add("image that the table does not name", where)
 
 
@@ -365,11 +401,24 @@ def _look_into(path: str) -> tuple[list[str], list[str]]:
     return sorted(tables, key=lambda t: order(os.path.basename(t).lower())), sorted(folders)
 
 
+def list_folder(path: str) -> tuple[list[str], list[str]]:
+    """Return the names of a folder's files and of its folders, sorted, without hidden ones; raise DataError."""
+    files, folders = list[str](), list[str]()
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _is_data(entry.name):
+                    (folders if _is_folder(entry) else files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
+    return sorted(files), sorted(folders)
+
+
 def _is_elsewhere(path: str, folder: str) -> bool:
     """Return whether an image of a folder lies outside of one of its subfolders."""
     inside = os.path.relpath(folder, path)
     return any(
-        _is_image(name) and relative.split(os.sep, 1)[0] != inside
+        is_image(name) and relative.split(os.sep, 1)[0] != inside
         for relative, names in walk(path)
         for name in names
     )
@@ -460,7 +509,8 @@ def _is_within(link: str, path: str) -> bool:
     return os.path.commonpath([target, root]) == root
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file's name ends as those of images that are read."""
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
@@ -482,10 +532,10 @@ def _stem_pairs(folder: str, names: list[str], left_out: LeftOut) -> Iterator[tu
         stem = name.rpartition(".")[0]
         if _is_other_image(name):
             left_out.add("picture of another kind", os.path.join(folder, name))
-        elif _is_image(name) and (caption := captions.get(stem)) is not None:
+        elif is_image(name) and (caption := captions.get(stem)) is not None:
             used.add(stem)
             yield name, caption
-        elif _is_image(name):
+        elif is_image(name):
             left_out.add("image without a caption", os.path.join(folder, name))
     for stem, name in captions.items():
         if stem not in used:

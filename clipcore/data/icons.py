@@ -41,13 +41,6 @@ CAPTION_TEMPLATES = ("{a_face} icon of {name}", "{name}, {face}", "{name}")
 ZERO_SHOT_FACES = ("material", "outline material", "phosphor", "filled remix")
 ZERO_SHOT_TEMPLATES = prompts(CAPTION_TEMPLATES, ZERO_SHOT_FACES)
 
-# For an evaluation: which split of this data set is the train or test split of which set.
-EVALUATION_SETS = {
-    "icons": {"test": "unseen"},
-    "icons/shift": {"train": "unseen", "test": "shift"},
-    "icons/seen-shift": {"train": "train", "test": "seen-shift"},
-}
-
 
 @dataclass(frozen=True)
 class Family:

@@ -60,6 +60,7 @@ class ParquetSource:
         path: the table.
         img_key, caption_key: its columns; one that is not named is the first of the usual names.
         decoder: see ``decode_image``.
+        has_captions: whether captions are read at all; else each is empty.
 
     Raises:
         DataError: pyarrow is missing, or the file, a column, a row, or a place for the copy is.
@@ -71,15 +72,11 @@ class ParquetSource:
         img_key: str | None = None,
         caption_key: str | None = None,
         decoder: Decoder | str = "pillow",
+        has_captions: bool = True,
     ) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise DataError(
-                f"{path}: parquet needs pyarrow: pip install 'clipcore[parquet]'"
-            ) from None
+        pyarrow = import_pyarrow(path)
         self.name = os.path.basename(path)
+        self.path = path
         self._decoder = decoder
         try:
             with (
@@ -87,10 +84,9 @@ class ParquetSource:
                 pyarrow.parquet.ParquetFile(content, page_checksum_verification=True) as file,
             ):
                 columns = file.schema_arrow.names
-                names = [
-                    find_column(path, columns, image_columns(img_key)),
-                    find_column(path, columns, caption_columns(caption_key)),
-                ]
+                names = [find_column(path, columns, image_columns(img_key))]
+                if has_captions:
+                    names.append(find_column(path, columns, caption_columns(caption_key)))
                 if twice := [name for name in names if columns.count(name) > 1]:
                     raise DataError(f"{path} has several columns {twice[0]!r}; rename them")
                 kind = file.schema_arrow.field(names[0]).type
@@ -101,11 +97,11 @@ class ParquetSource:
                     )
                 if not file.metadata.num_rows:
                     raise DataError(f"{path} has no rows")
-                table = _Table(path, os.fstat(content.fileno()), file, names)
+                table = Table(path, os.fstat(content.fileno()), file, names)
                 self._rows = _copy_of(table)
         # A name in it may be no UTF-8.
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -196,8 +192,18 @@ class _Copy:
         return {**self.__dict__, "_file": None}
 
 
-class _Table(NamedTuple):
-    """An open parquet file, its path and state, and the names of its image and caption columns."""
+def import_pyarrow(path: str) -> Any:
+    """Return the package pyarrow, with its reader of parquet; raise DataError where it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: parquet needs pyarrow: pip install 'clipcore[parquet]'") from None
+    return pyarrow
+
+
+class Table(NamedTuple):
+    """An open parquet file, its path and state, and the names of the columns to read, that of images first."""
 
     path: str
     stat: os.stat_result
@@ -205,12 +211,12 @@ class _Table(NamedTuple):
     names: Sequence[str]
 
 
-def _unreadable(path: str, error: Exception) -> DataError:
+def unreadable(path: str, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return DataError(f"cannot read the table {path}: {reason}")
 
 
-def _copy_of(table: _Table) -> _Copy:
+def _copy_of(table: Table) -> _Copy:
     """Return the copy of a table's two columns, made unless there is one of this very table."""
     num_rows = table.file.metadata.num_rows
     state = json.dumps([table.stat.st_size, table.stat.st_mtime_ns, *table.names]).encode()
@@ -219,7 +225,7 @@ def _copy_of(table: _Table) -> _Copy:
         if (copy := _read_index(place, state, num_rows)) is not None:
             return copy
 
-    rows_at_once = _check_groups(table)
+    rows_at_once = check_groups(table)
     limit = max(MAX_SMALL_COPY_BYTES, MAX_EXPANSION * table.stat.st_size)
     for place in places:
         try:
@@ -258,7 +264,7 @@ def _making(place: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_groups(table: _Table) -> int:
+def check_groups(table: Table) -> int:
     """Return how many rows to read at once; raise DataError where a part would take more than images of the largest size."""
     largest = 1
     metadata = table.file.metadata
@@ -286,7 +292,7 @@ def _check_groups(table: _Table) -> int:
     return min(max(MAX_IMAGE_BYTES // largest, 1), _ROWS_AT_ONCE)
 
 
-def _rows_of(table: _Table, rows_at_once: int) -> Iterator[tuple[bytes, object]]:
+def _rows_of(table: Table, rows_at_once: int) -> Iterator[tuple[bytes, object]]:
     """Yield for each row its image and its captions, or no image and the reason as {"reason": ...}; raise DataError."""
     import pyarrow
 
@@ -295,19 +301,20 @@ def _rows_of(table: _Table, rows_at_once: int) -> Iterator[tuple[bytes, object]]
         try:
             batch = next(batches, None)
         except (OSError, pyarrow.ArrowException) as error:
-            raise _unreadable(table.path, error) from None
+            raise unreadable(table.path, error) from None
         if batch is None:
             return
-        images, captions = (batch.column(name) for name in table.names)
-        for image, caption in zip(images, captions, strict=True):
+        images, *captions = (batch.column(name) for name in table.names)
+        for image, *cells in zip(images, *captions, strict=True):
             try:
-                yield _image_of(image, table.names[0]), checked_captions(_value_of(caption), "")
+                image_bytes = _image_of(image, table.names[0])
+                yield image_bytes, checked_captions(value_of(cells[0]), "") if cells else ""
             except BadSample as error:
                 yield b"", {"reason": error.reason}
 
 
 def _image_of(cell: Any, name: str) -> bytes:
-    image = _value_of(cell)
+    image = value_of(cell)
     if isinstance(image, dict):
         image = image.get("bytes")
     if not isinstance(image, bytes) or not image:
@@ -317,7 +324,7 @@ def _image_of(cell: Any, name: str) -> bytes:
     return image
 
 
-def _value_of(cell: Any) -> Any:
+def value_of(cell: Any) -> Any:
     """Return a cell as a value of Python; raise BadSample, such as for text that is not UTF-8."""
     try:
         return cell.as_py()

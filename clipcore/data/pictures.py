@@ -122,8 +122,50 @@ class JoinedRows:
         return self._tables[number], index - (int(self._ends[number - 1]) if number else 0)
 
 
+class ChosenRows:
+    """Some rows of a table, such as those of one split: see ``clipcore.data.PairSource``.
+
+    Args:
+        table: whose rows name their pictures.
+        rows_N: their numbers in it, int64 [N].
+
+    Attributes:
+        left_out: what the table leaves out, in all of its rows.
+    """
+
+    def __init__(self, table: _Rows, rows_N: np.ndarray) -> None:
+        self.name = table.name
+        self.left_out = left_out_of(table)  # type: ignore[arg-type]
+        self.table = table
+        self.rows_N = rows_N
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        image, key = self.picture(index)
+        return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a row; raise BadSample."""
+        return self.table.captions(int(self.rows_N[index]))
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a row and its key; raise BadSample."""
+        return self.table.picture(int(self.rows_N[index]))
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each row the whole path of its picture."""
+        is_chosen = np.zeros(len(self.table), bool)
+        is_chosen[self.rows_N] = True
+        for name, chosen in zip(self.table.picture_names(), is_chosen, strict=True):
+            if chosen:
+                yield name
+
+
 # Whose rows may name one picture several times.
-_TABLES = (CsvSource, JsonlSource, ParquetSource, JoinedRows)
+_TABLES = (CsvSource, JsonlSource, ParquetSource, JoinedRows, ChosenRows)
 
 
 class PictureSource:

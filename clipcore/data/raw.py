@@ -7,6 +7,7 @@ refused by their type before a byte of the data is looked at. The layout is publ
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -40,12 +41,7 @@ def decode_raw(data: bytes) -> np.ndarray:
     Raises:
         BadSample: another type, shape, or order in memory, more than MAX_RAW_PIXELS pixels, or bytes missing or left over.
     """
-    length = int.from_bytes(data[_PREAMBLE - 2 : _PREAMBLE], "little")
-    if data[:_PREAMBLE][-4:-2] != b"\1\0" or _PREAMBLE + length > MAX_HEADER_BYTES:
-        raise BadSample(
-            f"no .npy file of version 1.0 with a header of at most {MAX_HEADER_BYTES} bytes"
-        )
-    start = _PREAMBLE + length
+    start = _start_of(data)
     height, width = _sides(data[:start])
     if len(data) - start != 3 * height * width:
         raise BadSample(
@@ -54,17 +50,48 @@ def decode_raw(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(height, width, 3)
 
 
+def decode_array(data: bytes) -> np.ndarray:
+    """Return the array of numbers in the bytes of a ``.npy`` file, without a copy, read-only.
+
+    Raises:
+        BadSample: no numbers, another order in memory, no element, or bytes missing or left over.
+    """
+    start = _start_of(data)
+    shape, is_fortran, dtype = _header(data[:start])
+    if dtype.kind not in "biuf" or is_fortran or not math.prod(shape):
+        raise BadSample(f"a .npy file of {dtype} {list(shape)} holds no numbers in C order")
+    if len(data) - start != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        raise BadSample(f"{dtype} {list(shape)} needs {size} bytes, there are {len(data) - start}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+def _start_of(data: bytes) -> int:
+    """Return where the numbers of a ``.npy`` file begin; raise BadSample."""
+    length = int.from_bytes(data[_PREAMBLE - 2 : _PREAMBLE], "little")
+    if data[:_PREAMBLE][-4:-2] != b"\1\0" or _PREAMBLE + length > MAX_HEADER_BYTES:
+        raise BadSample(
+            f"no .npy file of version 1.0 with a header of at most {MAX_HEADER_BYTES} bytes"
+        )
+    return _PREAMBLE + length
+
+
 @lru_cache(maxsize=4096)  # a data set has few sizes, and NumPy takes 30 microseconds for a header
-def _sides(head: bytes) -> tuple[int, int]:
-    """(height, width) by the file's bytes before the data; raises BadSample."""
+def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, whether in Fortran's order, and type by the file's bytes before the data; raise BadSample."""
     stream = io.BytesIO(head)
     try:
         npy.read_magic(stream)
-        shape, is_fortran, dtype = npy.read_array_header_1_0(stream)
+        return npy.read_array_header_1_0(stream)
     except Exception as error:
         # Besides ValueError whatever the evaluation of a damaged literal raises: RecursionError, tokenize.TokenError, ...
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadSample(f"unreadable .npy header: {reason}") from None
+
+
+def _sides(head: bytes) -> tuple[int, int]:
+    """Return (height, width) by the file's bytes before the data; raise BadSample."""
+    shape, is_fortran, dtype = _header(head)
     if dtype != np.uint8 or is_fortran or len(shape) != 3 or shape[2] != 3:
         order = "Fortran" if is_fortran else "C"
         raise BadSample(

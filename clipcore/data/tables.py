@@ -153,7 +153,7 @@ class CsvSource:
         if len(separator) != 1:
             raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
         self._table, self._separator = path, separator
-        rows = _csv_rows(path, separator, quotes)
+        rows = csv_rows(path, separator, quotes)
         _, header = next(rows, (1, []))
         try:
             image_column = header.index(find_column(path, header, image_columns(img_key)))
@@ -270,7 +270,7 @@ def _short_lines(file: TextIO, path: str) -> Iterator[str]:
         yield line
 
 
-def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: str, separator: str, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) of the rows of a table; raise DataError."""
     try:
         # utf-8-sig: spreadsheets begin their files with a byte-order mark.

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -211,6 +211,15 @@ class ShardIndex:
         return bytes(self.keys[start : self.columns_6N[5, row]]).decode("utf-8", "replace")
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return (key, suffix) of a member: its name up to the first dot of the last component, and what follows.
+
+    None of what belongs to no sample: a name without a suffix, or what a program keeps for itself.
+    """
+    match = None if _METADATA.match(name) else _KEY.fullmatch(name)
+    return None if match is None else (match[1].removeprefix("./"), match[2])
+
+
 def build_index(path: str) -> ShardIndex:
     """Read the headers of a shard. What has no other half is left out, as in webdataset, and counted.
 
@@ -222,13 +231,13 @@ def build_index(path: str) -> ShardIndex:
     samples: dict[str, dict[str, Member]] = {}
     dotted: dict[str, dict[str, Member]] = {}
     for member in scan_members(path, left_out):
-        if _METADATA.match(member.name) or (match := _KEY.fullmatch(member.name)) is None:
+        if (parts := split_name(member.name)) is None:
             continue
-        key, suffix = match[1].removeprefix("./"), match[2].lower()
+        key, suffix = parts[0], parts[1].lower()
         stem, _, last = suffix.rpartition(".")
         group = samples
         if stem and last in _KNOWN_SUFFIXES:
-            key, suffix, group = f"{key}.{match[2][: len(stem)]}", last, dotted
+            key, suffix, group = f"{key}.{parts[1][: len(stem)]}", last, dotted
         if suffix in OTHER_IMAGE_SUFFIXES:
             left_out.add("picture of another kind", member.name)
         elif suffix in _KNOWN_SUFFIXES:
@@ -360,66 +369,46 @@ def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | 
     return ShardIndex(path, size, mtime_ns, columns, keys, left_out)
 
 
-class TarSource:
-    """The pairs of tar shards, in the order of the shards: see ``clipcore.data.PairSource``.
+class TarImages:
+    """The images of tar shards, in the order of the shards.
 
     Args:
-        paths: the shards.
-        caption_keys: fields of a JSON member that may hold the caption, the first that is there counts.
+        shards: where their samples are.
         decoder: see ``decode_image``.
-        name: for messages; the last component of the first shard when left out.
+        name: for messages.
 
     Attributes:
         left_out: what belongs to no sample, in all shards.
-
-    Raises:
-        DataError: a shard that cannot be read, or no sample in all of them.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        caption_keys: Sequence[str] = ("caption",),
-        decoder: Decoder | str = "pillow",
-        name: str = "",
-    ) -> None:
-        self.name = name or os.path.basename(paths[0])
-        self.shards = [load_index(path) for path in paths]
+    def __init__(self, shards: Sequence[ShardIndex], decoder: Decoder | str, name: str) -> None:
+        self.name = name
+        self.shards = list(shards)
         self._ends = np.cumsum([len(shard) for shard in self.shards])
-        self._caption_keys = tuple(caption_keys)
         self._decoder = decoder
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self.left_out = LeftOut()
         for shard in self.shards:
             self.left_out.update(shard.left_out)
-        if not len(self):
-            where = paths[0] if len(paths) == 1 else self.name
-            raise DataError(
-                f"{where} holds no samples: an image (.{', .'.join(MEMBER_IMAGE_SUFFIXES)}) needs a member of the same "
-                f"name that ends in .txt or .json{self.left_out.found()}"
-            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Pair:
-        captions = self.captions(index)
+    def key(self, index: int) -> str:
+        """Return the name of a sample: that of its shard, and its key there."""
+        return self._place(index)[1]
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a sample and its key; raise BadSample."""
         number, key, (image_at, image_size, _, _, _) = self._place(index)
+        if image_size > MAX_IMAGE_BYTES:
+            raise BadSample(f"{image_size} bytes are too large", key)
         try:
             data = self._read(number, image_at, image_size, key)
             # By the content, as other formats are told apart.
-            image = decode_raw(data) if is_raw(data) else decode_image(data, self._decoder)
+            return decode_raw(data) if is_raw(data) else decode_image(data, self._decoder), key
         except BadSample as error:
             raise BadSample(error.reason, key) from None
-        return Pair(image, captions, key)
-
-    def captions(self, index: int) -> str | tuple[str, ...]:
-        """Return the caption or captions of a sample; raise BadSample."""
-        number, key, (_, image_size, caption_at, caption_size, is_json) = self._place(index)
-        if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
-            raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
-        caption = self._read(number, caption_at, caption_size, key)
-        return checked_captions(self._json_caption(caption, key) if is_json else caption, key)
 
     def _place(self, index: int) -> tuple[int, str, list[int]]:
         """Return the shard's number, the key and the first five columns of a sample."""
@@ -430,17 +419,6 @@ class TarSource:
         row = index - (int(self._ends[number]) - len(shard))
         key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
         return number, key, shard.columns_6N[:5, row].tolist()
-
-    def _json_caption(self, data: bytes, key: str) -> object:
-        try:
-            record = json.loads(data)
-        except (ValueError, RecursionError):
-            raise BadSample("damaged JSON", key) from None
-        fields = record if isinstance(record, dict) else {}
-        for name in self._caption_keys:
-            if name in fields:
-                return fields[name]
-        raise BadSample(f"no {' or '.join(self._caption_keys)} in the JSON member", key)
 
     def _read(self, number: int, offset: int, size: int, key: str) -> bytes:
         try:
@@ -478,3 +456,61 @@ class TarSource:
     def __getstate__(self) -> dict[str, object]:
         # Open files cannot travel to another process; it opens its own.
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+class TarSource(TarImages):
+    """The pairs of tar shards, in the order of the shards: see ``clipcore.data.PairSource``.
+
+    Args:
+        paths: the shards.
+        caption_keys: fields of a JSON member that may hold the caption, the first that is there counts.
+        decoder: see ``decode_image``.
+        name: for messages; the last component of the first shard when left out.
+
+    Attributes:
+        left_out: what belongs to no sample, in all shards.
+
+    Raises:
+        DataError: a shard that cannot be read, or no sample in all of them.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        caption_keys: Sequence[str] = ("caption",),
+        decoder: Decoder | str = "pillow",
+        name: str = "",
+    ) -> None:
+        shards = [load_index(path) for path in paths]
+        super().__init__(shards, decoder, name or os.path.basename(paths[0]))
+        self._caption_keys = tuple(caption_keys)
+        if not len(self):
+            where = paths[0] if len(paths) == 1 else self.name
+            raise DataError(
+                f"{where} holds no samples: an image (.{', .'.join(MEMBER_IMAGE_SUFFIXES)}) needs a member of the same "
+                f"name that ends in .txt or .json{self.left_out.found()}"
+            )
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        image, key = self.picture(index)
+        return Pair(image, captions, key)
+
+    def captions(self, index: int) -> str | tuple[str, ...]:
+        """Return the caption or captions of a sample; raise BadSample."""
+        number, key, (_, image_size, caption_at, caption_size, is_json) = self._place(index)
+        if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
+            raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
+        caption = self._read(number, caption_at, caption_size, key)
+        return checked_captions(self._json_caption(caption, key) if is_json else caption, key)
+
+    def _json_caption(self, data: bytes, key: str) -> object:
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadSample("damaged JSON", key) from None
+        fields = record if isinstance(record, dict) else {}
+        for name in self._caption_keys:
+            if name in fields:
+                return fields[name]
+        raise BadSample(f"no {' or '.join(self._caption_keys)} in the JSON member", key)

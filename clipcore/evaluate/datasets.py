@@ -1,75 +1,186 @@
 """Labelled data sets as people have them, in the one form in which evaluations take them.
 
-Legend: N images, C classes.
+======================  ================================================================
+``splits.py``           ``EvaluationSet`` and ``Split``, what all of them become
+``wds.py``              tar shards with labels, CLIP_benchmark's exports
+``class_folders.py``    one folder of images a class
+``label_tables.py``     csv, tsv, jsonl and parquet tables
+``feature_files.py``    features in .npz files, for probes without a model
+``retrieval_pairs.py``  images with captions, as they train a model
+======================  ================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import PIL
 
-from clipcore.data import DataError, PairSource
+from clipcore.data import DataError, printable
+from clipcore.data.columns import is_table
+from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
+from clipcore.data.folders import CLASSES_FILE, ClassFolderSource, list_folder
+from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
+from clipcore.data.tables import ColumnError
+from clipcore.data.transforms import MAX_PIXELS, Decoder
+from clipcore.evaluate.class_folders import open_class_folders, split_folders
+from clipcore.evaluate.feature_files import feature_splits, open_features
+from clipcore.evaluate.label_tables import open_table
+from clipcore.evaluate.retrieval_pairs import pairs_set
+from clipcore.evaluate.splits import (
+    SPLITS,
+    EvaluationSet,
+    Names,
+    Split,
+    Task,
+    chosen,
+    keys_of,
+    opened_once,
+    refusals_in_words,
+)
+from clipcore.evaluate.wds import open_wds, wds_splits
 
-Task = Literal["classification", "multilabel", "retrieval"]
-SPLITS = ("train", "val", "test")
+__all__ = ["EMBEDDED", "SPLITS", "EvaluationSet", "Names", "Split", "Task", "open_set"]
+
+_TABLE_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-@dataclass(frozen=True)
-class Split:
-    """One split of a data set.
+def embedded_sets(
+    name: str, source_class: Callable[[str], Any], templates: Sequence[str]
+) -> dict[str, Callable[[], EvaluationSet]]:
+    """Return what opens the three data sets of embedded pictures, by name.
 
-    Attributes:
-        name: one of ``SPLITS``.
-        source: the images, as pairs; the captions matter for retrieval alone. None of a file of features.
-        labels_N: class indices, int64 [N]; 0 and 1 of each class, uint8 [N, C], of a multi-label set; None for retrieval.
-        fingerprint: returns a hash of what the images are: another one when one is added, removed, renamed or rewritten.
-        keys: the images' names, which say which of them a seed takes; not their order.
-        groups: groups of the images by the column that says them; empty where an image is in none.
-        features_NW: of a file of features; None of images.
+    ``NAME`` tests the unseen classes; ``NAME/shift`` tests them in unseen styles, and trains on them in the trained ones;
+    ``NAME/seen-shift`` does so with the trained classes.
+
+    Args:
+        source_class: makes the source of a split, "train", "unseen", "shift" or "seen-shift", with ``classnames`` and
+            ``labels_N``.
+        templates: prompts with {} where a class's name goes.
     """
+    parts = {
+        name: {"test": "unseen"},
+        f"{name}/shift": {"train": "unseen", "test": "shift"},
+        f"{name}/seen-shift": {"train": "train", "test": "seen-shift"},
+    }
 
-    name: str
-    source: PairSource | None
-    labels_N: np.ndarray | None
-    fingerprint: Callable[[], str]
-    keys: Callable[[], list[str]]
-    groups: Mapping[str, list[str]] = field(default_factory=dict)
-    features_NW: np.ndarray | None = None
+    def opener(key: str) -> Callable[[], EvaluationSet]:
+        return lambda: _open_embedded(key, parts[key], source_class, tuple(templates))
+
+    return {key: opener(key) for key in parts}
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """A data set with its classes and its splits, which are opened when asked for.
+def _open_embedded(
+    name: str, parts: dict[str, str], source_class: Callable[[str], Any], templates: tuple[str, ...]
+) -> EvaluationSet:
+    def open_split(split: str) -> Split:
+        source = source_class(parts[split])
 
-    Attributes:
-        name: as results call it: the folder's or file's name.
-        task: what can be evaluated on it.
-        classnames: the names of each class, one or several; all of them times all templates are averaged.
-        templates: prompts with {} or {c} where a class's name goes; empty where the set has none of its own.
-        split_names: those that are there.
-        main_metric: a key of a zero-shot result's metrics.
-        notes: what the user should know of it, such as "split: datacomp".
+        def fingerprint() -> str:
+            # The pictures are drawn, by this version of Pillow.
+            drawn = "\0".join((source.name, str(len(source)), PIL.__version__, *keys_of(source)))
+            return hashlib.sha256(drawn.encode()).hexdigest()
+
+        return Split(split, source, source.labels_N, fingerprint, lambda: keys_of(source))
+
+    open_once = opened_once(open_split)
+    source: Any = open_once("test").source
+    return EvaluationSet(
+        name=name,
+        task="classification",
+        classnames=tuple((classname,) for classname in source.classnames),
+        templates=templates,
+        split_names=chosen(list(parts)),
+        main_metric="acc1",
+        open_split=open_once,
+    )
+
+
+# What opens each data set that comes with clipcore.
+EMBEDDED: dict[str, Callable[[], EvaluationSet]] = {
+    key: opener
+    for name, data in EMBEDDED_DATA.items()
+    for key, opener in embedded_sets(name, data.open, data.templates).items()
+}
+
+
+def open_set(
+    spec: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    img_key: str | None = None,
+    label_key: str | None = None,
+    group_columns: Sequence[str] = (),
+) -> EvaluationSet:
+    """Open a data set, whose layout is told by what is there.
+
+    Args:
+        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz`` or of images
+            with captions; a table; a ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
+        max_pixels: of a picture, of which more are not read.
+        img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
+        group_columns: a table's columns of groups, beside those called ``group:...``.
+
+    Raises:
+        DataError: nothing of that name, an unknown layout, or a file that is missing, damaged or does not fit.
+
+    Example:
+        >>> glyphs = open_set("glyphs/shift")
+        >>> glyphs.split_names, glyphs.classnames[0]
+        (('train', 'test'), ('plus sign',))
     """
+    if spec in EMBEDDED:
+        return EMBEDDED[spec]()
+    decoder = Decoder(max_pixels=max_pixels)
+    path = Path(spec)
+    with refusals_in_words():
+        if os.path.isdir(spec):
+            return _open_folder(path, decoder, img_key, label_key, group_columns)
+        if os.path.exists(spec) and is_table(spec):
+            return open_table(path, decoder, img_key, label_key, group_columns)
+        if os.path.exists(spec) and path.suffix.lower() == ".npz":
+            return open_features(path.stem, {"test": path})
+        if not spec or not (os.path.exists(spec) or any(sign in spec for sign in "*?{")):
+            raise DataError(
+                f"there is no data set {printable(spec)!r}: name a folder, a table, a .npz file of features, or one of "
+                f"{', '.join(EMBEDDED)}"
+            )
+        image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
+        source = open_source(spec, img_key=image_key, max_pixels=max_pixels)
+        return pairs_set(path.name, source, path.parent)
 
-    name: str
-    task: Task
-    classnames: tuple[tuple[str, ...], ...]
-    templates: tuple[str, ...]
-    split_names: tuple[str, ...]
-    main_metric: str
-    open_split: Callable[[str], Split]
-    notes: tuple[str, ...] = ()
 
-    def split(self, name: str) -> Split:
-        """Return a split; raise DataError where the set has none of that name."""
-        if name not in self.split_names:
-            raise DataError(f"{self.name} has no {name} split")
-        return self.open_split(name)
+def _open_folder(
+    path: Path,
+    decoder: Decoder,
+    img_key: str | None,
+    label_key: str | None,
+    group_columns: Sequence[str],
+) -> EvaluationSet:
+    name = path.resolve().name
+    if wds_splits(path):
+        return open_wds(path, decoder)
+    if paths := feature_splits(path):
+        return open_features(name, paths)
+    files, _ = list_folder(str(path))
+    if split_folders(path) or CLASSES_FILE in files:
+        return open_class_folders(path, decoder)
 
+    for table in _TABLE_FILES:
+        if table in files:
+            try:
+                return open_table(path / table, decoder, img_key, label_key, group_columns, name)
+            except ColumnError:
+                # Such as one of patients and their ages.
+                if label_key is not None or group_columns:
+                    raise
 
-def open_set(spec: str, **options: Any) -> EvaluationSet:
-    """Open a data set; raise DataError."""
-    raise NotImplementedError
+    image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
+    source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
+    if isinstance(source, ClassFolderSource):
+        return open_class_folders(path, decoder, source)
+    return pairs_set(name, source, path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipcore.config import TrainConfig
 from clipcore.data import BadSample, DataError, PairSource, printable
 from clipcore.data.embedded import EMBEDDED
-from clipcore.data.folders import ClassFolderSource, read_json
+from clipcore.data.folders import ClassFolderSource
 from clipcore.data.loader import (
     JUDGED_ROWS,
     SHOWN_REASONS,
@@ -31,23 +31,13 @@ from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import MixtureSource, left_out_of, open_source
 from clipcore.data.transforms import Decoder, ImageTransform, normalize_images
 from clipcore.distributed import World, gather_objects, gather_rows, is_main
+from clipcore.evaluate.class_folders import read_templates
+from clipcore.evaluate.prompts import SIMPLE_IMAGENET_TEMPLATES
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.logbook import Logbook
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
-
-# The seven prompts that OpenAI's notebook found to be nearly as good as all eighty (openai/CLIP, notebooks).
-SIMPLE_IMAGENET_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-
 
 # Of which one at least has to be readable when a run begins.
 _PROBED_SAMPLES = 64
@@ -252,21 +242,9 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
         DataError: no such folders, names that tell no class, or files that cannot be read.
     """
     source = ClassFolderSource(str(folder), decoder)
-    file = folder / "templates.json"
-    templates = read_json(str(file), list(SIMPLE_IMAGENET_TEMPLATES))
-    if (
-        not isinstance(templates, list)
-        or not templates
-        or not all(isinstance(template, str) for template in templates)
-    ):
-        raise DataError(f"{file} is not a list of prompts with {{}} where the class name goes")
-    for template in templates:
-        if "{}" not in template and "{c}" not in template:
-            raise DataError(
-                f"{file}: the prompt {printable(template[:80])!r} has no {{}} where the class name goes"
-            )
+    templates = read_templates(folder) or SIMPLE_IMAGENET_TEMPLATES
     name = f"classes of {folder.name}"
-    return ZeroShotTask(name, source, source.labels_N, source.classnames, tuple(templates))
+    return ZeroShotTask(name, source, source.labels_N, source.classnames, templates)
 
 
 def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:

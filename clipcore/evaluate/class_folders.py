@@ -1,0 +1,146 @@
+"""Images in one folder a class: ``DIR/CLASS/*.png``, or ``DIR/{train,val,test}/CLASS/*.png``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clipcore.data import DataError, printable
+from clipcore.data.folders import (
+    CLASSES_FILE,
+    TEMPLATES_FILE,
+    ClassFolderSource,
+    class_names,
+    is_image,
+    list_folder,
+    walk,
+)
+from clipcore.data.transforms import Decoder
+from clipcore.evaluate.class_names import (
+    checked_names,
+    first_file,
+    templates_from_json,
+    twin_notes,
+)
+from clipcore.evaluate.splits import (
+    SPLITS,
+    EvaluationSet,
+    Split,
+    chosen,
+    empty_class_notes,
+    files_fingerprint,
+    keys_of,
+    left_out_notes,
+    opened_once,
+)
+from clipcore.evaluate.suites import zero_shot_metric
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """Return the folders of splits of a folder whose images lie in class folders in them; none of another folder.
+
+    A class may be called "train": the folder of a split holds folders of images, and no image itself.
+    """
+    found = {name: path / name for name in SPLITS if os.path.isdir(path / name)}
+    return found if any(map(_holds_classes, found.values())) else {}
+
+
+def _holds_classes(folder: Path) -> bool:
+    files, folders = list_folder(str(folder))
+    return not any(map(is_image, files)) and any(_holds_image(folder / name) for name in folders)
+
+
+def _holds_image(folder: Path) -> bool:
+    return any(any(map(is_image, names)) for _, names in walk(str(folder)))
+
+
+def read_templates(*folders: Path) -> tuple[str, ...]:
+    """Return the prompts of the first ``templates.json`` in some folders, none where there is no such file.
+
+    Raises:
+        DataError: it is no list of prompts.
+    """
+    file = first_file(TEMPLATES_FILE, folders)
+    return () if file is None else templates_from_json(file)
+
+
+def open_class_folders(
+    path: Path, decoder: Decoder, whole: ClassFolderSource | None = None
+) -> EvaluationSet:
+    """Open a folder of one folder a class, or of such folders for each split.
+
+    The names of classes are those of their folders, or what ``classes.json`` gives for them, a name or a list of names. That
+    file and ``templates.json``, a list of prompts, lie in the folder or in a split's. The classes are those of all splits,
+    in alphabetical order of their folders.
+
+    Args:
+        whole: of a folder without splits, its source where it has been opened before.
+
+    Raises:
+        DataError: fewer than two classes, names that tell no class, or a file that cannot be read.
+    """
+    splits = split_folders(path)
+    # Test first: what is evaluated says what the classes are called.
+    inner = [splits[name] for name in reversed(SPLITS) if name in splits]
+    names_by_folder, notes = None, list[str]()
+    if splits:
+        names_by_folder = _names_of_splits(path, splits, [path, *inner])
+        others = [name for name in list_folder(str(path))[1] if name not in splits]
+        notes += [f"not used: the folder {printable(name)!r}, which is no split" for name in others]
+        names = tuple(names_by_folder.values())
+    else:
+        splits = {"test": path}
+        whole = whole or ClassFolderSource(str(path), decoder)
+        names = whole.names
+    names = checked_names(names, str(path / CLASSES_FILE))
+
+    def open_split(name: str) -> Split:
+        folder = splits[name]
+        source = whole or ClassFolderSource(str(folder), decoder, names_by_folder)
+        return _split(name, source, folder)
+
+    name = path.resolve().name
+    return EvaluationSet(
+        name=name,
+        task="classification",
+        classnames=names,
+        templates=read_templates(path, *inner),
+        split_names=chosen(list(splits)),
+        main_metric=zero_shot_metric(name, "classification"),
+        open_split=opened_once(open_split),
+        notes=(*notes, *twin_notes(names)),
+    )
+
+
+def _split(name: str, source: ClassFolderSource, folder: Path) -> Split:
+    return Split(
+        name=name,
+        source=source,
+        labels_N=source.labels_N,
+        fingerprint=lambda: files_fingerprint(source.picture_names(), folder),
+        keys=lambda: keys_of(source),
+        notes=(
+            *left_out_notes(name, source),
+            *empty_class_notes(name, source.labels_N, source.names),
+        ),
+    )
+
+
+def _names_of_splits(
+    path: Path, splits: dict[str, Path], folders: list[Path]
+) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of all splits by their folders, in order; raise DataError for fewer than two."""
+    tops = {
+        top
+        for folder in splits.values()
+        for top in list_folder(str(folder))[1]
+        if not top.startswith("__") and _holds_image(folder / top)
+    }
+    ordered = sorted(tops)
+    if len(ordered) < 2:
+        raise DataError(
+            f"{path}: all images of its splits lie in one folder, {printable(ordered[0])!r}, which makes one class; "
+            "put those of each class into a folder of its own"
+        )
+    file = first_file(CLASSES_FILE, folders) or path / CLASSES_FILE
+    return dict(zip(ordered, class_names(str(path), ordered, str(file)), strict=True))

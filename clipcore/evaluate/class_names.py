@@ -1,0 +1,146 @@
+"""Names and prompts of classes, as files beside a data set give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipcore.data import DataError, printable
+from clipcore.data.folders import read_json
+from clipcore.evaluate.splits import MAX_CLASSES, Names
+from clipcore.files import mode_of, not_utf8, read_regular
+
+_MAX_TEXT_BYTES = 1 << 22  # of a file of names or prompts
+_SHOWN_CHARS = 80
+_SHOWN_TWINS = 3
+
+
+def read_text(path: Path, limit: int = _MAX_TEXT_BYTES) -> str:
+    """Return the content of a small text file, UTF-8; raise DataError."""
+    try:
+        data = read_regular(path, limit + 1)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > limit:
+        raise DataError(f"{path} is longer than {limit:,} bytes; write one short text a line")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(str(path), error)) from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, without the empty ones at its end; raise DataError."""
+    # Not splitlines, which also cuts at characters that a name may hold.
+    lines = [line.strip() for line in read_text(path).replace("\r\n", "\n").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def names_from_lines(path: Path) -> Names:
+    """Return the names in a file of one class a line; raise DataError."""
+    return checked_names([(line,) for line in read_lines(path)], str(path))
+
+
+def names_from_json(path: Path) -> Names:
+    """Return the names of classes by their numbers, from a list or an object: ``["cat", ["dog", "hound"]]``.
+
+    Raises:
+        DataError: another content, or a number without a name.
+    """
+    given = read_json(str(path), None)
+    shape = "a list of the class names in the order of the labels, or an object of labels to names"
+    if isinstance(given, dict):
+        numbers = {str(number) for number in range(len(given))}
+        if set(given) != numbers:
+            raise DataError(f"{path} is not {shape} from 0 to {len(given) - 1}")
+        given = [given[str(number)] for number in range(len(given))]
+    if not isinstance(given, list):
+        raise DataError(f"{path} is not {shape}")
+
+    found = []
+    for value in given:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{path} is not {shape}; each name is a text or a list of texts")
+        found.append(tuple(name.strip() for name in names))
+    return checked_names(found, str(path))
+
+
+def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
+    """Return the names of classes.
+
+    Raises:
+        DataError: there are none, too many, or an empty one.
+    """
+    if not names:
+        raise DataError(f"{origin} names no class; write the name of each")
+    if len(names) > MAX_CLASSES:
+        raise DataError(f"{origin} names {len(names):,} classes, more than {MAX_CLASSES:,}")
+    for number, those in enumerate(names):
+        if not those or not all(those):
+            raise DataError(
+                f"{origin}: the name of class {number}, counted from 0, is empty; write it"
+            )
+    # A lone surrogate comes from a JSON escape; no tokenizer can encode it.
+    return tuple(
+        tuple(name.encode("utf-8", "replace").decode("utf-8") for name in those) for those in names
+    )
+
+
+def twin_notes(names: Names) -> tuple[str, ...]:
+    """Return a note for each two classes that share a name, of which no prompt tells one from the other."""
+    seen, notes = dict[str, int](), list[str]()
+    for number, those in enumerate(names):
+        # A vocabulary knows neither capitals nor runs of spaces.
+        for name in {" ".join(name.casefold().split()) for name in those}:
+            other = seen.setdefault(name, number)
+            if other != number:
+                notes.append(
+                    f"classes {other} and {number} are both called {printable(name)!r}: one of them always loses"
+                )
+    if len(notes) > _SHOWN_TWINS:
+        notes[_SHOWN_TWINS:] = [f"{len(notes) - _SHOWN_TWINS} more classes share a name"]
+    return tuple(notes)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something has that name, be it no file: reading it then says what is wrong with it."""
+    try:
+        return mode_of(path) is not None
+    except OSError:
+        return True
+
+
+def first_file(name: str, folders: Sequence[Path]) -> Path | None:
+    """Return the first file of that name in one of several folders, None where there is none."""
+    return next((folder / name for folder in folders if is_there(folder / name)), None)
+
+
+def templates_from_json(path: Path) -> tuple[str, ...]:
+    """Return the prompts in a JSON file, a list of texts; raise DataError."""
+    templates = read_json(str(path), None)
+    if (
+        not isinstance(templates, list)
+        or not templates
+        or not all(isinstance(template, str) for template in templates)
+    ):
+        raise DataError(f"{path} is not a list of prompts with {{}} where the class name goes")
+    return _checked_templates(templates, path)
+
+
+def templates_from_lines(path: Path) -> tuple[str, ...]:
+    """Return the prompts in a text file, one a line; raise DataError."""
+    templates = [line for line in read_lines(path) if line]
+    if not templates:
+        raise DataError(f"{path} holds no prompt; write one a line, with {{c}} for the class name")
+    return _checked_templates(templates, path)
+
+
+def _checked_templates(templates: Sequence[str], path: Path) -> tuple[str, ...]:
+    for template in templates:
+        if "{}" not in template and "{c}" not in template:
+            shown = printable(template[:_SHOWN_CHARS])
+            raise DataError(f"{path}: the prompt {shown!r} has no {{}} where the class name goes")
+    return tuple(template.encode("utf-8", "replace").decode("utf-8") for template in templates)

@@ -1,0 +1,218 @@
+"""What evaluations take: a data set with its classes and splits, whatever layout it has on disk.
+
+Legend: N images, C classes, W width of features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from clipcore.data import DataError, Pair, PairSource, printable
+from clipcore.data.sources import left_out_of
+
+Task = Literal["classification", "multilabel", "retrieval"]
+SPLITS = ("train", "val", "test")
+# Of each image a row of them is in memory.
+MAX_CLASSES = 1 << 20
+# The names of each class.
+Names = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        name: one of ``SPLITS``.
+        source: the images, as pairs; the captions matter for retrieval alone. None of a file of features.
+        labels_N: class indices, int64 [N]; 0 and 1 of each class, uint8 [N, C], of a multi-label set; None for retrieval,
+            and where the images have groups but no labels.
+        fingerprint: returns a hash of what the images are: another one when one is added, removed, renamed or rewritten.
+        keys: the images' names, which say which of them a seed takes; not their order.
+        groups: groups of the images by the column that says them; empty where an image is in none.
+        features_NW: float32, of a file of features; None of images.
+        notes: what the user should know of it, such as the images that were left out.
+    """
+
+    name: str
+    source: PairSource | None
+    labels_N: np.ndarray | None
+    fingerprint: Callable[[], str]
+    keys: Callable[[], list[str]]
+    groups: Mapping[str, list[str]] = field(default_factory=dict)
+    features_NW: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of images, N."""
+        if self.features_NW is not None:
+            return len(self.features_NW)
+        return 0 if self.source is None else len(self.source)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A data set with its classes and its splits, which are opened when asked for.
+
+    Attributes:
+        name: as results call it: the folder's or file's name.
+        task: what can be evaluated on it.
+        classnames: the names of each class, one or several; all of them times all templates are averaged. Empty for
+            retrieval, and for images with groups but no labels.
+        templates: prompts with {} or {c} where a class's name goes; empty where the set has none of its own.
+        split_names: those that are there, in the order of ``SPLITS``.
+        main_metric: a key of a zero-shot result's metrics.
+        open_split: opens a split by its name; see ``split``.
+        notes: what the user should know of it, such as "split: datacomp".
+    """
+
+    name: str
+    task: Task
+    classnames: Names
+    templates: tuple[str, ...]
+    split_names: tuple[str, ...]
+    main_metric: str
+    open_split: Callable[[str], Split]
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: str) -> Split:
+        """Return a split, the same object each time; raise DataError where the set has none of that name."""
+        if name not in self.split_names:
+            raise DataError(
+                f"{printable(self.name)} has no split {name!r}; it has {', '.join(self.split_names)}: "
+                f"rename one of them, or link {name!r} to it"
+            )
+        return self.open_split(name)
+
+
+@contextlib.contextmanager
+def refusals_in_words() -> Iterator[None]:
+    """Raise as a DataError what the system refuses, such as a link to itself."""
+    try:
+        yield
+    except OSError as error:
+        where = printable(os.fspath(error.filename or "a file"))
+        raise DataError(f"cannot read {where}: {error.strerror or error}") from None
+
+
+def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
+    """Return an opener that opens each split once, and then returns it again; it raises DataError alone."""
+
+    @cache
+    def open_it(name: str) -> Split:
+        with refusals_in_words():
+            return open_split(name)
+
+    return open_it
+
+
+class Pictures(Protocol):
+    """Images by number, without captions."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def picture(self, index: int) -> tuple[Any, str]: ...
+
+
+class LabelledImages:
+    """Images whose captions are the names of their classes: see ``clipcore.data.PairSource``.
+
+    Args:
+        pictures: the images of which these are some.
+        rows_N: their numbers in it, int64 [N].
+        labels_N: as of ``Split``; None of images without labels.
+        names: the names of each class, of which captions take the first.
+    """
+
+    def __init__(
+        self, pictures: Pictures, rows_N: np.ndarray, labels_N: np.ndarray | None, names: Names
+    ) -> None:
+        self.name = pictures.name
+        self._pictures = pictures
+        self._rows_N = rows_N
+        self._labels_N = labels_N
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._rows_N)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        image, key = self._pictures.picture(int(self._rows_N[index]))
+        return Pair(image, self.captions(index), key)
+
+    def captions(self, index: int) -> str:
+        """Return the names of an image's classes; a word of no class where it is in none."""
+        if self._labels_N is None:
+            return "an image"
+        label = self._labels_N[index]
+        classes = [int(label)] if label.ndim == 0 else np.flatnonzero(label).tolist()
+        return ", ".join(self._names[number][0] for number in classes) or "nothing"
+
+    def key(self, index: int) -> str:
+        """Return the name of an image."""
+        return self._pictures.key(int(self._rows_N[index]))
+
+
+def keys_of(source: PairSource) -> list[str]:
+    """Return a name for each image of a source: its own where it has one, else its number."""
+    key = getattr(source, "key", None)
+    if key is None:
+        return [f"{source.name}, row {row + 1}" for row in range(len(source))]
+    return [key(row) for row in range(len(source))]
+
+
+def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
+    """Return a hash of the names, sizes and modification times of files in their order, and of other values.
+
+    A file that is not there counts as such.
+
+    Args:
+        folder: of the data set: names are those within it, so that a copy of a folder with its times has the same hash.
+    """
+    digest = hashlib.sha256(repr(others).encode("utf-8", "surrogateescape"))
+    whole, given = os.path.join(os.path.abspath(folder), ""), os.path.join(folder, "")
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            state = (stat.st_size, stat.st_mtime_ns)
+        except (OSError, ValueError):
+            state = (-1, -1)
+        name = path.removeprefix(whole).removeprefix(given)
+        digest.update(repr((name, *state)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def left_out_notes(split: str, source: object) -> tuple[str, ...]:
+    """Return a note of what a source leaves out of a split; none where it leaves nothing out."""
+    left_out = left_out_of(source)  # type: ignore[arg-type]
+    return (f"not used of {split}: {left_out}",) if left_out else ()
+
+
+def empty_class_notes(split: str, labels_N: np.ndarray, names: Names) -> tuple[str, ...]:
+    """Return a note of the classes that have no image in a split; none where each has one."""
+    count_C = np.bincount(labels_N, minlength=len(names)) if labels_N.ndim == 1 else labels_N.sum(0)
+    empty = np.flatnonzero(count_C == 0)
+    if not len(empty):
+        return ()
+    example = printable(names[empty[0]][0])
+    return (f"{len(empty)} of {len(names)} classes have no image in {split}, such as {example!r}",)
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of splits in their usual order."""
+    return tuple(name for name in SPLITS if name in names)
