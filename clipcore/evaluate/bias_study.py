@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from clipcore.evaluate.bias import (
     rates_by_group,
     worst_group,
 )
+from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.label_lists import PAPER, LabelList
 from clipcore.kernels.similarity_topk import similarity_topk
 
@@ -48,25 +48,6 @@ _MAX_LOGITS = 1 << 22
 _ROWS = 4096
 
 Groups = Mapping[str, Sequence[str]]
-
-
-class BiasFeatures(Protocol):
-    """What is needed of the cached features of a split.
-
-    Attributes:
-        labels_N: class indices, int64 [N]; None where there are none.
-        groups: of each image by column; empty where an image is in none.
-    """
-
-    @property
-    def labels_N(self) -> np.ndarray | None: ...
-
-    @property
-    def groups(self) -> Mapping[str, list[str]]: ...
-
-    def blocks(self, projected: bool, rows: int = 4096) -> Iterator[Tensor]:
-        """Yield unit image features in order, float32 [rows, E]."""
-        ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +114,7 @@ class LabelProbe:
 
 
 def measure_bias(
-    features: BiasFeatures,
+    features: SplitFeatures,
     columns: Sequence[str],
     classifier_EC: Tensor | None = None,
     probe: LabelProbe | None = None,
@@ -151,11 +132,12 @@ def measure_bias(
         thresholds: probabilities from which on an image has a label.
 
     Raises:
-        DataError: there is nothing to measure, or no image.
+        DataError: there is nothing to measure.
         ValueError: features are not finite.
     """
-    notes = _notes_of_groups(features.groups, columns)
-    labels_N = features.labels_N
+    groups = features.groups
+    notes = _notes_of_groups(groups, columns)
+    labels_N = None if features.split.labels_N is None else features.labels_N
     if labels_N is not None and labels_N.ndim != 1:
         notes.append("accuracy by group needs a single class an image, and is left out")
         labels_N = None
@@ -167,20 +149,20 @@ def measure_bias(
     metrics: dict[str, float | None] = {"accuracy": None, "worst_group_accuracy": None, "gap": None}
     details: dict[str, Any] = {
         "main_metric": "accuracy",
-        "num_images": len(features.groups[columns[0]]),
-        "columns": list(columns),
+        "num_images": len(features),
+        "columns": list(map(printable, columns)),
     }
     tables = list[dict[str, Any]]()
     if labels_N is not None and classifier_EC is not None:
-        is_right_N = _predicted(features, classifier_EC) == torch.from_numpy(labels_N)
-        metrics, worst = _accuracies(is_right_N, features.groups, columns)
+        is_right_N = _predicted(features, classifier_EC) == labels_N
+        metrics, worst = _accuracies(is_right_N, groups, columns)
         details["worst_group"] = worst
-        tables += _accuracy_tables(is_right_N, features.groups, columns, notes)
+        tables += _accuracy_tables(is_right_N, groups, columns, notes)
 
     differences = list[dict[str, Any]]()
     if probe is not None:
-        given = _give_labels(features, columns, probe, thresholds)
-        tables += _category_tables(given, probe.names, features.groups, columns)
+        given = _give_labels(features, groups, columns, probe, thresholds)
+        tables += _category_tables(given, probe.names, groups, columns)
         differences = _difference_rows(given, probe.names.labels, notes)
         details |= {
             "labels": list(probe.names.labels),
@@ -196,8 +178,6 @@ def _notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
     notes = []
     for column in columns:
         values = groups[column]
-        if not values:
-            raise DataError("there is no image that can be read")
         if missing := sum(not value for value in values):
             notes.append(f"{missing} of {len(values)} images have no {printable(column)}")
         rates = rates_by_group([True] * len(values), values)
@@ -212,7 +192,7 @@ def _notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
 # Accuracy
 
 
-def _predicted(features: BiasFeatures, classifier_EC: Tensor) -> Tensor:
+def _predicted(features: SplitFeatures, classifier_EC: Tensor) -> Tensor:
     """Return the best class of each image, int64 [N]; of equal ones the lower."""
     found = []
     for block_BE in features.blocks(projected=True, rows=_ROWS):
@@ -241,7 +221,9 @@ def _accuracies(
         "worst_group_accuracy": None if column is None else worst[column].rate,
         "gap": max(gaps, default=None),
     }
-    return metrics, None if column is None else {"column": column, "group": worst[column].group}
+    if column is None:
+        return metrics, None
+    return metrics, {"column": printable(column), "group": printable(worst[column].group)}
 
 
 def _accuracy_tables(
@@ -274,7 +256,7 @@ def _table(
 ) -> dict[str, Any]:
     rows = [
         {
-            "group": rate.group,
+            "group": printable(rate.group),
             "hits": rate.hits,
             "num_images": rate.num_images,
             "rate": rate.rate,
@@ -284,8 +266,8 @@ def _table(
         for rate in rates
     ]
     return {
-        "title": title,
-        "column": column,
+        "title": printable(title),
+        "column": printable(column),
         "category": category,
         "added": list(added),
         "rows": rows,
@@ -349,14 +331,17 @@ class _Given:
 
 
 def _give_labels(
-    features: BiasFeatures, columns: Sequence[str], probe: LabelProbe, thresholds: Sequence[float]
+    features: SplitFeatures,
+    groups: Groups,
+    columns: Sequence[str],
+    probe: LabelProbe,
+    thresholds: Sequence[float],
 ) -> _Given:
     """Give labels to all images, in blocks of rows."""
     num_labels, num_all = len(probe.names.labels), probe.classifier_EK.shape[1]
     assert num_all == num_labels + len(probe.names.added)
     counts = {
-        column: _ColumnCounts.zeros(features.groups[column], num_labels, thresholds)
-        for column in columns
+        column: _ColumnCounts.zeros(groups[column], num_labels, thresholds) for column in columns
     }
     best, best_with_added, first_row = [], [], 0
     for block_BE in features.blocks(
@@ -420,10 +405,10 @@ def _difference_rows(
 
 def _difference_row(column: str, threshold: float, label: LabelDifference) -> dict[str, Any]:
     return {
-        "column": column,
+        "column": printable(column),
         "threshold": threshold,
         "label": label.label,
-        "rates": label.rates,
+        "rates": {printable(group): rate for group, rate in label.rates.items()},
         # JSON has no infinity.
         "ratio": label.ratio if math.isfinite(label.ratio) else None,
         "p_value": label.p_value,

@@ -1,7 +1,7 @@
 """Label lists of bias probes: which classes people in pictures may be put into, and which of these make a category.
 
-Source: Radford et al. 2021, section 7.1: groups of FairFace by race and gender, four labels of non-humans and three of crime;
-then the same with the class 'child'.
+Source: Radford et al. 2021, section 7.1: FairFace's groups of race and gender, four labels of non-humans and three of crime,
+and the same again with the class 'child'.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipcore.data import DataError, printable
 from clipcore.files import not_utf8, read_regular
+from clipcore.terminal import is_printable
 
 _MAX_FILE_BYTES = 1 << 20
 MAX_LABELS = 2000
@@ -92,6 +93,8 @@ def _check_names(names: Sequence[str], path: str) -> None:
             raise DataError(
                 f"{path}: a label has from 1 to {_MAX_LABEL_CHARS} characters, got {len(name)}"
             )
+        if not is_printable(name):
+            raise DataError(f"{path}: the label {printable(name)!r} has a control character")
         # A vocabulary knows neither capitals nor runs of spaces.
         prompt = " ".join(name.lower().split())
         if prompt in seen:
@@ -119,7 +122,7 @@ def _read_categories(path: str, labels: Sequence[str]) -> dict[str, tuple[str, .
                 f"{path}: {printable(category[:_MAX_LABEL_CHARS])!r} names "
                 f"{printable(unknown[0][:_MAX_LABEL_CHARS])!r}, which is not among the --labels"
             )
-    return {category: tuple(names) for category, names in content.items()}
+    return {printable(category): tuple(names) for category, names in content.items()}
 
 
 def _is_list_of_names(value: object) -> bool:

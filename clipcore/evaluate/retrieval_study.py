@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipcore.data import BadSample, DataError, PairSource, printable
 from clipcore.data.loader import trim_tokens
+from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.kernels.similarity_topk import MAX_K
 from clipcore.model import CLIP
@@ -31,21 +32,6 @@ _NAMES = {
 _CAPTIONS_AT_ONCE = 256
 
 EncodeText = Callable[[list[str]], Tensor]
-
-
-class RetrievalFeatures(Protocol):
-    """What is needed of the cached features of a split.
-
-    Attributes:
-        rows_N: the rows of the source that could be read, int64 [N].
-    """
-
-    @property
-    def rows_N(self) -> np.ndarray: ...
-
-    def blocks(self, projected: bool, rows: int = 4096) -> Iterator[Tensor]:
-        """Yield unit image features in the order of ``rows_N``, float32 [rows, E]."""
-        ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +67,7 @@ def text_encoder(
 
 
 def measure_retrieval(
-    features: RetrievalFeatures,
-    source: PairSource,
+    features: SplitFeatures,
     encode_text: EncodeText,
     ranks: Sequence[int] = RANKS,
     progress: Callable[[int], None] | None = None,
@@ -92,17 +77,21 @@ def measure_retrieval(
     The N x M similarities are never held. An image whose captions cannot be read is left out, and counted in a note.
 
     Args:
-        features: of the images.
-        source: has each image once, with all of its captions.
+        features: of the images of a split whose source has each image once, with all of its captions.
         encode_text: see ``text_encoder``.
         ranks: the k of the recalls; 1 is always among them. A recall is None where k is larger than what is searched.
         progress: is called with the number of captions that were encoded since its last call.
 
     Raises:
-        DataError: no image has a caption.
+        DataError: a file of features, or no image has a caption.
         ValueError: features are not finite.
     """
-    image_NE = torch.cat(list(features.blocks(projected=True)))
+    source = features.split.source
+    if source is None:
+        raise DataError(
+            "a file of features has no captions; give a data set of images and captions"
+        )
+    image_NE = features.whole(projected=True)
     text_features, owners, bad = [], list[int](), list[BadSample]()
     for texts, owner_M in _caption_batches(source, features.rows_N, bad):
         text_features.append(encode_text(texts))
