@@ -225,6 +225,7 @@ def _describe_evaluation(
         described_NW = features.whole(projected=False)
     else:
         wanted = torch.from_numpy(features.rows_N)
+        assert (wanted.diff() > 0).all(), "rows rise, as the images come"
         parts = list[Tensor]()
         for batch in image_batches(source, descriptor, reading):
             # Those that the model's own preprocessing could not take have no answer.

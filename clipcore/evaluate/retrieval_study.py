@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rank(text: str) -> int:
     """Return the k of a recall, for argparse."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_K:
+    is_number = text.isascii() and text.isdigit() and len(text) < 4
+    if not is_number or not 1 <= int(text) <= MAX_K:
         raise argparse.ArgumentTypeError(f"a K is a whole number from 1 to {MAX_K}, got {text!r}")
     return int(text)
 
