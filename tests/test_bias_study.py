@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from given_features import GivenFeatures
 
 from clipcore.data import DataError
-from clipcore.evaluate import bias_study
+from clipcore.evaluate import bias_study, label_lists
 from clipcore.evaluate.bias import label_differences
 from clipcore.evaluate.bias_study import LabelProbe, add_arguments, chosen_columns, measure_bias
 from clipcore.evaluate.label_lists import PAPER_LABELS, LabelList, read_label_list
@@ -103,6 +104,12 @@ def test_labels_by_threshold_in_blocks_as_in_one_piece(monkeypatch, rows):
         for row in details["differences"]
     ]
     assert found == expected and any(ratio is None for _, _, _, ratio, _ in found)
+
+
+def test_a_label_is_given_from_the_threshold_on():
+    """Without a scale each of four labels has a probability of a quarter."""
+    _, details = measure_bias(given(), ["age"], probe=probe(logit_scale=0.0), thresholds=(0.25,))
+    assert [row["rates"] for row in details["differences"]] == [{"old": 1.0, "young": 1.0}] * 4
 
 
 def test_images_without_a_group_and_small_groups_are_counted():
@@ -218,6 +225,19 @@ def test_files_of_categories_that_are_wrong(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as found:
         read_label_list(str(labels), str(path))
     assert len(str(found.value).splitlines()) == 1
+
+
+def test_no_more_of_a_file_is_read_than_is_allowed(tmp_path, monkeypatch):
+    limits = []
+
+    def read(path: Path, limit: int) -> bytes:
+        limits.append(limit)
+        return b"x" * limit
+
+    monkeypatch.setattr(label_lists, "read_regular", read)
+    with pytest.raises(DataError, match="has more than 1,048,576 bytes"):
+        read_label_list(str(tmp_path / "labels.txt"))
+    assert limits == [(1 << 20) + 1]
 
 
 def test_files_that_are_none(tmp_path):

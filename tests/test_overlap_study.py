@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -207,6 +208,14 @@ def test_features_of_a_model():
     assert first["cosine"] == pytest.approx(1, abs=1e-6) and details["descriptor"] == "model"
 
 
+def test_pixels_see_through_another_ratio_of_sides():
+    """The descriptor takes the whole picture, whatever the model's preprocessing cuts off."""
+    source = GivenSource([pattern(5, width, 48) for width in (30, 60, 180)])
+    stream = TrainingStream(source, pixel_descriptor(), Reading(), torch.device("cpu"), None)
+    (described,) = stream.blocks()
+    assert (described @ described.T).min() > 0.97
+
+
 def test_training_images_that_cannot_be_compared():
     nothing = GivenSource([None, None], "training")
     with pytest.raises(
@@ -219,6 +228,10 @@ def test_training_images_that_cannot_be_compared():
     )
     with pytest.raises(ValueError, match="not finite"):
         measure_overlap(evaluation(), IS_RIGHT, source, "x", broken, THRESHOLD)
+    with pytest.raises(ValueError, match="not finite"):
+        measure_overlap(
+            evaluation(), IS_RIGHT, source, "x", broken._replace(name="model"), THRESHOLD
+        )
     with pytest.raises(DataError, match="a file of features has no images"):
         measure_overlap(
             GivenFeatures(torch.ones(2, 2)),
@@ -262,12 +275,23 @@ def test_workers_read_the_same_and_end(monkeypatch):
     stream = TrainingStream(source, pixel_descriptor(), Reading(8), torch.device("cpu"), _stop)
     with pytest.raises(KeyboardInterrupt) as stopped:
         overlap_study._nearest(torch.ones(1, 768), stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(overlap_study, "nearest_training", _take_one)
+        stream = TrainingStream(source, pixel_descriptor(), Reading(8), torch.device("cpu"), None)
+        patch.setattr(image_descriptors, "_BLOCK_ROWS", 1)
+        with pytest.raises(MemoryError) as failed:
+            overlap_study._nearest(torch.ones(1, 768), stream)
     # At once, although the traceback keeps the frames, and with them the iterator over what was read.
-    assert closed == [True] and stopped.tb is not None
+    assert closed == [True, True] and stopped.tb is not None and failed.tb is not None
 
 
 def _stop(number: int) -> None:
     raise KeyboardInterrupt
+
+
+def _take_one(described: torch.Tensor, blocks: Iterator[torch.Tensor]) -> None:
+    next(blocks)
+    raise MemoryError
 
 
 def test_bonferroni_over_the_sets_of_a_model():

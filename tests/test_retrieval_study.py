@@ -46,7 +46,7 @@ def test_as_clip_benchmark_counts(monkeypatch):
     monkeypatch.setattr(retrieval_study, "_CAPTIONS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
     image_NE, text_ME = (torch.randn(n, 8, generator=generator) for n in (12, 30))
-    owners = sorted(torch.randint(12, (18,), generator=generator).tolist() + list(range(12)))
+    owners = sorted([*range(12), *[3] * 10, *range(4, 12)])
     captions = [[str(m) for m in range(30) if owners[m] == n] for n in range(12)]
     sizes = []
 
@@ -57,7 +57,7 @@ def test_as_clip_benchmark_counts(monkeypatch):
     source = GivenSource([None] * 12, captions=captions)
     seen = []
     found, _ = measure_retrieval(
-        GivenFeatures(image_NE, source), encode_rows, ranks=[1, 5], progress=seen.append
+        GivenFeatures(image_NE, source), encode_rows, ranks=[5], progress=seen.append
     )
     scores = (text_ME / text_ME.norm(dim=1)[:, None]) @ (image_NE / image_NE.norm(dim=1)[:, None]).T
     is_own = torch.tensor(owners)[:, None] == torch.arange(12)
@@ -83,6 +83,9 @@ def test_what_cannot_be_retrieved_is_named():
         measure_retrieval(features_of([[], []]), encode)
     with pytest.raises(DataError, match="a file of features has no captions"):
         measure_retrieval(GivenFeatures(AXES), encode)
+    source = GivenSource([None], captions=[["0"]])
+    with pytest.raises(ValueError, match="not finite"):
+        measure_retrieval(GivenFeatures(torch.full((1, 6), torch.nan), source), encode)
     with pytest.raises(ValueError, match="not finite"):
         measure_retrieval(features_of([["0"]]), lambda texts: torch.full((1, 6), torch.nan))
 

@@ -87,9 +87,7 @@ ALTERATIONS: dict[str, Alteration] = {
 
 def shrunk(picture: Picture, max_side: int) -> Image.Image:
     """Return a picture in RGB with sides of at most so many pixels, in the same ratio."""
-    image = as_image(picture).convert("RGB")
-    if image is picture:
-        image = image.copy()
+    image = as_image(picture).convert("RGB")  # a copy, also of a picture in RGB
     image.thumbnail((max_side, max_side))
     return image
 

@@ -253,7 +253,9 @@ def _proposed(
     chosen = torch.tensor(heapq.nsmallest(NUM_COPIES, range(len(images.keys)), key=order))
     copies = torch.cat(
         [
-            _cosines_with_copies(images, places, described_NW[places], descriptor)
+            _cosines_with_copies(
+                images, places, described_NW[places.to(described_NW.device)], descriptor
+            )
             for places in chosen.split(batch_size)
         ]
     )
@@ -295,11 +297,9 @@ def _cosines_with_others(described_NW: Tensor, chosen: Tensor) -> Tensor:
     """Return the cosine of each chosen image with the nearest other one; none where there is a single image."""
     if len(described_NW) < 2:
         return described_NW.new_zeros(0)
-    chosen = chosen.to(described_NW.device)
-    cosine_B2, place_B2 = similarity_topk(described_NW[chosen], described_NW, 2)
-    # An equal image of a lower number comes before the image itself.
-    is_itself = place_B2[:, 0] == chosen
-    return torch.where(is_itself, cosine_B2[:, 1], cosine_B2[:, 0])
+    # The largest cosine is an image's with itself, or with one that is equal.
+    cosine_B2, _ = similarity_topk(described_NW[chosen.to(described_NW.device)], described_NW, 2)
+    return cosine_B2[:, 1]
 
 
 def _nearest(described_NW: Tensor, stream: TrainingStream) -> tuple[Tensor, Tensor]:
