@@ -46,7 +46,7 @@ def test_as_clip_benchmark_counts(monkeypatch):
     monkeypatch.setattr(retrieval_study, "_CAPTIONS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
     image_NE, text_ME = (torch.randn(n, 8, generator=generator) for n in (12, 30))
-    owners = sorted([*range(12), *[3] * 10, *range(4, 12)])
+    owners = sorted([*range(12), *[11] * 10, *range(4, 12)])
     captions = [[str(m) for m in range(30) if owners[m] == n] for n in range(12)]
     sizes = []
 
