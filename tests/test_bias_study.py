@@ -154,7 +154,7 @@ def test_what_cannot_be_measured_is_named():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "names no column; the columns of groups are age, file"),
+        (" , ", "names no column; write them as race,gender"),
         ("age,race", "there is no column 'race'; the columns of groups are age, file"),
         ("file", "the column 'file' names 501 groups, and groups are from 1 to 500; leave it out"),
         ("none", "the column 'none' names 0 groups"),

@@ -78,12 +78,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_columns(text: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the columns that --groups names, each once; raise DataError for one that is not there."""
+def column_names(text: str) -> list[str]:
+    """Return the columns that --groups names, each once; raise DataError where it names none."""
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    there = ", ".join(map(printable, groups)) or "none; name columns of the table group:NAME"
     if not names:
-        raise DataError(f"--groups names no column; the columns of groups are {there}")
+        raise DataError("--groups names no column; write them as race,gender")
+    return names
+
+
+def chosen_columns(text: str, groups: Groups) -> list[str]:
+    """Return the columns that --groups names; raise DataError for one that is not there, or names no groups."""
+    names = column_names(text)
+    there = ", ".join(map(printable, groups)) or "none; name columns of the table group:NAME"
     for name in names:
         if name not in groups:
             raise DataError(
