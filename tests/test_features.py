@@ -42,8 +42,9 @@ def test_features_are_the_model_s_before_and_after_the_projection(name, tmp_path
     with torch.no_grad():
         pooled, projected = model.encode_image(images, projected=False), model.encode_image(images)
     assert torch.equal(features.whole(), pooled)
-    assert torch.equal(features.whole(projected=True), projected)
-    assert torch.equal(features.whole(projected=True, unit=True), F.normalize(projected, dim=-1))
+    assert torch.equal(features.whole(projected=True, unit=False), projected)
+    assert torch.equal(features.whole(projected=True), F.normalize(projected, dim=-1))
+    assert torch.equal(features.whole(unit=True), F.normalize(pooled, dim=-1))
     assert [len(block) for block in features.blocks(rows=4)] == [4, 4, 3]
     assert features.labels_N.tolist() == LABELS
     assert features.keys == [f"test/{row}" for row in range(len(LABELS))]

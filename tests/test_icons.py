@@ -19,6 +19,7 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.data.icons import FAMILIES, IconSource, draw, family_icons, is_unseen, split_style
 from clipcore.data.prepare import Settings, source_identity
 from clipcore.data.shards import ImageFormat
+from clipcore.evaluate.datasets import open_set
 from clipcore.evaluate.tasks import retrieval_tasks, zero_shot_tasks
 from clipcore.run_parts import build_tokenizer, open_training_source
 from clipcore.train import main
@@ -250,9 +251,10 @@ def test_neither_qtawesome_nor_qt_is_imported():
 
 
 def test_evaluation_sets_share_their_classes():
-    for name, splits in icons.EVALUATION_SETS.items():
-        classes = [IconSource(split).classnames for split in splits.values()]
-        assert classes[0] == classes[-1], name
+    for name in ("icons", "icons/shift", "icons/seen-shift"):
+        dataset = open_set(name)
+        classes = [dataset.split(split).source.classnames for split in dataset.split_names]
+        assert classes[0] == classes[-1] == [names[0] for names in dataset.classnames], name
 
 
 # The run

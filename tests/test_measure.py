@@ -152,7 +152,7 @@ def test_probe_is_scikit_learn_s_on_features_before_the_projection():
     train, test = (subject.features(dataset, name).whole() for name in ("train", "test"))
     oracle = LogisticRegression(C=0.5, tol=1e-10, max_iter=10000).fit(train.double(), TRAIN)
     expected = (oracle.predict(test.double()) == np.array(TEST)).mean()
-    projected = subject.features(dataset, "test").whole(projected=True)
+    projected = subject.features(dataset, "test").whole(projected=True, unit=False)
     assert not torch.equal(test, projected)
     assert result.metrics["lp_acc1"] == expected == result.value
     assert result.details["C"] == 0.5 and result.details["trace"] == []
@@ -164,7 +164,10 @@ def test_probe_is_scikit_learn_s_on_features_before_the_projection():
     ("options", "transformed"),
     [
         (ProbeOptions(C=1.0, normalize=True), lambda f: f.whole(unit=True)),
-        (ProbeOptions(C=1.0, after_projection=True), lambda f: f.whole(projected=True)),
+        (
+            ProbeOptions(C=1.0, after_projection=True),
+            lambda f: f.whole(projected=True, unit=False),
+        ),
         (
             ProbeOptions(C=1.0, normalize=True, after_projection=True),
             lambda f: f.whole(projected=True, unit=True),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from clipcore.data.transforms import MAX_PIXELS
+from clipcore.evaluate import bias_study, overlap_study, retrieval_study, studies
 from clipcore.evaluate.page import write_page
 from clipcore.evaluate.runner import run_measures
 from clipcore.failures import end_with
@@ -38,17 +39,36 @@ def build_parser() -> argparse.ArgumentParser:
     prompts = add("prompts", "compare prompts on the same images", run_measures)
     probe = add("linear-probe", "fit a linear classifier to features", run_measures)
     few_shot = add("few-shot", "fit linear classifiers to a few images a class", run_measures)
+    retrieval = add("retrieval", "find captions of images, and images of captions", run_measures)
+    overlap = add("overlap", "look for a data set's images among the training images", run_measures)
+    bias = add("bias", "compare answers between groups of people", run_measures)
     everything = add("all", "evaluate all that the data sets have the inputs for", run_measures)
-    for command in (zero_shot, prompts, probe, few_shot, everything):
+    for command in (zero_shot, prompts, probe, few_shot, retrieval, overlap, bias, everything):
         _add_models(command)
         _add_data(command)
         _add_running(command)
-    for command in (zero_shot, few_shot, everything):
+    for command in (zero_shot, few_shot, overlap, bias, everything):
         _add_templates(command)
     for command in (probe, few_shot, everything):
         _add_probe(command)
     for command in (few_shot, everything):
         _add_shots(command)
+    for command in (retrieval, everything):
+        retrieval_study.add_arguments(command.add_argument_group("retrieval"))
+    for command, is_required in ((overlap, True), (everything, False)):
+        overlap_study.add_arguments(command.add_argument_group("overlap"), is_required)
+    for command, is_required in ((bias, True), (everything, False)):
+        bias_study.add_arguments(command.add_argument_group("bias"), is_required)
+
+    robustness = add("robustness", "fit what accuracies lose under a shift", _studied)
+    robustness.set_defaults(study=studies.run_robustness)
+    studies.add_robustness_arguments(robustness)
+    scaling = add("scaling", "fit a power law to errors of models of several sizes", _studied)
+    scaling.set_defaults(study=studies.run_scaling)
+    studies.add_scaling_arguments(scaling)
+    compare = add("compare", "compare two models, or zero-shot with a probe, set by set", _studied)
+    compare.set_defaults(study=studies.run_compare)
+    studies.add_compare_arguments(compare)
     report = add("report", "draw one page of a folder of results", _report)
     report.add_argument("results", metavar="RESULTS", help="a folder of results")
     report.add_argument("--output", metavar="FILE", help="the page [RESULTS/report.html]")
@@ -88,6 +108,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--root", metavar="DIR", help="where the suite's data sets are")
     data.add_argument(
         "--strict", action="store_true", help="end with status 2 if a suite's data set is missing"
+    )
+    data.add_argument("--img-key", metavar="NAME", help="a table's column of images [by its name]")
+    data.add_argument(
+        "--label-key", metavar="NAME", help="a table's column of labels [by its name]"
     )
     data.add_argument(
         "--max-pixels",
@@ -163,6 +187,12 @@ def _add_shots(parser: argparse.ArgumentParser) -> None:
         "--shots", metavar="K,K", help="images a class [of 1,2,4,8,16 what all classes have]"
     )
     shots.add_argument("--seeds", type=int, default=5, metavar="N", help="choices of images [5]")
+
+
+def _studied(arguments: argparse.Namespace) -> int:
+    """Make a study of results; return the exit status."""
+    print(arguments.study(arguments))
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -50,11 +50,11 @@ _ROWS = 4096
 Groups = Mapping[str, Sequence[str]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) -> None:
     """Add what the command ``bias`` alone takes."""
     parser.add_argument(
         "--groups",
-        required=True,
+        required=is_required,
         metavar="NAMES",
         help="columns of the table that name groups, joined by commas, such as race,gender,age",
     )

@@ -97,13 +97,13 @@ class SplitFeatures:
         return torch.device("cpu") if self._model is None else self._model.logit_scale.device
 
     def blocks(
-        self, projected: bool = True, unit: bool = True, rows: int = _BLOCK_ROWS
+        self, projected: bool = True, unit: bool | None = None, rows: int = _BLOCK_ROWS
     ) -> Iterator[Tensor]:
         """Yield float32 features of so many images after another, on the model's device.
 
         Args:
             projected: True gives features in the space of the texts, [rows, E]; False those before it, [rows, W].
-            unit: whether they are scaled to unit length.
+            unit: whether they are scaled to unit length [those that texts are compared with].
 
         Raises:
             DataError: features of a file have no projection.
@@ -119,9 +119,10 @@ class SplitFeatures:
             if projected and self._model is not None:
                 with torch.no_grad():
                     features = self._model.visual.project(features)
-            yield F.normalize(features, dim=-1) if unit else features
+            is_unit = projected if unit is None else unit
+            yield F.normalize(features, dim=-1) if is_unit else features
 
-    def whole(self, projected: bool = False, unit: bool = False) -> Tensor:
+    def whole(self, projected: bool = False, unit: bool | None = None) -> Tensor:
         """Return all features at once, as a probe needs them: see ``blocks``."""
         return torch.cat(list(self.blocks(projected, unit)))
 

@@ -90,6 +90,12 @@ class Subject:
         """The weights."""
         return self.loaded.pretrained if self.loaded else "file"
 
+    def model_for(self, what: str) -> LoadedModel:
+        """Return the model; raise DataError where there is none."""
+        if self.loaded is None:
+            raise DataError(f"{what} need a model: give --checkpoint or --pretrained")
+        return self.loaded
+
     def features(self, dataset: EvaluationSet, split: str) -> SplitFeatures:
         """Return the features of a split; raise DataError where there is none, or it cannot be read."""
         if (dataset.name, split) not in self._features:
@@ -109,18 +115,17 @@ class Subject:
 
     def classifier(self, classnames: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
         """Return the classifier [E, C] of names and prompts; raise DataError without a model."""
-        if self.loaded is None:
-            raise DataError("class names need a model: give --checkpoint or --pretrained")
+        loaded = self.model_for("class names")
         key = (tuple(map(tuple, classnames)), tuple(templates))
         if key not in self._classifiers:
             most_names = max(len(names) for names in classnames)
             self._classifiers[key] = build_zero_shot_classifier(
-                self.loaded.model,
-                self.loaded.tokenizer,
+                loaded.model,
+                loaded.tokenizer,
                 classnames,
                 list(templates),
                 num_classes_per_batch=max(1, _MOST_PROMPTS // (len(templates) * most_names)),
-                device=self.loaded.model.logit_scale.device,
+                device=loaded.model.logit_scale.device,
             )
         return self._classifiers[key]
 
@@ -136,8 +141,8 @@ def measure_zero_shot(
     Raises:
         DataError: the set has no labels or no test split, or its images cannot be read.
     """
-    _check_task(dataset, ("classification", "multilabel"))
-    chosen = tuple(templates) or dataset.templates or SIMPLE_IMAGENET_TEMPLATES
+    check_task(dataset, ("classification", "multilabel"))
+    chosen = templates_of(dataset, templates)
     seconds = _Seconds()
     features = subject.features(dataset, "test")
     with seconds("texts"):
@@ -147,7 +152,7 @@ def measure_zero_shot(
 
     names = [name for names in dataset.classnames for name in names]
     details = {
-        **_details(dataset, [features], seconds),
+        **details_of(dataset, [features], seconds),
         "main_metric": dataset.main_metric,
         "chance": None if dataset.task == "multilabel" else 1 / len(dataset.classnames),
         "ci95": _interval(metrics, dataset.main_metric, len(features)),
@@ -157,6 +162,11 @@ def measure_zero_shot(
         "last_class": names[-1],
     }
     return Result(dataset.name, subject.name, subject.pretrained, ZERO_SHOT, metrics, details)
+
+
+def templates_of(dataset: EvaluationSet, templates: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the prompts that are asked for, the data set's own, or OpenAI's seven of ImageNet."""
+    return tuple(templates) or dataset.templates or SIMPLE_IMAGENET_TEMPLATES
 
 
 def zero_shot_metrics(
@@ -198,7 +208,7 @@ def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
     Raises:
         DataError: as of ``measure_zero_shot``.
     """
-    _check_task(dataset, ("classification", "multilabel"))
+    check_task(dataset, ("classification", "multilabel"))
     variants: list[tuple[str, str, tuple[str, ...]]] = [
         ("name", "the name alone", _BARE),
         ("photo", "A photo of a {}.", _PHOTO),
@@ -219,7 +229,7 @@ def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
     bare = rows[0][3]
     assert bare is not None
     details = {
-        **_details(dataset, [features], seconds),
+        **details_of(dataset, [features], seconds),
         "main_metric": "own" if dataset.templates else "imagenet80",
         "metric": dataset.main_metric,
         "variants": [
@@ -254,7 +264,7 @@ def measure_linear_probe(
     Raises:
         DataError: the set has no labels, or a split is missing.
     """
-    _check_task(dataset, ("classification", "multilabel"), "a linear probe")
+    check_task(dataset, ("classification", "multilabel"), "a linear probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
     parts = [train, test]
     val = subject.features(dataset, "val") if "val" in dataset.split_names else None
@@ -302,7 +312,7 @@ def measure_linear_probe(
         "normalized": float(options.normalize),
     }
     details = {
-        **_details(dataset, parts, seconds),
+        **details_of(dataset, parts, seconds),
         "main_metric": f"lp_{dataset.main_metric}",
         "ci95": _interval(metrics, dataset.main_metric, len(test)),
         "C": probe.C,
@@ -362,7 +372,7 @@ def measure_few_shot(
     Raises:
         DataError: as of ``measure_linear_probe``, or a class has too few images.
     """
-    _check_task(dataset, ("classification",), "a few-shot probe")
+    check_task(dataset, ("classification",), "a few-shot probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
     labels_N, seconds = train.labels_N, _Seconds()
     count_C = torch.bincount(labels_N, minlength=len(dataset.classnames))
@@ -398,7 +408,7 @@ def measure_few_shot(
         FEW_SHOT,
         {f"{k}shot": mean for k, mean in zip(curve.shots, curve.means, strict=True)},
         {
-            **_details(dataset, [train, test], seconds),
+            **details_of(dataset, [train, test], seconds),
             "main_metric": f"{max(tried)}shot",
             "metric": dataset.main_metric,
             "seeds": list(seeds),
@@ -431,7 +441,12 @@ def _curve_details(
     }
 
 
-def _check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this") -> None:
+def check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this") -> None:
+    """Raise DataError for a data set on which something cannot be measured."""
+    if dataset.task != "retrieval" and not dataset.classnames:
+        raise DataError(
+            f"{what} needs classes, and {dataset.name} has none: add a column of labels, or use bias"
+        )
     if dataset.task not in tasks:
         kind = {
             "retrieval": "captions, and no classes: use retrieval",
@@ -531,10 +546,10 @@ class _Seconds(dict[str, float]):
         self[stage] = self.get(stage, 0.0) + time.perf_counter() - begun
 
 
-def _details(
-    dataset: EvaluationSet, parts: Sequence[SplitFeatures], seconds: _Seconds
+def details_of(
+    dataset: EvaluationSet, parts: Sequence[SplitFeatures], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return what every result says of its images; the last of ``parts`` but a validation split is the test split."""
+    """Return what every result says of its images; one of ``parts`` is of the test split."""
     test = next(part for part in parts if part.split.name == "test")
     return {
         "num_images": len(test),
@@ -549,5 +564,5 @@ def _details(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "notes": list(dataset.notes),
+        "notes": [*dataset.notes, *(note for part in parts for note in part.split.notes)],
     }

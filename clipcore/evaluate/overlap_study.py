@@ -16,7 +16,7 @@ import hashlib
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from clipcore.data import BadSample, DataError, Pair, PairSource, printable
-from clipcore.data.glyphs import GlyphSource
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.pictures import by_picture
 from clipcore.data.sources import DATASET_TYPES, open_source
 from clipcore.data.transforms import stack_images
@@ -53,15 +53,12 @@ NUM_COPIES = 512
 # Of the rate on overlapping images.
 CONFIDENCE = 0.995
 
-# Training data that comes with clipcore, by what --train-data says.
-EMBEDDED: dict[str, Callable[[], PairSource]] = {"glyphs": lambda: GlyphSource("train")}
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) -> None:
     """Add what the command ``overlap`` alone takes."""
     parser.add_argument(
         "--train-data",
-        required=True,
+        required=is_required,
         metavar="DATA",
         help=f"what was trained on, as for training: files, folders, patterns, or {', '.join(EMBEDDED)}",
     )
@@ -118,7 +115,7 @@ def open_training(spec: str, **options: Any) -> PairSource:
         DataError: it cannot be opened.
     """
     if spec in EMBEDDED:
-        return EMBEDDED[spec]()
+        return EMBEDDED[spec].open("train")
     return by_picture(open_source(spec, **options))
 
 

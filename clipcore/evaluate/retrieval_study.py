@@ -34,7 +34,7 @@ _CAPTIONS_AT_ONCE = 256
 EncodeText = Callable[[list[str]], Tensor]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add what the command ``retrieval`` alone takes."""
     parser.add_argument(
         "--recall-k",

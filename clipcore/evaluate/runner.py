@@ -9,29 +9,23 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipcore.data import DataError, printable
 from clipcore.distributed import pick_device
+from clipcore.evaluate.commands import due
 from clipcore.evaluate.datasets import EvaluationSet, open_set
 from clipcore.evaluate.features import FeatureStore
+from clipcore.evaluate.label_lists import read_label_list
 from clipcore.evaluate.lines import line_of
-from clipcore.evaluate.measure import (
-    ProbeOptions,
-    Subject,
-    measure_few_shot,
-    measure_linear_probe,
-    measure_prompts,
-    measure_zero_shot,
-)
-from clipcore.evaluate.results import LINEAR_PROBE, Result, find_result, write_result
+from clipcore.evaluate.measure import Subject
+from clipcore.evaluate.overlap_study import adjust
+from clipcore.evaluate.results import OVERLAP, Result, read_results, write_result
 from clipcore.evaluate.suites import locate, suite
 from clipcore.loading import load_model
 from clipcore.terminal import check_whole_numbers, complain
 
 _PROGRAM = "clipcore.evaluate"
-Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
 
 
 def run_measures(arguments: argparse.Namespace) -> int:
@@ -42,10 +36,14 @@ def run_measures(arguments: argparse.Namespace) -> int:
     """
     _check(arguments)
     arguments.device = pick_device(arguments.device, local_rank=0)
+    output = Path(arguments.output)
+    if any(output.glob("*.json")):
+        # A damaged file among them would end the run at its first result.
+        read_results(output)
     sets, num_failed = _open_sets(arguments)
     models = [("checkpoint", path) for path in arguments.checkpoint]
     models += [("pretrained", path) for path in arguments.pretrained]
-    output, results = Path(arguments.output), list[Result]()
+    results = list[Result]()
 
     for kind, path in models or [("none", "")]:
         try:
@@ -56,7 +54,8 @@ def run_measures(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.json and models:
             print(f"{subject.name}, {printable(subject.pretrained)}", flush=True)
-        for measure, dataset in _due(arguments, sets):
+        found = list[Result]()
+        for measure, dataset in due(arguments, sets):
             try:
                 result = measure(subject, dataset, arguments)
             except (ValueError, OSError) as error:
@@ -64,9 +63,10 @@ def run_measures(arguments: argparse.Namespace) -> int:
                 complain(_PROGRAM, f"error: {dataset.name}: {error}")
                 continue
             write_result(output, result)
-            results.append(result)
+            found.append(result)
             if not arguments.json:
                 print(line_of(result), flush=True)
+        results += _adjusted(output, found)
 
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
@@ -97,6 +97,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--templates {template!r} has no {{}} where the class name goes")
     if hasattr(arguments, "C"):
         _check_probe(arguments)
+    if hasattr(arguments, "categories"):
+        arguments.label_list = read_label_list(
+            arguments.labels, arguments.categories, arguments.add_class
+        )
 
 
 def _check_probe(arguments: argparse.Namespace) -> None:
@@ -128,7 +132,7 @@ def _parse_shots(text: str | None) -> tuple[int, ...] | None:
 
 def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]:
     """Return the data sets that are there, and how many that should be are not."""
-    named = [(spec, True) for spec in arguments.data]
+    named = list(arguments.data)
     missing = list[str]()
     if arguments.suite:
         for name in suite(arguments.suite):
@@ -136,16 +140,24 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
             if found is None:
                 missing.append(name)
             else:
-                named.append((str(found), False))
+                named.append(str(found))
     if missing:
         complain(
             _PROGRAM, f"note: {len(missing)} sets are not in {arguments.root}: {', '.join(missing)}"
         )
 
+    groups = [name.strip() for name in (getattr(arguments, "groups", None) or "").split(",")]
+    groups = [name for name in groups if name]
     sets, num_failed = list[EvaluationSet](), len(missing) if arguments.strict else 0
-    for spec, _ in named:
+    for spec in named:
         try:
-            dataset = open_set(spec, max_pixels=arguments.max_pixels)
+            dataset = open_set(
+                spec,
+                max_pixels=arguments.max_pixels,
+                img_key=arguments.img_key,
+                label_key=arguments.label_key,
+                group_columns=groups,
+            )
         except (ValueError, OSError) as error:
             num_failed += 1
             complain(_PROGRAM, f"error: {error}")
@@ -188,65 +200,10 @@ def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
     return Subject(loaded, store)
 
 
-def _due(
-    arguments: argparse.Namespace, sets: list[EvaluationSet]
-) -> Iterator[tuple[Measure, EvaluationSet]]:
-    """Yield what is to be measured, data set by data set."""
-    for dataset in sets:
-        if arguments.command != "all":
-            yield _MEASURES[arguments.command], dataset
-            continue
-        if dataset.task == "retrieval":
-            yield _MEASURES["retrieval"], dataset
-            continue
-        yield _MEASURES["zero-shot"], dataset
-        yield _MEASURES["prompts"], dataset
-        if dataset.task == "classification" and "train" in dataset.split_names:
-            yield _MEASURES["linear-probe"], dataset
-            yield _MEASURES["few-shot"], dataset
-
-
-def _zero_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
-    return measure_zero_shot(subject, dataset, arguments.templates)
-
-
-def _prompts(subject: Subject, dataset: EvaluationSet, _: argparse.Namespace) -> Result:
-    return measure_prompts(subject, dataset)
-
-
-def _linear_probe(
-    subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
-) -> Result:
-    empty = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
-    classifier = Path(arguments.output) / f"{empty.file_name.removesuffix('.json')}.npz"
-    save_to = classifier if arguments.save_classifier else None
-    return measure_linear_probe(subject, dataset, _probe_options(arguments), save_to)
-
-
-def _few_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
-    empty = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
-    # The probe of all images, if it was measured before, is the curve's last point.
-    full = find_result(Path(arguments.output), empty)
-    return measure_few_shot(
-        subject,
-        dataset,
-        _probe_options(arguments),
-        arguments.shots,
-        range(arguments.seeds),
-        full,
-        arguments.templates,
-    )
-
-
-def _probe_options(arguments: argparse.Namespace) -> ProbeOptions:
-    return ProbeOptions(
-        arguments.C, arguments.val_fraction, arguments.normalize, arguments.after_projection
-    )
-
-
-_MEASURES: dict[str, Measure] = {
-    "zero-shot": _zero_shot,
-    "prompts": _prompts,
-    "linear-probe": _linear_probe,
-    "few-shot": _few_shot,
-}
+def _adjusted(output: Path, results: list[Result]) -> list[Result]:
+    """Return the results of a model; those of overlap take account of how many data sets were tested."""
+    adjusted = adjust(results)
+    for result in adjusted:
+        if result.task == OVERLAP:
+            write_result(output, result)
+    return adjusted
