@@ -76,8 +76,10 @@ class GivenFeatures(SplitFeatures):
         super().__init__(split, features_NW.numpy(), rows)
         self.most_rows = 0
 
-    def blocks(self, projected: bool = True, rows: int = 4096) -> Iterator[Tensor]:
-        """Yield the features, of unit length where they are projected."""
+    def blocks(
+        self, projected: bool = True, unit: bool = True, rows: int = 4096
+    ) -> Iterator[Tensor]:
+        """Yield the features, of unit length where that is asked for."""
         for part in torch.from_numpy(self.pooled_NW).split(rows):
             self.most_rows = max(self.most_rows, len(part))
-            yield torch.nn.functional.normalize(part, dim=1) if projected else part
+            yield torch.nn.functional.normalize(part, dim=1) if unit else part

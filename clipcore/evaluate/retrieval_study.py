@@ -92,7 +92,7 @@ def measure_retrieval(
         raise DataError(
             "a file of features has no captions; give a data set of images and captions"
         )
-    image_NE = features.whole(projected=True)
+    image_NE = features.whole(projected=True, unit=True)
     text_features, owners, bad = [], list[int](), list[BadSample]()
     for texts, owner_M in _caption_batches(source, features.rows_N, bad):
         text_features.append(encode_text(texts))
