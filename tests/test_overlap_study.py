@@ -159,6 +159,18 @@ def test_an_altered_copy_depends_on_the_key_alone():
         assert altered_copy(np.zeros((1, 1), np.uint8), key).mode == "RGB"
 
 
+def test_images_that_are_there_twice_are_not_other_images():
+    """Eight of forty: the threshold is that of the copies all the same."""
+    pictures = [pattern(n % 36) for n in range(40)]
+    features = GivenFeatures(torch.ones(40, 2), GivenSource(pictures, "evaluation"))
+    source, _ = training()
+    _, details = measure_overlap(features, IS_RIGHT, source, "x", pixel_descriptor())
+    assert 0.5 < details["threshold"] < 0.9
+    assert details["notes"][0] == (
+        "8 of 40 images that the threshold is proposed from are there twice"
+    )
+
+
 def test_no_threshold_where_other_images_are_as_near_as_copies():
     """Each picture is there twice."""
     source = GivenSource([pattern(n // 2) for n in range(20)], "twins")

@@ -50,6 +50,8 @@ THUMBNAIL_SIDE = 64
 # Share of altered copies among what a proposed threshold takes for copies.
 PRECISION = 0.99
 NUM_COPIES = 512
+# From here on two images of a data set are the same, but for rounding.
+SAME_COSINE = 0.9999
 # Of the rate on overlapping images.
 CONFIDENCE = 0.995
 
@@ -151,10 +153,10 @@ def measure_overlap(
     begun = time.perf_counter()
     described_NW = _describe_evaluation(features, source, descriptor, reading)
     images = _Images(source, features.rows_N, features.keys)
-    threshold_from = "given"
+    threshold_from, notes = "given", list[str]()
     if threshold is None:
         threshold_from = "proposed"
-        threshold = _proposed(images, described_NW, descriptor, reading.batch_size)
+        threshold = _proposed(images, described_NW, descriptor, reading.batch_size, notes)
     seconds = {"evaluation": time.perf_counter() - begun}
 
     stream = TrainingStream(training, descriptor, reading, described_NW.device, progress)
@@ -162,7 +164,8 @@ def measure_overlap(
     seconds["training"] = time.perf_counter() - begun - seconds["evaluation"]
 
     report = overlap_report(cosine_N.cpu(), is_right_N.cpu(), threshold, CONFIDENCE)
-    interval, notes = report.overlap_interval, stream.notes()
+    interval = report.overlap_interval
+    notes += stream.notes()
     training_row_N = stream.rows(place_N.cpu().numpy())
     details = {
         "main_metric": METRICS[0],
@@ -239,9 +242,17 @@ def _describe_evaluation(
 
 
 def _proposed(
-    images: _Images, described_NW: Tensor, descriptor: Descriptor, batch_size: int
+    images: _Images,
+    described_NW: Tensor,
+    descriptor: Descriptor,
+    batch_size: int,
+    notes: list[str],
 ) -> float:
-    """Return the threshold that tells altered copies from the nearest other image of the evaluation."""
+    """Return the threshold that tells altered copies from the nearest other image of the evaluation.
+
+    Args:
+        notes: are told how many images are left out, as they are there twice.
+    """
 
     # By a hash of the names, so that the order of a folder decides nothing.
     def order(place: int) -> bytes:
@@ -257,10 +268,19 @@ def _proposed(
         ]
     )
     others = _cosines_with_others(described_NW, chosen)
-    try:
-        proposed = propose_threshold(copies.cpu(), others.cpu(), PRECISION)
-    except ValueError:
-        proposed = 0.0
+
+    # A picture that is there twice is no other one.
+    is_other = others < SAME_COSINE
+    if not is_other.all():
+        notes.append(
+            f"{int((~is_other).sum())} of {len(others)} images that the threshold is proposed from are there twice"
+        )
+    proposed = 0.0
+    # Where most are the same, the descriptor tells nothing apart.
+    if 2 * is_other.sum() >= len(others):
+        with contextlib.suppress(ValueError):
+            proposed = propose_threshold(copies.cpu(), others[is_other].cpu(), PRECISION)
+
     # Images of a single colour are like no other, and not like their copies.
     if proposed <= 0:
         remedy = "" if descriptor.name == "pixels" else ", or use --descriptor pixels"
