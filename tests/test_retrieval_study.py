@@ -10,7 +10,8 @@ from given_features import GivenFeatures, GivenSource
 
 from clipcore.data import DataError
 from clipcore.evaluate import retrieval_study
-from clipcore.evaluate.retrieval_study import add_arguments, measure_retrieval
+from clipcore.evaluate.retrieval_study import add_arguments, measure_retrieval, text_encoder
+from clipcore.model import create_model
 from clipcore.terminal import Parser
 
 pytestmark = pytest.mark.fast
@@ -88,6 +89,24 @@ def test_what_cannot_be_retrieved_is_named():
         measure_retrieval(GivenFeatures(torch.full((1, 6), torch.nan), source), encode)
     with pytest.raises(ValueError, match="not finite"):
         measure_retrieval(features_of([["0"]]), lambda texts: torch.full((1, 6), torch.nan))
+
+
+def test_texts_are_encoded_to_unit_features_without_a_gradient():
+    model = create_model("ViT-nano-8-32").eval()
+    length, end = model.context_length, model.vocab_size - 1
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        tokens = torch.zeros(len(texts), length, dtype=torch.long)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = torch.tensor([ord(letter) for letter in text])
+            row[len(text)] = end
+        return tokens
+
+    found = text_encoder(model, tokenize, "cpu")(["a cat", "a"])
+    with torch.no_grad():
+        expected = model.encode_text(tokenize(["a cat", "a"]), normalize=True)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_the_arguments():
