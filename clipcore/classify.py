@@ -20,20 +20,13 @@ from PIL import Image
 from clipcore.data import BadSample, printable
 from clipcore.data.tables import decode_bytes
 from clipcore.data.tar import MAX_IMAGE_BYTES
-from clipcore.data.transforms import (
-    MAX_PIXELS,
-    Decoder,
-    ImageTransform,
-    was_transparent,
-)
+from clipcore.data.transforms import MAX_PIXELS, Decoder, was_transparent
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.failures import end_with
 from clipcore.files import mode_of, not_utf8, read_regular
-from clipcore.model import CLIP, create_model_from_pretrained
-from clipcore.run_state import is_run, load_run
+from clipcore.loading import load_model
 from clipcore.terminal import Parser, check_whole_numbers, complain
-from clipcore.tokenizer import Tokenizer, get_tokenizer
 
 # So many decoded pictures are in memory at once.
 IMAGES_AT_ONCE = 64
@@ -136,34 +129,6 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def load_model(
-    arguments: argparse.Namespace,
-) -> tuple[CLIP, ImageTransform, Tokenizer, tuple[str, ...]]:
-    """Return the model in evaluation mode, its preprocessing, its tokenizer, and the prompts that suit it."""
-    run = arguments.checkpoint
-    if arguments.pretrained and is_run(Path(arguments.pretrained)):
-        # Its own record says what it is, and its vocabulary lies beside it.
-        is_asked = arguments.model is None and arguments.bpe_path is None
-        run = arguments.pretrained if is_asked else None
-    if run is not None and (arguments.model is not None or arguments.bpe_path is not None):
-        raise ValueError(
-            "--checkpoint takes model and vocabulary from the run: leave --model and --bpe-path out, or use --pretrained"
-        )
-    if run is not None:
-        model, transform, tokenizer = load_run(Path(run), arguments.device)
-        return model, transform, tokenizer, ("{}",)
-    model, transform = create_model_from_pretrained(
-        arguments.model, pretrained=arguments.pretrained, device=arguments.device
-    )
-    tokenizer = get_tokenizer(context_length=model.context_length, bpe_path=arguments.bpe_path)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise ValueError(
-            f"the model has {model.vocab_size} tokens, but the vocabulary {tokenizer.vocab_size}: give the one it was "
-            "trained with as --bpe-path"
-        )
-    return model, transform, tokenizer, ("a photo of a {}.",)
-
-
 def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the decoded picture of a file, of at most so many pixels."""
     try:
@@ -192,9 +157,17 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
         if mode_of(Path(path)) is None:
             raise ValueError(f"cannot read {path}: there is no such file")
     arguments.device = pick_device(arguments.device, local_rank=0)
-    model, transform, tokenizer, default_templates = load_model(arguments)
+    loaded = load_model(
+        arguments.checkpoint,
+        arguments.pretrained,
+        arguments.model,
+        arguments.bpe_path,
+        arguments.device,
+    )
+    model, transform = loaded.model, loaded.transform
+    templates = arguments.templates or loaded.templates
     classifier_EC = build_zero_shot_classifier(
-        model, tokenizer, labels, arguments.templates or default_templates, device=arguments.device
+        model, loaded.tokenizer, labels, templates, device=arguments.device
     )
 
     rows: list[list[tuple[str, float]]] = []

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.schedule import SCHEDULES
 from clipcore.terminal import is_printable, printable
@@ -49,7 +50,7 @@ class TrainConfig:
     """Every setting of ``python -m clipcore.train``."""
 
     train_data: str = _option(
-        "glyphs", DATA, "'glyphs', tar shards {000..099} (a::b mixes), a table, or a folder"
+        "glyphs", DATA, "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder"
     )
     train_data_upsampling_factors: str | None = _option(
         None, DATA, "weights of the mixed sources, 1::2"
@@ -88,8 +89,8 @@ class TrainConfig:
         metavar="N",
     )
     tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
-    vocab_size: int = _option(
-        3072, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
+    vocab_size: int | None = _option(
+        None, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
     )
     workers: int | None = _option(None, DATA, "data loader processes a device", metavar="N")
 
@@ -403,22 +404,6 @@ PAPER_LEARNING_RATES = {
     "ViT-L-14-336": 2e-5,
 }
 
-# For two processor cores and five minutes; the experiments behind it are in docs/log.md.
-GLYPHS_RECIPE: dict[str, Any] = {
-    "model": "ViT-glyphs",
-    "epochs": 14,
-    "batch_size": 256,
-    "lr": 4e-3,
-    "aug_scale": 0.9,
-    "aug_ratio": 1.0,
-    "val_frequency": 7,
-    "zeroshot_frequency": 2,
-    "wd": 0.6,
-    "warmup": 60,
-    "grad_clip_norm": 1.0,
-    "tokenizer": "train",
-    "workers": 0,
-}
 PAPER_RECIPE: dict[str, Any] = {
     "model": "ViT-B-32",
     "epochs": 32,
@@ -431,16 +416,18 @@ PAPER_RECIPE: dict[str, Any] = {
     "val_frequency": 1,
     "zeroshot_frequency": 2,
     "tokenizer": "openai",
+    "vocab_size": 3072,
     "workers": 4,
 }
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills the unset fields from the recipe of the data; what depends on the number of steps stays for the run."""
-    recipe = dict(GLYPHS_RECIPE if config.train_data == "glyphs" else PAPER_RECIPE)
+    embedded = EMBEDDED.get(config.train_data)
+    recipe = dict(PAPER_RECIPE if embedded is None else embedded.recipe)
     # More processes than cores only take turns.
     recipe["workers"] = min(recipe["workers"], len(os.sched_getaffinity(0)))
-    if config.model is not None and config.train_data != "glyphs":
+    if config.model is not None and embedded is None:
         name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}

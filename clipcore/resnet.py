@@ -210,6 +210,10 @@ class ModifiedResNet(nn.Module):
             x = getattr(self, f"layer{i}")(x)
         return self.attnpool(x)
 
+    def project(self, pooled_BE: Tensor) -> Tensor:
+        """Return the features that texts are compared with, given those before the projection: the same ones."""
+        return pooled_BE
+
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes the whole tower, its BatchNorm statistics too if asked."""
         if unlocked_groups:

@@ -16,7 +16,7 @@ from clipcore.architectures import find_model
 from clipcore.checkpoint import Checkpoint
 from clipcore.config import ConfigError, TrainConfig
 from clipcore.data import BadSample, PairSource
-from clipcore.data.glyphs import GlyphSource, training_captions
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.descriptions import recorded_images
@@ -47,8 +47,10 @@ def build_tokenizer(
         return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    if config.train_data == "glyphs":
-        return train_tokenizer(training_captions(), config.vocab_size)
+    assert config.vocab_size is not None
+    if config.train_data in EMBEDDED:
+        captions = EMBEDDED[config.train_data].training_captions()
+        return train_tokenizer(captions, config.vocab_size)
     # By one rank: a caption that another cannot read would give it other merges.
     learnt: Tokenizer | VocabularyError | None = None
     if is_main():
@@ -84,8 +86,8 @@ def augmentation(config: TrainConfig) -> dict[str, Any]:
 
 def open_training_source(config: TrainConfig) -> PairSource:
     """Open the pairs that ``--train-data`` names, in images no larger than the crop needs."""
-    if config.train_data == "glyphs":
-        return GlyphSource("train")
+    if config.train_data in EMBEDDED:
+        return EMBEDDED[config.train_data].open("train")
     size = config.force_image_size or find_model(str(config.model)).vision.image_size
     crop = ImageTransform(size, is_train=True, **augmentation(config))
     return open_source(

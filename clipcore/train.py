@@ -46,6 +46,7 @@ from clipcore.config import (
     warmup_steps,
 )
 from clipcore.data import PairSource, WorkerLostError
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import Batch, PairLoader
 from clipcore.data.transforms import ImageTransform
 from clipcore.distributed import (
@@ -587,7 +588,7 @@ def note_without_effect(config: TrainConfig, world: World) -> None:
 
 def note_default_model(config: TrainConfig, world: World) -> None:
     """Say that there are small models, where the default one would take hours on a CPU."""
-    if world.device.type == "cpu" and config.train_data != "glyphs":
+    if world.device.type == "cpu" and config.train_data not in EMBEDDED:
         world.say(
             f"{config.model} is the default model, and a step of it takes many seconds without a GPU; --model ViT-glyphs is "
             "a small one, with --tokenizer train for a small vocabulary"

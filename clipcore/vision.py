@@ -76,7 +76,11 @@ class VisionTransformer(nn.Module):
         check_images(images, self.image_size)
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
         pooled_BD = self.ln_post(read_pooled(self.transformer, x_BLD))
-        return pooled_BD @ self.proj if projected else pooled_BD
+        return self.project(pooled_BD) if projected else pooled_BD
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        """Return the features [B, E] that texts are compared with, given those before the projection [B, D]."""
+        return pooled_BD @ self.proj
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens [B, L, D], normalised: the class token, then the patches row by row, with their positions."""

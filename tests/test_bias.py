@@ -77,6 +77,13 @@ def test_labels_that_a_threshold_gives_to_one_group_more_often():
     assert only.label == "w"
 
 
+def test_images_without_a_group_and_those_of_small_ones_are_not_compared():
+    probabilities = torch.zeros(97, 1)
+    probabilities[:20] = probabilities[90:] = 1.0
+    (found,) = label_differences(probabilities, ["w"], GROUPS, 0.5)
+    assert found.rates == {"a": 0.5, "b": 0.0}
+
+
 def test_chi_squared_of_three_groups():
     """Two degrees of freedom, where the p-value is exp(-x / 2)."""
     hits, number = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([50.0, 50.0, 50.0])

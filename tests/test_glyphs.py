@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clipcore.data import glyphs
+from clipcore.data.drawing import CANVAS, SPLITS
 from clipcore.data.glyphs import FACES, GlyphSource, draw, face_characters, is_unseen
 
 pytestmark = pytest.mark.fast
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, GlyphSource]:
-    return {split: GlyphSource(split) for split in glyphs.SPLITS}
+    return {split: GlyphSource(split) for split in SPLITS}
 
 
 def test_size_of_the_whole(sources):
@@ -62,9 +63,7 @@ def test_every_character_leaves_ink_and_fits(sources):
         font = GlyphSource("unseen")._font(face)
         for character in face_characters(face):
             picture = draw(character, font)
-            assert picture.shape == (glyphs.CANVAS, glyphs.CANVAS) and picture.min() < 160, hex(
-                ord(character)
-            )
+            assert picture.shape == (CANVAS, CANVAS) and picture.min() < 160, hex(ord(character))
             edges = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
             assert (edges > 250).mean() > 0.5, hex(ord(character))
 

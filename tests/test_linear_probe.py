@@ -274,7 +274,7 @@ FEATURES, LABELS = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
         (FEATURES, LABELS - 1, {}, "class indices from 0"),
         (FEATURES, LABELS.float(), {}, "class indices from 0, whole numbers"),
         (FEATURES, LABELS.bool(), {}, "class indices from 0, whole numbers"),
-        (FEATURES, F.one_hot(LABELS), {}, "4 rows of features have 4x2 labels"),
+        (FEATURES, F.one_hot(LABELS)[:3], {}, "4 rows of features have 3x2 labels"),
         (FEATURES.numpy(), LABELS, {}, r"not ndarray and Tensor; use torch.as_tensor\(\)"),
         (FEATURES, LABELS.tolist(), {}, "not Tensor and list"),
         (FEATURES, LABELS, {"num_classes": 1}, "label 1 is not one of 1 classes"),
@@ -343,3 +343,75 @@ def test_labels_of_a_split_may_be_a_tensor():
     assert split_validation(labels, keys) == split_validation(labels.tolist(), keys)
     with pytest.raises(ValueError, match="40 labels have 39 keys"):
         split_validation(labels, keys[1:])
+
+
+def several_labels(num_images: int = 300, num_classes: int = 5) -> tuple[Tensor, Tensor]:
+    """Features [N, 12] in float64, and 0 or 1 of each class."""
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(num_images, 12, generator=generator, dtype=torch.float64)
+    directions = torch.randn(12, num_classes, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_images, num_classes, generator=generator, dtype=torch.float64)
+    return X, (X @ directions + 2 * noise > 1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+def test_probe_of_several_labels_is_a_regression_of_each_class(C: float) -> None:
+    X, labels_NK = several_labels()
+    probe = fit_linear_probe(X, labels_NK, C, tolerance=1e-9)
+    for k in range(labels_NK.shape[1]):
+        oracle = LogisticRegression(C=C, tol=1e-12, max_iter=10000)
+        oracle.fit(X.numpy(), labels_NK[:, k].numpy())
+        ours = _objective_of_one(probe.weight[k], probe.bias[k], X, labels_NK[:, k], C)
+        theirs = _objective_of_one(
+            torch.from_numpy(oracle.coef_[0]),
+            torch.from_numpy(oracle.intercept_)[0],
+            X,
+            labels_NK[:, k],
+            C,
+        )
+        assert ours <= theirs * (1 + 1e-9)
+        torch.testing.assert_close(
+            probe.weight[k], torch.from_numpy(oracle.coef_[0]), rtol=1e-5, atol=1e-6
+        )
+
+
+def _objective_of_one(weight: Tensor, bias: Tensor, X: Tensor, y: Tensor, C: float) -> float:
+    logits = X @ weight + bias
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y.to(X), reduction="sum")
+    return (C * loss + weight.square().sum() / 2).item()
+
+
+def test_label_that_all_or_no_images_have_is_certain() -> None:
+    X, labels_NK = several_labels()
+    labels_NK[:, 1], labels_NK[:, 3] = 1, 0
+    probe = fit_linear_probe(X, labels_NK)
+    assert probe.bias[1] == torch.inf and probe.bias[3] == -torch.inf
+    assert not probe.weight[[1, 3]].any() and probe.weight[[0, 2, 4]].all()
+    assert probe.logits(X)[:, [1, 3]].sigmoid().unique().tolist() == [0, 1]
+
+
+def test_search_over_C_of_several_labels_uses_its_metric() -> None:
+    X, labels_NK = several_labels()
+    seen = []
+
+    def metric(logits_NK: Tensor, labels: Tensor) -> float:
+        seen.append(logits_NK.shape)
+        return -((logits_NK > 0) != labels.bool()).double().mean().item()
+
+    found = search_C(X[:200], labels_NK[:200], X[200:], labels_NK[200:], metric=metric)
+    assert len(seen) == 15 and set(seen) == {torch.Size([100, 5])}
+    again = fit_linear_probe(X, labels_NK, found.C)
+    torch.testing.assert_close(found.probe.weight, again.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.full((300, 5), 2), "1 where an image has a class"),
+        (torch.zeros(300, 5) - 1, "1 where an image has a class"),
+        (torch.zeros(299, 5, dtype=torch.long), "299"),
+    ],
+)
+def test_labels_of_several_classes_that_do_not_fit_are_refused(labels: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fit_linear_probe(several_labels()[0], labels)

@@ -8,7 +8,10 @@
 ``columns.py``      columns of tables, such as those of labels
 ``parquet.py``      parquet tables, through a copy of their rows
 ``folders.py``      folders of images
+``embedded.py``     the embedded data sets, by name
 ``glyphs.py``       the embedded pictures of writing
+``icons.py``        the embedded icons
+``drawing.py``      drawing both from fonts
 ``transforms.py``   bytes to images to crops to normalised tensors
 ``resample.py``     bicubic resizing
 ``order.py``        the order of an epoch and the random numbers of a sample, computed, not stored

@@ -14,7 +14,6 @@ Splits are fixed for good, by character and by typeface family:
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import unicodedata
 from collections.abc import Sequence
@@ -23,15 +22,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
-from clipcore.data import Pair
+from clipcore.data import drawing
+from clipcore.data.drawing import DrawnSource, fill, is_held_out, prompts
 
-CANVAS = 36  # pixels: the size of a picture before the random crop
 FONT_SIZE = 26  # pixels to the em: the largest at which nearly every character fits the canvas
 BASELINE = 25  # row of the baseline, so that height and depth stay visible
 SHIFT_FAMILY = "monospaced"
-SPLITS = ("train", "unseen", "shift", "seen-shift")
 
 CAPTION_TEMPLATES = (
     "{a_face} glyph of {name}",
@@ -40,19 +38,7 @@ CAPTION_TEMPLATES = (
     "{name}",
 )
 ZERO_SHOT_FACES = ("sans", "bold sans", "italic serif", "bold serif")
-
-
-def fill(template: str, face: str, name: str) -> str:
-    """A caption: the face with its article where the template asks for it."""
-    article = "an" if face[0] in "aeiou" else "a"
-    return template.format(a_face=f"{article} {face}", face=face, name=name)
-
-
-ZERO_SHOT_TEMPLATES = tuple(
-    dict.fromkeys(
-        fill(template, face, "{}") for template in CAPTION_TEMPLATES for face in ZERO_SHOT_FACES
-    )
-)
+ZERO_SHOT_TEMPLATES = prompts(CAPTION_TEMPLATES, ZERO_SHOT_FACES)
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,10 @@ class Face:
     @property
     def description(self) -> str:
         return f"{self.style} {self.family}".strip()
+
+    @property
+    def path(self) -> Path:
+        return font_folder() / self.file
 
 
 FACES = tuple(
@@ -96,8 +86,7 @@ def font_folder() -> Path:
 
 def is_unseen(character: str) -> bool:
     """Whether the character belongs to the tenth that is never trained on: a hash of its code point decides."""
-    digest = hashlib.sha256(f"glyphs {ord(character)}".encode()).digest()
-    return int.from_bytes(digest, "big") % 10 == 0
+    return is_held_out(f"glyphs {ord(character)}")
 
 
 def character_name(character: str) -> str:
@@ -110,9 +99,7 @@ def face_characters(face: Face) -> str:
     """The named characters of a face that leave ink, in code-point order."""
     from matplotlib.ft2font import FT2Font
 
-    characters = (
-        chr(code) for code in sorted(FT2Font(str(font_folder() / face.file)).get_charmap())
-    )
+    characters = (chr(code) for code in sorted(FT2Font(str(face.path)).get_charmap()))
     return "".join(c for c in characters if character_name(c) and not _is_blank(c))
 
 
@@ -131,25 +118,15 @@ def _is_blank(character: str) -> bool:
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
-    """The character in black on a white canvas, uint8 [CANVAS, CANVAS]: on the baseline, shrunk if it is too large."""
-    image = Image.new("L", (CANVAS, CANVAS), 255)
-    pen = ImageDraw.Draw(image)
-    left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
-    room = CANVAS - 2
-    if (size := max(right - left, bottom - top)) > room:
-        font = font.font_variant(size=int(FONT_SIZE * room / size))
-        left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
-    x = (CANVAS - left - right) // 2
-    y = min(max(BASELINE, 1 - top), CANVAS - 1 - bottom)
-    pen.text((x, y), character, fill=0, font=font, anchor="ls")
-    return np.asarray(image)
+    """Draw a character on the baseline, in black on white: see ``clipcore.data.drawing.draw``."""
+    return drawing.draw(character, font, BASELINE)
 
 
-class GlyphSource:
-    """The pictures of one split, map-style: see ``clipcore.data.PairSource``.
+class GlyphSource(DrawnSource):
+    """The pictures of one split: see ``DrawnSource``.
 
     Args:
-        split: one of ``SPLITS``.
+        split: one of ``clipcore.data.drawing.SPLITS``.
 
     Attributes:
         classnames: the names of all trained, or all unseen, characters in code-point order, whatever the family: the
@@ -157,41 +134,33 @@ class GlyphSource:
         labels_N: for each picture the index of its name in ``classnames``.
     """
 
+    font_size = FONT_SIZE
+
     def __init__(self, split: str = "train") -> None:
-        if split not in SPLITS:
-            raise ValueError(f"the splits of glyphs are {', '.join(SPLITS)}; got {split!r}")
-        self.name = f"glyphs/{split}"
-        wants_unseen, wants_shift = split in ("unseen", "shift"), split.endswith("shift")
+        super().__init__("glyphs", split)
         self.samples = [
             (face, character)
             for face in FACES
-            if (face.family == SHIFT_FAMILY) == wants_shift
+            if (face.family == SHIFT_FAMILY) == self.wants_shift
             for character in face_characters(face)
-            if is_unseen(character) == wants_unseen
+            if is_unseen(character) == self.wants_unseen
         ]
         characters = sorted(
-            {c for face in FACES for c in face_characters(face) if is_unseen(c) == wants_unseen}
+            {
+                c
+                for face in FACES
+                for c in face_characters(face)
+                if is_unseen(c) == self.wants_unseen
+            }
         )
         position = {character: i for i, character in enumerate(characters)}
         self.classnames = [character_name(character) for character in characters]
         self.labels_N = np.array([position[character] for _, character in self.samples])
-        self._fonts: dict[Face, ImageFont.FreeTypeFont] = {}
-        self._pairs: dict[int, Pair] = {}
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Pair:
-        if (pair := self._pairs.get(index)) is None:
-            face, character = self.samples[index]
-            picture = draw(character, self._font(face))
-            pair = self._pairs[index] = Pair(picture, self.captions(index), self.key(index))
-        return pair
-
-    def key(self, index: int) -> str:
-        """Return the name of a picture: its face's file and its character."""
+    def picture(self, index: int) -> np.ndarray:
+        """Draw a picture, uint8 [CANVAS, CANVAS]."""
         face, character = self.samples[index]
-        return f"{face.file}/U+{ord(character):04X}"
+        return draw(character, self._font(face))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of a picture."""
@@ -199,17 +168,10 @@ class GlyphSource:
         name = character_name(character)
         return tuple(fill(template, face.description, name) for template in CAPTION_TEMPLATES)
 
-    def __getstate__(self) -> dict[str, object]:
-        # FreeType handles cannot travel to a worker process; it opens its own.
-        return {**self.__dict__, "_fonts": {}}
-
-    def _font(self, face: Face) -> ImageFont.FreeTypeFont:
-        if face not in self._fonts:
-            path = str(font_folder() / face.file)
-            self._fonts[face] = ImageFont.truetype(
-                path, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC
-            )
-        return self._fonts[face]
+    def key(self, index: int) -> str:
+        """Return what a picture is called: its font file and its character."""
+        face, character = self.samples[index]
+        return f"{face.file}/U+{ord(character):04X}"
 
 
 def training_captions() -> Sequence[str]:

@@ -229,7 +229,7 @@ def eval_batches(
     world_size: int = 1,
     workers: int = 0,
     all_captions: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A rank's share of a source, each sample once and in order: the shares of all ranks in turn are the source.
 
     Shares differ by one sample at most, and the last batch is as short as it comes out. A sample that cannot be read is

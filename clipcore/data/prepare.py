@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from clipcore.checkpoint import run_lock
 from clipcore.data import DataError, PairSource
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import walk
-from clipcore.data.glyphs import GlyphSource
 from clipcore.data.pictures import num_pictures
 from clipcore.data.shards import (
     FORMATS,
@@ -81,8 +81,8 @@ class Settings:
 
     def open(self, train_data: str) -> PairSource:
         """The pairs, as the training would open them."""
-        if train_data == "glyphs":
-            return GlyphSource("train")
+        if train_data in EMBEDDED:
+            return EMBEDDED[train_data].open("train")
         return open_source(
             train_data,
             self.dataset_type,
@@ -121,7 +121,7 @@ def source_identity(train_data: str, source: PairSource) -> dict[str, Any]:
     """
     digest = hashlib.sha256()
     for part in train_data.split("::"):
-        generated = part == "glyphs" or source.name == "synthetic"
+        generated = part in EMBEDDED or source.name == "synthetic"
         for path in [] if generated else expand_pattern(part):
             for name in _files(path):
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -440,7 +440,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", help="what --train-data takes: tar shards, a table, a folder, 'glyphs'")
+    add("source", help="what --train-data takes: tar shards, a table, a folder, 'glyphs', 'icons'")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     add("--format", choices=FORMATS, default="jpeg", help="JPEG files, or .npy files of pixels")
     add("--size", type=int, default=256, metavar="N", help="shorter side, pixels; never enlarged")

@@ -155,18 +155,40 @@ def label_differences(
         ValueError: fewer than two groups are large enough.
     """
     has_label_NK = probabilities_NK >= threshold
-    large = {rate.group for rate in rates_by_group(has_label_NK[:, 0], groups) if not rate.is_small}
-    if len(large) < 2:
-        raise ValueError(
-            f"groups of {SMALL_GROUP} images or more are compared; there are {len(large)}"
-        )
-    names = sorted(large)
-    place = {name: number for number, name in enumerate(names)}
-    rows = [index for index, group in enumerate(groups) if group in place]
-    group_R = torch.tensor([place[groups[index]] for index in rows])
-    number_G = group_R.bincount(minlength=len(names)).double()
+    rates = rates_by_group(has_label_NK[:, 0], groups)
+    names = [rate.group for rate in rates if not rate.is_small]
+    number_G = torch.tensor([rate.num_images for rate in rates if not rate.is_small])
+    group_N = group_numbers(groups, names)
+    chosen = group_N >= 0
     hits_GK = torch.zeros(len(names), len(labels), dtype=torch.float64)
-    hits_GK.index_add_(0, group_R, has_label_NK.cpu()[rows].double())
+    hits_GK.index_add_(0, group_N[chosen], has_label_NK.cpu()[chosen].double())
+    return differences_of_counts(hits_GK, number_G, names, labels)
+
+
+def group_numbers(groups: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Return the place of each image's group among some names, int64 [N]; -1 of images in none of them."""
+    place = {name: number for number, name in enumerate(names)}
+    return torch.tensor([place.get(group, -1) for group in groups], dtype=torch.long)
+
+
+def differences_of_counts(
+    hits_GK: Tensor, number_G: Tensor, names: Sequence[str], labels: Sequence[str]
+) -> list[LabelDifference]:
+    """Return how unevenly labels are given to groups, the most uneven first, without those that no image is given.
+
+    Args:
+        hits_GK: how many images of each group are given each label.
+        number_G: images of each group.
+        names: of the groups.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    if len(names) < 2:
+        raise ValueError(
+            f"groups of {SMALL_GROUP} images or more are compared; there are {len(names)}"
+        )
+    hits_GK, number_G = hits_GK.double(), number_G.double()
     given = hits_GK.sum(0).nonzero().flatten().tolist()
 
     found = []

@@ -22,8 +22,8 @@ import PIL
 
 from clipcore.data import DataError, printable
 from clipcore.data.columns import is_table
+from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
 from clipcore.data.folders import CLASSES_FILE, ClassFolderSource, list_folder
-from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
 from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
 from clipcore.data.tables import ColumnError
 from clipcore.data.transforms import MAX_PIXELS, Decoder
@@ -102,7 +102,9 @@ def _open_embedded(
 
 # What opens each data set that comes with clipcore.
 EMBEDDED: dict[str, Callable[[], EvaluationSet]] = {
-    **embedded_sets("glyphs", GlyphSource, ZERO_SHOT_TEMPLATES),
+    key: opener
+    for name, data in EMBEDDED_DATA.items()
+    for key, opener in embedded_sets(name, data.open, data.templates).items()
 }
 
 

@@ -6,6 +6,8 @@ Source: Radford et al. 2021, section 3.2 and appendix A.3: L-BFGS on features be
 and a search over the strength of the penalty. The objective is scikit-learn's, C times the sum of the cross-entropies plus
 half the squared weights, with a bias that is not penalised.
 
+Images may have several labels or none: then each class has a logistic regression of its own.
+
 The features are rotated into their principal directions, and each direction is scaled so that the objective curves alike
 along all of them. It is a change of variables: the optimum is the same, and L-BFGS takes a fraction of the steps.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Of the search over C: appendix A.3's 97 points.
 GRID = tuple(10.0 ** (-6 + exponent / 8) for exponent in range(97))
@@ -37,7 +40,7 @@ class LinearProbe:
 
     Attributes:
         weight: [K, D].
-        bias: [K]; -inf of a class without a training image, which is never predicted.
+        bias: [K]; -inf of a class without a training image, which is never predicted, and inf of one that all images have.
         C: the inverse strength of the penalty that it was fitted with.
         num_iterations: of L-BFGS.
         gradient_norm: largest element of the gradient at the end, of the mean objective in the solver's coordinates.
@@ -83,7 +86,7 @@ def fit_linear_probe(
 
     Args:
         features_ND: [N, D], float32 or float64.
-        labels_N: [N], class indices.
+        labels_N: [N], class indices; or [N, K], 1 where an image has a class and 0 where not.
         num_classes: K [the largest label plus one].
         tolerance: the solver ends when no element of its gradient is larger, or when rounding leaves nothing to gain, which
             in float32 may be a few times above the default.
@@ -91,7 +94,7 @@ def fit_linear_probe(
     Raises:
         ValueError: the arguments do not fit, or a feature is not finite.
     """
-    problem = _Problem(features_ND, labels_N, num_classes)
+    problem = _problem(features_ND, labels_N, num_classes)
     return problem.probe(problem.solve(C, tolerance))
 
 
@@ -131,7 +134,7 @@ def search_C(
             f"{' and '.join(' '.join(map(str, kind)) for kind in kinds)}"
         )
 
-    if num_classes is None:
+    if num_classes is None and train_labels_N.dim() == 1:
         num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
     train, val = (train_features_ND, train_labels_N), (val_features_ND, val_labels_N)
     C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance)
@@ -145,12 +148,12 @@ def search_C(
 def _search(
     train: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
-    num_classes: int,
+    num_classes: int | None,
     measure: Metric,
     tolerance: float,
 ) -> tuple[float, list[tuple[float, float]], LinearProbe]:
     """Return the best C, the scores in the order of the fits, and the best probe of the training images."""
-    problem = _Problem(train[0], train[1], num_classes)
+    problem = _problem(train[0], train[1], num_classes)
     solutions: dict[int, _Solution] = {}
     scores: dict[int, float] = {}
 
@@ -231,17 +234,34 @@ class _Solution:
     gradient_norm: float
 
 
+def _problem(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> _Problem:
+    """Return the problem that labels of one class, or of several, make."""
+    _check(features_ND, labels_N, num_classes)
+    kind = _OneOfClasses if labels_N.dim() == 1 else _AnyOfClasses
+    return kind(features_ND, labels_N, num_classes)
+
+
 class _Problem:
-    """The features in their principal directions, and what any C's fit needs."""
+    """The features in their principal directions, and what any C's fit needs.
 
-    def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
-        _check(features_ND, labels_N, num_classes)
-        self._num_classes = int(labels_N.max()) + 1 if num_classes is None else num_classes
-        # A class without images has its optimum at a bias of minus infinity.
-        labels_N = labels_N.to(features_ND.device, torch.long)
-        self._present, self._labels_N = labels_N.unique(return_inverse=True)
+    Attributes:
+        present: the classes that are fitted.
+        bias_K: of all classes, before the fit: infinite, as the optimum is, of those that are not fitted.
+        labels: of the fitted classes.
+        prior_K: the bias of each fitted class where no feature counts.
+        curvature: largest second derivative of the mean loss by a logit of a fitted class.
+        penalty_factor: of the squared weights, times 2 C.
+    """
+
+    present: Tensor
+    bias_K: Tensor
+    labels: Tensor
+    prior_K: Tensor
+    curvature: float
+    penalty_factor: float
+
+    def __init__(self, features_ND: Tensor) -> None:
         self._dtype = features_ND.dtype
-
         features_ND = features_ND.detach()
         self._mean_D = features_ND.mean(0, dtype=torch.float64)
         variances, directions = torch.linalg.eigh(self._covariance(features_ND))
@@ -254,9 +274,8 @@ class _Problem:
         self._rotated_NR = torch.addmm(shift, features_ND, centred_to, beta=-1)
 
         # The gradient where no feature counts, and each class has its share.
-        shares_K = self._labels_N.bincount().double() / len(self._labels_N)
-        zeros = self._variance_R.new_zeros(len(shares_K), len(self._variance_R))
-        _, self._steepness_KR, _ = self._cross_entropy(zeros, shares_K.log())
+        zeros = self._variance_R.new_zeros(len(self.present), len(self._variance_R))
+        _, self._steepness_KR, _ = self._cross_entropy(zeros, self.prior_K)
 
     def _covariance(self, features_ND: Tensor) -> Tensor:
         total = features_ND.new_zeros((features_ND.shape[1],) * 2, dtype=torch.float64)
@@ -269,16 +288,14 @@ class _Problem:
         """Minimise the mean objective; begin from another solution of this problem where one is given."""
         if not C > 0:
             raise ValueError(f"C is {C}, and has to be positive")
-        num_classes, num_rows = len(self._present), len(self._labels_N)
+        num_classes, num_rows = len(self.present), len(self.labels)
         zeros = self._variance_R.new_zeros(num_classes, len(self._variance_R))
-        if num_classes == 1:
-            return _Solution(C, zeros, zeros.new_zeros(1), 0, 0.0)
+        if not self.curvature:
+            return _Solution(C, zeros, zeros.new_zeros(num_classes), 0, 0.0)
 
-        # scikit-learn's one row for two classes is the difference of two rows here, whose squares are half of its square.
-        penalty = (2.0 if num_classes == 2 else 1.0) / (C * num_rows)
-        curvature = (1 - 1 / num_classes) / num_classes
-        scale_R = (curvature * self._variance_R + penalty).rsqrt()
-        bias_scale = curvature**-0.5
+        penalty = self.penalty_factor / (C * num_rows)
+        scale_R = (self.curvature * self._variance_R + penalty).rsqrt()
+        bias_scale = self.curvature**-0.5
         begun = (
             (zeros, zeros.new_zeros(num_classes)) if start is None else (start.weight, start.bias)
         )
@@ -320,25 +337,28 @@ class _Problem:
         weight, bias = weight_KR.to(self._dtype), bias_K.to(self._dtype)
         loss = bias_K.new_zeros(())
         weight_grad, bias_grad = torch.zeros_like(weight_KR), torch.zeros_like(bias_K)
-        for rows_BR, labels_B in zip(
-            self._rotated_NR.split(_BLOCK_ROWS), self._labels_N.split(_BLOCK_ROWS), strict=True
+        for rows_BR, labels in zip(
+            self._rotated_NR.split(_BLOCK_ROWS), self.labels.split(_BLOCK_ROWS), strict=True
         ):
-            log_probability_BK = torch.addmm(bias, rows_BR, weight.T).log_softmax(1)
-            loss -= log_probability_BK.gather(1, labels_B[:, None]).sum(dtype=torch.float64)
-            residual_BK = log_probability_BK.exp_()
-            residual_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
+            logits_BK = torch.addmm(bias, rows_BR, weight.T)
+            block_loss, residual_BK = self._loss_and_residual(logits_BK, labels)
+            loss += block_loss
             weight_grad += residual_BK.T @ rows_BR
             bias_grad += residual_BK.sum(0, dtype=torch.float64)
-        num_rows = len(self._labels_N)
+        num_rows = len(self.labels)
         return loss.item() / num_rows, weight_grad / num_rows, bias_grad / num_rows
+
+    def _loss_and_residual(self, logits_BK: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of rows in float64, and its gradient by their logits, [B, K]."""
+        raise NotImplementedError
 
     def probe(self, solution: _Solution) -> LinearProbe:
         """Return a solution in the features' own coordinates, with all classes."""
         weight = solution.weight @ self._directions_DR.T
         bias = solution.bias - weight @ self._mean_D
-        weight_KD = weight.new_zeros(self._num_classes, weight.shape[1])
-        bias_K = bias.new_full((self._num_classes,), -torch.inf)
-        weight_KD[self._present], bias_K[self._present] = weight, bias
+        weight_KD = weight.new_zeros(len(self.bias_K), weight.shape[1])
+        bias_K = self.bias_K.to(bias)
+        weight_KD[self.present], bias_K[self.present] = weight, bias
         return LinearProbe(
             weight_KD.to(self._dtype),
             bias_K.to(self._dtype),
@@ -346,6 +366,51 @@ class _Problem:
             solution.num_iterations,
             solution.gradient_norm,
         )
+
+
+class _OneOfClasses(_Problem):
+    """Each image has one class: a softmax over all of them."""
+
+    def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+        labels_N = labels_N.to(features_ND.device, torch.long)
+        number = int(labels_N.max()) + 1 if num_classes is None else num_classes
+        # A class without images has its optimum at a bias of minus infinity.
+        self.bias_K = torch.full((number,), -torch.inf)
+        self.present, self.labels = labels_N.unique(return_inverse=True)
+        self.prior_K = (self.labels.bincount().double() / len(labels_N)).log()
+        num_present = len(self.present)
+        self.curvature = (1 - 1 / num_present) / num_present
+        # scikit-learn's one row for two classes is the difference of two rows here, whose squares are half of its square.
+        self.penalty_factor = 2.0 if num_present == 2 else 1.0
+        super().__init__(features_ND)
+
+    def _loss_and_residual(self, logits_BK: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_probability_BK = logits_BK.log_softmax(1)
+        loss = -log_probability_BK.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        residual_BK = log_probability_BK.exp_()
+        residual_BK[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return loss, residual_BK
+
+
+class _AnyOfClasses(_Problem):
+    """Each image has any number of classes: a sigmoid of each."""
+
+    def __init__(self, features_ND: Tensor, labels_NK: Tensor, _: int | None) -> None:
+        labels_NK = labels_NK.to(features_ND.device, features_ND.dtype)
+        share_K = labels_NK.mean(0, dtype=torch.float64)
+        # A class that all images have, or none has, has its optimum at an infinite bias.
+        self.bias_K = (share_K == 1).double().logit()
+        self.present = ((share_K > 0) & (share_K < 1)).nonzero().flatten()
+        self.labels = labels_NK[:, self.present]
+        self.prior_K = share_K[self.present].logit()
+        self.curvature = 0.25 if len(self.present) else 0.0
+        self.penalty_factor = 1.0
+        super().__init__(features_ND)
+
+    def _loss_and_residual(self, logits_BK: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # log(1 + exp(z)) - y z, without an overflow.
+        losses = F.binary_cross_entropy_with_logits(logits_BK, labels, reduction="none")
+        return losses.sum(dtype=torch.float64), logits_BK.sigmoid().sub_(labels)
 
 
 def _check(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
@@ -356,13 +421,22 @@ def _check(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> No
     if features_ND.dim() != 2 or features_ND.dtype not in (torch.float32, torch.float64):
         kind = f"{features_ND.dtype} {list(features_ND.shape)}"
         raise ValueError(f"features are [N, D] in float32 or float64, not {kind}; use .float()")
-    if labels_N.shape != features_ND.shape[:1] or not len(labels_N):
+    if labels_N.dim() == 2 and len(labels_N) == len(features_ND) and labels_N.numel():
+        if not ((labels_N == 0) | (labels_N == 1)).all():
+            raise ValueError("labels [N, K] are 1 where an image has a class, and 0 where not")
+        if num_classes not in (None, labels_N.shape[1]):
+            raise ValueError(f"labels of {labels_N.shape[1]} classes are not of {num_classes}")
+    elif labels_N.shape != features_ND.shape[:1] or not len(labels_N):
         shape = "x".join(map(str, labels_N.shape)) or "1"
         raise ValueError(f"{len(features_ND)} rows of features have {shape} labels")
-    is_number = labels_N.is_floating_point() or labels_N.is_complex()
-    if is_number or labels_N.dtype == torch.bool or int(labels_N.min()) < 0:
+    elif (
+        labels_N.is_floating_point()
+        or labels_N.is_complex()
+        or labels_N.dtype == torch.bool
+        or int(labels_N.min()) < 0
+    ):
         raise ValueError("labels are class indices from 0, whole numbers")
-    if num_classes is not None and int(labels_N.max()) >= num_classes:
+    elif num_classes is not None and int(labels_N.max()) >= num_classes:
         raise ValueError(f"label {int(labels_N.max())} is not one of {num_classes} classes")
     if not features_ND.isfinite().all():
         row = int((~features_ND.isfinite().all(1)).nonzero()[0])

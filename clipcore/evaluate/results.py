@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipcore.architectures import is_finite_number, shortened
 from clipcore.data import DataError, printable
-from clipcore.files import read_regular, write_durably
+from clipcore.files import is_folder, make_directory, read_regular, write_durably
 
 # Tasks of CLIP_benchmark, and ours beside them.
 ZERO_SHOT, LINEAR_PROBE, RETRIEVAL = (
@@ -28,8 +28,15 @@ PROMPTS, FEW_SHOT, OVERLAP, BIAS = "prompt_gains", "few_shot", "overlap", "bias"
 TASKS = (ZERO_SHOT, LINEAR_PROBE, RETRIEVAL, PROMPTS, FEW_SHOT, OVERLAP, BIAS)
 
 LINES_FILE = "eval_results.jsonl"
-_MAX_RESULT_BYTES = 1 << 26
+# The largest hold 120 small pictures. Lists of lists take forty times their text in memory.
+_MAX_RESULT_BYTES = 1 << 22
 _MAX_NAME_CHARS = 180
+# Which metric stands for a result that does not say it, such as CLIP_benchmark's own: the first that it has.
+_USUAL_METRICS = {
+    ZERO_SHOT: ("acc1", "mean_average_precision"),
+    LINEAR_PROBE: ("lp_acc1", "lp_mean_average_precision"),
+    RETRIEVAL: ("mean_recall@1", "image_retrieval_recall@5"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,23 +62,44 @@ class Result:
     language: str = "en"
 
     @property
+    def main_metric(self) -> str | None:
+        """The metric that stands for the whole; where it is not said, the task's usual one, None where it has none."""
+        stated = self.details.get("main_metric")
+        if isinstance(stated, str):
+            return stated
+        usual = _USUAL_METRICS.get(self.task, ())
+        return next((name for name in usual if name in self.metrics), None)
+
+    @property
     def value(self) -> float | None:
         """The main metric's value."""
-        return self.metrics.get(self.details.get("main_metric", ""))
+        return self.metrics.get(self.main_metric or "")
 
     @property
     def file_name(self) -> str:
         """The name of its file, after CLIP_benchmark's template, which no other result has."""
         parts = (self.dataset, self.pretrained, self.model, self.language, self.task)
-        name = "_".join(_in_file_name(part) for part in parts)
-        if len(name) > _MAX_NAME_CHARS or any(_in_file_name(part) != part for part in parts):
-            # Two paths may look alike without their slashes.
-            digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-            name = f"{name[: _MAX_NAME_CHARS - 60]}_{digest}_{self.task}"
-        return f"{name}.json"
+        stem = "_".join(map(_in_file_name, parts[:-1]))
+        # Two paths may look alike without their slashes, and "a_b" of "c" is "a" of "b_c".
+        is_altered = any(_in_file_name(part) != part for part in parts)
+        is_ambiguous = any("_" in part for part in parts[1:-1])
+        if is_altered or is_ambiguous or len(stem) + len(self.task) >= _MAX_NAME_CHARS:
+            digest = hashlib.sha256(_encoded("\0".join(parts))).hexdigest()[:8]
+            stem = f"{stem[: _MAX_NAME_CHARS - 60]}_{digest}"
+        return f"{stem}_{_in_file_name(self.task)}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object that its file holds; raise ValueError for a number that is not finite."""
+        """Return the object that its file holds.
+
+        Raises:
+            ValueError: a number is not finite, which JSON does not have; the message names the metric.
+        """
+        for name, value in self.metrics.items():
+            if value is not None and not is_finite_number(value):
+                raise ValueError(
+                    f"{printable(name)} of {printable(self.model)} on {printable(self.dataset)} is {shortened(value)}, no "
+                    "finite number; where a metric does not apply it is None"
+                )
         record: dict[str, Any] = {
             "dataset": self.dataset,
             "model": self.model,
@@ -81,16 +109,21 @@ class Result:
             "language": self.language,
             "clipcore": self.details,
         }
-        json.dumps(record, allow_nan=False)
+        try:
+            json.dumps(record, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(
+                f"the details of {printable(self.model)} on {printable(self.dataset)} are no JSON: {error}"
+            ) from None
         return record
 
 
 def write_result(folder: Path, result: Result) -> Path:
     """Write a result into a folder, in place of an older one of the same model, data set and task; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / result.file_name
     content = json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
-    write_durably(path, content.encode() + b"\n")
+    make_directory(folder)
+    path = folder / result.file_name
+    write_durably(path, _encoded(content + "\n"))
     _write_lines(folder)
     return path
 
@@ -101,9 +134,15 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         DataError: there is no folder, none in it, or one that cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"there is no folder of results {folder}")
-    found = [result for path in sorted(folder.glob("*.json")) if (result := _read(path))]
+    try:
+        if not is_folder(folder):
+            raise DataError(
+                f"there is no folder of results {folder}; python -m clipcore.evaluate zero-shot --output {folder} makes it"
+            )
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except OSError as error:
+        raise DataError(f"cannot read the folder of results {folder}: {error.strerror}") from None
+    found = [result for path in paths if (result := _read(path))]
     if not found:
         raise DataError(
             f"{folder} holds no results; python -m clipcore.evaluate zero-shot --output {folder} writes them"
@@ -111,32 +150,51 @@ def read_results(folder: Path) -> list[Result]:
     return found
 
 
+def read_result(path: Path) -> Result:
+    """Return the result in one file, CLIP_benchmark's own too; raise DataError."""
+    result = _read(path)
+    if result is None:
+        raise DataError(
+            f"{path} is no result of an evaluation: it has no dataset, model, pretrained and task"
+        )
+    return result
+
+
 def _read(path: Path) -> Result | None:
     """Return the result in a file; None of another kind of file."""
     try:
-        record = json.loads(read_regular(path, _MAX_RESULT_BYTES))
+        content = read_regular(path, _MAX_RESULT_BYTES + 1)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > _MAX_RESULT_BYTES:
+        raise DataError(
+            f"{path} has more than {_MAX_RESULT_BYTES >> 20} MB, which no result has; remove it"
+        )
+    try:
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {printable(str(error))}; remove it") from None
     keys = ("dataset", "model", "pretrained", "task")
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         return None
     metrics, details = record.get("metrics"), record.get("clipcore", {})
+    language = record.get("language")
     if not isinstance(metrics, dict) or not isinstance(details, dict):
         raise DataError(f"{path} has no metrics; evaluate it anew, or remove it")
-    numbers = {str(name): _number(value) for name, value in metrics.items()}
-    language = str(record.get("language", "en"))
     return Result(
-        *(record[key] for key in keys), metrics=numbers, details=details, language=language
+        dataset=record["dataset"],
+        model=record["model"],
+        pretrained=record["pretrained"],
+        task=record["task"],
+        metrics={str(name): _number(value) for name, value in metrics.items()},
+        details=details,
+        language=language if isinstance(language, str) else "en",
     )
 
 
 def _number(value: object) -> float | None:
     """Return a metric; None where it is not a finite number, as CLIP_benchmark's acc5 of few classes is."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    return value if is_finite_number(value) else None  # type: ignore[return-value]
 
 
 def _write_lines(folder: Path) -> None:
@@ -147,13 +205,12 @@ def _write_lines(folder: Path) -> None:
         if result.task in (ZERO_SHOT, RETRIEVAL)
     ]
     if lines:
-        write_durably(folder / LINES_FILE, "".join(lines).encode())
+        write_durably(folder / LINES_FILE, _encoded("".join(lines)))
 
 
 def _line(result: Result) -> Mapping[str, Any]:
-    key = re.sub(r"^wds[_-]", "", result.dataset)
     return {
-        "key": key,
+        "key": re.sub(r"^wds[/_-]", "", result.dataset),
         "dataset": result.dataset,
         "metrics": {**result.metrics, "main_metric": result.value},
         "model": result.model,
@@ -161,11 +218,32 @@ def _line(result: Result) -> Mapping[str, Any]:
     }
 
 
+def set_key(dataset: str) -> str:
+    """Return by what two names of a data set are the same one, without the spellings of its copies on the hub.
+
+    >>> set_key("wds/vtab/cifar10"), set_key("wds_imagenet_sketch_test")
+    ('vtab-cifar10', 'imagenet-sketch')
+    """
+    name = re.sub(r"^wds[/_-]", "", dataset.lower()).removesuffix("_test")
+    return name.replace("/", "-").replace("_", "-")
+
+
 def models_of(results: Iterable[Result]) -> list[tuple[str, str]]:
     """Return (model, pretrained) of results, each once, in their order."""
     return list(dict.fromkeys((result.model, result.pretrained) for result in results))
 
 
+def _encoded(text: str) -> bytes:
+    """Return a text's UTF-8; of a name that is none, such as a path in another encoding, JSON's escapes."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def _in_file_name(text: str) -> str:
     """Return a text fit for a part of a file's name."""
     return re.sub(r"[^\w.+-]", "-", text.replace("/", "-"), flags=re.ASCII)
+
+
+def find_result(folder: Path, like: Result) -> Result | None:
+    """Return the result of the same model, data set and task in a folder; None where there is none."""
+    path = folder / like.file_name
+    return _read(path) if path.is_file() else None

@@ -18,6 +18,10 @@ from clipcore.evaluate.robustness import fit_line
 
 Numbers = Sequence[float] | NDArray[np.float64]
 
+# Decades between the largest model and the end of the last bin. Cherti et al. add it so that this bin holds that model, and
+# their published laws have it.
+_BINS_MARGIN = 0.1
+
 
 @dataclass(frozen=True)
 class PowerLaw:
@@ -60,7 +64,8 @@ def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None)
         compute: of M models, in any unit, such as GMACs of all training.
         error: of the same models; 1 minus the mean of their metrics over the data sets.
         num_bins: fit to the smallest error of each of so many bins of equal width in log(compute), at the bin's middle,
-            which ignores runs that were stopped or tuned badly [to all models].
+            which ignores runs that were stopped or tuned badly [to all models]. As in Cherti et al.'s figures, the last bin
+            ends a tenth of a decade beyond the largest model.
 
     Raises:
         ValueError: there are not as many of both, a number is not positive, or fewer than two different models are left.
@@ -104,8 +109,8 @@ def _best_of_bins(
     x: NDArray[np.float64], y: NDArray[np.float64], num_bins: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the middles of the bins that hold a point, and the smallest y in each."""
-    edges = np.linspace(x.min(), x.max(), num_bins + 1)
-    number = np.clip(np.digitize(x, edges) - 1, 0, num_bins - 1)
+    edges = np.linspace(x.min(), x.max() + _BINS_MARGIN, num_bins + 1)
+    number = np.digitize(x, edges) - 1
     filled = np.unique(number)
     middles = (edges[:-1] + edges[1:]) / 2
     return middles[filled], np.array([y[number == one].min() for one in filled])

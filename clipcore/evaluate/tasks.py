@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipcore.config import TrainConfig
 from clipcore.data import BadSample, DataError, PairSource, printable
+from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import ClassFolderSource
-from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
 from clipcore.data.loader import (
     JUDGED_ROWS,
     SHOWN_REASONS,
@@ -250,14 +250,12 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
 def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
     """The zero-shot evaluations that the settings ask for."""
     tasks = []
-    if config.train_data == "glyphs":
-        for split, name in (
-            ("unseen", "unseen characters"),
-            ("shift", "unseen characters in an unseen typeface"),
-        ):
-            source = GlyphSource(split)
+    if config.train_data in EMBEDDED:
+        embedded = EMBEDDED[config.train_data]
+        for split, name in embedded.zero_shot.items():
+            source = embedded.open(split)
             tasks.append(
-                ZeroShotTask(name, source, source.labels_N, source.classnames, ZERO_SHOT_TEMPLATES)
+                ZeroShotTask(name, source, source.labels_N, source.classnames, embedded.templates)
             )
     if config.imagenet_val is not None:
         decoder = Decoder(max_pixels=config.max_pixels)
@@ -279,9 +277,10 @@ def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
             quotes=not config.csv_no_quotes,
         )
         return [RetrievalTask("validation pairs", by_picture(source))]
-    if config.train_data == "glyphs":
-        source = GlyphSource("unseen")
-        return [RetrievalTask("unseen characters, retrieval", source, all_captions=False)]
+    if config.train_data in EMBEDDED:
+        embedded = EMBEDDED[config.train_data]
+        # Other pictures of a name are described equally well by its short captions.
+        return [RetrievalTask(embedded.retrieval, embedded.open("unseen"), all_captions=False)]
     return []
 
 

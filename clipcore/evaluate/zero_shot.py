@@ -26,7 +26,7 @@ Template = str | Callable[[str], str]
 def build_zero_shot_classifier(
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
-    classnames: Sequence[str],
+    classnames: Sequence[str | Sequence[str]],
     templates: Sequence[Template],
     num_classes_per_batch: int | None = 10,
     device: str | torch.device = "cpu",
@@ -35,6 +35,7 @@ def build_zero_shot_classifier(
     """The class-embedding matrix, one unit column a class (open_clip's name and arguments).
 
     Args:
+        classnames: of each class its name, or several, whose prompts are averaged together.
         templates: strings with ``{}`` (or ``{c}``) where the class name goes, or functions of the class name.
         num_classes_per_batch: classes whose prompts are encoded at once; ``None`` for all.
 
@@ -49,7 +50,7 @@ def build_zero_shot_classifier(
             raise ValueError(
                 f"{what} are a list of texts, got the text {given!r}; put it into a list"
             )
-    if not classnames or not templates:
+    if not classnames or not templates or not all(classnames):
         raise ValueError("a zero-shot classifier needs at least one class name and one template")
     size = num_classes_per_batch or len(classnames)
     starts: Iterable[int] = range(0, len(classnames), size)
@@ -59,10 +60,19 @@ def build_zero_shot_classifier(
         starts = tqdm(starts, unit_scale=size)
     columns = []
     for start in starts:
-        names = classnames[start : start + size]
-        prompts = [_fill(template, name) for name in names for template in templates]
+        classes = [
+            [names] if isinstance(names, str) else list(names)
+            for names in classnames[start : start + size]
+        ]
+        prompts = [
+            _fill(template, name) for names in classes for name in names for template in templates
+        ]
         features = model.encode_text(trim_tokens(tokenizer(prompts)).to(device), normalize=True)
-        mean_CE = features.unflatten(0, (len(names), len(templates))).mean(1)
+        counts = [len(names) * len(templates) for names in classes]
+        if len(set(counts)) == 1:
+            mean_CE = features.unflatten(0, (len(classes), counts[0])).mean(1)
+        else:
+            mean_CE = torch.stack([part.mean(0) for part in features.split(counts)])
         columns.append(F.normalize(mean_CE, dim=-1).T)
     return torch.cat(columns, 1)
 
@@ -91,23 +101,45 @@ def zero_shot_accuracy(
     hits = [torch.zeros(0, 3, dtype=torch.long, device=classifier_EC.device)]
     for images, labels_B in batches:
         features_BE = model.encode_image(images, normalize=True)
-        _, best_BK = similarity_topk(features_BE, classifier_EC.T, num_best)
+        best_BK = best_classes(features_BE, classifier_EC, num_best)
         labels_B = labels_B.to(best_BK.device)
         right_BK = best_BK == labels_B[:, None]
         hits.append(torch.stack([labels_B, right_BK[:, 0].long(), right_BK.any(1).long()], 1))
-    label_N, first_N, fifth_N = gather_rows(torch.cat(hits)).double().unbind(1)
-    if not len(label_N):
+    label_N, first_N, fifth_N = gather_rows(torch.cat(hits)).unbind(1)
+    return accuracies(label_N, first_N.bool(), fifth_N.bool())
+
+
+def best_classes(features_BE: Tensor, classifier_EC: Tensor, num_best: int = 5) -> Tensor:
+    """Return the nearest classes of unit features, int64 [B, K], the best first; of equal ones the lower is better."""
+    _, best_BK = similarity_topk(features_BE, classifier_EC.T, num_best)
+    return best_BK
+
+
+def accuracies(labels_N: Tensor, is_best_N: Tensor, is_among_5_N: Tensor) -> dict[str, float]:
+    """Return the accuracies of images, given whether their class is the best one, and among the best five.
+
+    Args:
+        labels_N: class indices.
+
+    Returns:
+        ``acc1``, ``acc5``, ``mean_per_class_recall`` over the classes that occur, ``num_images``.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if not len(labels_N):
         raise ValueError("there are no images to classify")
     # Counts of whole numbers: sums of weights would depend on the order in which a GPU adds them.
-    label_N, num_classes = label_N.long(), classifier_EC.shape[1]
-    count_C = torch.bincount(label_N, minlength=num_classes)
-    right_C = torch.bincount(label_N[first_N > 0], minlength=num_classes)
-    recall = (right_C[count_C > 0] / count_C[count_C > 0]).mean()
+    num_classes = int(labels_N.max()) + 1
+    count_C = torch.bincount(labels_N, minlength=num_classes)
+    right_C = torch.bincount(labels_N[is_best_N], minlength=num_classes)
+    occurs_C = count_C > 0
+    recall = (right_C[occurs_C].double() / count_C[occurs_C]).mean()
     return {
-        "acc1": first_N.mean().item(),
-        "acc5": fifth_N.mean().item(),
+        "acc1": is_best_N.double().mean().item(),
+        "acc5": is_among_5_N.double().mean().item(),
         "mean_per_class_recall": recall.item(),
-        "num_images": float(len(label_N)),
+        "num_images": float(len(labels_N)),
     }
 
 

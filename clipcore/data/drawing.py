@@ -1,0 +1,125 @@
+"""Pictures drawn from the characters of fonts: what the embedded data sets share.
+
+Legend: N pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from clipcore.data import Pair
+
+CANVAS = 36  # pixels: the size of a picture before the random crop
+SPLITS = ("train", "unseen", "shift", "seen-shift")
+
+
+class FontFile(Protocol):
+    """Anything that a font file belongs to."""
+
+    @property
+    def path(self) -> Path: ...
+
+
+def fill(template: str, face: str, name: str) -> str:
+    """Return a caption: the face with its article where the template asks for it."""
+    article = "an" if face[0] in "aeiou" else "a"
+    return template.format(a_face=f"{article} {face}", face=face, name=name)
+
+
+def prompts(templates: Sequence[str], faces: Sequence[str]) -> tuple[str, ...]:
+    """Return the zero-shot prompts, {} for the name: each template with each face, without repetitions."""
+    return tuple(
+        dict.fromkeys(fill(template, face, "{}") for template in templates for face in faces)
+    )
+
+
+def is_held_out(text: str) -> bool:
+    """Return whether a hash of the text falls into the tenth that is never trained on."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+def draw(character: str, font: ImageFont.FreeTypeFont, baseline: int) -> np.ndarray:
+    """Draw a character in black on a white canvas, shrunk if it is too large.
+
+    Args:
+        baseline: its row, so that height and depth stay visible; a character that would be cut is moved.
+
+    Returns:
+        uint8 [CANVAS, CANVAS].
+    """
+    image = Image.new("L", (CANVAS, CANVAS), 255)
+    pen = ImageDraw.Draw(image)
+    left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
+    room = CANVAS - 2
+    if (size := max(right - left, bottom - top)) > room:
+        font = font.font_variant(size=int(font.size * room / size))
+        left, top, right, bottom = pen.textbbox((0, 0), character, font=font, anchor="ls")
+    x = (CANVAS - left - right) // 2
+    y = min(max(baseline, 1 - top), CANVAS - 1 - bottom)
+    pen.text((x, y), character, fill=0, font=font, anchor="ls")
+    return np.asarray(image)
+
+
+class DrawnSource:
+    """The pictures of one split, map-style and drawn when first asked for: see ``clipcore.data.PairSource``.
+
+    A subclass sets ``classnames`` and ``labels_N``, and says how many pictures there are, and of each how it is drawn, what
+    describes it and what it is called.
+
+    Args:
+        dataset: name of the data set.
+        split: one of ``SPLITS``.
+
+    Attributes:
+        wants_unseen: whether the split holds names that are never trained on.
+        wants_shift: whether it holds families that are never trained on.
+        classnames: the names of the classes.
+        labels_N: for each picture the index of its name in ``classnames``.
+    """
+
+    font_size: int  # pixels to the em
+    classnames: list[str]
+    labels_N: np.ndarray
+
+    def __init__(self, dataset: str, split: str) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"the splits of {dataset} are {', '.join(SPLITS)}; got {split!r}")
+        self.name = f"{dataset}/{split}"
+        self.wants_unseen, self.wants_shift = split in ("unseen", "shift"), split.endswith("shift")
+        self._fonts: dict[FontFile, ImageFont.FreeTypeFont] = {}
+        self._pairs: dict[int, Pair] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index: int) -> Pair:
+        if (pair := self._pairs.get(index)) is None:
+            pair = Pair(self.picture(index), self.captions(index), self.key(index))
+            self._pairs[index] = pair
+        return pair
+
+    def picture(self, index: int) -> np.ndarray:
+        """Draw a picture, uint8 [CANVAS, CANVAS]."""
+        raise NotImplementedError
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of a picture."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """Return what a picture is called: its font file and its character."""
+        raise NotImplementedError
+
+    def _font(self, file: FontFile) -> ImageFont.FreeTypeFont:
+        if file not in self._fonts:
+            self._fonts[file] = ImageFont.truetype(
+                str(file.path), self.font_size, layout_engine=ImageFont.Layout.BASIC
+            )
+        return self._fonts[file]

@@ -1,0 +1,220 @@
+"""Evaluate models on labelled data sets: ``python -m clipcore.evaluate zero-shot --checkpoint RUN --data DIR``.
+
+Exit status: 0 done, 2 a mistake in the arguments, a data set or model that could not be evaluated (the others were), or too
+little memory, 70 a fault of clipcore's own, 130 Ctrl-C; what was finished by then is in the folder of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from clipcore.data.transforms import MAX_PIXELS
+from clipcore.evaluate import bias_study, overlap_study, retrieval_study, studies
+from clipcore.evaluate.page import write_page
+from clipcore.evaluate.runner import run_measures
+from clipcore.failures import end_with
+from clipcore.terminal import Parser, complain, steady_output
+
+PROGRAM = "clipcore.evaluate"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, text: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    zero_shot = add("zero-shot", "classify images by the names of their classes", run_measures)
+    prompts = add("prompts", "compare prompts on the same images", run_measures)
+    probe = add("linear-probe", "fit a linear classifier to features", run_measures)
+    few_shot = add("few-shot", "fit linear classifiers to a few images a class", run_measures)
+    retrieval = add("retrieval", "find captions of images, and images of captions", run_measures)
+    overlap = add("overlap", "look for a data set's images among the training images", run_measures)
+    bias = add("bias", "compare answers between groups of people", run_measures)
+    everything = add("all", "evaluate all that the data sets have the inputs for", run_measures)
+    for command in (zero_shot, prompts, probe, few_shot, retrieval, overlap, bias, everything):
+        _add_models(command)
+        _add_data(command)
+        _add_running(command)
+    for command in (zero_shot, few_shot, overlap, bias, everything):
+        _add_templates(command)
+    for command in (probe, few_shot, everything):
+        _add_probe(command)
+    for command in (few_shot, everything):
+        _add_shots(command)
+    for command in (retrieval, everything):
+        retrieval_study.add_arguments(command.add_argument_group("retrieval"))
+    for command, is_required in ((overlap, True), (everything, False)):
+        overlap_study.add_arguments(command.add_argument_group("overlap"), is_required)
+    for command, is_required in ((bias, True), (everything, False)):
+        bias_study.add_arguments(command.add_argument_group("bias"), is_required)
+
+    robustness = add("robustness", "fit what accuracies lose under a shift", _studied)
+    robustness.set_defaults(study=studies.run_robustness)
+    studies.add_robustness_arguments(robustness)
+    scaling = add("scaling", "fit a power law to errors of models of several sizes", _studied)
+    scaling.set_defaults(study=studies.run_scaling)
+    studies.add_scaling_arguments(scaling)
+    compare = add("compare", "compare two models, or zero-shot with a probe, set by set", _studied)
+    compare.set_defaults(study=studies.run_compare)
+    studies.add_compare_arguments(compare)
+    report = add("report", "draw one page of a folder of results", _report)
+    report.add_argument("results", metavar="RESULTS", help="a folder of results")
+    report.add_argument("--output", metavar="FILE", help="the page [RESULTS/report.html]")
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--checkpoint", nargs="+", default=[], metavar="RUN", help="runs' folders, or checkpoints"
+    )
+    models.add_argument(
+        "--pretrained",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="weights of OpenAI, open_clip or transformers, or runs",
+    )
+    models.add_argument(
+        "--model", metavar="NAME", help="architecture of --pretrained [read off its shapes]"
+    )
+    models.add_argument("--bpe-path", metavar="FILE", help="vocabulary of --pretrained [OpenAI's]")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data sets")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="class folders, wds folders of CLIP_benchmark, tables, files of features, 'glyphs', 'icons'",
+    )
+    data.add_argument(
+        "--suite", metavar="NAME", help="paper27, vtab+, shift, datacomp38, or a file of names"
+    )
+    data.add_argument("--root", metavar="DIR", help="where the suite's data sets are")
+    data.add_argument(
+        "--strict", action="store_true", help="end with status 2 if a suite's data set is missing"
+    )
+    data.add_argument("--img-key", metavar="NAME", help="a table's column of images [by its name]")
+    data.add_argument(
+        "--label-key", metavar="NAME", help="a table's column of labels [by its name]"
+    )
+    data.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"pixels of a picture, of which more are not read [{MAX_PIXELS}]",
+    )
+    data.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of a data set's images that may be unreadable [0.01]",
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--output", default="results", metavar="DIR", help="folder of results [results]"
+    )
+    running.add_argument(
+        "--features", metavar="DIR", help="where features are kept [OUTPUT/features]"
+    )
+    running.add_argument(
+        "--half-cache", action="store_true", help="keep features as float16, in half the space"
+    )
+    running.add_argument(
+        "--batch-size", type=int, default=256, metavar="N", help="images encoded at once [256]"
+    )
+    running.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read images [0]"
+    )
+    running.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    running.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def _add_templates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--templates",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt with {} for the name; repeat it to average several [the data set's own]",
+    )
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    probe = parser.add_argument_group("probes")
+    probe.add_argument(
+        "--C", type=float, metavar="X", help="inverse strength of the penalty [searched for]"
+    )
+    probe.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the training images to choose C by, without a val split [0.1]",
+    )
+    probe.add_argument("--normalize", action="store_true", help="scale features to unit length")
+    probe.add_argument(
+        "--after-projection", action="store_true", help="fit to the features that texts meet"
+    )
+    probe.add_argument(
+        "--save-classifier", action="store_true", help="write weights and bias as .npz"
+    )
+
+
+def _add_shots(parser: argparse.ArgumentParser) -> None:
+    shots = parser.add_argument_group("few-shot")
+    shots.add_argument(
+        "--shots", metavar="K,K", help="images a class [of 1,2,4,8,16 what all classes have]"
+    )
+    shots.add_argument("--seeds", type=int, default=5, metavar="N", help="choices of images [5]")
+
+
+def _studied(arguments: argparse.Namespace) -> int:
+    """Make a study of results; return the exit status."""
+    print(arguments.study(arguments))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Draw the page; return the exit status."""
+    output = Path(arguments.output) if arguments.output else None
+    print(f"the page is {write_page(Path(arguments.results), output)}")
+    return 0
+
+
+@steady_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except KeyboardInterrupt:
+        complain(PROGRAM, "stopped; what was finished is in the folder of results")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return end_with(PROGRAM, error, "use a smaller --batch-size")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

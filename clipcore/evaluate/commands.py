@@ -1,0 +1,207 @@
+"""What each command measures: from the arguments of the command line to one result of one model on one data set."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clipcore.data import DataError
+from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
+from clipcore.evaluate.datasets import EvaluationSet
+from clipcore.evaluate.image_descriptors import Reading, model_descriptor, pixel_descriptor
+from clipcore.evaluate.measure import (
+    ProbeOptions,
+    Subject,
+    check_task,
+    details_of,
+    measure_few_shot,
+    measure_linear_probe,
+    measure_prompts,
+    measure_zero_shot,
+    predict,
+    templates_of,
+)
+from clipcore.evaluate.overlap_study import measure_overlap, open_training
+from clipcore.evaluate.results import (
+    BIAS,
+    LINEAR_PROBE,
+    OVERLAP,
+    RETRIEVAL,
+    Result,
+    find_result,
+)
+from clipcore.evaluate.retrieval_study import measure_retrieval, text_encoder
+
+Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
+
+
+def due(
+    arguments: argparse.Namespace, sets: Sequence[EvaluationSet]
+) -> Iterator[tuple[Measure, EvaluationSet]]:
+    """Yield what a command measures, data set by data set; ``all`` measures what a set has the inputs for."""
+    for dataset in sets:
+        names = [arguments.command]
+        if arguments.command == "all":
+            names = _suitable(arguments, dataset)
+        for name in names:
+            yield _MEASURES[name], dataset
+
+
+def _suitable(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[str]:
+    """Return the commands that suit a data set."""
+    if dataset.task == "retrieval":
+        return ["retrieval"]
+    names, has_images = [], bool(arguments.checkpoint or arguments.pretrained)
+    if has_images and dataset.classnames:
+        names += ["zero-shot", "prompts"]
+    if dataset.classnames and "train" in dataset.split_names:
+        # The probe comes first: it is the last point of the few-shot curve.
+        names.append("linear-probe")
+        if dataset.task == "classification":
+            names.append("few-shot")
+    if has_images and dataset.split("test").groups:
+        names.append("bias")
+    if has_images and arguments.train_data and dataset.task == "classification":
+        names.append("overlap")
+    return names
+
+
+def _zero_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
+    return measure_zero_shot(subject, dataset, arguments.templates)
+
+
+def _prompts(subject: Subject, dataset: EvaluationSet, _: argparse.Namespace) -> Result:
+    return measure_prompts(subject, dataset)
+
+
+def _linear_probe(
+    subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
+) -> Result:
+    named = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
+    classifier = Path(arguments.output) / f"{named.file_name.removesuffix('.json')}.npz"
+    save_to = classifier if arguments.save_classifier else None
+    return measure_linear_probe(subject, dataset, _probe_options(arguments), save_to)
+
+
+def _few_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
+    named = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
+    return measure_few_shot(
+        subject,
+        dataset,
+        _probe_options(arguments),
+        arguments.shots,
+        range(arguments.seeds),
+        find_result(Path(arguments.output), named),
+        arguments.templates,
+    )
+
+
+def _probe_options(arguments: argparse.Namespace) -> ProbeOptions:
+    return ProbeOptions(
+        arguments.C, arguments.val_fraction, arguments.normalize, arguments.after_projection
+    )
+
+
+def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
+    if dataset.task != "retrieval":
+        raise DataError(f"retrieval does not suit {dataset.name}, which has classes, no captions")
+    features = subject.features(dataset, "test")
+    loaded = subject.model_for("captions")
+    encode = text_encoder(loaded.model, loaded.tokenizer, features.device)
+    with _bar(f"{dataset.name}, captions", " captions") as progress:
+        found = measure_retrieval(features, encode, arguments.recall_k, progress)
+    return _result(subject, dataset, RETRIEVAL, found)
+
+
+def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
+    features = subject.features(dataset, "test")
+    groups = dataset.split("test").groups
+    columns = chosen_columns(arguments.groups or ",".join(groups), groups)
+    loaded, labels = subject.model_for("groups"), arguments.label_list
+    templates = templates_of(dataset, arguments.templates)
+
+    classifier_EC = probe = None
+    if dataset.classnames:
+        classifier_EC = subject.classifier(dataset.classnames, templates)
+    if labels is not None:
+        names = [(name,) for name in (*labels.labels, *labels.added)]
+        classifier_EK = subject.classifier(names, templates)
+        probe = LabelProbe(labels, classifier_EK, loaded.model.logit_scale.exp().item())
+    metrics, details = measure_bias(features, columns, classifier_EC, probe)
+    details["templates"] = list(templates)
+    return _result(subject, dataset, BIAS, (metrics, details))
+
+
+def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
+    check_task(dataset, ("classification",), "overlap")
+    features, loaded = subject.features(dataset, "test"), subject.model_for("zero-shot answers")
+    classifier_EC = subject.classifier(
+        dataset.classnames, templates_of(dataset, arguments.templates)
+    )
+    is_right_N = predict(features, classifier_EC)[:, 0] == features.labels_N
+    descriptor = pixel_descriptor(features.device)
+    if arguments.descriptor == "model":
+        descriptor = model_descriptor(loaded.model, loaded.transform, features.device)
+
+    training = open_training(
+        arguments.train_data,
+        dataset_type=arguments.dataset_type,
+        img_key=arguments.csv_img_key,
+        caption_key=arguments.csv_caption_key,
+        separator=arguments.csv_separator,
+    )
+    reading = Reading(arguments.batch_size, arguments.workers)
+    with _bar(f"{dataset.name}, training images", " images", len(training)) as progress:
+        found = measure_overlap(
+            features,
+            is_right_N,
+            training,
+            arguments.train_data,
+            descriptor,
+            arguments.threshold,
+            reading,
+            progress,
+        )
+    return _result(subject, dataset, OVERLAP, found)
+
+
+@contextmanager
+def _bar(title: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar, where standard error is a terminal; what it yields takes numbers of what is done."""
+    with tqdm(total=total, desc=title, unit=unit, disable=None) as shown:
+
+        def progress(number: int) -> None:
+            shown.update(number)
+
+        yield progress
+
+
+def _result(
+    subject: Subject,
+    dataset: EvaluationSet,
+    task: str,
+    found: tuple[dict[str, float | None], dict[str, Any]],
+) -> Result:
+    """Return metrics and details as a result, with what every result says of its images."""
+    metrics, details = found
+    features = subject.features(dataset, "test")
+    common = details_of(dataset, [features], details.get("seconds", {}))
+    notes = [*common["notes"], *details.get("notes", [])]
+    merged = {**common, **details, "seconds": common["seconds"], "notes": notes}
+    return Result(dataset.name, subject.name, subject.pretrained, task, metrics, merged)
+
+
+_MEASURES: dict[str, Measure] = {
+    "zero-shot": _zero_shot,
+    "prompts": _prompts,
+    "linear-probe": _linear_probe,
+    "few-shot": _few_shot,
+    "retrieval": _retrieval,
+    "bias": _bias,
+    "overlap": _overlap,
+}

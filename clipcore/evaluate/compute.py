@@ -1,0 +1,64 @@
+"""How much compute a model takes, read off its shape.
+
+Multiplications with additions (MACs) of one image through the image tower, of convolutions, linear layers and attention, as
+open_clip counts them: the last layer's attention asks about every token, though only one of them is read.
+
+Legend: S side of the image, G side of the grid of patches or of the last map, L tokens, D width, C channels, E embedding
+size.
+"""
+
+from __future__ import annotations
+
+from clipcore.architectures import ModelConfig, VisionConfig
+
+_BLOCK_EXPANSION = 4  # of a ResNet's channels, by the last convolution of each block
+
+
+def image_macs(config: ModelConfig) -> int:
+    """Return the MACs of one image through a model's image tower, without norms and activations.
+
+    >>> from clipcore.architectures import find_model
+    >>> round(2e-9 * image_macs(find_model("ViT-B-32")), 2)  # GFLOPs
+    8.82
+    """
+    if isinstance(config.vision.layers, tuple):
+        return _resnet_macs(config.vision, config.vision.layers, config.embed_dim)
+    return _vit_macs(config.vision, config.vision.layers, config.embed_dim)
+
+
+def _vit_macs(vision: VisionConfig, layers: int, embed_dim: int) -> int:
+    assert vision.patch_size is not None
+    D, G = vision.width, vision.image_size // vision.patch_size
+    L = G**2 + 1
+    patches = G**2 * 3 * vision.patch_size**2 * D
+    mlp = int(D * vision.mlp_ratio)
+    layer = L * D * (4 * D + 2 * mlp) + _attention_macs(L, D)
+    return patches + layers * layer + D * embed_dim
+
+
+def _resnet_macs(vision: VisionConfig, stages: tuple[int, int, int, int], embed_dim: int) -> int:
+    half, side = vision.width // 2, vision.image_size // 2
+    macs = side**2 * 9 * (3 * half + half * half + half * vision.width)
+
+    # The stem's pool, and then each stage but the first, halves the map.
+    side, channels = side // 2, vision.width
+    for stage, num_blocks in enumerate(stages):
+        planes = vision.width * 2**stage
+        for block in range(num_blocks):
+            macs += side**2 * (channels * planes + 9 * planes**2)
+            # The second convolution's map is pooled before the third.
+            if block == 0 and stage > 0:
+                side //= 2
+            out_channels = planes * _BLOCK_EXPANSION
+            macs += side**2 * planes * out_channels
+            if block == 0:
+                macs += side**2 * channels * out_channels
+            channels = out_channels
+
+    L = side**2 + 1
+    return macs + L * channels * (3 * channels + embed_dim) + _attention_macs(L, channels)
+
+
+def _attention_macs(L: int, D: int) -> int:
+    """Return the MACs of scores and weighted sums."""
+    return 2 * L**2 * D

@@ -1,0 +1,332 @@
+"""Features of images, computed once a model and kept: zero-shot, probes, few-shot and prompts read the same ones.
+
+What is kept is what comes before the projection, as the probes need it; the features that are compared with texts are one
+matrix product away. Nothing is ever held whole: features are written batch by batch and read block by block.
+
+Legend: N images, B of a batch, C classes, W width before the projection, E embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from clipcore.data import DataError
+from clipcore.data.loader import JUDGED_ROWS, eval_batches, too_many_bad
+from clipcore.data.transforms import ImageTransform, normalize_images
+from clipcore.evaluate.datasets import Split
+from clipcore.files import read_regular
+from clipcore.model import CLIP
+
+# Part of each key: a change of what is kept makes all features anew.
+_FORMAT = "clipcore features 1"
+_FEATURES_FILE, _ROWS_FILE, _RECORD_FILE = "pooled.npy", "rows.npy", "record.json"
+_BLOCK_ROWS = 4096
+_MAX_RECORD_BYTES = 1 << 16
+
+
+class SplitFeatures:
+    """The features of a split's readable images.
+
+    Args:
+        split: whose they are.
+        pooled_NW: features before the projection, float32 or float16.
+        rows_N: the number of each image in the split's source.
+        model: projects them; None of a file of features.
+
+    Attributes:
+        key: names them in a feature store; empty of a file of features.
+        num_unreadable, num_transparent: of the split's images.
+        seconds: that it took to encode them; 0 where they were there.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        pooled_NW: np.ndarray,
+        rows_N: np.ndarray,
+        model: CLIP | None = None,
+        key: str = "",
+        num_unreadable: int = 0,
+        num_transparent: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.split, self.pooled_NW, self.rows_N = split, pooled_NW, rows_N
+        self.key, self.seconds = key, seconds
+        self.num_unreadable, self.num_transparent = num_unreadable, num_transparent
+        self._model = model
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    @property
+    def labels_N(self) -> Tensor:
+        """Class indices, int64 [N], or 0 and 1 of each class, uint8 [N, C]; raise DataError where there are none."""
+        if self.split.labels_N is None:
+            raise DataError(f"the {self.split.name} split has no labels")
+        return torch.from_numpy(np.asarray(self.split.labels_N[self.rows_N]))
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the images."""
+        keys = self.split.keys()
+        return [keys[row] for row in self.rows_N.tolist()]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The groups of the images by column."""
+        rows = self.rows_N.tolist()
+        return {name: [column[row] for row in rows] for name, column in self.split.groups.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the CPU of a file of features."""
+        return torch.device("cpu") if self._model is None else self._model.logit_scale.device
+
+    def blocks(
+        self, projected: bool = True, unit: bool | None = None, rows: int = _BLOCK_ROWS
+    ) -> Iterator[Tensor]:
+        """Yield float32 features of so many images after another, on the model's device.
+
+        Args:
+            projected: True gives features in the space of the texts, [rows, E]; False those before it, [rows, W].
+            unit: whether they are scaled to unit length [those that texts are compared with].
+
+        Raises:
+            DataError: features of a file have no projection.
+        """
+        if projected and self._model is None:
+            raise DataError(
+                "a file of features cannot be compared with texts; give a data set of images"
+            )
+        for start in range(0, len(self), rows):
+            # A copy, as torch takes no memory that it must not write to.
+            block = np.array(self.pooled_NW[start : start + rows], np.float32)
+            features = torch.from_numpy(block).to(self.device)
+            if projected and self._model is not None:
+                with torch.no_grad():
+                    features = self._model.visual.project(features)
+            is_unit = projected if unit is None else unit
+            yield F.normalize(features, dim=-1) if is_unit else features
+
+    def whole(self, projected: bool = False, unit: bool | None = None) -> Tensor:
+        """Return all features at once, as a probe needs them: see ``blocks``."""
+        return torch.cat(list(self.blocks(projected, unit)))
+
+
+class FeatureStore:
+    """Encodes each image once, and keeps the features in a folder.
+
+    Features are found again by what they depend on: the weights and the shape of the image tower, the preprocessing, and
+    the images. Their names do not matter.
+
+    Args:
+        model: in evaluation mode.
+        cache: the folder; None keeps features only as long as the store lives.
+        batch_size: images encoded at once.
+        workers: processes that read images; 0 reads in this one.
+        half: whether features are kept as float16, in half the space; they are computed in float32 all the same.
+        max_bad_fraction: share of a split's images that may be unreadable.
+        progress: whether a bar shows how far it is, where standard error is a terminal.
+
+    Attributes:
+        num_encoded: images that were encoded, not found.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        transform: ImageTransform,
+        cache: Path | None = None,
+        *,
+        batch_size: int = 256,
+        workers: int = 0,
+        half: bool = False,
+        max_bad_fraction: float = 0.01,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.transform = model, transform
+        self.batch_size, self.workers, self.half = batch_size, workers, half
+        self.max_bad_fraction, self.progress = max_bad_fraction, progress
+        self.num_encoded = 0
+        # Deleted with the store.
+        self._temporary = tempfile.TemporaryDirectory() if cache is None else None
+        self._cache = cache if self._temporary is None else Path(self._temporary.name)
+        self._model_hash = ""
+
+    def features(self, split: Split) -> SplitFeatures:
+        """Return the features of a split, which are computed unless they are there.
+
+        Raises:
+            DataError: no image can be read, or too many cannot.
+        """
+        if split.features_NW is not None:
+            return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
+        assert split.source is not None and self._cache is not None
+        key = self._key(split)
+        folder = self._cache / key
+        found = self._read(folder, split, key)
+        if found is None:
+            seconds = self._encode(folder, split)
+            found = self._read(folder, split, key, seconds)
+        assert found is not None, folder
+        return found
+
+    def _key(self, split: Split) -> str:
+        """Return the name of a split's features: a hash of all that they depend on."""
+        if not self._model_hash:
+            self._model_hash = hash_of_tower(self.model)
+        assert split.source is not None
+        parts = {
+            "format": _FORMAT,
+            "model": self._model_hash,
+            "transform": {name: str(value) for name, value in sorted(vars(self.transform).items())},
+            "images": split.fingerprint(),
+            "half": self.half,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _read(
+        self, folder: Path, split: Split, key: str, seconds: float = 0.0
+    ) -> SplitFeatures | None:
+        """Return the features in a folder; None where there are none, or where they are damaged."""
+        try:
+            record = json.loads(read_regular(folder / _RECORD_FILE, _MAX_RECORD_BYTES))
+            rows_N = np.load(folder / _ROWS_FILE, allow_pickle=False)
+            pooled_NW = np.load(folder / _FEATURES_FILE, mmap_mode="r", allow_pickle=False)
+            counts = (int(record["num_unreadable"]), int(record["num_transparent"]))
+            is_whole = list(pooled_NW.shape) == record["shape"] and len(rows_N) == len(pooled_NW)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, EOFError):
+            return None
+        if not is_whole:
+            return None
+        return SplitFeatures(split, pooled_NW, rows_N, self.model, key, *counts, seconds)
+
+    def _encode(self, folder: Path, split: Split) -> float:
+        """Write the features of a split into a folder, which is there when all of them are; return the seconds."""
+        assert self._cache is not None
+        self._cache.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self._cache))
+        try:
+            seconds = self._write(making, split)
+            # What is there is damaged, or another process was faster and wrote the same.
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(making, folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        return seconds
+
+    @torch.no_grad()
+    def _write(self, folder: Path, split: Split) -> float:
+        source, device = split.source, self.model.logit_scale.device
+        assert source is not None
+        begun = time.perf_counter()
+        rows, bad, num_transparent = list[np.ndarray](), list[tuple[str, str]](), 0
+        batches = eval_batches(
+            source, self.transform, _no_tokens, self.batch_size, workers=self.workers
+        )
+        shown = tqdm(
+            total=len(source),
+            desc=f"{source.name}, {split.name}",
+            unit=" images",
+            disable=None if self.progress else True,
+        )
+        with open(folder / _FEATURES_FILE, "wb") as file, shown:
+            writer = _RowWriter(file, np.float16 if self.half else np.float32)
+            for batch in batches:
+                shown.update(len(batch.indices) + len(batch.bad))
+                bad += batch.bad
+                num_transparent += batch.num_transparent
+                if not len(batch.indices):
+                    continue
+                images = batch.images.to(device)
+                images = normalize_images(images, self.transform.mean, self.transform.std)
+                pooled_BW = self.model.encode_image(images, projected=False).float()
+                if not pooled_BW.isfinite().all():
+                    raise DataError(
+                        f"features of {source.name} are not finite; the model's weights are not usable"
+                    )
+                writer.add(pooled_BW.cpu().numpy())
+                rows.append(batch.indices.numpy())
+                self.num_encoded += len(batch.indices)
+            writer.close()
+
+        # As in training a share of few samples says little.
+        if len(bad) > self.max_bad_fraction * max(len(source), JUDGED_ROWS):
+            raise too_many_bad(len(bad), len(source), source.name, self.max_bad_fraction, bad)
+        if not rows:
+            reasons = f", such as {bad[0][0]}: {bad[0][1]}" if bad else ""
+            raise DataError(f"no image of {source.name} can be read{reasons}")
+        np.save(folder / _ROWS_FILE, np.concatenate(rows))
+        record = {
+            "shape": [writer.num_rows, writer.width],
+            "num_unreadable": len(bad),
+            "num_transparent": num_transparent,
+        }
+        (folder / _RECORD_FILE).write_text(json.dumps(record))
+        return time.perf_counter() - begun
+
+
+def hash_of_tower(model: CLIP) -> str:
+    """Return a hash of the image tower: its shape, its activation and each of its tensors."""
+    digest = hashlib.sha256()
+    config: dict[str, Any] = model.config.to_dict()
+    shape = {key: value for key, value in config.items() if key != "text_cfg"}
+    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.visual.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
+
+
+class _RowWriter:
+    """Writes a .npy file whose number of rows is known at the end alone.
+
+    Args:
+        file: empty, and opened for writing.
+        dtype: of the values in the file.
+    """
+
+    def __init__(self, file: BinaryIO, dtype: type) -> None:
+        self._file, self._dtype = file, np.dtype(dtype)
+        self.num_rows, self.width = 0, 0
+
+    def add(self, values_BW: np.ndarray) -> None:
+        """Write further rows."""
+        if not self.num_rows:
+            self.width = values_BW.shape[1]
+            self._write_header(0)
+        self._file.write(np.ascontiguousarray(values_BW, self._dtype).data)
+        self.num_rows += len(values_BW)
+
+    def close(self) -> None:
+        """Write the number of rows, for which numpy leaves room in its header."""
+        if self.num_rows:
+            begun = self._file.tell() - self.num_rows * self.width * self._dtype.itemsize
+            self._file.seek(0)
+            self._write_header(self.num_rows)
+            assert self._file.tell() == begun
+
+    def _write_header(self, num_rows: int) -> None:
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (num_rows, self.width)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def _no_tokens(captions: Sequence[str]) -> Tensor:
+    """Return a token of each caption, for images whose captions are not looked at."""
+    return torch.zeros(len(captions), 1, dtype=torch.long)

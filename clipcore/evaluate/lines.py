@@ -1,0 +1,81 @@
+"""Results as lines of a terminal."""
+
+from __future__ import annotations
+
+from clipcore.data import printable
+from clipcore.evaluate.results import (
+    BIAS,
+    FEW_SHOT,
+    LINEAR_PROBE,
+    OVERLAP,
+    PROMPTS,
+    RETRIEVAL,
+    ZERO_SHOT,
+    Result,
+)
+
+_TITLES = {
+    ZERO_SHOT: "zero-shot",
+    LINEAR_PROBE: "linear probe",
+    FEW_SHOT: "few-shot",
+    PROMPTS: "prompts",
+    RETRIEVAL: "retrieval",
+    OVERLAP: "overlap",
+    BIAS: "bias",
+}
+_DATASET_WIDTH, _TITLE_WIDTH = 24, 12
+
+
+def line_of(result: Result) -> str:
+    """Return the figures of a result in one line."""
+    name = printable(result.dataset)
+    title = _TITLES.get(result.task, result.task)
+    return f"  {name:<{_DATASET_WIDTH}}  {title:<{_TITLE_WIDTH}}  {'; '.join(_parts(result))}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _parts(result: Result) -> list[str]:
+    """Return what the line says, the main metric first."""
+    details = result.details
+    if result.task == PROMPTS:
+        return [
+            f"{variant['title']} {percent(variant['value'])}"
+            + ("" if variant["name"] == "name" else f" ({100 * variant['gain']:+.1f})")
+            for variant in details["variants"]
+        ]
+    if result.task == FEW_SHOT:
+        shots = [f"{name.removesuffix('shot')}: {percent(v)}" for name, v in result.metrics.items()]
+        parts = [f"{details['metric']} by images a class {', '.join(shots)}"]
+        if details["labels_per_class"]:
+            parts.append(
+                f"zero-shot {percent(details['zero_shot'])} is worth {details['labels_per_class']['text']} a class"
+            )
+        return parts
+
+    main = details.get("main_metric", "")
+    first = f"{main} {percent(result.value)}"
+    if details.get("ci95"):
+        low, high = details["ci95"]
+        first += f" ({100 * low:.1f} to {100 * high:.1f})"
+    parts = [first]
+    if result.task in (ZERO_SHOT, LINEAR_PROBE):
+        among = {"acc1", "acc5", "mean_per_class_recall", "map11", "mean_average_precision"}
+        parts += [
+            f"{name} {percent(value)}"
+            for name, value in result.metrics.items()
+            if name != main and name.removeprefix("lp_") in among and value is not None
+        ]
+    if result.task == LINEAR_PROBE:
+        parts.append(f"C {details['C']:.3g}")
+    if details.get("chance"):
+        parts.append(f"chance {percent(details['chance'])} of {details['num_classes']:,} classes")
+    if details.get("num_images"):
+        parts.append(f"{details['num_images']:,} images")
+    for name in ("num_unreadable", "num_transparent"):
+        if details.get(name):
+            parts.append(f"{details[name]:,} {name.removeprefix('num_')}")
+    return parts

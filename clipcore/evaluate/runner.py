@@ -1,0 +1,209 @@
+"""Runs evaluations: each model on each data set, with one load a model and one look at each image.
+
+A data set or a model that cannot be evaluated is named, and the others go on; results are written one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from clipcore.data import DataError, printable
+from clipcore.distributed import pick_device
+from clipcore.evaluate.commands import due
+from clipcore.evaluate.datasets import EvaluationSet, open_set
+from clipcore.evaluate.features import FeatureStore
+from clipcore.evaluate.label_lists import read_label_list
+from clipcore.evaluate.lines import line_of
+from clipcore.evaluate.measure import Subject
+from clipcore.evaluate.overlap_study import adjust
+from clipcore.evaluate.results import OVERLAP, Result, read_results, write_result
+from clipcore.evaluate.suites import locate, suite
+from clipcore.loading import load_model
+from clipcore.terminal import check_whole_numbers, complain
+
+_PROGRAM = "clipcore.evaluate"
+
+
+def run_measures(arguments: argparse.Namespace) -> int:
+    """Evaluate each model on each data set as the command asks for; return the exit status.
+
+    Raises:
+        ValueError: the arguments do not fit.
+    """
+    _check(arguments)
+    arguments.device = pick_device(arguments.device, local_rank=0)
+    output = Path(arguments.output)
+    if any(output.glob("*.json")):
+        # A damaged file among them would end the run at its first result.
+        read_results(output)
+    sets, num_failed = _open_sets(arguments)
+    models = [("checkpoint", path) for path in arguments.checkpoint]
+    models += [("pretrained", path) for path in arguments.pretrained]
+    results = list[Result]()
+
+    for kind, path in models or [("none", "")]:
+        try:
+            subject = _subject(arguments, kind, os.path.normpath(path))
+        except (ValueError, OSError) as error:
+            num_failed += 1
+            complain(_PROGRAM, f"error: {error}")
+            continue
+        if not arguments.json and models:
+            print(f"{subject.name}, {printable(subject.pretrained)}", flush=True)
+        found = list[Result]()
+        for measure, dataset in due(arguments, sets):
+            try:
+                result = measure(subject, dataset, arguments)
+            except (ValueError, OSError) as error:
+                num_failed += 1
+                complain(_PROGRAM, f"error: {dataset.name}: {error}")
+                continue
+            write_result(output, result)
+            found.append(result)
+            if not arguments.json:
+                print(line_of(result), flush=True)
+        results += _adjusted(output, found)
+
+    if arguments.json:
+        print(json.dumps([result.to_dict() for result in results], indent=2))
+    elif results:
+        print(f"results are in {arguments.output}")
+    return 2 if num_failed else 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for arguments that do not fit, before a model is loaded."""
+    check_whole_numbers(arguments, ("batch_size", "workers", "max_pixels"))
+    if arguments.batch_size < 1 or arguments.workers < 0 or arguments.max_pixels < 1:
+        raise ValueError("--batch-size and --max-pixels are at least 1, and --workers at least 0")
+    if not 0 <= arguments.max_bad_fraction <= 1:
+        raise ValueError(
+            f"--max-bad-fraction is a share from 0 to 1, got {arguments.max_bad_fraction}"
+        )
+    if not arguments.data and not arguments.suite:
+        raise ValueError("name a data set with --data, or a suite with --suite and --root")
+    if bool(arguments.suite) != bool(arguments.root):
+        raise ValueError(
+            "--suite and --root belong together: which data sets, and the folder that holds them"
+        )
+    if arguments.model and len(arguments.pretrained) != 1:
+        raise ValueError("--model names the architecture of one --pretrained file")
+    for template in getattr(arguments, "templates", ()):
+        if "{}" not in template and "{c}" not in template:
+            raise ValueError(f"--templates {template!r} has no {{}} where the class name goes")
+    if hasattr(arguments, "C"):
+        _check_probe(arguments)
+    if hasattr(arguments, "categories"):
+        arguments.label_list = read_label_list(
+            arguments.labels, arguments.categories, arguments.add_class
+        )
+
+
+def _check_probe(arguments: argparse.Namespace) -> None:
+    if arguments.C is not None and not 0 < arguments.C < float("inf"):
+        raise ValueError(f"--C is a positive number, got {arguments.C}")
+    if not 0 < arguments.val_fraction < 1:
+        raise ValueError(f"--val-fraction is a share between 0 and 1, got {arguments.val_fraction}")
+    if hasattr(arguments, "shots"):
+        arguments.shots = _parse_shots(arguments.shots)
+        check_whole_numbers(arguments, ("seeds",))
+        if arguments.seeds < 1:
+            raise ValueError(f"--seeds is at least 1, got {arguments.seeds}")
+
+
+def _parse_shots(text: str | None) -> tuple[int, ...] | None:
+    """Return the numbers of ``--shots``, ascending."""
+    if text is None:
+        return None
+    try:
+        shots = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        shots = ()
+    if not shots or shots[0] < 1:
+        raise ValueError(
+            f"--shots are whole numbers from 1 with commas, such as 1,2,4; got {text!r}"
+        )
+    return shots
+
+
+def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]:
+    """Return the data sets that are there, and how many that should be are not."""
+    named = list(arguments.data)
+    missing = list[str]()
+    if arguments.suite:
+        for name in suite(arguments.suite):
+            found = locate(Path(arguments.root), name)
+            if found is None:
+                missing.append(name)
+            else:
+                named.append(str(found))
+    if missing:
+        complain(
+            _PROGRAM, f"note: {len(missing)} sets are not in {arguments.root}: {', '.join(missing)}"
+        )
+
+    groups = [name.strip() for name in (getattr(arguments, "groups", None) or "").split(",")]
+    groups = [name for name in groups if name]
+    sets, num_failed = list[EvaluationSet](), len(missing) if arguments.strict else 0
+    for spec in named:
+        try:
+            dataset = open_set(
+                spec,
+                max_pixels=arguments.max_pixels,
+                img_key=arguments.img_key,
+                label_key=arguments.label_key,
+                group_columns=groups,
+            )
+        except (ValueError, OSError) as error:
+            num_failed += 1
+            complain(_PROGRAM, f"error: {error}")
+            continue
+        for note in dataset.notes:
+            complain(_PROGRAM, f"note: {dataset.name}: {note}")
+        sets.append(dataset)
+    twice = [name for name, number in Counter(one.name for one in sets).items() if number > 1]
+    if twice:
+        raise DataError(
+            f"two data sets are called {printable(twice[0])}, and would share a result: rename the folder of one"
+        )
+    if not sets and not num_failed:
+        raise DataError(f"none of the data sets of {arguments.suite} is in {arguments.root}")
+    return sets, num_failed
+
+
+def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
+    """Load a model; files of features need none."""
+    if kind == "none":
+        return Subject(None, None)
+    if kind == "checkpoint":
+        loaded = load_model(checkpoint=path, device=arguments.device)
+    else:
+        loaded = load_model(
+            pretrained=path,
+            name=arguments.model,
+            bpe_path=arguments.bpe_path,
+            device=arguments.device,
+        )
+    store = FeatureStore(
+        loaded.model,
+        loaded.transform,
+        Path(arguments.features or Path(arguments.output) / "features"),
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        half=arguments.half_cache,
+        max_bad_fraction=arguments.max_bad_fraction,
+    )
+    return Subject(loaded, store)
+
+
+def _adjusted(output: Path, results: list[Result]) -> list[Result]:
+    """Return the results of a model; those of overlap take account of how many data sets were tested."""
+    adjusted = adjust(results)
+    for result in adjusted:
+        if result.task == OVERLAP:
+            write_result(output, result)
+    return adjusted

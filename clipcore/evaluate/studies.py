@@ -1,0 +1,278 @@
+"""Studies over folders of results, without a model: their command lines, files and tables for the terminal.
+
+================  ==============================================================
+``robustness``    accuracy that models keep under shifts, ``robustness_study.py``
+``scaling``       the law of error and compute, ``scaling_study.py``
+``compare``       two models, or zero-shot and probe, ``comparison.py``
+================  ==============================================================
+
+A study is a dict, as its JSON file holds it: ``robustness.json``, ``scaling.json`` or ``compare.json``. Its key ``notes``
+says what was left out and what was understood of the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcore.data import printable
+from clipcore.evaluate.comparison import compare
+from clipcore.evaluate.results import LINEAR_PROBE, RETRIEVAL, ZERO_SHOT
+from clipcore.evaluate.robustness_study import robustness_study
+from clipcore.evaluate.scaling_study import scaling_study
+from clipcore.files import is_file, make_directory, write_durably
+
+STUDIES = ("robustness", "scaling", "compare")
+_MAX_CELL_CHARS = 48
+# What `clip_benchmark build` asks of each JSON file in a folder.
+_NEIGHBOURLY = {"model": "", "pretrained": "", "metrics": {}}
+
+
+# Command lines
+
+
+def add_robustness_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run_robustness`` reads."""
+    _add_results(parser)
+    parser.add_argument(
+        "--baseline",
+        metavar="fit|FILE.csv",
+        help="models without robustness: a table with the column model and one for each set, or a line through the probes",
+    )
+    parser.add_argument(
+        "--in",
+        dest="in_name",
+        metavar="NAME",
+        help="the set without the shift [imagenet1k, glyphs or icons]",
+    )
+    parser.add_argument(
+        "--out",
+        dest="out_names",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="sets under a shift [the known ones that are there]",
+    )
+
+
+def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run_scaling`` reads."""
+    _add_results(parser)
+    parser.add_argument(
+        "--gmacs",
+        type=Path,
+        metavar="FILE",
+        help="compute of the models: csv with the columns model, gmacs, and maybe pretrained and samples; or a JSON object "
+        "of numbers by model [of one image, by the model's shape]",
+    )
+    parser.add_argument(
+        "--bins",
+        type=int,
+        metavar="N",
+        help="fit to the best model of each of N bins of compute, as LAION does with 5 [to all models]",
+    )
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run_compare`` reads."""
+    parser.add_argument("a", type=Path, metavar="A", help="a folder of results, or one result")
+    parser.add_argument(
+        "b",
+        type=Path,
+        nargs="?",
+        metavar="B",
+        help="what A is compared with [zero-shot with the linear probe of the same model in A]",
+    )
+    for side in "ab":
+        parser.add_argument(
+            f"--task-{side}",
+            choices=(ZERO_SHOT, LINEAR_PROBE, RETRIEVAL),
+            help=f"which results of {side.upper()} [the first of these that is there]",
+        )
+        parser.add_argument(
+            f"--model-{side}",
+            metavar="NAME",
+            help=f"which model of {side.upper()}: architecture, weights, or both with a space [the only one]",
+        )
+    _add_output(parser, "A")
+
+
+def run_robustness(arguments: argparse.Namespace) -> str:
+    """Make and write a study of robustness; return what is printed of it; raise DataError or OSError."""
+    study = robustness_study(
+        arguments.results, arguments.baseline, arguments.in_name, arguments.out_names
+    )
+    return _written(study, arguments.output or arguments.results)
+
+
+def run_scaling(arguments: argparse.Namespace) -> str:
+    """Make and write a study of scaling; return what is printed of it; raise ValueError or OSError."""
+    if arguments.bins is not None and arguments.bins < 1:
+        raise ValueError(f"--bins is at least 1, got {arguments.bins}")
+    study = scaling_study(arguments.results, arguments.gmacs, arguments.bins)
+    return _written(study, arguments.output or arguments.results)
+
+
+def run_compare(arguments: argparse.Namespace) -> str:
+    """Make and write a comparison; return what is printed of it; raise DataError or OSError."""
+    study = compare(
+        arguments.a,
+        arguments.b,
+        task_a=arguments.task_a,
+        task_b=arguments.task_b,
+        model_a=arguments.model_a,
+        model_b=arguments.model_b,
+    )
+    beside = arguments.a.parent if is_file(arguments.a) else arguments.a
+    return _written(study, arguments.output or beside)
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, help="a folder of results")
+    _add_output(parser, "that of the results")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help=f"where the study is written [{default}]"
+    )
+
+
+def _written(study: dict[str, Any], folder: Path) -> str:
+    path = write_study(folder, study)
+    return f"{print_study(study)}\nwritten to {printable(str(path))}"
+
+
+# Files
+
+
+def write_study(folder: Path, study: dict[str, Any]) -> Path:
+    """Write a study into a folder, in place of an older one of its kind; return its path.
+
+    Raises:
+        OSError: it cannot be written; the old one is untouched.
+    """
+    make_directory(folder)
+    path = folder / f"{study['study']}.json"
+    content = json.dumps({**study, **_NEIGHBOURLY}, indent=2, allow_nan=False)
+    write_durably(path, content.encode() + b"\n")
+    return path
+
+
+# Tables for the terminal
+
+
+def print_study(study: dict[str, Any]) -> str:
+    """Return a study as text for the terminal: tables of aligned columns, and the notes."""
+    tables = {"robustness": _robustness, "scaling": _scaling, "compare": _comparison}
+    lines = tables[study["study"]](study)
+    lines += [f"note: {printable(note)}" for note in study.get("notes", ())]
+    return "\n".join(lines)
+
+
+def _robustness(study: dict[str, Any]) -> list[str]:
+    lines = []
+    for pair in study["pairs"]:
+        lines.append(f"{printable(pair['in'])} -> {printable(pair['out'])}{_line_of(pair)}")
+        rows = [["model", "weights", "kind", "in", "out", "effective", "gap closed", "relative"]]
+        # A baseline's models are many, and the line says what they are for.
+        models = [model for model in pair["models"] if model["kind"] != "baseline"]
+        for model in sorted(models, key=lambda model: -model["out_accuracy"]):
+            rows.append(
+                [
+                    model["model"],
+                    model["pretrained"],
+                    model["kind"],
+                    _percent(model["in_accuracy"]),
+                    _percent(model["out_accuracy"]),
+                    _points(model["effective"]),
+                    _percent(model["gap_closed"]),
+                    _points(model["relative"]),
+                ]
+            )
+        lines += [*_table(rows, num_texts=3), ""]
+    return lines
+
+
+def _line_of(pair: dict[str, Any]) -> str:
+    """Return the baseline of a pair in words."""
+    line = pair["baseline"]
+    if line is None:
+        return ", without a baseline"
+    origin = "the probes" if line["from"] == "fit" else printable(line["from"])
+    return (
+        f", baseline of {line['num_models']} models of {origin}: logit(out) = {line['slope']:.3f} logit(in) "
+        f"{line['intercept']:+.3f}, r2 {line['r2']:.3f}"
+    )
+
+
+def _scaling(study: dict[str, Any]) -> list[str]:
+    law, prediction = study["law"], study["prediction"]
+    rows = [["model", "weights", study["unit"], "error"]]
+    for model in study["models"]:
+        compute = f"{model['compute']:.4g}"
+        rows.append([model["model"], model["pretrained"], compute, _percent(model["error"])])
+    lines = [f"{printable(study['metric'])} by {study['unit']}", *_table(rows, num_texts=2), ""]
+    lines.append(
+        f"error = {law['factor']:.5g} compute^{law['exponent']:.5f}, r2 {law['r2']:.4f}, of {law['num_models']} points"
+    )
+    if prediction is None:
+        lines.append("no prediction: the smaller models make no law")
+    else:
+        lines.append(
+            f"the smaller models predict {_percent(prediction['predicted'])} for the largest, "
+            f"{printable(prediction['model'])}; it has {_percent(prediction['actual'])}"
+        )
+    return lines
+
+
+def _comparison(study: dict[str, Any]) -> list[str]:
+    rows = [["set", "metric", "a", "b", "a - b"]]
+    for one in study["sets"]:
+        values = [_percent(one["a"]), _percent(one["b"]), _points(one["difference"])]
+        rows.append([one["dataset"], one["metric"], *values])
+    lines = [f"a: {printable(study['a'])}", f"b: {printable(study['b'])}"]
+    lines += [*_table(rows, num_texts=2), ""]
+    lines.append(
+        f"a wins {study['wins']} of {len(study['sets'])} sets, loses {study['losses']}, ties {study['ties']}"
+    )
+    if study["pearson"] is not None:
+        lines.append(f"Pearson r {study['pearson']:.3f}")
+    if study["slope"] is not None:
+        interval = ""
+        if study["interval"] is not None:
+            low, high = study["interval"]
+            interval = f", 95% bootstrap {low:.3f} to {high:.3f}"
+        lines.append(f"slope of a on b {study['slope']:.3f}{interval}")
+    return lines
+
+
+def _table(rows: Sequence[Sequence[str]], num_texts: int) -> list[str]:
+    """Return rows as lines of aligned columns: the first ones to the left, numbers to the right."""
+    cells = [[_cell(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if place < num_texts else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _cell(text: str) -> str:
+    """Return a text for one cell; of a long one, such as a path, its end."""
+    shown = printable(text)
+    return shown if len(shown) <= _MAX_CELL_CHARS else f"...{shown[3 - _MAX_CELL_CHARS :]}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _points(difference: float | None) -> str:
+    """Return a difference of shares in points of a percent."""
+    return "-" if difference is None else f"{100 * difference:+.1f}"

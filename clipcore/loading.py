@@ -1,0 +1,73 @@
+"""Models as a command line names them: runs, or files of weights, with their preprocessing and their vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from clipcore.data.transforms import ImageTransform
+from clipcore.model import CLIP, create_model_from_pretrained
+from clipcore.run_state import is_run, load_run
+from clipcore.tokenizer import Tokenizer, get_tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, and what belongs to it.
+
+    Attributes:
+        name: the architecture, such as "ViT-B-32".
+        pretrained: the weights, as they were asked for.
+        templates: prompts that suit it where a data set has none.
+    """
+
+    name: str
+    pretrained: str
+    model: CLIP
+    transform: ImageTransform
+    tokenizer: Tokenizer
+    templates: tuple[str, ...]
+
+
+def load_model(
+    checkpoint: str | None = None,
+    pretrained: str | None = None,
+    name: str | None = None,
+    bpe_path: str | None = None,
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """Load a model from a run, or from weights.
+
+    Args:
+        checkpoint: a run's folder, or one of its checkpoints.
+        pretrained: weights of OpenAI, open_clip or transformers, or a run.
+        name: the architecture of ``pretrained`` [read off its shapes].
+        bpe_path: the vocabulary of ``pretrained`` [OpenAI's].
+
+    Raises:
+        ValueError, OSError: what was asked for does not fit together, or cannot be read.
+    """
+    run = checkpoint
+    if pretrained and is_run(Path(pretrained)):
+        # Its own record says what it is, and its vocabulary lies beside it.
+        is_asked = name is None and bpe_path is None
+        run = pretrained if is_asked else None
+    if run is not None and (name is not None or bpe_path is not None):
+        raise ValueError(
+            "--checkpoint takes model and vocabulary from the run: leave --model and --bpe-path out, or use --pretrained"
+        )
+    if run is not None:
+        model, transform, tokenizer = load_run(Path(run), device)
+        return LoadedModel(model.config.describe(), run, model, transform, tokenizer, ("{}",))
+
+    assert pretrained is not None
+    model, transform = create_model_from_pretrained(name, pretrained=pretrained, device=device)
+    tokenizer = get_tokenizer(context_length=model.context_length, bpe_path=bpe_path)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"the model has {model.vocab_size} tokens, but the vocabulary {tokenizer.vocab_size}: give the one it was "
+            "trained with as --bpe-path"
+        )
+    described = name or model.config.describe()
+    return LoadedModel(described, pretrained, model, transform, tokenizer, ("a photo of a {}.",))
