@@ -66,7 +66,9 @@ def test_it_is_refused_in_one_line_that_names_the_function(name: str) -> None:
     output = operation(x).square().sum()
     (expected,) = torch.autograd.grad(output, x, retain_graph=True)
 
-    with pytest.raises(RuntimeError, match=f"^{name} can be differentiated once, not twice: [^\n]+$"):
+    with pytest.raises(
+        RuntimeError, match=f"^{name} can be differentiated once, not twice: [^\n]+$"
+    ):
         torch.autograd.grad(output, x, create_graph=True)
 
     # The refusal costs nothing: the first derivative is still to be had.
