@@ -1,41 +1,54 @@
 """Name what is in a picture: ``python -m clipcore.classify IMAGE... --labels "a, b, c" --checkpoint RUN``.
 
+Of more than one picture a summary follows, with the accuracy where their folders are named as labels.
+
+Legend: N images, K best names of each.
+
 Exit status: 0 done, 2 a mistake in the arguments, an unreadable file or too little memory, 70 a fault of clipcore's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import io
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from clipcore.data import BadSample, printable
+from clipcore.data import BadSample, LeftOut, printable
+from clipcore.data.folders import images_below
 from clipcore.data.tables import decode_bytes
-from clipcore.data.tar import MAX_IMAGE_BYTES
-from clipcore.data.transforms import MAX_PIXELS, Decoder, was_transparent
+from clipcore.data.tar import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from clipcore.data.transforms import MAX_PIXELS, Decoder, ImageTransform, was_transparent
 from clipcore.distributed import pick_device
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.failures import end_with
-from clipcore.files import mode_of, not_utf8, read_regular
+from clipcore.files import is_folder, mode_of, not_utf8, read_regular
 from clipcore.loading import load_model
 from clipcore.terminal import Parser, check_whole_numbers, complain
 
 # So many decoded pictures are in memory at once.
 IMAGES_AT_ONCE = 64
 _MAX_LABEL_BYTES, _SHOWN_CHARS = 1 << 20, 80
+_SHOWN_NAMES = 10  # of a summary
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m clipcore.classify", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files, or folders of them"
+    )
     parser.add_argument(
         "--labels", required=True, help="names separated by commas, or a file of one name a line"
     )
@@ -104,14 +117,18 @@ def read_labels(text: str) -> list[str]:
         raise ValueError(
             f'--labels holds {found}, and a picture is compared with at least two; write them as "a cat, a dog"'
         )
-    # A vocabulary knows neither capitals nor runs of spaces.
     same: dict[str, list[str]] = {}
     for label in labels:
-        same.setdefault(" ".join(label.lower().split()), []).append(label)
+        same.setdefault(_as_compared(label), []).append(label)
     if twice := [names for names in same.values() if len(names) > 1]:
         names = " and ".join(repr(name[:_SHOWN_CHARS]) for name in twice[0][:2])
         raise ValueError(f"--labels holds {names}, one prompt that would share its probability")
     return labels
+
+
+def _as_compared(label: str) -> str:
+    """Return a name as a vocabulary takes it, which knows neither capitals nor runs of spaces."""
+    return " ".join(label.lower().split())
 
 
 def _read_labels_file(path: Path) -> bytes:
@@ -140,22 +157,132 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"{path} is no readable image: {error}") from error
 
 
-def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
-    """Return for each image its best names with their probabilities, the most probable first.
+class Classified(NamedTuple):
+    """Images with their best names.
 
-    Raises:
-        ValueError, OSError: a mistake in the arguments, or a file that cannot be read.
+    Attributes:
+        paths: of the N images, as they were named, or below the folders that were.
+        labels: all names that were compared.
+        classes_NK: indices into ``labels``, the most probable first, int64 on the CPU.
+        probabilities_NK: of these.
+        own_N: index of the label that an image's folder is named as, -1 where none is.
     """
-    labels = read_labels(arguments.labels)
+
+    paths: list[str]
+    labels: list[str]
+    classes_NK: Tensor
+    probabilities_NK: Tensor
+    own_N: Tensor
+
+    def best(self, image: int) -> list[tuple[str, float]]:
+        """Return the best names of an image with their probabilities."""
+        classes, probabilities = self.classes_NK[image], self.probabilities_NK[image]
+        pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
+        return [(self.labels[c], p) for c, p in pairs]
+
+
+class _Found(NamedTuple):
+    """An image to classify.
+
+    Attributes:
+        inner: the image's place below the folder that was given, None where the image itself was.
+        own: index of the label that its folder is named as, -1 where none is.
+    """
+
+    path: str
+    inner: str | None
+    own: int
+
+
+def find_images(
+    given: Sequence[str], index_of: Mapping[str, int], left_out: LeftOut
+) -> Iterator[_Found]:
+    """Yield the images that paths of images and of folders mean, in order.
+
+    Args:
+        index_of: index of each label, by its name as of ``_as_compared``.
+        left_out: counts what the folders hold and is not yielded.
+    """
+    for path in given:
+        where = os.path.abspath(path)
+        if not is_folder(Path(path)):
+            yield _Found(path, None, _own_label(where, 1, index_of))
+            continue
+        for inner in images_below(path, left_out):
+            # The folder itself may be a class, or one between it and the image.
+            num_folders = inner.count(os.sep) + 1
+            own = _own_label(os.path.join(where, inner), num_folders, index_of)
+            yield _Found(os.path.join(path, inner), inner, own)
+
+
+def _own_label(path: str, num_folders: int, index_of: Mapping[str, int]) -> int:
+    """Return the label that one of an image's innermost folders is named as, the nearest first; -1 where none is."""
+    for _ in range(num_folders):
+        path = os.path.dirname(path)
+        name = _as_compared(os.path.basename(path).replace("_", " "))
+        if name in index_of:
+            return index_of[name]
+    return -1
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot work, before a model is loaded."""
     check_whole_numbers(arguments, ("top", "max_pixels"))
     if arguments.top < 1:
         raise ValueError(f"--top is at least 1, got {arguments.top}")
     if arguments.max_pixels < 1:
         raise ValueError(f"--max-pixels is at least 1, got {arguments.max_pixels}")
     for path in arguments.images:
-        # Before a model is loaded.
         if mode_of(Path(path)) is None:
             raise ValueError(f"cannot read {path}: there is no such file")
+        left_out = LeftOut()
+        if is_folder(Path(path)) and next(images_below(path, left_out), None) is None:
+            kinds = ", .".join(IMAGE_SUFFIXES)
+            raise ValueError(f"the folder {path} holds no image (.{kinds}){left_out.found()}")
+
+
+class _Readable(NamedTuple):
+    """An image that could be read; ``picture`` is what the model takes."""
+
+    path: str
+    own: int
+    picture: Tensor
+    is_transparent: bool
+
+
+def _read_all(
+    images: Iterator[_Found], transform: ImageTransform, max_pixels: int, left_out: LeftOut
+) -> Iterator[_Readable]:
+    """Yield the images that can be read, prepared; raise ValueError for another one that was named.
+
+    Args:
+        left_out: counts the images of folders that cannot be read.
+    """
+    for path, inner, own in images:
+        try:
+            picture = read_image(path, max_pixels)
+            try:
+                prepared = transform(picture)
+            except BadSample as error:
+                raise ValueError(f"{path} is no usable image: {error}") from error
+        except ValueError as error:
+            if inner is None:
+                raise
+            left_out.add("image that cannot be read", str(error))
+            continue
+        yield _Readable(path, own, prepared, was_transparent(picture))
+
+
+def run_classification(arguments: argparse.Namespace) -> Classified:
+    """Return the images that are meant, with their best names.
+
+    An image that was named has to be readable; of those in a folder the others are classified, and the rest is counted.
+
+    Raises:
+        ValueError, OSError: a mistake in the arguments, or a file that cannot be read.
+    """
+    labels = read_labels(arguments.labels)
+    _check_arguments(arguments)
     arguments.device = pick_device(arguments.device, local_rank=0)
     loaded = load_model(
         arguments.checkpoint,
@@ -170,42 +297,84 @@ def run_classification(arguments: argparse.Namespace) -> list[list[tuple[str, fl
         model, loaded.tokenizer, labels, templates, device=arguments.device
     )
 
-    rows: list[list[tuple[str, float]]] = []
-    num_transparent = 0
-    for start in range(0, len(arguments.images), IMAGES_AT_ONCE):
-        pictures = []
-        for path in arguments.images[start : start + IMAGES_AT_ONCE]:
-            picture = read_image(path, arguments.max_pixels)
-            num_transparent += was_transparent(picture)
-            try:
-                pictures.append(transform(picture))
-            except BadSample as error:
-                raise ValueError(f"{path} is no usable image: {error}") from error
-        images = torch.stack(pictures).to(arguments.device)
-        probabilities, classes = classify(model, images, classifier_EC, arguments.top)
-        if not probabilities.isfinite().all():
+    left_out, num_transparent = LeftOut(), 0
+    paths: list[str] = []
+    own, classes, probabilities = array("q"), list[Tensor](), list[Tensor]()
+    index_of = {_as_compared(label): index for index, label in enumerate(labels)}
+    found = find_images(arguments.images, index_of, left_out)
+    readable = _read_all(found, transform, arguments.max_pixels, left_out)
+    while batch := list(itertools.islice(readable, IMAGES_AT_ONCE)):
+        images = torch.stack([image.picture for image in batch]).to(arguments.device)
+        probabilities_BK, classes_BK = classify(model, images, classifier_EC, arguments.top)
+        if not probabilities_BK.isfinite().all():
             raise ValueError("the model's features are not finite; its weights are not usable")
-        rows += [
-            [(labels[c], p) for c, p in zip(best, row, strict=True)]
-            for best, row in zip(classes.tolist(), probabilities.tolist(), strict=True)
-        ]
+        paths += [image.path for image in batch]
+        own.extend(image.own for image in batch)
+        classes.append(classes_BK.cpu())
+        probabilities.append(probabilities_BK.cpu())
+        num_transparent += sum(image.is_transparent for image in batch)
+
+    if not paths:
+        raise ValueError(f"no image of {arguments.images[0]} can be read{left_out.found()}")
+    if left_out:
+        complain("clipcore.classify", f"note: left out of the folders: {left_out}")
     if num_transparent:
-        print(
-            f"clipcore.classify: note: {num_transparent} of {len(rows)} images are transparent: laid over white",
-            file=sys.stderr,
-        )
-    return rows
+        counts = f"{num_transparent} of {len(paths)} images are transparent"
+        complain("clipcore.classify", f"note: {counts}: laid over white")
+    return Classified(
+        paths, labels, torch.cat(classes), torch.cat(probabilities), torch.tensor(own)
+    )
 
 
-def print_table(paths: Sequence[str], rows: list[list[tuple[str, float]]]) -> None:
-    """One block an image: names with their probabilities as figures and bars."""
-    width = max(len(name) for row in rows for name, _ in row)
-    for path, row in zip(paths, rows, strict=True):
+def print_table(classified: Classified) -> None:
+    """Print one block an image: names with their probabilities as figures and bars."""
+    shown = classified.classes_NK.unique().tolist()
+    width = max(len(printable(classified.labels[c])) for c in shown)
+    for image, path in enumerate(classified.paths):
         print(printable(path))
-        for name, probability in row:
-            print(
-                f"  {printable(name):<{width}}  {probability:6.1%}  {'#' * round(30 * probability)}"
-            )
+        for name, probability in classified.best(image):
+            bar = "#" * round(30 * probability)
+            print(f"  {printable(name):<{width}}  {probability:6.1%}  {bar}")
+
+
+def print_summary(classified: Classified) -> None:
+    """Print how many images have which best name, and how many of them lie in a folder of that name."""
+    num_images, labels = len(classified.paths), classified.labels
+    first_N, own_N = classified.classes_NK[:, 0], classified.own_N
+    # Among equal counts the label that was given first.
+    counts = sorted(
+        collections.Counter(first_N.tolist()).items(), key=lambda pair: (-pair[1], pair[0])
+    )
+    shown, others = counts[:_SHOWN_NAMES], counts[_SHOWN_NAMES:]
+    width = max(len(printable(labels[c])) for c, _ in shown)
+    digits = len(f"{num_images:,}")
+
+    print(f"\n{num_images:,} images by their best name:")
+    for c, count in shown:
+        print(f"  {printable(labels[c]):<{width}}  {count:>{digits},}  {count / num_images:6.1%}")
+    if others:
+        number = sum(count for _, count in others)
+        noun = "name" if len(others) == 1 else "names"
+        print(f"  and {len(others):,} other {noun}: {number:,}  {number / num_images:.1%}")
+
+    num_own = int((own_N >= 0).sum())
+    if num_own:
+        num_right = int((first_N == own_N).sum())
+        print(
+            f"top-1 accuracy {num_right / num_own:.1%}: {num_right:,} of the {num_own:,} images whose folder is named as "
+            "a label"
+        )
+
+
+def print_json(classified: Classified) -> None:
+    """Print one object: for each path an object of its best names and their probabilities."""
+    # Written image by image: as one object it would take some kilobytes for each.
+    separator = "{\n"
+    for path, image in {path: image for image, path in enumerate(classified.paths)}.items():
+        row = json.dumps(dict(classified.best(image)), indent=2).replace("\n", "\n  ")
+        print(f"{separator}  {json.dumps(path)}: {row}", end="")
+        separator = ",\n"
+    print("\n}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parsed = build_parser().parse_args(arguments)
     try:
-        rows = run_classification(parsed)
+        classified = run_classification(parsed)
     except KeyboardInterrupt:
         complain("clipcore.classify", "stopped")
         return 128 + signal.SIGINT
@@ -224,9 +393,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end_with("clipcore.classify", error, "take a smaller model")
     try:
         if parsed.json:
-            print(json.dumps(dict(zip(parsed.images, map(dict, rows), strict=True)), indent=2))
+            print_json(classified)
         else:
-            print_table(parsed.images, rows)
+            print_table(classified)
+            if len(classified.paths) > 1:
+                print_summary(classified)
         sys.stdout.flush()
     except OSError as error:
         # Python would try to write the rest at its end.

@@ -67,7 +67,9 @@ class TrainConfig:
     )
     csv_img_key: str = _option("filepath", DATA, "image column of a table", metavar="KEY")
     csv_caption_key: str = _option("title", DATA, "caption column of a table", metavar="KEY")
-    csv_separator: str = _option("\t", DATA, "separator of a csv table [tab]", metavar="SEP")
+    csv_separator: str | None = _option(
+        None, DATA, "separator of a csv table [tab, or , ; | by its header]", metavar="SEP"
+    )
     csv_no_quotes: bool = _option(False, DATA, "quotation marks in a csv table are text")
     image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
     max_pixels: int = _option(
@@ -519,7 +521,7 @@ def build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             add(flag, action="store_true", help=help)
             continue
-        if field.default not in (None, "", "\t"):
+        if field.default not in (None, ""):
             help += " [%(default)s]"
         add(
             flag,

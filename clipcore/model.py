@@ -360,6 +360,7 @@ def _images(
 def _from_weights_alone(pretrained: Path) -> CLIP:
     """Return the model that weights are of."""
     weights = read_weights(pretrained)
+    _check_described_bias(weights)
     state = to_open_clip_names(weights.tensors)
     config = weights.config
     if config is None:
@@ -451,6 +452,25 @@ def check_description(config: ModelConfig, weights: Weights) -> None:
                 f"{weights.witness} that its {tower} tower has {said} heads, and {name} has {own}; "
                 "create_model_from_pretrained(None, ...) makes the model that it describes"
             )
+    if config.init_logit_bias is None:
+        _check_described_bias(weights)
+        if (begins_at := weights.config.init_logit_bias) is not None:
+            raise ValueError(
+                f"{weights.witness} that its model has a logit_bias, which begins at {begins_at:g}, and {name} has none; "
+                f"make it with init_logit_bias={begins_at:g} (--siglip); create_model_from_pretrained(None, ...) makes the "
+                "model that it describes"
+            )
+
+
+def _check_described_bias(weights: Weights) -> None:
+    """Raise ValueError for weights with a bias beside a description of a model without one."""
+    has_none = weights.config is not None and weights.config.init_logit_bias is None
+    if has_none and "logit_bias" in weights.tensors:
+        raise ValueError(
+            f"{weights.witness} that its model has no logit_bias, and its weights have one, as SigLIP's do; add "
+            '"init_logit_bias": 0.0 to the model_cfg of its open_clip_config.json (the weights have the value), or make a '
+            "model with init_logit_bias=0.0 and load_checkpoint(...)"
+        )
 
 
 def _name(config: ModelConfig) -> tuple[str, bool]:

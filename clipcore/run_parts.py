@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,9 @@ from clipcore.data.transforms import ImageTransform
 from clipcore.descriptions import recorded_images
 from clipcore.distributed import broadcast_object, is_main
 from clipcore.model import CLIP, create_model, load_checkpoint
-from clipcore.run_state import VOCABULARY_FILE, run_record
+from clipcore.run_state import run_record
 from clipcore.tokenizer import (
+    VOCABULARY_FILE,
     Tokenizer,
     VocabularyError,
     byte_tokenizer,
@@ -35,6 +40,8 @@ from clipcore.tokenizer import (
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 # Samples whose captions make a vocabulary: more take minutes and change few merges.
 _MAX_LEARNT_SAMPLES = 200_000
+# Samples whose captions are compared: each may be a file of its own on a network disk.
+_MAX_COMPARED_SAMPLES = 256
 
 
 def build_tokenizer(
@@ -47,21 +54,44 @@ def build_tokenizer(
         return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    assert config.vocab_size is not None
     if config.train_data in EMBEDDED:
-        captions = EMBEDDED[config.train_data].training_captions()
-        return train_tokenizer(captions, config.vocab_size)
+        return _learnt_tokenizer(EMBEDDED[config.train_data].training_captions(), config.vocab_size)
     # By one rank: a caption that another cannot read would give it other merges.
     learnt: Tokenizer | VocabularyError | None = None
     if is_main():
         try:
-            learnt = train_tokenizer(_some_captions(source), config.vocab_size)
+            learnt = _learnt_tokenizer(_some_captions(source), config.vocab_size)
         except VocabularyError as error:
             learnt = error
     learnt = broadcast_object(learnt)
     if not isinstance(learnt, Tokenizer):
         raise learnt or VocabularyError("rank 0 learnt no vocabulary")
     return learnt
+
+
+def _learnt_tokenizer(captions: Iterable[str], vocab_size: int | None) -> Tokenizer:
+    assert vocab_size is not None
+    with warnings.catch_warnings():
+        # Said in the run's own words: see ``with_size_of``.
+        warnings.filterwarnings("ignore", "the captions give")
+        return train_tokenizer(captions, vocab_size)
+
+
+def with_size_of(
+    tokenizer: Tokenizer, config: TrainConfig, say: Callable[[str], None]
+) -> TrainConfig:
+    """Return the settings with the size of a learnt vocabulary, which may be smaller than asked.
+
+    Args:
+        say: is told of another size than that of the settings.
+    """
+    if config.tokenizer != "train" or config.vocab_size == tokenizer.vocab_size:
+        return config
+    say(
+        f"the vocabulary has {tokenizer.vocab_size:,} entries, where --vocab-size asks for {config.vocab_size:,}: the "
+        "captions that it was learnt from give no more"
+    )
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
 
 def _some_captions(source: PairSource) -> Iterator[str]:
@@ -73,6 +103,45 @@ def _some_captions(source: PairSource) -> Iterator[str]:
         except BadSample:
             continue
         yield from [found] if isinstance(found, str) else found
+
+
+def captions_sha256(source: PairSource) -> str:
+    """Return a hash of how many samples there are and of the captions of some, the same on all ranks.
+
+    By it the data of a run is known after it was renamed or moved into another kind of file.
+    """
+    if not is_main():
+        return broadcast_object("")
+    digest = hashlib.sha256(f"{len(source)}\0".encode())
+    number = min(len(source), _MAX_COMPARED_SAMPLES)
+    for place in range(number):
+        try:
+            found = source.captions(place * len(source) // number)
+        except BadSample:
+            found = ""
+        # JSON marks where a caption ends, and is ASCII whatever is in it.
+        digest.update(json.dumps(found).encode())
+    return broadcast_object(digest.hexdigest())
+
+
+def name_of_data(
+    source: PairSource, sha256: str, checkpoint: Checkpoint | None, say: Callable[[str], None]
+) -> str:
+    """Return by which words a run knows its data: those of its checkpoint where the captions are those of then.
+
+    Args:
+        sha256: as of ``captions_sha256``.
+        say: is told of another name than the checkpoint's.
+    """
+    name = f"{source.name} of {len(source)} samples"
+    record = {} if checkpoint is None else run_record(checkpoint)
+    before = record["identity"].get("data") if record else name
+    if before == name or record.get("captions_sha256") != sha256:
+        return name
+    say(
+        f"the data was called {before}, and now {name}; it has the captions of then, so that the run goes on with it"
+    )
+    return str(before)
 
 
 def augmentation(config: TrainConfig) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from clipcore.optim import (
     optimizer_tensors,
 )
 from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
-from clipcore.tokenizer import Tokenizer
+from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
 
 # What a run notes in a checkpoint, by name.
 _RECORD: dict[str, type | tuple[type, ...]] = {
@@ -66,13 +66,15 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "global_batch_size": int,
     "transparent": int,
     "metrics_sha256": str,
+    "captions_sha256": str,
 }
 _SCALER_STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-VOCABULARY_FILE = "vocabulary.txt.gz"
 _MAX_CONFIG_BYTES, _MAX_NOTE_BYTES = 1 << 22, 1 << 12
 CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 # What each launch decides for itself; the process group has its timeout already when a run is resumed.
 LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "new_log", "timeout", "profile"})
+# What says which run is meant, and nothing of what it is.
+_RUN_NAMING_SETTINGS = frozenset({"logs", "name", "resume", "new_log"})
 
 
 @dataclass
@@ -83,6 +85,7 @@ class RunState:
         step: steps done.
         identity: what a checkpoint must share with the run that loads it: model, vocabulary, data.
         global_batch_size: pairs of a step, on all ranks; a checkpoint must share it too, since it counts in steps.
+        captions_sha256: of the data, as of ``run_parts.captions_sha256``: it is known by this under another name.
         evaluated_step: the last step after which the evaluations of an epoch's end were made.
         bad_samples: replaced so far, on all ranks.
         transparent: pictures laid over white so far, on all ranks.
@@ -97,6 +100,7 @@ class RunState:
     ema: ExponentialMovingAverage | None
     identity: dict[str, Any]
     global_batch_size: int
+    captions_sha256: str | None = None
     step: int = 0
     evaluated_step: int = 0
     bad_samples: int = 0
@@ -124,6 +128,7 @@ class RunState:
         record = {
             "identity": self.identity,
             "global_batch_size": self.global_batch_size,
+            "captions_sha256": self.captions_sha256,
             "evaluated_step": self.evaluated_step,
             "bad_samples": self.bad_samples,
             "transparent": self.transparent,
@@ -345,6 +350,30 @@ def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]
     if config.resume is None:
         return None
     return _run_of_launch(logs, launch, say) or _newest_run(logs, say)
+
+
+def check_run_is_there(config: TrainConfig, given: frozenset[str], run_dir: Path | None) -> None:
+    """Raise ConfigError where ``--resume latest`` is all that was said and there is nothing to resume.
+
+    Beside settings it begins the run that they are of, so that the first launch may have the command of all.
+
+    Args:
+        given: the names of the settings that the user gave.
+        run_dir: what ``find_run`` has found.
+    """
+    if config.resume != "latest" or given - _RUN_NAMING_SETTINGS:
+        return
+    if run_dir is not None and (
+        is_file(run_dir / CONFIG_FILE) or committed_names(run_dir / "checkpoints")
+    ):
+        return
+    looked = f"no folder in {config.logs} holds a checkpoint (a run without one is found by --name)"
+    if run_dir is not None:
+        looked = f"{run_dir} holds neither a checkpoint nor a {CONFIG_FILE}"
+    raise ConfigError(
+        f"--resume latest finds no run to resume: {looked}; name the folder of all runs with --logs, or give the settings "
+        "of a run to begin"
+    )
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:

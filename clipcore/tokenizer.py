@@ -36,13 +36,16 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
-from clipcore.architectures import find_model
+from clipcore.architectures import UnknownModelError, find_model
 from clipcore.failures import end_with
-from clipcore.files import not_utf8, open_regular, read_regular, write_durably
+from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
 from clipcore.terminal import Parser, complain, steady_output
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# Of a run's folder, and its settings beside it.
+VOCABULARY_FILE, _SETTINGS_FILE = "vocabulary.txt.gz", "config.json"
+_MAX_SETTINGS_BYTES = 1 << 22
 OPENAI_VOCAB_SIZE = 49408
 # Of the 48,894 merges in use, as Tokenizer.sha256 computes it.
 OPENAI_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
@@ -380,15 +383,16 @@ def find_openai_vocabulary() -> Path:
 
 
 def get_tokenizer(
-    model_name: str = "",
+    model_name: str | os.PathLike[str] = "",
     context_length: int | None = None,
     bpe_path: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Tokenizer:
-    """Return the tokenizer of a model, or of another vocabulary.
+    """Return the tokenizer of a model, of a run, or of another vocabulary.
 
     Args:
-        model_name: one of ``list_models()``, or OpenAI's spelling; without one the vocabulary is OpenAI's.
+        model_name: one of ``list_models()``, or OpenAI's spelling; or the folder of a run, or of one of its checkpoints.
+            Without one the vocabulary is OpenAI's.
         context_length: of the rows [the model's, 77 without a name].
         bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the bytes' for models of 514 tokens].
         cache_dir: accepted as by open_clip; nothing is downloaded.
@@ -396,13 +400,17 @@ def get_tokenizer(
     Raises:
         UnknownModelError: no model of that name.
         ValueError: a context length that is no whole number, or holds no start and end.
-        VocabularyError: no vocabulary is found, it is damaged, or not of the model's size.
+        VocabularyError: no vocabulary is found, it is damaged, or not of the model's size; or ``bpe_path`` beside a run.
     """
     if context_length is not None and (type(context_length) is not int or context_length < 2):
         raise ValueError(
             f"context_length is a whole number of at least 2, for start and end; got {context_length!r}"
         )
-    model = find_model(model_name).text if model_name else None
+    if (run_dir := _run_folder(model_name)) is not None:
+        if bpe_path is not None:
+            raise VocabularyError(f"{run_dir} has a vocabulary of its own: leave bpe_path out")
+        return _tokenizer_of_run(run_dir, context_length)
+    model = find_model(model_name).text if model_name else None  # type: ignore[arg-type]
     if bpe_path is None and model is not None and model.vocab_size == BYTE_VOCAB_SIZE:
         tokenizer = byte_tokenizer()
         tokenizer.context_length = context_length or model.context_length
@@ -429,6 +437,59 @@ def get_tokenizer(
         )
     if context_length is not None:
         tokenizer.context_length = context_length
+    return tokenizer
+
+
+def _run_folder(name: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of a run, given that or one of its checkpoints; None where the name is of no folder.
+
+    Raises:
+        VocabularyError: a folder without a vocabulary, or a path that is none.
+    """
+    is_path = isinstance(name, os.PathLike)
+    if not name or not (is_path or isinstance(name, str)) or _is_model(name):
+        return None
+    path = Path(name)
+    try:
+        is_there = is_folder(path)
+    except (OSError, ValueError):  # such as a text longer than any file's name
+        is_there = False
+    if not is_there:
+        if is_path:
+            raise VocabularyError(f"there is no folder {path}")
+        return None
+
+    above = path.absolute().parent
+    for folder in (path, above.parent) if above.name == "checkpoints" else (path,):
+        if is_file(folder / VOCABULARY_FILE):
+            return folder
+    raise VocabularyError(
+        f"{path} holds no {VOCABULARY_FILE}, as the folder of a run does; name one, or a file as bpe_path"
+    )
+
+
+def _is_model(name: object) -> bool:
+    """Return whether a name is of a model; a folder that is called like one is not meant."""
+    try:
+        find_model(name)  # type: ignore[arg-type]
+    except UnknownModelError:
+        return False
+    return True
+
+
+def _tokenizer_of_run(run_dir: Path, context_length: int | None) -> Tokenizer:
+    """Return the tokenizer that a run was made with, for rows of its model's length or of another one."""
+    tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
+    settings = run_dir / _SETTINGS_FILE
+    if context_length is None and is_file(settings):
+        try:
+            name = json.loads(read_regular(settings, _MAX_SETTINGS_BYTES))["model"]
+            context_length = find_model(name).text.context_length
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise VocabularyError(
+                f"cannot read the model of the run in {settings} ({error}); pass its context_length"
+            ) from error
+    tokenizer.context_length = context_length or DEFAULT_CONTEXT_LENGTH
     return tokenizer
 
 

@@ -89,16 +89,19 @@ from clipcore.run_parts import (
     augmentation,
     build_model,
     build_tokenizer,
+    captions_sha256,
     check_compiler,
     lock_towers,
+    name_of_data,
     open_training_source,
     tower_widths,
+    with_size_of,
 )
 from clipcore.run_report import report_run
 from clipcore.run_state import (
     CONFIG_FILE,
-    VOCABULARY_FILE,
     RunState,
+    check_run_is_there,
     find_checkpoint,
     find_run,
     is_restart,
@@ -114,6 +117,7 @@ from clipcore.sharding import replicate, shard
 from clipcore.step import TrainingStep
 from clipcore.terminal import complain, steady_output
 from clipcore.threads import most_threads
+from clipcore.tokenizer import VOCABULARY_FILE
 from clipcore.verify import VerificationError, verify_gradients
 
 WORKER_LOST_STATUS = 4
@@ -138,6 +142,7 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
         run_dir = None
         if world.is_main:
             run_dir = find_run(config, launch_id(), world.say)
+            check_run_is_there(config, given, run_dir)
             run_dir = run_dir or new_run_dir(in_global_batches(resolve(config), world.world_size))
             make_directory(run_dir)
             # Before anything in it is read: another run that is still writing there could commit a step behind our back.
@@ -170,6 +175,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     # Data
     source = open_training_source(config)
     tokenizer = build_tokenizer(config, run_dir, checkpoint is not None, source)
+    config = with_size_of(tokenizer, config, world.say)
 
     # Model
     is_split = config.fsdp and world.world_size > 1
@@ -233,10 +239,11 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     loss_fn = loss_type(rank=world.rank, world_size=world.world_size, uneven=is_uneven)
 
     # Resume
+    digest = captions_sha256(source)
     identity = {
         "model": model.config.to_dict(),
         "vocabulary": tokenizer.sha256,
-        "data": f"{source.name} of {len(source)} samples",
+        "data": name_of_data(source, digest, checkpoint, world.say),
         "image decoder": config.image_decoder,
     }
     # Of weights that say so, for whoever uses the run's.
@@ -245,7 +252,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             key: list(value) if isinstance(value, tuple) else value
             for key, value in model.images.items()
         }
-    state = RunState(model, optimizer, scaler, ema, identity, global_batch_size)
+    state = RunState(model, optimizer, scaler, ema, identity, global_batch_size, digest)
     if checkpoint is not None:
         state.load(checkpoint)
         state.log_mark = mark

@@ -110,6 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_RLD: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    tiles.check_first_order("attention")
     if grad_RLD is None:
         return None, None, None
     qkv_RL3HK, out_RLD, lse_RHL, segments_RL = ctx.saved_tensors

@@ -254,9 +254,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    # As under create_graph=True. Said here, since torch would name an operator that nobody has called.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("contrastive_loss can be differentiated once, not twice")
+    tiles.check_first_order("contrastive_loss")
     image_BE, text_GE, scale, *terms, image_ids, text_ids = ctx.saved_tensors[:13]
     target_weights = list(ctx.saved_tensors[13:])
     row_lse, column_lse = terms[:2]

@@ -138,6 +138,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_BLD, *_):
+    tiles.check_first_order("embed_layer_norm")
     if dy_BLD is None:
         return None, None, None, None, None, None
     patches_BPD, class_D, position_LD, mean_N, rstd_N, weight_D = ctx.saved_tensors

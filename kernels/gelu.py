@@ -267,6 +267,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy_NF: Tensor) -> tuple[Tensor, None]:
+    tiles.check_first_order("gelu")
     (x_NF,) = ctx.saved_tensors
     dx_NF, _, _ = torch.ops.clipcore.gelu_backward(dy_NF, x_NF, ctx.kind, False, False)
     return dx_NF, None

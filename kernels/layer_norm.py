@@ -207,6 +207,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_ND, *_):
+    tiles.check_first_order("layer_norm")
     if dy_ND is None:
         return None, None, None, None
     *saved, weight_D = ctx.saved_tensors  # once: activation checkpointing lets nobody unpack twice

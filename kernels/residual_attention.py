@@ -149,7 +149,7 @@ class _ResidualAttention(torch.autograd.Function):
         return added_to, as_fresh(added)
 
     @staticmethod
-    @first_order
+    @first_order("residual_attention")
     def backward(
         ctx: Any, grad_stream: Tensor | None, grad_added: Tensor | None
     ) -> tuple[Tensor | None, ...]:

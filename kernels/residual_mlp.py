@@ -101,7 +101,7 @@ class _ResidualMLP(torch.autograd.Function):
         return added_to, as_fresh(added)
 
     @staticmethod
-    @first_order
+    @first_order("residual_mlp")
     def backward(
         ctx: Any, grad_stream: Tensor | None, grad_added: Tensor | None
     ) -> tuple[Tensor | None, ...]:

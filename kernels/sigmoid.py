@@ -411,10 +411,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if (
-        torch.is_grad_enabled()
-    ):  # as under create_graph=True; the saved gradients would count as constants
-        raise RuntimeError("sigmoid_loss can be differentiated once, not twice")
+    # The saved gradients would count as constants.
+    tiles.check_first_order("sigmoid_loss")
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for i, (saved, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.likes, strict=True)):
         if upstream is not None and ctx.needs_input_grad[i]:

@@ -223,6 +223,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 
 
 def _backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    tiles.check_first_order("normalized_similarity")
     x_ND, y_MD, scale = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad
     grad_x, grad_y, grad_scale = _similarity_bwd(grad_NM, x_ND, y_MD, scale, need_x, need_y)

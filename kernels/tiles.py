@@ -117,21 +117,39 @@ def as_fresh(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
-def first_order(backward: Any) -> Any:
-    """A backward pass that cannot be differentiated: whoever tries is told, whatever the gradients that come in.
+def check_first_order(name: str) -> None:
+    """Refuse a graph of the gradients, in a backward pass that cannot be differentiated itself.
 
-    ``once_differentiable`` tells only where an incoming gradient has a graph itself, and drops terms elsewhere.
+    Said at once: torch would name an operator that nobody has called, ``once_differentiable`` tells only where an incoming
+    gradient has a graph itself, and ``torch.autograd.grad`` with ``allow_unused`` would return None for what is missing.
+
+    Args:
+        name: of the function that was called, for the message.
+
+    Raises:
+        RuntimeError: a derivative of the gradients is asked for, as with ``create_graph=True``.
     """
-    once = torch.autograd.function.once_differentiable(backward)
+    # The mode is on in a backward pass where a graph of the gradients is asked for, and while a compiler traces one.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} can be differentiated once, not twice: leave create_graph=True out"
+        )
 
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> Any:
-        # The mode is on where a graph of the gradients is asked for.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = tuple(None if g is None else g.detach().requires_grad_() for g in grads)
-        return once(ctx, *grads)
 
-    return checked
+def first_order(name: str) -> Any:
+    """Decorate the backward pass of an ``autograd.Function`` that cannot be differentiated; see ``check_first_order``."""
+
+    def decorate(backward: Any) -> Any:
+        once = torch.autograd.function.once_differentiable(backward)
+
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Tensor | None) -> Any:
+            check_first_order(name)
+            return once(ctx, *grads)
+
+        return checked
+
+    return decorate
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -58,7 +58,7 @@ def test_a_table_of_probabilities(run_dir, image, capsys):
         == 0
     )
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 8 and rows[0] == str(image)
+    assert rows[0] == rows[4] == str(image)
     shares = [float(row.split("%")[0].split()[-1]) for row in rows[1:4]]
     assert sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares, reverse=True)
 
@@ -180,6 +180,115 @@ def test_pictures_are_classified_in_parts_and_transparent_ones_counted(
     parts = json.loads(capsys.readouterr().out)
     for path in paths:
         assert parts[path] == pytest.approx(rows[path], rel=1e-5)
+
+
+def class_folders(folder: Path, names: dict[str, int]) -> Path:
+    """Write so many pictures into a folder of each name."""
+    for number, (name, count) in enumerate(names.items()):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            (folder / name / f"{index}.jpg").write_bytes(picture(8 * number + index)[0])
+    return folder
+
+
+def fixed_names(monkeypatch, classes: list[int]) -> None:
+    """Let the images, in order, have these best classes."""
+    waiting = iter(classes)
+
+    def classify_in_order(model, images, classifier_EC, num_best):
+        first_B = torch.tensor([next(waiting) for _ in images])
+        num_classes = classifier_EC.shape[1]
+        shares_BC = torch.nn.functional.one_hot(first_B, num_classes).double().softmax(-1)
+        best = shares_BC.topk(min(num_best, num_classes))
+        return best.values, best.indices
+
+    monkeypatch.setattr("clipcore.classify.classify", classify_in_order)
+
+
+def test_a_summary_counts_best_names_and_compares_them_with_the_folders(
+    run_dir, image, tmp_path, capsys, monkeypatch
+):
+    folder = class_folders(tmp_path / "data", {"Red_Apple": 3, "cat/near": 2, "neither": 2})
+    # In the order of a walk: three of red apples, two of cats, two of nothing, then the image by itself.
+    fixed_names(monkeypatch, [1, 1, 2, 0, 2, 2, 2, 0])
+    line = [str(folder), str(image), "--labels", "cat,red apple,dog", "--checkpoint", str(run_dir)]
+    assert main([*line, "--top", "1"]) == 0
+    *blocks, empty, title, first, second, third, accuracy = capsys.readouterr().out.splitlines()
+    assert len(blocks) == 2 * 8 and blocks[0] == f"{folder}/Red_Apple/0.jpg" and not empty
+    assert title == "8 images by their best name:"
+    assert [row.split()[:-1] for row in (first, second, third)] == [
+        ["dog", "4"],
+        ["cat", "2"],
+        ["red", "apple", "2"],
+    ]
+    assert first.split()[-1] == "50.0%"
+    assert accuracy == "top-1 accuracy 60.0%: 3 of the 5 images whose folder is named as a label"
+
+
+def test_a_summary_is_short_and_of_several_images_alone(
+    run_dir, image, tmp_path, capsys, monkeypatch
+):
+    folder = class_folders(tmp_path / "data", {"pictures": 14})
+    labels = ",".join(f"label {n}" for n in range(13))
+    fixed_names(monkeypatch, [*range(13), 12])
+    line = ["--labels", labels, "--checkpoint", str(run_dir), "--top", "1"]
+    assert main([str(folder), *line]) == 0
+    summary = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert len(summary) == 12 and summary[1].split()[:3] == ["label", "12", "2"]
+    assert summary[-1].split() == ["and", "3", "other", "names:", "3", "21.4%"]
+
+    fixed_names(monkeypatch, [0])
+    assert main([str(image), *line]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_picture_by_itself_has_the_class_of_its_own_folder_alone(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    class_folders(tmp_path, {"cat/inner": 1, "dog": 1})
+    fixed_names(monkeypatch, [0, 1])
+    paths = [str(tmp_path / "cat/inner/0.jpg"), str(tmp_path / "dog/0.jpg")]
+    assert main([*paths, "--labels", "cat,dog", "--checkpoint", str(run_dir)]) == 0
+    assert "100.0%: 1 of the 1 images whose folder" in capsys.readouterr().out
+
+
+def test_json_of_a_folder_is_one_object(run_dir, image, tmp_path, capsys):
+    folder = class_folders(tmp_path / "data", {"cat": 2})
+    line = [str(image), str(folder), str(image), "--labels", "cat,dog"]
+    assert main([*line, "--checkpoint", str(run_dir), "--json"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(printed)
+    assert list(content) == [str(image), f"{folder}/cat/0.jpg", f"{folder}/cat/1.jpg"]
+    assert printed == json.dumps(content, indent=2) + "\n"
+
+
+def test_what_folders_hold_beside_readable_images_is_counted(run_dir, tmp_path, capsys):
+    folder = class_folders(tmp_path / "data", {"cat": 2})
+    (folder / "cat" / "broken.png").write_bytes(b"nothing")
+    (folder / "moving.gif").write_bytes(b"GIF89a")
+    (folder / "notes.txt").write_text("no picture")
+    line = [str(folder), "--labels", "cat,dog", "--checkpoint", str(run_dir)]
+    assert main(line) == 0
+    printed = capsys.readouterr()
+    assert "2 images by their best name" in printed.out
+    error = printed.err
+    assert error.startswith("clipcore.classify: note: left out of the folders: ")
+    assert "1 x image that cannot be read, such as " in error and "broken.png is no" in error
+    assert "1 x picture of another kind, such as moving.gif" in error and error.count("\n") == 1
+
+    # By its name it has to be readable; and a folder has to hold one.
+    assert main([f"{folder}/cat/broken.png", *line]) == 2
+    assert "broken.png is no readable image" in capsys.readouterr().err
+    for name in ("0.jpg", "1.jpg"):
+        (folder / "cat" / name).write_bytes(b"nothing")
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert "can be read; found" in error and "3 x image that cannot be read" in error
+    for path in (folder / "cat").iterdir():
+        path.unlink()
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert f"the folder {folder} holds no image (.jpg, " in error and "moving.gif" in error
 
 
 def test_a_picture_that_is_too_large_is_one_line(run_dir, tmp_path, capsys):

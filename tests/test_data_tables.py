@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from clipcore.data.sources import (
     MixtureSource,
     expand_braces,
     left_out_of,
+    noted_of,
     open_source,
     parse_factors,
 )
@@ -213,6 +215,63 @@ def test_a_tab_may_be_written_out(tmp_path, separator):
         open_source(str(path), separator="xy")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "|"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_separator_is_read_off_the_header_and_said(tmp_path, separator, quote):
+    rows = [("filepath", "title"), *write_images(tmp_path, 3)]
+    path = tmp_path / "t.csv"
+    # The captions hold commas.
+    rows = [(image, title if separator != "," or quote else "x") for image, title in rows]
+    rows[0] = ("filepath", "title")
+    path.write_text("".join(f"{quote}{a}{quote}{separator}{quote}{b}{quote}\n" for a, b in rows))
+    source = open_source(f"{path}::{path}")
+    assert len(source) == 6 and source[0].caption == rows[1][1]
+    assert str(noted_of(source)).startswith(f"2 x table with {separator!r} between its columns, by")
+    assert str(noted_of(by_picture(source))) == str(noted_of(source))
+
+    # One that is given is obeyed and no news; and a tab in the header is one.
+    assert not noted_of(open_source(str(path), separator=separator))
+    with pytest.raises(DataError, match=r"they look separated by|expected after"):
+        open_source(str(path), separator="tab")
+    assert not noted_of(open_source(str(write_csv(tmp_path / "tabs", 2))))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["filepath,title,a\tb", "filepath,x;title", "filepath", "filepath,x,y", '"filepath,title'],
+)
+def test_a_header_that_shows_no_separator_is_read_by_tabs(tmp_path, header):
+    write_images(tmp_path, 1)
+    (tmp_path / "t.csv").write_text(f"{header}\nimages/0000.jpg,a dog\n")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "t.csv"))
+    with pytest.raises(DataError) as by_tabs:
+        open_source(str(tmp_path / "t.csv"), separator="\t")
+    assert str(caught.value) == str(by_tabs.value)
+
+
+def test_images_that_are_not_there_name_where_the_table_belongs(tmp_path, monkeypatch):
+    write_images(tmp_path, 2)
+    path = tmp_path / "results.csv"
+    path.write_text("filepath\ttitle\n0000.jpg\ta dog\n")
+    message = rf"table's folder: they lie in {re.escape(str(tmp_path))}/images, so that the table belongs there$"
+    with pytest.raises(DataError, match=message):
+        open_source(str(path))
+    # Taken at its word.
+    path.rename(tmp_path / "images" / "results.csv")
+    assert len(open_source(str(tmp_path / "images" / "results.csv"))) == 1
+
+    (tmp_path / "other").mkdir()
+    write_lines = (tmp_path / "other" / "t.jsonl").write_text
+    write_lines('{"image": "images/0000.jpg", "caption": "a dog"}\n')
+    with pytest.raises(DataError, match=r"folder: move the table into the folder of its images$"):
+        open_source(str(tmp_path / "other" / "t.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    for table in (str(tmp_path / "other" / "t.jsonl"), "other/t.jsonl"):
+        with pytest.raises(DataError, match="they are there from the current folder"):
+            open_source(table)
+
+
 def test_a_table_of_lines_that_changes_or_goes_is_noticed(tmp_path):
     path = write_jsonl(tmp_path / "d", 3)
     source = open_source(str(path))
@@ -259,7 +318,8 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
     ("name", "content", "pattern"),
     [
         ("t.csv", b"path\ttitle\na.jpg\tx\n", "no column 'filepath'; its columns are path, title"),
-        ("t.csv", b"filepath,title\na.jpg,x\n", "separated by ',': --csv-separator"),
+        ("t.csv", b"path,title\na.jpg,x\n", "separated by ',': --csv-separator"),
+        ("t.csv", b"filepath,title\na.jpg,x\n", r"none of the first 1 images .*/a\.jpg"),
         ("t.csv", b"filepath\ttitle\n", "no rows"),
         ("t.csv", b"", "its columns are none"),
         (

@@ -332,6 +332,14 @@ def test_preprocessing_of_transformers_is_honoured_or_refused(tmp_path):
 # The first scale and bias.
 
 
+def describe_bias(folder: Path, bias: float | None) -> None:
+    """Let a hub's folder say that its model begins with a bias, or that it has none."""
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["init_logit_bias"] = bias
+    path.write_text(json.dumps(content))
+
+
 def test_a_bias_that_weights_lack_stays_as_it_was_asked_for(tmp_path):
     torch.save(create_model(NAME).state_dict(), tmp_path / "clip.pt")
     scale = create_model(NAME).logit_scale.item()
@@ -356,6 +364,39 @@ def test_a_bias_that_weights_have_is_kept_and_an_unwanted_one_named(tmp_path):
     alone, _ = create_model_from_pretrained(None, tmp_path / "siglip.pt")
     for found in (model, alone):
         assert (found.logit_scale.item(), found.logit_bias.item()) == (1.0, -3.0)
+
+
+def test_a_bias_that_is_described_and_not_in_the_weights_is_no_model_without_one(tmp_path):
+    folder = hub_folder(tmp_path, create_model(NAME))
+    describe_bias(folder, -10)
+    message = (
+        f"open_clip_config.json says that its model has a logit_bias, which begins at -10, and {NAME} has none; make it "
+        r"with init_logit_bias=-10 \(--siglip\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        create_model(NAME, folder)
+
+    # Both remedies.
+    for model in (
+        create_model(NAME, folder, init_logit_bias=-10),
+        create_model_from_pretrained(None, folder)[0],
+    ):
+        assert model.logit_bias.item() == -10
+
+
+def test_a_bias_that_weights_have_and_their_description_does_not_is_named(tmp_path):
+    folder = hub_folder(tmp_path, create_model(NAME, init_logit_bias=-3.0))
+    describe_bias(folder, None)
+    message = "says that its model has no logit_bias, and its weights have one"
+    for name in (None, NAME):
+        with pytest.raises(ValueError, match=message):
+            create_model_from_pretrained(name, folder)
+
+    # Both remedies.
+    model = create_model(NAME, init_logit_bias=0.0)
+    assert load_checkpoint(model, folder) == () and model.logit_bias.item() == -3
+    describe_bias(folder, 0.0)
+    assert create_model_from_pretrained(None, folder)[0].logit_bias.item() == -3
 
 
 def test_whole_numbers_make_parameters_that_train():

@@ -192,7 +192,48 @@ def test_a_log_with_a_hole_is_not_gone_on_with(server, finished, tmp_path):
     assert [row["step"] for row in read_metrics(run)[0]] == list(range(6, 16))
 
 
-# Which run, and with which settings.
+# Which run, with which settings and data.
+
+
+def test_data_under_another_name_is_known_by_its_captions(server, table, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    unchanged = shutil.copytree(run, tmp_path / "unchanged")
+    assert server.run(["--resume", str(unchanged), "--epochs", "2"], tmp_path / "out")[0] == 0
+    renamed = table.with_name("renamed.csv")
+    renamed.write_text(table.read_text())
+    more = ["--resume", str(run), "--train-data", str(renamed), "--epochs"]
+    status, text = server.run([*more, "2"], tmp_path / "out")
+    assert status == 0, text
+    said = "the data was called pairs.csv of 40 samples, and now renamed.csv of 40 samples; it has"
+    assert text.count(said) == 1
+    assert_same_bits(unchanged, run)
+
+    # A run may go back to the first name, and says nothing then.
+    line = ["--resume", str(run), "--train-data", str(table), "--epochs", "3"]
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0 and "was called" not in text, text
+
+    # One other caption, another order or fewer rows are other data.
+    header, first, second, *rest = table.read_text().splitlines(keepends=True)
+    other = first.replace("\ta ", "\tone ")
+    assert other != first
+    for rows in ([other, second, *rest], [second, first, *rest], rest):
+        renamed.write_text(header + "".join(rows))
+        status, text = server.run([*more, "4"], tmp_path / "out")
+        assert status == 2 and "is of another data" in one_line(text)
+
+
+def test_a_checkpoint_of_before_knows_its_data_by_name_alone(server, table, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    found = load_checkpoint(run / "checkpoints" / "step_00000005")
+    del found.state["captions_sha256"]
+    save_checkpoint(run / "checkpoints", 5, found.tensors, found.state)
+    renamed = table.with_name("again.csv")
+    renamed.write_text(table.read_text())
+    more = ["--resume", str(run), "--epochs", "2"]
+    status, text = server.run([*more, "--train-data", str(renamed)], tmp_path / "out")
+    assert status == 2 and "is of another data" in one_line(text)
+    assert server.run(more, tmp_path / "out")[0] == 0
 
 
 def test_latest_is_never_another_run_because_the_newest_is_damaged(server, finished, tmp_path):
@@ -226,6 +267,34 @@ def test_a_run_without_a_checkpoint_yet_goes_on_with_its_settings(server, table,
     )
     assert status == 0, text
     assert_same_bits(straight, tmp_path / "r")
+
+
+@pytest.mark.parametrize("more", [[], ["--name", "r"], ["--new-log"]])
+def test_latest_alone_begins_no_run(server, tmp_path, more):
+    logs = tmp_path / "logs"
+    (logs / "notes").mkdir(parents=True)
+    line = ["--logs", str(logs), "--resume", "latest", *more]
+    status, text = server.run(line, tmp_path / "out")
+    said = one_line(text)
+    assert status == 2 and "--resume latest finds no run to resume" in said
+    looked = f"{logs}/r holds neither a checkpoint nor a config.json"
+    if "--name" not in more:
+        looked = f"no folder in {logs} holds a checkpoint"
+    assert looked in said and "--logs" in said
+    assert [path.name for path in logs.iterdir()] == ["notes"]
+
+    # Nor where there is no such folder, which is not made.
+    line[1] = str(tmp_path / "none")
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 2 and "finds no run to resume" in one_line(text)
+    assert not (tmp_path / "none").exists()
+
+
+def test_latest_beside_settings_begins_the_run_that_they_are_of(server, table, tmp_path):
+    """As of a launcher that gives each start the same command."""
+    line = flags(tmp_path, table, "--resume", "latest", epochs=1)
+    status, text = server.run(line, tmp_path / "out")
+    assert status == 0 and "no checkpoint in" in text and "starting from the beginning" in text
 
 
 def test_folders_that_are_no_runs_are_passed_over_aloud(server, finished, tmp_path):
@@ -457,7 +526,8 @@ def test_a_loss_that_is_not_finite_names_the_finite_checkpoint(server, finished,
 def test_a_state_without_its_values_is_named(server, finished, tmp_path):
     run = copied(finished, tmp_path)
     found = load_checkpoint(run / "checkpoints" / "step_00000005")
-    for key in found.state.keys() - {"global_batch_size", "metrics_sha256", "transparent"}:
+    optional = {"global_batch_size", "metrics_sha256", "captions_sha256", "transparent"}
+    for key in found.state.keys() - optional:
         for state in (
             {**found.state, key: None},
             {k: v for k, v in found.state.items() if k != key},
@@ -478,6 +548,7 @@ STATES = {
     "timings": [[], {"data": "1 s"}, {"data": None}, {"data": -1.0}],
     "metrics_bytes": [-5, 1.0],
     "metrics_sha256": [3, []],
+    "captions_sha256": [3, {}],
     "scaler": [[], {"scale": 2.0}, {"scale": "2"}],
 }
 # A loss scaler's own, and what cannot be in it.

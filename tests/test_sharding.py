@@ -36,9 +36,9 @@ from clipcore.optim import (
     build_optimizer,
     gradient_norm,
 )
-from clipcore.run_state import VOCABULARY_FILE, RunState, load_run, open_run
+from clipcore.run_state import RunState, load_run, open_run
 from clipcore.sharding import gathered, gradient_sync, is_sharded, shard
-from clipcore.tokenizer import byte_tokenizer
+from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
 from clipcore.train import train
 
 if TYPE_CHECKING:

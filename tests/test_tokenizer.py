@@ -33,6 +33,7 @@ from clipcore import tokenizer as tokenizer_module
 from clipcore.architectures import OPENAI_NAMES, UnknownModelError, find_model, list_models
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
+    DEFAULT_CONTEXT_LENGTH,
     OPENAI_FILE,
     OPENAI_SHA256,
     OPENAI_VOCAB_SIZE,
@@ -585,6 +586,51 @@ def test_arguments_of_get_tokenizer(tmp_path):
     for texts in (5, None, b"a cat"):
         with pytest.raises(ValueError, match=r"takes a text or a list|is no text|not text|a str"):
             get_tokenizer("ViT-nano-8-32")(texts)
+
+
+def test_a_run_has_the_tokenizer_that_it_was_made_with(trained, tmp_path, monkeypatch):
+    run = tmp_path / "logs" / "run"
+    checkpoint = run / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    trained.save(run / "vocabulary.txt.gz")
+    (run / "config.json").write_text(json.dumps({"model": "ViT-glyphs"}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPCORE_BPE", "nowhere")
+    length = find_model("ViT-glyphs").text.context_length
+    assert length != DEFAULT_CONTEXT_LENGTH
+    for name in (run, str(run), "logs/run", checkpoint):
+        found = get_tokenizer(name)
+        assert (found.sha256, found.context_length) == (trained.sha256, length)
+    assert get_tokenizer(run, context_length=9).context_length == 9
+    (run / "config.json").unlink()
+    assert get_tokenizer(run).context_length == DEFAULT_CONTEXT_LENGTH
+
+    # A model's name is a model's.
+    trained_there = tmp_path / "ViT-nano-8-32"
+    trained_there.mkdir()
+    trained.save(trained_there / "vocabulary.txt.gz")
+    assert get_tokenizer("ViT-nano-8-32").vocab_size == BYTE_VOCAB_SIZE
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}', '{"model": "x"}', "[" * 9000])
+def test_a_run_whose_settings_are_damaged_is_one_line(trained, tmp_path, content):
+    trained.save(tmp_path / "vocabulary.txt.gz")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(VocabularyError, match="pass its context_length"):
+        get_tokenizer(tmp_path)
+    assert get_tokenizer(tmp_path, 12).context_length == 12
+    with pytest.raises(VocabularyError, match="leave bpe_path out"):
+        get_tokenizer(tmp_path, bpe_path=tmp_path / "vocabulary.txt.gz")
+
+
+def test_folders_that_are_no_runs_have_no_tokenizer(tmp_path):
+    with pytest.raises(VocabularyError, match=r"holds no vocabulary\.txt\.gz"):
+        get_tokenizer(str(tmp_path))
+    with pytest.raises(VocabularyError, match="there is no folder"):
+        get_tokenizer(tmp_path / "none")
+    for name in ("logs/none", "x" * 5000, "a\0b"):
+        with pytest.raises(UnknownModelError, match="unknown model"):
+            get_tokenizer(name)
 
 
 def test_tokenizers_of_unknown_models_and_other_vocabularies_are_refused(trained, tmp_path):

@@ -197,8 +197,50 @@ def test_a_vocabulary_is_learnt_from_the_captions_of_the_data(server, table, tmp
     captions = [row.split("\t")[1] for row in table.read_text().splitlines()[1:]]
     expected = train_tokenizer(captions, 560)
     assert Tokenizer.from_file(tmp_path / "r" / "vocabulary.txt.gz").sha256 == expected.sha256
+    assert "--vocab-size" not in text
     more = ["--resume", str(tmp_path / "r"), "--epochs", "2"]
     assert server.run(more, tmp_path / "out")[0] == 0
+
+
+def test_a_vocabulary_that_is_smaller_than_asked_is_said_and_recorded(server, table, tmp_path):
+    captions = [row.split("\t")[1] for row in table.read_text().splitlines()[1:]]
+    with pytest.warns(UserWarning, match="rather than 3,072"):
+        size = train_tokenizer(captions, 3072).vocab_size
+    line = flags(tmp_path, "r", table, epochs=1, tokenizer="train")
+    line[line.index("--tokenizer") :][:2] = []
+    status, text = server.run([*line, "--tokenizer", "train"], tmp_path / "out")
+    said = f"the vocabulary has {size} entries, where --vocab-size asks for 3,072"
+    assert status == 0 and text.count(said) == 1 and "UserWarning" not in text, text
+    config_file = tmp_path / "r" / "config.json"
+    assert json.loads(config_file.read_text())["vocab_size"] == size
+
+    # A resumed run has no more to say, but to whom asks again.
+    more = ["--resume", str(tmp_path / "r"), "--epochs"]
+    status, text = server.run([*more, "2"], tmp_path / "out")
+    assert status == 0 and "--vocab-size" not in text, text
+    status, text = server.run([*more, "3", "--vocab-size", "3072"], tmp_path / "out")
+    assert status == 0 and said in text, text
+    assert json.loads(config_file.read_text())["vocab_size"] == size
+
+
+def test_a_table_of_commas_trains_and_resumes_without_a_flag(server, tmp_path):
+    table = write_csv(tmp_path / "data", num_pairs=16)
+    rows = table.read_text().splitlines()
+    table.write_text("".join(row.replace(", ", " ").replace("\t", ",") + "\n" for row in rows))
+    line = flags(tmp_path, "r", table, epochs=1, val_data=table)
+    status, text = server.run(line, tmp_path / "out")
+    said = "pairs.csv: 1 x table with ',' between its columns, by its header (else --csv-separator)"
+    assert status == 0 and text.count(said) == 2, text  # of training and of validation
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["csv_separator"] is None
+
+    more = ["--resume", str(tmp_path / "r"), "--epochs"]
+    status, text = server.run([*more, "2"], tmp_path / "out")
+    assert status == 0 and said in text, text
+    # As the record of an earlier version has it, which read tabs alone.
+    status, text = server.run([*more, "3", "--csv-separator", "tab"], tmp_path / "out")
+    assert status == 2 and "they look separated by ','" in text
+    status, text = server.run([*more, "3", "--csv-separator", ","], tmp_path / "out")
+    assert status == 0 and "between its columns" not in text, text
 
 
 @pytest.mark.parametrize("kind", ["shards", "table"])

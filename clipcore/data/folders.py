@@ -474,6 +474,23 @@ def walk(path: str, left_out: LeftOut | None = None) -> Iterator[tuple[str, list
     return _walk(path, "", frozenset(), LeftOut() if left_out is None else left_out)
 
 
+def images_below(path: str, left_out: LeftOut) -> Iterator[str]:
+    """Yield the images below a folder, relative to it, in the order of ``walk``.
+
+    Args:
+        left_out: counts pictures of other kinds, and links as ``walk`` does.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    for folder, names in walk(path, left_out):
+        for name in names:
+            if is_image(name):
+                yield os.path.join(folder, name)
+            elif _is_other_image(name):
+                left_out.add("picture of another kind", os.path.join(folder, name))
+
+
 def _walk(
     path: str, relative: str, above: frozenset[tuple[int, int]], left_out: LeftOut
 ) -> Iterator[tuple[str, list[str]]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcore.data import BadSample, LeftOut, Pair, PairSource
 from clipcore.data.parquet import ParquetSource
-from clipcore.data.sources import MixtureSource, left_out_of
+from clipcore.data.sources import MixtureSource, left_out_of, noted_of
 from clipcore.data.tables import CsvSource, JsonlSource
 
 
@@ -83,9 +83,10 @@ class JoinedRows:
 
     def __init__(self, tables: Sequence[Any], name: str) -> None:
         self.name = name
-        self.left_out = LeftOut()
+        self.left_out, self.noted = LeftOut(), LeftOut()
         for table in tables:
             self.left_out.update(table.left_out)
+            self.noted.update(noted_of(table))
         self._tables = list(tables)
         self._ends = np.cumsum([len(table) for table in tables])
 
@@ -185,6 +186,7 @@ class PictureSource:
         self.num_rows = len(rows_N)
         self.left_out = LeftOut()
         self.left_out.update(left_out_of(rows))  # type: ignore[arg-type]
+        self.noted = noted_of(rows)  # type: ignore[arg-type]
         self._rows = rows
         starts_P = np.concatenate([[0], ends_P[:-1]])
         kept = [

@@ -50,6 +50,7 @@ from clipcore.data.sources import (
     DEFAULT_IMAGE_KEY,
     expand_pattern,
     left_out_of,
+    noted_of,
     open_source,
 )
 from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
@@ -75,7 +76,7 @@ class Settings:
     dataset_type: str = "auto"
     img_key: str = DEFAULT_IMAGE_KEY
     caption_key: str = DEFAULT_CAPTION_KEY
-    separator: str = "\t"
+    separator: str | None = None
     quotes: bool = True
     max_pixels: int = MAX_PIXELS
 
@@ -107,7 +108,8 @@ class Settings:
             "--dataset-type": self.dataset_type,
             "--csv-img-key": self.img_key,
             "--csv-caption-key": self.caption_key,
-            "--csv-separator": self.separator,
+            # What None means has stood there before, and follows from the table.
+            "--csv-separator": "\t" if self.separator is None else self.separator,
             "--csv-no-quotes": not self.quotes,
             "--max-pixels": self.max_pixels,
         }
@@ -282,6 +284,7 @@ def prepare(
     with run_lock(output):
         manifest = Manifest(output, settings, source_identity(train_data, source))
         manifest.content["not used"] = str(left_out_of(source))
+        manifest.content["noted"] = str(noted_of(source))
         manifest.content["pictures"] = num_pictures(source)
         size = settings.shard_size
         jobs = [
@@ -453,7 +456,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset-type", choices=DATASET_TYPES, default="auto", help="kind of the source")
     add("--csv-img-key", default=DEFAULT_IMAGE_KEY, metavar="KEY", help="image column of a table")
     add("--csv-caption-key", default=DEFAULT_CAPTION_KEY, metavar="KEY", help="its caption column")
-    add("--csv-separator", default="\t", metavar="SEP", help="separator of a csv table")
+    add(
+        "--csv-separator",
+        metavar="SEP",
+        help="separator of a csv table [tab, or , ; | by its header]",
+    )
     add("--csv-no-quotes", action="store_true", help="quotation marks in a csv table are text")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -497,6 +504,8 @@ def summary(manifest: Manifest, made: int, seconds: float) -> str:
         f"{pairs} pairs in {len(names)} shards, {num_bytes / 1e9:.3g} GB; {made} of them now, "
         f"{made / max(seconds, 1e-9):.0f} pairs/s"
     ]
+    if noted := manifest.content["noted"]:
+        lines.append(f"read: {noted}")
     if unused := manifest.content["not used"]:
         lines.append(f"not used: {unused}")
     rows, named = manifest.content["source"]["samples"], manifest.content["pictures"]

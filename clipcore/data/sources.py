@@ -41,7 +41,7 @@ def open_source(
     *,
     img_key: str = DEFAULT_IMAGE_KEY,
     caption_key: str = DEFAULT_CAPTION_KEY,
-    separator: str = "\t",
+    separator: str | None = None,
     quotes: bool = True,
     upsampling_factors: str | None = None,
     decoder: str = "pillow",
@@ -103,7 +103,7 @@ class _Table(NamedTuple):
 
     img_key: str
     caption_key: str
-    separator: str
+    separator: str | None
     quotes: bool
 
 
@@ -241,6 +241,11 @@ def left_out_of(source: PairSource) -> LeftOut:
     return getattr(source, "left_out", None) or LeftOut()
 
 
+def noted_of(source: PairSource) -> LeftOut:
+    """Return what a source has read off its files because nobody said it; nothing for sources that read off nothing."""
+    return getattr(source, "noted", None) or LeftOut()
+
+
 class MixtureSource:
     """Several sources as one: see ``clipcore.data.PairSource``.
 
@@ -260,9 +265,10 @@ class MixtureSource:
         self.parts = list(parts)
         factors = [1.0] * len(self.parts) if factors is None else factors
         self.name = name or "::".join(part.name for part in self.parts)
-        self.left_out = LeftOut()
+        self.left_out, self.noted = LeftOut(), LeftOut()
         for part in self.parts:
             self.left_out.update(left_out_of(part))
+            self.noted.update(noted_of(part))
         smallest, largest = min(factors), max(factors)
         if largest > MAX_FACTOR * smallest:
             raise DataError(

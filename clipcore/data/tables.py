@@ -6,13 +6,15 @@ and worker processes share them.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 import numpy as np
 
@@ -35,7 +37,8 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
-_PROBED_ROWS = 16
+_PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
+_SEPARATORS = "\t,;|"  # of csv tables, of which each may be another program's
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
 # Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
 _MISCOUNTED = "\0\0"
@@ -85,8 +88,24 @@ def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
     if probed and not any(os.path.exists(path) for path in probed):
         raise DataError(
             f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
-            f"{printable(probed[0])}; paths are absolute or relative to the table's folder"
+            f"{printable(probed[0])}; paths are absolute or relative to the table's folder: "
+            f"{_remedy_for_images(os.path.dirname(table), probed[0])}"
         )
+
+
+def _remedy_for_images(folder: str, path: str) -> str:
+    """Return where to move a table in this folder, given the path that one of its images would have."""
+    inside = folder and path.startswith(os.path.join(folder, ""))
+    name = path[len(os.path.join(folder, "")) :] if inside else path
+    if not os.path.isabs(name):
+        if os.path.exists(name):
+            return "they are there from the current folder, so that the table belongs there"
+        # As of results.csv, which lies beside flickr30k_images and holds bare names.
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            for entry in itertools.islice(entries, _PROBED_ENTRIES):
+                if os.path.exists(os.path.join(entry.path, name)):
+                    return f"they lie in {printable(entry.path)}, so that the table belongs there"
+    return "move the table into the folder of its images"
 
 
 class ColumnError(DataError):
@@ -125,12 +144,13 @@ class CsvSource:
         path: the table, UTF-8.
         img_key, caption_key: its columns, as open_clip's --csv-img-key and --csv-caption-key; None takes the first of the
             usual names.
-        separator: one character, as --csv-separator.
+        separator: one character, as --csv-separator; None takes a tab, or what the header line shows in its place.
         decoder: see ``decode_image``.
         quotes: whether quotation marks enclose fields, which then may hold separators and line ends; else they are text.
 
     Attributes:
         left_out: rows that are bad samples for their number of fields.
+        noted: the separator where the header line has shown it.
 
     Raises:
         DataError: the file or a column is missing, there are no rows, or a quotation mark is not closed.
@@ -141,14 +161,20 @@ class CsvSource:
         path: str,
         img_key: str | None = "filepath",
         caption_key: str | None = "title",
-        separator: str = "\t",
+        separator: str | None = None,
         decoder: Decoder | str = "pillow",
         quotes: bool = True,
     ) -> None:
         self.name = os.path.basename(path)
         self._folder = os.path.dirname(path)
         self._decoder = decoder
-        self.left_out = LeftOut()
+        self.left_out, self.noted = LeftOut(), LeftOut()
+        if separator is None:
+            columns = image_columns(img_key), caption_columns(caption_key)
+            separator = _shown_separator(path, quotes, columns)
+            if separator != "\t":
+                reason = f"table with {separator!r} between its columns, by its header (else --csv-separator)"
+                self.noted.add(reason, self.name)
         separator = {"\\t": "\t", "tab": "\t"}.get(separator, separator)
         if len(separator) != 1:
             raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
@@ -159,9 +185,9 @@ class CsvSource:
             image_column = header.index(find_column(path, header, image_columns(img_key)))
             caption_column = header.index(find_column(path, header, caption_columns(caption_key)))
         except ColumnError as error:
-            other = "," if separator == "\t" else "\t"
-            is_other = len(header) == 1 and other in header[0]
-            hint = f"; they look separated by {other!r}: --csv-separator" if is_other else ""
+            others = [other for other in _SEPARATORS if other in "".join(header)]
+            is_other = len(header) == 1 and others
+            hint = f"; they look separated by {others[0]!r}: --csv-separator" if is_other else ""
             raise ColumnError(f"{error}{hint}") from None
         for name in (header[image_column], header[caption_column]):
             if header.count(name) > 1:
@@ -270,17 +296,47 @@ def _short_lines(file: TextIO, path: str) -> Iterator[str]:
         yield line
 
 
+def _shown_separator(path: str, quotes: bool, columns: Sequence[Sequence[str]]) -> str:
+    """Return the separator by which a header line has columns: a tab if it holds one, or if not exactly one other fits.
+
+    Args:
+        columns: for each column that is looked for the names that it may have.
+    """
+    header = _first_line(path)
+    if "\t" in header:
+        return "\t"
+    fitting = []
+    for separator in _SEPARATORS[1:]:
+        with contextlib.suppress(csv.Error):
+            fields = next(_csv_reader([header], separator, quotes))
+            if all(set(names) & set(fields) for names in columns):
+                fitting.append(separator)
+    return fitting[0] if len(fitting) == 1 else "\t"
+
+
+def _first_line(path: str) -> str:
+    """Return the first line of a table; raise DataError."""
+    try:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
+            return next(_short_lines(file, path), "")
+    except OSError as error:
+        raise DataError(f"cannot read the table {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(path, error)) from None
+
+
+def _csv_reader(lines: Iterable[str], separator: str, quotes: bool) -> Any:
+    """Return the standard library's reader of lines, which raises csv.Error for a quotation mark out of place."""
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+
+
 def csv_rows(path: str, separator: str, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) of the rows of a table; raise DataError."""
     try:
         # utf-8-sig: spreadsheets begin their files with a byte-order mark.
         with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
-            rows = csv.reader(
-                _short_lines(file, path),
-                delimiter=separator,
-                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-                strict=True,
-            )
+            rows = _csv_reader(_short_lines(file, path), separator, quotes)
             line = 1
             try:
                 for row in rows:

@@ -28,7 +28,7 @@ from clipcore.data.loader import (
     too_many_bad,
 )
 from clipcore.data.pictures import PictureSource, by_picture
-from clipcore.data.sources import MixtureSource, left_out_of, open_source
+from clipcore.data.sources import MixtureSource, left_out_of, noted_of, open_source
 from clipcore.data.transforms import Decoder, ImageTransform, normalize_images
 from clipcore.distributed import World, gather_objects, gather_rows, is_main
 from clipcore.evaluate.class_folders import read_templates
@@ -315,6 +315,8 @@ class EvaluationPlan:
         for source in (training_source, *self._sources()):
             parts = source.parts if isinstance(source, MixtureSource) else [source]
             lines += [part.describe() for part in parts if isinstance(part, PictureSource)]
+            if noted := noted_of(source):
+                lines.append(f"{source.name}: {noted}")
             if left_out := left_out_of(source):
                 lines.append(f"not used of {source.name}: {left_out}")
         for task in self.zero_shot:
