@@ -737,7 +737,8 @@ def test_splits_of_features_have_to_fit(tmp_path):
 
 
 def test_embedded_sets_are_the_splits_of_the_glyphs():
-    assert list(EMBEDDED) == ["glyphs", "glyphs/shift", "glyphs/seen-shift"]
+    of_each = ("", "/shift", "/seen-shift")
+    assert list(EMBEDDED) == [name + part for name in ("glyphs", "icons") for part in of_each]
     shift = open_set("glyphs/shift")
     assert shift.split_names == ("train", "test") and shift.templates == ZERO_SHOT_TEMPLATES
     unseen, test = GlyphSource("unseen"), GlyphSource("shift")

@@ -94,10 +94,28 @@ def test_means_and_deviations_are_over_seeds():
 
 def test_too_few_images_are_named():
     features, labels, keys = drawn(5)
-    with pytest.raises(ValueError, match="class 0 has 5 training images, fewer than the 16"):
+    with pytest.raises(
+        ValueError, match="no class has the 16 training images asked for, and the largest has 5"
+    ):
         few_shot_curve(features, labels, keys, features, labels)
     with pytest.raises(ValueError, match="no image is left beside 5 a class to choose C by"):
         few_shot_curve(features, labels, keys, features, labels, shots=(5,))
+
+
+def test_a_class_with_fewer_images_gives_all_of_them():
+    features, labels, keys = drawn(8)
+    kept = [row for row in range(len(labels)) if labels[row] != 1 or row in (1, 4)]
+    X, y = features[kept], labels[kept]
+    assert y.bincount().tolist() == [8, 2, 8]
+    names = [keys[row] for row in kept]
+    told = []
+    curve = few_shot_curve(X, y, names, features, labels, (1, 4), (0,), 0.5, progress=told.append)
+    chosen = few_shot._order(y.tolist(), names, 4, 0)
+    rows = torch.tensor([index for members in chosen for index in members[:4]])
+    assert len(rows) == 10 and told == [1, 1]
+    probe = fit_linear_probe(X[rows], y[rows], 0.5)
+    right = (probe.logits(features).argmax(1) == labels).double().mean().item()
+    assert curve.scores[1] == (right,)
 
 
 TRIED, SCORES = (1, 2, 4, 8, 16), (40.0, 50.0, 60.0, 65.0, 70.0)

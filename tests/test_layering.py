@@ -40,9 +40,11 @@ LAYERS = [
     {"resnet"},
     {"model", "strip", "grad_cache"},
     {"loss", "step_plan", "sharding", "threads"},
-    {"evaluate", "step"},
+    {"step"},
     {"verify"},
     {"run_state"},
+    {"loading"},
+    {"evaluate"},
     {"run_report", "run_parts"},
     {"train", "classify"},
 ]

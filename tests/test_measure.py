@@ -248,22 +248,24 @@ def test_few_shot_names_the_labels_that_zero_shot_is_worth():
     assert result.details["full"] == 1.0 and result.details["labels_per_class"]["text"]
 
 
-def test_few_shot_takes_the_shots_that_the_smallest_class_has():
+def test_few_shot_takes_the_shots_that_half_of_the_classes_have():
     subject = nano_subject()
     dataset = noise_set(6, [split_of("train", TRAIN), split_of("test", TEST)])
     searched = measure_few_shot(subject, dataset, ProbeOptions(), seeds=range(1))
-    assert searched.details["shots"] == [1, 2, 4, 8]
+    assert searched.details["shots"] == [1, 2, 4, 8] and searched.details["notes"] == []
+
+    labels = [0, 1] * 8 + [2]
     tight = noise_set(
-        6, [split_of("train", [0, 1] * 8, fingerprint="2"), split_of("test", TEST)], name="tight"
+        6, [split_of("train", labels, fingerprint="2"), split_of("test", TEST)], name="tight"
     )
-    assert measure_few_shot(subject, tight, ProbeOptions(), seeds=range(1)).details["shots"] == [
-        1,
-        2,
-        4,
+    found = measure_few_shot(subject, tight, ProbeOptions(), seeds=range(1)).details
+    assert found["shots"] == [1, 2, 4]
+    assert found["notes"] == [
+        "1 of 3 classes have fewer than 4 training images, and give all of theirs"
     ]
     given = measure_few_shot(subject, tight, ProbeOptions(C=1.0), seeds=range(1))
     assert given.details["shots"] == [1, 2, 4, 8]
-    with pytest.raises(DataError, match=r"has 8 training images, too few for 8 a class and one to"):
+    with pytest.raises(DataError, match=r"no class of tight has 9 training images, one of them to"):
         measure_few_shot(subject, tight, ProbeOptions(), (8,), range(1))
 
 

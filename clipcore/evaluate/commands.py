@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from clipcore.data import DataError
 from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
@@ -24,6 +21,7 @@ from clipcore.evaluate.measure import (
     measure_prompts,
     measure_zero_shot,
     predict,
+    progress_bar,
     templates_of,
 )
 from clipcore.evaluate.overlap_study import measure_overlap, open_training
@@ -113,7 +111,7 @@ def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Nam
     features = subject.features(dataset, "test")
     loaded = subject.model_for("captions")
     encode = text_encoder(loaded.model, loaded.tokenizer, features.device)
-    with _bar(f"{dataset.name}, captions", " captions") as progress:
+    with progress_bar(f"{dataset.name}, captions", " captions") as progress:
         found = measure_retrieval(features, encode, arguments.recall_k, progress)
     return _result(subject, dataset, RETRIEVAL, found)
 
@@ -156,7 +154,7 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
         separator=arguments.csv_separator,
     )
     reading = Reading(arguments.batch_size, arguments.workers)
-    with _bar(f"{dataset.name}, training images", " images", len(training)) as progress:
+    with progress_bar(f"{dataset.name}, training images", " images", len(training)) as progress:
         found = measure_overlap(
             features,
             is_right_N,
@@ -168,17 +166,6 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
             progress,
         )
     return _result(subject, dataset, OVERLAP, found)
-
-
-@contextmanager
-def _bar(title: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar, where standard error is a terminal; what it yields takes numbers of what is done."""
-    with tqdm(total=total, desc=title, unit=unit, disable=None) as shown:
-
-        def progress(number: int) -> None:
-            shown.update(number)
-
-        yield progress
 
 
 def _result(

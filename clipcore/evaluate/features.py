@@ -243,6 +243,7 @@ class FeatureStore:
             desc=f"{source.name}, {split.name}",
             unit=" images",
             disable=None if self.progress else True,
+            leave=False,
         )
         with open(folder / _FEATURES_FILE, "wb") as file, shown:
             writer = _RowWriter(file, np.float16 if self.half else np.float32)

@@ -8,7 +8,7 @@ Source: Radford et al. 2021, section 3.1.5, figures 6 and 7.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,19 +77,22 @@ def few_shot_curve(
     seeds: Sequence[int] = range(5),
     C: float | None = None,
     metric: Metric | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> FewShotCurve:
     """Fit probes to a few training images a class, and score each on all test images.
 
-    Which images a seed takes depends on the keys alone. More images of the same seed hold the fewer ones.
+    Which images a seed takes depends on the keys alone. More images of the same seed hold the fewer ones. A class with
+    fewer images than asked for gives all that it has.
 
     Args:
         train_keys: names of the training images.
         shots: images a class, ascending.
         C: of all fits [the best on up to four other training images a class].
         metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
+        progress: is called with 1 after each fit, or each search of C.
 
     Raises:
-        ValueError: a class has fewer images than are asked for, or none is left to choose C by.
+        ValueError: no class has as many images as are asked for, or none is left to choose C by.
     """
     num_classes = int(max(train_labels_N.max(), test_labels_N.max())) + 1
     measure = metric or top1
@@ -116,6 +119,8 @@ def few_shot_curve(
                 probe = fit_linear_probe(X, y, C, num_classes)
             row.append(measure(probe.logits(test_features_NW), test_labels_N))
             Cs.append(probe.C)
+            if progress is not None:
+                progress(1)
         scores.append(tuple(row))
         found_Cs.append(tuple(Cs))
     return FewShotCurve(tuple(shots), tuple(scores), tuple(found_Cs))
@@ -129,11 +134,11 @@ def _order(
     draw, orders = np.random.default_rng(seed), []
     for label in sorted(by_class):
         members = sorted(by_class[label], key=lambda index: keys[index])
-        if len(members) < num_needed:
-            raise ValueError(
-                f"class {label} has {len(members)} training images, fewer than the {num_needed} asked for; give fewer shots"
-            )
         orders.append([members[place] for place in draw.permutation(len(members))])
+    if (most := max(map(len, orders))) < num_needed:
+        raise ValueError(
+            f"no class has the {num_needed} training images asked for, and the largest has {most}; give fewer shots"
+        )
     return orders
 
 

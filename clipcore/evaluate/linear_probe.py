@@ -107,6 +107,7 @@ def search_C(
     metric: Metric | None = None,
     tolerance: float = 1e-5,
     fit_all: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> CSearch:
     """Find the C whose probe is best on validation images, and fit it to all images (appendix A.3).
 
@@ -116,6 +117,7 @@ def search_C(
     Args:
         metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
         fit_all: whether the probe that is returned is fitted to the validation images too.
+        progress: is called with 1 after each fit.
 
     Raises:
         ValueError: as of ``fit_linear_probe``, or there are no validation images.
@@ -137,11 +139,13 @@ def search_C(
     if num_classes is None and train_labels_N.dim() == 1:
         num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
     train, val = (train_features_ND, train_labels_N), (val_features_ND, val_labels_N)
-    C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance)
+    tell = progress or (lambda _: None)
+    C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance, tell)
     if fit_all:
         features_ND = torch.cat([train_features_ND, val_features_ND])
         labels_N = torch.cat([train_labels_N, val_labels_N])
         probe = fit_linear_probe(features_ND, labels_N, C, num_classes, tolerance)
+        tell(1)
     return CSearch(C, trace, probe)
 
 
@@ -151,6 +155,7 @@ def _search(
     num_classes: int | None,
     measure: Metric,
     tolerance: float,
+    tell: Callable[[int], None],
 ) -> tuple[float, list[tuple[float, float]], LinearProbe]:
     """Return the best C, the scores in the order of the fits, and the best probe of the training images."""
     problem = _problem(train[0], train[1], num_classes)
@@ -163,6 +168,7 @@ def _search(
         solutions[index] = problem.solve(GRID[index], tolerance, start)
         logits = problem.probe(solutions[index]).logits(val[0])
         scores[index] = measure(logits, val[1])
+        tell(1)
 
     def best() -> int:
         return min(scores, key=lambda index: (-scores[index], index))

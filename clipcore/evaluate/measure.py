@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import clipcore
 from clipcore.data import DataError
@@ -47,6 +48,8 @@ from clipcore.loading import LoadedModel
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
 _NUM_BEST = 5
+# Of the paper's search, with the one to all images.
+_MOST_FITS = 16
 _BARE, _PHOTO = ("{}",), ("A photo of a {}.",)
 
 
@@ -65,6 +68,23 @@ class ProbeOptions:
     val_fraction: float = 0.1
     normalize: bool = False
     after_projection: bool = False
+
+
+class Unsuitable(DataError):
+    """A data set on which something cannot be measured, though nothing is wrong with it."""
+
+
+@contextmanager
+def progress_bar(
+    title: str, unit: str, total: int | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar, where standard error is a terminal; what it yields takes numbers of what is done."""
+    with tqdm(total=total, desc=title, unit=unit, disable=None, leave=False) as shown:
+
+        def progress(number: int) -> None:
+            shown.update(number)
+
+        yield progress
 
 
 class Subject:
@@ -295,7 +315,8 @@ def measure_linear_probe(
                         f"{dataset.name} has one training image a class, and none to choose C by; give --C"
                     )
                 val_X, val_y, X, y = X[is_val], y[is_val], X[~is_val], y[~is_val]
-            search = search_C(X, y, val_X, val_y, num_classes, metric)
+            with progress_bar(f"{dataset.name}, search of C", " fits", _MOST_FITS) as progress:
+                search = search_C(X, y, val_X, val_y, num_classes, metric, progress=progress)
             probe, trace = search.probe, search.trace
 
     num_train = len(train) + (0 if val is None else len(val))
@@ -365,27 +386,28 @@ def measure_few_shot(
     Source: section 3.1.5 and figures 6 and 7 of the paper.
 
     Args:
-        shots: images a class [those of 1, 2, 4, 8 and 16 that the smallest class has].
+        shots: images a class [those of 1, 2, 4, 8 and 16 that half of the classes have]; a class with fewer gives all.
         full: the probe of all training images, if it has been measured.
         templates: of the zero-shot classifier: see ``measure_zero_shot``.
 
     Raises:
-        DataError: as of ``measure_linear_probe``, or a class has too few images.
+        DataError: as of ``measure_linear_probe``, or no class has enough images.
     """
     check_task(dataset, ("classification",), "a few-shot probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
     labels_N, seconds = train.labels_N, _Seconds()
-    count_C = torch.bincount(labels_N, minlength=len(dataset.classnames))
-    smallest = int(count_C[count_C > 0].min())
+    count_C = torch.bincount(labels_N)
+    count_C = count_C[count_C > 0]
     # Beside those that are fitted, some have to be left to choose C by.
-    most = smallest if options.C is not None else smallest - 1
-    tried = tuple(shots) if shots is not None else tuple(k for k in SHOTS if k <= most)
-    if not tried or max(tried) > most:
-        raise DataError(
-            f"the smallest class of {dataset.name} has {smallest} training images, too few for "
-            f"{max(tried) if tried else 1} a class and one to choose C by; give fewer --shots, or --C"
+    num_spare = 0 if options.C is not None else 1
+    tried = tuple(shots) if shots is not None else _usual_shots(count_C, num_spare)
+    if not tried or max(tried) + num_spare > int(count_C.max()):
+        raise Unsuitable(
+            f"no class of {dataset.name} has {(max(tried) if tried else 1) + num_spare} training images"
+            f"{', one of them to choose C by' if num_spare else ''}; give fewer --shots, or --C"
         )
-    with seconds("fits"):
+    num_fits = len(tried) * len(seeds)
+    with seconds("fits"), progress_bar(f"{dataset.name}, few-shot", " fits", num_fits) as progress:
         curve = few_shot_curve(
             _probe_features(train, options),
             labels_N.to(train.device),
@@ -396,11 +418,13 @@ def measure_few_shot(
             seeds,
             options.C,
             _probe_metric(dataset),
+            progress,
         )
     zero_shot = None
     if subject.loaded is not None:
         found = measure_zero_shot(subject, dataset, templates)
         zero_shot = found.metrics[dataset.main_metric]
+    details = details_of(dataset, [train, test], seconds)
     return Result(
         dataset.name,
         subject.name,
@@ -408,13 +432,30 @@ def measure_few_shot(
         FEW_SHOT,
         {f"{k}shot": mean for k, mean in zip(curve.shots, curve.means, strict=True)},
         {
-            **details_of(dataset, [train, test], seconds),
+            **details,
             "main_metric": f"{max(tried)}shot",
             "metric": dataset.main_metric,
             "seeds": list(seeds),
+            "notes": [*details["notes"], *_few_notes(count_C, tried)],
             **_curve_details(curve, zero_shot, full),
         },
     )
+
+
+def _usual_shots(count_C: Tensor, num_spare: int) -> tuple[int, ...]:
+    """Return those of the paper's numbers of images that half of the classes have, beside those to choose C by."""
+    typical = int(count_C.median()) - num_spare
+    return tuple(k for k in SHOTS if k <= typical)
+
+
+def _few_notes(count_C: Tensor, tried: Sequence[int]) -> list[str]:
+    """Return what is to be said of classes with fewer images than asked for."""
+    number = int((count_C < max(tried)).sum())
+    if not number:
+        return []
+    return [
+        f"{number:,} of {len(count_C):,} classes have fewer than {max(tried)} training images, and give all of theirs"
+    ]
 
 
 def _curve_details(
@@ -444,7 +485,7 @@ def _curve_details(
 def check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this") -> None:
     """Raise DataError for a data set on which something cannot be measured."""
     if dataset.task != "retrieval" and not dataset.classnames:
-        raise DataError(
+        raise Unsuitable(
             f"{what} needs classes, and {dataset.name} has none: add a column of labels, or use bias"
         )
     if dataset.task not in tasks:
@@ -453,7 +494,7 @@ def check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this")
             "multilabel": "several labels an image",
             "classification": "classes, and no captions",
         }[dataset.task]
-        raise DataError(f"{what} does not suit {dataset.name}, which has {kind}")
+        raise Unsuitable(f"{what} does not suit {dataset.name}, which has {kind}")
 
 
 def _probe_blocks(features: SplitFeatures, options: ProbeOptions) -> Iterator[Tensor]:

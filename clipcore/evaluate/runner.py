@@ -18,7 +18,7 @@ from clipcore.evaluate.datasets import EvaluationSet, open_set
 from clipcore.evaluate.features import FeatureStore
 from clipcore.evaluate.label_lists import read_label_list
 from clipcore.evaluate.lines import line_of
-from clipcore.evaluate.measure import Subject
+from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.results import OVERLAP, Result, read_results, write_result
 from clipcore.evaluate.suites import locate, suite
@@ -59,8 +59,10 @@ def run_measures(arguments: argparse.Namespace) -> int:
             try:
                 result = measure(subject, dataset, arguments)
             except (ValueError, OSError) as error:
-                num_failed += 1
-                complain(_PROGRAM, f"error: {dataset.name}: {error}")
+                # Of all that there is to measure, what does not suit a data set is no mistake.
+                is_skipped = arguments.command == "all" and isinstance(error, Unsuitable)
+                num_failed += not is_skipped
+                complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {dataset.name}: {error}")
                 continue
             write_result(output, result)
             found.append(result)
