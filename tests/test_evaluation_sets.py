@@ -16,6 +16,7 @@ from PIL import Image
 from shards import picture, write_csv, write_folder, write_images, write_shards, write_tar
 
 from clipcore.data import BadSample, DataError, raw
+from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
 from clipcore.data.glyphs import ZERO_SHOT_TEMPLATES, GlyphSource
 from clipcore.data.transforms import was_transparent
 from clipcore.evaluate.datasets import EMBEDDED, EvaluationSet, Split, open_set
@@ -737,20 +738,34 @@ def test_splits_of_features_have_to_fit(tmp_path):
 
 
 def test_embedded_sets_are_the_splits_of_the_glyphs():
-    of_each = ("", "/shift", "/seen-shift")
+    of_each = ("", "/shift", "/seen-shift", "/style")
     assert list(EMBEDDED) == [name + part for name in ("glyphs", "icons") for part in of_each]
-    shift = open_set("glyphs/shift")
-    assert shift.split_names == ("train", "test") and shift.templates == ZERO_SHOT_TEMPLATES
-    unseen, test = GlyphSource("unseen"), GlyphSource("shift")
-    assert shift.classnames == tuple((name,) for name in unseen.classnames)
-    assert np.array_equal(shift.split("train").labels_N, unseen.labels_N)
-    assert np.array_equal(shift.split("test").labels_N, test.labels_N)
-    assert shift.split("test").keys()[5] == test[5].key
-    glyphs = open_set("glyphs")
-    assert glyphs.split_names == ("test",)
-    assert glyphs.split("test").fingerprint() == shift.split("train").fingerprint()
-    assert glyphs.split("test").fingerprint() != shift.split("test").fingerprint()
-    assert open_set("glyphs/seen-shift").split("train").source.name == "glyphs/train"
+    for name, split in (("", "unseen"), ("/shift", "shift"), ("/seen-shift", "seen-shift")):
+        found, source = open_set(f"glyphs{name}"), GlyphSource(split)
+        assert found.split_names == ("test",) and found.templates == ZERO_SHOT_TEMPLATES
+        assert found.classnames == tuple((name,) for name in source.classnames)
+        test = found.split("test")
+        assert np.array_equal(test.labels_N, source.labels_N)
+        assert test.keys()[5] == source[5].key and len(test) == len(source)
+    prints = {open_set(f"glyphs{part}").split("test").fingerprint() for part in of_each[:3]}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("name", ["glyphs", "icons"])
+def test_styles_of_trained_pictures_train_and_those_of_unseen_ones_test(name):
+    found, data = open_set(f"{name}/style"), EMBEDDED_DATA[name]
+    for split, whole in (("train", data.open("train")), ("test", data.open("unseen"))):
+        part = found.split(split)
+        row_of = {whole.key(row): row for row in range(len(whole))}
+        rows = [row_of[key] for key in part.keys()]
+        styles = [found.classnames[label][0] for label in part.labels_N]
+        assert styles == [whole.style(row) for row in rows]
+        assert np.array_equal(part.source[7].image, whole[rows[7]].image)
+        assert part.source.captions(7) == whole.captions(rows[7])
+        assert len(set(styles)) == len(found.classnames) and len(rows) >= 1400
+    # Whatever is in one split has another name than all in the other.
+    names = [{EMBEDDED_DATA[name].open(s).classnames[0]} for s in ("train", "unseen")]
+    assert not names[0] & names[1]
 
 
 def test_pairs_are_for_retrieval(tmp_path):

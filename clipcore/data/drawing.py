@@ -67,6 +67,32 @@ def draw(character: str, font: ImageFont.FreeTypeFont, baseline: int) -> np.ndar
     return np.asarray(image)
 
 
+class SomePictures:
+    """Some pictures of a split, map-style: see ``clipcore.data.PairSource``.
+
+    Args:
+        source: the whole split.
+        rows_N: the numbers of the pictures in it, int64 [N].
+    """
+
+    def __init__(self, source: DrawnSource, rows_N: np.ndarray) -> None:
+        self.name, self.source, self.rows_N = source.name, source, rows_N
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[int(self.rows_N[index])]
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of a picture."""
+        return self.source.captions(int(self.rows_N[index]))
+
+    def key(self, index: int) -> str:
+        """Return what a picture is called."""
+        return self.source.key(int(self.rows_N[index]))
+
+
 class DrawnSource:
     """The pictures of one split, map-style and drawn when first asked for: see ``clipcore.data.PairSource``.
 
@@ -111,6 +137,10 @@ class DrawnSource:
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of a picture."""
+        raise NotImplementedError
+
+    def style(self, index: int) -> str:
+        """Return how a picture is drawn, in words, such as "bold sans"."""
         raise NotImplementedError
 
     def key(self, index: int) -> str:

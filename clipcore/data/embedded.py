@@ -17,6 +17,7 @@ class EmbeddedData:
     Attributes:
         open: returns the pictures of a split, one of ``clipcore.data.drawing.SPLITS``.
         templates: the zero-shot prompts, {} where the name goes.
+        style_templates: the prompts of how a picture is drawn.
         training_captions: returns what the vocabulary is trained on.
         zero_shot: the splits that a run is evaluated on, and what its log calls each.
         retrieval: what the log calls the retrieval among the unseen pictures.
@@ -25,6 +26,7 @@ class EmbeddedData:
 
     open: Callable[[str], DrawnSource]
     templates: tuple[str, ...]
+    style_templates: tuple[str, ...]
     training_captions: Callable[[], Sequence[str]]
     zero_shot: Mapping[str, str]
     retrieval: str
@@ -61,6 +63,7 @@ EMBEDDED = {
     "glyphs": EmbeddedData(
         open=glyphs.GlyphSource,
         templates=glyphs.ZERO_SHOT_TEMPLATES,
+        style_templates=("a {} glyph", "a character in {} type"),
         training_captions=glyphs.training_captions,
         zero_shot={
             "unseen": "unseen characters",
@@ -72,6 +75,7 @@ EMBEDDED = {
     "icons": EmbeddedData(
         open=icons.IconSource,
         templates=icons.ZERO_SHOT_TEMPLATES,
+        style_templates=("a {} icon", "an icon, {}"),
         training_captions=icons.training_captions,
         zero_shot={
             "unseen": "unseen icons",

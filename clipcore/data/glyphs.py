@@ -168,6 +168,11 @@ class GlyphSource(DrawnSource):
         name = character_name(character)
         return tuple(fill(template, face.description, name) for template in CAPTION_TEMPLATES)
 
+    def style(self, index: int) -> str:
+        """Return how a picture is drawn, in words."""
+        face, _ = self.samples[index]
+        return face.description
+
     def key(self, index: int) -> str:
         """Return what a picture is called: its font file and its character."""
         face, character = self.samples[index]

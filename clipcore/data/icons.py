@@ -238,6 +238,10 @@ class IconSource(DrawnSource):
         icon = self.samples[index]
         return tuple(fill(template, icon.description, icon.name) for template in CAPTION_TEMPLATES)
 
+    def style(self, index: int) -> str:
+        """Return how a picture is drawn, in words."""
+        return self.samples[index].description
+
     def key(self, index: int) -> str:
         """Return what a picture is called: its family and its character."""
         icon = self.samples[index]

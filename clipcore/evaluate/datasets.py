@@ -18,11 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 
 from clipcore.data import DataError, printable
 from clipcore.data.columns import is_table
+from clipcore.data.drawing import DrawnSource, SomePictures
 from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
+from clipcore.data.embedded import EmbeddedData
 from clipcore.data.folders import CLASSES_FILE, ClassFolderSource, list_folder
 from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
 from clipcore.data.tables import ColumnError
@@ -37,7 +40,6 @@ from clipcore.evaluate.splits import (
     Names,
     Split,
     Task,
-    chosen,
     keys_of,
     opened_once,
     refusals_in_words,
@@ -46,65 +48,91 @@ from clipcore.evaluate.wds import open_wds, wds_splits
 
 __all__ = ["EMBEDDED", "SPLITS", "EvaluationSet", "Names", "Split", "Task", "open_set"]
 
+# Of the trained pictures as many, evenly spread, tell a probe what styles look like.
+_MOST_OF_STYLES = 4000
 _TABLE_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def embedded_sets(
-    name: str, source_class: Callable[[str], Any], templates: Sequence[str]
-) -> dict[str, Callable[[], EvaluationSet]]:
-    """Return what opens the three data sets of embedded pictures, by name.
+def embedded_sets(name: str, data: EmbeddedData) -> dict[str, Callable[[], EvaluationSet]]:
+    """Return what opens the data sets of embedded pictures, by name.
 
-    ``NAME`` tests the unseen classes; ``NAME/shift`` tests them in unseen styles, and trains on them in the trained ones;
-    ``NAME/seen-shift`` does so with the trained classes.
-
-    Args:
-        source_class: makes the source of a split, "train", "unseen", "shift" or "seen-shift", with ``classnames`` and
-            ``labels_N``.
-        templates: prompts with {} where a class's name goes.
+    ``NAME`` tests the unseen names; ``NAME/shift`` tests them in unseen styles, and ``NAME/seen-shift`` the trained ones
+    there. ``NAME/style`` asks how a picture is drawn, of trained and of unseen ones: few classes of many images, for
+    probes.
     """
-    parts = {
-        name: {"test": "unseen"},
-        f"{name}/shift": {"train": "unseen", "test": "shift"},
-        f"{name}/seen-shift": {"train": "train", "test": "seen-shift"},
-    }
 
-    def opener(key: str) -> Callable[[], EvaluationSet]:
-        return lambda: _open_embedded(key, parts[key], source_class, tuple(templates))
+    def opener(key: str, split: str) -> Callable[[], EvaluationSet]:
+        return lambda: _open_names(key, data, split)
 
-    return {key: opener(key) for key in parts}
+    of_names = {name: "unseen", f"{name}/shift": "shift", f"{name}/seen-shift": "seen-shift"}
+    openers = {key: opener(key, split) for key, split in of_names.items()}
+    return {**openers, f"{name}/style": lambda: _open_styles(f"{name}/style", data)}
 
 
-def _open_embedded(
-    name: str, parts: dict[str, str], source_class: Callable[[str], Any], templates: tuple[str, ...]
-) -> EvaluationSet:
-    def open_split(split: str) -> Split:
-        source = source_class(parts[split])
-
-        def fingerprint() -> str:
-            # The pictures are drawn, by this version of Pillow.
-            drawn = "\0".join((source.name, str(len(source)), PIL.__version__, *keys_of(source)))
-            return hashlib.sha256(drawn.encode()).hexdigest()
-
-        return Split(split, source, source.labels_N, fingerprint, lambda: keys_of(source))
-
-    open_once = opened_once(open_split)
+def _open_names(name: str, data: EmbeddedData, split: str) -> EvaluationSet:
+    """Return the set whose classes are the names of drawn pictures."""
+    open_once = opened_once(lambda _: _drawn_split("test", data.open(split)))
     source: Any = open_once("test").source
     return EvaluationSet(
         name=name,
         task="classification",
         classnames=tuple((classname,) for classname in source.classnames),
-        templates=templates,
-        split_names=chosen(list(parts)),
+        templates=data.templates,
+        split_names=("test",),
         main_metric="acc1",
         open_split=open_once,
     )
+
+
+def _open_styles(name: str, data: EmbeddedData) -> EvaluationSet:
+    """Return the set whose classes are the styles of drawn pictures."""
+    whole = {"train": data.open("train"), "test": data.open("unseen")}
+    styles = sorted({whole["test"].style(row) for row in range(len(whole["test"]))})
+    number = {style: index for index, style in enumerate(styles)}
+
+    def open_split(split: str) -> Split:
+        source = whole[split]
+        step = max(1, len(source) // _MOST_OF_STYLES)
+        rows = [row for row in range(0, len(source), step) if source.style(row) in number]
+        labels_N = np.array([number[source.style(row)] for row in rows], np.int64)
+        return _drawn_split(split, SomePictures(source, np.array(rows)), labels_N)
+
+    return EvaluationSet(
+        name=name,
+        task="classification",
+        classnames=tuple((style,) for style in styles),
+        templates=data.style_templates,
+        split_names=("train", "test"),
+        main_metric="acc1",
+        open_split=opened_once(open_split),
+    )
+
+
+def _drawn_split(
+    name: str, source: DrawnSource | SomePictures, labels_N: np.ndarray | None = None
+) -> Split:
+    """Return a split of drawn pictures.
+
+    Args:
+        labels_N: class indices [those of the names].
+    """
+
+    def fingerprint() -> str:
+        # The pictures are drawn, by this version of Pillow.
+        drawn = "\0".join((source.name, str(len(source)), PIL.__version__, *keys_of(source)))
+        return hashlib.sha256(drawn.encode()).hexdigest()
+
+    if labels_N is None:
+        assert isinstance(source, DrawnSource)
+        labels_N = source.labels_N
+    return Split(name, source, labels_N, fingerprint, lambda: keys_of(source))
 
 
 # What opens each data set that comes with clipcore.
 EMBEDDED: dict[str, Callable[[], EvaluationSet]] = {
     key: opener
     for name, data in EMBEDDED_DATA.items()
-    for key, opener in embedded_sets(name, data.open, data.templates).items()
+    for key, opener in embedded_sets(name, data).items()
 }
 
 
@@ -129,9 +157,9 @@ def open_set(
         DataError: nothing of that name, an unknown layout, or a file that is missing, damaged or does not fit.
 
     Example:
-        >>> glyphs = open_set("glyphs/shift")
+        >>> glyphs = open_set("glyphs/style")
         >>> glyphs.split_names, glyphs.classnames[0]
-        (('train', 'test'), ('plus sign',))
+        (('train', 'test'), ('bold italic sans',))
     """
     if spec in EMBEDDED:
         return EMBEDDED[spec]()
