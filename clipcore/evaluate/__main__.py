@@ -146,7 +146,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read images [0]"
     )
-    running.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    running.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda [a GPU where there is one]",
+    )
     running.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

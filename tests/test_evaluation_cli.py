@@ -1,0 +1,368 @@
+"""``python -m clipcore.evaluate`` from end to end: a small run and a data set of each layout, all commands, one page."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import NANO, RunServer
+from shards import SHAPES, picture, write_csv
+
+from clipcore.evaluate import features as feature_store
+from clipcore.evaluate import runner
+from clipcore.evaluate.__main__ import build_parser, main
+from clipcore.evaluate.results import read_results
+
+
+@pytest.fixture(scope="module")
+def runs(server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two checkpoints of a run of a few steps, and its last state."""
+    folder = tmp_path_factory.mktemp("runs")
+    table = write_csv(folder / "data", num_pairs=40)
+    line = ["--logs", str(folder), "--name", "r", "--train-data", str(table), *NANO]
+    line += ["--batch-size", "20", "--epochs", "3", "--save-frequency", "1"]
+    status, text = server.run(line, folder / "out")
+    assert status == 0, text
+    steps = sorted((folder / "r" / "checkpoints").glob("step*"))
+    return [str(steps[0]), str(steps[1]), str(folder / "r")]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of five shapes, with a train and a test split; one class folder is a symbolic link."""
+    folder = tmp_path_factory.mktemp("sets") / "shapes"
+    for index in range(160):
+        split = "test" if index >= 120 else "train"
+        shape = SHAPES[index // 8 % 5]
+        path = folder / split / shape / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(index)[0])
+    elsewhere = folder.parent / "elsewhere"
+    shutil.move(folder / "test" / "line", elsewhere)
+    (folder / "test" / "line").symlink_to(elsewhere)
+    (folder / "templates.json").write_text(json.dumps(["a {}.", "{}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of pictures with labels and two columns of groups."""
+    folder = tmp_path_factory.mktemp("people")
+    lines = ["filepath,label,group:gender,group:age"]
+    for index in range(80):
+        (folder / f"{index}.jpg").write_bytes(picture(index)[0])
+        gender, age = ("female", "male")[index % 2], ("young", "old")[index // 40]
+        lines.append(f"{index}.jpg,{SHAPES[index // 8 % 5]},{gender},{age}")
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
+    return folder / "people.csv"
+
+
+def figures(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+    return {(one.dataset, one.task): one.metrics for one in read_results(folder)}
+
+
+def test_all_commands_from_a_run_to_a_page(runs, shapes, people, tmp_path, capsys):
+    output = str(tmp_path / "results")
+    pairs = write_csv(tmp_path / "pairs", num_pairs=12)
+    line = ["--checkpoint", *runs, "--output", output, "--device", "cpu"]
+    data = ["--data", str(shapes), str(people), str(pairs)]
+    more = ["--train-data", str(pairs), "--threshold", "0.999", "--descriptor", "pixels"]
+    more += [
+        "--labels",
+        "paper",
+        "--seeds",
+        "2",
+        "--shots",
+        "1,4",
+        "--C",
+        "1",
+        "--csv-separator",
+        "\t",
+    ]
+    status = main(["all", *line, *data, *more])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+
+    found = figures(Path(output))
+    tasks = {name: {task for dataset, task in found if dataset == name} for name, _ in found}
+    classes = {"zeroshot_classification", "prompt_gains", "overlap"}
+    assert tasks == {
+        "shapes": {*classes, "linear_probe", "few_shot"},
+        "people": {*classes, "bias"},
+        "pairs": {"zeroshot_retrieval"},
+    }
+    assert len(read_results(Path(output))) == 3 * (5 + 4 + 1)
+    assert printed.out.count("\n") == 3 * (1 + 5 + 4 + 1) + 1
+
+    # The same by single commands, without a further look at an image.
+    before = {path: path.stat().st_mtime_ns for path in Path(output, "features").rglob("*.npy")}
+    for command in ("robustness", "scaling", "compare"):
+        assert main([command, *STUDIES[command](output, runs)]) == 0, capsys.readouterr().err
+    assert main(["linear-probe", *line, "--data", str(shapes), "--C", "1"]) == 0
+    assert before == {
+        path: path.stat().st_mtime_ns for path in Path(output, "features").rglob("*.npy")
+    }
+    assert main(["report", output]) == 0
+    page = Path(output, "report.html").read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == [
+        "Zero-shot classification",
+        "Retrieval",
+        "What prompts gain",
+        "Linear probe",
+        "Zero-shot against a probe",
+        "Few-shot",
+        "Comparison",
+        "Natural shift",
+        "Scaling",
+        "Overlap with the training data",
+        "Groups of people",
+        "What was evaluated",
+    ]
+    assert page.count("<svg") >= 11
+
+
+STUDIES = {
+    "robustness": lambda output, _: [output, "--in", "shapes", "--out", "people"],
+    "scaling": lambda output, runs: [output, "--gmacs", str(write_gmacs(output, runs))],
+    "compare": lambda output, runs: [output, "--model-a", runs[0]],
+}
+
+
+def write_gmacs(output: str, runs: list[str]) -> Path:
+    model = read_results(Path(output))[0].model
+    rows = [f"{model},{run},{10**place}" for place, run in enumerate(runs)]
+    path = Path(output).parent / "gmacs.csv"
+    path.write_text("\n".join(["model,pretrained,gmacs", *rows]) + "\n")
+    return path
+
+
+def test_a_second_command_makes_no_encoder_call(runs, shapes, tmp_path, monkeypatch, capsys):
+    encoded = []
+
+    class Counted(feature_store.FeatureStore):
+        def _write(self, *arguments):
+            seconds = super()._write(*arguments)
+            encoded.append(self.num_encoded)
+            return seconds
+
+    monkeypatch.setattr(runner, "FeatureStore", Counted)
+    line = ["--data", str(shapes), "--output", str(tmp_path), "--device", "cpu"]
+    assert main(["zero-shot", "--checkpoint", runs[2], *line]) == 0
+    assert encoded == [40]
+    assert main(["prompts", "--checkpoint", runs[2], *line]) == 0
+    assert encoded == [40]
+    assert main(["linear-probe", "--checkpoint", runs[2], *line, "--C", "1"]) == 0
+    assert encoded == [40, 120]
+    assert main(["few-shot", "--checkpoint", runs[2], *line, "--C", "1", "--seeds", "1"]) == 0
+    assert encoded == [40, 120]
+    # Other weights are another matter, whatever their path.
+    moved = tmp_path / "run"
+    shutil.copytree(runs[2], moved)
+    assert main(["zero-shot", "--checkpoint", str(moved), *line]) == 0
+    assert encoded == [40, 120]
+    assert main(["zero-shot", "--checkpoint", runs[0], *line]) == 0
+    assert encoded == [40, 120, 40]
+
+
+def test_json_and_saved_classifier(runs, shapes, tmp_path, capsys):
+    line = ["--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    line += ["--device", "cpu", "--json"]
+    assert main(["linear-probe", *line, "--C", "1", "--save-classifier"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["task"] == "linear_probe" and record["dataset"] == "shapes"
+    saved = np.load(tmp_path / record["clipcore"]["classifier"])
+    assert saved["classnames"].tolist() == sorted(SHAPES)
+    for path in tmp_path.glob("*.json"):
+        assert "NaN" not in path.read_text() and math.isfinite(record["metrics"]["lp_acc1"])
+    assert not (tmp_path / "eval_results.jsonl").exists()
+    assert main(["zero-shot", *line]) == 0
+    lines = (tmp_path / "eval_results.jsonl").read_text().splitlines()
+    assert [json.loads(one)["key"] for one in lines] == ["shapes"]
+
+
+def test_transparent_pictures_lie_over_white_and_are_counted(runs, tmp_path, capsys):
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        folder = tmp_path / "set" / name
+        folder.mkdir(parents=True)
+        for index in range(2):
+            Image.new("RGBA", (40, 40), (*colour, 0)).save(folder / f"{index}.png")
+    line = ["--checkpoint", runs[2], "--data", str(tmp_path / "set")]
+    line += ["--output", str(tmp_path / "results"), "--device", "cpu"]
+    assert main(["zero-shot", *line]) == 0
+    assert "4 transparent" in capsys.readouterr().out
+    (pooled,) = (tmp_path / "results" / "features").glob("*/pooled.npy")
+    assert len(np.unique(np.load(pooled), axis=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["zero-shot", "--data", "SHAPES"], "name a model with --checkpoint or --pretrained"),
+        (["zero-shot", "--checkpoint", "RUN"], "name a data set with --data, or a suite"),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "no/such"],
+            "there is no data set 'no/such'",
+        ),
+        (["zero-shot", "--checkpoint", "no/such", "--data", "SHAPES"], "no/such"),
+        (["zero-shot", "--checkpoint", "RUN", "--suite", "vtab+"], "--suite and --root belong"),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--suite", "best", "--root", "."],
+            "paper27, vtab+, shift",
+        ),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--suite", "shift", "--root", "TMP"],
+            "none of the data sets of shift is in",
+        ),
+        (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "SHAPES"], "two data sets are"),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--templates", "a photo"],
+            "--templates 'a photo' has no {}",
+        ),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--batch-size", "0"],
+            "at least 1",
+        ),
+        (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--model", "x"], "--model names"),
+        (["linear-probe", "--checkpoint", "RUN", "--data", "PEOPLE"], "no split 'train'"),
+        (
+            ["linear-probe", "--checkpoint", "RUN", "--data", "SHAPES", "--C", "0"],
+            "--C is a positive",
+        ),
+        (
+            ["linear-probe", "--checkpoint", "RUN", "--data", "SHAPES", "--val-fraction", "1"],
+            "--val",
+        ),
+        (["few-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--shots", "1,x"], "--shots are"),
+        (["few-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--shots", "64"], "no class of"),
+        (["few-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--seeds", "0"], "--seeds is at"),
+        (["retrieval", "--checkpoint", "RUN", "--data", "SHAPES"], "classes, no captions"),
+        (["bias", "--checkpoint", "RUN", "--data", "PEOPLE", "--groups", "x"], "x"),
+        (
+            ["overlap", "--checkpoint", "RUN", "--data", "SHAPES", "--train-data", "no/such"],
+            "no/such",
+        ),
+        (["report", "no/such"], "there is no folder of results no/such"),
+        (["robustness", "no/such"], "there is no folder of results no/such"),
+        (["best"], "invalid choice: 'best'"),
+    ],
+)
+def test_mistakes_are_one_line(runs, shapes, people, tmp_path, capsys, arguments, said):
+    places = {"RUN": runs[2], "SHAPES": str(shapes), "PEOPLE": str(people), "TMP": str(tmp_path)}
+    line = [places.get(word, word) for word in arguments]
+    if line[0] not in ("report", "robustness", "best"):
+        line += ["--output", str(tmp_path / "results"), "--device", "cpu"]
+    try:
+        status = main(line)
+    except SystemExit as error:
+        status = error.code
+    printed = capsys.readouterr()
+    assert status == 2
+    errors = [one for one in printed.err.splitlines() if ": error: " in one]
+    assert len(errors) == 1 and said in errors[0]
+    assert "Traceback" not in printed.err
+    assert not list(tmp_path.glob("results/*.json"))
+
+
+def test_what_can_be_evaluated_is_where_other_sets_and_models_fail(runs, shapes, tmp_path, capsys):
+    line = ["--data", "no/such", str(shapes), "--output", str(tmp_path), "--device", "cpu"]
+    assert main(["zero-shot", "--checkpoint", "no/model", runs[2], *line]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count(": error: ") == 2
+    assert [one.dataset for one in read_results(tmp_path)] == ["shapes"]
+
+
+def test_missing_sets_of_a_suite_are_named_and_skipped(runs, shapes, tmp_path, capsys):
+    (tmp_path / "wds_imagenet-r").symlink_to(shapes)
+    line = ["zero-shot", "--checkpoint", runs[2], "--suite", "shift", "--root", str(tmp_path)]
+    line += ["--output", str(tmp_path / "results"), "--device", "cpu"]
+    assert main(line) == 0
+    printed = capsys.readouterr().err
+    assert "note: " in printed and "imagenetv2" in printed and "objectnet" in printed
+    assert "imagenet-r" not in printed.split("sets are not in")[1]
+    assert main([*line, "--strict"]) == 2
+
+
+def test_a_damaged_result_is_named_before_the_work(runs, shapes, tmp_path, capsys):
+    (tmp_path / "old.json").write_text("{")
+    line = ["--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    assert main(["zero-shot", *line, "--device", "cpu"]) == 2
+    assert "old.json" in capsys.readouterr().err
+    assert not (tmp_path / "features").exists()
+
+
+def test_features_of_files_need_no_model(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, number in (("train", 60), ("test", 20)):
+        labels = np.arange(number) % 4
+        X = rng.normal(size=(number, 8)) + 4 * np.eye(8)[labels]
+        (tmp_path / "set").mkdir(exist_ok=True)
+        np.savez(tmp_path / "set" / f"{name}.npz", features=X.astype(np.float32), labels=labels)
+    line = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "results")]
+    line += ["--device", "cpu", "--seeds", "2", "--shots", "1,2"]
+    assert main(["all", *line]) == 0
+    found = figures(tmp_path / "results")
+    assert set(found) == {("set", "linear_probe"), ("set", "few_shot")}
+    assert found["set", "linear_probe"]["lp_acc1"] > 0.9
+
+
+def test_ctrl_c_keeps_what_is_finished(runs, shapes, people, tmp_path):
+    """A table whose pictures come from a pipe that nobody fills would be waited for; here a signal comes at its first."""
+    program = (
+        "import os, signal, sys\n"
+        "from clipcore.evaluate import __main__, commands\n"
+        "measure = commands._MEASURES['prompts']\n"
+        "def stopped(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return measure(*arguments)\n"
+        "commands._MEASURES['prompts'] = stopped\n"
+        "sys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    line = ["all", "--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *line, "--device", "cpu"], capture_output=True, text=True
+    )
+    assert ended.returncode == 128 + signal.SIGINT
+    assert ended.stderr.splitlines()[-1].startswith("clipcore.evaluate: stopped")
+    assert [one.task for one in read_results(tmp_path)] == ["zeroshot_classification"]
+
+
+def test_dead_readers_and_full_disks_of_output_end_nothing(runs, shapes, tmp_path):
+    command = [sys.executable, "-m", "clipcore.evaluate", "zero-shot", "--checkpoint", runs[2]]
+    command += ["--data", str(shapes), "--output", str(tmp_path), "--device", "cpu"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_help_of_every_command_reads_well(capsys):
+    parser = build_parser()
+    (commands,) = [a for a in parser._actions if hasattr(a, "choices") and a.choices]
+    assert list(commands.choices) == [
+        "zero-shot",
+        "prompts",
+        "linear-probe",
+        "few-shot",
+        "retrieval",
+        "overlap",
+        "bias",
+        "all",
+        "robustness",
+        "scaling",
+        "compare",
+        "report",
+    ]
+    for name, command in commands.choices.items():
+        text = command.format_help()
+        assert len(text.splitlines()) <= 130, name
+        for action in command._actions:
+            assert action.help, (name, action.dest)
