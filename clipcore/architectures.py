@@ -200,6 +200,21 @@ class ModelConfig:
             config.get("init_logit_bias"),
         )
 
+    @property
+    def short_name(self) -> str:
+        """Its published name, whatever the vocabulary, or one of the same kind: ViT-384x6-16-224 is 384 wide, 6 deep."""
+        suffix = QUICK_GELU_SUFFIX if self.quick_gelu else ""
+        for name, config in MODELS.items():
+            text = dataclasses.replace(self.text, vocab_size=config.text.vocab_size)
+            if ModelConfig(self.embed_dim, self.vision, text) == config:
+                return name + suffix
+        vision = self.vision
+        if isinstance(vision.layers, int):
+            shape = f"ViT-{vision.width}x{vision.layers}-{vision.patch_size}"
+        else:
+            shape = f"RN-{vision.width}x{'.'.join(map(str, vision.layers))}"
+        return f"{shape}-{vision.image_size}{suffix}"
+
     def describe(self) -> str:
         """The model in words: its published name, or its towers."""
         plain = ModelConfig(self.embed_dim, self.vision, self.text)

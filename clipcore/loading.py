@@ -59,7 +59,7 @@ def load_model(
         )
     if run is not None:
         model, transform, tokenizer = load_run(Path(run), device)
-        return LoadedModel(model.config.describe(), run, model, transform, tokenizer, ("{}",))
+        return LoadedModel(model.config.short_name, run, model, transform, tokenizer, ("{}",))
 
     assert pretrained is not None
     model, transform = create_model_from_pretrained(name, pretrained=pretrained, device=device)
@@ -69,5 +69,5 @@ def load_model(
             f"the model has {model.vocab_size} tokens, but the vocabulary {tokenizer.vocab_size}: give the one it was "
             "trained with as --bpe-path"
         )
-    described = name or model.config.describe()
+    described = name or model.config.short_name
     return LoadedModel(described, pretrained, model, transform, tokenizer, ("a photo of a {}.",))

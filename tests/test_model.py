@@ -871,3 +871,15 @@ def test_a_folder_that_describes_its_model_needs_no_name(tmp_path, layout):
     assert (transform.mean, transform.std) == (tuple(mean), tuple(std))
     image = images(source.config)
     assert torch.equal(model.encode_image(image), source.encode_image(image))
+
+
+def test_short_names_are_the_published_ones_whatever_the_vocabulary():
+    for name in list_models():
+        config = find_model(name)
+        small = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=2000))
+        assert (config.short_name, small.short_name) == (name, name)
+    shapes = {"ViT-glyphs": "ViT-128x4-16-32", "RN50": "RN-64x3.4.6.3-224"}
+    for name, expected in shapes.items():
+        other = dataclasses.replace(find_model(name), embed_dim=33)
+        assert other.short_name == expected
+        assert dataclasses.replace(other, quick_gelu=True).short_name == f"{expected}-quickgelu"

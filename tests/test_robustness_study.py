@@ -16,6 +16,7 @@ from result_folders import (
 )
 
 from clipcore.data import DataError
+from clipcore.evaluate.robustness import fit_baseline
 from clipcore.evaluate.robustness_study import robustness_study
 
 pytestmark = pytest.mark.fast
@@ -69,6 +70,19 @@ def test_a_line_through_the_folders_own_probes_says_what_it_is(tmp_path):
     # The zero-shot classifier lies above the line, and has no part in it.
     assert pair["models"][0]["effective"] > 0.05
     assert "not models trained on one data set alone" in note_of(study, "probes of this folder")
+
+
+def test_checkpoints_of_a_run_make_a_line_where_no_probe_has_both_accuracies(tmp_path):
+    points = ((0.3, 0.2), (0.5, 0.4), (0.6, 0.5))
+    for number, (inside, outside) in enumerate(points):
+        put(tmp_path, "icons", inside, pretrained=f"step-{number}")
+        put(tmp_path, "icons/shift", outside, pretrained=f"step-{number}")
+        put(tmp_path, "icons", 0.9, pretrained=f"step-{number}", task=PROBE)
+    study = robustness_study(tmp_path, "fit")
+    (pair,) = study["pairs"]
+    line = fit_baseline([x for x, _ in points], [y for _, y in points])
+    assert pair["baseline"]["slope"] == line.slope and pair["baseline"]["num_models"] == 3
+    assert "checkpoints of one run" in note_of(study, "the line goes through")
 
 
 def test_without_a_baseline_and_without_a_probe_nothing_is_made_up(tmp_path):
@@ -132,7 +146,7 @@ ROBUSTNESS_MISTAKES = {
     "unknown in": (None, "dogs", ["pets"], "has no accuracy on dogs; it has glyphs, pets"),
     "unknown out": (None, "pets", ["dogs"], "has no accuracy on dogs"),
     "out of the same": (None, "pets", ["pets"], "no data set with a shifted form"),
-    "no probes": ("fit", "pets", ["glyphs"], "no baseline of pets and glyphs .* there are 0; give"),
+    "one model": ("fit", "pets", ["glyphs"], "no baseline of pets and glyphs .* there are 1; give"),
     "no table": ("none.csv", "pets", ["glyphs"], "cannot read none.csv: No such file"),
 }
 

@@ -150,7 +150,7 @@ class FeatureStore:
         self,
         model: CLIP,
         transform: ImageTransform,
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         *,
         batch_size: int = 256,
         workers: int = 0,
@@ -163,8 +163,8 @@ class FeatureStore:
         self.max_bad_fraction, self.progress = max_bad_fraction, progress
         self.num_encoded = 0
         # Deleted with the store.
-        self._temporary = tempfile.TemporaryDirectory() if cache is None else None
-        self._cache = cache if self._temporary is None else Path(self._temporary.name)
+        self._temporary = tempfile.TemporaryDirectory()
+        self._cache = Path(self._temporary.name if cache is None else cache)
         self._model_hash = ""
 
     def features(self, split: Split) -> SplitFeatures:
@@ -175,7 +175,7 @@ class FeatureStore:
         """
         if split.features_NW is not None:
             return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
-        assert split.source is not None and self._cache is not None
+        assert split.source is not None
         key = self._key(split)
         folder = self._cache / key
         found = self._read(folder, split, key)
@@ -217,7 +217,6 @@ class FeatureStore:
 
     def _encode(self, folder: Path, split: Split) -> float:
         """Write the features of a split into a folder, which is there when all of them are; return the seconds."""
-        assert self._cache is not None
         self._cache.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self._cache))
         try:

@@ -44,6 +44,11 @@ _FIT_NOTE = (
     "robustness beyond theirs"
 )
 
+_OWN_NOTE = (
+    "the line goes through the zero-shot models of this folder, such as checkpoints of one run, as no probe has both "
+    "accuracies: what it shows is robustness beyond theirs"
+)
+
 
 class Accuracies(NamedTuple):
     """Accuracies of one model without a shift and under it; None where it was not evaluated."""
@@ -90,7 +95,7 @@ def robustness_study(
     Args:
         results: a folder; of it zero-shot classifiers and linear probes count, by their accuracy.
         baseline: a csv table with a column ``model`` and one for each data set, in % where one is above 1; or "fit", the
-            line through the folder's own probes; or None.
+            line through the folder's own probes, or its zero-shot models where no probe has both accuracies; or None.
         in_name: the data set without the shift [ImageNet, glyphs or icons].
         out_names: data sets under a shift [all known ones that are there].
 
@@ -110,7 +115,7 @@ def robustness_study(
     table = None
     if baseline is not None and baseline != FIT:
         table = _read_baseline(Path(baseline), {name for pair in chosen for name in pair})
-    notes = [_FIT_NOTE] if baseline == FIT else []
+    notes = list[str]()
     if table is not None and table.note:
         notes.append(table.note)
 
@@ -127,6 +132,10 @@ def robustness_study(
         elif baseline == FIT:
             origin = FIT
             models = [row for row in rows if row.kind == "probe"]
+            note = _FIT_NOTE
+            if all(row.inside is None or row.outside is None for row in models):
+                models, note = [row for row in rows if row.kind == "zero-shot"], _OWN_NOTE
+            notes.append(note)
             line = _fit(models, origin, names, left_out)
         pairs.append(_pair(names, rows, line, origin, left_out))
         notes += _class_note(there[inside], there[outside])
@@ -225,7 +234,7 @@ def _fit(
     try:
         line = fit_baseline([x for x, _ in both], [y for _, y in both])
     except ValueError as error:
-        what = "the probes of this folder" if origin == FIT else origin
+        what = "the models of this folder" if origin == FIT else origin
         raise DataError(
             f"no baseline of {names[0]} and {names[1]} from {what}: {error}; give a table of models "
             "trained on one data set as --baseline FILE.csv, or leave --baseline out"

@@ -14,13 +14,18 @@ from pathlib import Path
 from clipcore.data import DataError, printable
 from clipcore.distributed import pick_device
 from clipcore.evaluate.commands import due
+from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.datasets import EvaluationSet, open_set
 from clipcore.evaluate.features import FeatureStore
 from clipcore.evaluate.label_lists import read_label_list
 from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
+from clipcore.evaluate.page import write_page
 from clipcore.evaluate.results import OVERLAP, Result, read_results, write_result
+from clipcore.evaluate.robustness_study import FIT, robustness_study
+from clipcore.evaluate.scaling_study import scaling_study
+from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
 from clipcore.loading import load_model
 from clipcore.terminal import check_whole_numbers, complain
@@ -70,6 +75,8 @@ def run_measures(arguments: argparse.Namespace) -> int:
                 print(line_of(result), flush=True)
         results += _adjusted(output, found)
 
+    if arguments.command == "all" and results:
+        _draw(output, is_quiet=arguments.json)
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     elif results:
@@ -209,3 +216,33 @@ def _adjusted(output: Path, results: list[Result]) -> list[Result]:
         if result.task == OVERLAP:
             write_result(output, result)
     return adjusted
+
+
+def _draw(output: Path, is_quiet: bool) -> None:
+    """Make the studies that a folder has the results for, and the page of all.
+
+    Args:
+        is_quiet: whether what they found is not printed.
+    """
+    studies = (
+        lambda: robustness_study(output, FIT),
+        lambda: robustness_study(output),
+        lambda: scaling_study(output),
+        lambda: compare(output),
+    )
+    made = set[str]()
+    for study in studies:
+        try:
+            found = study()
+        except DataError:
+            # Too few models, or no sets that go together: a command of its own says what is missing.
+            continue
+        if found["study"] in made:
+            continue
+        made.add(found["study"])
+        write_study(output, found)
+        if not is_quiet:
+            print(f"\n{print_study(found)}")
+    page = write_page(output)
+    if not is_quiet:
+        print(f"\nthe page is {printable(str(page))}")

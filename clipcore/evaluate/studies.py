@@ -40,7 +40,8 @@ def add_robustness_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         metavar="fit|FILE.csv",
-        help="models without robustness: a table with the column model and one for each set, or a line through the probes",
+        help="models without robustness: a table with the column model and one for each set; or a line through the "
+        "folder's own probes, else its zero-shot models",
     )
     parser.add_argument(
         "--in",
