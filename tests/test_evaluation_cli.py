@@ -284,6 +284,15 @@ def test_what_can_be_evaluated_is_where_other_sets_and_models_fail(runs, shapes,
     assert [one.dataset for one in read_results(tmp_path)] == ["shapes"]
 
 
+def test_a_split_that_is_a_link_to_another_is_no_test(runs, shapes, tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "set" / name).symlink_to(shapes / "test")
+    line = ["--checkpoint", runs[2], "--data", str(tmp_path / "set"), "--device", "cpu"]
+    assert main(["linear-probe", *line, "--output", str(tmp_path / "results"), "--C", "1"]) == 2
+    assert "train and test of set hold the same images" in capsys.readouterr().err
+
+
 def test_missing_sets_of_a_suite_are_named_and_skipped(runs, shapes, tmp_path, capsys):
     (tmp_path / "wds_imagenet-r").symlink_to(shapes)
     line = ["zero-shot", "--checkpoint", runs[2], "--suite", "shift", "--root", str(tmp_path)]

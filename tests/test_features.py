@@ -116,6 +116,16 @@ def test_unreadable_images_are_left_out_and_labels_stay_with_theirs(tmp_path):
         assert found.num_unreadable == 2 and found.keys[0] == "test/1"
 
 
+def test_features_with_more_unreadable_images_than_now_allowed_are_not_taken(tmp_path):
+    labels = [0, 1] * 100
+    split = split_of("test", labels, bad=range(0, 200, 10))
+    generous = FeatureStore(nano(), TRANSFORM, tmp_path, max_bad_fraction=0.5, progress=False)
+    assert len(generous.features(split)) == 180
+    with pytest.raises(DataError, match=r"20 of 200 samples of noise cannot be read, more than"):
+        store_of(nano(), tmp_path).features(split)
+    assert len(generous.features(split)) == 180
+
+
 def test_too_many_unreadable_images_leave_nothing_behind(tmp_path):
     labels = [0, 1] * 100
     store = store_of(nano(), tmp_path)

@@ -233,6 +233,15 @@ def test_probe_of_several_labels():
     assert len(searched.details["trace"]) >= 9
 
 
+@pytest.mark.parametrize("measure", [measure_linear_probe, measure_few_shot])
+def test_a_probe_is_not_tested_on_what_it_was_fitted_to(measure):
+    test = split_of("test", TEST)
+    train = dataclasses.replace(split_of("train", TRAIN), fingerprint=test.fingerprint)
+    dataset = noise_set(6, [train, test])
+    with pytest.raises(DataError, match="train and test of noise hold the same images"):
+        measure(nano_subject(), dataset, ProbeOptions(C=1.0))
+
+
 def test_few_shot_names_the_labels_that_zero_shot_is_worth():
     subject = nano_subject()
     dataset = noise_set(6, [split_of("train", TRAIN), split_of("test", TEST)])

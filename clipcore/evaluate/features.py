@@ -211,9 +211,15 @@ class FeatureStore:
             is_whole = list(pooled_NW.shape) == record["shape"] and len(rows_N) == len(pooled_NW)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, EOFError):
             return None
-        if not is_whole:
+        # Too many unreadable images are named anew, which may have been allowed when they were encoded.
+        if not is_whole or self._is_too_bad(counts[0], split):
             return None
         return SplitFeatures(split, pooled_NW, rows_N, self.model, key, *counts, seconds)
+
+    def _is_too_bad(self, num_bad: int, split: Split) -> bool:
+        """Return whether more images of a split cannot be read than may be."""
+        # As in training a share of few samples says little.
+        return num_bad > self.max_bad_fraction * max(len(split), JUDGED_ROWS)
 
     def _encode(self, folder: Path, split: Split) -> float:
         """Write the features of a split into a folder, which is there when all of them are; return the seconds."""
@@ -264,8 +270,7 @@ class FeatureStore:
                 self.num_encoded += len(batch.indices)
             writer.close()
 
-        # As in training a share of few samples says little.
-        if len(bad) > self.max_bad_fraction * max(len(source), JUDGED_ROWS):
+        if self._is_too_bad(len(bad), split):
             raise too_many_bad(len(bad), len(source), source.name, self.max_bad_fraction, bad)
         if not rows:
             reasons = f", such as {bad[0][0]}: {bad[0][1]}" if bad else ""

@@ -286,13 +286,13 @@ def measure_linear_probe(
     """
     check_task(dataset, ("classification", "multilabel"), "a linear probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
-    parts = [train, test]
     val = subject.features(dataset, "val") if "val" in dataset.split_names else None
+    parts = [train, test] if val is None else [train, test, val]
+    _check_apart(dataset, parts)
     seconds = _Seconds()
     num_classes, metric = len(dataset.classnames), _probe_metric(dataset)
     X, y = _probe_features(train, options), train.labels_N.to(train.device)
     if val is not None:
-        parts.append(val)
         val_X, val_y = _probe_features(val, options), val.labels_N.to(val.device)
 
     trace: list[tuple[float, float]] = []
@@ -395,6 +395,7 @@ def measure_few_shot(
     """
     check_task(dataset, ("classification",), "a few-shot probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
+    _check_apart(dataset, [train, test])
     labels_N, seconds = train.labels_N, _Seconds()
     count_C = torch.bincount(labels_N)
     count_C = count_C[count_C > 0]
@@ -495,6 +496,19 @@ def check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this")
             "classification": "classes, and no captions",
         }[dataset.task]
         raise Unsuitable(f"{what} does not suit {dataset.name}, which has {kind}")
+
+
+def _check_apart(dataset: EvaluationSet, parts: Sequence[SplitFeatures]) -> None:
+    """Raise DataError where two splits are the same images, such as by a link from one to the other."""
+    seen: dict[str, str] = {}
+    for part in parts:
+        fingerprint = part.split.fingerprint()
+        if fingerprint in seen:
+            raise DataError(
+                f"{seen[fingerprint]} and {part.split.name} of {dataset.name} hold the same images, and a probe would be "
+                "tested on what it was fitted to; take one of them away"
+            )
+        seen[fingerprint] = part.split.name
 
 
 def _probe_blocks(features: SplitFeatures, options: ProbeOptions) -> Iterator[Tensor]:
