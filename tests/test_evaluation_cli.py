@@ -236,6 +236,7 @@ def test_transparent_pictures_lie_over_white_and_are_counted(runs, tmp_path, cap
             "at least 1",
         ),
         (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--model", "x"], "--model names"),
+        (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--bpe-path", "x"], "--bpe-path"),
         (["linear-probe", "--checkpoint", "RUN", "--data", "PEOPLE"], "no split 'train'"),
         (
             ["linear-probe", "--checkpoint", "RUN", "--data", "SHAPES", "--C", "0"],
@@ -291,6 +292,50 @@ def test_a_split_that_is_a_link_to_another_is_no_test(runs, shapes, tmp_path, ca
     line = ["--checkpoint", runs[2], "--data", str(tmp_path / "set"), "--device", "cpu"]
     assert main(["linear-probe", *line, "--output", str(tmp_path / "results"), "--C", "1"]) == 2
     assert "train and test of set hold the same images" in capsys.readouterr().err
+
+
+def test_one_set_that_cannot_be_evaluated_does_not_end_the_others(runs, shapes, tmp_path, capsys):
+    (tmp_path / "lonely").mkdir()
+    (tmp_path / "lonely" / "train").symlink_to(shapes / "train")
+    line = ["all", "--checkpoint", *runs[:2], "--data", str(tmp_path / "lonely"), str(shapes)]
+    line += ["--output", str(tmp_path / "results"), "--device", "cpu", "--C", "1", "--seeds", "1"]
+    assert main(line) == 2
+    assert capsys.readouterr().err.count("has no split 'test'") == 2
+    assert {one.dataset for one in read_results(tmp_path / "results")} == {"shapes"}
+    assert len(read_results(tmp_path / "results")) == 2 * 4
+
+
+def test_a_result_that_cannot_be_written_is_named_and_the_rest_goes_on(
+    runs, shapes, tmp_path, capsys, monkeypatch
+):
+    write = runner.write_result
+
+    def full_disk(folder, result):
+        if result.task == "prompt_gains":
+            raise OSError(28, "No space left on device", str(folder))
+        return write(folder, result)
+
+    monkeypatch.setattr(runner, "write_result", full_disk)
+    line = ["all", "--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    assert main([*line, "--device", "cpu", "--C", "1", "--seeds", "1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("No space left on device") == 1 and "Traceback" not in printed.err
+    assert {one.task for one in read_results(tmp_path)} == {
+        "zeroshot_classification",
+        "linear_probe",
+        "few_shot",
+    }
+
+
+def test_tests_of_overlap_count_all_data_sets_of_a_folder(runs, shapes, people, tmp_path):
+    line = ["--checkpoint", runs[2], "--output", str(tmp_path), "--device", "cpu"]
+    line += ["--train-data", str(people), "--csv-caption-key", "label", "--threshold", "0.9"]
+    line += ["--csv-separator", ","]
+    for number, dataset in enumerate((shapes, people), start=1):
+        assert main(["overlap", *line, "--data", str(dataset), "--descriptor", "pixels"]) == 0
+        found = [one.details for one in read_results(tmp_path)]
+        tested = [one for one in found if one.get("num_tests")]
+        assert {one["num_tests"] for one in tested} <= {len(tested)} and len(found) == number
 
 
 def test_missing_sets_of_a_suite_are_named_and_skipped(runs, shapes, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,7 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("record.json", b'{"shape": [3, 3]}'),
         ("record.json", b"[" * 100_000),
         ("record.json", None),
+        ("pooled.npy", b"PK\x03\x04 no archive"),
     ],
 )
 def test_damaged_features_are_made_anew(tmp_path, file, content):
@@ -176,6 +179,89 @@ def test_features_cut_short_are_made_anew(tmp_path):
     (path,) = tmp_path.glob("*/pooled.npy")
     path.write_bytes(path.read_bytes()[:-4])
     assert len(store.features(split)) == len(LABELS) and store.num_encoded == 2 * len(LABELS)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(11)[::-1],
+        np.arange(11) + 1000,
+        np.arange(11.0),
+        np.arange(11)[None],
+        np.zeros(11, np.int64),
+        np.arange(-1, 10),
+    ],
+)
+def test_rows_that_are_not_those_of_the_images_are_made_anew(tmp_path, rows):
+    split, store = split_of("test", LABELS), store_of(nano(), tmp_path)
+    store.features(split)
+    (path,) = tmp_path.glob("*/rows.npy")
+    np.save(path, rows)
+    assert store.features(split).rows_N.tolist() == list(range(11))
+    assert store.num_encoded == 2 * len(LABELS)
+
+
+def test_lost_pages_of_features_are_made_anew(tmp_path):
+    split, store = split_of("test", LABELS), store_of(nano(), tmp_path)
+    kept = np.array(store.features(split).pooled_NW)
+    (path,) = tmp_path.glob("*/pooled.npy")
+    changed = np.load(path, mmap_mode="r+")
+    changed[3] = 0
+    changed.flush()
+    assert np.array_equal(store.features(split).pooled_NW, kept)
+    assert store.num_encoded == 2 * len(LABELS)
+
+
+def test_two_processes_that_encode_the_same_both_end_well(tmp_path, monkeypatch):
+    split = split_of("test", LABELS)
+    first, second = store_of(nano(), tmp_path), store_of(nano(), tmp_path)
+    write = first._write
+
+    def slow(folder, asked):
+        seconds = write(folder, asked)
+        second.features(split)
+        return seconds
+
+    monkeypatch.setattr(first, "_write", slow)
+    features = first.features(split)
+    assert (first.num_encoded, second.num_encoded) == (len(LABELS), len(LABELS))
+    assert np.array_equal(features.pooled_NW, second.features(split).pooled_NW)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_in_the_place_of_features_makes_way(tmp_path):
+    split, store = split_of("test", LABELS), store_of(nano(), tmp_path)
+    (tmp_path / store._key(split)).write_text("a file")
+    assert len(store.features(split)) == len(LABELS)
+    assert len(store.features(split)) == len(LABELS) and store.num_encoded == len(LABELS)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_were_writing_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    names = {
+        "dead": f".{'a' * 32}.{host}.{ended.pid}.xyz",
+        "alive": f".{'a' * 32}.{host}.1.xyz",
+        "elsewhere": f".{'a' * 32}.another-{host}.{ended.pid}.xyz",
+        "other": ".cache",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pooled.npy").write_bytes(b"half")
+    store_of(nano(), tmp_path).features(split_of("test", LABELS))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if names[name] in left} == {"alive", "elsewhere", "other"}
+
+
+def test_features_too_large_for_half_are_named(tmp_path):
+    model = nano()
+    with torch.no_grad():
+        model.visual.ln_post.bias[0] = 1e6
+    with pytest.raises(DataError, match="too large for float16; leave --half-cache out"):
+        store_of(model, tmp_path, half=True).features(split_of("test", LABELS))
+    assert len(store_of(model, tmp_path).features(split_of("test", LABELS))) == len(LABELS)
 
 
 def test_without_a_folder_features_live_as_long_as_the_store():

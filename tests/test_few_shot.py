@@ -129,6 +129,7 @@ TRIED, SCORES = (1, 2, 4, 8, 16), (40.0, 50.0, 60.0, 65.0, 70.0)
         (67.5, 11.314, "11.3"),
         (39.0, 2**-0.1, "<1"),
         (40.0, 1.0, "1.0"),
+        (50.0, 2.0, "2.0"),
         (70.0, 16.0, "16.0"),
         (70.1, None, ">16"),
     ],
@@ -137,6 +138,10 @@ def test_labels_that_a_zero_shot_score_is_worth(zero_shot, number, text):
     found = labels_per_class(TRIED, SCORES, zero_shot)
     assert found.text == text
     assert found.number == (None if number is None else pytest.approx(number, abs=5e-4))
+
+
+def test_a_score_of_one_image_is_worth_one_where_the_curve_falls():
+    assert labels_per_class((1, 2, 4), (0.5, 0.4, 0.45), 0.5).text == "1.0"
 
 
 def test_a_curve_that_falls_is_passed_where_it_rises_first():

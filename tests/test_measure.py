@@ -23,7 +23,6 @@ from clipcore.evaluate.measure import (
 )
 from clipcore.evaluate.metrics import wilson_interval
 from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-from clipcore.evaluate.results import Result
 
 TEST = [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 0, 5, 5]
 TRAIN = [number % 6 for number in range(60)]
@@ -245,16 +244,26 @@ def test_a_probe_is_not_tested_on_what_it_was_fitted_to(measure):
 def test_few_shot_names_the_labels_that_zero_shot_is_worth():
     subject = nano_subject()
     dataset = noise_set(6, [split_of("train", TRAIN), split_of("test", TEST)])
-    full = Result("noise", "m", "p", "linear_probe", {"lp_acc1": 1.0})
-    full.details.update(main_metric="lp_acc1", mean_labels_per_class=10.0)
     options = ProbeOptions(C=1.0)
+    full = measure_linear_probe(subject, dataset, options)
     result = measure_few_shot(subject, dataset, options, (1, 2, 4), range(2), full)
     assert list(result.metrics) == ["1shot", "2shot", "4shot"]
     scores = result.details["scores"]
     assert [len(row) for row in scores] == [2, 2, 2]
     assert result.metrics["4shot"] == np.mean(scores[2]) == result.value
     assert result.details["zero_shot"] == measure_zero_shot(subject, dataset).value
-    assert result.details["full"] == 1.0 and result.details["labels_per_class"]["text"]
+    assert result.details["full"] == full.value and result.details["labels_per_class"]["text"]
+    assert result.details["full_labels_per_class"] == 10.0
+
+    # Of other features, or fitted otherwise, it is no point of this curve.
+    others = [
+        (nano_subject(nano(seed=1)), options),
+        (subject, ProbeOptions(C=1.0, normalize=True)),
+        (subject, ProbeOptions(C=1.0, after_projection=True)),
+    ]
+    for other, how in others:
+        found = measure_few_shot(other, dataset, how, (1,), range(1), full).details
+        assert found["full"] is None and found["full_labels_per_class"] is None
 
 
 def test_few_shot_takes_the_shots_that_half_of_the_classes_have():
@@ -289,10 +298,45 @@ def test_features_of_files_are_probed_without_a_model():
         splits.append(dataclasses.replace(split_of(name, labels), source=None, features_NW=X))
     dataset, subject = noise_set(6, splits), Subject(None, None)
     assert measure_linear_probe(subject, dataset, ProbeOptions()).value == 1.0
-    few = measure_few_shot(subject, dataset, ProbeOptions(), (1, 4), range(2))
+    # A model beside them has no part in it.
+    few = measure_few_shot(nano_subject(), dataset, ProbeOptions(), (1, 4), range(2))
+    assert (few.model, few.pretrained) == ("features", "file")
     assert few.details["zero_shot"] is None and few.details["labels_per_class"] is None
     with pytest.raises(DataError, match="class names need a model"):
         measure_zero_shot(subject, dataset)
+
+
+def test_text_features_that_are_not_finite_are_named():
+    model = nano()
+    with torch.no_grad():
+        model.text_projection[0, 0] = torch.nan
+    with pytest.raises(DataError, match="text features are not finite"):
+        measure_zero_shot(nano_subject(model), noise_set(6, [split_of("test", TEST)]))
+
+
+def test_metrics_that_say_nothing_of_the_images_are_named_where_they_decide():
+    splits = [split_of("train", [0, 1] * 8), split_of("test", [1, 1, 1])]
+    dataset = noise_set(2, splits, main_metric="roc_auc")
+    subject = nano_subject()
+    assert measure_zero_shot(subject, dataset).value is None
+    with pytest.raises(DataError, match="roc_auc of noise needs images of both classes"):
+        measure_prompts(subject, dataset)
+    with pytest.raises(DataError, match="roc_auc of noise needs images of both classes"):
+        measure_few_shot(subject, dataset, ProbeOptions(C=1.0), (1,), range(1))
+
+
+def test_chance_is_that_of_the_main_metric():
+    for metric, number, chance in (
+        ("acc1", 6, 1 / 6),
+        ("mean_acc1_acc5", 6, 0.5),
+        ("mean_acc1_acc5", 3, None),
+        ("roc_auc", 2, 0.5),
+    ):
+        labels = [0, 1, number - 1]
+        dataset = noise_set(number, [split_of("test", labels)], main_metric=metric)
+        result = measure_zero_shot(nano_subject(), dataset)
+        assert result.details["chance"] == chance
+        assert (result.value is None) == (chance is None)
 
 
 def test_a_set_of_captions_has_no_classes():

@@ -18,6 +18,7 @@ from clipcore.evaluate.results import (
     read_result,
     read_results,
     set_key,
+    write_lines,
     write_result,
 )
 
@@ -82,7 +83,16 @@ def test_a_name_in_another_encoding_is_written_and_read_back(tmp_path):
     name = os.fsdecode(b"caf\xe9/model.pt")
     path = write_result(tmp_path, result(pretrained=name))
     assert read_result(path).pretrained == name
+    write_lines(tmp_path)
     assert json.loads((tmp_path / LINES_FILE).read_bytes())["pretrained"] == name
+
+
+def test_a_result_that_would_not_be_read_again_is_not_written(tmp_path):
+    path = write_result(tmp_path, result())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="more than 4: ask for fewer groups or labels"):
+        write_result(tmp_path, result(details={"tables": ["x" * (1 << 20)] * 5}))
+    assert path.read_bytes() == before and len(read_results(tmp_path)) == 1
 
 
 def clip_benchmark_file(folder: Path, **more: object) -> Path:
@@ -157,6 +167,7 @@ def test_lines_in_datacomps_form(tmp_path):
         ),
     )
     write_result(tmp_path, result(task="linear_probe", metrics={"lp_acc1": 0.7}))
+    write_lines(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / LINES_FILE).read_text().splitlines()]
     assert [(line["key"], line["dataset"]) for line in lines] == [
         ("flickr30k", "flickr30k"),

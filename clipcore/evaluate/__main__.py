@@ -188,7 +188,9 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 def _add_shots(parser: argparse.ArgumentParser) -> None:
     shots = parser.add_argument_group("few-shot")
     shots.add_argument(
-        "--shots", metavar="K,K", help="images a class [of 1,2,4,8,16 what all classes have]"
+        "--shots",
+        metavar="K,K",
+        help="images a class [of 1,2,4,8,16 what half of the classes have]",
     )
     shots.add_argument("--seeds", type=int, default=5, metavar="N", help="choices of images [5]")
 

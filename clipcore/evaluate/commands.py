@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,18 @@ from clipcore.evaluate.retrieval_study import measure_retrieval, text_encoder
 Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
 
 
-def due(
-    arguments: argparse.Namespace, sets: Sequence[EvaluationSet]
-) -> Iterator[tuple[Measure, EvaluationSet]]:
-    """Yield what a command measures, data set by data set; ``all`` measures what a set has the inputs for."""
-    for dataset in sets:
-        names = [arguments.command]
-        if arguments.command == "all":
-            names = _suitable(arguments, dataset)
-        for name in names:
-            yield _MEASURES[name], dataset
+def measures_due(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[str]:
+    """Return what a command measures on a data set: ``all`` what the set has the inputs for.
 
-
-def _suitable(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[str]:
-    """Return the commands that suit a data set."""
+    Raises:
+        DataError: the set has no test split, or it cannot be opened.
+    """
+    if arguments.command != "all":
+        return [arguments.command]
     if dataset.task == "retrieval":
         return ["retrieval"]
-    names, has_images = [], bool(arguments.checkpoint or arguments.pretrained)
+    has_images = dataset.split("test").source is not None
+    names = []
     if has_images and dataset.classnames:
         names += ["zero-shot", "prompts"]
     if dataset.classnames and "train" in dataset.split_names:
@@ -69,6 +64,13 @@ def _suitable(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[str
     return names
 
 
+def measure(
+    name: str, subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
+) -> Result:
+    """Measure one thing, by the name of its command; raise DataError, ValueError or OSError."""
+    return _MEASURES[name](subject, dataset, arguments)
+
+
 def _zero_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
     return measure_zero_shot(subject, dataset, arguments.templates)
 
@@ -80,14 +82,14 @@ def _prompts(subject: Subject, dataset: EvaluationSet, _: argparse.Namespace) ->
 def _linear_probe(
     subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
 ) -> Result:
-    named = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
+    named = subject.result(dataset, LINEAR_PROBE, {}, {})
     classifier = Path(arguments.output) / f"{named.file_name.removesuffix('.json')}.npz"
     save_to = classifier if arguments.save_classifier else None
     return measure_linear_probe(subject, dataset, _probe_options(arguments), save_to)
 
 
 def _few_shot(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
-    named = Result(dataset.name, subject.name, subject.pretrained, LINEAR_PROBE, {})
+    named = subject.result(dataset, LINEAR_PROBE, {}, {})
     return measure_few_shot(
         subject,
         dataset,
@@ -180,7 +182,7 @@ def _result(
     common = details_of(dataset, [features], details.get("seconds", {}))
     notes = [*common["notes"], *details.get("notes", [])]
     merged = {**common, **details, "seconds": common["seconds"], "notes": notes}
-    return Result(dataset.name, subject.name, subject.pretrained, task, metrics, merged)
+    return subject.result(dataset, task, metrics, merged)
 
 
 _MEASURES: dict[str, Measure] = {

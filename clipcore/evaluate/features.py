@@ -8,10 +8,13 @@ Legend: N images, B of a batch, C classes, W width before the projection, E embe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -172,24 +175,18 @@ class FeatureStore:
 
         Raises:
             DataError: no image can be read, or too many cannot.
+            OSError: the features cannot be written.
         """
         if split.features_NW is not None:
             return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
         assert split.source is not None
         key = self._key(split)
-        folder = self._cache / key
-        found = self._read(folder, split, key)
-        if found is None:
-            seconds = self._encode(folder, split)
-            found = self._read(folder, split, key, seconds)
-        assert found is not None, folder
-        return found
+        return self._read(self._cache / key, split, key) or self._encode(key, split)
 
     def _key(self, split: Split) -> str:
         """Return the name of a split's features: a hash of all that they depend on."""
         if not self._model_hash:
             self._model_hash = hash_of_tower(self.model)
-        assert split.source is not None
         parts = {
             "format": _FORMAT,
             "model": self._model_hash,
@@ -208,34 +205,58 @@ class FeatureStore:
             rows_N = np.load(folder / _ROWS_FILE, allow_pickle=False)
             pooled_NW = np.load(folder / _FEATURES_FILE, mmap_mode="r", allow_pickle=False)
             counts = (int(record["num_unreadable"]), int(record["num_transparent"]))
-            is_whole = list(pooled_NW.shape) == record["shape"] and len(rows_N) == len(pooled_NW)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, EOFError):
+            is_whole = (
+                list(pooled_NW.shape) == record["shape"]
+                and pooled_NW.dtype == self._dtype
+                and _are_rows(rows_N, len(pooled_NW), len(split))
+                and record["sha256"] == _hash_of(pooled_NW, rows_N)
+            )
+        # Of damaged bytes numpy, its parser and its archives raise whatever they come across.
+        except Exception:
             return None
         # Too many unreadable images are named anew, which may have been allowed when they were encoded.
         if not is_whole or self._is_too_bad(counts[0], split):
             return None
         return SplitFeatures(split, pooled_NW, rows_N, self.model, key, *counts, seconds)
 
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        """Of the features in their file."""
+        return np.dtype(np.float16 if self.half else np.float32)
+
     def _is_too_bad(self, num_bad: int, split: Split) -> bool:
         """Return whether more images of a split cannot be read than may be."""
         # As in training a share of few samples says little.
         return num_bad > self.max_bad_fraction * max(len(split), JUDGED_ROWS)
 
-    def _encode(self, folder: Path, split: Split) -> float:
-        """Write the features of a split into a folder, which is there when all of them are; return the seconds."""
+    def _encode(self, key: str, split: Split) -> SplitFeatures:
+        """Compute the features of a split, and write them into a folder that has its name once it is whole."""
         self._cache.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self._cache))
+        _remove_abandoned(self._cache)
+        folder = self._cache / key
+        making = Path(tempfile.mkdtemp(prefix=_temporary_name(key), dir=self._cache))
         try:
             seconds = self._write(making, split)
-            # What is there is damaged, or another process was faster and wrote the same.
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(making, folder)
+            found = self._read(making, split, key, seconds)
+            if found is None:
+                raise DataError(f"features were changed in {self._cache} while they were written")
+            try:
+                os.rename(making, folder)
+            except OSError:
+                # Another process was faster and has the same. What is damaged makes way.
+                if self._read(folder, split, key) is None:
+                    aside = making.with_name(f"{making.name}.old")
+                    os.rename(folder, aside)
+                    os.rename(making, folder)
+                    _remove(aside)
+            # The file is mapped: it stays readable wherever its folder goes.
+            return found
         finally:
-            shutil.rmtree(making, ignore_errors=True)
-        return seconds
+            _remove(making)
 
     @torch.no_grad()
     def _write(self, folder: Path, split: Split) -> float:
+        """Write the features of a split into a folder; return how many seconds it took."""
         source, device = split.source, self.model.logit_scale.device
         assert source is not None
         begun = time.perf_counter()
@@ -250,8 +271,13 @@ class FeatureStore:
             disable=None if self.progress else True,
             leave=False,
         )
-        with open(folder / _FEATURES_FILE, "wb") as file, shown:
-            writer = _RowWriter(file, np.float16 if self.half else np.float32)
+        with (
+            open(folder / _FEATURES_FILE, "wb") as file,
+            shown,
+            contextlib.closing(batches),
+            _exact_convolutions(),
+        ):
+            writer = _RowWriter(file, self._dtype)
             for batch in batches:
                 shown.update(len(batch.indices) + len(batch.bad))
                 bad += batch.bad
@@ -260,12 +286,9 @@ class FeatureStore:
                     continue
                 images = batch.images.to(device)
                 images = normalize_images(images, self.transform.mean, self.transform.std)
-                pooled_BW = self.model.encode_image(images, projected=False).float()
-                if not pooled_BW.isfinite().all():
-                    raise DataError(
-                        f"features of {source.name} are not finite; the model's weights are not usable"
-                    )
-                writer.add(pooled_BW.cpu().numpy())
+                pooled_BW = self.model.encode_image(images, projected=False).float().cpu().numpy()
+                kept_BW = _converted(pooled_BW, self._dtype, source.name)
+                writer.add(kept_BW)
                 rows.append(batch.indices.numpy())
                 self.num_encoded += len(batch.indices)
             writer.close()
@@ -275,14 +298,84 @@ class FeatureStore:
         if not rows:
             reasons = f", such as {bad[0][0]}: {bad[0][1]}" if bad else ""
             raise DataError(f"no image of {source.name} can be read{reasons}")
-        np.save(folder / _ROWS_FILE, np.concatenate(rows))
+        rows_N = np.concatenate(rows)
+        np.save(folder / _ROWS_FILE, rows_N)
+        pooled_NW = np.load(folder / _FEATURES_FILE, mmap_mode="r")
         record = {
             "shape": [writer.num_rows, writer.width],
+            "sha256": _hash_of(pooled_NW, rows_N),
             "num_unreadable": len(bad),
             "num_transparent": num_transparent,
         }
         (folder / _RECORD_FILE).write_text(json.dumps(record))
         return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to 10 bits meanwhile, as it does by default in a ResNet's convolutions."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """Return features in the dtype of their file; raise DataError unless they are finite in it."""
+    with np.errstate(over="ignore"):
+        kept_BW = pooled_BW.astype(dtype, copy=False)
+    if not np.isfinite(pooled_BW).all():
+        raise DataError(f"features of {name} are not finite; the model's weights are not usable")
+    if not np.isfinite(kept_BW).all():
+        raise DataError(f"features of {name} are too large for float16; leave --half-cache out")
+    return kept_BW
+
+
+def _are_rows(rows_N: np.ndarray, number: int, num_images: int) -> bool:
+    """Return whether an array numbers so many images of a split, in their order."""
+    is_list = rows_N.dtype == np.int64 and rows_N.shape == (number,) and number > 0
+    return bool(
+        is_list and rows_N[0] >= 0 and rows_N[-1] < num_images and (np.diff(rows_N) > 0).all()
+    )
+
+
+def _hash_of(pooled_NW: np.ndarray, rows_N: np.ndarray) -> str:
+    """Return a hash of features and of which images they are."""
+    digest = hashlib.sha256(rows_N.tobytes())
+    for start in range(0, len(pooled_NW), _BLOCK_ROWS):
+        digest.update(np.ascontiguousarray(pooled_NW[start : start + _BLOCK_ROWS]).data)
+    return digest.hexdigest()
+
+
+def _temporary_name(key: str) -> str:
+    """Return how the name of a folder begins that this process is writing."""
+    return f".{key}.{socket.gethostname()}.{os.getpid()}."
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what processes of this machine were writing when they were killed."""
+    pattern = re.compile(rf"\.[0-9a-f]{{32}}\.{re.escape(socket.gethostname())}\.(\d+)\..*")
+    for path in cache.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found is None or int(found[1]) == os.getpid():
+            continue
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            _remove(path)
+        except (OSError, OverflowError):  # another user's, or no number of a process
+            continue
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, if it is there and may be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def hash_of_tower(model: CLIP) -> str:
@@ -306,8 +399,8 @@ class _RowWriter:
         dtype: of the values in the file.
     """
 
-    def __init__(self, file: BinaryIO, dtype: type) -> None:
-        self._file, self._dtype = file, np.dtype(dtype)
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
+        self._file, self._dtype = file, dtype
         self.num_rows, self.width = 0, 0
 
     def add(self, values_BW: np.ndarray) -> None:
@@ -315,7 +408,7 @@ class _RowWriter:
         if not self.num_rows:
             self.width = values_BW.shape[1]
             self._write_header(0)
-        self._file.write(np.ascontiguousarray(values_BW, self._dtype).data)
+        self._file.write(np.ascontiguousarray(values_BW).data)
         self.num_rows += len(values_BW)
 
     def close(self) -> None:

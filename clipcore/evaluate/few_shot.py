@@ -157,6 +157,8 @@ def labels_per_class(
     if len(shots) != len(scores) or not shots:
         raise ValueError(f"{len(shots)} numbers of images have {len(scores)} scores")
     places = [math.log2(number) for number in shots]
+    if zero_shot == scores[0]:
+        return LabelsPerClass(shots[0], f"{shots[0]:.1f}")
     if zero_shot < scores[0]:
         number = shots[0]
         if len(shots) > 1 and scores[1] > scores[0]:

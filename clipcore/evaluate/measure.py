@@ -48,6 +48,8 @@ from clipcore.loading import LoadedModel
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
 _NUM_BEST = 5
+# Rows of logits that are ranked at once.
+_METRIC_ROWS = 4096
 # Of the paper's search, with the one to all images.
 _MOST_FITS = 16
 _BARE, _PHOTO = ("{}",), ("A photo of a {}.",)
@@ -116,6 +118,19 @@ class Subject:
             raise DataError(f"{what} need a model: give --checkpoint or --pretrained")
         return self.loaded
 
+    def result(
+        self,
+        dataset: EvaluationSet,
+        task: str,
+        metrics: dict[str, float | None],
+        details: dict[str, Any],
+    ) -> Result:
+        """Return what was found on a data set; features of a file are no model's."""
+        if self.loaded is None or dataset.split("test").source is None:
+            return Result(dataset.name, "features", "file", task, metrics, details)
+        name, pretrained = self.loaded.name, self.loaded.pretrained
+        return Result(dataset.name, name, pretrained, task, metrics, details)
+
     def features(self, dataset: EvaluationSet, split: str) -> SplitFeatures:
         """Return the features of a split; raise DataError where there is none, or it cannot be read."""
         if (dataset.name, split) not in self._features:
@@ -139,7 +154,7 @@ class Subject:
         key = (tuple(map(tuple, classnames)), tuple(templates))
         if key not in self._classifiers:
             most_names = max(len(names) for names in classnames)
-            self._classifiers[key] = build_zero_shot_classifier(
+            classifier_EC = build_zero_shot_classifier(
                 loaded.model,
                 loaded.tokenizer,
                 classnames,
@@ -147,6 +162,11 @@ class Subject:
                 num_classes_per_batch=max(1, _MOST_PROMPTS // (len(templates) * most_names)),
                 device=loaded.model.logit_scale.device,
             )
+            if not classifier_EC.isfinite().all():
+                raise DataError(
+                    "the model's text features are not finite; its weights are not usable"
+                )
+            self._classifiers[key] = classifier_EC
         return self._classifiers[key]
 
 
@@ -174,14 +194,14 @@ def measure_zero_shot(
     details = {
         **details_of(dataset, [features], seconds),
         "main_metric": dataset.main_metric,
-        "chance": None if dataset.task == "multilabel" else 1 / len(dataset.classnames),
+        "chance": _chance(dataset),
         "ci95": _interval(metrics, dataset.main_metric, len(features)),
         "templates": list(chosen),
         "classnames_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "first_class": names[0],
         "last_class": names[-1],
     }
-    return Result(dataset.name, subject.name, subject.pretrained, ZERO_SHOT, metrics, details)
+    return subject.result(dataset, ZERO_SHOT, metrics, details)
 
 
 def templates_of(dataset: EvaluationSet, templates: Sequence[str] = ()) -> tuple[str, ...]:
@@ -247,7 +267,8 @@ def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
         rows.append((name, title, len(templates), metrics[dataset.main_metric]))
 
     bare = rows[0][3]
-    assert bare is not None
+    if bare is None:
+        raise _without_metric(dataset)
     details = {
         **details_of(dataset, [features], seconds),
         "main_metric": "own" if dataset.templates else "imagenet80",
@@ -264,7 +285,7 @@ def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
         ],
     }
     metrics = {name: value for name, _, _, value in rows}
-    return Result(dataset.name, subject.name, subject.pretrained, PROMPTS, metrics, details)
+    return subject.result(dataset, PROMPTS, metrics, details)
 
 
 def measure_linear_probe(
@@ -349,14 +370,7 @@ def measure_linear_probe(
     if save_to is not None:
         save_probe(save_to, probe, dataset)
         details["classifier"] = save_to.name
-    return Result(
-        dataset.name,
-        subject.name,
-        subject.pretrained,
-        LINEAR_PROBE,
-        {**prefixed, **more},
-        details,
-    )
+    return subject.result(dataset, LINEAR_PROBE, {**prefixed, **more}, details)
 
 
 def save_probe(path: Path, probe: LinearProbe, dataset: EvaluationSet) -> None:
@@ -421,25 +435,34 @@ def measure_few_shot(
             _probe_metric(dataset),
             progress,
         )
+    if full is not None and not _is_of(full, [train, test], options):
+        full = None
     zero_shot = None
-    if subject.loaded is not None:
+    if subject.loaded is not None and test.split.source is not None:
         found = measure_zero_shot(subject, dataset, templates)
         zero_shot = found.metrics[dataset.main_metric]
     details = details_of(dataset, [train, test], seconds)
-    return Result(
-        dataset.name,
-        subject.name,
-        subject.pretrained,
-        FEW_SHOT,
-        {f"{k}shot": mean for k, mean in zip(curve.shots, curve.means, strict=True)},
-        {
-            **details,
-            "main_metric": f"{max(tried)}shot",
-            "metric": dataset.main_metric,
-            "seeds": list(seeds),
-            "notes": [*details["notes"], *_few_notes(count_C, tried)],
-            **_curve_details(curve, zero_shot, full),
-        },
+    means: dict[str, float | None] = {
+        f"{k}shot": mean for k, mean in zip(curve.shots, curve.means, strict=True)
+    }
+    more = {
+        "main_metric": f"{max(tried)}shot",
+        "metric": dataset.main_metric,
+        "seeds": list(seeds),
+        "notes": [*details["notes"], *_few_notes(count_C, tried)],
+        **_curve_details(curve, zero_shot, full),
+    }
+    return subject.result(dataset, FEW_SHOT, means, {**details, **more})
+
+
+def _is_of(probe: Result, parts: Sequence[SplitFeatures], options: ProbeOptions) -> bool:
+    """Return whether a probe was fitted to and tested on these features, as the options say."""
+    keys = probe.details.get("feature_keys")
+    return (
+        isinstance(keys, dict)
+        and all(keys.get(part.split.name) == part.key for part in parts)
+        and probe.metrics.get("normalized") == float(options.normalize)
+        and probe.details.get("after_projection") == options.after_projection
     )
 
 
@@ -523,11 +546,21 @@ def _probe_metric(dataset: EvaluationSet) -> Metric:
     """Return the data set's main metric, as a search over C reads it."""
 
     def score(logits_NC: Tensor, labels_N: Tensor) -> float:
-        value = _probe_metrics([logits_NC], labels_N, dataset)[dataset.main_metric]
-        assert value is not None
+        blocks = logits_NC.split(_METRIC_ROWS)
+        value = _probe_metrics(blocks, labels_N, dataset)[dataset.main_metric]
+        if value is None:
+            raise _without_metric(dataset)
         return value
 
     return score
+
+
+def _without_metric(dataset: EvaluationSet) -> Unsuitable:
+    """Return the error about images that a data set's main metric says nothing of."""
+    return Unsuitable(
+        f"{dataset.main_metric} of {dataset.name} needs images of both classes in each split, and five classes or more for "
+        "a top-5"
+    )
 
 
 def _probe_metrics(
@@ -565,8 +598,18 @@ def _named_metrics(
         "mean_per_class_recall": found["mean_per_class_recall"],
     }
     if dataset.main_metric == "mean_acc1_acc5":
-        metrics["mean_acc1_acc5"] = (acc1 + acc5) / 2
+        metrics["mean_acc1_acc5"] = None if metrics["acc5"] is None else (acc1 + acc5) / 2
     return metrics
+
+
+def _chance(dataset: EvaluationSet) -> float | None:
+    """Return the main metric of guessing; None of a metric whose chance depends on the images."""
+    number = len(dataset.classnames)
+    if dataset.main_metric in ("acc1", "mean_per_class_recall"):
+        return 1 / number
+    if dataset.main_metric == "mean_acc1_acc5" and number >= _NUM_BEST:
+        return (1 + _NUM_BEST) / 2 / number
+    return 0.5 if dataset.main_metric == "roc_auc" else None
 
 
 def _two_class_auc(logits_N2: Tensor, labels_N: Tensor) -> float | None:
@@ -611,6 +654,7 @@ def details_of(
         "num_classes": len(dataset.classnames),
         "split": "test",
         "feature_key": test.key,
+        "feature_keys": {part.split.name: part.key for part in parts},
         "num_unreadable": sum(part.num_unreadable for part in parts),
         "num_transparent": sum(part.num_transparent for part in parts),
         "seconds": {"encode": sum(part.seconds for part in parts), **seconds},

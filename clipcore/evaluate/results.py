@@ -119,12 +119,22 @@ class Result:
 
 
 def write_result(folder: Path, result: Result) -> Path:
-    """Write a result into a folder, in place of an older one of the same model, data set and task; return its path."""
-    content = json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+    """Write a result into a folder, in place of an older one of the same model, data set and task; return its path.
+
+    Raises:
+        ValueError: a number is not finite, or the result is larger than what is read again.
+        OSError: it cannot be written; an older one is untouched.
+    """
+    text = json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+    content = _encoded(text + "\n")
+    if len(content) > _MAX_RESULT_BYTES:
+        raise ValueError(
+            f"the {result.task} result of {printable(result.dataset)} has {len(content) >> 20} MB, more than "
+            f"{_MAX_RESULT_BYTES >> 20}: ask for fewer groups or labels"
+        )
     make_directory(folder)
     path = folder / result.file_name
-    write_durably(path, _encoded(content + "\n"))
-    _write_lines(folder)
+    write_durably(path, content)
     return path
 
 
@@ -197,8 +207,8 @@ def _number(value: object) -> float | None:
     return value if is_finite_number(value) else None  # type: ignore[return-value]
 
 
-def _write_lines(folder: Path) -> None:
-    """Write the line of each zero-shot and retrieval result, as datacomp's evaluations do."""
+def write_lines(folder: Path) -> None:
+    """Write the line of each zero-shot and retrieval result in a folder, as datacomp's evaluations do; raise DataError."""
     lines = [
         json.dumps(_line(result), allow_nan=False, ensure_ascii=False) + "\n"
         for result in read_results(folder)

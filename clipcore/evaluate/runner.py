@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipcore.data import DataError, printable
 from clipcore.distributed import pick_device
-from clipcore.evaluate.commands import due
+from clipcore.evaluate.commands import measure, measures_due
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.datasets import EvaluationSet, open_set
 from clipcore.evaluate.features import FeatureStore
@@ -22,7 +22,7 @@ from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.page import write_page
-from clipcore.evaluate.results import OVERLAP, Result, read_results, write_result
+from clipcore.evaluate.results import OVERLAP, Result, read_results, write_lines, write_result
 from clipcore.evaluate.robustness_study import FIT, robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import print_study, write_study
@@ -43,7 +43,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
     arguments.device = pick_device(arguments.device, local_rank=0)
     output = Path(arguments.output)
     if any(output.glob("*.json")):
-        # A damaged file among them would end the run at its first result.
+        # What is made of all results in the end cannot be made with a damaged file among them.
         read_results(output)
     sets, num_failed = _open_sets(arguments)
     models = [("checkpoint", path) for path in arguments.checkpoint]
@@ -59,29 +59,48 @@ def run_measures(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.json and models:
             print(f"{subject.name}, {printable(subject.pretrained)}", flush=True)
-        found = list[Result]()
-        for measure, dataset in due(arguments, sets):
-            try:
-                result = measure(subject, dataset, arguments)
-            except (ValueError, OSError) as error:
-                # Of all that there is to measure, what does not suit a data set is no mistake.
-                is_skipped = arguments.command == "all" and isinstance(error, Unsuitable)
-                num_failed += not is_skipped
-                complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {dataset.name}: {error}")
-                continue
-            write_result(output, result)
-            found.append(result)
-            if not arguments.json:
-                print(line_of(result), flush=True)
-        results += _adjusted(output, found)
+        for dataset in sets:
+            found, number = _evaluate(subject, dataset, arguments)
+            results += found
+            num_failed += number
+        # Before the next one is loaded beside it.
+        del subject
 
-    if arguments.command == "all" and results:
-        _draw(output, is_quiet=arguments.json)
+    if results:
+        results = _finished(arguments, output, results)
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     elif results:
         print(f"results are in {arguments.output}")
     return 2 if num_failed else 0
+
+
+def _evaluate(
+    subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
+) -> tuple[list[Result], int]:
+    """Measure and write what is due on a data set; return the results, and how many failed."""
+    try:
+        names = measures_due(arguments, dataset)
+    except (ValueError, OSError) as error:
+        complain(_PROGRAM, f"error: {dataset.name}: {error}")
+        return [], 1
+
+    found, num_failed = list[Result](), 0
+    for name in names:
+        try:
+            result = measure(name, subject, dataset, arguments)
+            write_result(Path(arguments.output), result)
+        except (ValueError, OSError) as error:
+            # Of all that there is to measure, what does not suit a data set is no mistake.
+            is_skipped = arguments.command == "all" and isinstance(error, Unsuitable)
+            num_failed += not is_skipped
+            said = error if str(error).startswith(dataset.name) else f"{dataset.name}: {error}"
+            complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {said}")
+            continue
+        found.append(result)
+        if not arguments.json:
+            print(line_of(result), flush=True)
+    return found, num_failed
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -101,6 +120,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.model and len(arguments.pretrained) != 1:
         raise ValueError("--model names the architecture of one --pretrained file")
+    if arguments.bpe_path and not arguments.pretrained:
+        raise ValueError("--bpe-path is the vocabulary of --pretrained; a run has its own")
     for template in getattr(arguments, "templates", ()):
         if "{}" not in template and "{c}" not in template:
             raise ValueError(f"--templates {template!r} has no {{}} where the class name goes")
@@ -209,13 +230,20 @@ def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
     return Subject(loaded, store)
 
 
-def _adjusted(output: Path, results: list[Result]) -> list[Result]:
-    """Return the results of a model; those of overlap take account of how many data sets were tested."""
-    adjusted = adjust(results)
-    for result in adjusted:
-        if result.task == OVERLAP:
-            write_result(output, result)
-    return adjusted
+def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]) -> list[Result]:
+    """Write what is made of all results in a folder; return those of this command as they are then.
+
+    Tests of overlap take account of how many data sets there are, those of earlier commands too.
+    """
+    there = read_results(output)
+    adjusted = {result.file_name: result for result in adjust(there) if result.task == OVERLAP}
+    for result in there:
+        if result.task == OVERLAP and result != adjusted[result.file_name]:
+            write_result(output, adjusted[result.file_name])
+    write_lines(output)
+    if arguments.command == "all":
+        _draw(output, is_quiet=arguments.json)
+    return [adjusted.get(result.file_name, result) for result in results]
 
 
 def _draw(output: Path, is_quiet: bool) -> None:
