@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import NANO, RunServer
+from safetensors.torch import save_file
 from shards import SHAPES, picture, write_csv
 
 from clipcore.evaluate import features as feature_store
 from clipcore.evaluate import runner
 from clipcore.evaluate.__main__ import build_parser, main
 from clipcore.evaluate.results import read_results
+from clipcore.model import create_model
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,14 @@ def test_transparent_pictures_lie_over_white_and_are_counted(runs, tmp_path, cap
             ["overlap", "--checkpoint", "RUN", "--data", "SHAPES", "--train-data", "no/such"],
             "no/such",
         ),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--features", "PEOPLE"],
+            "--features names a folder",
+        ),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--template", "{}"],
+            "--template",
+        ),
         (["report", "no/such"], "there is no folder of results no/such"),
         (["robustness", "no/such"], "there is no folder of results no/such"),
         (["best"], "invalid choice: 'best'"),
@@ -292,6 +303,49 @@ def test_a_split_that_is_a_link_to_another_is_no_test(runs, shapes, tmp_path, ca
     line = ["--checkpoint", runs[2], "--data", str(tmp_path / "set"), "--device", "cpu"]
     assert main(["linear-probe", *line, "--output", str(tmp_path / "results"), "--C", "1"]) == 2
     assert "train and test of set hold the same images" in capsys.readouterr().err
+
+
+def test_what_replaces_another_result_is_said(runs, shapes, tmp_path, capsys):
+    line = ["zero-shot", "--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    line += ["--device", "cpu"]
+    for more, said in (
+        ([], ""),
+        ([], ""),
+        (["--templates", "my {}"], "of other prompts;"),
+        (["--templates", "my {}", "--half-cache"], "of other images, preprocessing or weights;"),
+    ):
+        assert main([*line, *more]) == 0
+        printed = capsys.readouterr().err
+        assert (said in printed) if said else not printed
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, capsys):
+    line = ["--checkpoint", runs[2], "--data", str(people), "--output", str(tmp_path)]
+    line += ["--device", "cpu"]
+    assert main(["bias", *line, "--groups", "gender,age", "--labels", "paper"]) == 0
+    (record,) = [one for one in read_results(tmp_path) if one.task == "bias"]
+    printed = capsys.readouterr().out
+    worst = record.details["worst_group"]["group"]
+    assert f"worst {worst} {100 * record.metrics['worst_group_accuracy']:.1f}%" in printed
+    assert f"gap {100 * record.metrics['gap']:.1f}" in printed
+    assert ("label '" in printed) == bool(record.details["differences"])
+
+    more = ["--train-data", str(people), "--csv-caption-key", "label", "--threshold", "0.9"]
+    assert main(["overlap", *line, *more, "--descriptor", "pixels"]) == 0
+    assert "contamination 100.0%; from cosine 0.9000 on (given)" in capsys.readouterr().out
+
+
+def test_warnings_of_weights_are_notes(shapes, tmp_path, capsys):
+    torch.manual_seed(0)
+    state = create_model("ViT-nano-8-32").state_dict()
+    save_file(dict(state), tmp_path / "weights.safetensors")
+    line = ["zero-shot", "--pretrained", str(tmp_path / "weights.safetensors"), "--data"]
+    line += [str(shapes), "--output", str(tmp_path / "results"), "--device", "cpu"]
+    assert main(line) == 2
+    printed = capsys.readouterr().err
+    assert "note: " in printed and "taken as ViT-nano-8-32 with GELU" in printed
+    assert "UserWarning" not in printed and "vocabulary" in printed.splitlines()[-1]
 
 
 def test_one_set_that_cannot_be_evaluated_does_not_end_the_others(runs, shapes, tmp_path, capsys):

@@ -202,6 +202,22 @@ def test_C_is_searched_on_the_val_split_or_on_a_tenth_of_train():
     assert found.details["C"] in [C for C, _ in found.details["trace"]]
 
 
+def test_a_C_at_the_end_of_its_range_is_said():
+    subject = nano_subject()
+    labels = [0, 1] * 10
+    splits = [split_of("train", labels), split_of("val", [0, 0]), split_of("test", labels)]
+    eye = np.eye(2, dtype=np.float32)
+    easy = [
+        dataclasses.replace(split, source=None, features_NW=eye[split.labels_N]) for split in splits
+    ]
+    found = measure_linear_probe(subject, noise_set(2, easy), ProbeOptions())
+    assert found.details["C"] == 1e-6
+    (note,) = found.details["notes"]
+    assert note.startswith("C is 1e-06, at the end of the range") and "all fits score alike" in note
+    given = measure_linear_probe(subject, noise_set(2, easy, name="given"), ProbeOptions(C=1e-6))
+    assert given.details["notes"] == []
+
+
 def test_search_reads_the_set_s_main_metric():
     subject = nano_subject()
     labels = [0] * 50 + [1] * 10

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from clipcore.data.loader import JUDGED_ROWS
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.evaluate import bias_study, overlap_study, retrieval_study, studies
 from clipcore.evaluate.page import write_page
@@ -31,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     def add(
         name: str, text: str, run: Callable[[argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        # Whole names alone: one flag more would change what a shortened one means.
+        command = commands.add_parser(
+            name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
         command.set_defaults(run=run)
         return command
 
@@ -100,10 +104,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SET",
-        help="class folders, wds folders of CLIP_benchmark, tables, files of features, 'glyphs', 'icons'",
+        help="class folders, wds folders of CLIP_benchmark, tables, files of features, or glyphs, icons, and their "
+        "glyphs/shift, glyphs/seen-shift, glyphs/style",
     )
     data.add_argument(
-        "--suite", metavar="NAME", help="paper27, vtab+, shift, datacomp38, or a file of names"
+        "--suite",
+        metavar="NAME",
+        help="paper27, vtab+, shift (of ImageNet), datacomp38, or a file of names",
     )
     data.add_argument("--root", metavar="DIR", help="where the suite's data sets are")
     data.add_argument(
@@ -125,7 +132,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.01,
         metavar="X",
-        help="share of a data set's images that may be unreadable [0.01]",
+        help=f"share of a data set's images, or of {JUDGED_ROWS} where it has fewer, that may be unreadable [0.01]",
     )
 
 

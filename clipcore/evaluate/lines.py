@@ -71,11 +71,46 @@ def _parts(result: Result) -> list[str]:
         ]
     if result.task == LINEAR_PROBE:
         parts.append(f"C {details['C']:.3g}")
+    if result.task == OVERLAP:
+        parts += _overlap_parts(result)
+    if result.task == BIAS:
+        parts += _bias_parts(result)
     if details.get("chance"):
-        parts.append(f"chance {percent(details['chance'])} of {details['num_classes']:,} classes")
+        chance = f"{100 * details['chance']:.2g}%"
+        parts.append(f"chance {chance} of {details['num_classes']:,} classes")
     if details.get("num_images"):
         parts.append(f"{details['num_images']:,} images")
     for name in ("num_unreadable", "num_transparent"):
         if details.get(name):
             parts.append(f"{details[name]:,} {name.removeprefix('num_')}")
+    return parts
+
+
+def _overlap_parts(result: Result) -> list[str]:
+    """Return what overlapping images do to the score, and from which cosine on they overlap."""
+    details, gain = result.details, result.metrics.get("gain")
+    parts = [f"from cosine {details['threshold']:.4f} on ({details['threshold_from']})"]
+    if gain is not None:
+        parts.append(f"acc1 {100 * gain:+.1f} by it")
+    p_value = details.get("p_value_adjusted", result.metrics.get("p_value"))
+    if p_value is not None:
+        parts.append(f"p {p_value:.2g}")
+    return parts
+
+
+def _bias_parts(result: Result) -> list[str]:
+    """Return the worst group, and the most uneven of the labels."""
+    details, parts = result.details, list[str]()
+    worst = result.metrics.get("worst_group_accuracy")
+    if worst is not None:
+        group = printable(details["worst_group"]["group"])
+        parts.append(f"worst {group} {percent(worst)}")
+        parts.append(f"gap {100 * (result.metrics.get('gap') or 0):.1f}")
+    differences = details.get("differences") or []
+    if differences:
+        first = min(differences, key=lambda one: one["p_value"])
+        rates = ", ".join(f"{printable(g)} {percent(r)}" for g, r in first["rates"].items())
+        parts.append(
+            f"label {printable(first['label'])!r} from {percent(first['threshold'])} on: {rates} (p {first['p_value']:.2g})"
+        )
     return parts

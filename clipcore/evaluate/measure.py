@@ -27,6 +27,7 @@ from clipcore.evaluate.datasets import EvaluationSet
 from clipcore.evaluate.features import FeatureStore, SplitFeatures
 from clipcore.evaluate.few_shot import SHOTS, FewShotCurve, few_shot_curve, labels_per_class
 from clipcore.evaluate.linear_probe import (
+    GRID,
     LinearProbe,
     Metric,
     fit_linear_probe,
@@ -367,10 +368,20 @@ def measure_linear_probe(
         "mean_labels_per_class": num_train / len(dataset.classnames),
         "after_projection": options.after_projection,
     }
+    details["notes"] += _edge_notes(trace, probe.C)
     if save_to is not None:
         save_probe(save_to, probe, dataset)
         details["classifier"] = save_to.name
     return subject.result(dataset, LINEAR_PROBE, {**prefixed, **more}, details)
+
+
+def _edge_notes(trace: Sequence[tuple[float, float]], C: float) -> list[str]:
+    """Return what is to be said of a C at an end of the range that was searched: the smallest of equals is taken."""
+    if not trace or C not in (GRID[0], GRID[-1]):
+        return []
+    scores = {score for _, score in trace}
+    why = "all fits score alike on the validation images" if len(scores) == 1 else "the best"
+    return [f"C is {C:.0e}, at the end of the range that is searched ({why}); give --C for another"]
 
 
 def save_probe(path: Path, probe: LinearProbe, dataset: EvaluationSet) -> None:
@@ -506,7 +517,9 @@ def _curve_details(
     }
 
 
-def check_task(dataset: EvaluationSet, tasks: Sequence[str], what: str = "this") -> None:
+def check_task(
+    dataset: EvaluationSet, tasks: Sequence[str], what: str = "zero-shot classification"
+) -> None:
     """Raise DataError for a data set on which something cannot be measured."""
     if dataset.task != "retrieval" and not dataset.classnames:
         raise Unsuitable(

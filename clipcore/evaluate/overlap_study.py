@@ -77,7 +77,7 @@ def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) 
         "--csv-caption-key", default="title", metavar="NAME", help="its column of captions [title]"
     )
     parser.add_argument(
-        "--csv-separator", default="\t", metavar="C", help="between its columns [tab]"
+        "--csv-separator", metavar="C", help="between its columns [read off its header]"
     )
     parser.add_argument(
         "--threshold",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -22,12 +23,19 @@ from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.page import write_page
-from clipcore.evaluate.results import OVERLAP, Result, read_results, write_lines, write_result
+from clipcore.evaluate.results import (
+    OVERLAP,
+    Result,
+    find_result,
+    read_results,
+    write_lines,
+    write_result,
+)
 from clipcore.evaluate.robustness_study import FIT, robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
-from clipcore.loading import load_model
+from clipcore.loading import LoadedModel, load_model
 from clipcore.terminal import check_whole_numbers, complain
 
 _PROGRAM = "clipcore.evaluate"
@@ -89,6 +97,7 @@ def _evaluate(
     for name in names:
         try:
             result = measure(name, subject, dataset, arguments)
+            _say_replaced(Path(arguments.output), result)
             write_result(Path(arguments.output), result)
         except (ValueError, OSError) as error:
             # Of all that there is to measure, what does not suit a data set is no mistake.
@@ -103,6 +112,25 @@ def _evaluate(
     return found, num_failed
 
 
+def _say_replaced(output: Path, result: Result) -> None:
+    """Say that a result takes the place of another one, of other images or with other prompts."""
+    before = find_result(output, result)
+    if before is None:
+        return
+    kinds = {"feature_keys": "images, preprocessing or weights", "templates": "prompts"}
+    changed = [
+        words
+        for key, words in kinds.items()
+        if before.details.get(key, result.details.get(key)) != result.details.get(key)
+    ]
+    if changed:
+        complain(
+            _PROGRAM,
+            f"note: {result.dataset}: this replaces the {result.task} result of other {' and '.join(changed)}; "
+            "give another --output to keep both",
+        )
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for arguments that do not fit, before a model is loaded."""
     check_whole_numbers(arguments, ("batch_size", "workers", "max_pixels"))
@@ -112,6 +140,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--max-bad-fraction is a share from 0 to 1, got {arguments.max_bad_fraction}"
         )
+    for option in ("output", "features"):
+        path = getattr(arguments, option)
+        if path and Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"--{option} names a folder, and {path} is none")
     if not arguments.data and not arguments.suite:
         raise ValueError("name a data set with --data, or a suite with --suite and --root")
     if bool(arguments.suite) != bool(arguments.root):
@@ -209,15 +241,12 @@ def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
     """Load a model; files of features need none."""
     if kind == "none":
         return Subject(None, None)
-    if kind == "checkpoint":
-        loaded = load_model(checkpoint=path, device=arguments.device)
-    else:
-        loaded = load_model(
-            pretrained=path,
-            name=arguments.model,
-            bpe_path=arguments.bpe_path,
-            device=arguments.device,
-        )
+    with warnings.catch_warnings(record=True) as said:
+        try:
+            loaded = _loaded(arguments, kind, path)
+        finally:
+            for warning in said:
+                complain(_PROGRAM, f"note: {warning.message}")
     store = FeatureStore(
         loaded.model,
         loaded.transform,
@@ -228,6 +257,18 @@ def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
         max_bad_fraction=arguments.max_bad_fraction,
     )
     return Subject(loaded, store)
+
+
+def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:
+    """Load a run or weights."""
+    if kind == "checkpoint":
+        return load_model(checkpoint=path, device=arguments.device)
+    return load_model(
+        pretrained=path,
+        name=arguments.model,
+        bpe_path=arguments.bpe_path,
+        device=arguments.device,
+    )
 
 
 def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]) -> list[Result]:

@@ -89,7 +89,7 @@ class EvaluationSet:
         if name not in self.split_names:
             raise DataError(
                 f"{printable(self.name)} has no split {name!r}; it has {', '.join(self.split_names)}: "
-                f"rename one of them, or link {name!r} to it"
+                f"give it a {name} split of images that no other has, or rename one"
             )
         return self.open_split(name)
 

@@ -68,7 +68,11 @@ def layout_of(
         raise DataError(
             f"{path} has {len(groups):,} columns of groups, more than {_MAX_GROUPS}; take some out"
         )
-    groups |= {column: find_column(str(path), there, [column]) for column in group_columns}
+    groups |= {
+        column: find_column(str(path), there, [column])
+        for column in group_columns
+        if column not in groups
+    }
 
     name = NAME_COLUMN if NAME_COLUMN in there else None
     if label_key is not None:
