@@ -216,6 +216,59 @@ def test_one_class_is_none(tmp_path):
     refuse(tmp_path / "c", "holds no image")
 
 
+@pytest.mark.parametrize("train", ["Train", "training", "TRAIN"])
+@pytest.mark.parametrize("val", ["valid", "Validation", "dev", "val"])
+def test_splits_have_the_names_that_people_give_them(tmp_path, train, val):
+    """Folders of classes and of shards, files of features, and cells of tables alike."""
+    folders, shards, features = (tmp_path / name for name in ("folders", "shards", "features"))
+    rows: list[dict[str, object]] = []
+    for number, name in enumerate((train, val, "Testing")):
+        write_classes(folders / name, cat=1, dog=number)
+        write_wds(shards, *[1] * (number + 1), split=name)
+        write_features(features / f"{name}.npz", [0, 1, 1, number])
+        rows += [{"label": label, "split": name} for label in "ab"]
+    for spec in (folders, shards, features, write_table(tmp_path / "table", rows, "csv")):
+        data = open_set(str(spec))
+        assert data.split_names == ("train", "val", "test"), spec
+        assert [data.split(name).name for name in data.split_names] == ["train", "val", "test"]
+        assert not any("no split" in note for note in data.notes)
+    assert labels_of(open_set(str(folders)), "val") == [0, 1]
+    assert labels_of(open_set(str(shards)), "val") == [1, 1]
+    assert "in val, such as" in open_set(str(shards)).split("val").notes[0]
+    assert labels_of(open_set(str(features)), "test") == [0, 1, 1, 2]
+
+
+def test_two_folders_or_files_of_one_split(tmp_path):
+    for name in ("val", "Validation"):
+        write_classes(tmp_path / "folders" / name, cat=1, dog=1)
+        write_wds(tmp_path / "shards", 1, split=name)
+        write_features(tmp_path / "features" / f"{name}.npz", [0, 1, 1, 1])
+    for name in ("folders", "shards", "features"):
+        refuse(
+            tmp_path / name, r"holds val(\.npz)? and Validation(\.npz)?, which both are the split v"
+        )
+    # A link gives the folder its usual name.
+    shutil.rmtree(tmp_path / "folders" / "val")
+    (tmp_path / "folders" / "val").symlink_to("Validation")
+    assert open_set(str(tmp_path / "folders")).split_names == ("val",)
+    # Two classes that are called so are none.
+    data = open_set(str(write_classes(tmp_path / "classes", cat=1, dev=1, validation=1)))
+    assert data.classnames == (("cat",), ("dev",), ("validation",))
+
+
+def test_class_names_are_no_ids(tmp_path):
+    """Those of a file, as those of folders: most of them, as one may be a name."""
+    ids = ["n01440764", "n01443537"]
+    folder = write_wds(tmp_path / "wds", 0)
+    put(folder / "classnames.txt", "\n".join([*ids, "cock"]))
+    refuse(folder, "classnames.txt names classes by ids, such as n01440764, which no prompt holds")
+    put(folder / "classnames.txt", f"{ids[0]}\ntench\n")
+    assert open_set(str(folder)).classnames == (("n01440764",), ("tench",))
+    (folder / "classnames.txt").unlink()
+    put(folder / "classes.json", json.dumps(ids))
+    refuse(folder, "classes.json names classes by ids, such as n01440764")
+
+
 # Labelled shards
 
 
@@ -403,7 +456,10 @@ def test_missing_names_and_splits_of_a_wds_folder(tmp_path):
 
 def test_the_hub_has_other_splits_than_the_paper(tmp_path):
     data = open_set(str(write_wds(tmp_path / "wds_vtab-resisc45_test", 0)))
-    assert data.notes == ("split: datacomp (6,300 images; the paper's has 25,200)",)
+    assert data.notes == ()
+    assert data.split("test").notes[0] == (
+        "split: 1 images; datacomp's has 6,300, the paper's 25,200"
+    )
     fmow = open_set(str(write_wds(tmp_path / "wds_wilds-fmow_test", 0)))
     assert fmow.main_metric == "acc1"
     assert fmow.notes == (
@@ -487,13 +543,13 @@ def test_tables_of_numbers_need_names(tmp_path, kind):
 def test_hugging_face_notes_name_the_numbers_of_a_parquet_table(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cow"])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "musk_ox"])}
     )
     rows = [{"image": {"bytes": picture(i)[0], "path": None}, "label": i} for i in (1, 0)]
     table = datasets.Dataset.from_list(rows, features=features)
     table.to_parquet(str(tmp_path / "insects.parquet"))
     data = open_set(str(tmp_path / "insects.parquet"))
-    assert data.classnames == (("ant",), ("bee",), ("cow",)) and labels_of(data) == [1, 0]
+    assert data.classnames == (("ant",), ("bee",), ("musk ox",)) and labels_of(data) == [1, 0]
     assert captions_of(data.split("test")) == ["bee", "ant"]
 
 
@@ -502,6 +558,103 @@ def test_labels_may_stand_for_names(tmp_path):
     put(tmp_path / "classes.json", '{"b_1": ["bee", "wasp"]}')
     data = open_set(str(path))
     assert data.classnames == (("a",), ("bee", "wasp")) and labels_of(data) == [1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_numbers_of_a_table_are_labels_as_pandas_writes_them(tmp_path, kind):
+    rows: list[dict[str, object]] = [{"label": "1.0"}, {"label": "0.0"}, {"label": "01"}]
+    path = write_table(tmp_path / "a", rows, kind)
+    put(tmp_path / "a" / "classes.json", '["cat", "dog"]')
+    data = open_set(str(path))
+    assert data.classnames == (("cat",), ("dog",)) and labels_of(data) == [1, 0, 1]
+
+    rows.append({"label": "unknown"})
+    path = write_table(tmp_path / "b", rows, kind)
+    put(tmp_path / "b" / "classes.json", '["cat", "dog"]')
+    refuse(
+        path, "classes.json is a list, which names labels that are numbers; .* as 'unknown': corr"
+    )
+    (tmp_path / "b" / "classes.json").unlink()
+    refuse(
+        path, "labels of .* are ids or numbers, such as 0.0, which no caption holds; name them in"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_spellings_of_a_number_have_one_name(tmp_path, kind):
+    rows: list[dict[str, object]] = [
+        {"label": label, "classname": name} for label, name in (("1", "a"), ("01", "b"), ("2", "c"))
+    ]
+    refuse(
+        write_table(tmp_path / "a", rows, kind), "the label '1' has an empty classname or several"
+    )
+    rows[1]["classname"] = "a"
+    data = open_set(str(write_table(tmp_path / "b", rows, kind)))
+    assert data.classnames == (("a",), ("c",)) and labels_of(data) == [0, 0, 1]
+
+
+def test_labels_of_a_table_are_read_as_folders_are(tmp_path):
+    """Underscores are spaces; ids are no names, whether labels or in the column of names."""
+    rows: list[dict[str, object]] = [{"label": "tabby_cat"}, {"label": "dog"}]
+    assert open_set(str(write_table(tmp_path / "c", rows, "csv"))).classnames == (
+        ("dog",),
+        ("tabby cat",),
+    )
+    named: list[dict[str, object]] = [
+        {"label": number, "classname": row["label"]} for number, row in enumerate(rows)
+    ]
+    assert open_set(str(write_table(tmp_path / "d", named, "csv"))).classnames == (
+        ("tabby cat",),
+        ("dog",),
+    )
+    rows = [{"label": "n01440764"}, {"label": "n01443537"}]
+    path = write_table(tmp_path / "e", rows, "csv")
+    refuse(path, "labels of .* are ids or numbers, such as n01440764")
+    put(path.parent / "classes.json", '{"n01440764": "tench", "n01443537": "goldfish"}')
+    assert open_set(str(path)).classnames == (("tench",), ("goldfish",))
+    put(path.parent / "classes.json", '{"cat": "cat"}')
+    refuse(path, "names none of the labels of .*labels.csv, such as n01440764")
+    (path.parent / "classes.json").unlink()
+    rows = [{"label": number, "classname": f"n0144076{number}"} for number in range(2)]
+    refuse(
+        write_table(tmp_path / "f", rows, "csv"),
+        "labels.csv names classes by ids, such as n01440760",
+    )
+    # Digits are names where a column says so.
+    rows = [{"label": number, "classname": str(number)} for number in range(2)]
+    assert open_set(str(write_table(tmp_path, rows, "csv"))).classnames == (("0",), ("1",))
+
+
+def test_one_class_of_a_table_or_of_shards_is_none(tmp_path):
+    table = write_table(tmp_path / "table", [{"label": "cat"}] * 2, "csv")
+    refuse(table, "labels.csv has one class, 'cat', which each image is of; .* needs two or more")
+    folder = write_wds(tmp_path / "wds", 0)
+    put(folder / "classnames.txt", "cat\n")
+    refuse(folder, "wds has one class, 'cat', which each image is of")
+    # Each of its images may be of the class or not.
+    folder = write_wds(tmp_path / "several", npy([1]), npy([0]), suffix="npy")
+    put(folder / "classnames.txt", "cat\n")
+    assert open_set(str(folder)).task == "multilabel"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_that_name_an_image_again(tmp_path, kind):
+    """With other labels they are no classification; with the same, or in another split, they count and are told."""
+    rows: list[dict[str, object]] = [{"label": label, "split": "test"} for label in "abaac"]
+    for row in rows[2:4]:
+        row["image"] = "images/0000.jpg"
+    rows[3]["image"] = "./images/../images/0000.jpg"
+    rows[4] |= {"image": "images/0001.jpg", "split": "train"}
+    data = open_set(str(write_table(tmp_path / "a", rows, kind)))
+    assert labels_of(data) == [0, 1, 0, 0] and labels_of(data, "train") == [2]
+    assert data.split("test").notes[1] == (
+        "2 rows of test name an image of another row, such as images/0000.jpg: it counts each time"
+    )
+    rows[3]["label"] = "b"
+    refuse(
+        write_table(tmp_path / "b", rows, kind),
+        "images have several labels, such as .*0000.jpg': 'a' and 'b'; this is a multi-label set: write it",
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -658,22 +811,47 @@ def test_features_of_several_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels", [[[0], [1], [1], [0]], [0.0, 1.0, 1.0, 0.0], [[0.0], [1.0], [1.0], [0.0]]]
+)
+def test_labels_of_one_column_and_whole_floats_are_classes(tmp_path, labels):
+    data = open_set(str(write_features(tmp_path / "a.npz", labels)))
+    assert data.task == "classification" and len(data.classnames) == 2
+    assert labels_of(data) == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"labels": [0, 1, 2]}, "4 rows of features and 3 labels"),
         ({"labels": [0, 1, 2, -1]}, "the label -1 of row 3 is of no class"),
         ({"labels": [0, 1, 2, 1 << 40]}, "the label 1099511627776 of row 3 is of no class"),
-        ({"labels": [0.0, 1, 2, 3]}, r"labels is float64 \[4\] in C's order; it has to be whole"),
-        ({"labels": [True] * 4}, r"labels are bool \[4\], not numbers"),
+        (
+            {"labels": [0.0, 1, 2, 0.5]},
+            r"the label 0.5 is no whole number; .* labels.astype\(int\)",
+        ),
+        ({"labels": [0.0, 1, 2, np.nan]}, "the label nan is no whole number"),
+        ({"labels": [0.0, 1, 2, np.inf]}, "the label inf of row 3 is of no class"),
+        ({"labels": [0.0, 1, 2, -1]}, "the label -1.0 of row 3 is of no class"),
+        ({"labels": [[0.0, 0.5]] * 4}, "the label 0.5 is no whole number"),
+        (
+            {"labels": [True] * 4},
+            r"labels are bool \[4\], not numbers \[N\]; write labels.astype\(int",
+        ),
+        ({"labels": [0] * 4}, "a has one class, 'class 0', which each image is of"),
+        ({"labels": 3}, "labels are one number of int64; write one row an image"),
         ({"labels": [[0, 2]] * 4}, "other numbers than 0 and 1"),
-        ({"labels": np.array([print] * 4, object)}, r"labels is object \[4\]"),
+        ({"labels": np.array([print] * 4, object)}, r"labels are object \[4\]; .*astype\(int\)"),
+        ({"labels": ["cat"] * 4}, r"labels are <U3 \[4\]; .*labels.astype\(int\)"),
         ({"features": np.full((4, 3), np.nan)}, "row 0 of features is not finite"),
         ({"features": np.array([[1.0], [1], [1e300], [1]])}, "row 2 of features is not finite"),
-        ({"features": np.ones((4, 3), int)}, "it has to be floating-point numbers"),
+        (
+            {"features": np.ones((4, 3), int)},
+            r"write floating-point numbers: features.astype\(numpy",
+        ),
         ({"features": np.ones(4)}, r"features have the shape \[4\], not \[N, W\]"),
-        ({"features": np.ones((0, 3))}, r"features is float64 \[0, 3\]"),
-        ({"features": np.asfortranarray(np.ones((4, 3)))}, "in Fortran's order"),
-        ({"features": np.array([[print] * 3] * 4, object)}, r"features is object \[4, 3\]"),
+        ({"features": np.ones((0, 3))}, r"features of shape \[0, 3\] hold no row or no column"),
+        ({"features": np.asfortranarray(np.ones((4, 3)))}, r"write numpy.ascontiguousarray\(feat"),
+        ({"features": np.array([[print] * 3] * 4, object)}, r"features are object \[4, 3\]"),
     ],
 )
 def test_features_that_cannot_be_used(tmp_path, changed, message):
@@ -775,9 +953,10 @@ def test_pairs_are_for_retrieval(tmp_path):
         assert (data.task, data.split_names) == ("retrieval", ("test",))
         assert captions_of(data.split("test")) == [picture(i)[1] for i in range(number)]
         assert len(set(data.split("test").keys())) == number
-    put(tmp_path / "a" / "metadata.csv", "file_name,label\nimages/0000.jpg,cat\n")
+    rows = "images/0000.jpg,cat\nimages/0001.jpg,dog\n"
+    put(tmp_path / "a" / "metadata.csv", f"file_name,label\n{rows}")
     labelled = open_set(str(tmp_path / "a"))
-    assert (labelled.name, labelled.classnames) == ("a", (("cat",),))
+    assert (labelled.name, labelled.classnames) == ("a", (("cat",), ("dog",)))
 
 
 def test_a_fingerprint_is_of_the_images_alone(tmp_path):
@@ -786,9 +965,11 @@ def test_a_fingerprint_is_of_the_images_alone(tmp_path):
         "folders": write_classes(tmp_path / "folders", a=1, b=2),
         "wds": write_wds(tmp_path / "wds", 0, 1),
         "pairs": write_folder(tmp_path / "pairs", 3),
-        "features": write_features(tmp_path / "features" / "test.npz", [0] * 4).parent,
+        "features": write_features(tmp_path / "features" / "test.npz", [0, 1] * 2).parent,
         "table": write_table(tmp_path / "table", [{"label": "a"}, {"label": "b"}], "csv").parent,
-        "parquet": write_table(tmp_path / "parquet", [{"label": "a"}], "parquet").parent,
+        "parquet": write_table(
+            tmp_path / "parquet", [{"label": "a"}, {"label": "b"}], "parquet"
+        ).parent,
     }
     changed = {
         "folders": "b/1.jpg",

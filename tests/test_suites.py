@@ -18,6 +18,7 @@ from clipcore.evaluate.suites import (
     canonical_name,
     locate,
     main_metric,
+    size_notes,
     suite,
     suite_notes,
     zero_shot_metric,
@@ -128,12 +129,18 @@ def test_the_metric_of_each_set(name, task, metric):
 
 def test_sets_of_another_split_than_the_papers_are_told():
     names = {name for suite_names in SUITES.values() for name in suite_names}
-    others = {canonical_name(name) for name in names if suite_notes(name, "classification")}
-    metrics = {"iwildcam", "fmow", "dollar_street", "geode", "winogavil"}
-    assert others - metrics == {
-        *("sun397", "fer2013", "eurosat", "resisc45", "clevr_count_all", "voc2007")
-    }
-    assert suite_notes("voc2007_multilabel", "multilabel") == ()
+    others = {canonical_name(name) for name in names if size_notes(name, "classification", 1)}
+    assert others == {*("sun397", "fer2013", "eurosat", "resisc45", "clevr_count_all", "voc2007")}
+    assert size_notes("voc2007_multilabel", "multilabel", 14_976) == ()
+    # By its images: the name alone is that of both.
+    for name in ("wds_vtab-resisc45_test", "vtab/resisc45", "resisc45"):
+        assert size_notes(name, "classification", 6300) == (
+            "split: datacomp (6,300 images; the paper's has 25,200)",
+        )
+        assert size_notes(name, "classification", 25_200) == ()
+        assert size_notes(name, "classification", 31_500) == (
+            "split: 31,500 images; datacomp's has 6,300, the paper's 25,200",
+        )
 
 
 def test_prompts_are_open_clips():

@@ -222,7 +222,7 @@ class ClassFolderSource:
 
 # Of ImageNet's folders, and of data sets that number their classes, maybe before their names.
 _ID = re.compile(
-    r"n\d{8}\b.*|\d+(?:[.-][a-z].*)?|0x[0-9a-f]+|\d[0-9a-f]{3,}|(?:id|cls|class|category|label)[ _-]?\d+",
+    r"n\d{8}\b.*|\d+(?:\.\d+)?(?:[.-][a-z].*)?|0x[0-9a-f]+|\d[0-9a-f]{3,}|(?:id|cls|class|category|label)[ _-]?\d+",
     re.IGNORECASE,
 )
 # Of the parts of a data set, or of what a folder of pictures is called.
@@ -233,18 +233,21 @@ _NO_CLASS = re.compile(
 )
 
 
-def class_names(path: str, folders: Sequence[str], file: str) -> list[tuple[str, ...]]:
+def class_names(
+    path: str, folders: Sequence[str], file: str, are_labels: bool = False
+) -> list[tuple[str, ...]]:
     """Return the names of classes, given their folders: one of each, or as many as the file has.
 
     Args:
         path: where the folders lie, for messages.
         file: which may give the names, JSON.
+        are_labels: they are no folders but labels in the table ``path``, for messages.
 
     Raises:
         DataError: the file is unreadable, or folders without a name there are named by numbers or ids.
     """
     given = read_json(file, {})
-    shape = "an object of folder names to class names"
+    shape = f"an object of {'labels' if are_labels else 'folder names'} to class names"
     if not isinstance(given, dict):
         raise DataError(f"{file} is not {shape}")
     # Its keys may be written as the names are shown, with spaces.
@@ -257,23 +260,23 @@ def class_names(path: str, folders: Sequence[str], file: str) -> list[tuple[str,
             raise DataError(f"{file} is not {shape}, or to lists of them")
         by_shown[key.replace("_", " ")] = tuple(name.strip() for name in names)
     shown = [folder.replace("_", " ") for folder in folders]
-    if not given and all(map(_NO_CLASS.fullmatch, shown)):
+    if not given and not are_labels and all(map(_NO_CLASS.fullmatch, shown)):
         first = printable(os.path.join(path, folders[0]))
         raise DataError(
             f"the folders of {path} are named as parts of a data set, not as classes; name one of them, such as {first}, "
             f"or, if they are classes, give their names in {file}, {shape}"
         )
     if given and not set(shown) & by_shown.keys():
-        raise DataError(
-            f"{file} names none of the folders beside it, such as {printable(shown[0])}"
-        )
+        what = f"labels of {path}" if are_labels else "folders beside it"
+        raise DataError(f"{file} names none of the {what}, such as {printable(shown[0])}")
     ids = [name for name in shown if name not in by_shown and _ID.fullmatch(name)]
     # One number among names may be one.
     is_most = len(ids) > 1 and 2 * len(ids) >= len(folders)
     if is_most or any(name[0] in "nN" or given for name in ids):
+        what = f"labels of {path} are" if are_labels else f"class folders of {path} are named by"
         raise DataError(
-            f"class folders of {path} are named by ids or numbers, such as {ids[0]}, which no caption holds; name them in "
-            f'{file}, {shape}: {{"{ids[0]}": "tench", ...}}'
+            f"{what} ids or numbers, such as {printable(ids[0])}, which no caption holds; name them in "
+            f'{file}, {shape}: {{"{printable(ids[0])}": "tench", ...}}'
         )
     return [by_shown.get(name, (name.strip(),)) for name in shown]
 

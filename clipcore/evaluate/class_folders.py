@@ -28,9 +28,11 @@ from clipcore.evaluate.splits import (
     Split,
     chosen,
     empty_class_notes,
+    entries_of_splits,
     files_fingerprint,
     keys_of,
     left_out_notes,
+    one_each,
     opened_once,
 )
 from clipcore.evaluate.suites import zero_shot_metric
@@ -40,9 +42,16 @@ def split_folders(path: Path) -> dict[str, Path]:
     """Return the folders of splits of a folder whose images lie in class folders in them; none of another folder.
 
     A class may be called "train": the folder of a split holds folders of images, and no image itself.
+
+    Raises:
+        DataError: two folders are one split, such as val and validation.
     """
-    found = {name: path / name for name in SPLITS if os.path.isdir(path / name)}
-    return found if any(map(_holds_classes, found.values())) else {}
+    found = {
+        split: [folder for folder in folders if os.path.isdir(folder)]
+        for split, folders in entries_of_splits(path).items()
+    }
+    is_split = any(_holds_classes(folder) for folders in found.values() for folder in folders)
+    return one_each(found) if is_split else {}
 
 
 def _holds_classes(folder: Path) -> bool:
@@ -85,7 +94,8 @@ def open_class_folders(
     names_by_folder, notes = None, list[str]()
     if splits:
         names_by_folder = _names_of_splits(path, splits, [path, *inner])
-        others = [name for name in list_folder(str(path))[1] if name not in splits]
+        used = {folder.name for folder in splits.values()}
+        others = [name for name in list_folder(str(path))[1] if name not in used]
         notes += [f"not used: the folder {printable(name)!r}, which is no split" for name in others]
         names = tuple(names_by_folder.values())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from clipcore.files import mode_of, not_utf8, read_regular
 _MAX_TEXT_BYTES = 1 << 22  # of a file of names or prompts
 _SHOWN_CHARS = 80
 _SHOWN_TWINS = 3
+# ImageNet's id of a class, which no prompt holds.
+_WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
 def read_text(path: Path, limit: int = _MAX_TEXT_BYTES) -> str:
@@ -72,7 +75,7 @@ def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
     """Return the names of classes.
 
     Raises:
-        DataError: there are none, too many, or an empty one.
+        DataError: there are none, too many, an empty one, or most are ids.
     """
     if not names:
         raise DataError(f"{origin} names no class; write the name of each")
@@ -83,10 +86,30 @@ def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
             raise DataError(
                 f"{origin}: the name of class {number}, counted from 0, is empty; write it"
             )
+    ids = [those[0] for those in names if _WORDNET_ID.fullmatch(those[0])]
+    if 2 * len(ids) > len(names):
+        raise DataError(
+            f"{origin} names classes by ids, such as {ids[0]}, which no prompt holds; write names in their place, such as "
+            "tench"
+        )
     # A lone surrogate comes from a JSON escape; no tokenizer can encode it.
     return tuple(
         tuple(name.encode("utf-8", "replace").decode("utf-8") for name in those) for those in names
     )
+
+
+def with_spaces(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return each name as that of a class, with spaces where underscores stand for them."""
+    return [(name.replace("_", " ").strip(),) for name in names]
+
+
+def check_several(names: Names, origin: str) -> None:
+    """Raise DataError for fewer than two classes, of which each image would be a hit."""
+    if len(names) < 2:
+        shown = "".join(f", {printable(name)!r}" for those in names for name in those[:1])
+        raise DataError(
+            f"{origin} has one class{shown}, which each image is of; a classification needs two or more"
+        )
 
 
 def twin_notes(names: Names) -> tuple[str, ...]:

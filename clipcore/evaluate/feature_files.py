@@ -20,14 +20,15 @@ from numpy.lib import format as npy
 
 from clipcore.data import DataError
 from clipcore.data.raw import MAX_HEADER_BYTES
-from clipcore.evaluate.class_names import is_there
+from clipcore.evaluate.class_names import check_several
 from clipcore.evaluate.splits import (
     MAX_CLASSES,
-    SPLITS,
     EvaluationSet,
     Split,
     chosen,
+    entries_of_splits,
     files_fingerprint,
+    one_each,
     opened_once,
 )
 from clipcore.files import open_regular
@@ -43,9 +44,12 @@ _MAX_WIDTH = 1 << 16
 
 
 def feature_splits(folder: Path) -> dict[str, Path]:
-    """Return the files of features of a folder by their splits; none of another folder."""
-    paths = {name: folder / f"{name}.npz" for name in SPLITS}
-    return {name: path for name, path in paths.items() if is_there(path)}
+    """Return the files of features of a folder by their splits; none of another folder.
+
+    Raises:
+        DataError: two files are one split, such as val.npz and validation.npz.
+    """
+    return one_each(entries_of_splits(folder, ".npz"))
 
 
 def open_features(name: str, paths: Mapping[str, Path]) -> EvaluationSet:
@@ -74,13 +78,17 @@ def open_features(name: str, paths: Mapping[str, Path]) -> EvaluationSet:
             f"{name}: labels have {min(counts)} classes in one split and {max(counts)} in another"
         )
 
+    names = tuple((f"class {number}",) for number in range(max(counts)))
+    if not is_multilabel:
+        check_several(names, name)
+
     def open_split(split: str) -> Split:
         return _split(split, paths[split], *arrays[split])
 
     return EvaluationSet(
         name=name,
         task="multilabel" if is_multilabel else "classification",
-        classnames=tuple((f"class {number}",) for number in range(max(counts))),
+        classnames=names,
         templates=(),
         split_names=chosen(list(paths)),
         main_metric="mean_average_precision" if is_multilabel else "acc1",
@@ -111,7 +119,7 @@ def read_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
             _check_directory(path, file)
             with zipfile.ZipFile(file) as archive:
                 features_NW = _read_array(path, archive, FEATURES, "f")
-                labels_N = _read_array(path, archive, LABELS, "iub")
+                labels_N = _read_array(path, archive, LABELS, "iubf")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (
@@ -153,7 +161,7 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
 def _read_array(
     path: Path, archive: zipfile.ZipFile, names: tuple[str, ...], kinds: str
 ) -> np.ndarray:
-    """Return an array of a .npz file: float32 of floating-point numbers, else as it is there.
+    """Return an array of a .npz file: float32 of features, else as it is there.
 
     Args:
         names: under which it may lie, the first that is there.
@@ -180,7 +188,7 @@ def _read_array(
             raise DataError(
                 f"{path}: {name} of {dtype} {list(shape)} does not fit its {info.file_size:,} bytes; write it again"
             )
-        return _read_blocks(stream, shape, dtype)
+        return _read_blocks(stream, shape, dtype, np.dtype(np.float32) if kinds == "f" else dtype)
 
 
 def _read_header(
@@ -196,18 +204,34 @@ def _read_header(
     except Exception as error:
         # Besides ValueError whatever the evaluation of a damaged literal raises.
         raise DataError(f"{path}: unreadable header of {name} ({first_line(error)})") from None
-    if dtype.kind not in kinds or is_fortran or not shape or min(shape) < 1:
-        order = "Fortran's" if is_fortran else "C's"
-        wanted = "floating-point numbers" if kinds == "f" else "whole numbers"
-        raise DataError(
-            f"{path}: {name} is {dtype} {list(shape)} in {order} order; it has to be {wanted} in C's order"
-        )
+    if reason := _refusal(name, shape, is_fortran, dtype, kinds):
+        raise DataError(f"{path}: {name} {reason}")
     return shape, dtype
 
 
-def _read_blocks(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array whose bytes follow, block by block, so that the file's precision takes no memory."""
-    kept = np.dtype(np.float32) if dtype.kind == "f" else dtype
+def _refusal(
+    name: str, shape: tuple[int, ...], is_fortran: bool, dtype: np.dtype, kinds: str
+) -> str:
+    """Return why an array cannot be read and what helps, nothing where it can."""
+    if dtype.kind not in kinds and kinds == "f":
+        return (
+            f"are {dtype} {list(shape)}; write floating-point numbers: {name}.astype(numpy.float32)"
+        )
+    if dtype.kind not in kinds:
+        return f"are {dtype} {list(shape)}; write the numbers of the classes: {name}.astype(int)"
+    if not shape:
+        return f"are one number of {dtype}; write one row an image"
+    if min(shape) < 1:
+        return f"of shape {list(shape)} hold no row or no column; write one row an image"
+    if is_fortran:
+        return f"lie column by column, in Fortran's order; write numpy.ascontiguousarray({name})"
+    return ""
+
+
+def _read_blocks(
+    stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, kept: np.dtype
+) -> np.ndarray:
+    """Return an array whose bytes follow, of type ``kept``, block by block: the file's precision takes no memory."""
     values = np.empty(shape, kept)
     flat = values.reshape(-1)
     at_once = max(_BLOCK_BYTES // dtype.itemsize, 1)
@@ -236,13 +260,15 @@ def _checked(
         if not finite_B.all():
             row = start + int(np.flatnonzero(~finite_B)[0])
             raise DataError(f"{path}: row {row} of features is not finite; compute it again")
+    labels_N = _whole_labels(path, labels_N)
     if labels_N.ndim == 2:
         if labels_N.max() > 1 or labels_N.min() < 0:
             raise DataError(f"{path}: rows of labels hold other numbers than 0 and 1")
         return features_NW, labels_N.astype(np.uint8)
     if labels_N.ndim != 1 or labels_N.dtype.kind == "b":
         raise DataError(
-            f"{path}: labels are {labels_N.dtype} {list(labels_N.shape)}, not numbers [N]"
+            f"{path}: labels are {labels_N.dtype} {list(labels_N.shape)}, not numbers [N]; write labels.astype(int), one an "
+            "image"
         )
     if labels_N.min() < 0 or labels_N.max() >= MAX_CLASSES:
         row = int(np.flatnonzero((labels_N < 0) | (labels_N >= MAX_CLASSES))[0])
@@ -250,3 +276,18 @@ def _checked(
             f"{path}: the label {labels_N[row]} of row {row} is of no class; classes are counted from 0"
         )
     return features_NW, labels_N.astype(np.int64)
+
+
+def _whole_labels(path: Path, labels_N: np.ndarray) -> np.ndarray:
+    """Return labels, those of one column as [N]; raise DataError for one that is no whole number, such as 0.5."""
+    if labels_N.ndim == 2 and labels_N.shape[1] == 1:
+        labels_N = labels_N[:, 0]
+    if labels_N.dtype.kind != "f":
+        return labels_N
+    is_whole = labels_N == np.rint(labels_N)
+    if not is_whole.all():
+        found = labels_N[~is_whole].flat[0]
+        raise DataError(
+            f"{path}: the label {found} is no whole number; write the numbers of the classes: labels.astype(int)"
+        )
+    return labels_N

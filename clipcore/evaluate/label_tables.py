@@ -8,7 +8,7 @@ Legend: R rows of the table, N images of a split, C classes.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +29,14 @@ from clipcore.data.pictures import ChosenRows
 from clipcore.data.tables import CsvSource, JsonlSource
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
+    check_several,
     checked_names,
     first_file,
     is_there,
     names_from_json,
     templates_from_json,
     twin_notes,
+    with_spaces,
 )
 from clipcore.evaluate.retrieval_pairs import pairs_split
 from clipcore.evaluate.splits import (
@@ -52,7 +54,15 @@ from clipcore.evaluate.splits import (
     opened_once,
 )
 from clipcore.evaluate.suites import zero_shot_metric
-from clipcore.evaluate.table_rows import NAME_COLUMN, Codes, Columns, Layout, Rows, layout_of
+from clipcore.evaluate.table_rows import (
+    NAME_COLUMN,
+    Codes,
+    Columns,
+    Layout,
+    Rows,
+    layout_of,
+    whole_number,
+)
 
 
 def open_table(
@@ -89,6 +99,8 @@ def open_table(
         labels_R, names = _classes(path, columns, layout.label, rows)
     file = first_file(TEMPLATES_FILE, [path.parent])
     pictures = _pictures(path, layout, rows, decoder)
+    if labels_R is not None:
+        check_several(names, str(path))
 
     def open_split(split: str) -> Split:
         return _open_split(path, split, rows, pictures, labels_R, names)
@@ -114,8 +126,11 @@ def _classes(path: Path, columns: Columns, label: str, rows: Rows) -> tuple[np.n
     texts = rows.labels.texts
     if len(texts) > MAX_CLASSES:
         raise DataError(f"{path} holds {len(texts):,} different labels, more than {MAX_CLASSES:,}")
-    if all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in texts):
-        number_L = [int(text) for text in texts]
+    number_L = [number for text in texts if (number := whole_number(text)) is not None]
+    if len(number_L) == len(texts):
+        # "1", "01" and "1.0" are one class.
+        rows.labels = rows.labels.renamed([str(number) for number in number_L])
+        number_L = [int(text) for text in rows.labels.texts]
         place_L, names = _numbered_classes(path, columns, label, rows, number_L)
     else:
         order = sorted(texts)
@@ -127,14 +142,19 @@ def _classes(path: Path, columns: Columns, label: str, rows: Rows) -> tuple[np.n
 
 
 def _named_classes(path: Path, rows: Rows, order: list[str]) -> Names:
-    """Return the names of classes whose labels are names, which other ones may stand for."""
+    """Return the names of classes whose labels are names, which other ones may stand for; raise DataError."""
     if rows.names.texts:
         name_by_label = _pairs_of(path, rows)
-        return checked_names([(name_by_label[text],) for text in order], str(path))
+        return checked_names(with_spaces([name_by_label[text] for text in order]), str(path))
     file = path.parent / CLASSES_FILE
-    if isinstance(read_json(str(file), None), dict):
-        return checked_names(names_of_labels(str(path.parent), order, str(file)), str(file))
-    return checked_names([(text,) for text in order], str(path))
+    if isinstance(read_json(str(file), None), list):
+        example = next(text for text in order if whole_number(text) is None)
+        raise DataError(
+            f"{file} is a list, which names labels that are numbers; {path} has labels that are none, such as "
+            f"{printable(example)!r}: correct them, or write an object of labels to class names"
+        )
+    names = names_of_labels(str(path), order, str(file), are_labels=True)
+    return checked_names(names, str(file) if is_there(file) else str(path))
 
 
 def _numbered_classes(
@@ -150,7 +170,7 @@ def _numbered_classes(
         order = sorted(set(number_L))
         place = {number: place for place, number in enumerate(order)}
         by_number = dict(zip(number_L, rows.labels.texts, strict=True))
-        names = [(name_by_label[by_number[number]],) for number in order]
+        names = with_spaces([name_by_label[by_number[number]] for number in order])
         return [place[number] for number in number_L], checked_names(names, str(path))
 
     file = path.parent / CLASSES_FILE
@@ -158,7 +178,7 @@ def _numbered_classes(
     if is_there(file):
         found, origin = names_from_json(file), str(file)
     elif noted is not None:
-        found, origin = checked_names([(name.strip(),) for name in noted], str(path)), str(path)
+        found, origin = checked_names(with_spaces(noted), str(path)), str(path)
     else:
         raise DataError(
             f"{path}: the labels are numbers, such as {number_L[0]}, which no prompt holds; name them in a column "
@@ -218,6 +238,9 @@ def _open_split(
     rows_N = _rows_of_split(rows, split)
     labels_N = None if labels_R is None else labels_R[rows_N]
     source = LabelledImages(pictures, rows_N, labels_N, names)
+    notes = () if labels_N is None else empty_class_notes(split, labels_N, names)
+    if isinstance(pictures, TableImages):
+        notes += _repeat_notes(path, split, pictures, rows_N, labels_N, names)
 
     def fingerprint() -> str:
         if isinstance(pictures, TableImages):
@@ -232,7 +255,38 @@ def _open_split(
         fingerprint=fingerprint,
         keys=lambda: keys_of(source),
         groups={name: _texts(codes, rows_N) for name, codes in rows.groups.items()},
-        notes=() if labels_N is None else empty_class_notes(split, labels_N, names),
+        notes=notes,
+    )
+
+
+def _repeat_notes(
+    path: Path,
+    split: str,
+    pictures: TableImages,
+    rows_N: np.ndarray,
+    labels_N: np.ndarray | None,
+    names: Names,
+) -> tuple[str, ...]:
+    """Return a note of rows that name the image of another row; raise DataError where their labels differ."""
+    places = (os.path.normpath(pictures.picture_path(row)) for row in rows_N.tolist())
+    hash_N = np.fromiter((hash(place) for place in places), np.int64, len(rows_N))
+    order_N = np.argsort(hash_N, kind="stable")
+    repeats = np.flatnonzero(np.diff(hash_N[order_N]) == 0)
+    if not len(repeats):
+        return ()
+
+    first, second = order_N[repeats], order_N[repeats + 1]
+    example = pictures.key(int(rows_N[first[0]]))
+    if labels_N is not None and (labels_N[first] != labels_N[second]).any():
+        number = int(np.flatnonzero(labels_N[first] != labels_N[second])[0])
+        both = [names[labels_N[row]][0] for row in (first[number], second[number])]
+        raise DataError(
+            f"{path}: images have several labels, such as {pictures.key(int(rows_N[first[number]]))!r}: "
+            f"{printable(both[0])!r} and {printable(both[1])!r}; this is a multi-label set: write it as tar shards with "
+            "KEY.npy, 0 or 1 of each class, or take out all rows of an image but one"
+        )
+    return (
+        f"{len(repeats):,} rows of {split} name an image of another row, such as {example}: it counts each time",
     )
 
 

@@ -21,6 +21,12 @@ from clipcore.data.sources import left_out_of
 
 Task = Literal["classification", "multilabel", "retrieval"]
 SPLITS = ("train", "val", "test")
+# What people call them.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 # Of each image a row of them is in memory.
 MAX_CLASSES = 1 << 20
 # The names of each class.
@@ -211,6 +217,43 @@ def empty_class_notes(split: str, labels_N: np.ndarray, names: Names) -> tuple[s
         return ()
     example = printable(names[empty[0]][0])
     return (f"{len(empty)} of {len(names)} classes have no image in {split}, such as {example!r}",)
+
+
+def split_called(word: str) -> str | None:
+    """Return which of ``SPLITS`` a word means, in whatever capitals; None where it means none."""
+    return _SPLIT_WORDS.get(word.lower())
+
+
+def entries_of_splits(folder: Path, suffix: str = "") -> dict[str, list[Path]]:
+    """Return what lies in a folder under the names of each split, the usual one first; raise OSError.
+
+    Args:
+        suffix: with which the names end.
+    """
+    found = dict[str, list[Path]]()
+    # One by one, as a folder of pictures holds millions.
+    with os.scandir(folder) as entries:
+        for name in (entry.name for entry in entries):
+            split = split_called(name.removesuffix(suffix)) if name.endswith(suffix) else None
+            if split is not None:
+                found.setdefault(split, []).append(folder / name)
+    # Others may be links to that of the usual name.
+    return {
+        split: sorted(found[split], key=lambda path: (path.name != split + suffix, path.name))
+        for split in chosen(list(found))
+    }
+
+
+def one_each(entries: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
+    """Return the only folder or file of each split that has any; raise DataError where there are two."""
+    for split, (first, *others) in ((s, paths) for s, paths in entries.items() if paths):
+        for other in others:
+            if os.path.realpath(other) != os.path.realpath(first):
+                raise DataError(
+                    f"{first.parent} holds {first.name} and {other.name}, which both are the split {split}; "
+                    "rename or remove one of them"
+                )
+    return {split: paths[0] for split, paths in entries.items() if paths}
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:

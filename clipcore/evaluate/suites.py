@@ -235,11 +235,24 @@ def zero_shot_metric(set_name: str, task: str) -> str:
 
 
 def suite_notes(set_name: str, task: str) -> tuple[str, ...]:
-    """Return notes of what a set from the hub is not: the paper's split, or judged by datacomp's metric."""
-    notes = []
-    if task == "classification" and (sizes := _OTHER_SPLITS.get(canonical_name(set_name))):
-        notes.append(f"split: datacomp ({sizes.hub:,} images; the paper's has {sizes.paper:,})")
+    """Return a note of a set that datacomp judges by a metric that is not computed; none of another."""
     metric = main_metric(set_name, task)
-    if metric in NOT_COMPUTED:
-        notes.append(f"datacomp judges this set by {metric}, which is not computed; acc1 is")
-    return tuple(notes)
+    if metric not in NOT_COMPUTED:
+        return ()
+    return (f"datacomp judges this set by {metric}, which is not computed; acc1 is",)
+
+
+def size_notes(set_name: str, task: str, num_images: int) -> tuple[str, ...]:
+    """Return a note of a test split that, by its size, is not the paper's; none of the paper's, and of other sets.
+
+    Args:
+        num_images: in the test split.
+    """
+    sizes = _OTHER_SPLITS.get(canonical_name(set_name)) if task == "classification" else None
+    if sizes is None or num_images == sizes.paper:
+        return ()
+    if num_images == sizes.hub:
+        return (f"split: datacomp ({sizes.hub:,} images; the paper's has {sizes.paper:,})",)
+    return (
+        f"split: {num_images:,} images; datacomp's has {sizes.hub:,}, the paper's {sizes.paper:,}",
+    )

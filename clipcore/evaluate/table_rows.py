@@ -5,6 +5,7 @@ Legend: R rows of the table.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +22,15 @@ from clipcore.data.tables import (
     find_column,
     image_columns,
 )
-from clipcore.evaluate.splits import SPLITS
+from clipcore.evaluate.splits import SPLITS, split_called
 
 Columns = CsvColumns | JsonlColumns | ParquetColumns
 LABEL_COLUMNS = ("label", "class")
 NAME_COLUMN, SPLIT_COLUMN, GROUP_PREFIX = "classname", "split", "group:"
-_SPLIT_WORDS = {"validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 _MAX_CHARS = 1000  # of a label or a group
 _MAX_GROUPS = 100
+# Also as pandas writes a column of which some are missing.
+_WHOLE_NUMBER = re.compile(r"(-?[0-9]{1,18})(?:\.0*)?")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def layout_of(
     return Layout(image, label, name, split, groups, caption)
 
 
+def whole_number(text: str) -> int | None:
+    """Return the number that a label is, None of one that is a name."""
+    match = _WHOLE_NUMBER.fullmatch(text)
+    return None if match is None else int(match[1])
+
+
 class Codes:
     """A column of few different texts, as the numbers in which they first come; -1 of a row that is not used."""
 
@@ -100,6 +108,14 @@ class Codes:
         """Append a row's text, None of a row that is not used."""
         known = self._numbers
         self._codes.append(-1 if text is None else known.setdefault(text, len(known)))
+
+    def renamed(self, texts: Sequence[str]) -> Codes:
+        """Return the column with other texts in the place of its own; texts that become one have one number."""
+        found = Codes()
+        codes = [found._numbers.setdefault(text, len(found._numbers)) for text in texts]
+        # The last place is that of rows that are not used.
+        found._codes = array("q", np.array([*codes, -1], np.int64)[self.code_R].tobytes())
+        return found
 
     @property
     def texts(self) -> list[str]:
@@ -147,14 +163,14 @@ class Rows:
         cells = {} if row.trouble else dict(zip(wanted, row.values, strict=True))
         texts = {name: self._text(value, name, row.place) for name, value in cells.items()}
         layout = self._layout
-        split = "test" if layout.split is None else texts.get(layout.split, "").lower()
-        split = _SPLIT_WORDS.get(split, split)
+        word = "test" if layout.split is None else texts.get(layout.split, "")
+        split = split_called(word)
         trouble = row.trouble or self._trouble(texts)
         if trouble:
             self.left_out.add(trouble, row.place)
-        elif split not in SPLITS:
+        elif split is None:
             raise DataError(
-                f"{self._path}, {row.place}: the split {printable(split)!r} is none of {', '.join(SPLITS)}; correct it"
+                f"{self._path}, {row.place}: the split {printable(word)!r} is none of {', '.join(SPLITS)}; correct it"
             )
 
         def used(column: str | None) -> str | None:

@@ -15,6 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from clipcore.data.tar import (
 )
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
+    check_several,
     is_there,
     names_from_json,
     names_from_lines,
@@ -42,19 +44,20 @@ from clipcore.evaluate.class_names import (
     twin_notes,
 )
 from clipcore.evaluate.splits import (
-    SPLITS,
     EvaluationSet,
     LabelledImages,
     Names,
     Split,
     Task,
     empty_class_notes,
+    entries_of_splits,
     files_fingerprint,
     keys_of,
     left_out_notes,
+    one_each,
     opened_once,
 )
-from clipcore.evaluate.suites import suite_notes, zero_shot_metric
+from clipcore.evaluate.suites import size_notes, suite_notes, zero_shot_metric
 from clipcore.files import open_regular
 
 COUNT_FILE, TYPE_FILE = "nshards.txt", "dataset_type.txt"
@@ -66,12 +69,15 @@ _MAX_LABEL_BYTES = 1 << 28  # of all labels of a multi-label split
 _PROBED_MEMBERS = 64
 
 
-def wds_splits(path: Path) -> tuple[str, ...]:
-    """Return the splits of a folder that hold shards; none of another folder."""
-    return tuple(name for name in SPLITS if os.path.isdir(path / name) and _is_split(path / name))
+def wds_splits(path: Path) -> dict[str, Path]:
+    """Return the folders of splits that hold shards; none of another folder. Raise DataError where two are one split."""
+    found = entries_of_splits(path).items()
+    return one_each({split: list(filter(_is_split, folders)) for split, folders in found})
 
 
 def _is_split(folder: Path) -> bool:
+    if not os.path.isdir(folder):
+        return False
     files, _ = list_folder(str(folder))
     return COUNT_FILE in files or any(name.endswith(".tar") for name in files)
 
@@ -82,24 +88,28 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
     Raises:
         DataError: a file of it is missing, damaged, or does not fit the others.
     """
-    split_names = wds_splits(path)
-    task = _task_of(path, path / split_names[-1])
+    splits = wds_splits(path)
+    name = path.resolve().name
+    task = _task_of(path, list(splits.values())[-1])
     names = _names(path, task)
+    if task == "classification":
+        check_several(names, str(path))
     has_templates = task != "retrieval" and is_there(path / TEMPLATES_FILE)
     templates = templates_from_lines(path / TEMPLATES_FILE) if has_templates else ()
 
-    def open_split(name: str) -> Split:
+    def open_split(split: str) -> Split:
         if task == "retrieval":
-            return _open_pairs(path / name, decoder)
-        return _open_labelled(path / name, decoder, task, names)
+            return _open_pairs(split, splits[split], decoder)
+        opened = _open_labelled(split, splits[split], decoder, task, names)
+        notes = size_notes(name, task, len(opened)) if split == "test" else ()
+        return replace(opened, notes=(*notes, *opened.notes))
 
-    name = path.resolve().name
     return EvaluationSet(
         name=name,
         task=task,
         classnames=names,
         templates=templates,
-        split_names=split_names,
+        split_names=tuple(splits),
         main_metric=zero_shot_metric(name, task),
         open_split=opened_once(open_split),
         notes=(*suite_notes(name, task), *twin_notes(names)),
@@ -235,7 +245,7 @@ def index_labels(path: str, label_suffix: str) -> ShardIndex:
     return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out)
 
 
-def _open_labelled(folder: Path, decoder: Decoder, task: Task, names: Names) -> Split:
+def _open_labelled(split: str, folder: Path, decoder: Decoder, task: Task, names: Names) -> Split:
     """Open a split of images with labels; raise DataError."""
     shards, notes = find_shards(folder)
     images = TarImages(
@@ -251,15 +261,15 @@ def _open_labelled(folder: Path, decoder: Decoder, task: Task, names: Names) -> 
         labels_N = _label_rows(images, names)
     source = LabelledImages(images, np.arange(len(images)), labels_N, names)
     return Split(
-        name=folder.name,
+        name=split,
         source=source,
         labels_N=labels_N,
         fingerprint=lambda: files_fingerprint(shards, folder, task, len(images)),
         keys=lambda: keys_of(source),
         notes=(
             *notes,
-            *left_out_notes(folder.name, images),
-            *empty_class_notes(folder.name, labels_N, names),
+            *left_out_notes(split, images),
+            *empty_class_notes(split, labels_N, names),
         ),
     )
 
@@ -366,15 +376,15 @@ class CaptionLines:
         return self._source.key(index)
 
 
-def _open_pairs(folder: Path, decoder: Decoder) -> Split:
+def _open_pairs(split: str, folder: Path, decoder: Decoder) -> Split:
     """Open a split of images with captions; raise DataError."""
     shards, notes = find_shards(folder)
     source: PairSource = CaptionLines(TarSource(shards, decoder=decoder, name=folder.name))
     return Split(
-        name=folder.name,
+        name=split,
         source=source,
         labels_N=None,
         fingerprint=lambda: files_fingerprint(shards, folder, "retrieval"),
         keys=lambda: keys_of(source),
-        notes=(*notes, *left_out_notes(folder.name, source)),
+        notes=(*notes, *left_out_notes(split, source)),
     )
