@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipcore.data import DataError, printable
@@ -93,7 +94,7 @@ def _evaluate(
         complain(_PROGRAM, f"error: {dataset.name}: {error}")
         return [], 1
 
-    found, num_failed = list[Result](), 0
+    found, num_failed, said_notes = list[Result](), 0, set(dataset.notes)
     for name in names:
         try:
             result = measure(name, subject, dataset, arguments)
@@ -109,7 +110,16 @@ def _evaluate(
         found.append(result)
         if not arguments.json:
             print(line_of(result), flush=True)
+        _say_notes(dataset.name, result.details["notes"], said_notes)
     return found, num_failed
+
+
+def _say_notes(name: str, notes: Sequence[str], said: set[str]) -> None:
+    """Say notes on a data set, or on what was measured on it, that were not said yet."""
+    for note in notes:
+        if note not in said:
+            complain(_PROGRAM, f"note: {name}: {note}")
+            said.add(note)
 
 
 def _say_replaced(output: Path, result: Result) -> None:
@@ -224,8 +234,7 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
             num_failed += 1
             complain(_PROGRAM, f"error: {error}")
             continue
-        for note in dataset.notes:
-            complain(_PROGRAM, f"note: {dataset.name}: {note}")
+        _say_notes(dataset.name, dataset.notes, set())
         sets.append(dataset)
     twice = [name for name, number in Counter(one.name for one in sets).items() if number > 1]
     if twice:
