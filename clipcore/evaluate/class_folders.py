@@ -31,6 +31,7 @@ from clipcore.evaluate.splits import (
     files_fingerprint,
     keys_of,
     left_out_notes,
+    name_of,
     opened_once,
 )
 from clipcore.evaluate.suites import zero_shot_metric
@@ -97,9 +98,9 @@ def open_class_folders(
     def open_split(name: str) -> Split:
         folder = splits[name]
         source = whole or ClassFolderSource(str(folder), decoder, names_by_folder)
-        return _split(name, source, folder)
+        return _split(name, source, folder, decoder)
 
-    name = path.resolve().name
+    name = name_of(path)
     return EvaluationSet(
         name=name,
         task="classification",
@@ -112,12 +113,12 @@ def open_class_folders(
     )
 
 
-def _split(name: str, source: ClassFolderSource, folder: Path) -> Split:
+def _split(name: str, source: ClassFolderSource, folder: Path, decoder: Decoder) -> Split:
     return Split(
         name=name,
         source=source,
         labels_N=source.labels_N,
-        fingerprint=lambda: files_fingerprint(source.picture_names(), folder),
+        fingerprint=lambda: files_fingerprint(source.picture_names(), folder, decoder),
         keys=lambda: keys_of(source),
         notes=(
             *left_out_notes(name, source),

@@ -91,7 +91,7 @@ def open_table(
     pictures = _pictures(path, layout, rows, decoder)
 
     def open_split(split: str) -> Split:
-        return _open_split(path, split, rows, pictures, labels_R, names)
+        return _open_split(path, split, layout, rows, pictures, labels_R, names, decoder)
 
     return EvaluationSet(
         name=name,
@@ -210,10 +210,12 @@ def _texts(codes: Codes, rows_N: np.ndarray) -> list[str]:
 def _open_split(
     path: Path,
     split: str,
+    layout: Layout,
     rows: Rows,
     pictures: Pictures,
     labels_R: np.ndarray | None,
     names: Names,
+    decoder: Decoder,
 ) -> Split:
     rows_N = _rows_of_split(rows, split)
     labels_N = None if labels_R is None else labels_R[rows_N]
@@ -222,8 +224,8 @@ def _open_split(
     def fingerprint() -> str:
         if isinstance(pictures, TableImages):
             paths = (pictures.picture_path(row) for row in rows_N.tolist())
-            return files_fingerprint(paths, path.parent)
-        return files_fingerprint([str(path)], path.parent, rows_N.tobytes())
+            return files_fingerprint(paths, path.parent, decoder)
+        return files_fingerprint([str(path)], path.parent, layout.image, rows_N.tobytes(), decoder)
 
     return Split(
         name=split,
@@ -248,7 +250,7 @@ def _open_pairs(
         chosen_rows = (
             source if splits is None else ChosenRows(source, _rows_of_split(splits, split))
         )
-        return pairs_split(split, chosen_rows, path.parent)
+        return pairs_split(split, chosen_rows, path.parent, decoder)
 
     return EvaluationSet(
         name=name,

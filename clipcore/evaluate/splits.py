@@ -18,6 +18,7 @@ import numpy as np
 
 from clipcore.data import DataError, Pair, PairSource, printable
 from clipcore.data.sources import left_out_of
+from clipcore.data.tar import ShardIndex
 
 Task = Literal["classification", "multilabel", "retrieval"]
 SPLITS = ("train", "val", "test")
@@ -176,6 +177,11 @@ def keys_of(source: PairSource) -> list[str]:
     return [key(row) for row in range(len(source))]
 
 
+def name_of(path: str | Path) -> str:
+    """Return what a file or folder is called where the user names it, not where a link leads."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
     """Return a hash of the names, sizes and modification times of files in their order, and of other values.
 
@@ -194,6 +200,19 @@ def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object)
             state = (-1, -1)
         name = path.removeprefix(whole).removeprefix(given)
         digest.update(repr((name, *state)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def members_hash(shards: Iterable[ShardIndex]) -> str:
+    """Return a hash of the places, sizes and names of the images and labels in shards.
+
+    The size of a shard says little, as it is rounded up, and its time may be the same in all shards of a program.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{len(shard)} {len(shard.keys)} ".encode())
+        digest.update(np.ascontiguousarray(shard.columns_6N).data)
+        digest.update(np.ascontiguousarray(shard.keys).data)
     return digest.hexdigest()
 
 

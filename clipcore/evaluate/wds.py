@@ -52,6 +52,8 @@ from clipcore.evaluate.splits import (
     files_fingerprint,
     keys_of,
     left_out_notes,
+    members_hash,
+    name_of,
     opened_once,
 )
 from clipcore.evaluate.suites import suite_notes, zero_shot_metric
@@ -93,7 +95,7 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
             return _open_pairs(path / name, decoder)
         return _open_labelled(path / name, decoder, task, names)
 
-    name = path.resolve().name
+    name = name_of(path)
     return EvaluationSet(
         name=name,
         task=task,
@@ -254,7 +256,9 @@ def _open_labelled(folder: Path, decoder: Decoder, task: Task, names: Names) -> 
         name=folder.name,
         source=source,
         labels_N=labels_N,
-        fingerprint=lambda: files_fingerprint(shards, folder, task, len(images)),
+        fingerprint=lambda: files_fingerprint(
+            shards, folder, task, members_hash(images.shards), decoder
+        ),
         keys=lambda: keys_of(source),
         notes=(
             *notes,
@@ -369,12 +373,15 @@ class CaptionLines:
 def _open_pairs(folder: Path, decoder: Decoder) -> Split:
     """Open a split of images with captions; raise DataError."""
     shards, notes = find_shards(folder)
-    source: PairSource = CaptionLines(TarSource(shards, decoder=decoder, name=folder.name))
+    pairs = TarSource(shards, decoder=decoder, name=folder.name)
+    source: PairSource = CaptionLines(pairs)
     return Split(
         name=folder.name,
         source=source,
         labels_N=None,
-        fingerprint=lambda: files_fingerprint(shards, folder, "retrieval"),
+        fingerprint=lambda: files_fingerprint(
+            shards, folder, "retrieval", members_hash(pairs.shards), decoder
+        ),
         keys=lambda: keys_of(source),
         notes=(*notes, *left_out_notes(folder.name, source)),
     )
