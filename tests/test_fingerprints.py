@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from shards import picture, write_csv, write_folder, write_images, write_parquet, write_tar
+from shards import (
+    picture,
+    write_csv,
+    write_folder,
+    write_images,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+)
 
+from clipcore.data import folders, tables
+from clipcore.data.folders import holds_image
 from clipcore.data.glyphs import GlyphSource
+from clipcore.data.tables import JsonlSource
+from clipcore.evaluate import splits
 from clipcore.evaluate.datasets import open_set
+from clipcore.files import open_regular
 
 pytestmark = pytest.mark.fast
 
@@ -130,3 +144,62 @@ def test_drawn_pictures_are_told_apart_by_how_they_are_drawn(name, monkeypatch):
     assert first == open_set(name).split("test").fingerprint()
     monkeypatch.setattr(GlyphSource, "font_size", GlyphSource.font_size + 1)
     assert first != open_set(name).split("test").fingerprint()
+
+
+# What is read once
+
+
+@pytest.mark.parametrize("kind", ["class folders", "shards of labels", "csv of captions"])
+def test_a_split_is_asked_once_for_its_images(tmp_path, monkeypatch, kind):
+    """However many models are evaluated on it, as each file of a folder is looked at."""
+    split = open_set(str(MAKERS[kind](tmp_path / "data"))).split("test")
+    first = split.fingerprint(), split.keys()
+    monkeypatch.setattr(splits, "os", None)
+    monkeypatch.setattr(type(split.source), "key", None, raising=False)
+    monkeypatch.setattr(type(split.source), "__len__", None)
+    assert (split.fingerprint(), split.keys()) == first
+
+
+def test_a_table_is_opened_once_for_the_paths_of_all_its_rows(tmp_path, monkeypatch):
+    numbers_of_opens = []
+    for number in (2, 20):
+        source = JsonlSource(str(write_jsonl(tmp_path / str(number), number)))
+        opened = list[object]()
+
+        def count(path: str, opened: list[object] = opened) -> object:
+            opened.append(path)
+            return open_regular(path)
+
+        monkeypatch.setattr(tables, "open_regular", count)
+        names = list(source.picture_names())
+        assert [os.path.basename(name) for name in names] == [
+            f"{row:04d}.jpg" for row in range(number)
+        ]
+        numbers_of_opens.append(len(opened))
+    assert numbers_of_opens == [1, 1]
+
+
+def test_class_folders_are_listed_a_few_times_only(tmp_path, monkeypatch):
+    """A class folder may hold thousands of images: its names are listed to find captions, tables and images."""
+    whole = write_class_folders(tmp_path / "whole")
+    for split in ("train", "test"):
+        write_class_folders(tmp_path / "splits" / split)
+    own_scan, entries = os.scandir, Counter[str]()
+
+    def scan(path: str) -> object:
+        entries[os.path.relpath(path, tmp_path)] += 1
+        return own_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    fingerprint(whole)
+    assert entries["whole/dog"] == 3
+    fingerprint(tmp_path / "splits")
+    assert entries["splits/test/dog"] == 2
+
+
+def test_an_image_is_found_without_a_look_at_the_whole_folder(tmp_path, monkeypatch):
+    write_class_folders(tmp_path / "a")
+    (tmp_path / "b" / "c.jpg").mkdir(parents=True)
+    assert holds_image(str(tmp_path / "a")) and not holds_image(str(tmp_path / "b"))
+    monkeypatch.setattr(folders, "walk", lambda *_: pytest.fail("listed"))
+    assert holds_image(str(tmp_path / "a" / "cat"))

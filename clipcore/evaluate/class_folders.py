@@ -11,9 +11,9 @@ from clipcore.data.folders import (
     TEMPLATES_FILE,
     ClassFolderSource,
     class_names,
+    holds_image,
     is_image,
     list_folder,
-    walk,
 )
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
@@ -48,11 +48,9 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 def _holds_classes(folder: Path) -> bool:
     files, folders = list_folder(str(folder))
-    return not any(map(is_image, files)) and any(_holds_image(folder / name) for name in folders)
-
-
-def _holds_image(folder: Path) -> bool:
-    return any(any(map(is_image, names)) for _, names in walk(str(folder)))
+    return not any(map(is_image, files)) and any(
+        holds_image(str(folder / name)) for name in folders
+    )
 
 
 def read_templates(*folders: Path) -> tuple[str, ...]:
@@ -135,7 +133,7 @@ def _names_of_splits(
         top
         for folder in splits.values()
         for top in list_folder(str(folder))[1]
-        if not top.startswith("__") and _holds_image(folder / top)
+        if not top.startswith("__") and holds_image(str(folder / top))
     }
     ordered = sorted(tops)
     if len(ordered) < 2:

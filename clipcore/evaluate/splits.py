@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -38,7 +38,7 @@ class Split:
         labels_N: class indices, int64 [N]; 0 and 1 of each class, uint8 [N, C], of a multi-label set; None for retrieval,
             and where the images have groups but no labels.
         fingerprint: returns a hash of what the images are: another one when one is added, removed, renamed or rewritten.
-        keys: the images' names, which say which of them a seed takes; not their order.
+        keys: returns the images' names, which say which of them a seed takes, not their order; not to be changed.
         groups: groups of the images by the column that says them; empty where an image is in none.
         features_NW: float32, of a file of features; None of images.
         notes: what the user should know of it, such as the images that were left out.
@@ -106,12 +106,16 @@ def refusals_in_words() -> Iterator[None]:
 
 
 def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
-    """Return an opener that opens each split once, and then returns it again; it raises DataError alone."""
+    """Return an opener that opens each split once, and then returns it again; it raises DataError alone.
+
+    The fingerprint and the keys of a split are asked for once too, however many models are evaluated on it.
+    """
 
     @cache
     def open_it(name: str) -> Split:
         with refusals_in_words():
-            return open_split(name)
+            split = open_split(name)
+        return replace(split, fingerprint=cache(split.fingerprint), keys=cache(split.keys))
 
     return open_it
 

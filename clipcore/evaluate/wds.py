@@ -155,8 +155,8 @@ def find_shards(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         if not tars:
             raise DataError(f"{folder} holds no shards; copy 0.tar, 1.tar, ... into it")
         ordered = sorted(tars, key=lambda name: (_number(name), name))
-        numbers = [_number(name) for name in ordered]
-        missing = [n for n in range(len(numbers)) if n not in numbers] if 0 in numbers else []
+        numbers = set(map(_number, ordered))
+        missing = [n for n in range(len(ordered)) if n not in numbers] if 0 in numbers else []
         notes = (f"{folder} has no {missing[0]}.tar, but later ones",) if missing else ()
         return [str(folder / name) for name in ordered], notes
 
