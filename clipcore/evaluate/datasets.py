@@ -3,8 +3,10 @@
 ======================  ================================================================
 ``splits.py``           ``EvaluationSet`` and ``Split``, what all of them become
 ``wds.py``              tar shards with labels, CLIP_benchmark's exports
+``label_shards.py``     the labels in such shards, read once
 ``class_folders.py``    one folder of images a class
 ``label_tables.py``     csv, tsv, jsonl and parquet tables
+``parquet_folders.py``  several parquet tables, one or more for each split
 ``feature_files.py``    features in .npz files, for probes without a model
 ``retrieval_pairs.py``  images with captions, as they train a model
 ======================  ================================================================
@@ -32,6 +34,12 @@ from clipcore.data.transforms import MAX_PIXELS, Decoder
 from clipcore.evaluate.class_folders import open_class_folders, split_folders
 from clipcore.evaluate.feature_files import feature_splits, open_features
 from clipcore.evaluate.label_tables import open_table
+from clipcore.evaluate.parquet_folders import (
+    ParquetFiles,
+    Tables,
+    only_configuration,
+    parquet_splits,
+)
 from clipcore.evaluate.retrieval_pairs import pairs_set
 from clipcore.evaluate.splits import (
     SPLITS,
@@ -149,8 +157,9 @@ def open_set(
     """Open a data set, whose layout is told by what is there.
 
     Args:
-        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz`` or of images
-            with captions; a table; a ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
+        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz``, of
+            ``{train,val,test}-*.parquet`` or of images with captions; a table; a ``.npz`` file, which is the test split; or
+            any other pairs that ``open_source`` reads.
         max_pixels: of a picture, of which more are not read.
         img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
         group_columns: a table's columns of groups, beside those called ``group:...``.
@@ -197,7 +206,11 @@ def _open_folder(
     if paths := feature_splits(path):
         return open_features(name, paths)
     files, _ = list_folder(str(path))
-    if split_folders(path) or CLASSES_FILE in files:
+    if split_folders(path):
+        return open_class_folders(path, decoder)
+    if tables := parquet_splits(path):
+        return _open_tables(tables, decoder, img_key, label_key, group_columns, name)
+    if CLASSES_FILE in files:
         return open_class_folders(path, decoder)
 
     for table in _TABLE_FILES:
@@ -210,7 +223,26 @@ def _open_folder(
                     raise
 
     image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
-    source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
+    try:
+        source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
+    except DataError:
+        if tables := only_configuration(path):
+            return _open_tables(tables, decoder, img_key, label_key, group_columns, name)
+        raise
     if isinstance(source, ClassFolderSource):
         return open_class_folders(path, decoder, source)
     return pairs_set(name, source, path, decoder)
+
+
+def _open_tables(
+    tables: Tables,
+    decoder: Decoder,
+    img_key: str | None,
+    label_key: str | None,
+    group_columns: Sequence[str],
+    name: str,
+) -> EvaluationSet:
+    """Open the parquet tables of a folder as one."""
+    files = ParquetFiles(tables)
+    path = Path(files.paths[0]).parent / "*.parquet"
+    return open_table(path, decoder, img_key, label_key, group_columns, name, files)
