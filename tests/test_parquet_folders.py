@@ -81,6 +81,16 @@ def test_the_names_of_the_files_say_the_splits(tmp_path, inner):
     assert test.source is not None and len(pickle.loads(pickle.dumps(test.source))) == 3
 
 
+def test_names_and_prompts_lie_in_the_folder_of_the_set(tmp_path):
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", [0, 1], label=[1, 0])
+    refuse(tmp_path, rf"name them in a column classname, or in {tmp_path}/classes.json, a list")
+    (tmp_path / "classes.json").write_text('["cat", ["dog", "hound"]]')
+    (tmp_path / "templates.json").write_text('["a photo of a {}"]')
+    data = open_set(str(tmp_path))
+    assert data.classnames == (("cat",), ("dog", "hound"))
+    assert data.templates == ("a photo of a {}",)
+
+
 def test_tables_of_other_splits_are_not_written_out(tmp_path):
     """A copy of the images of a training split may take hundreds of gigabytes."""
     write_hub(tmp_path / "data")

@@ -209,7 +209,7 @@ def _open_folder(
     if split_folders(path):
         return open_class_folders(path, decoder)
     if tables := parquet_splits(path):
-        return _open_tables(tables, decoder, img_key, label_key, group_columns, name)
+        return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
     if CLASSES_FILE in files:
         return open_class_folders(path, decoder)
 
@@ -227,7 +227,7 @@ def _open_folder(
         source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
     except DataError:
         if tables := only_configuration(path):
-            return _open_tables(tables, decoder, img_key, label_key, group_columns, name)
+            return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
         raise
     if isinstance(source, ClassFolderSource):
         return open_class_folders(path, decoder, source)
@@ -235,6 +235,7 @@ def _open_folder(
 
 
 def _open_tables(
+    path: Path,
     tables: Tables,
     decoder: Decoder,
     img_key: str | None,
@@ -242,7 +243,6 @@ def _open_tables(
     group_columns: Sequence[str],
     name: str,
 ) -> EvaluationSet:
-    """Open the parquet tables of a folder as one."""
-    files = ParquetFiles(tables)
-    path = Path(files.paths[0]).parent / "*.parquet"
-    return open_table(path, decoder, img_key, label_key, group_columns, name, files)
+    """Open the parquet tables of a folder as one; names of classes and prompts lie in the folder itself."""
+    pattern, files = path / "*.parquet", ParquetFiles(tables)
+    return open_table(pattern, decoder, img_key, label_key, group_columns, name, files)
