@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from runs import LIMIT_S
 from shards import picture, write_parquet
 
@@ -280,3 +282,33 @@ def test_a_cell_that_is_too_large_is_a_bad_sample(tmp_path, monkeypatch):
         with pytest.raises(BadSample, match=reason):
             source[row]
     assert source[2].caption == ("c",)
+
+
+def test_each_choice_of_columns_has_a_copy_of_its_own(tmp_path):
+    """A worker of a training run opens its copy after an evaluation of other columns of the same table has begun."""
+    first, second = ([picture(i)[0] for i in rows] for rows in ((0, 1), (2, 3)))
+    columns = {"image": first, "right": second, "caption": ["a", "b"], "german": ["c", "d"]}
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+    choices: list[tuple[dict[str, Any], Sequence[bytes], Sequence[str]]] = [
+        ({}, first, "ab"),
+        ({"has_captions": False}, first, ["", ""]),
+        ({"img_key": "right"}, second, "ab"),
+        ({"img_key": "right", "has_captions": False}, second, ["", ""]),
+        ({"caption_key": "german"}, first, "cd"),
+    ]
+    sources = [ParquetSource(str(path), **options) for options, _, _ in choices]
+    assert len(list(tmp_path.glob("t.parquet*.clipcore-rows"))) == len(choices)
+    for source, (_, images, captions) in zip(sources, choices, strict=True):
+        for row in range(2):
+            assert source.captions(row) == captions[row]
+            with Image.open(io.BytesIO(images[row])) as image:
+                assert source.picture(row)[0].tobytes() == image.convert("RGB").tobytes()
+
+
+def test_the_usual_columns_keep_the_name_of_their_copy_however_they_are_named(tmp_path):
+    path = write_parquet(tmp_path, 2)
+    open_source(str(path))
+    ParquetSource(str(path), "image", "caption")
+    assert sorted(os.listdir(tmp_path)) == ["pairs.parquet", "pairs.parquet.clipcore-rows"]

@@ -158,6 +158,7 @@ class ParquetColumns:
 
     Attributes:
         names: of the columns.
+        num_rows: of the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -167,7 +168,8 @@ class ParquetColumns:
             with open_regular(path) as content, pyarrow.parquet.ParquetFile(content) as file:
                 self.names: list[str] = file.schema_arrow.names
                 self._notes = (file.schema_arrow.metadata or {}).get(b"huggingface", b"")
-                if not file.metadata.num_rows:
+                self.num_rows: int = file.metadata.num_rows
+                if not self.num_rows:
                     raise DataError(f"{path} has no rows")
         # A name in it may be no UTF-8.
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
@@ -252,6 +254,7 @@ class ParquetImages:
     """The images of a parquet table, by row; arguments and errors as of ``ParquetSource``."""
 
     def __init__(self, path: str, column: str, decoder: Decoder) -> None:
+        self.paths = [path]
         self._source = ParquetSource(path, column, decoder=decoder, has_captions=False)
         self.name = self._source.name
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -315,9 +314,12 @@ def open_folder(
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
     name = os.path.basename(os.path.abspath(path))
-    tables, folders = _look_into(path)
+    tables, folders, beside = _look_into(path)
     if not tables:
-        inner = [found for folder in folders for found in _look_into(folder)[0]]
+        looks = [_look_into(folder) for folder in folders]
+        inner = [table for look in looks for table in look.tables]
+        named = [table for look in looks for table in look.others if _is_named_table(table)]
+        beside = sorted([*beside, *named])
         tables = [table for table in inner if not _is_elsewhere(path, os.path.dirname(table))]
         if inner and not tables:
             raise DataError(
@@ -344,7 +346,7 @@ def open_folder(
         return pairs
     if without_columns is not None:
         raise without_columns
-    for table in _tables_beside(path, folders):
+    for table in beside:
         if _has_captions(table, img_key, caption_key, decoder, quotes):
             raise DataError(
                 f"{path} holds no image with a caption beside it, but the table {printable(table)}: name that as the data, "
@@ -353,16 +355,9 @@ def open_folder(
     return ClassFolderSource(path, decoder)
 
 
-def _tables_beside(path: str, folders: Sequence[str]) -> list[str]:
-    """Return the tables in a folder, and those in its subfolders that are called metadata or captions."""
-    found = []
-    for folder in (path, *folders):
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                is_named = entry.name.lower().startswith(("metadata.", "captions."))
-                if (folder == path or is_named) and _TABLE.fullmatch(entry.name):
-                    found.append(entry.path)
-    return sorted(found)
+def _is_named_table(path: str) -> bool:
+    """Return whether a table in a subfolder is called as those of captions are."""
+    return os.path.basename(path).lower().startswith(("metadata.", "captions."))
 
 
 def _has_captions(
@@ -388,12 +383,22 @@ def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
                 source.left_out.add("image that the table does not name", where)
 
 
-def _look_into(path: str) -> tuple[list[str], list[str]]:
-    """Return the tables of captions in a folder, the preferred first, and its subfolders."""
-    tables, folders = [], []
+class _Look(NamedTuple):
+    """The tables of captions in a folder, the preferred first, its subfolders, and all of its tables."""
+
+    tables: list[str]
+    folders: list[str]
+    others: list[str]
+
+
+def _look_into(path: str) -> _Look:
+    """Return the tables and subfolders of a folder; raise DataError."""
+    tables, folders, others = list[str](), list[str](), list[str]()
     try:
         with os.scandir(path) as entries:
             for entry in entries:
+                if _TABLE.fullmatch(entry.name):
+                    others.append(entry.path)
                 if entry.name.lower() in _METADATA_FILES:
                     tables.append(entry.path)
                 elif _is_folder(entry) and _is_data(entry.name):
@@ -401,7 +406,8 @@ def _look_into(path: str) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
     order = _METADATA_FILES.index
-    return sorted(tables, key=lambda t: order(os.path.basename(t).lower())), sorted(folders)
+    tables.sort(key=lambda table: order(os.path.basename(table).lower()))
+    return _Look(tables, sorted(folders), sorted(others))
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:
@@ -532,6 +538,18 @@ def _is_within(link: str, path: str) -> bool:
 def is_image(name: str) -> bool:
     """Return whether a file's name ends as those of images that are read."""
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def holds_image(path: str) -> bool:
+    """Return whether an image lies in a folder or below it, without a look at more than that takes; raise DataError."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if is_image(entry.name) and _is_data(entry.name) and not _is_folder(entry):
+                    return True
+    except OSError as error:
+        raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
+    return any(any(map(is_image, names)) for _, names in walk(path))
 
 
 def _is_other_image(name: str) -> bool:

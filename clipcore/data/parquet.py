@@ -2,7 +2,9 @@
 
 Parquet is compressed by groups of many rows, so that a single row cannot be read. On first use the images and captions are
 therefore written out to a file beside the table (``<table>.clipcore-rows``, about as large as the table; in the user's cache
-folder where the table's cannot be written). A picture of several rows is there once, if they are near each other.
+folder where the table's cannot be written). A picture of several rows is there once, if they are near each other. Other
+columns than the usual ones of images and captions have a copy of their own, ``<table>.<hash of their names>.clipcore-rows``:
+an evaluation of the table's labels must not replace the copy that a training run reads.
 
 The copy is images and captions (as JSON), then an index of int64 [6, N] (offset, size and CRC-32 of a row's image, then of
 its caption), the state of the table that it was made of, and a trailer with the CRC-32 of both. It may lie in a shared
@@ -62,6 +64,9 @@ class ParquetSource:
         decoder: see ``decode_image``.
         has_captions: whether captions are read at all; else each is empty.
 
+    Attributes:
+        image_column: the name of the column of images.
+
     Raises:
         DataError: pyarrow is missing, or the file, a column, a row, or a place for the copy is.
     """
@@ -89,6 +94,7 @@ class ParquetSource:
                     names.append(find_column(path, columns, caption_columns(caption_key)))
                 if twice := [name for name in names if columns.count(name) > 1]:
                     raise DataError(f"{path} has several columns {twice[0]!r}; rename them")
+                self.image_column = names[0]
                 kind = file.schema_arrow.field(names[0]).type
                 if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
                     raise DataError(
@@ -217,10 +223,11 @@ def unreadable(path: str, error: Exception) -> DataError:
 
 
 def _copy_of(table: Table) -> _Copy:
-    """Return the copy of a table's two columns, made unless there is one of this very table."""
+    """Return the copy of a table's columns, made unless there is one of this very table."""
     num_rows = table.file.metadata.num_rows
     state = json.dumps([table.stat.st_size, table.stat.st_mtime_ns, *table.names]).encode()
-    places = [place.with_suffix(SUFFIX) for place in sidecar_paths(table.path)]
+    suffix = _suffix_of(table)
+    places = [place.with_suffix(suffix) for place in sidecar_paths(table.path)]
     for place in places:
         if (copy := _read_index(place, state, num_rows)) is not None:
             return copy
@@ -244,6 +251,19 @@ def _copy_of(table: Table) -> _Copy:
         f"{table.path}: the images must be written out once, but neither {places[0]} nor {places[1]} can be written; "
         "make room or set XDG_CACHE_HOME"
     )
+
+
+def _suffix_of(table: Table) -> str:
+    """Return the ending of a copy's name, which tells the columns in it unless they are the usual two."""
+    there = table.file.schema_arrow.names
+    usual = [
+        next((name for name in names if name in there), None)
+        for names in (image_columns(None), caption_columns(None))
+    ]
+    if list(table.names) == usual:
+        return SUFFIX
+    digest = hashlib.sha256(json.dumps(list(table.names)).encode()).hexdigest()
+    return f".{digest[:8]}{SUFFIX}"
 
 
 @contextlib.contextmanager

@@ -130,6 +130,12 @@ def source_identity(train_data: str, source: PairSource) -> dict[str, Any]:
     return {"samples": len(source), "files": digest.hexdigest()}
 
 
+_OWN = (
+    *(".clipcore-index", ".clipcore-labels-cls", ".clipcore-labels-npy", ".clipcore-arrow"),
+    *(".clipcore-rows", ".clipcore-rows.lock"),
+)
+
+
 def _files(path: str) -> Iterator[str]:
     """Names, and where it is a table or a shard the state, of the files of a part of a source, in order."""
     shards = sorted(glob.glob(f"{glob.escape(path)}/*.tar")) if os.path.isdir(path) else [path]
@@ -138,8 +144,7 @@ def _files(path: str) -> Iterator[str]:
         yield f"{os.path.basename(shard)} {stat.st_size} {stat.st_mtime_ns}"
     if not shards:
         for folder, names in walk(path):
-            own = (".clipcore-index", ".clipcore-rows", ".clipcore-rows.lock", ".clipcore-arrow")
-            yield from (os.path.join(folder, name) for name in names if not name.endswith(own))
+            yield from (os.path.join(folder, name) for name in names if not name.endswith(_OWN))
 
 
 # What was done before there were these flags, which manifests of then do not name.

@@ -389,7 +389,7 @@ class JsonlSource:
             raise DataError(f"{path}, {error}") from None
         self._img_key = find_column(path, list(first), image_columns(img_key))
         self._caption_key = find_column(path, list(first), caption_columns(caption_key))
-        paths = [self._image_path(row) for row in range(min(len(self), _PROBED_ROWS))]
+        paths = list(self._image_paths(min(len(self), _PROBED_ROWS)))
         check_images_exist(path, self._img_key, paths)
 
     def __len__(self) -> int:
@@ -412,8 +412,8 @@ class JsonlSource:
 
     def picture_names(self) -> Iterator[str]:
         """Yield for each record the whole path of its picture, which several records may have; empty without one."""
-        paths = map(self._image_path, range(len(self)))
-        return (os.path.abspath(path) if path else "" for path in paths)
+        for path in self._image_paths(len(self)):
+            yield os.path.abspath(path) if path else ""
 
     def _picture(self, record: dict[str, Any], key: str) -> Any:
         path = os.path.join(self._folder, record[self._img_key])
@@ -430,14 +430,17 @@ class JsonlSource:
             raise BadSample(f"no image path in {self._img_key!r}", key)
         return record, printable(path)
 
-    def _record(self, index: int, key: str) -> dict[str, Any]:
+    def _record(self, index: int, key: str, file: BinaryIO | None = None) -> dict[str, Any]:
+        """Return a record, from the table where it is open; raise BadSample."""
         start, end = self._starts_N1[index : index + 2].tolist()
         if end - start > MAX_CAPTION_BYTES:
             raise BadSample(f"a line of {end - start} bytes is too long", key)
         try:
-            with open_regular(self._path) as file:
-                state = _state_of(file)
-                line = os.pread(file.fileno(), end - start, start)
+            with (
+                open_regular(self._path) if file is None else contextlib.nullcontext(file) as opened
+            ):
+                state = _state_of(opened)
+                line = os.pread(opened.fileno(), end - start, start)
         except OSError as error:
             raise DataError(f"cannot read the table {self._path}: {error.strerror}") from None
         if state != self._state:
@@ -450,12 +453,20 @@ class JsonlSource:
             raise BadSample("the line is no JSON object", key)
         return record
 
-    def _image_path(self, index: int) -> str:
+    def _image_paths(self, num_rows: int) -> Iterator[str]:
+        """Yield the path of the image of each of the first rows, empty without one."""
         try:
-            path = self._record(index, "").get(self._img_key)
-        except BadSample:
-            return ""
-        return os.path.join(self._folder, path) if isinstance(path, str) and path else ""
+            file = open_regular(self._path)
+        except OSError as error:
+            raise DataError(f"cannot read the table {self._path}: {error.strerror}") from None
+        with file:
+            for row in range(num_rows):
+                try:
+                    path = self._record(row, "", file).get(self._img_key)
+                except BadSample:
+                    path = None
+                is_path = isinstance(path, str) and path
+                yield os.path.join(self._folder, str(path)) if is_path else ""
 
 
 def _state_of(file: BinaryIO) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import struct
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -193,7 +193,7 @@ class ShardIndex:
 
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
     the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts what belongs to no
-    sample.
+    sample. ``labels`` are the bytes of what labels say, one after another; an index of captions has none.
     """
 
     path: str
@@ -202,6 +202,7 @@ class ShardIndex:
     columns_6N: np.ndarray
     keys: np.ndarray
     left_out: LeftOut = field(default_factory=LeftOut)
+    labels: bytes = b""
 
     def __len__(self) -> int:
         return self.columns_6N.shape[1]
@@ -292,23 +293,41 @@ def _first_part(key: str) -> str:
 
 
 # Magic, size and modification time of the shard, samples, bytes of keys and of what is left out; then the columns, the keys,
-# what is left out as JSON, and a CRC-32.
+# what is left out as JSON, labels in an index that has them, and a CRC-32.
 _SIDECAR = struct.Struct("<8sQQQQQ")
 _MAGIC = b"CLIPIDX4"  # 1 did not count .npy members as images, 2 not what is left out, 3 lost samples with dots
 
 
-def load_index(path: str) -> ShardIndex:
-    """The index of a shard, from its sidecar file if that fits the shard, else made and kept."""
+class LabelIndex(NamedTuple):
+    """How an index of labels in place of captions is kept: the ending of its file, the bytes of a label, what makes it."""
+
+    suffix: str
+    bytes_a_label: int
+    build: Callable[[str], ShardIndex]
+
+
+def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
+    """Return the index of a shard, from its sidecar file if that fits the shard, else made and kept.
+
+    Args:
+        kind: of an index of labels; None gives that of captions.
+
+    Raises:
+        DataError: the shard cannot be read, or as of ``build_index`` or ``kind.build``.
+    """
     try:
         stat = os.stat(path)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
-    places = sidecar_paths(path)
+    places: Sequence[Path] = sidecar_paths(path)
+    if kind is not None:
+        places = [place.with_suffix(kind.suffix) for place in places]
+    bytes_a_label = 0 if kind is None else kind.bytes_a_label
     for place in places:
-        if (index := _read_sidecar(place, path, stat)) is not None:
+        if (index := _read_sidecar(place, path, stat, bytes_a_label)) is not None:
             return index
     try:
-        index = build_index(path)
+        index = build_index(path) if kind is None else kind.build(path)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
     for place in places:
@@ -331,16 +350,19 @@ def _write_sidecar(place: Path, index: ShardIndex) -> None:
     left_out = index.left_out.to_json().encode()
     sizes = (len(index), len(index.keys), len(left_out))
     head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, *sizes)
-    body = head + index.columns_6N.astype("<i8").tobytes() + index.keys.tobytes() + left_out
+    columns = index.columns_6N.astype("<i8").tobytes()
+    body = head + columns + index.keys.tobytes() + left_out + index.labels
     place.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(place) as file:
         file.write(body + struct.pack("<I", zlib.crc32(body)))
 
 
-def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | None:
+def _read_sidecar(
+    place: Path, path: str, stat: os.stat_result, bytes_a_label: int = 0
+) -> ShardIndex | None:
     """The kept index, or None if it is missing, damaged, or of another state of the shard."""
     try:
-        # No larger than the headers that it is made of, but for what is left out.
+        # No larger than the headers and labels that it is made of, but for what is left out.
         content = read_regular(place, stat.st_size + MAX_CAPTION_BYTES)
     except OSError:
         return None
@@ -348,9 +370,10 @@ def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | 
         return None
     body, checksum = content[:-4], int.from_bytes(content[-4:], "little")
     magic, size, mtime_ns, num_samples, num_bytes, num_left_out = _SIDECAR.unpack_from(body)
+    end = _SIDECAR.size + 48 * num_samples + num_bytes + num_left_out
     if (
         (magic, size, mtime_ns) != (_MAGIC, stat.st_size, stat.st_mtime_ns)
-        or len(body) != _SIDECAR.size + 48 * num_samples + num_bytes + num_left_out
+        or len(body) != end + num_samples * bytes_a_label
         or zlib.crc32(body) != checksum
     ):
         return None
@@ -363,10 +386,10 @@ def _read_sidecar(place: Path, path: str, stat: os.stat_result) -> ShardIndex | 
     if (np.diff(columns[5], prepend=0) < 0).any() or (num_samples and columns[5, -1] > num_bytes):
         return None
     try:
-        left_out = LeftOut.from_json(body[len(body) - num_left_out :])
+        left_out = LeftOut.from_json(body[end - num_left_out : end])
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return ShardIndex(path, size, mtime_ns, columns, keys, left_out)
+    return ShardIndex(path, size, mtime_ns, columns, keys, left_out, body[end:])
 
 
 class TarImages:

@@ -11,9 +11,9 @@ from clipcore.data.folders import (
     TEMPLATES_FILE,
     ClassFolderSource,
     class_names,
+    holds_image,
     is_image,
     list_folder,
-    walk,
 )
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
@@ -32,6 +32,7 @@ from clipcore.evaluate.splits import (
     files_fingerprint,
     keys_of,
     left_out_notes,
+    name_of,
     one_each,
     opened_once,
 )
@@ -56,11 +57,9 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 def _holds_classes(folder: Path) -> bool:
     files, folders = list_folder(str(folder))
-    return not any(map(is_image, files)) and any(_holds_image(folder / name) for name in folders)
-
-
-def _holds_image(folder: Path) -> bool:
-    return any(any(map(is_image, names)) for _, names in walk(str(folder)))
+    return not any(map(is_image, files)) and any(
+        holds_image(str(folder / name)) for name in folders
+    )
 
 
 def read_templates(*folders: Path) -> tuple[str, ...]:
@@ -107,9 +106,9 @@ def open_class_folders(
     def open_split(name: str) -> Split:
         folder = splits[name]
         source = whole or ClassFolderSource(str(folder), decoder, names_by_folder)
-        return _split(name, source, folder)
+        return _split(name, source, folder, decoder)
 
-    name = path.resolve().name
+    name = name_of(path)
     return EvaluationSet(
         name=name,
         task="classification",
@@ -122,12 +121,12 @@ def open_class_folders(
     )
 
 
-def _split(name: str, source: ClassFolderSource, folder: Path) -> Split:
+def _split(name: str, source: ClassFolderSource, folder: Path, decoder: Decoder) -> Split:
     return Split(
         name=name,
         source=source,
         labels_N=source.labels_N,
-        fingerprint=lambda: files_fingerprint(source.picture_names(), folder),
+        fingerprint=lambda: files_fingerprint(source.picture_names(), folder, decoder),
         keys=lambda: keys_of(source),
         notes=(
             *left_out_notes(name, source),
@@ -144,7 +143,7 @@ def _names_of_splits(
         top
         for folder in splits.values()
         for top in list_folder(str(folder))[1]
-        if not top.startswith("__") and _holds_image(folder / top)
+        if not top.startswith("__") and holds_image(str(folder / top))
     }
     ordered = sorted(tops)
     if len(ordered) < 2:

@@ -3,8 +3,10 @@
 ======================  ================================================================
 ``splits.py``           ``EvaluationSet`` and ``Split``, what all of them become
 ``wds.py``              tar shards with labels, CLIP_benchmark's exports
+``label_shards.py``     the labels in such shards, read once
 ``class_folders.py``    one folder of images a class
 ``label_tables.py``     csv, tsv, jsonl and parquet tables
+``parquet_folders.py``  several parquet tables, one or more for each split
 ``feature_files.py``    features in .npz files, for probes without a model
 ``retrieval_pairs.py``  images with captions, as they train a model
 ======================  ================================================================
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 
 from clipcore.data import DataError, printable
 from clipcore.data.columns import is_table
@@ -33,6 +34,12 @@ from clipcore.data.transforms import MAX_PIXELS, Decoder
 from clipcore.evaluate.class_folders import open_class_folders, split_folders
 from clipcore.evaluate.feature_files import feature_splits, open_features
 from clipcore.evaluate.label_tables import open_table
+from clipcore.evaluate.parquet_folders import (
+    ParquetFiles,
+    Tables,
+    only_configuration,
+    parquet_splits,
+)
 from clipcore.evaluate.retrieval_pairs import pairs_set
 from clipcore.evaluate.splits import (
     SPLITS,
@@ -41,6 +48,7 @@ from clipcore.evaluate.splits import (
     Split,
     Task,
     keys_of,
+    name_of,
     opened_once,
     refusals_in_words,
 )
@@ -118,9 +126,11 @@ def _drawn_split(
     """
 
     def fingerprint() -> str:
-        # The pictures are drawn, by this version of Pillow.
-        drawn = "\0".join((source.name, str(len(source)), PIL.__version__, *keys_of(source)))
-        return hashlib.sha256(drawn.encode()).hexdigest()
+        # They are drawn in a fifth of a second; what draws them is the fonts, their size, Pillow and FreeType.
+        digest = hashlib.sha256("\0".join((source.name, *keys_of(source))).encode())
+        for row in range(len(source)):
+            digest.update(np.ascontiguousarray(source[row].image).data)
+        return digest.hexdigest()
 
     if labels_N is None:
         assert isinstance(source, DrawnSource)
@@ -147,8 +157,9 @@ def open_set(
     """Open a data set, whose layout is told by what is there.
 
     Args:
-        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz`` or of images
-            with captions; a table; a ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
+        spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz``, of
+            ``{train,val,test}-*.parquet`` or of images with captions; a table; a ``.npz`` file, which is the test split; or
+            any other pairs that ``open_source`` reads.
         max_pixels: of a picture, of which more are not read.
         img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
         group_columns: a table's columns of groups, beside those called ``group:...``.
@@ -179,7 +190,7 @@ def open_set(
             )
         image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
         source = open_source(spec, img_key=image_key, max_pixels=max_pixels)
-        return pairs_set(path.name, source, path.parent)
+        return pairs_set(name_of(path), source, path.parent, decoder)
 
 
 def _open_folder(
@@ -189,13 +200,17 @@ def _open_folder(
     label_key: str | None,
     group_columns: Sequence[str],
 ) -> EvaluationSet:
-    name = path.resolve().name
+    name = name_of(path)
     if wds_splits(path):
         return open_wds(path, decoder)
     if paths := feature_splits(path):
         return open_features(name, paths)
     files, _ = list_folder(str(path))
-    if split_folders(path) or CLASSES_FILE in files:
+    if split_folders(path):
+        return open_class_folders(path, decoder)
+    if tables := parquet_splits(path):
+        return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
+    if CLASSES_FILE in files:
         return open_class_folders(path, decoder)
 
     for table in _TABLE_FILES:
@@ -208,7 +223,26 @@ def _open_folder(
                     raise
 
     image_key = DEFAULT_IMAGE_KEY if img_key is None else img_key
-    source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
+    try:
+        source = open_source(str(path), img_key=image_key, max_pixels=decoder.max_pixels)
+    except DataError:
+        if tables := only_configuration(path):
+            return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
+        raise
     if isinstance(source, ClassFolderSource):
         return open_class_folders(path, decoder, source)
-    return pairs_set(name, source, path)
+    return pairs_set(name, source, path, decoder)
+
+
+def _open_tables(
+    path: Path,
+    tables: Tables,
+    decoder: Decoder,
+    img_key: str | None,
+    label_key: str | None,
+    group_columns: Sequence[str],
+    name: str,
+) -> EvaluationSet:
+    """Open the parquet tables of a folder as one; names of classes and prompts lie in the folder itself."""
+    pattern, files = path / "*.parquet", ParquetFiles(tables)
+    return open_table(pattern, decoder, img_key, label_key, group_columns, name, files)

@@ -26,6 +26,7 @@ from clipcore.data.folders import CLASSES_FILE, TEMPLATES_FILE, read_json
 from clipcore.data.folders import class_names as names_of_labels
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.pictures import ChosenRows
+from clipcore.data.sources import MixtureSource
 from clipcore.data.tables import CsvSource, JsonlSource
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
@@ -38,6 +39,7 @@ from clipcore.evaluate.class_names import (
     twin_notes,
     with_spaces,
 )
+from clipcore.evaluate.parquet_folders import ParquetFiles, ParquetFilesImages
 from clipcore.evaluate.retrieval_pairs import pairs_split
 from clipcore.evaluate.splits import (
     MAX_CLASSES,
@@ -72,6 +74,7 @@ def open_table(
     label_key: str | None = None,
     group_columns: Sequence[str] = (),
     name: str | None = None,
+    files: ParquetFiles | None = None,
 ) -> EvaluationSet:
     """Open a table of images with labels, groups or captions; its paths are absolute or relative to its folder.
 
@@ -82,11 +85,12 @@ def open_table(
         img_key, label_key: the columns of images and labels; the first of the usual names when left out.
         group_columns: columns of groups, beside those called ``group:...``.
         name: of the set; the file's without its ending when left out.
+        files: the columns of several tables that are one, for which ``path`` is a pattern in their folder.
 
     Raises:
         DataError: a column is missing, a label cannot be used, or the file cannot be read.
     """
-    columns = open_columns(str(path))
+    columns = open_columns(str(path)) if files is None else files
     layout = layout_of(path, columns, img_key, label_key, group_columns)
     name = path.stem if name is None else name
     if layout.label is None and not layout.groups:
@@ -98,12 +102,12 @@ def open_table(
     if layout.label is not None:
         labels_R, names = _classes(path, columns, layout.label, rows)
     file = first_file(TEMPLATES_FILE, [path.parent])
-    pictures = _pictures(path, layout, rows, decoder)
+    pictures = _pictures(path, columns, layout, rows, decoder)
     if labels_R is not None:
         check_several(names, str(path))
 
     def open_split(split: str) -> Split:
-        return _open_split(path, split, rows, pictures, labels_R, names)
+        return _open_split(path, split, layout, rows, pictures, labels_R, names, decoder)
 
     return EvaluationSet(
         name=name,
@@ -209,8 +213,12 @@ def _pairs_of(path: Path, rows: Rows) -> dict[str, str]:
     return found
 
 
-def _pictures(path: Path, layout: Layout, rows: Rows, decoder: Decoder) -> Pictures:
+def _pictures(
+    path: Path, columns: Columns, layout: Layout, rows: Rows, decoder: Decoder
+) -> Pictures:
     """Return the images of all rows."""
+    if isinstance(columns, ParquetFiles):
+        return columns.images(layout.image, decoder)
     if rows.has_paths:
         return TableImages(str(path), rows.paths, layout.image, decoder)
     return ParquetImages(str(path), layout.image, decoder)
@@ -230,12 +238,16 @@ def _texts(codes: Codes, rows_N: np.ndarray) -> list[str]:
 def _open_split(
     path: Path,
     split: str,
+    layout: Layout,
     rows: Rows,
     pictures: Pictures,
     labels_R: np.ndarray | None,
     names: Names,
+    decoder: Decoder,
 ) -> Split:
     rows_N = _rows_of_split(rows, split)
+    if isinstance(pictures, ParquetFilesImages):
+        pictures.open(rows_N)
     labels_N = None if labels_R is None else labels_R[rows_N]
     source = LabelledImages(pictures, rows_N, labels_N, names)
     notes = () if labels_N is None else empty_class_notes(split, labels_N, names)
@@ -245,8 +257,11 @@ def _open_split(
     def fingerprint() -> str:
         if isinstance(pictures, TableImages):
             paths = (pictures.picture_path(row) for row in rows_N.tolist())
-            return files_fingerprint(paths, path.parent)
-        return files_fingerprint([str(path)], path.parent, rows_N.tobytes())
+            return files_fingerprint(paths, path.parent, decoder)
+        assert isinstance(pictures, ParquetImages | ParquetFilesImages)
+        return files_fingerprint(
+            pictures.paths, path.parent, layout.image, rows_N.tobytes(), decoder
+        )
 
     return Split(
         name=split,
@@ -294,6 +309,8 @@ def _open_pairs(
     path: Path, columns: Columns, layout: Layout, decoder: Decoder, name: str
 ) -> EvaluationSet:
     """Open a table of images with captions; raise DataError."""
+    if isinstance(columns, ParquetFiles):
+        return _open_pairs_of_files(path, columns, layout, decoder, name)
     source = _pairs_source(str(path), columns, layout, decoder)
     splits = None if layout.split is None else Rows(path, columns, layout)
     split_names = ("test",) if splits is None else chosen(splits.splits.texts)
@@ -302,7 +319,7 @@ def _open_pairs(
         chosen_rows = (
             source if splits is None else ChosenRows(source, _rows_of_split(splits, split))
         )
-        return pairs_split(split, chosen_rows, path.parent)
+        return pairs_split(split, chosen_rows, path.parent, decoder)
 
     return EvaluationSet(
         name=name,
@@ -313,6 +330,34 @@ def _open_pairs(
         main_metric=zero_shot_metric(name, "retrieval"),
         open_split=opened_once(open_split),
         notes=() if splits is None else left_out_notes("the table", splits),
+    )
+
+
+def _open_pairs_of_files(
+    path: Path, files: ParquetFiles, layout: Layout, decoder: Decoder, name: str
+) -> EvaluationSet:
+    """Open parquet tables of images with captions, whose names say the splits; raise DataError."""
+    if files.has_own_splits:
+        raise DataError(
+            f"{path}: the tables have captions and a column {layout.split}, which is read of one table alone; join them"
+        )
+
+    def open_split(split: str) -> Split:
+        parts = [
+            ParquetSource(table, layout.image, layout.caption, decoder)
+            for table in files.tables[split]
+        ]
+        rows = parts[0] if len(parts) == 1 else MixtureSource(parts, name=name)
+        return pairs_split(split, rows, path.parent, decoder)
+
+    return EvaluationSet(
+        name=name,
+        task="retrieval",
+        classnames=(),
+        templates=(),
+        split_names=chosen(list(files.tables)),
+        main_metric=zero_shot_metric(name, "retrieval"),
+        open_split=opened_once(open_split),
     )
 
 

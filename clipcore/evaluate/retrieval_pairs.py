@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,44 @@ from clipcore.data.parquet import ParquetSource
 from clipcore.data.pictures import ChosenRows, by_picture
 from clipcore.data.sources import MixtureSource
 from clipcore.data.tar import TarImages
+from clipcore.data.transforms import Decoder
 from clipcore.evaluate.splits import (
     EvaluationSet,
     Split,
     files_fingerprint,
     keys_of,
     left_out_notes,
+    members_hash,
     opened_once,
 )
 from clipcore.evaluate.suites import main_metric
 
 
-def pairs_split(name: str, rows: PairSource, folder: str | Path) -> Split:
+def pairs_split(name: str, rows: PairSource, folder: str | Path, decoder: Decoder) -> Split:
     """Return a split of images with captions, each image once with the captions of all rows that name it.
 
     Args:
         name: of the split.
         rows: the pairs as ``open_source`` reads them.
         folder: in which they lie.
+        decoder: with which they are read.
     """
     source = by_picture(rows)
+
+    def fingerprint() -> str:
+        return files_fingerprint(_files_of(rows), folder, len(rows), _choice_of(rows), decoder)
+
     return Split(
         name=name,
         source=source,
         labels_N=None,
-        fingerprint=lambda: files_fingerprint(_files_of(rows), folder, len(rows), _choice_of(rows)),
+        fingerprint=fingerprint,
         keys=lambda: keys_of(source),
         notes=left_out_notes(name, source),
     )
 
 
-def pairs_set(name: str, rows: PairSource, folder: str | Path) -> EvaluationSet:
+def pairs_set(name: str, rows: PairSource, folder: str | Path, decoder: Decoder) -> EvaluationSet:
     """Return a data set of one split, test, for retrieval; arguments as of ``pairs_split``."""
     return EvaluationSet(
         name=name,
@@ -50,7 +58,7 @@ def pairs_set(name: str, rows: PairSource, folder: str | Path) -> EvaluationSet:
         templates=(),
         split_names=("test",),
         main_metric=main_metric(name, "retrieval"),
-        open_split=opened_once(lambda split: pairs_split(split, rows, folder)),
+        open_split=opened_once(lambda split: pairs_split(split, rows, folder, decoder)),
     )
 
 
@@ -69,6 +77,12 @@ def _files_of(source: Any) -> Iterator[str]:
         yield from source.picture_names()
 
 
-def _choice_of(source: PairSource) -> bytes:
-    """Return what tells a choice of rows from another of the same table."""
-    return source.rows_N.tobytes() if isinstance(source, ChosenRows) else b""
+def _choice_of(source: Any) -> tuple[object, ...]:
+    """Return what tells the images of a source from others in the same files."""
+    if isinstance(source, MixtureSource):
+        return tuple(_choice_of(part) for part in source.parts)
+    if isinstance(source, ChosenRows):
+        return (hashlib.sha256(source.rows_N.tobytes()).hexdigest(), *_choice_of(source.table))
+    if isinstance(source, ParquetSource):
+        return (source.image_column,)
+    return (members_hash(source.shards),) if isinstance(source, TarImages) else ()

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,11 +18,12 @@ import numpy as np
 
 from clipcore.data import DataError, Pair, PairSource, printable
 from clipcore.data.sources import left_out_of
+from clipcore.data.tar import ShardIndex
 
 Task = Literal["classification", "multilabel", "retrieval"]
 SPLITS = ("train", "val", "test")
 # What people call them.
-_SPLIT_WORDS = {
+SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -43,7 +44,7 @@ class Split:
         labels_N: class indices, int64 [N]; 0 and 1 of each class, uint8 [N, C], of a multi-label set; None for retrieval,
             and where the images have groups but no labels.
         fingerprint: returns a hash of what the images are: another one when one is added, removed, renamed or rewritten.
-        keys: the images' names, which say which of them a seed takes; not their order.
+        keys: returns the images' names, which say which of them a seed takes, not their order; not to be changed.
         groups: groups of the images by the column that says them; empty where an image is in none.
         features_NW: float32, of a file of features; None of images.
         notes: what the user should know of it, such as the images that were left out.
@@ -111,12 +112,16 @@ def refusals_in_words() -> Iterator[None]:
 
 
 def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
-    """Return an opener that opens each split once, and then returns it again; it raises DataError alone."""
+    """Return an opener that opens each split once, and then returns it again; it raises DataError alone.
+
+    The fingerprint and the keys of a split are asked for once too, however many models are evaluated on it.
+    """
 
     @cache
     def open_it(name: str) -> Split:
         with refusals_in_words():
-            return open_split(name)
+            split = open_split(name)
+        return replace(split, fingerprint=cache(split.fingerprint), keys=cache(split.keys))
 
     return open_it
 
@@ -182,6 +187,11 @@ def keys_of(source: PairSource) -> list[str]:
     return [key(row) for row in range(len(source))]
 
 
+def name_of(path: str | Path) -> str:
+    """Return what a file or folder is called where the user names it, not where a link leads."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
     """Return a hash of the names, sizes and modification times of files in their order, and of other values.
 
@@ -203,6 +213,19 @@ def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object)
     return digest.hexdigest()
 
 
+def members_hash(shards: Iterable[ShardIndex]) -> str:
+    """Return a hash of the places, sizes and names of the images and labels in shards.
+
+    The size of a shard says little, as it is rounded up, and its time may be the same in all shards of a program.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{len(shard)} {len(shard.keys)} ".encode())
+        digest.update(np.ascontiguousarray(shard.columns_6N).data)
+        digest.update(np.ascontiguousarray(shard.keys).data)
+    return digest.hexdigest()
+
+
 def left_out_notes(split: str, source: object) -> tuple[str, ...]:
     """Return a note of what a source leaves out of a split; none where it leaves nothing out."""
     left_out = left_out_of(source)  # type: ignore[arg-type]
@@ -221,7 +244,7 @@ def empty_class_notes(split: str, labels_N: np.ndarray, names: Names) -> tuple[s
 
 def split_called(word: str) -> str | None:
     """Return which of ``SPLITS`` a word means, in whatever capitals; None where it means none."""
-    return _SPLIT_WORDS.get(word.lower())
+    return SPLIT_WORDS.get(word.lower())
 
 
 def entries_of_splits(folder: Path, suffix: str = "") -> dict[str, list[Path]]:

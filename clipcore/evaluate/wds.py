@@ -13,26 +13,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from array import array
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource, printable
+from clipcore.data import DataError, Pair, PairSource, printable
 from clipcore.data.folders import CLASSES_FILE, list_folder
-from clipcore.data.raw import MAX_HEADER_BYTES, decode_array
-from clipcore.data.tar import (
-    IMAGE_SUFFIXES,
-    OTHER_IMAGE_SUFFIXES,
-    Member,
-    ShardIndex,
-    TarImages,
-    TarSource,
-    scan_members,
-    split_name,
-)
+from clipcore.data.tar import TarImages, TarSource, split_name
 from clipcore.data.transforms import Decoder
 from clipcore.evaluate.class_names import (
     check_several,
@@ -42,6 +30,14 @@ from clipcore.evaluate.class_names import (
     read_text,
     templates_from_lines,
     twin_notes,
+)
+from clipcore.evaluate.label_shards import (
+    CLASS_SUFFIX,
+    MAX_WORD_BYTES,
+    NAMES_FILE,
+    ROW_SUFFIX,
+    load_labels,
+    members_of,
 )
 from clipcore.evaluate.splits import (
     EvaluationSet,
@@ -54,18 +50,21 @@ from clipcore.evaluate.splits import (
     files_fingerprint,
     keys_of,
     left_out_notes,
+    members_hash,
+    name_of,
     one_each,
     opened_once,
 )
 from clipcore.evaluate.suites import size_notes, suite_notes, zero_shot_metric
-from clipcore.files import open_regular
 
 COUNT_FILE, TYPE_FILE = "nshards.txt", "dataset_type.txt"
-NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
-_SUFFIXES: dict[Task, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+_SUFFIXES: dict[Task, str] = {
+    "classification": CLASS_SUFFIX,
+    "multilabel": ROW_SUFFIX,
+    "retrieval": "txt",
+}
 _MAX_SHARDS = 100_000
-_MAX_WORD_BYTES = 64  # of a file that holds a number or a word
-_MAX_LABEL_BYTES = 1 << 28  # of all labels of a multi-label split
 _PROBED_MEMBERS = 64
 
 
@@ -89,7 +88,7 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
         DataError: a file of it is missing, damaged, or does not fit the others.
     """
     splits = wds_splits(path)
-    name = path.resolve().name
+    name = name_of(path)
     task = _task_of(path, list(splits.values())[-1])
     names = _names(path, task)
     if task == "classification":
@@ -119,7 +118,7 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
 def _task_of(path: Path, folder: Path) -> Task:
     """Return the task that a set's file names, or the one that the members of a split's first shard show."""
     if is_there(path / TYPE_FILE):
-        word = read_text(path / TYPE_FILE, _MAX_WORD_BYTES).strip().lower()
+        word = read_text(path / TYPE_FILE, MAX_WORD_BYTES).strip().lower()
         for task in _SUFFIXES:
             if word == task:
                 return task
@@ -129,7 +128,7 @@ def _task_of(path: Path, folder: Path) -> Task:
     shard = find_shards(folder)[0][0]
     suffixes = {
         parts[1].lower().rpartition(".")[2]
-        for member in itertools.islice(_members(shard), _PROBED_MEMBERS)
+        for member in itertools.islice(members_of(shard), _PROBED_MEMBERS)
         if (parts := split_name(member.name)) is not None
     }
     found = next((task for task, suffix in _SUFFIXES.items() if suffix in suffixes), None)
@@ -166,12 +165,12 @@ def find_shards(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         if not tars:
             raise DataError(f"{folder} holds no shards; copy 0.tar, 1.tar, ... into it")
         ordered = sorted(tars, key=lambda name: (_number(name), name))
-        numbers = [_number(name) for name in ordered]
-        missing = [n for n in range(len(numbers)) if n not in numbers] if 0 in numbers else []
+        numbers = set(map(_number, ordered))
+        missing = [n for n in range(len(ordered)) if n not in numbers] if 0 in numbers else []
         notes = (f"{folder} has no {missing[0]}.tar, but later ones",) if missing else ()
         return [str(folder / name) for name in ordered], notes
 
-    text = read_text(folder / COUNT_FILE, _MAX_WORD_BYTES).strip()
+    text = read_text(folder / COUNT_FILE, MAX_WORD_BYTES).strip()
     if not re.fullmatch(r"[0-9]{1,6}", text) or not 0 < int(text) <= _MAX_SHARDS:
         raise DataError(
             f"{folder / COUNT_FILE} says {printable(text)!r}, which is no number of shards; write it, or remove the file"
@@ -192,79 +191,24 @@ def _number(name: str) -> int:
     return int(stem) if re.fullmatch(r"[0-9]{1,9}", stem) else 1 << 62
 
 
-def _members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
-    """Yield the members of a shard; raise DataError."""
-    try:
-        yield from scan_members(path, left_out)
-    except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
-
-
-def index_labels(path: str, label_suffix: str) -> ShardIndex:
-    """Return where the images and labels of a shard are, the labels in place of captions.
-
-    Raises:
-        DataError: the shard cannot be read, or holds a member twice.
-    """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
-    left_out = LeftOut()
-    samples = dict[str, dict[str, Member]]()
-    for member in _members(path, left_out):
-        if (parts := split_name(member.name)) is None:
-            continue
-        # "shot 1.5 mm.jpg" is an image too, whose key has a dot.
-        stem, _, suffix = parts[1].rpartition(".")
-        key, suffix = f"{parts[0]}.{stem}" if stem else parts[0], suffix.lower()
-        if suffix in OTHER_IMAGE_SUFFIXES:
-            left_out.add("picture of another kind", member.name)
-        elif suffix == label_suffix or suffix in IMAGE_SUFFIXES:
-            members = samples.setdefault(key, {})
-            if suffix in members:
-                shown = printable(member.name)
-                raise DataError(f"{path} holds {shown!r} twice; write the shard again")
-            members[suffix] = member
-
-    columns, keys = array("q"), bytearray()
-    for key, members in samples.items():
-        label = members.pop(label_suffix, None)
-        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-        if image is None and label is not None:
-            left_out.add("label without an image", label.name)
-        elif image is not None and label is None:
-            left_out.add(f"image without a label in .{label_suffix}", image.name)
-        elif image is not None and label is not None:
-            keys += printable(key).encode("utf-8", "replace")
-            columns.extend((image.offset, image.size, label.offset, label.size, 0, len(keys)))
-            if len(members) > 1:
-                left_out.add("further picture of a sample", key)
-    columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
-    keys_K = np.frombuffer(bytes(keys), np.uint8)
-    return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out)
-
-
 def _open_labelled(split: str, folder: Path, decoder: Decoder, task: Task, names: Names) -> Split:
     """Open a split of images with labels; raise DataError."""
     shards, notes = find_shards(folder)
-    images = TarImages(
-        [index_labels(path, _SUFFIXES[task]) for path in shards], decoder, folder.name
-    )
+    indices, labels_N = load_labels(shards, _SUFFIXES[task], len(names))
+    images = TarImages(indices, decoder, folder.name)
     if not len(images):
         raise DataError(
             f"{folder} holds no image with a label in a member of the same name that ends in .{_SUFFIXES[task]}"
             f"{images.left_out.found()}"
         )
-    labels_N = _class_labels(images, names) if task == "classification" else None
-    if labels_N is None:
-        labels_N = _label_rows(images, names)
     source = LabelledImages(images, np.arange(len(images)), labels_N, names)
     return Split(
         name=split,
         source=source,
         labels_N=labels_N,
-        fingerprint=lambda: files_fingerprint(shards, folder, task, len(images)),
+        fingerprint=lambda: files_fingerprint(
+            shards, folder, task, members_hash(images.shards), decoder
+        ),
         keys=lambda: keys_of(source),
         notes=(
             *notes,
@@ -272,74 +216,6 @@ def _open_labelled(split: str, folder: Path, decoder: Decoder, task: Task, names
             *empty_class_notes(split, labels_N, names),
         ),
     )
-
-
-def _label_bytes(images: TarImages, limit: int) -> Iterator[tuple[int, bytes]]:
-    """Yield for each image its number and the content of its label; raise DataError for one of more bytes than ``limit``."""
-    number = 0
-    for shard in images.shards:
-        with open_regular(shard.path) as file:
-            for offset, size in shard.columns_6N[2:4].T.tolist():
-                if size > limit:
-                    raise DataError(
-                        f"{images.key(number)}: a label of {size:,} bytes is too long; write the shard again"
-                    )
-                yield number, os.pread(file.fileno(), size, offset)
-                number += 1
-
-
-def _class_labels(images: TarImages, names: Names) -> np.ndarray:
-    """Return the classes of images, int64 [N].
-
-    Raises:
-        DataError: one is no number, or of no class.
-    """
-    labels_N = np.empty(len(images), np.int64)
-    for number, data in _label_bytes(images, _MAX_WORD_BYTES):
-        match = re.fullmatch(rb"\s*(-?[0-9]{1,18})\s*", data)
-        label = -1 if match is None else int(match[1])
-        if match is None:
-            shown = printable(data.decode("utf-8", "replace"))
-            raise DataError(
-                f"{images.key(number)}: its class is {shown!r}, and KEY.cls holds a number; write the shard again"
-            )
-        if not 0 <= label < len(names):
-            raise DataError(
-                f"{images.key(number)}: its class is {label}, and {NAMES_FILE} names {len(names)}, 0 to {len(names) - 1}; "
-                "write the name of each class, or correct the label"
-            )
-        labels_N[number] = label
-    return labels_N
-
-
-def _label_rows(images: TarImages, names: Names) -> np.ndarray:
-    """Return 0 or 1 for each image and class, uint8 [N, C].
-
-    Raises:
-        DataError: a label is no such row, or all take too much memory.
-    """
-    num_images, num_classes = len(images), len(names)
-    if num_images * num_classes > _MAX_LABEL_BYTES:
-        raise DataError(
-            f"{images.name}: labels of {num_images:,} images in {num_classes:,} classes take too much memory; write fewer"
-        )
-    labels_NC = np.empty((num_images, num_classes), np.uint8)
-    for number, data in _label_bytes(images, MAX_HEADER_BYTES + 8 * num_classes):
-        try:
-            row = decode_array(data)
-        except BadSample as error:
-            raise DataError(f"{images.key(number)}: its label is {error.reason}") from None
-        if row.shape != (num_classes,):
-            raise DataError(
-                f"{images.key(number)}: its label has the shape {list(row.shape)}, and {NAMES_FILE} names {num_classes} "
-                "classes; write a 0 or 1 for each"
-            )
-        if not np.isin(row, (0, 1)).all():
-            raise DataError(
-                f"{images.key(number)}: its label holds other numbers than 0 and 1; write the shard again"
-            )
-        labels_NC[number] = row
-    return labels_NC
 
 
 class CaptionLines:
@@ -379,12 +255,15 @@ class CaptionLines:
 def _open_pairs(split: str, folder: Path, decoder: Decoder) -> Split:
     """Open a split of images with captions; raise DataError."""
     shards, notes = find_shards(folder)
-    source: PairSource = CaptionLines(TarSource(shards, decoder=decoder, name=folder.name))
+    pairs = TarSource(shards, decoder=decoder, name=folder.name)
+    source: PairSource = CaptionLines(pairs)
     return Split(
         name=split,
         source=source,
         labels_N=None,
-        fingerprint=lambda: files_fingerprint(shards, folder, "retrieval"),
+        fingerprint=lambda: files_fingerprint(
+            shards, folder, "retrieval", members_hash(pairs.shards), decoder
+        ),
         keys=lambda: keys_of(source),
         notes=(*notes, *left_out_notes(split, source)),
     )

@@ -1,0 +1,203 @@
+"""Folders of parquet tables as data sets lie on the Hugging Face hub: ``DIR/data/test-00000-of-00002.parquet``.
+
+The tables are one, and the files' names say the splits. The images of a table are opened with the first split that has some
+of them: those of a training split may be a hundred times as many.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipcore.data import DataError, printable
+from clipcore.data.columns import ParquetColumns, ParquetImages, Row
+from clipcore.data.folders import list_folder
+from clipcore.data.transforms import Decoder
+from clipcore.evaluate.splits import SPLIT_WORDS, SPLITS
+
+SPLIT_COLUMN = "split"
+_NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.parquet", re.IGNORECASE)
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
+
+# Paths of tables by split, in the order of ``SPLITS``.
+Tables = dict[str, list[str]]
+
+
+def parquet_splits(path: Path) -> Tables:
+    """Return the tables of each split in a folder, or in its folder ``data``; none where their names say no splits.
+
+    Raises:
+        DataError: one of several that belong together is missing, or the folder cannot be read.
+    """
+    for folder in (path, path / "data"):
+        if os.path.isdir(folder) and (found := _splits_in(folder)):
+            return found
+    return {}
+
+
+def only_configuration(path: Path) -> Tables:
+    """Return the tables of each split in the only folder within a folder that holds such, none where none does.
+
+    Raises:
+        DataError: several do, or tables lie there whose names say no splits.
+    """
+    files, folders = list_folder(str(path))
+    found = {name: tables for name in folders if (tables := _splits_in(path / name))}
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds parquet tables in several folders, {', '.join(map(printable, found))}; name one of them, such as "
+            f"{printable(str(path / next(iter(found))))}"
+        )
+    if found:
+        return next(iter(found.values()))
+    places = [path / name for name in files]
+    if "data" in folders:
+        places += [path / "data" / name for name in list_folder(str(path / "data"))[0]]
+    others = [place for place in places if place.name.lower().endswith(".parquet")]
+    if others:
+        raise DataError(
+            f"{path} holds parquet tables whose names begin with no split ({', '.join(SPLITS)}), such as "
+            f"{printable(str(others[0]))}; name one of them, or rename them"
+        )
+    return {}
+
+
+def _splits_in(folder: Path) -> Tables:
+    found: Tables = {}
+    for name in list_folder(str(folder))[0]:
+        if match := _NAME.fullmatch(name):
+            found.setdefault(SPLIT_WORDS[match[1].lower()], []).append(name)
+    for names in found.values():
+        _check_complete(folder, names)
+    return {
+        split: [str(folder / name) for name in found[split]] for split in SPLITS if split in found
+    }
+
+
+def _check_complete(folder: Path, names: Sequence[str]) -> None:
+    """Raise DataError where one of the tables is missing that their names count."""
+    there = set(names)
+    for name in names:
+        if (match := _PART.fullmatch(name)) is None:
+            continue
+        # The end may differ, as a hash of the content.
+        starts = {m[2] for other in there if (m := _PART.fullmatch(other)) and m[1] == match[1]}
+        missing = [part for part in range(int(match[3])) if f"{part:05d}" not in starts]
+        if missing:
+            wanted = f"{match[1]}-{missing[0]:05d}-of-{match[3]}"
+            raise DataError(
+                f"{folder} has no {printable(wanted)}.parquet, one of the {int(match[3])} tables that the others' names "
+                "count; copy it"
+            )
+        return
+
+
+class ParquetFiles(ParquetColumns):
+    """The columns that all of some parquet tables have, and one of their splits where they have none of their own.
+
+    Args:
+        tables: their paths by split.
+
+    Attributes:
+        tables: as given.
+        paths: all of them, in the order of the rows.
+        has_own_splits: whether a column of the tables says the splits.
+
+    Raises:
+        DataError: as of ``ParquetColumns``.
+    """
+
+    def __init__(self, tables: Mapping[str, Sequence[str]]) -> None:
+        self.tables = tables
+        self.paths = [path for paths in tables.values() for path in paths]
+        self._splits = [split for split, paths in tables.items() for _ in paths]
+        self._columns = [ParquetColumns(path) for path in self.paths]
+        first, *others = self._columns
+        self.names = [name for name in first.names if all(name in one.names for one in others)]
+        self.has_own_splits = SPLIT_COLUMN in self.names
+        if not self.has_own_splits:
+            self.names.append(SPLIT_COLUMN)
+
+    def rows(self, names: Sequence[str]) -> Iterator[Row]:
+        """Yield the rows of all tables with their values in some columns; raise DataError."""
+        read = [name for name in names if self.has_own_splits or name != SPLIT_COLUMN]
+        for path, split, columns in zip(self.paths, self._splits, self._columns, strict=True):
+            for row in columns.rows(read):
+                cells = {SPLIT_COLUMN: split, **dict(zip(read, row.values, strict=False))}
+                values = () if row.trouble else [cells[name] for name in names]
+                yield Row(f"{os.path.basename(path)}, {row.place}", values, row.trouble)
+
+    def class_names(self, label: str) -> list[str] | None:
+        """Return the names of the classes in Hugging Face's notes, None without them; raise DataError where they differ."""
+        found: tuple[str, list[str]] | None = None
+        for path, columns in zip(self.paths, self._columns, strict=True):
+            if (names := columns.class_names(label)) is None:
+                continue
+            if found is not None and found[1] != names:
+                raise DataError(
+                    f"{found[0]} and {path} name the classes of {printable(label)!r} differently; write both anew with the "
+                    "same classes"
+                )
+            found = (path, names)
+        return None if found is None else found[1]
+
+    def images(self, column: str, decoder: Decoder) -> ParquetFilesImages:
+        """Return the images of all tables."""
+        ends = np.cumsum([columns.num_rows for columns in self._columns])
+        return ParquetFilesImages(self.paths, ends, column, decoder)
+
+
+class ParquetFilesImages:
+    """The images of several parquet tables, by row.
+
+    Args:
+        paths: the tables.
+        ends: the number of rows up to the end of each.
+        column: of the images.
+        decoder: see ``decode_image``.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], ends: np.ndarray, column: str, decoder: Decoder
+    ) -> None:
+        self.name = os.path.basename(os.path.dirname(os.path.abspath(paths[0])))
+        self.paths = list(paths)
+        self._ends, self._column, self._decoder = ends, column, decoder
+        self._opened = dict[int, ParquetImages]()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def key(self, index: int) -> str:
+        """Return the name of a row: its table and its number there."""
+        number, row = self._place(index)
+        return f"{os.path.basename(self.paths[number])}, row {row + 1}"
+
+    def picture(self, index: int) -> tuple[Any, str]:
+        """Return the picture of a row and its key; raise BadSample."""
+        number, row = self._place(index)
+        return self._images(number).picture(row)
+
+    def open(self, rows_N: np.ndarray) -> None:
+        """Open the tables of some rows; raise DataError."""
+        for number in np.unique(np.searchsorted(self._ends, rows_N, side="right")).tolist():
+            self._images(number)
+
+    def _images(self, number: int) -> ParquetImages:
+        if number not in self._opened:
+            self._opened[number] = ParquetImages(self.paths[number], self._column, self._decoder)
+        return self._opened[number]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the table of a row, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
