@@ -25,6 +25,8 @@ FEWEST_ROWS = 2
 # A shorter pass is mostly the start of its operations, in which further threads have no part.
 LONG_ENOUGH_S = 0.05
 ROUNDS = 3
+# Of the products that are timed where there is no step: a block of features by a square matrix, 20 ms together.
+_PRODUCT_ROWS, _PRODUCT_SIDE, _NUM_PRODUCTS = 256, 512, 8
 # A number that takes so many times as long in one round is not tried again.
 FAR_APART = 2.0
 
@@ -104,6 +106,28 @@ def set_faster(
     number = 1 if one_s < most_s else most
     torch.set_num_threads(number)
     return Timed(number, most, rows, one_s, most_s)
+
+
+def set_faster_for_products(most: int) -> int:
+    """Time matrix products with one thread and with all of them; set torch's number to the faster, and return it.
+
+    Probes and encoders alike are mostly products. Beside a busy process two threads took 61 s for what one did in 14.
+    """
+    rows, columns = (
+        torch.ones(_PRODUCT_ROWS, _PRODUCT_SIDE),
+        torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE),
+    )
+    taken: dict[int, list[float]] = {most: [], 1: []}
+    for _ in range(ROUNDS):
+        for number, seconds in taken.items():
+            torch.set_num_threads(number)
+            start = time.perf_counter()
+            for _ in range(_NUM_PRODUCTS):
+                torch.mm(rows, columns)
+            seconds.append(time.perf_counter() - start)
+    number = min(taken, key=lambda number: (statistics.median(taken[number]), -number))
+    torch.set_num_threads(number)
+    return number
 
 
 def _seconds(embed: Embed, module: nn.Module, rows: int) -> float:

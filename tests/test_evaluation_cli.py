@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,13 @@ from clipcore.evaluate import runner
 from clipcore.evaluate.__main__ import build_parser, main
 from clipcore.evaluate.results import read_results
 from clipcore.model import create_model
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +248,10 @@ def test_transparent_pictures_lie_over_white_and_are_counted(runs, tmp_path, cap
         ),
         (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--model", "x"], "--model names"),
         (["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--bpe-path", "x"], "--bpe-path"),
+        (
+            ["zero-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--threads", "0"],
+            "--threads is",
+        ),
         (["linear-probe", "--checkpoint", "RUN", "--data", "PEOPLE"], "no split 'train'"),
         (
             ["linear-probe", "--checkpoint", "RUN", "--data", "SHAPES", "--C", "0"],

@@ -179,3 +179,16 @@ def test_another_data_loader_is_measured_anew(tmp_path: Path):
         assert found.threads == expected
     chosen = config_of(workers=1, threads=2)
     assert resumed_config(tmp_path, chosen, frozenset({"workers", "threads"}), world).threads == 2
+
+
+@pytest.mark.parametrize(("one_s", "both_s", "expected"), [(10, 6, 2), (4, 61, 1), (5, 5, 2)])
+def test_products_take_the_faster_number_of_threads(monkeypatch, one_s, both_s, expected):
+    now, seconds = [0], {1: one_s, 2: both_s}
+
+    def product(*_: torch.Tensor) -> None:
+        now[0] += seconds[torch.get_num_threads()]
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(threads, "time", clock)
+    monkeypatch.setattr(threads.torch, "mm", product)
+    assert threads.set_faster_for_products(2) == torch.get_num_threads() == expected

@@ -154,6 +154,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=0, metavar="N", help="processes that read images [0]"
     )
     running.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads on a CPU [one or all, whichever is faster]",
+    )
+    running.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda [a GPU where there is one]",

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from clipcore.data import DataError, printable
 from clipcore.distributed import pick_device
 from clipcore.evaluate.commands import measure, measures_due
@@ -38,6 +40,7 @@ from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
 from clipcore.loading import LoadedModel, load_model
 from clipcore.terminal import check_whole_numbers, complain
+from clipcore.threads import most_threads, set_faster_for_products
 
 _PROGRAM = "clipcore.evaluate"
 
@@ -54,6 +57,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
     if any(output.glob("*.json")):
         # What is made of all results in the end cannot be made with a damaged file among them.
         read_results(output)
+    _set_threads(arguments)
     sets, num_failed = _open_sets(arguments)
     models = [("checkpoint", path) for path in arguments.checkpoint]
     models += [("pretrained", path) for path in arguments.pretrained]
@@ -82,6 +86,17 @@ def run_measures(arguments: argparse.Namespace) -> int:
     elif results:
         print(f"results are in {arguments.output}")
     return 2 if num_failed else 0
+
+
+def _set_threads(arguments: argparse.Namespace) -> None:
+    """Compute with the threads that are asked for, else with one or all, whichever is faster now."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        return
+    most = most_threads(1, arguments.workers)
+    is_given = "OMP_NUM_THREADS" in os.environ
+    if not is_given and most > 1 and torch.device(arguments.device).type == "cpu":
+        set_faster_for_products(most)
 
 
 def _evaluate(
@@ -146,6 +161,8 @@ def _check(arguments: argparse.Namespace) -> None:
     check_whole_numbers(arguments, ("batch_size", "workers", "max_pixels"))
     if arguments.batch_size < 1 or arguments.workers < 0 or arguments.max_pixels < 1:
         raise ValueError("--batch-size and --max-pixels are at least 1, and --workers at least 0")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads is at least 1, got {arguments.threads}")
     if not 0 <= arguments.max_bad_fraction <= 1:
         raise ValueError(
             f"--max-bad-fraction is a share from 0 to 1, got {arguments.max_bad_fraction}"
