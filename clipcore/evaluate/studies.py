@@ -203,7 +203,7 @@ def _line_of(pair: dict[str, Any]) -> str:
     line = pair["baseline"]
     if line is None:
         return ", without a baseline"
-    origin = "the probes" if line["from"] == "fit" else printable(line["from"])
+    origin = "this folder" if line["from"] == "fit" else printable(line["from"])
     return (
         f", baseline of {line['num_models']} models of {origin}: logit(out) = {line['slope']:.3f} logit(in) "
         f"{line['intercept']:+.3f}, r2 {line['r2']:.3f}"
