@@ -81,6 +81,33 @@ def training() -> tuple[GivenSource, list[int]]:
     return GivenSource(pictures, "training"), rows
 
 
+def test_training_images_are_read_once_for_several_data_sets(monkeypatch):
+    monkeypatch.setattr(image_descriptors, "_BLOCK_ROWS", 9)
+    source, _ = training()
+    stream = TrainingStream(source, pixel_descriptor(), Reading(4), torch.device("cpu"), None)
+    looked = []
+    read = type(source).__getitem__
+    monkeypatch.setattr(
+        type(source), "__getitem__", lambda self, row: looked.append(self.name) or read(self, row)
+    )
+    found = []
+    for _ in range(2):
+        measured = measure_overlap(
+            evaluation(), IS_RIGHT, source, "x", pixel_descriptor(), THRESHOLD, stream=stream
+        )
+        measured[1].pop("seconds")
+        found.append(measured)
+        # The nearest pairs' pictures are read again for the page.
+        num_shown = sum(one["training_image"] is not None for one in measured[1]["nearest"])
+        assert looked.count("training") == 35 + len(found) * num_shown
+    assert found[0] == found[1]
+
+    monkeypatch.setattr(image_descriptors, "_MOST_KEPT_BYTES", 3000)
+    large = TrainingStream(source, pixel_descriptor(), Reading(4), torch.device("cpu"), None)
+    first, second = (torch.cat(list(large.blocks())) for _ in range(2))
+    assert torch.equal(first, second) and (large.num_read, len(large.unreadable)) == (30, 5)
+
+
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_planted_copies_are_found_and_the_gain_is_exact(monkeypatch, threshold, batch_size):

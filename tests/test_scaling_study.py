@@ -194,3 +194,17 @@ def test_files_that_hold_no_compute_get_one_line(tmp_path, name):
     with pytest.raises(DataError, match=message) as raised:
         scaling_study(tmp_path / "results", tmp_path / name)
     assert name in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+def test_results_state_the_compute_of_shapes_without_a_name(tmp_path):
+    for number, gmacs in enumerate((1.0, 10.0, 100.0)):
+        put(tmp_path, "pets", 0.5 + 0.1 * number, f"ViT-own-{number}", gmacs=gmacs)
+    study = scaling_study(tmp_path)
+    assert [model["compute"] for model in study["models"]] == [1.0, 10.0, 100.0]
+    for number, stated in enumerate((float("1e400"), -1.0, "many")):
+        put(tmp_path / "odd", "pets", 0.5, f"ViT-own-{number}", gmacs=0)
+        path = next((tmp_path / "odd").glob(f"*ViT-own-{number}*"))
+        text = json.dumps(stated) if stated == stated and stated != float("inf") else "1e400"
+        path.write_text(path.read_text().replace('"gmacs": 0', f'"gmacs": {text}'))
+    with pytest.raises(DataError, match="has 0; left out: 3 x model of an unknown shape"):
+        scaling_study(tmp_path / "odd")

@@ -10,7 +10,12 @@ from typing import Any
 from clipcore.data import DataError
 from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
 from clipcore.evaluate.datasets import EvaluationSet
-from clipcore.evaluate.image_descriptors import Reading, model_descriptor, pixel_descriptor
+from clipcore.evaluate.image_descriptors import (
+    Reading,
+    TrainingStream,
+    model_descriptor,
+    pixel_descriptor,
+)
 from clipcore.evaluate.measure import (
     ProbeOptions,
     Subject,
@@ -148,15 +153,20 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
     if arguments.descriptor == "model":
         descriptor = model_descriptor(loaded.model, loaded.transform, features.device)
 
-    training = open_training(
-        arguments.train_data,
-        dataset_type=arguments.dataset_type,
-        img_key=arguments.csv_img_key,
-        caption_key=arguments.csv_caption_key,
-        separator=arguments.csv_separator,
-    )
     reading = Reading(arguments.batch_size, arguments.workers)
-    with progress_bar(f"{dataset.name}, training images", " images", len(training)) as progress:
+    if subject.training is None:
+        training = open_training(
+            arguments.train_data,
+            dataset_type=arguments.dataset_type,
+            img_key=arguments.csv_img_key,
+            caption_key=arguments.csv_caption_key,
+            separator=arguments.csv_separator,
+        )
+        stream = TrainingStream(training, descriptor, reading, features.device, None)
+        subject.training = (training, stream)
+    training, stream = subject.training
+    title = f"{dataset.name}, training images"
+    with progress_bar(title, " images", len(training)) as stream.progress:
         found = measure_overlap(
             features,
             is_right_N,
@@ -165,7 +175,7 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
             descriptor,
             arguments.threshold,
             reading,
-            progress,
+            stream=stream,
         )
     return _result(subject, dataset, OVERLAP, found)
 

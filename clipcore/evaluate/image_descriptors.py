@@ -23,6 +23,8 @@ from clipcore.model import CLIP
 DESCRIPTORS = ("model", "pixels")
 # Training images that are compared at once: the rows of a chunk in similarity_topk.
 _BLOCK_ROWS = 4096
+# Bytes of descriptors that are kept for a further data set: those of a million images of 256 numbers.
+_MOST_KEPT_BYTES = 1 << 30
 # Pixels of a side of what the pixel descriptor makes coarser still.
 _PIXEL_DESCRIPTOR_SIDE = 64
 
@@ -93,7 +95,9 @@ def check_finite(described: Tensor) -> None:
 
 
 class TrainingStream:
-    """The descriptors of all training images in blocks, once.
+    """The descriptors of all training images in blocks, as often as asked.
+
+    Those of a training set that is not too large are kept, so that its images are read once for all data sets.
 
     Args:
         device: where the evaluation's descriptors are.
@@ -101,6 +105,7 @@ class TrainingStream:
     Attributes:
         num_read: images that were described so far.
         unreadable: the rows of those that could not be read, in order.
+        progress: is called with the number of images that were gone through since its last call.
     """
 
     def __init__(
@@ -112,13 +117,40 @@ class TrainingStream:
         progress: Progress | None,
     ) -> None:
         self._source, self._descriptor, self._reading = source, descriptor, reading
-        self._device, self._progress = device, progress
+        self._device, self.progress = device, progress
         self.num_read = 0
         self.unreadable: list[int] = []
         self._first_reason = ""
+        self._kept: list[Tensor] | None = []
+        self._is_read = False
 
     def blocks(self) -> Generator[Tensor, None, None]:
         """Yield descriptors [B, W] of the images that can be read, in order."""
+        if self._is_read and self._kept is not None:
+            if self.progress is not None:
+                self.progress(len(self._source))
+            yield from self._kept
+            return
+
+        self.num_read, self.unreadable, self._first_reason = 0, [], ""
+        self._kept, self._is_read = [], False
+        # Closed with this one, and its readers with it.
+        with contextlib.closing(self._read()) as blocks:
+            for block in blocks:
+                self._keep(block)
+                yield block
+        self._is_read = True
+
+    def _keep(self, block: Tensor) -> None:
+        """Keep a block for the next time, unless all of them are too large."""
+        if self._kept is None:
+            return
+        self._kept.append(block)
+        if sum(kept.numel() * kept.element_size() for kept in self._kept) > _MOST_KEPT_BYTES:
+            self._kept = None
+
+    def _read(self) -> Generator[Tensor, None, None]:
+        """Yield the descriptors of the images as they are read."""
         waiting, num_waiting, begun = list[Tensor](), 0, 0
         batches = image_batches(self._source, self._descriptor, self._reading)
         # An error, or Ctrl-C, ends the workers at once.
@@ -145,8 +177,8 @@ class TrainingStream:
         if batch.bad and not self._first_reason:
             key, reason = batch.bad[0]
             self._first_reason = printable(f"{key}: {reason}")
-        if self._progress is not None:
-            self._progress(end - begun)
+        if self.progress is not None:
+            self.progress(end - begun)
 
     def rows(self, place_N: np.ndarray) -> np.ndarray:
         """Return the rows of the source of images that are numbered without the unreadable ones."""

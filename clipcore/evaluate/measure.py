@@ -22,10 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clipcore
-from clipcore.data import DataError
+from clipcore.data import DataError, PairSource
+from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.datasets import EvaluationSet
 from clipcore.evaluate.features import FeatureStore, SplitFeatures
 from clipcore.evaluate.few_shot import SHOTS, FewShotCurve, few_shot_curve, labels_per_class
+from clipcore.evaluate.image_descriptors import TrainingStream
 from clipcore.evaluate.linear_probe import (
     GRID,
     LinearProbe,
@@ -96,10 +98,14 @@ class Subject:
     Args:
         loaded: the model; None where features come from files.
         store: of its features.
+
+    Attributes:
+        training: the training images that data sets were compared with, and their descriptors.
     """
 
     def __init__(self, loaded: LoadedModel | None, store: FeatureStore | None) -> None:
         self.loaded, self.store = loaded, store
+        self.training: tuple[PairSource, TrainingStream] | None = None
         self._features: dict[tuple[str, str], SplitFeatures] = {}
         self._classifiers: dict[tuple[object, object], Tensor] = {}
 
@@ -130,6 +136,7 @@ class Subject:
         if self.loaded is None or dataset.split("test").source is None:
             return Result(dataset.name, "features", "file", task, metrics, details)
         name, pretrained = self.loaded.name, self.loaded.pretrained
+        details = {**details, "gmacs": image_macs(self.loaded.model.config) / 1e9}
         return Result(dataset.name, name, pretrained, task, metrics, details)
 
     def features(self, dataset: EvaluationSet, split: str) -> SplitFeatures:

@@ -130,6 +130,7 @@ def measure_overlap(
     threshold: float | None = None,
     reading: Reading = READING,
     progress: Progress | None = None,
+    stream: TrainingStream | None = None,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Return the metrics and the details of a result: contamination, and the score with and without it.
 
@@ -142,6 +143,7 @@ def measure_overlap(
         spec: what the user calls it.
         threshold: cosine from which on two images are one; proposed where it is None.
         progress: is called with the number of training images that were read since its last call.
+        stream: of the same training images and descriptor, which may have them from a data set before.
 
     Raises:
         DataError: no images to compare, or no threshold that can be proposed.
@@ -159,7 +161,8 @@ def measure_overlap(
         threshold = _proposed(images, described_NW, descriptor, reading.batch_size, notes)
     seconds = {"evaluation": time.perf_counter() - begun}
 
-    stream = TrainingStream(training, descriptor, reading, described_NW.device, progress)
+    if stream is None:
+        stream = TrainingStream(training, descriptor, reading, described_NW.device, progress)
     cosine_N, place_N = _nearest(described_NW, stream)
     seconds["training"] = time.perf_counter() - begun - seconds["evaluation"]
 

@@ -338,6 +338,6 @@ def _card(neighbour: Neighbour, threshold: float | None) -> str:
     )
     verdict = ", overlaps" if is_over else ""
     return (
-        f'<div class="{"over" if is_over else ""}">{pictures}<br>{neighbour.cosine:.3f}{verdict}<br>'
+        f'<div class="{"over" if is_over else ""}">{pictures}<br>{neighbour.cosine:.4f}{verdict}<br>'
         f"{html.escape(neighbour.key)}<br>{html.escape(neighbour.training_key)}</div>"
     )

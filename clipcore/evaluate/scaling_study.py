@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import UnknownModelError, find_model
+from clipcore.architectures import UnknownModelError, find_model, is_finite_number
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.model_tables import compute_of, read_compute
@@ -41,7 +41,7 @@ def scaling_study(
     """
     left_out = LeftOut()
     scores = scores_of(read_results(results), task, left_out)
-    compute = _compute_of_models(list(scores), gmacs, left_out)
+    compute = _compute_of_models(scores, gmacs, left_out)
     _check_enough(len(compute), results, task, left_out)
     notes = [_SHAPES_NOTE] if gmacs is None else []
 
@@ -95,20 +95,28 @@ def _check_enough(number: int, folder: Path, task: str, left_out: LeftOut) -> No
 
 
 def _compute_of_models(
-    models: list[Model], gmacs: Path | None, left_out: LeftOut
+    scores: dict[Model, dict[str, Result]], gmacs: Path | None, left_out: LeftOut
 ) -> dict[Model, float]:
     """Return the GMACs of the models of which they are known; the others are counted."""
     table, unknown = None, "model of an unknown shape, which needs --gmacs FILE"
     if gmacs is not None:
         table, unknown = read_compute(gmacs), f"model that {printable(gmacs.name)} does not have"
     found = {}
-    for model in models:
-        value = _computed_gmacs(model.model) if table is None else compute_of(table, model)
+    for model, results in scores.items():
+        value = _stated_gmacs(results) or _computed_gmacs(model.model)
+        if table is not None:
+            value = compute_of(table, model)
         if value is None:
             left_out.add(unknown, str(model))
         else:
             found[model] = value
     return found
+
+
+def _stated_gmacs(results: dict[str, Result]) -> float | None:
+    """Return the GMACs that a model's results state; None where they state none."""
+    stated: list[Any] = [result.details.get("gmacs") for result in results.values()]
+    return next((value for value in stated if is_finite_number(value) and value > 0), None)
 
 
 def _computed_gmacs(name: str) -> float | None:
