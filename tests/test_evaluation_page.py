@@ -729,7 +729,7 @@ def test_pictures_that_are_none_are_counted(tmp_path):
     put(tmp_path, "a", 0, OVERLAP, {"contamination": 0.5}, nearest=nearest, threshold=0.8)
     page = page_of(tmp_path)
     assert page.count("<img") == 2 and "3 more pairs have no picture here" in page
-    assert "0.900, overlaps" in page and "http:" not in page
+    assert "0.9000, overlaps" in page and "http:" not in page
 
 
 def test_small_groups_are_never_the_worst(tmp_path):
