@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from clipcore import train
 from clipcore.config import parse_command_line, resolve
 from clipcore.data import DataError, icons
 from clipcore.data.drawing import CANVAS, SPLITS
@@ -21,7 +22,6 @@ from clipcore.data.prepare import Settings, source_identity
 from clipcore.data.shards import ImageFormat
 from clipcore.evaluate.tasks import retrieval_tasks, zero_shot_tasks
 from clipcore.run_parts import build_tokenizer, open_training_source
-from clipcore.train import main
 
 pytestmark = pytest.mark.fast
 
@@ -293,11 +293,15 @@ def test_shards_are_prepared_of_icons():
 
 
 def test_without_the_package_a_run_ends_in_one_line(monkeypatch, capsys, tmp_path):
+    # Those are for the whole process.
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     forget()
     line = f"--train-data icons --logs {tmp_path} --threads 1"
     try:
-        assert main(line.split()) == 2
+        assert train.main(line.split()) == 2
     finally:
         forget()
     said = capsys.readouterr().err.strip().splitlines()[-1]
