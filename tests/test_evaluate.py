@@ -305,3 +305,11 @@ def test_the_log_says_what_a_figure_leaves_out_and_what_sources_hold(tmp_path, c
     assert "(without 1 that could not be read)" in capsys.readouterr().out
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (row["num_pairs"], row["num_texts"], row["num_unreadable"]) == (3, 4, 1)
+
+
+@pytest.mark.parametrize("classnames", [[], [["cat"], []]])
+def test_a_class_without_any_name_is_refused_and_an_empty_name_is_not(classnames):
+    with pytest.raises(ValueError, match="at least one class name"):
+        build_zero_shot_classifier(KnownModel(), tokenize, classnames, ["a {}"])
+    model, tokenizer = nano_encoder().model, nano_encoder().tokenizer
+    assert build_zero_shot_classifier(model, tokenizer, ["cat", ""], ["a {}"]).shape == (32, 2)

@@ -50,7 +50,9 @@ def build_zero_shot_classifier(
             raise ValueError(
                 f"{what} are a list of texts, got the text {given!r}; put it into a list"
             )
-    if not classnames or not templates or not all(classnames):
+    # A name may be empty, as that of a folder without letters; a class without any name is none.
+    has_nameless = any(not isinstance(names, str) and not names for names in classnames)
+    if not classnames or not templates or has_nameless:
         raise ValueError("a zero-shot classifier needs at least one class name and one template")
     size = num_classes_per_batch or len(classnames)
     starts: Iterable[int] = range(0, len(classnames), size)
