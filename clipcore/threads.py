@@ -111,7 +111,7 @@ def set_faster(
 def set_faster_for_products(most: int) -> int:
     """Time matrix products with one thread and with all of them; set torch's number to the faster, and return it.
 
-    Probes and encoders alike are mostly products. Beside a busy process two threads took 61 s for what one did in 14.
+    Probes and encoders alike are mostly products. Beside a busy process two threads may take several times as long as one.
     """
     rows, columns = (
         torch.ones(_PRODUCT_ROWS, _PRODUCT_SIDE),

@@ -248,6 +248,11 @@ def eval_batches(
         yield part
 
 
+def no_tokens(captions: Sequence[str]) -> Tensor:
+    """Return a token of each caption, [B, 1], in a tokenizer's place where captions are not looked at."""
+    return torch.zeros(len(captions), 1, dtype=torch.long)
+
+
 def trim_tokens(tokens_BL: Tensor) -> Tensor:
     """Token rows cut behind the last end-of-text token, the largest id of each row, to a multiple of 8."""
     longest = int(tokens_BL.argmax(-1).max()) + 1

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipcore.data import DataError
 from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
 from clipcore.evaluate.datasets import EvaluationSet
 from clipcore.evaluate.image_descriptors import (
@@ -113,8 +112,7 @@ def _probe_options(arguments: argparse.Namespace) -> ProbeOptions:
 
 
 def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
-    if dataset.task != "retrieval":
-        raise DataError(f"retrieval does not suit {dataset.name}, which has classes, no captions")
+    check_task(dataset, ("retrieval",), "retrieval")
     features = subject.features(dataset, "test")
     loaded = subject.model_for("captions")
     encode = text_encoder(loaded.model, loaded.tokenizer, features.device)

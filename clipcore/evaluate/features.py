@@ -17,7 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from clipcore.data import DataError
-from clipcore.data.loader import JUDGED_ROWS, eval_batches, too_many_bad
+from clipcore.data.loader import JUDGED_ROWS, eval_batches, no_tokens, too_many_bad
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.datasets import Split
 from clipcore.files import read_regular
@@ -130,6 +130,13 @@ class SplitFeatures:
         return torch.cat(list(self.blocks(projected, unit)))
 
 
+def features_of_file(split: Split) -> SplitFeatures | None:
+    """Return the features of a split that comes as such; None of images."""
+    if split.features_NW is None:
+        return None
+    return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
+
+
 class FeatureStore:
     """Encodes each image once, and keeps the features in a folder.
 
@@ -177,8 +184,8 @@ class FeatureStore:
             DataError: no image can be read, or too many cannot.
             OSError: the features cannot be written.
         """
-        if split.features_NW is not None:
-            return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
+        if (given := features_of_file(split)) is not None:
+            return given
         assert split.source is not None
         key = self._key(split)
         return self._read(self._cache / key, split, key) or self._encode(key, split)
@@ -262,7 +269,7 @@ class FeatureStore:
         begun = time.perf_counter()
         rows, bad, num_transparent = list[np.ndarray](), list[tuple[str, str]](), 0
         batches = eval_batches(
-            source, self.transform, _no_tokens, self.batch_size, workers=self.workers
+            source, self.transform, no_tokens, self.batch_size, workers=self.workers
         )
         shown = tqdm(
             total=len(source),
@@ -423,8 +430,3 @@ class _RowWriter:
         descr = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (num_rows, self.width)}
         np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def _no_tokens(captions: Sequence[str]) -> Tensor:
-    """Return a token of each caption, for images whose captions are not looked at."""
-    return torch.zeros(len(captions), 1, dtype=torch.long)

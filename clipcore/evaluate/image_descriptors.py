@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipcore.data import PairSource, printable
-from clipcore.data.loader import Batch, eval_batches
+from clipcore.data.loader import Batch, eval_batches, no_tokens
 from clipcore.data.sources import left_out_of
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.overlap import pixel_descriptors
@@ -79,13 +79,8 @@ def image_batches(
 ) -> Generator[Batch, None, None]:
     """Return all images of a source that can be read, in batches of what a descriptor takes."""
     return eval_batches(
-        source, descriptor.transform, _no_tokens, reading.batch_size, workers=reading.workers
+        source, descriptor.transform, no_tokens, reading.batch_size, workers=reading.workers
     )
-
-
-def _no_tokens(captions: list[str]) -> Tensor:
-    """Return a token for each caption, as none is looked at."""
-    return torch.zeros(len(captions), 1, dtype=torch.long)
 
 
 def check_finite(described: Tensor) -> None:

@@ -25,7 +25,7 @@ import clipcore
 from clipcore.data import DataError, PairSource
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.datasets import EvaluationSet
-from clipcore.evaluate.features import FeatureStore, SplitFeatures
+from clipcore.evaluate.features import FeatureStore, SplitFeatures, features_of_file
 from clipcore.evaluate.few_shot import SHOTS, FewShotCurve, few_shot_curve, labels_per_class
 from clipcore.evaluate.image_descriptors import TrainingStream
 from clipcore.evaluate.linear_probe import (
@@ -143,16 +143,11 @@ class Subject:
         """Return the features of a split; raise DataError where there is none, or it cannot be read."""
         if (dataset.name, split) not in self._features:
             opened = dataset.split(split)
-            if self.store is None:
-                if opened.features_NW is None:
-                    raise DataError(
-                        f"{dataset.name} holds images: name a model with --checkpoint or --pretrained"
-                    )
-                found = SplitFeatures(
-                    opened, opened.features_NW, np.arange(len(opened.features_NW))
+            found = self.store.features(opened) if self.store else features_of_file(opened)
+            if found is None:
+                raise DataError(
+                    f"{dataset.name} holds images: name a model with --checkpoint or --pretrained"
                 )
-            else:
-                found = self.store.features(opened)
             self._features[dataset.name, split] = found
         return self._features[dataset.name, split]
 
