@@ -80,15 +80,10 @@ def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) 
 
 def column_names(text: str) -> list[str]:
     """Return the columns that --groups names, each once; raise DataError where it names none."""
-    names = named_columns(text)
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise DataError("--groups names no column; write them as race,gender")
     return names
-
-
-def named_columns(text: str) -> list[str]:
-    """Return the columns that --groups names, each once."""
-    return list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
 
 
 def chosen_columns(text: str, groups: Groups) -> list[str]:

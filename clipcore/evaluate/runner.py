@@ -17,7 +17,7 @@ import torch
 
 from clipcore.data import DataError, printable
 from clipcore.distributed import pick_device
-from clipcore.evaluate.bias_study import named_columns
+from clipcore.evaluate.bias_study import column_names
 from clipcore.evaluate.commands import measure, measures_due
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.datasets import EvaluationSet, open_set
@@ -236,7 +236,8 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
             _PROGRAM, f"note: {len(missing)} sets are not in {arguments.root}: {', '.join(missing)}"
         )
 
-    groups = named_columns(getattr(arguments, "groups", None) or "")
+    given = getattr(arguments, "groups", None)
+    groups = [] if given is None else column_names(given)
     sets, num_failed = list[EvaluationSet](), len(missing) if arguments.strict else 0
     for spec in named:
         try:
