@@ -1,4 +1,4 @@
-"""Few-shot curves: nested images that depend on keys and seed alone, and how many labels a zero-shot score is worth."""
+"""Few-shot curves: nested images that depend on keys and seed alone, and how many labels match a zero-shot score."""
 
 from __future__ import annotations
 

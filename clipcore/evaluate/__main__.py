@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command, is_required in ((bias, True), (everything, False)):
         bias_study.add_arguments(command.add_argument_group("bias"), is_required)
 
-    robustness = add("robustness", "fit what accuracies lose under a shift", _studied)
+    robustness = add(
+        "robustness", "compare accuracies with and without a shift of the images", _studied
+    )
     robustness.set_defaults(study=studies.run_robustness)
     studies.add_robustness_arguments(robustness)
     scaling = add("scaling", "fit a power law to errors of models of several sizes", _studied)
@@ -191,7 +193,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
     )
     probe.add_argument("--normalize", action="store_true", help="scale features to unit length")
     probe.add_argument(
-        "--after-projection", action="store_true", help="fit to the features that texts meet"
+        "--after-projection", action="store_true", help="fit to the features after the projection"
     )
     probe.add_argument(
         "--save-classifier", action="store_true", help="write weights and bias as .npz"
@@ -203,9 +205,11 @@ def _add_shots(parser: argparse.ArgumentParser) -> None:
     shots.add_argument(
         "--shots",
         metavar="K,K",
-        help="images a class [of 1,2,4,8,16 what half of the classes have]",
+        help="images a class [those of 1,2,4,8,16 that half of the classes have]",
     )
-    shots.add_argument("--seeds", type=int, default=5, metavar="N", help="choices of images [5]")
+    shots.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="random choices of the images [5]"
+    )
 
 
 def _studied(arguments: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def _parts(result: Result) -> list[str]:
         parts = [f"{details['metric']} by images a class {', '.join(shots)}"]
         if details["labels_per_class"]:
             parts.append(
-                f"zero-shot {percent(details['zero_shot'])} is worth {details['labels_per_class']['text']} a class"
+                f"zero-shot {percent(details['zero_shot'])} equals {details['labels_per_class']['text']} images a class"
             )
         return parts
 

@@ -1,4 +1,4 @@
-"""The section of the page of results about few-shot probes, and about how many labels zero-shot is worth."""
+"""The section of the page of results about few-shot probes, and about how many labels match zero-shot."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def few_shot(data: PageData) -> str:
     if rows:
         plot = labels_chart(rows[:MOST_ROWS], len(data.models))
         figures.append(
-            figure(first_of("Labels a class that zero-shot is worth", len(rows)), plot, entries)
+            figure(first_of("Labels per class that match zero-shot", len(rows)), plot, entries)
         )
 
     never = any(
