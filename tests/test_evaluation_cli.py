@@ -468,6 +468,20 @@ def test_dead_readers_and_full_disks_of_output_end_nothing(runs, shapes, tmp_pat
     assert len(read_results(tmp_path)) == 1
 
 
+def test_threads_are_those_asked_for_or_given_or_faster(runs, shapes, tmp_path, monkeypatch):
+    line = ["zero-shot", "--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
+    line += ["--device", "cpu"]
+    timed = []
+    monkeypatch.setattr(runner, "most_threads", lambda *_: 4)
+    monkeypatch.setattr(runner, "set_faster_for_products", timed.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main([*line, "--threads", "1"]) == 0
+    assert torch.get_num_threads() == 1 and timed == []
+    assert main(line) == 0 and timed == [4]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert main(line) == 0 and timed == [4]
+
+
 def test_help_of_every_command_reads_well(capsys):
     parser = build_parser()
     (commands,) = [a for a in parser._actions if hasattr(a, "choices") and a.choices]

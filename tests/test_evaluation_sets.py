@@ -942,6 +942,10 @@ def test_styles_of_trained_pictures_train_and_those_of_unseen_ones_test(name):
         assert np.array_equal(part.source[7].image, whole[rows[7]].image)
         assert part.source.captions(7) == whole.captions(rows[7])
         assert len(set(styles)) == len(found.classnames) and len(rows) >= 1400
+        # Every so many-th picture, so that a probe has some thousands.
+        step = max(1, len(whole) // 4000)
+        names = {name for (name,) in found.classnames}
+        assert rows == [row for row in range(0, len(whole), step) if whole.style(row) in names]
     assert not set(found.split("train").keys()) & set(found.split("test").keys())
 
 

@@ -201,6 +201,30 @@ def test_rows_that_are_not_those_of_the_images_are_made_anew(tmp_path, rows):
     assert store.num_encoded == 2 * len(LABELS)
 
 
+def test_features_of_another_kind_of_number_are_made_anew(tmp_path):
+    split, store = split_of("test", LABELS), store_of(nano(), tmp_path)
+    kept = np.array(store.features(split).pooled_NW)
+    (path,) = tmp_path.glob("*/pooled.npy")
+    path.write_bytes(path.read_bytes().replace(b"<f4", b"<i4", 1))
+    assert np.array_equal(store.features(split).pooled_NW, kept)
+    assert store.num_encoded == 2 * len(LABELS)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_convolutions_are_not_rounded_to_tf32_meanwhile(monkeypatch, before):
+    model, seen = nano(), []
+    encode = model.encode_image
+
+    def noted(*arguments: object, **more: object) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return encode(*arguments, **more)
+
+    monkeypatch.setattr(model, "encode_image", noted)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    store_of(model, None).features(split_of("test", LABELS))
+    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 is before
+
+
 def test_lost_pages_of_features_are_made_anew(tmp_path):
     split, store = split_of("test", LABELS), store_of(nano(), tmp_path)
     kept = np.array(store.features(split).pooled_NW)

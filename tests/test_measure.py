@@ -13,9 +13,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
 from clipcore.data import DataError
+from clipcore.evaluate.compute import image_macs
+from clipcore.evaluate.few_shot import FewShotCurve
+from clipcore.evaluate.linear_probe import fit_linear_probe
 from clipcore.evaluate.measure import (
     ProbeOptions,
     Subject,
+    _curve_details,
+    _probe_metrics,
     measure_few_shot,
     measure_linear_probe,
     measure_prompts,
@@ -23,6 +28,7 @@ from clipcore.evaluate.measure import (
 )
 from clipcore.evaluate.metrics import wilson_interval
 from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+from clipcore.evaluate.results import Result
 
 TEST = [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 0, 5, 5]
 TRAIN = [number % 6 for number in range(60)]
@@ -200,6 +206,42 @@ def test_C_is_searched_on_the_val_split_or_on_a_tenth_of_train():
     assert found.details["validation"] == "10% of train"
     assert found.details["num_train"] == len(TRAIN)
     assert found.details["C"] in [C for C, _ in found.details["trace"]]
+
+
+def test_a_given_C_is_fitted_to_train_and_val_together(tmp_path):
+    subject = nano_subject()
+    val = [5, 5, 4, 0]
+    splits = [split_of("train", TRAIN), split_of("val", val), split_of("test", TEST)]
+    measure_linear_probe(subject, noise_set(6, splits), ProbeOptions(C=1.0), tmp_path / "p.npz")
+    parts = [subject.features(noise_set(6, splits), name).whole() for name in ("train", "val")]
+    probe = fit_linear_probe(torch.cat(parts), torch.tensor([*TRAIN, *val]), 1.0, 6)
+    assert np.array_equal(np.load(tmp_path / "p.npz")["weight"], probe.weight.numpy())
+
+
+def test_of_equal_logits_the_lower_class_is_the_better_one():
+    dataset = noise_set(7, [split_of("test", TEST)])
+    labels_N = torch.tensor([0, 1, 4, 5, 6])
+    for blocks in ([torch.zeros(5, 7)], list(torch.zeros(5, 7).split(2))):
+        metrics = _probe_metrics(blocks, labels_N, dataset)
+        assert (metrics["acc1"], metrics["acc5"]) == (1 / 5, 3 / 5)
+
+
+def test_the_probe_of_all_images_is_the_last_point_of_the_curve():
+    curve = FewShotCurve((1, 2), ((0.1,), (0.2,)), ((1.0,), (1.0,)))
+    full = Result("noise", "m", "p", "linear_probe", {"lp_acc1": 0.6})
+    full.details.update(main_metric="lp_acc1", mean_labels_per_class=8.0)
+    reached = {"number": pytest.approx(4.0), "text": "4.0"}
+    assert _curve_details(curve, 0.4, full)["labels_per_class"] == reached
+    assert _curve_details(curve, 0.4, None)["labels_per_class"] == {"number": None, "text": ">2"}
+    # With no more images than the largest number of the curve it is no further point.
+    full.details["mean_labels_per_class"] = 2.0
+    assert _curve_details(curve, 0.4, full)["labels_per_class"]["text"] == ">2"
+
+
+def test_results_state_the_compute_of_the_model():
+    subject, dataset = nano_subject(), noise_set(6, [split_of("test", TEST)])
+    stated = measure_zero_shot(subject, dataset).details["gmacs"]
+    assert stated == image_macs(subject.loaded.model.config) / 1e9
 
 
 def test_a_C_at_the_end_of_its_range_is_said():
