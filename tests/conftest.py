@@ -120,6 +120,13 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where indices go that may not lie beside their data: a folder of the test's own in place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "clipcore"
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its kin come filled with NaN (integers: their maximum), so an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -23,13 +23,7 @@ from clipcore.data.parquet import ParquetSource
 from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import open_source
 
-pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "clipcore"
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 
 def write_table(path: Path, images: Sequence[object], captions: Sequence[object]) -> Path:

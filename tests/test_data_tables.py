@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from clipcore.data.sources import (
 from clipcore.data.tables import TextColumn
 from clipcore.data.transforms import decode_image
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 WRITERS = {
     "csv": write_csv,
@@ -45,12 +44,6 @@ WRITERS = {
     "parquet": write_parquet,
     "folder": write_folder,
 }
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "clipcore"
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -20,13 +20,7 @@ from clipcore.data import BadSample, DataError, tar
 from clipcore.data.sources import open_source
 from clipcore.data.tar import TarSource, build_index, load_index, scan_members, sidecar_paths
 
-pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "clipcore"
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 
 def sample(key: str, caption: str = "a caption") -> list[tuple[str, bytes]]:

@@ -28,12 +28,7 @@ from clipcore.evaluate import splits
 from clipcore.evaluate.datasets import open_set
 from clipcore.files import open_regular
 
-pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 
 def fingerprint(spec: Path, split: str = "test", **options: object) -> str:

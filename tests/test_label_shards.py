@@ -15,14 +15,8 @@ from clipcore.evaluate import label_shards
 from clipcore.evaluate.datasets import open_set
 from clipcore.evaluate.label_shards import load_labels
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 ROWS = [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "clipcore"
 
 
 def npy(row: list[int]) -> bytes:

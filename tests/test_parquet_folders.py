@@ -17,12 +17,7 @@ from shards import picture, write_images
 from clipcore.data import DataError
 from clipcore.evaluate.datasets import Split, open_set
 
-pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 
 def write(path: Path, rows: list[int], classes: tuple[str, ...] = (), **columns: Any) -> Path:
