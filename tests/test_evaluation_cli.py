@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import NANO, RunServer
+from runs import NANO, PROGRAMS, RunServer
 from safetensors.torch import save_file
 from shards import SHAPES, picture, write_csv
 
@@ -438,22 +438,10 @@ def test_features_of_files_need_no_model(tmp_path, capsys):
     assert found["set", "linear_probe"]["lp_acc1"] > 0.9
 
 
-def test_ctrl_c_keeps_what_is_finished(runs, shapes, people, tmp_path):
-    """A table whose pictures come from a pipe that nobody fills would be waited for; here a signal comes at its first."""
-    program = (
-        "import os, signal, sys\n"
-        "from clipcore.evaluate import __main__, commands\n"
-        "measure = commands._MEASURES['prompts']\n"
-        "def stopped(*arguments):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return measure(*arguments)\n"
-        "commands._MEASURES['prompts'] = stopped\n"
-        "sys.exit(__main__.main(sys.argv[1:]))\n"
-    )
+def test_ctrl_c_keeps_what_is_finished(runs, shapes, tmp_path):
     line = ["all", "--checkpoint", runs[2], "--data", str(shapes), "--output", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *line, "--device", "cpu"], capture_output=True, text=True
-    )
+    command = [sys.executable, str(PROGRAMS / "stopped_evaluation.py"), *line, "--device", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 128 + signal.SIGINT
     assert ended.stderr.splitlines()[-1].startswith("clipcore.evaluate: stopped")
     assert [one.task for one in read_results(tmp_path)] == ["zeroshot_classification"]
