@@ -476,6 +476,7 @@ FIGURE_COLUMNS: Columns = {
     "CPU s": _count("cpu_s"),
     "steps": _count("iterations"),
     "excess": lambda row: f"{row['excess']:.1e}" if "excess" in row else "",
+    "tolerance": lambda row: f"{row['tolerance']:.0e}" if "tolerance" in row else "",
     "accuracy": lambda row: f"{row['accuracy']:.1%}" if "accuracy" in row else "",
 }
 # Of what is found beside a time or alone.
@@ -516,8 +517,8 @@ EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"
 # was done, whether numbers are finite.
 FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
 FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
-# Of a fit: steps, how far the objective is above the least as a share of it, right answers.
-FIGURES |= {"iterations", "excess", "accuracy"}
+# Of a fit: steps, how far the objective is above the least as a share of it, the solver's tolerance, right answers.
+FIGURES |= {"iterations", "excess", "tolerance", "accuracy"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
     "op",
