@@ -474,6 +474,8 @@ FIGURE_COLUMNS: Columns = {
     "kept graphs": _count("kept"),
     "page faults": _count("page_faults"),
     "CPU s": _count("cpu_s"),
+    "s": _count("seconds"),
+    "in the encoder": lambda row: f"{row['encoder_share']:.1%}" if "encoder_share" in row else "",
     "steps": _count("iterations"),
     "excess": lambda row: f"{row['excess']:.1e}" if "excess" in row else "",
     "tolerance": lambda row: f"{row['tolerance']:.0e}" if "tolerance" in row else "",
@@ -519,6 +521,8 @@ FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
 FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
 # Of a fit: steps, how far the objective is above the least as a share of it, the solver's tolerance, right answers.
 FIGURES |= {"iterations", "excess", "tolerance", "accuracy"}
+# Of an evaluation: how long it took, and the share of it in which images were encoded.
+FIGURES |= {"seconds", "encoder_share"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
     "op",

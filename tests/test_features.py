@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_sets import nano, split_of
+from numerics import LiveStorages
 from torch.nn import functional as F
 
 from clipcore.data import DataError, Pair
@@ -317,6 +318,17 @@ def test_workers_give_the_same_features(tmp_path):
     alone = store_of(nano(), None).features(split)
     store = FeatureStore(nano(), TRANSFORM, None, batch_size=4, workers=2, progress=False)
     assert np.array_equal(store.features(split).pooled_NW, alone.pooled_NW)
+
+
+def test_tensors_do_not_grow_with_the_number_of_images():
+    def peak_bytes(num_images: int) -> int:
+        store = store_of(nano(), None)
+        with LiveStorages() as storages:
+            assert len(store.features(split_of("test", [0] * num_images))) == num_images
+        return storages.peak_bytes
+
+    # Their row numbers are kept, of eight bytes; a batch's images have 49,152.
+    assert 0 <= peak_bytes(32) - peak_bytes(8) <= 24 * 8
 
 
 def test_a_file_of_features_has_no_projection():

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from evaluation_sets import nano, nano_subject, noise_set, split_of
+from numerics import LiveStorages
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
 from clipcore.data import DataError
 from clipcore.evaluate.compute import image_macs
+from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.few_shot import FewShotCurve
 from clipcore.evaluate.linear_probe import fit_linear_probe
 from clipcore.evaluate.measure import (
@@ -25,6 +27,7 @@ from clipcore.evaluate.measure import (
     measure_linear_probe,
     measure_prompts,
     measure_zero_shot,
+    zero_shot_metrics,
 )
 from clipcore.evaluate.metrics import wilson_interval
 from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
@@ -73,6 +76,24 @@ def test_templates_come_from_the_caller_the_set_or_openai():
     assert measure_zero_shot(subject, own, ["b {}"]).details["templates"] == ["b {}"]
     found = measure_zero_shot(subject, none).details["templates"]
     assert found == list(SIMPLE_IMAGENET_TEMPLATES)
+
+
+def test_scores_of_all_classes_are_never_held_of_all_images():
+    subject, num_classes = nano_subject(), 300
+    model = subject.loaded.model
+    classifier_EC = F.normalize(torch.randn(model.config.embed_dim, num_classes), dim=0)
+
+    def peak_bytes(num_images: int) -> int:
+        labels = np.arange(num_images) % num_classes
+        split = split_of("test", list(labels))
+        pooled_NW = np.random.default_rng(0).normal(size=(num_images, model.config.vision.width))
+        features = SplitFeatures(split, pooled_NW.astype(np.float32), np.arange(num_images), model)
+        with LiveStorages() as storages, torch.no_grad():
+            zero_shot_metrics(subject, noise_set(num_classes, [split]), features, classifier_EC)
+        return storages.peak_bytes
+
+    # Five classes of eight bytes an image, twice while they are joined; scores would have 1,200.
+    assert 0 < (peak_bytes(16384) - peak_bytes(8192)) / 8192 <= 100
 
 
 def test_several_names_of_a_class_are_averaged_with_all_prompts():
