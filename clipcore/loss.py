@@ -369,6 +369,11 @@ class SigLipLoss(nn.Module):
             )
         return {"contrastive_loss": loss} if output_dict else loss
 
+    @property
+    def same_id(self) -> str:
+        """What equal ids mean."""
+        return str(self.settings["same_id"])
+
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
