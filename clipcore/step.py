@@ -35,6 +35,8 @@ from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
 _DROPOUT = 201
+# By a loss's ``same_id``.
+_EQUAL_CAPTIONS = {"ignore": "left out as negatives", "positive": "positives"}
 
 
 @dataclass
@@ -235,8 +237,9 @@ class TrainingStep:
         if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.label_smoothing > 0:
             said += f"; label smoothing {self.loss_fn.label_smoothing:g}"
         if self.with_ids:
-            they = {"ignore": "left out as negatives", "positive": "positives"}
-            said += f"; pairs of equal captions are {they[self.loss_fn.same_id]}"
+            said += f"; pairs of equal captions are {_EQUAL_CAPTIONS[self.loss_fn.same_id]}"
+            if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.same_id == "positive":
+                said += " (of this loss the same as negatives: their texts have equal features)"
         return said
 
     def _some_features(self) -> Tensor:
