@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from clipcore.evaluate.number_texts import decimal
 from clipcore.evaluate.svg import (
     CARD,
     FONT_SIZE,
@@ -136,7 +137,7 @@ def round_ticks(most: int) -> MaxNLocator:
 def percentages(axis: Axis) -> None:
     """Write shares as percentages."""
     axis.set_major_locator(round_ticks(6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{decimal(100 * value, 'g')}%"))
 
 
 def logarithmic(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
@@ -171,22 +172,3 @@ def padded(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
     """Return limits a little outside of two values."""
     pad = max(0.06 * (high - low), least / 2)
     return low - pad, high + pad
-
-
-def signed(share: float, kind: str = ".1f") -> str:
-    """Return a difference of shares in points, with its sign; 0 has none."""
-    text = f"{100 * share:+{kind}}"
-    return "0" if float(text) == 0 else minus(text)
-
-
-def minus(text: str) -> str:
-    """Return a number's text with a true minus sign."""
-    return text.replace("-", "−")
-
-
-def short(value: float) -> str:
-    """Return a number's text in few letters."""
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,g}"
-    mantissa, _, exponent = f"{value:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"

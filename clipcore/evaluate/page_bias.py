@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from clipcore.evaluate.bias import SMALL_GROUP
+from clipcore.evaluate.number_texts import decimal, percent
 from clipcore.evaluate.page_data import (
     Bias,
     Counted,
@@ -15,11 +16,9 @@ from clipcore.evaluate.page_data import (
     read_bias,
 )
 from clipcore.evaluate.page_parts import (
-    decimal,
     folded,
     model_cell,
     paragraph,
-    percent,
     section,
 )
 from clipcore.evaluate.results import BIAS

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from clipcore.evaluate.number_texts import percent
 from clipcore.evaluate.page_data import (
     FewShot,
     PageData,
@@ -24,7 +25,6 @@ from clipcore.evaluate.page_parts import (
     model_entries,
     model_head,
     paragraph,
-    percent,
     section,
     sets,
 )

@@ -1,12 +1,13 @@
-"""The parts that sections of the page of results are made of: numbers, figures, and tables of data sets by models."""
+"""The parts that sections of the page of results are made of: figures, and tables of data sets by models."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from clipcore.evaluate.axes import minus, signed
-from clipcore.evaluate.page_data import Model, Score, common, mean
+from clipcore.evaluate.number_texts import percent
+from clipcore.evaluate.page_data import Score, common, mean
+from clipcore.evaluate.page_models import Model
 from clipcore.evaluate.plots import MOST_ROWS
 from clipcore.evaluate.svg import LegendEntry, Plot, legend, model_colour, model_marker, to_svg
 from clipcore.page_style import Markup, escaped, table
@@ -42,21 +43,6 @@ def mixed(metrics: Iterable[str]) -> str:
     if len(titles) < 2:
         return "".join(titles)
     return f"{', '.join(titles[:-1])} and {titles[-1]} mixed"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a share in percent; "–" of None."""
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def points(value: float | None) -> str:
-    """Return a difference of shares in points with its sign; "–" of None."""
-    return "–" if value is None else signed(value)
-
-
-def decimal(value: float | None, form: str = ".3g") -> str:
-    """Return a number; "–" of None."""
-    return "–" if value is None else minus(f"{value:{form}}")
 
 
 def sets(number: int) -> str:

@@ -21,16 +21,14 @@ from clipcore.evaluate.axes import (
     logit,
     logit_ticks,
     mark,
-    minus,
     name_points,
     offset,
     padded,
     percentages,
     round_ticks,
     row_axes,
-    short,
-    signed,
 )
+from clipcore.evaluate.number_texts import decimal, short, signed_points
 from clipcore.evaluate.page_data import FewShot, Overlap, Score, Trace
 from clipcore.evaluate.svg import (
     CARD,
@@ -128,20 +126,20 @@ def difference_chart(
                 continue
             colour = model_colour(0) if value >= 0 else _LOWER_COLOUR
             axes.barh(at, value, height=0.62, color=colour)
-            text, side = f" {signed(value)} ", "left" if value >= 0 else "right"
+            text, side = f" {signed_points(value)} ", "left" if value >= 0 else "right"
             axes.text(value, at, text, va="center", ha=side, fontsize=SMALL)
     low, high = min(0.0, *values), max(0.0, *values)
     pad = max(high - low, 0.01) * (0.22 if num_models == 1 else 0.05)
     axes.set_xlim(low - pad, high + pad)
     axes.xaxis.set_major_locator(round_ticks(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g")))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_points(value, "g")))
     axes.set_xlabel("points")
 
     wins = sum(value > 0 for value in values)
     return plot_of(
         axes,
         f"{first} minus {second}: {wins} of {len(values)} differences on {_sets(len(rows))} are "
-        f"above zero; they go from {signed(min(values))} to {signed(max(values))} points.",
+        f"above zero; they go from {signed_points(min(values))} to {signed_points(max(values))} points.",
     )
 
 
@@ -282,7 +280,7 @@ def scaling_chart(
     axes.set_xlabel(shortened(unit, 50))
     axes.set_ylabel(shortened(metric, 36))
 
-    fit = f"; the law falls with compute to the power {minus(f'{law.exponent:.3f}')}" if law else ""
+    fit = f"; the law falls with compute to the power {decimal(law.exponent, '.3f')}" if law else ""
     return plot_of(
         axes,
         f"{metric} of {_models(len(points))} over {unit}, from {max(p.y for p in points):.1%} to "
@@ -352,7 +350,7 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
     axes.set_xlim(0, max(max(point.x for point in points), 0.005) * 1.15)
     axes.margins(y=0.12)
     percentages(axes.xaxis)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_points(value, "g")))
     axes.set_xlabel("overlapping pictures")
     axes.set_ylabel("all minus clean, points")
     name_points(axes, points)
@@ -361,7 +359,7 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
     return plot_of(
         axes,
         f"Share of overlapping pictures on {_sets(num_sets)}, at most {most.x:.1%} on {most.name}, and what they raise "
-        f"the score by, at most {signed(max(point.y for point in points))} points.",
+        f"the score by, at most {signed_points(max(point.y for point in points))} points.",
     )
 
 
