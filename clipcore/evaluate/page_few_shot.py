@@ -159,7 +159,7 @@ def _labels_totals(data: PageData, found: Mapping[str, Mapping[int, FewShot]]) -
 
 
 def _labels_text(value: float) -> str:
-    return "more than were tried" if math.isinf(value) else f"{value:.1f}"
+    return "more than were tried" if math.isinf(value) else f"{value:,.1f}"
 
 
 def _few_shot_table(data: PageData, found: Mapping[str, Mapping[int, FewShot]]) -> str:

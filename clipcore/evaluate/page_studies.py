@@ -82,7 +82,7 @@ def compare(data: PageData) -> str:
     dots = scatter_chart([Point(b, a, 0, name) for name, _, a, b in rows], second, first)
     interval = study.get("interval")
     ends = [number(end) for end in interval] if isinstance(interval, list) else []
-    facts = [f"{key} {count(study.get(key)):,}" for key in ("wins", "losses", "ties")]
+    facts = [f"{key} {count(study.get(key.lower())):,}" for key in ("Wins", "losses", "ties")]
     if (r := number(study.get("pearson"))) is not None:
         facts.append(f"Pearson r {decimal(r, '.2f')}")
     if (slope := number(study.get("slope"))) is not None:
@@ -159,8 +159,8 @@ def robustness(data: PageData) -> str:
     return section(
         "Natural shift",
         paragraph(
-            "Accuracies as logits. Dashed: equal accuracies; the line is that of the baseline models. How far a model lies "
-            "above it is its effective robustness, in points."
+            "Accuracies as logits. Dashed, where it is near the points: equal accuracies; the line is that of the baseline "
+            "models. How far a model lies above it is its effective robustness, in points."
         ),
         charts(*figures),
         table(head, rows) if rows else "",
@@ -232,11 +232,16 @@ def scaling(data: PageData) -> str:
         )
     marks.sort()
     rows = [(models[mark.model].title, decimal(mark.x, ",.5g"), percent(mark.y)) for mark in marks]
+    entries = model_entries(models, (mark.model for mark in marks))
+    if law:
+        entries.append(LegendEntry("law of all", INK, "-"))
+    if others:
+        entries.append(LegendEntry("predicted from the others", CARD, "D"))
     return section(
         "Scaling",
         paragraph(" ".join(texts) or f"The {metric} over {unit}."),
         table(("model", unit, metric), rows),
-        charts(figure("Error over compute", plot, model_entries(models, (m.model for m in marks)))),
+        charts(figure("Error over compute", plot, entries)),
     )
 
 
@@ -270,7 +275,7 @@ def overlap(data: PageData) -> str:
             *model_cell(data.models, index),
             f"{one.num_overlap:,} of {one.num_images:,}",
             percent(one.contamination),
-            f"{decimal(one.threshold)} {one.threshold_from}",
+            f"{decimal(one.threshold, '.4g')} {one.threshold_from}",
             percent(one.score),
             percent(one.clean_score),
             percent(one.overlap_score),
@@ -283,7 +288,7 @@ def overlap(data: PageData) -> str:
     parts = [
         paragraph(
             "A picture overlaps where its nearest training picture is nearer than the threshold. Filled marks are "
-            f"significant: p, times the {num_tests:,} tests, is below {_SIGNIFICANT:g}. Bars are of 99.5%."
+            f"significant: p, times the number of tests ({num_tests:,}), is below {_SIGNIFICANT:g}. Bars are of 99.5%."
         ),
         table(("data set", *model_head(data.models), *head), rows),
     ]

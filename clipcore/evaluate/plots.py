@@ -9,7 +9,7 @@ Source: Radford et al. 2021, the figures that the functions name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -27,8 +27,9 @@ from clipcore.evaluate.axes import (
     percentages,
     round_ticks,
     row_axes,
+    write_beside,
 )
-from clipcore.evaluate.number_texts import decimal, short, signed_points
+from clipcore.evaluate.number_texts import decimal, percent, short, signed_points
 from clipcore.evaluate.page_data import FewShot, Overlap, Score, Trace
 from clipcore.evaluate.svg import (
     CARD,
@@ -81,7 +82,7 @@ class Law(NamedTuple):
 
 def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int) -> Plot:
     """Draw scores with their intervals, and chance as a tick."""
-    axes, places = row_axes([name for name, _ in rows], num_models)
+    axes, places = row_axes([name for name, _ in rows], num_models, bottom=24)
     highest = 0.0
     for y, (_, scores) in zip(places, rows, strict=True):
         for model, score in scores.items():
@@ -90,7 +91,7 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
             at = y + offset(model, num_models)
             if num_models == 1:
                 axes.barh(at, score.value, height=0.62, color=model_colour(0))
-                axes.text(high, at, f" {score.value:.1%}", va="center", fontsize=SMALL)
+                write_beside(axes, high, at, percent(score.value))
             else:
                 axes.plot(score.value, at, **mark(model))
             if score.interval:
@@ -107,7 +108,7 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
     least = f"from {bottom:.1%} on {bottom_name} to " if len(rows) > 1 else ""
     return plot_of(
         axes,
-        f"Scores of {_models(num_models)} on {_sets(len(rows))}, {least}{top:.1%} on {top_name}.",
+        f"Scores of {_models_in(rows)} on {_sets(len(rows))}, {least}{top:.1%} on {top_name}.",
     )
 
 
@@ -126,8 +127,7 @@ def difference_chart(
                 continue
             colour = model_colour(0) if value >= 0 else _LOWER_COLOUR
             axes.barh(at, value, height=0.62, color=colour)
-            text, side = f" {signed_points(value)} ", "left" if value >= 0 else "right"
-            axes.text(value, at, text, va="center", ha=side, fontsize=SMALL)
+            write_beside(axes, value, at, signed_points(value), is_left=value < 0)
     low, high = min(0.0, *values), max(0.0, *values)
     pad = max(high - low, 0.01) * (0.22 if num_models == 1 else 0.05)
     axes.set_xlim(low - pad, high + pad)
@@ -204,7 +204,7 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
             end = found.labels or (right if found.labels_text.startswith(">") else left * 1.1)
             if num_models == 1:
                 axes.barh(at, end - left, left=left, height=0.62, color=colour)
-                axes.text(end, at, f" {found.labels_text}", va="center", fontsize=SMALL)
+                write_beside(axes, end, at, found.labels_text)
             elif found.labels or not found.labels_text.startswith(">"):
                 axes.plot(end, at, **mark(model))
             else:
@@ -220,7 +220,7 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
     spread = f", from {min(numbers):.1f} to {max(numbers):.1f}" if numbers else ""
     return plot_of(
         axes,
-        f"Labelled images a class with which a probe reaches the zero-shot score of {_models(num_models)}, "
+        f"Labelled images a class with which a probe reaches the zero-shot score of {_models_in(rows)}, "
         f"on {_sets(len(rows))}{spread}.",
     )
 
@@ -294,22 +294,23 @@ def shift_chart(
     """Draw accuracies under a shift over those without it, as logits (figure 13); arrows are the effective robustness."""
     axes = new_axes(340, left=60)
     xs, ys = [logit(p.in_accuracy) for p in points], [logit(p.out_accuracy) for p in points]
+    ends = [
+        logit(_expected(p, baseline)) if baseline else y for p, y in zip(points, ys, strict=True)
+    ]
     x_low, x_high = padded(min(xs), max(xs), least=0.4)
-    on_line = [baseline[0] * x + baseline[1] for x in xs] if baseline else []
-    y_low, y_high = padded(min(*ys, *xs, *on_line), max(*ys, *xs, *on_line), least=0.4)
+    y_low, y_high, has_diagonal = _shift_limits(xs, [*ys, *ends])
     axes.plot([x_low, x_high], [x_low, x_high], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     if baseline:
-        ends = [baseline[0] * x + baseline[1] for x in (x_low, x_high)]
-        axes.plot([x_low, x_high], ends, color=INK, linewidth=1)
+        line = [baseline[0] * x + baseline[1] for x in (x_low, x_high)]
+        axes.plot([x_low, x_high], line, color=INK, linewidth=1)
 
     # What the line is fitted to lies behind.
-    for point, x, y in sorted(
-        zip(points, xs, ys, strict=True), key=lambda p: p[0].kind != "baseline"
+    for point, x, y, end in sorted(
+        zip(points, xs, ys, ends, strict=True), key=lambda p: p[0].kind != "baseline"
     ):
         if point.kind == "baseline":
             axes.plot(x, y, marker="o", markersize=3.5, color=MUTED, linestyle="")
             continue
-        end = baseline[0] * x + baseline[1] if baseline else y
         # A shorter arrow would be all head.
         if abs(y - end) > 0.03 * (y_high - y_low):
             arrow = {"arrowstyle": "->", "color": model_colour(point.model), "linewidth": 0.9}
@@ -323,12 +324,37 @@ def shift_chart(
     axes.set_xlabel(shortened(first, 50))
     axes.set_ylabel(shortened(second, 40))
 
-    num_above = sum(
-        p.kind != "baseline" and p.out_accuracy > _expected(p, baseline) for p in points
+    return plot_of(
+        axes,
+        f"Accuracy on {second} over that on {first}, {_shift_counts(points, baseline)}"
+        + ("" if has_diagonal else "; the line of equal accuracies is outside of the plot")
+        + ".",
     )
-    num_judged = sum(p.kind != "baseline" for p in points)
-    above = f"; {num_above} of {num_judged} lie above the baseline" if baseline else ""
-    return plot_of(axes, f"Accuracy on {second} over that on {first}, {len(points)} models{above}.")
+
+
+def _shift_limits(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, bool]:
+    """Return the limits of the upright axis of a shift, and whether the line of equal accuracies is within them."""
+    low, high = padded(min(ys), max(ys), least=0.4)
+    whole_low, whole_high = padded(min(*ys, *xs), max(*ys, *xs), least=0.4)
+    # A shift that costs much puts that line far away. The plot is about the points: it has the line where they keep a third
+    # of the height, as in the paper's figure, and not where they would lie in a corner.
+    if whole_high - whole_low <= 3 * (high - low):
+        return whole_low, whole_high, True
+    return low, high, high > min(xs) and low < max(xs)
+
+
+def _shift_counts(points: Sequence[ShiftPoint], baseline: tuple[float, float] | None) -> str:
+    """Return in words how many models a plot of a shift shows, and how many points lie above the baseline."""
+    judged = [point for point in points if point.kind != "baseline"]
+    num_baseline = len(points) - len(judged)
+    parts = [_models(len({point.model for point in judged}))] if judged else []
+    if num_baseline:
+        parts.append(f"{num_baseline} baseline model{'s' if num_baseline > 1 else ''}")
+    counts = " and ".join(parts)
+    if baseline is None:
+        return counts
+    num_above = sum(point.out_accuracy > _expected(point, baseline) for point in judged)
+    return f"{counts}; {num_above} of {len(judged)} points lie above the baseline"
 
 
 def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_tests: int) -> Plot:
@@ -366,12 +392,13 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
 def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: int) -> Plot:
     """Draw the scores of all C that a probe's search fitted, a panel a data set; a ring is the C that was taken."""
     shown = panels[:MOST_PANELS]
-    num_lines = math.ceil(len(shown) / _PANELS_PER_ROW)
-    across, up, gap = WIDTH / _PANELS_PER_ROW, 112.0, 8.0
+    per_row = min(len(shown), _PANELS_PER_ROW)
+    num_lines = math.ceil(len(shown) / per_row)
+    across, up, gap = WIDTH / per_row, 112.0, 8.0
     height = up * num_lines
     figure = new_figure(height)
     for place, (name, traces) in enumerate(shown):
-        line, column = divmod(place, _PANELS_PER_ROW)
+        line, column = divmod(place, per_row)
         left, bottom = across * column + 30, height - up * (line + 1) + 22
         box = (left / WIDTH, bottom / height, (across - 30 - gap) / WIDTH, (up - 22 - 20) / height)
         axes = figure.add_axes(box)
@@ -398,12 +425,17 @@ def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: i
         axes.tick_params(labelsize=SMALL - 1)
     return Plot(
         figure,
-        f"Validation score in percent over C, of each fit of the search, {_models(num_models)} on {_sets(len(shown))}.",
+        f"Validation score in percent over C, of each fit of the search, {_models_in(shown)} on {_sets(len(shown))}.",
     )
 
 
 def _models(number: int) -> str:
     return "one model" if number == 1 else f"{number} models"
+
+
+def _models_in(rows: Iterable[tuple[str, Mapping[int, object]]]) -> str:
+    """Return how many models rows or panels show, of all that the page has."""
+    return _models(len({model for _, by_model in rows for model in by_model}))
 
 
 def _sets(number: int) -> str:
@@ -414,8 +446,8 @@ def _error(law: Law, compute: float) -> float:
     return float(law.factor * compute**law.exponent)
 
 
-def _expected(point: ShiftPoint, baseline: tuple[float, float] | None) -> float:
+def _expected(point: ShiftPoint, baseline: tuple[float, float]) -> float:
     """Return the accuracy under the shift of a model on the baseline."""
-    if baseline is None:
-        return 1.0
-    return 1 / (1 + math.exp(-(baseline[0] * logit(point.in_accuracy) + baseline[1])))
+    odds = baseline[0] * logit(point.in_accuracy) + baseline[1]
+    # Beyond, the exponential would overflow.
+    return 1 / (1 + math.exp(-min(max(odds, -700.0), 700.0)))
