@@ -58,10 +58,10 @@ def _cell(cell: object) -> str:
 
 
 STYLE = """
-:root{--bg:#fbfaf8;--card:#fff;--ink:#1f2328;--muted:#8a9099;--rule:#e4e2dd;--a:#0072b2;--b:#d55e00;--c:#009e73;
---d:#aa4499;--right:#00734f;color-scheme:light dark}@media(prefers-color-scheme:dark){
+:root{--bg:#fbfaf8;--card:#fff;--ink:#1f2328;--muted:#686e77;--rule:#e4e2dd;--a:#0072b2;--b:#d55e00;--c:#009e73;
+--d:#aa4499;--right:#00734f;--shade:75%;color-scheme:light dark}@media(prefers-color-scheme:dark){
 :root{--bg:#15171a;--card:#1e2125;--ink:#e8e6e3;--muted:#8b929b;--rule:#33373d;--a:#56b4e9;--b:#f0a04b;
---c:#35c79a;--d:#d98cc9;--right:#5fd3a6}}*{box-sizing:border-box}
+--c:#35c79a;--d:#d98cc9;--right:#5fd3a6;--shade:45%}}*{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:break-word}
 main{max-width:1160px;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.9rem;margin:0;overflow-wrap:anywhere}
 main>header p{margin:0;color:var(--muted)}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}
@@ -91,9 +91,9 @@ li span{overflow-wrap:anywhere}li i{font-style:normal;text-align:right;color:var
 .pair>div{display:flex;gap:.75rem;align-items:flex-start}
 .pair>div+div{border-top:1px solid var(--rule);margin-top:.6rem;padding-top:.6rem;justify-content:space-between;
 align-items:center}.pair ol{margin:0}.pair q{font-size:.85rem}.pair span{display:flex;gap:.3rem}
-.matrix th,.matrix td{padding:.15rem .3rem;text-align:center;border:0;font-size:.78rem}
+.matrix th,.matrix td{padding:.15rem .3rem;text-align:center;vertical-align:middle;border:0;font-size:.78rem}
 .matrix th img{vertical-align:middle}.matrix tbody th{white-space:nowrap}
-.matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*75%),transparent);min-width:2rem}
+.matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*var(--shade)),transparent);min-width:2rem}
 .matrix .own{outline:2px solid var(--b);outline-offset:-2px;font-weight:700}
 .captions{columns:2 22rem;font-size:.82rem;color:var(--muted);padding-left:1.6rem}details{margin-top:1.5rem}
 summary{cursor:pointer;font-size:1.25rem;font-weight:600}.warning{border-left:4px solid var(--b);padding-left:.9rem;

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from clipcore.evaluate.number_texts import decimal
 from clipcore.evaluate.svg import (
     CARD,
     FONT_SIZE,
@@ -22,6 +21,7 @@ from clipcore.evaluate.svg import (
     shortened,
     width_of,
 )
+from clipcore.number_texts import decimal
 
 # The size of what is written inside of a plot.
 SMALL = FONT_SIZE - 1.5

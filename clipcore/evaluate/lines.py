@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from clipcore.data import printable
-from clipcore.evaluate.number_texts import percent, signed_points
 from clipcore.evaluate.results import (
     BIAS,
     FEW_SHOT,
@@ -14,6 +13,7 @@ from clipcore.evaluate.results import (
     ZERO_SHOT,
     Result,
 )
+from clipcore.number_texts import percent, signed_points
 
 _TITLES = {
     ZERO_SHOT: "zero-shot",

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from clipcore.data import DataError
 from clipcore.evaluate import page_bias, page_few_shot, page_parts, page_scores, page_studies, svg
-from clipcore.evaluate.number_texts import percent
 from clipcore.evaluate.page_data import (
     PageData,
     common,
@@ -33,6 +32,7 @@ from clipcore.evaluate.page_parts import (
 from clipcore.evaluate.page_values import count, shown
 from clipcore.evaluate.results import ZERO_SHOT, Result
 from clipcore.files import write_durably
+from clipcore.number_texts import percent
 from clipcore.page_style import document, escaped, table
 
 PAGE_FILE = "report.html"

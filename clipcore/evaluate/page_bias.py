@@ -6,7 +6,6 @@ import html
 from collections.abc import Mapping, Sequence
 
 from clipcore.evaluate.bias import SMALL_GROUP
-from clipcore.evaluate.number_texts import decimal, percent
 from clipcore.evaluate.page_data import (
     Bias,
     Counted,
@@ -22,6 +21,7 @@ from clipcore.evaluate.page_parts import (
     section,
 )
 from clipcore.evaluate.results import BIAS
+from clipcore.number_texts import decimal, percent
 from clipcore.page_style import escaped
 
 _MOST_LABELS = 40

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from clipcore.evaluate.number_texts import percent
 from clipcore.evaluate.page_data import (
     FewShot,
     PageData,
@@ -36,6 +35,7 @@ from clipcore.evaluate.plots import (
 )
 from clipcore.evaluate.results import FEW_SHOT
 from clipcore.evaluate.svg import MODEL_COLOURS, LegendEntry
+from clipcore.number_texts import percent
 from clipcore.page_style import table
 
 

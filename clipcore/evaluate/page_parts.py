@@ -5,20 +5,21 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from clipcore.evaluate.number_texts import percent
 from clipcore.evaluate.page_data import Score, common, mean
 from clipcore.evaluate.page_models import Model
 from clipcore.evaluate.plots import MOST_ROWS
 from clipcore.evaluate.svg import LegendEntry, Plot, legend, model_colour, model_marker, to_svg
+from clipcore.number_texts import percent
 from clipcore.page_style import Markup, escaped, table
 
 STYLE = """
-td small{color:var(--muted);white-space:nowrap}td:has(small){white-space:normal}
+td small{color:var(--muted);white-space:nowrap}
 .total td{font-weight:600;border-top:2px solid var(--rule)}.total .text{min-width:9rem;max-width:12rem}
 .neighbours{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));margin-top:.75rem}
 .neighbours div{font-size:.78rem;overflow-wrap:anywhere}.neighbours img{margin-right:.25rem}
 .neighbours .over{border-left:3px solid var(--b);padding-left:.5rem}
-section>h3{margin-top:1.25rem}.heat th{text-align:left}.heat .few{opacity:.55}details summary{font-size:1rem}details{margin-top:.75rem}
+section>h3{margin-top:1.25rem}
+.heat th{text-align:left}.heat .few{opacity:.55}details summary{font-size:1rem}details{margin-top:.75rem}
 """
 METRICS = {
     "acc1": "top-1",

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcore.evaluate.axes import Point
-from clipcore.evaluate.number_texts import decimal, percent, signed_points
 from clipcore.evaluate.page_data import (
     PageData,
     Score,
@@ -55,6 +54,7 @@ from clipcore.evaluate.plots import (
 from clipcore.evaluate.results import LINEAR_PROBE, PROMPTS, RETRIEVAL, ZERO_SHOT, Result
 from clipcore.evaluate.robustness import fit_line
 from clipcore.evaluate.svg import INK, MODEL_COLOURS, LegendEntry
+from clipcore.number_texts import decimal, percent, signed_points
 from clipcore.page_style import table
 
 

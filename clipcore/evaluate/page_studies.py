@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipcore.evaluate.axes import Point
-from clipcore.evaluate.number_texts import decimal, percent, signed_points
 from clipcore.evaluate.page_data import (
     Neighbour,
     Overlap,
@@ -53,6 +52,7 @@ from clipcore.evaluate.svg import (
     model_marker,
     shortened,
 )
+from clipcore.number_texts import decimal, percent, signed_points
 from clipcore.page_style import table
 
 # All pictures of the page together; what is beyond is counted.

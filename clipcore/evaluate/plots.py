@@ -29,7 +29,6 @@ from clipcore.evaluate.axes import (
     row_axes,
     write_beside,
 )
-from clipcore.evaluate.number_texts import decimal, percent, short, signed_points
 from clipcore.evaluate.page_data import FewShot, Overlap, Score, Trace
 from clipcore.evaluate.svg import (
     CARD,
@@ -45,6 +44,7 @@ from clipcore.evaluate.svg import (
     plot_of,
     shortened,
 )
+from clipcore.number_texts import decimal, percent, short, signed_points
 
 # Rows of one plot; a table has all of them.
 MOST_ROWS = 100

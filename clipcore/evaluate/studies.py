@@ -20,11 +20,11 @@ from typing import Any
 
 from clipcore.data import printable
 from clipcore.evaluate.comparison import compare
-from clipcore.evaluate.number_texts import decimal, percent, signed_points
 from clipcore.evaluate.results import LINEAR_PROBE, RETRIEVAL, ZERO_SHOT
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.files import is_file, make_directory, write_durably
+from clipcore.number_texts import decimal, percent, signed_points
 
 STUDIES = ("robustness", "scaling", "compare")
 _MAX_CELL_CHARS = 48

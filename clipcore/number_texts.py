@@ -1,4 +1,4 @@
-"""Numbers as texts, the same on the page, in its plots and in the terminal.
+"""Numbers as texts, the same on pages, in their plots and in the terminal.
 
 A minus is the true sign, U+2212. What is rounded to zero has no sign, and None is a dash.
 """
