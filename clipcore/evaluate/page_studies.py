@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipcore.evaluate.axes import Point
+from clipcore.evaluate.model_plots import Law, ShiftPoint, scaling_chart, shift_chart
 from clipcore.evaluate.page_data import (
     Neighbour,
     Overlap,
@@ -32,16 +33,7 @@ from clipcore.evaluate.page_parts import (
     sets,
 )
 from clipcore.evaluate.page_values import count, difference, number, objects, positive, share, shown
-from clipcore.evaluate.plots import (
-    MOST_ROWS,
-    Law,
-    ShiftPoint,
-    difference_chart,
-    overlap_chart,
-    scaling_chart,
-    scatter_chart,
-    shift_chart,
-)
+from clipcore.evaluate.plots import MOST_ROWS, difference_chart, overlap_chart, scatter_chart
 from clipcore.evaluate.results import OVERLAP
 from clipcore.evaluate.svg import (
     CARD,
