@@ -23,10 +23,11 @@ from test_evaluation_page import (
 
 from clipcore.evaluate import model_plots, svg
 from clipcore.evaluate.axes import logit, logit_ticks
+from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.metrics import chance_of
 from clipcore.evaluate.model_plots import ShiftPoint
 from clipcore.evaluate.page_models import page_models
-from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, Result, write_result
+from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, PROMPTS, Result, write_result
 from clipcore.number_texts import decimal, percent, short, signed_points
 from clipcore.page_style import Markup, table
 
@@ -166,6 +167,13 @@ def test_zero_has_no_sign_and_minus_is_the_true_one(tmp_path):
     assert [decimal(x, ".2f") for x in (-0.001, -1.5)] == ["0.00", "−1.50"]
     assert [decimal(x, ".1e") for x in (-0.0, 8e-6)] == ["0.0e+00", "8.0e−06"]
     assert (short(1e-6), short(2e7), short(-20.0)) == ("1e−6", "2e7", "−20")
+
+    variants = [
+        {"name": name, "title": name, "value": 0.5, "gain": gain}
+        for name, gain in (("name", 0.0), ("photo", -0.0004), ("own", -0.012))
+    ]
+    line = line_of(Result("a", "m", "p", PROMPTS, {}, {"variants": variants}))
+    assert line.endswith("name 50.0%; photo 50.0% (0); own 50.0% (−1.2)")
 
     put_score(tmp_path, "a", 0, 0.5)
     row = {"model": "ViT-B-32", "pretrained": "a", "kind": "zero-shot"}

@@ -23,6 +23,7 @@ from clipcore.evaluate.same_weights import (
     name_of_weights,
     one_name_each,
 )
+from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.loading import LoadedModel
 from clipcore.model import CLIP
 from clipcore.tokenizer import byte_tokenizer, train_tokenizer
@@ -107,3 +108,13 @@ def test_pages_and_studies_take_them_as_one(tmp_path):
         assert compare(tmp_path, model_a=name)["a"] == "ViT-B-32 a, zero-shot"
     with pytest.raises(DataError, match="has no zero-shot of runs"):
         compare(tmp_path, model_a="runs")
+
+
+def test_a_law_counts_a_model_once(tmp_path):
+    for number, name in enumerate(("a", "b", "c", "/runs/c")):
+        weights = "abcc"[number] * 64
+        more = {HASH_KEY: weights, "gmacs": 4.0 ** min(number, 2)}
+        put(tmp_path, "pets", 0.5 + 0.1 * min(number, 2), pretrained=name, **more)
+    study = scaling_study(tmp_path)
+    assert [row["pretrained"] for row in study["models"]] == ["a", "b", "c"]
+    assert any("result of a model under a second name" in note for note in study["notes"])
