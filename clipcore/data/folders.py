@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
 from clipcore.data.tables import (
     CAPTION_COLUMNS,
     ColumnError,
@@ -33,7 +34,7 @@ from clipcore.files import read_regular
 CLASSES_FILE, TEMPLATES_FILE = "classes.json", "templates.json"
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson)", re.IGNORECASE)
+_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|token|token\.txt)|captions\.txt", re.IGNORECASE)
 # Rows of a table that are compared with what its folder holds: more take minutes.
 _MOST_COUNTED = 1_000_000
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -444,6 +445,8 @@ def _open_metadata(
         raise ColumnError(
             f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
         )
+    if table.lower().endswith(CAPTION_LIST_SUFFIXES):
+        return open_caption_list(table, img_key, caption_key, None, decoder, quotes)
     if not table.lower().endswith((".csv", ".tsv")):
         return JsonlSource(table, img_key, caption_key, decoder)
     # Commas by its layout; spreadsheets write others.
