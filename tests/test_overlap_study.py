@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from given_features import GivenFeatures, GivenSource
+from labelled_sets import put
 from PIL import Image
 from shards import write_csv, write_folder
 
@@ -363,6 +364,47 @@ def test_training_data_as_for_training(tmp_path):
     assert len(open_training(str(path), separator="\t")) == 4
     with pytest.raises(DataError, match="there is no"):
         open_training(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.jpg", "b.png"),
+        ("photos/a.jpg", "photos/b.png"),
+        ("n01440764/a.jpg", "n01443537/b.png"),
+        ("train/a.jpg", "val/deep/b.png"),
+        ("a.jpg", "notes.txt", "photos/b.png"),
+    ],
+)
+def test_images_without_captions_are_training_images(tmp_path, names):
+    for name in names:
+        put(tmp_path / "set" / name)
+    put(tmp_path / "set/c.gif", "GIF89a")
+    images = [name for name in names if not name.endswith(".txt")]
+    source = open_training(str(tmp_path / "set"))
+    assert [source[row].key for row in range(len(source))] == images
+    stream = TrainingStream(source, pixel_descriptor(), Reading(4), torch.device("cpu"), None)
+    assert len(torch.cat(list(stream.blocks()))) == stream.num_read == 2
+    assert stream.notes() == [
+        "not used of set: 1 x picture of another kind, such as c.gif",
+        "set: 1 x folder without captions, all of whose images are taken, such as set",
+    ]
+
+
+def test_images_with_and_without_captions_are_mixed(tmp_path):
+    put(tmp_path / "plain-1/a.jpg")
+    put(tmp_path / "plain-2/b.jpg")
+    folder = write_folder(tmp_path / "folder", 3)
+    assert len(open_training(f"{folder}::{tmp_path / 'plain-*'}")) == 5
+    assert len(open_training(str(tmp_path / "plain-{1,2}"))) == 2
+    # What has captions that cannot be read is no folder without any, and neither is an empty one.
+    put(tmp_path / "table/images/a.jpg")
+    put(tmp_path / "table/metadata.csv", "file_name,text\nnone.jpg,a dog\n")
+    with pytest.raises(DataError, match="none of the first 1 images"):
+        open_training(str(tmp_path / "table"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no image"):
+        open_training(str(tmp_path / "empty"))
 
 
 def test_the_arguments():

@@ -9,6 +9,7 @@
 ``caption_lists.py`` tables of captions in text files, Flickr8k's
 ``parquet.py``      parquet tables, through a copy of their rows
 ``folders.py``      folders of images
+``plain_images.py`` images without captions
 ``embedded.py``     the embedded data sets, by name
 ``glyphs.py``       the embedded pictures of writing
 ``icons.py``        the embedded icons

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipcore.data import PairSource, printable
 from clipcore.data.loader import Batch, eval_batches, no_tokens
-from clipcore.data.sources import left_out_of
+from clipcore.data.sources import left_out_of, noted_of
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.overlap import pixel_descriptors
 from clipcore.model import CLIP
@@ -183,7 +183,7 @@ class TrainingStream:
         return place_N + np.searchsorted(before, place_N, side="right")
 
     def notes(self) -> list[str]:
-        """Return what is left out of the training data, once it was read."""
+        """Return what is left out of the training data, or taken for granted in it, once it was read."""
         notes = []
         if self.unreadable:
             notes.append(
@@ -192,4 +192,6 @@ class TrainingStream:
             )
         if left_out := left_out_of(self._source):
             notes.append(f"not used of {printable(self._source.name)}: {left_out}")
+        if noted := noted_of(self._source):
+            notes.append(f"{printable(self._source.name)}: {noted}")
         return notes
