@@ -160,8 +160,8 @@ def open_set(
 
     Args:
         spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz``, of
-            ``{train,val,test}-*.parquet`` or of images with captions; a table; a ``.npz`` file, which is the test split; or
-            any other pairs that ``open_source`` reads.
+            ``{train,val,test}-*.parquet`` or other parquet tables of splits, or of images with captions; a table; a
+            ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
         max_pixels: of a picture, of which more are not read.
         img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
         group_columns: a table's columns of groups, beside those called ``group:...``.
