@@ -202,7 +202,10 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
             caption_key=arguments.csv_caption_key,
             separator=arguments.csv_separator,
         )
-        stream = TrainingStream(training, descriptor, reading, features.device, None)
+        # A single data set needs its descriptors once.
+        has_more = len(arguments.data) > 1 or arguments.suite is not None
+        folder = subject.store.folder if has_more and subject.store is not None else None
+        stream = TrainingStream(training, descriptor, reading, features.device, None, folder)
         subject.training = (training, stream)
     training, stream = subject.training
     title = f"{dataset.name}, training images"

@@ -177,6 +177,11 @@ class FeatureStore:
         self._cache = Path(self._temporary.name if cache is None else cache)
         self._model_hash = ""
 
+    @property
+    def folder(self) -> Path:
+        """Where features are kept."""
+        return self._cache
+
     def features(self, split: Split) -> SplitFeatures:
         """Return the features of a split, which are computed unless they are there.
 
