@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation_sets import nano_subject
 from given_features import GivenFeatures
-from labelled_sets import npy, put, refuse, write_wds
+from labelled_sets import (
+    FACE_ANSWERS,
+    FACE_NAMES,
+    FACE_PROMPTS,
+    npy,
+    put,
+    refuse,
+    write_faces,
+    write_wds,
+)
 
 from clipcore.evaluate import commands, faces
 from clipcore.evaluate.bias_study import LabelProbe
@@ -23,33 +31,18 @@ from clipcore.evaluate.splits import Question
 
 pytestmark = pytest.mark.fast
 
-ANSWERS = {
-    "race": ("black", "white", "indian"),
-    "gender": ("male", "female"),
-    "age": ("0 to 2", "3 to 9", "10 to 19", "more than 19"),
-    "toxic": PAPER_LABELS,
+QUESTIONS = {
+    name: Question(answers, ("a photo of a {c}.",)) for name, answers in FACE_ANSWERS.items()
 }
-QUESTIONS = {name: Question(answers, ("a photo of a {c}.",)) for name, answers in ANSWERS.items()}
-NAMES = "".join(f"{name}:{answer}\n" for name, those in ANSWERS.items() for answer in those)
-PROMPTS = "".join(f"{name}:a photo of a {{c}}, {name}: known.\n{name}:{{c}}\n" for name in ANSWERS)
 # Of each image its age, its gender, its race, and whether it is of no white person.
 NUMBERS = [(3, 1, 0, 1), (0, 0, 1, 0), (2, 1, 2, 1), (1, 0, 2, 1)]
-
-
-def write_faces(folder: Path, *numbers: object, dtype: str = "int64") -> Path:
-    write_wds(folder, *(npy(row, dtype) for row in numbers), suffix="npy")
-    put(folder / "classnames.txt", NAMES)
-    put(folder / "zeroshot_classification_templates.txt", PROMPTS)
-    # As the exporter writes it, though no sample has a class.
-    put(folder / "dataset_type.txt", "classification\n")
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "float32"])
 def test_groups_are_named_by_the_right_answers(tmp_path, dtype):
     data = open_set(str(write_faces(tmp_path / "wds_fairface_test", *NUMBERS, dtype=dtype)))
     assert (data.name, data.task, data.classnames) == ("wds_fairface_test", "classification", ())
-    assert {name: one.classnames for name, one in data.questions.items()} == ANSWERS
+    assert {name: one.classnames for name, one in data.questions.items()} == FACE_ANSWERS
     assert data.questions["age"].templates == ("a photo of a {c}, age: known.", "{c}")
     split = data.split("test")
     assert split.labels_N is None and len(split) == 4
@@ -72,11 +65,11 @@ def test_names_with_colons_of_another_set_are_classes(tmp_path):
 
 def test_a_question_without_a_known_answer_is_said(tmp_path):
     folder = write_faces(tmp_path, *NUMBERS)
-    put(folder / "classnames.txt", f"{NAMES}mood:sad\nmood:glad\n")
-    put(folder / "zeroshot_classification_templates.txt", f"{PROMPTS}mood:{{c}}\n")
+    put(folder / "classnames.txt", f"{FACE_NAMES}mood:sad\nmood:glad\n")
+    put(folder / "zeroshot_classification_templates.txt", f"{FACE_PROMPTS}mood:{{c}}\n")
     data = open_set(str(folder))
     assert data.notes == ("the question 'mood' is not asked: no right answer to it is known",)
-    assert data.questions.keys() == ANSWERS.keys()
+    assert data.questions.keys() == FACE_ANSWERS.keys()
 
 
 @pytest.mark.parametrize(
@@ -84,11 +77,11 @@ def test_a_question_without_a_known_answer_is_said(tmp_path):
     [
         ("zeroshot_classification_templates.txt", "race:{c}\n", "has no line of the question 'gender'"),
         ("zeroshot_classification_templates.txt", "a {c}\n", "has no question before a colon"),
-        ("zeroshot_classification_templates.txt", f"{PROMPTS}mood:{{c}}\n", "classnames.txt has no line of the question"),
-        ("zeroshot_classification_templates.txt", PROMPTS + "age:no place\n", "has no {} where"),
-        ("classnames.txt", f"{NAMES}race:black\n", "has the answer 'black' twice"),
-        ("classnames.txt", NAMES.partition("toxic:gorilla")[0], "'toxic' has 15 answers"),
-        ("classnames.txt", NAMES.replace("gender:female\n", ""), "'gender' has one answer"),
+        ("zeroshot_classification_templates.txt", f"{FACE_PROMPTS}mood:{{c}}\n", "classnames.txt has no line of the"),
+        ("zeroshot_classification_templates.txt", FACE_PROMPTS + "age:no place\n", "has no {} where"),
+        ("classnames.txt", f"{FACE_NAMES}race:black\n", "has the answer 'black' twice"),
+        ("classnames.txt", FACE_NAMES.partition("toxic:gorilla")[0], "'toxic' has 15 answers"),
+        ("classnames.txt", FACE_NAMES.replace("gender:female\n", ""), "'gender' has one answer"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_named(tmp_path, file, content, message):
@@ -125,14 +118,14 @@ def one_hot(answers: list[int], width: int) -> torch.Tensor:
 
 def measured(answers: dict[str, list[int]], right: np.ndarray) -> tuple[dict, dict]:
     """Measure features in which each answer to each question is an axis of its own."""
-    widths = {name: len(those) for name, those in ANSWERS.items()}
-    features = torch.cat([one_hot(answers[name], widths[name]) for name in ANSWERS], 1)
+    widths = {name: len(those) for name, those in FACE_ANSWERS.items()}
+    features = torch.cat([one_hot(answers[name], widths[name]) for name in FACE_ANSWERS], 1)
     axes, begun, classifiers = torch.eye(features.shape[1]), 0, {}
     for name, width in widths.items():
         classifiers[name] = axes[:, begun : begun + width]
         begun += width
     groups = {
-        field: [ANSWERS.get(field, faces.WHITE_OR_NOT)[number] for number in right[:, place]]
+        field: [FACE_ANSWERS.get(field, faces.WHITE_OR_NOT)[number] for number in right[:, place]]
         for place, field in enumerate(faces.FIELDS)
     }
     probe = LabelProbe(faces.labels_of(QUESTIONS["toxic"]), classifiers["toxic"], 10.0)
