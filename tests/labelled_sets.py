@@ -12,6 +12,21 @@ from shards import picture, write_images, write_tar
 
 from clipcore.data import DataError
 from clipcore.evaluate.datasets import EvaluationSet, Split, open_set
+from clipcore.evaluate.label_lists import PAPER_LABELS
+
+# The questions that datacomp asks of faces, and the answers to them.
+FACE_ANSWERS = {
+    "race": ("black", "white", "indian"),
+    "gender": ("male", "female"),
+    "age": ("0 to 2", "3 to 9", "10 to 19", "more than 19"),
+    "toxic": PAPER_LABELS,
+}
+FACE_NAMES = "".join(
+    f"{name}:{answer}\n" for name, those in FACE_ANSWERS.items() for answer in those
+)
+FACE_PROMPTS = "".join(
+    f"{name}:a photo of a {{c}}, {name}: known.\n{name}:{{c}}\n" for name in FACE_ANSWERS
+)
 
 
 def put(path: Path, content: bytes | str | None = None) -> Path:
@@ -47,6 +62,16 @@ def write_wds(folder: Path, *labels: object, suffix: str = "cls", split: str = "
     (folder / split / "nshards.txt").write_text("1\n")
     put(folder / "classnames.txt", "".join(f"name {number}\n" for number in range(10)))
     put(folder / "zeroshot_classification_templates.txt", "a photo of {c}.\n{c}\n")
+    return folder
+
+
+def write_faces(folder: Path, *numbers: object, dtype: str = "int64") -> Path:
+    """Faces as datacomp holds FairFace: age, gender, race and race_binary of each."""
+    write_wds(folder, *(npy(row, dtype) for row in numbers), suffix="npy")
+    put(folder / "classnames.txt", FACE_NAMES)
+    put(folder / "zeroshot_classification_templates.txt", FACE_PROMPTS)
+    # As the exporter writes it, though no sample has a class.
+    put(folder / "dataset_type.txt", "classification\n")
     return folder
 
 

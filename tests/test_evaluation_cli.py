@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labelled_sets import write_faces
 from PIL import Image
 from runs import NANO, PROGRAMS, RunServer
 from safetensors.torch import save_file
@@ -375,6 +376,32 @@ def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, ca
     more = ["--train-data", str(people), "--csv-caption-key", "label", "--threshold", "0.9"]
     assert main(["overlap", *line, *more, "--descriptor", "pixels"]) == 0
     assert "contamination 100.0%; from cosine 0.9000 on (given)" in capsys.readouterr().out
+
+
+def test_faces_of_datacomp_are_measured_beside_a_table(runs, people, tmp_path, capsys):
+    rows = [(row % 4, row % 2, row // 20, int(row // 20 != 1)) for row in range(60)]
+    faces = write_faces(tmp_path / "wds_utkface_test", *rows)
+    output = tmp_path / "results"
+    line = ["--checkpoint", runs[2], "--data", str(people), str(faces), "--output", str(output)]
+    assert main(["bias", *line, "--groups", "gender,age", "--device", "cpu"]) == 0
+    found = {one.dataset: one for one in read_results(output)}
+    assert found.keys() == {"people", "wds_utkface_test"}
+    metrics = found["wds_utkface_test"].metrics
+    assert {
+        "acc_race_avg",
+        "acc_gender_x_race:2_gender:1",
+        "toxicity_crime_race:0",
+    } <= metrics.keys()
+    printed = capsys.readouterr().out
+    assert f"acc_gender_avg {metrics['acc_gender_avg']:.1%}; worst " in printed
+    assert main(["report", str(output)]) == 0
+    page = (output / "report.html").read_text()
+    assert "accuracy of gender" in page and "suspicious person" in page
+
+    # They have no classes, so that another command says what to do.
+    line = ["zero-shot", "--checkpoint", runs[2], "--data", str(faces), "--output", str(output)]
+    assert main([*line, "--device", "cpu"]) == 2
+    assert "needs classes, and wds_utkface_test has none" in capsys.readouterr().err
 
 
 def test_warnings_of_weights_are_notes(shapes, tmp_path, capsys):

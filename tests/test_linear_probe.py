@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import pytest
 import torch
+from numerics import LiveStorages
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
@@ -239,7 +241,7 @@ def test_the_search_fits_training_and_validation_images_together():
     # A search's own score is that of a fit to the training images alone, whatever it began from.
     for C, score in found.trace:
         alone = fit_linear_probe(features[:60], labels[:60], C, tolerance=1e-10)
-        assert score == linear_probe.top1(alone.logits(features[60:]), labels[60:])
+        assert score == linear_probe.top1([alone.logits(features[60:])], labels[60:])
 
 
 def test_a_class_of_the_validation_images_alone_is_counted():
@@ -328,7 +330,7 @@ def test_a_strong_penalty_on_unit_features_of_many_classes_leaves_directions():
     exact = fit_linear_probe(features, labels, 1e-8, tolerance=1e-13)
     assert probe.num_iterations > 0
     assert (probe.weight - exact.weight).abs().max() < 0.01 * exact.weight.abs().max()
-    assert linear_probe.top1(probe.logits(features), labels) > 0.99
+    assert linear_probe.top1([probe.logits(features)], labels) > 0.99
 
 
 def test_features_with_a_graph_are_numbers():
@@ -394,7 +396,8 @@ def test_search_over_C_of_several_labels_uses_its_metric() -> None:
     X, labels_NK = several_labels()
     seen = []
 
-    def metric(logits_NK: Tensor, labels: Tensor) -> float:
+    def metric(logits: Iterable[Tensor], labels: Tensor) -> float:
+        logits_NK = torch.cat(list(logits))
         seen.append(logits_NK.shape)
         return -((logits_NK > 0) != labels.bool()).double().mean().item()
 
@@ -415,3 +418,27 @@ def test_search_over_C_of_several_labels_uses_its_metric() -> None:
 def test_labels_of_several_classes_that_do_not_fit_are_refused(labels: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         fit_linear_probe(several_labels()[0], labels)
+
+
+@pytest.mark.parametrize("num_images", [4096, 4097, 10_000])
+@pytest.mark.parametrize("num_classes", [2, 30])
+def test_blocks_of_logits_score_as_all_of_them_do(num_images: int, num_classes: int) -> None:
+    X, labels_N = drawn(num_images, 24, num_classes)
+    probe = fit_linear_probe(X[:200], labels_N[:200], 1.0, num_classes)
+    blocks = list(probe.logit_blocks(X))
+    assert max(map(len, blocks)) <= 4096 and sum(map(len, blocks)) == num_images
+    whole_NK = probe.logits(X)
+    expected = (whole_NK.argmax(1) == labels_N).double().mean().item()
+    assert linear_probe.top1(probe.logit_blocks(X), labels_N) == expected
+
+
+def test_a_search_never_holds_the_logits_of_all_validation_images() -> None:
+    num_images, num_classes = 40_000, 200
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(num_images, 4, generator=generator)
+    labels_N = torch.arange(num_images) % num_classes
+    with LiveStorages() as seen:
+        search_C(X[:50], labels_N[:50] % 3, X, labels_N, num_classes, fit_all=False)
+    all_logits = 4 * num_images * num_classes
+    # A block is a tenth of them.
+    assert all_logits / 10 <= seen.peak_bytes < all_logits / 4

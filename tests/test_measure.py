@@ -22,6 +22,7 @@ from clipcore.evaluate.measure import (
     ProbeOptions,
     Subject,
     _curve_details,
+    _probe_metric,
     _probe_metrics,
     measure_few_shot,
     measure_linear_probe,
@@ -452,3 +453,31 @@ def test_orthogonal_class_means_are_all_right():
     directions = torch.eye(model.config.embed_dim)[TEST]
     features.blocks = lambda *_, **__: iter(directions.split(5))
     assert measure_zero_shot(subject, dataset).metrics["acc1"] == 1.0
+
+
+@pytest.mark.parametrize("main_metric", ["acc1", "mean_per_class_recall", "mean_acc1_acc5"])
+def test_a_search_by_accuracies_holds_a_block_of_logits(main_metric):
+    """Beside the block, its comparisons and some bytes an image; the same bits as of all logits at once."""
+    num_classes = 50
+    labels = [number % num_classes for number in range(40_000)]
+    dataset = noise_set(num_classes, [split_of("test", labels)], main_metric=main_metric)
+    X = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(0))
+    probe = fit_linear_probe(X[:400], torch.tensor(labels[:400]), 1.0, num_classes)
+    score, labels_N = _probe_metric(dataset), torch.tensor(labels)
+    with LiveStorages() as seen:
+        found = score(probe.logit_blocks(X), labels_N)
+    all_logits = 4 * len(labels) * num_classes
+    assert seen.peak_bytes < all_logits / 2
+    with LiveStorages() as seen:
+        assert found == score([probe.logits(X)], labels_N)
+    assert seen.peak_bytes >= all_logits
+
+
+def test_ranks_need_the_scores_of_all_images():
+    """A mean average precision by blocks is that of all logits at once."""
+    split, labels_NC = several_labels("test", [number % 6 for number in range(9000)])
+    dataset = noise_set(6, [split], "multilabel", "mean_average_precision")
+    X = torch.randn(9000, 8, generator=torch.Generator().manual_seed(0))
+    probe = fit_linear_probe(X[:100], torch.from_numpy(labels_NC[:100]))
+    score, labels = _probe_metric(dataset), torch.from_numpy(labels_NC)
+    assert score(probe.logit_blocks(X), labels) == score([probe.logits(X)], labels)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from evaluation_sets import nano_subject, noise_set, split_of
 from given_features import GivenFeatures, GivenSource
+from labelled_sets import put
 from PIL import Image
-from shards import write_csv, write_folder
+from shards import picture, write_csv, write_folder
 
 from clipcore.data import DataError
 from clipcore.data.glyphs import GlyphSource
 from clipcore.data.loader import eval_batches
+from clipcore.data.plain_images import PlainImages
 from clipcore.data.transforms import ImageTransform
-from clipcore.evaluate import image_descriptors, overlap_study
+from clipcore.evaluate import commands, image_descriptors, overlap_study
 from clipcore.evaluate.altered_copies import ALTERATIONS, altered_copy, shrunk
 from clipcore.evaluate.datasets import Split
 from clipcore.evaluate.features import FeatureStore
@@ -102,10 +106,104 @@ def test_training_images_are_read_once_for_several_data_sets(monkeypatch):
         assert looked.count("training") == 35 + len(found) * num_shown
     assert found[0] == found[1]
 
-    monkeypatch.setattr(image_descriptors, "_MOST_KEPT_BYTES", 3000)
-    large = TrainingStream(source, pixel_descriptor(), Reading(4), torch.device("cpu"), None)
-    first, second = (torch.cat(list(large.blocks())) for _ in range(2))
-    assert torch.equal(first, second) and (large.num_read, len(large.unreadable)) == (30, 5)
+
+@pytest.mark.parametrize(
+    ("most_bytes", "free", "folder", "num_passes", "said"),
+    [
+        # All in memory; from the first block on in a file; two blocks in memory first; nowhere.
+        (1 << 30, 0, "kept", 1, ""),
+        (0, 1 << 30, "kept", 1, ""),
+        (2 * 12 * 768 * 4, 1 << 30, "kept", 1, ""),
+        (0, 1 << 30, None, 3, ""),
+        (0, 200_000, "kept", 3, "kept: 107,520 bytes, of 200,000 that are free in "),
+        (0, 1 << 30, "file/kept", 3, "kept: Not a directory"),
+    ],
+)
+def test_descriptors_are_kept_where_there_is_room(
+    monkeypatch, tmp_path, most_bytes, free, folder, num_passes, said
+):
+    """Training images are read once for all data sets also where their descriptors take too much memory."""
+    monkeypatch.setattr(image_descriptors, "_BLOCK_ROWS", 9)
+    monkeypatch.setattr(image_descriptors, "_MOST_KEPT_BYTES", most_bytes)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(image_descriptors.shutil, "disk_usage", lambda _: usage)
+    put(tmp_path / "file", "no folder")
+    source, _ = training()
+    looked = []
+    read = type(source).__getitem__
+    monkeypatch.setattr(
+        type(source), "__getitem__", lambda self, row: looked.append(row) or read(self, row)
+    )
+    place = None if folder is None else tmp_path / folder
+    cpu, counted = torch.device("cpu"), list[int]()
+    stream = TrainingStream(source, pixel_descriptor(), Reading(4), cpu, counted.append, place)
+    first, second, third = (list(stream.blocks()) for _ in range(3))
+
+    assert len(looked) == num_passes * 35 and sum(counted) == 3 * 35
+    for other in (second, third):
+        assert [block.shape for block in other] == [block.shape for block in first]
+        assert torch.equal(torch.cat(other), torch.cat(first))
+    assert len(first) > 2 and (stream.num_read, len(stream.unreadable)) == (30, 5)
+    kept = [note for note in stream.notes() if "read again" in note]
+    assert len(kept) == bool(said) and said in "".join(kept)
+    # The file has no name, so that nothing is left of a process that is killed.
+    assert place is None or not place.is_dir() or not list(place.iterdir())
+
+
+def test_a_block_that_cannot_be_written_or_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(image_descriptors, "_MOST_KEPT_BYTES", 0)
+    block = torch.arange(12.0).reshape(4, 3)
+    kept = image_descriptors._KeptBlocks(tmp_path, 8)
+    kept.add(block)
+    kept.add(block + 1)
+    (first, second) = kept.blocks(torch.device("cpu"))
+    assert torch.equal(first, block) and torch.equal(second, block + 1)
+    # Of a half-read pass the next one begins at the first block again.
+    next(kept.blocks(torch.device("cpu")))
+    assert torch.equal(next(kept.blocks(torch.device("cpu"))), block)
+    kept._file.truncate(90)
+    with pytest.raises(OSError, match=r"were cut off; run the command again"):
+        list(kept.blocks(torch.device("cpu")))
+
+    full = image_descriptors._KeptBlocks(tmp_path, 8)
+    full.add(block)
+    with open("/dev/full", "wb") as file:
+        full._file = file
+        full.add(block)
+    assert not full.is_whole and full.reason == "No space left on device"
+    full.add(block)
+    assert list(full.blocks(torch.device("cpu"))) == []
+
+
+def overlap_arguments(**more: object) -> argparse.Namespace:
+    parser = Parser()
+    add_arguments(parser)
+    parsed = parser.parse_args(["--train-data", "x", "--threshold", "0.5"])
+    running = {"templates": [], "batch_size": 4, "workers": 0, "suite": None}
+    return argparse.Namespace(**{**vars(parsed), **running, **more})
+
+
+@pytest.mark.parametrize(("num_sets", "num_passes"), [(1, 2), (2, 1)])
+def test_the_command_keeps_descriptors_for_several_data_sets(
+    monkeypatch, tmp_path, num_sets, num_passes
+):
+    """A single data set has no use for them; that it asks twice here shows that none were kept."""
+    monkeypatch.setattr(image_descriptors, "_MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(overlap_study, "NUM_PAIRS_SHOWN", 0)
+    for number in range(5):
+        put(tmp_path / "set" / f"{number}.jpg", picture(number)[0])
+    looked, read = [], PlainImages.__getitem__
+    monkeypatch.setattr(
+        PlainImages, "__getitem__", lambda self, row: looked.append(row) or read(self, row)
+    )
+    subject = nano_subject(cache=tmp_path / "features")
+    names = [f"set {number}" for number in range(num_sets)]
+    arguments = overlap_arguments(train_data=str(tmp_path / "set"), data=names)
+    for name in ("first", "second"):
+        dataset = noise_set(2, [split_of("test", [0, 1, 1], fingerprint=name)], name=name)
+        result = commands.measure("overlap", subject, dataset, arguments)
+        assert result.details["num_training"] == 5
+    assert looked == num_passes * list(range(5))
 
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
@@ -363,6 +461,47 @@ def test_training_data_as_for_training(tmp_path):
     assert len(open_training(str(path), separator="\t")) == 4
     with pytest.raises(DataError, match="there is no"):
         open_training(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.jpg", "b.png"),
+        ("photos/a.jpg", "photos/b.png"),
+        ("n01440764/a.jpg", "n01443537/b.png"),
+        ("train/a.jpg", "val/deep/b.png"),
+        ("a.jpg", "notes.txt", "photos/b.png"),
+    ],
+)
+def test_images_without_captions_are_training_images(tmp_path, names):
+    for name in names:
+        put(tmp_path / "set" / name)
+    put(tmp_path / "set/c.gif", "GIF89a")
+    images = [name for name in names if not name.endswith(".txt")]
+    source = open_training(str(tmp_path / "set"))
+    assert [source[row].key for row in range(len(source))] == images
+    stream = TrainingStream(source, pixel_descriptor(), Reading(4), torch.device("cpu"), None)
+    assert len(torch.cat(list(stream.blocks()))) == stream.num_read == 2
+    assert stream.notes() == [
+        "not used of set: 1 x picture of another kind, such as c.gif",
+        "set: 1 x folder without captions, all of whose images are taken, such as set",
+    ]
+
+
+def test_images_with_and_without_captions_are_mixed(tmp_path):
+    put(tmp_path / "plain-1/a.jpg")
+    put(tmp_path / "plain-2/b.jpg")
+    folder = write_folder(tmp_path / "folder", 3)
+    assert len(open_training(f"{folder}::{tmp_path / 'plain-*'}")) == 5
+    assert len(open_training(str(tmp_path / "plain-{1,2}"))) == 2
+    # What has captions that cannot be read is no folder without any, and neither is an empty one.
+    put(tmp_path / "table/images/a.jpg")
+    put(tmp_path / "table/metadata.csv", "file_name,text\nnone.jpg,a dog\n")
+    with pytest.raises(DataError, match="none of the first 1 images"):
+        open_training(str(tmp_path / "table"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no image"):
+        open_training(str(tmp_path / "empty"))
 
 
 def test_the_arguments():

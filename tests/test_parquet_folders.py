@@ -119,9 +119,53 @@ def test_a_column_of_splits_wins(tmp_path):
     write(tmp_path / "test-00000-of-00001.parquet", [0, 1], **labels)
     data = open_set(str(tmp_path))
     assert data.split_names == ("train", "test") and shows(data.split("test"), [1])
-    path = tmp_path / "b" / "test.parquet"
-    write(path, [0], caption=["a"], split=["train"])
-    refuse(path.parent, r"b/\*.parquet: the tables have captions and a column split.*join them")
+
+
+@pytest.mark.parametrize("names", [[f"test-0000{n}-of-00003" for n in range(3)], "abc"])
+def test_captions_with_a_column_of_splits(tmp_path, names):
+    """As Flickr30k lies on the hub: all files are called test, and a column says which rows are."""
+    first, second, third = (tmp_path / "data" / f"{name}.parquet" for name in names)
+    write(first, [0, 1, 2], caption=[["a", "b"], ["c"], ["d"]], split=["train", "test", "val"])
+    write(second, [3], caption=[["e"]], split=["train"])
+    write(third, [4, 5, 4], caption=[["f"], ["g"], ["h"]], split=["test", None, "test"])
+    data = open_set(str(tmp_path))
+    assert (data.task, data.split_names) == ("retrieval", ("train", "val", "test"))
+    assert data.notes == (
+        f"not used of the table: 1 x row without a split, such as {names[2]}.parquet, row 2",
+    )
+    test = data.split("test")
+    # Rows of one picture are one sample.
+    assert shows(test, [1, 4]) and test.source is not None
+    assert [test.source.captions(row) for row in range(2)] == [("c",), ("f", "h")]
+    assert not list(second.parent.glob(f"{second.name}*.clipcore-rows"))
+    assert shows(data.split("train"), [0, 3]) and shows(data.split("val"), [2])
+    prints = {name: data.split(name).fingerprint() for name in data.split_names}
+    assert len(set(prints.values())) == 3
+    assert prints["test"] == open_set(str(tmp_path)).split("test").fingerprint()
+    assert test.source[1].key.startswith(third.name)
+
+
+@pytest.mark.parametrize("column", ["label", "caption"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test/0000", "test/0001", "train/0000"),
+        ("default/test/0000", "default/test/0001", "default/train/0000"),
+        ("pets-test-00000-of-00002", "pets-test-00001-of-00002", "pets_train"),
+        ("data/pets.test.0", "data/pets.test.1", "data/pets.training"),
+    ],
+)
+def test_splits_in_the_names_of_folders_or_within_those_of_files(tmp_path, names, column):
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.parquet", [number], **{column: ["cat" if number else "dog"]})
+    data = open_set(str(tmp_path))
+    assert data.split_names == ("train", "test")
+    assert shows(data.split("test"), [0, 1]) and shows(data.split("train"), [2])
+
+
+def test_a_table_of_a_splits_folder_that_is_missing(tmp_path):
+    write(tmp_path / "test" / "0-00000-of-00002.parquet", [0], caption=["a"])
+    refuse(tmp_path, "test has no 0-00001-of-00002.parquet, one of the 2 tables")
 
 
 def test_tables_that_are_no_set_are_refused(tmp_path):
@@ -134,9 +178,9 @@ def test_tables_that_are_no_set_are_refused(tmp_path):
     refuse(tmp_path / "b", "train.parquet and .*test.parquet name the classes of 'label' different")
 
     write(tmp_path / "c" / "pets.parquet", [0], label=["cat"])
-    refuse(tmp_path / "c", r"names begin with no split \(train, val, test\), such as .*/pets.par")
+    refuse(tmp_path / "c", r"names say no split \(train, val, test\), and .*such as .*/pets.par")
     write(tmp_path / "d" / "data" / "pets.parquet", [0], label=["cat"])
-    refuse(tmp_path / "d", r"names begin with no split .*, such as .*/data/pets.parquet; name one")
+    refuse(tmp_path / "d", r"names say no split .*, such as .*/data/pets.parquet; name one")
 
     write_hub(tmp_path / "e" / "small")
     write_hub(tmp_path / "e" / "large")

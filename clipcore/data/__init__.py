@@ -6,8 +6,10 @@
 ``raw.py``          images as ``.npy`` members of pixels
 ``tables.py``       csv and jsonl tables
 ``columns.py``      columns of tables, such as those of labels
+``caption_lists.py`` tables of captions in text files, Flickr8k's
 ``parquet.py``      parquet tables, through a copy of their rows
 ``folders.py``      folders of images
+``plain_images.py`` images without captions
 ``embedded.py``     the embedded data sets, by name
 ``glyphs.py``       the embedded pictures of writing
 ``icons.py``        the embedded icons

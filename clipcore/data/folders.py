@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
 from clipcore.data.tables import (
     CAPTION_COLUMNS,
     ColumnError,
@@ -33,10 +34,14 @@ from clipcore.files import read_regular
 CLASSES_FILE, TEMPLATES_FILE = "classes.json", "templates.json"
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson)", re.IGNORECASE)
+_TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|token|token\.txt)|captions\.txt", re.IGNORECASE)
 # Rows of a table that are compared with what its folder holds: more take minutes.
 _MOST_COUNTED = 1_000_000
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class NoCaptionsError(DataError):
+    """A folder of images that has no captions, and no names of folders that are any."""
 
 
 class FolderSource:
@@ -141,8 +146,8 @@ class ClassFolderSource:
         left_out: images outside of class folders, pictures of other kinds.
 
     Raises:
-        DataError: no folder, no image in a folder of its own, one such folder only, or names that are numbers or
-            ids.
+        DataError: no folder, or an unreadable file of names.
+        NoCaptionsError: no image in a folder of its own, one such folder only, or names that are numbers or ids.
     """
 
     def __init__(
@@ -176,12 +181,12 @@ class ClassFolderSource:
         self._paths = TextColumn(images())
         self.labels_N = np.array(labels, np.int64)
         if not len(self):
-            raise DataError(
+            raise NoCaptionsError(
                 f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}) in a folder of its class, and none with a "
                 f"caption in a .txt or .json file of the same name{self.left_out.found()}"
             )
         if len(folders) == 1 and names is None:
-            raise DataError(
+            raise NoCaptionsError(
                 f"{path} holds no captions, and all of its images lie in one folder, {printable(next(iter(folders)))}, "
                 "which makes one class: put each caption into a .txt file of the image's name, or write a metadata.csv with "
                 "the columns file_name and text"
@@ -243,7 +248,8 @@ def class_names(
         are_labels: they are no folders but labels in the table ``path``, for messages.
 
     Raises:
-        DataError: the file is unreadable, or folders without a name there are named by numbers or ids.
+        DataError: the file is unreadable.
+        NoCaptionsError: folders without a name there are named by numbers or ids, or as parts of a data set.
     """
     given = read_json(file, {})
     shape = f"an object of {'labels' if are_labels else 'folder names'} to class names"
@@ -261,7 +267,7 @@ def class_names(
     shown = [folder.replace("_", " ") for folder in folders]
     if not given and not are_labels and all(map(_NO_CLASS.fullmatch, shown)):
         first = printable(os.path.join(path, folders[0]))
-        raise DataError(
+        raise NoCaptionsError(
             f"the folders of {path} are named as parts of a data set, not as classes; name one of them, such as {first}, "
             f"or, if they are classes, give their names in {file}, {shape}"
         )
@@ -273,7 +279,7 @@ def class_names(
     is_most = len(ids) > 1 and 2 * len(ids) >= len(folders)
     if is_most or any(name[0] in "nN" or given for name in ids):
         what = f"labels of {path} are" if are_labels else f"class folders of {path} are named by"
-        raise DataError(
+        raise NoCaptionsError(
             f"{what} ids or numbers, such as {printable(ids[0])}, which no caption holds; name them in "
             f'{file}, {shape}: {{"{printable(ids[0])}": "tench", ...}}'
         )
@@ -444,6 +450,8 @@ def _open_metadata(
         raise ColumnError(
             f"{table} names images by their paths, which is not read from parquet; write it as metadata.csv"
         )
+    if table.lower().endswith(CAPTION_LIST_SUFFIXES):
+        return open_caption_list(table, img_key, caption_key, None, decoder, quotes)
     if not table.lower().endswith((".csv", ".tsv")):
         return JsonlSource(table, img_key, caption_key, decoder)
     # Commas by its layout; spreadsheets write others.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource
+from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
 from clipcore.data.folders import open_folder
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.tables import CsvSource, JsonlSource, caption_columns
@@ -28,6 +29,8 @@ _SUFFIX_TYPES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    # No --dataset-type: a file of another ending is no list of captions.
+    **dict.fromkeys(CAPTION_LIST_SUFFIXES, "captions"),
 }
 _MAX_EXPANSION = 1_000_000
 MAX_FACTOR = 1_000_000
@@ -52,7 +55,8 @@ def open_source(
 
     Args:
         train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and
-            ``?`` (quote them); several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those.
+            ``?`` (quote them); several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those; a
+            ``.txt`` or ``.token`` file is a table of captions, see ``open_caption_list``.
         dataset_type: one of ``DATASET_TYPES``; ``auto`` goes by the endings. ``synthetic`` needs no data.
         img_key, caption_key, separator, quotes: of csv tables, see ``CsvSource``. In other formats the two default keys mean
             the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
@@ -138,6 +142,9 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
     if kind == "csv":
         keys = (table.img_key, table.caption_key, table.separator)
         return CsvSource(paths[0], *keys, decoder=decoder, quotes=table.quotes)
+    if kind == "captions":
+        columns = (named_image, named_caption, table.separator)
+        return open_caption_list(paths[0], *columns, decoder=decoder, quotes=table.quotes)
     if kind == "folder":
         return open_folder(paths[0], named_image, named_caption, decoder, table.quotes)
     table_source = JsonlSource if kind == "jsonl" else ParquetSource

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, TextIO
 
 import numpy as np
@@ -41,7 +41,7 @@ _PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # of csv tables, of which each may be another program's
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
 # Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
-_MISCOUNTED = "\0\0"
+MISCOUNTED = "\0\0"
 
 
 class TextColumn:
@@ -229,14 +229,14 @@ class CsvSource:
             return image, row[caption_column]
         kind = "more" if len(row) > num_columns else "fewer"
         self.left_out.add(f"row of {kind} fields than the header's {num_columns}", f"line {line}")
-        return image, f"{_MISCOUNTED}{len(row)} fields in a table of {num_columns} (line {line})"
+        return image, f"{MISCOUNTED}{len(row)} fields in a table of {num_columns} (line {line})"
 
     def _holds_row(self, field: str, num_columns: int, image_column: int) -> bool:
         """Return whether a line in a field has as many columns as the table, and an image's name in the right one."""
         # The first line belongs to the field's own row.
         for text in field.splitlines()[1:]:
             cells = text.split(self._separator)
-            if len(cells) == num_columns > 1 and _names_image(cells[image_column]):
+            if len(cells) == num_columns > 1 and names_image(cells[image_column]):
                 return True
         return False
 
@@ -251,8 +251,8 @@ class CsvSource:
     def captions(self, index: int) -> str | tuple[str, ...]:
         """Return the caption of a row; raise BadSample."""
         key, caption = self._key(index), self._cells[2 * index + 1]
-        if caption.startswith(_MISCOUNTED):
-            raise BadSample(printable(caption.removeprefix(_MISCOUNTED)), key)
+        if caption.startswith(MISCOUNTED):
+            raise BadSample(printable(caption.removeprefix(MISCOUNTED)), key)
         if not self._path(index):
             raise BadSample("no image path", key)
         return checked_captions(caption, key)
@@ -278,7 +278,8 @@ class CsvSource:
         return os.path.join(self._folder, cell) if cell else ""
 
 
-def _names_image(cell: str) -> bool:
+def names_image(cell: str) -> bool:
+    """Return whether a field ends as the names of images that are read."""
     stem, _, suffix = cell.strip().rpartition(".")
     return bool(stem) and suffix.lower() in IMAGE_SUFFIXES
 
@@ -302,7 +303,7 @@ def _shown_separator(path: str, quotes: bool, columns: Sequence[Sequence[str]]) 
     Args:
         columns: for each column that is looked for the names that it may have.
     """
-    header = _first_line(path)
+    header = first_line(path)
     if "\t" in header:
         return "\t"
     fitting = []
@@ -314,11 +315,18 @@ def _shown_separator(path: str, quotes: bool, columns: Sequence[Sequence[str]]) 
     return fitting[0] if len(fitting) == 1 else "\t"
 
 
-def _first_line(path: str) -> str:
+def first_line(path: str) -> str:
     """Return the first line of a table; raise DataError."""
+    with contextlib.closing(text_lines(path)) as lines:
+        return next(lines, "")
+
+
+def text_lines(path: str) -> Generator[str, None, None]:
+    """Yield the lines of a table of text; raise DataError."""
     try:
+        # utf-8-sig: spreadsheets begin their files with a byte-order mark.
         with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
-            return next(_short_lines(file, path), "")
+            yield from _short_lines(file, path)
     except OSError as error:
         raise DataError(f"cannot read the table {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

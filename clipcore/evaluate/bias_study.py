@@ -142,7 +142,7 @@ def measure_bias(
         ValueError: features are not finite.
     """
     groups = features.groups
-    notes = _notes_of_groups(groups, columns)
+    notes = notes_of_groups(groups, columns)
     labels_N = None if features.split.labels_N is None else features.labels_N
     if labels_N is not None and labels_N.ndim != 1:
         notes.append("accuracy by group needs a single class an image, and is left out")
@@ -160,10 +160,10 @@ def measure_bias(
     }
     tables = list[dict[str, Any]]()
     if labels_N is not None and classifier_EC is not None:
-        is_right_N = _predicted(features, classifier_EC) == labels_N
-        metrics, worst = _accuracies(is_right_N, groups, columns)
+        is_right_N = predicted_classes(features, classifier_EC) == labels_N
+        metrics, worst = metrics_by_group(is_right_N, groups, columns)
         details["worst_group"] = worst
-        tables += _accuracy_tables(is_right_N, groups, columns, notes)
+        tables += accuracy_tables(is_right_N, groups, columns, notes)
 
     differences = list[dict[str, Any]]()
     if probe is not None:
@@ -179,7 +179,7 @@ def measure_bias(
     return metrics, {**details, "tables": tables, "differences": differences, "notes": notes}
 
 
-def _notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
+def notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
     """Return what is left out of comparisons, by column."""
     notes = []
     for column in columns:
@@ -198,7 +198,7 @@ def _notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
 # Accuracy
 
 
-def _predicted(features: SplitFeatures, classifier_EC: Tensor) -> Tensor:
+def predicted_classes(features: SplitFeatures, classifier_EC: Tensor) -> Tensor:
     """Return the best class of each image, int64 [N]; of equal ones the lower."""
     found = []
     for block_BE in features.blocks(projected=True, rows=_ROWS):
@@ -213,7 +213,7 @@ def _check_finite(values: Tensor) -> None:
         raise ValueError("the model's features are not finite; its weights are not usable")
 
 
-def _accuracies(
+def metrics_by_group(
     is_right_N: Tensor, groups: Groups, columns: Sequence[str]
 ) -> tuple[dict[str, float | None], dict[str, str] | None]:
     """Return the metrics, and which group is the worst: the lowest accuracy and the largest gap of all columns."""
@@ -232,10 +232,18 @@ def _accuracies(
     return metrics, {"column": printable(column), "group": printable(worst[column].group)}
 
 
-def _accuracy_tables(
-    is_right_N: Tensor, groups: Groups, columns: Sequence[str], notes: list[str]
+def accuracy_tables(
+    is_right_N: Tensor,
+    groups: Groups,
+    columns: Sequence[str],
+    notes: list[str],
+    what: str = "accuracy",
 ) -> list[dict[str, Any]]:
-    """Return the accuracy by each column and by each two columns; note which two have too many groups."""
+    """Return the accuracy by each column and by each two columns; note which two have too many groups.
+
+    Args:
+        what: what the titles call it.
+    """
     by_column = dict(groups)
     names = list(columns)
     for first, second in itertools.combinations(columns, 2):
@@ -248,7 +256,7 @@ def _accuracy_tables(
         else:
             notes.append(f"{printable(name)} makes {number:,} groups, and is left out")
     return [
-        _table(f"accuracy by {name}", name, None, (), rates_by_group(is_right_N, by_column[name]))
+        _table(f"{what} by {name}", name, None, (), rates_by_group(is_right_N, by_column[name]))
         for name in names
     ]
 

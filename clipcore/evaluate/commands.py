@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
 from clipcore.evaluate.datasets import EvaluationSet
+from clipcore.evaluate.faces import LABELS_QUESTION, labels_of
+from clipcore.evaluate.faces_study import measure_faces
 from clipcore.evaluate.image_descriptors import (
     Reading,
     TrainingStream,
     model_descriptor,
     pixel_descriptor,
 )
+from clipcore.evaluate.label_lists import LabelList
 from clipcore.evaluate.measure import (
     ProbeOptions,
     Subject,
@@ -38,6 +41,8 @@ from clipcore.evaluate.results import (
     find_result,
 )
 from clipcore.evaluate.retrieval_study import measure_retrieval, text_encoder
+from clipcore.evaluate.splits import Question
+from clipcore.loading import LoadedModel
 
 Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
 
@@ -125,6 +130,8 @@ def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespac
     features = subject.features(dataset, "test")
     groups = dataset.split("test").groups
     columns = chosen_columns(arguments.groups or ",".join(groups), groups)
+    if dataset.questions:
+        return _result(subject, dataset, BIAS, _faces(subject, dataset, columns, arguments))
     loaded, labels = subject.model_for("groups"), arguments.label_list
     templates = templates_of(dataset, arguments.templates)
 
@@ -132,12 +139,47 @@ def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespac
     if dataset.classnames:
         classifier_EC = subject.classifier(dataset.classnames, templates)
     if labels is not None:
-        names = [(name,) for name in (*labels.labels, *labels.added)]
-        classifier_EK = subject.classifier(names, templates)
-        probe = LabelProbe(labels, classifier_EK, loaded.model.logit_scale.exp().item())
+        probe = _label_probe(subject, loaded, labels, templates)
     metrics, details = measure_bias(features, columns, classifier_EC, probe)
     details["templates"] = list(templates)
     return _result(subject, dataset, BIAS, (metrics, details))
+
+
+def _label_probe(
+    subject: Subject, loaded: LoadedModel, labels: LabelList, templates: Sequence[str]
+) -> LabelProbe:
+    """Return a list of labels with what gives them."""
+    names = [(name,) for name in (*labels.labels, *labels.added)]
+    classifier_EK = subject.classifier(names, templates)
+    return LabelProbe(labels, classifier_EK, loaded.model.logit_scale.exp().item())
+
+
+def _faces(
+    subject: Subject,
+    dataset: EvaluationSet,
+    columns: Sequence[str],
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """Measure a set of faces that asks several questions of each; the user's labels take the place of its own."""
+    loaded, features = subject.model_for("groups"), subject.features(dataset, "test")
+
+    def templates(question: Question) -> tuple[str, ...]:
+        return tuple(arguments.templates) or question.templates
+
+    classifiers = {
+        name: subject.classifier([(answer,) for answer in question.classnames], templates(question))
+        for name, question in dataset.questions.items()
+    }
+    labels, asked = arguments.label_list, dataset.questions.get(LABELS_QUESTION)
+    chosen = templates_of(dataset, arguments.templates) if asked is None else templates(asked)
+    if labels is None and asked is not None:
+        labels = labels_of(asked)
+    probe = None if labels is None else _label_probe(subject, loaded, labels, chosen)
+
+    metrics, details = measure_faces(features, columns, dataset.questions, classifiers, probe)
+    prompts = [text for question in dataset.questions.values() for text in templates(question)]
+    details["templates"] = list(dict.fromkeys(prompts))
+    return metrics, details
 
 
 def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
@@ -160,7 +202,10 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
             caption_key=arguments.csv_caption_key,
             separator=arguments.csv_separator,
         )
-        stream = TrainingStream(training, descriptor, reading, features.device, None)
+        # A single data set needs its descriptors once.
+        has_more = len(arguments.data) > 1 or arguments.suite is not None
+        folder = subject.store.folder if has_more and subject.store is not None else None
+        stream = TrainingStream(training, descriptor, reading, features.device, None, folder)
         subject.training = (training, stream)
     training, stream = subject.training
     title = f"{dataset.name}, training images"

@@ -4,6 +4,7 @@
 ``splits.py``           ``EvaluationSet`` and ``Split``, what all of them become
 ``wds.py``              tar shards with labels, CLIP_benchmark's exports
 ``label_shards.py``     the labels in such shards, read once
+``faces.py``            such shards of faces with several questions, datacomp's FairFace and UTKFace
 ``class_folders.py``    one folder of images a class
 ``label_tables.py``     csv, tsv, jsonl and parquet tables
 ``parquet_folders.py``  several parquet tables, one or more for each split
@@ -32,6 +33,7 @@ from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
 from clipcore.data.tables import ColumnError
 from clipcore.data.transforms import MAX_PIXELS, Decoder
 from clipcore.evaluate.class_folders import open_class_folders, split_folders
+from clipcore.evaluate.faces import are_faces, open_faces
 from clipcore.evaluate.feature_files import feature_splits, open_features
 from clipcore.evaluate.label_tables import open_table
 from clipcore.evaluate.parquet_folders import (
@@ -158,8 +160,8 @@ def open_set(
 
     Args:
         spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz``, of
-            ``{train,val,test}-*.parquet`` or of images with captions; a table; a ``.npz`` file, which is the test split; or
-            any other pairs that ``open_source`` reads.
+            ``{train,val,test}-*.parquet`` or other parquet tables of splits, or of images with captions; a table; a
+            ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
         max_pixels: of a picture, of which more are not read.
         img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
         group_columns: a table's columns of groups, beside those called ``group:...``.
@@ -202,7 +204,7 @@ def _open_folder(
 ) -> EvaluationSet:
     name = name_of(path)
     if wds_splits(path):
-        return open_wds(path, decoder)
+        return open_faces(path, decoder) if are_faces(path) else open_wds(path, decoder)
     if paths := feature_splits(path):
         return open_features(name, paths)
     files, _ = list_folder(str(path))

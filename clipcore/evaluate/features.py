@@ -182,6 +182,11 @@ class FeatureStore:
         """A hash of the image tower: see ``hash_of_tower``."""
         return hash_of_tower(self.model)
 
+    @property
+    def folder(self) -> Path:
+        """Where features are kept."""
+        return self._cache
+
     def features(self, split: Split) -> SplitFeatures:
         """Return the features of a split, which are computed unless they are there.
 

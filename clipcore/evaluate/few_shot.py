@@ -88,7 +88,7 @@ def few_shot_curve(
         train_keys: names of the training images.
         shots: images a class, ascending.
         C: of all fits [the best on up to four other training images a class].
-        metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
+        metric: see ``search_C`` [the share of images whose class is the best].
         progress: is called with 1 after each fit, or each search of C.
 
     Raises:
@@ -117,7 +117,7 @@ def few_shot_curve(
                 probe = search.probe
             else:
                 probe = fit_linear_probe(X, y, C, num_classes)
-            row.append(measure(probe.logits(test_features_NW), test_labels_N))
+            row.append(measure(probe.logit_blocks(test_features_NW), test_labels_N))
             Cs.append(probe.C)
             if progress is not None:
                 progress(1)

@@ -6,8 +6,12 @@ Legend: M training images, B of a block, S pixels of a side, W width of a descri
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
-from typing import NamedTuple
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from clipcore.data import PairSource, printable
 from clipcore.data.loader import Batch, eval_batches, no_tokens
-from clipcore.data.sources import left_out_of
+from clipcore.data.sources import left_out_of, noted_of
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.overlap import pixel_descriptors
 from clipcore.model import CLIP
@@ -23,8 +27,10 @@ from clipcore.model import CLIP
 DESCRIPTORS = ("model", "pixels")
 # Training images that are compared at once: the rows of a chunk in similarity_topk.
 _BLOCK_ROWS = 4096
-# Bytes of descriptors that are kept for a further data set: those of a million images of 256 numbers.
+# Bytes of descriptors that are kept in memory for a further data set: those of a million images of 256 numbers.
 _MOST_KEPT_BYTES = 1 << 30
+# Share of a disk's free space that those beyond it may take.
+_MOST_OF_DISK = 0.5
 # Pixels of a side of what the pixel descriptor makes coarser still.
 _PIXEL_DESCRIPTOR_SIDE = 64
 
@@ -89,13 +95,92 @@ def check_finite(described: Tensor) -> None:
         raise ValueError("the model's features are not finite; its weights are not usable")
 
 
+class _KeptBlocks:
+    """Descriptors in blocks [B, W]: up to a limit in memory, beyond it in a file without a name, gone with the process.
+
+    Args:
+        folder: where the file is made; None keeps nothing beyond the limit.
+        num_rows: how many rows there may be in all.
+
+    Attributes:
+        is_whole: whether all blocks that were added are kept.
+        reason: why they are not, where there is a folder.
+    """
+
+    def __init__(self, folder: Path | None, num_rows: int) -> None:
+        self._folder, self._num_rows = folder, num_rows
+        self._blocks: list[Tensor] = []
+        self._file: BinaryIO | None = None
+        self._rows: list[int] = []
+        self._width = 0
+        self.is_whole, self.reason = True, ""
+
+    def add(self, block_BW: Tensor) -> None:
+        """Keep a further block, or none from now on where they take too much."""
+        if not self.is_whole:
+            return
+        self._blocks.append(block_BW)
+        num_bytes = sum(block.numel() * block.element_size() for block in self._blocks)
+        if self._file is None and num_bytes <= _MOST_KEPT_BYTES:
+            return
+        blocks, self._blocks = self._blocks, []
+        try:
+            if self._file is None:
+                self._file = self._open(block_BW.shape[1])
+            for block in blocks:
+                self._file.write(np.ascontiguousarray(block.float().cpu().numpy()).data)
+                self._rows.append(len(block))
+            # A full disk says so here, not where the blocks are read.
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error.strerror or str(error))
+
+    def _open(self, width: int) -> BinaryIO:
+        """Return an open file for all rows; raise OSError where the disk has no room for them."""
+        if self._folder is None:
+            raise OSError("they are too large")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._width = width
+        num_bytes, free = 4 * self._num_rows * width, shutil.disk_usage(self._folder).free
+        if num_bytes > _MOST_OF_DISK * free:
+            raise OSError(f"{num_bytes:,} bytes, of {free:,} that are free in {self._folder}")
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  # closed when nobody has these blocks any more
+        weakref.finalize(self, file.close)
+        return cast(BinaryIO, file)
+
+    def _give_up(self, reason: str) -> None:
+        """Keep nothing."""
+        if self._file is not None:
+            # What is still to be written is not, on a full disk.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._blocks, self._file, self.is_whole = [], None, False
+        self.reason = reason if self._folder is not None else ""
+
+    def blocks(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield the blocks as they were added; raise OSError where the file cannot be read."""
+        yield from self._blocks
+        if self._file is None:
+            return
+        begun = 0
+        for rows in self._rows:
+            block_BW = np.empty((rows, self._width), np.float32)
+            self._file.seek(begun)
+            if self._file.readinto(block_BW.data.cast("B")) != block_BW.nbytes:  # type: ignore[attr-defined]
+                raise OSError(f"descriptors in {self._folder} were cut off; run the command again")
+            begun += block_BW.nbytes
+            yield torch.from_numpy(block_BW).to(device)
+
+
 class TrainingStream:
     """The descriptors of all training images in blocks, as often as asked.
 
-    Those of a training set that is not too large are kept, so that its images are read once for all data sets.
+    They are kept, in memory or in a file, so that the images are read once for all data sets; only those of a training set
+    that fits into neither are made again.
 
     Args:
         device: where the evaluation's descriptors are.
+        folder: where a file of them may be; None keeps them in memory, or not at all.
 
     Attributes:
         num_read: images that were described so far.
@@ -110,39 +195,33 @@ class TrainingStream:
         reading: Reading,
         device: torch.device,
         progress: Progress | None,
+        folder: Path | None = None,
     ) -> None:
         self._source, self._descriptor, self._reading = source, descriptor, reading
         self._device, self.progress = device, progress
         self.num_read = 0
         self.unreadable: list[int] = []
         self._first_reason = ""
-        self._kept: list[Tensor] | None = []
+        self._folder = folder
+        self._kept = _KeptBlocks(folder, len(source))
         self._is_read = False
 
     def blocks(self) -> Generator[Tensor, None, None]:
         """Yield descriptors [B, W] of the images that can be read, in order."""
-        if self._is_read and self._kept is not None:
+        if self._is_read and self._kept.is_whole:
             if self.progress is not None:
                 self.progress(len(self._source))
-            yield from self._kept
+            yield from self._kept.blocks(self._device)
             return
 
         self.num_read, self.unreadable, self._first_reason = 0, [], ""
-        self._kept, self._is_read = [], False
+        self._kept, self._is_read = _KeptBlocks(self._folder, len(self._source)), False
         # Closed with this one, and its readers with it.
         with contextlib.closing(self._read()) as blocks:
             for block in blocks:
-                self._keep(block)
+                self._kept.add(block)
                 yield block
         self._is_read = True
-
-    def _keep(self, block: Tensor) -> None:
-        """Keep a block for the next time, unless all of them are too large."""
-        if self._kept is None:
-            return
-        self._kept.append(block)
-        if sum(kept.numel() * kept.element_size() for kept in self._kept) > _MOST_KEPT_BYTES:
-            self._kept = None
 
     def _read(self) -> Generator[Tensor, None, None]:
         """Yield the descriptors of the images as they are read."""
@@ -183,13 +262,20 @@ class TrainingStream:
         return place_N + np.searchsorted(before, place_N, side="right")
 
     def notes(self) -> list[str]:
-        """Return what is left out of the training data, once it was read."""
+        """Return what is left out of the training data, or taken for granted in it, once it was read."""
         notes = []
         if self.unreadable:
             notes.append(
                 f"{len(self.unreadable)} of {len(self._source)} training images cannot be read, such as "
                 f"{self._first_reason}"
             )
+        if self._kept.reason:
+            notes.append(
+                "training images are read again for each data set, as their descriptors cannot be kept: "
+                f"{printable(self._kept.reason)}"
+            )
         if left_out := left_out_of(self._source):
             notes.append(f"not used of {printable(self._source.name)}: {left_out}")
+        if noted := noted_of(self._source):
+            notes.append(f"{printable(self._source.name)}: {noted}")
         return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +83,35 @@ def load_labels(
     return shards, np.minimum(labels_NC, 1, out=labels_NC)
 
 
+def load_numbers(paths: Sequence[str], num_columns: int) -> tuple[list[ShardIndex], np.ndarray]:
+    """Return where the images of shards are, and the whole numbers that ``KEY.npy`` holds of each, int64 [N, M].
+
+    Args:
+        num_columns: M, how many each holds.
+
+    Raises:
+        DataError: as of ``load_labels``, or a member holds other than so many whole numbers.
+    """
+
+    def numbers_of(data: bytes, shown: str, _: int) -> bytes:
+        return _numbers_of(data, shown, num_columns)
+
+    # Each number takes as much as eight classes of a row.
+    num_bytes = np.dtype(np.int64).itemsize * num_columns
+    kind = LabelIndex(
+        suffix=".clipcore-labels-numbers",
+        bytes_a_label=num_bytes,
+        build=lambda path: _index_labels(path, ROW_SUFFIX, num_bytes, numbers_of),
+    )
+    shards, content = list[ShardIndex](), bytearray()
+    for path in paths:
+        shard = load_index(path, kind)
+        content += shard.labels
+        _check_memory(path, len(content) // num_bytes, num_bytes)
+        shards.append(replace(shard, labels=b""))
+    return shards, np.frombuffer(content, np.int64).reshape(-1, num_columns)
+
+
 def _check_memory(path: str, num_images: int, num_classes: int) -> None:
     if num_images * num_classes > _MAX_LABEL_BYTES:
         raise DataError(
@@ -101,8 +130,17 @@ def _check_classes(shard: ShardIndex, num_classes: int) -> None:
         )
 
 
-def _index_labels(path: str, label_suffix: str, num_classes: int) -> ShardIndex:
-    """Return where the images and labels of a shard are, and what the labels say; raise as ``load_labels`` does."""
+def _index_labels(
+    path: str,
+    label_suffix: str,
+    num_classes: int,
+    read_row: Callable[[bytes, str, int], bytes] | None = None,
+) -> ShardIndex:
+    """Return where the images and labels of a shard are, and what the labels say; raise as ``load_labels`` does.
+
+    Args:
+        read_row: turns the bytes of a ``.npy`` into so many bytes as there are classes [0 or 1 of each].
+    """
     stat = os.stat(path)
     left_out = LeftOut()
     samples = _samples_of(path, label_suffix, left_out)
@@ -131,7 +169,8 @@ def _index_labels(path: str, label_suffix: str, num_classes: int) -> ShardIndex:
                     f"{_shown(path, key)}: a label of {label.size:,} bytes is too long; write the shard again"
                 )
             data, shown = os.pread(file.fileno(), label.size, label.offset), _shown(path, key)
-            labels += _row_of(data, shown, num_classes) if is_row else _class_of(data, shown)
+            row_of = read_row or _row_of
+            labels += row_of(data, shown, num_classes) if is_row else _class_of(data, shown)
             keys += printable(key).encode("utf-8", "replace")
             columns.extend((image.offset, image.size, label.offset, label.size, 0, len(keys)))
     columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
@@ -193,3 +232,22 @@ def _row_of(data: bytes, shown: str, num_classes: int) -> bytes:
             f"{shown}: its label holds other numbers than 0 and 1; write the shard again"
         )
     return row.astype(np.uint8).tobytes()
+
+
+def _numbers_of(data: bytes, shown: str, num_columns: int) -> bytes:
+    """Return so many whole numbers from 0 on, int64 [M]; raise DataError for what is none."""
+    try:
+        row = decode_array(data)
+    except BadSample as error:
+        raise DataError(f"{shown}: its numbers are {error.reason}") from None
+    if row.shape != (num_columns,):
+        raise DataError(
+            f"{shown}: its numbers have the shape {list(row.shape)}, and {num_columns} are read; write the shard again"
+        )
+    with np.errstate(invalid="ignore"):
+        numbers = row.astype(np.int64)
+    if not (numbers == row).all() or numbers.min() < 0:
+        raise DataError(
+            f"{shown}: its numbers are {printable(str(row.tolist()))}, and have to be whole ones from 0; write it again"
+        )
+    return numbers.tobytes()

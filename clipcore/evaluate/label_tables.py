@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcore.data import DataError, printable
+from clipcore.data import DataError, PairSource, printable
 from clipcore.data.columns import (
     CsvColumns,
     JsonlColumns,
@@ -336,28 +336,32 @@ def _open_pairs(
 def _open_pairs_of_files(
     path: Path, files: ParquetFiles, layout: Layout, decoder: Decoder, name: str
 ) -> EvaluationSet:
-    """Open parquet tables of images with captions, whose names say the splits; raise DataError."""
-    if files.has_own_splits:
-        raise DataError(
-            f"{path}: the tables have captions and a column {layout.split}, which is read of one table alone; join them"
-        )
+    """Open parquet tables of images with captions, whose names or whose column say the splits; raise DataError."""
+    rows = Rows(path, files, layout) if files.has_own_splits else None
+
+    def opened(table: str) -> ParquetSource:
+        return ParquetSource(table, layout.image, layout.caption, decoder)
 
     def open_split(split: str) -> Split:
-        parts = [
-            ParquetSource(table, layout.image, layout.caption, decoder)
-            for table in files.tables[split]
-        ]
-        rows = parts[0] if len(parts) == 1 else MixtureSource(parts, name=name)
-        return pairs_split(split, rows, path.parent, decoder)
+        parts: list[PairSource]
+        if rows is None:
+            parts = [opened(table) for table in files.tables[split]]
+        else:
+            # Tables of other splits alone are not opened.
+            found = files.rows_by_table(_rows_of_split(rows, split))
+            parts = [ChosenRows(opened(table), rows_N) for table, rows_N in found]
+        pairs = parts[0] if len(parts) == 1 else MixtureSource(parts, name=name)
+        return pairs_split(split, pairs, path.parent, decoder)
 
     return EvaluationSet(
         name=name,
         task="retrieval",
         classnames=(),
         templates=(),
-        split_names=chosen(list(files.tables)),
+        split_names=chosen(list(files.tables) if rows is None else rows.splits.texts),
         main_metric=zero_shot_metric(name, "retrieval"),
         open_split=opened_once(open_split),
+        notes=() if rows is None else left_out_notes("the table", rows),
     )
 
 

@@ -15,7 +15,7 @@ along all of them. It is a change of variables: the optimum is the same, and L-B
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,11 @@ _MAX_ITERATIONS = 1000
 # A fit ends at the latest with so small a part of the gradient that there is without weights.
 _STEEPNESS = 1e-3
 
-Metric = Callable[[Tensor, Tensor], float]
+# Rows whose logits are scored at once.
+_SCORED_ROWS = 4096
+
+# Of logits [rows, K] block by block, and the labels of all rows.
+Metric = Callable[[Iterable[Tensor], Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class LinearProbe:
     def logits(self, features_ND: Tensor) -> Tensor:
         """Return the unnormalised log-probabilities of the classes, [N, K]."""
         return torch.addmm(self.bias, features_ND, self.weight.T)
+
+    def logit_blocks(self, features_ND: Tensor) -> Iterator[Tensor]:
+        """Yield ``logits`` of some thousand images after another, [rows, K], so that those of all are never held."""
+        return map(self.logits, features_ND.split(_SCORED_ROWS))
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,8 @@ def search_C(
     fits, each begun from the nearest one before it.
 
     Args:
-        metric: of (logits [N, K], labels [N]), the larger the better [the share of images whose class is the best].
+        metric: of the validation images, the larger the better [the share of images whose class is the best]. It takes
+            their logits block by block, [rows, K], and all their labels; what it keeps of the blocks takes memory.
         fit_all: whether the probe that is returned is fitted to the validation images too.
         progress: is called with 1 after each fit.
 
@@ -166,8 +175,7 @@ def _search(
         nearest = min(solutions, key=lambda other: abs(other - index), default=None)
         start = None if nearest is None else solutions[nearest]
         solutions[index] = problem.solve(GRID[index], tolerance, start)
-        logits = problem.probe(solutions[index]).logits(val[0])
-        scores[index] = measure(logits, val[1])
+        scores[index] = measure(problem.probe(solutions[index]).logit_blocks(val[0]), val[1])
         tell(1)
 
     def best() -> int:
@@ -188,9 +196,18 @@ def _search(
     return GRID[found], trace, problem.probe(solutions[found])
 
 
-def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
-    """Return the share of images whose class has the largest logit; of equal ones the first counts."""
-    return (logits_NK.argmax(1) == labels_N).double().mean().item()
+def top1(logits: Iterable[Tensor], labels_N: Tensor) -> float:
+    """Return the share of images whose class has the largest logit; of equal ones the first counts.
+
+    Args:
+        logits: [rows, K], block by block.
+    """
+    hits = begun = 0
+    for block_BK in logits:
+        labels_B = labels_N[begun : begun + len(block_BK)]
+        hits += int((block_BK.argmax(1) == labels_B).sum())
+        begun += len(block_BK)
+    return hits / len(labels_N)
 
 
 def split_validation(

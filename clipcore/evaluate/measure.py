@@ -59,8 +59,6 @@ from clipcore.loading import LoadedModel
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
 _NUM_BEST = 5
-# Rows of logits that are ranked at once.
-_METRIC_ROWS = 4096
 # Of the paper's search, with the one to all images.
 _MOST_FITS = 16
 _BARE, _PHOTO = ("{}",), ("A photo of a {}.",)
@@ -580,11 +578,10 @@ def _probe_features(features: SplitFeatures, options: ProbeOptions) -> Tensor:
 
 
 def _probe_metric(dataset: EvaluationSet) -> Metric:
-    """Return the data set's main metric, as a search over C reads it."""
+    """Return the data set's main metric, as a search over C reads it; its memory is that of ``_probe_metrics``."""
 
-    def score(logits_NC: Tensor, labels_N: Tensor) -> float:
-        blocks = logits_NC.split(_METRIC_ROWS)
-        value = _probe_metrics(blocks, labels_N, dataset)[dataset.main_metric]
+    def score(logits: Iterable[Tensor], labels_N: Tensor) -> float:
+        value = _probe_metrics(logits, labels_N, dataset)[dataset.main_metric]
         if value is None:
             raise _without_metric(dataset)
         return value
@@ -603,7 +600,11 @@ def _without_metric(dataset: EvaluationSet) -> Unsuitable:
 def _probe_metrics(
     logits: Iterable[Tensor], labels_N: Tensor, dataset: EvaluationSet
 ) -> dict[str, float | None]:
-    """Return the metrics of a probe, given its logits [rows, C] block by block."""
+    """Return the metrics of a probe, given its logits [rows, C] block by block.
+
+    Accuracies are counts, for which a block and two flags an image are held. Two scores an image are held for the ROC AUC of
+    two classes, and all scores [N, C] for the mean average precisions of several labels: they rank all images of a class.
+    """
     if dataset.task == "multilabel":
         return _multilabel_metrics(torch.cat([block.cpu() for block in logits]), labels_N.cpu())
     best, among, pairs, begun = [], [], [], 0

@@ -25,8 +25,15 @@ from torch import Tensor
 
 from clipcore.data import BadSample, DataError, Pair, PairSource, printable
 from clipcore.data.embedded import EMBEDDED
+from clipcore.data.folders import NoCaptionsError
 from clipcore.data.pictures import by_picture
-from clipcore.data.sources import DATASET_TYPES, open_source
+from clipcore.data.plain_images import PlainImages
+from clipcore.data.sources import (
+    DATASET_TYPES,
+    MixtureSource,
+    expand_pattern,
+    open_source,
+)
 from clipcore.data.transforms import stack_images
 from clipcore.evaluate.altered_copies import altered_copy, picture_uri
 from clipcore.evaluate.features import SplitFeatures
@@ -62,7 +69,8 @@ def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) 
         "--train-data",
         required=is_required,
         metavar="DATA",
-        help=f"what was trained on, as for training: files, folders, patterns, or {', '.join(EMBEDDED)}",
+        help="what was trained on, as for training: files, folders, patterns, or "
+        f"{', '.join(EMBEDDED)}; also folders of images without captions",
     )
     parser.add_argument(
         "--dataset-type",
@@ -110,7 +118,7 @@ def open_training(spec: str, **options: Any) -> PairSource:
     """Return the training images, each once though several captions name it.
 
     Args:
-        spec: as of ``--train-data``.
+        spec: as of ``--train-data``, or folders of images without captions, all of which then are taken.
         options: of ``open_source``.
 
     Raises:
@@ -118,7 +126,15 @@ def open_training(spec: str, **options: Any) -> PairSource:
     """
     if spec in EMBEDDED:
         return EMBEDDED[spec].open("train")
-    return by_picture(open_source(spec, **options))
+    try:
+        return by_picture(open_source(spec, **options))
+    except NoCaptionsError:
+        parts = spec.split("::")
+        if len(parts) == 1:
+            parts = expand_pattern(spec)
+        if len(parts) == 1:
+            return PlainImages(parts[0])
+        return by_picture(MixtureSource([open_training(part, **options) for part in parts]))
 
 
 def measure_overlap(

@@ -1,7 +1,9 @@
 """Folders of parquet tables as data sets lie on the Hugging Face hub: ``DIR/data/test-00000-of-00002.parquet``.
 
-The tables are one, and the files' names say the splits. The images of a table are opened with the first split that has some
-of them: those of a training split may be a hundred times as many.
+The tables are one. The files' names say the splits, which may have another word before them (``pets-test.parquet``); or
+those of their folders do (``DIR/test/0000.parquet``); or a column ``split`` of all tables does, whatever they are called.
+The images of a table are opened with the first split that has some of them: those of a training split may be a hundred
+times as many.
 
 Legend: N images.
 """
@@ -20,10 +22,12 @@ from clipcore.data import DataError, printable
 from clipcore.data.columns import ParquetColumns, ParquetImages, Row
 from clipcore.data.folders import list_folder
 from clipcore.data.transforms import Decoder
-from clipcore.evaluate.splits import SPLIT_WORDS, SPLITS
+from clipcore.evaluate.splits import SPLIT_WORDS, SPLITS, entries_of_splits, one_each
 
 SPLIT_COLUMN = "split"
 _NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.parquet", re.IGNORECASE)
+# Where no name begins with a split.
+_NAME_WITHIN = re.compile(rf".*[-_.]({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.parquet", re.IGNORECASE)
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 
 # Paths of tables by split, in the order of ``SPLITS``.
@@ -37,7 +41,7 @@ def parquet_splits(path: Path) -> Tables:
         DataError: one of several that belong together is missing, or the folder cannot be read.
     """
     for folder in (path, path / "data"):
-        if os.path.isdir(folder) and (found := _splits_in(folder)):
+        if os.path.isdir(folder) and (found := _tables_in(folder)):
             return found
     return {}
 
@@ -46,10 +50,10 @@ def only_configuration(path: Path) -> Tables:
     """Return the tables of each split in the only folder within a folder that holds such, none where none does.
 
     Raises:
-        DataError: several do, or tables lie there whose names say no splits.
+        DataError: several do, or tables lie there of which nothing says the splits.
     """
     files, folders = list_folder(str(path))
-    found = {name: tables for name in folders if (tables := _splits_in(path / name))}
+    found = {name: tables for name in folders if (tables := _tables_in(path / name))}
     if len(found) > 1:
         raise DataError(
             f"{path} holds parquet tables in several folders, {', '.join(map(printable, found))}; name one of them, such as "
@@ -60,19 +64,44 @@ def only_configuration(path: Path) -> Tables:
     places = [path / name for name in files]
     if "data" in folders:
         places += [path / "data" / name for name in list_folder(str(path / "data"))[0]]
-    others = [place for place in places if place.name.lower().endswith(".parquet")]
+    others = [place for place in places if _is_parquet(place.name)]
+    if others and all(SPLIT_COLUMN in ParquetColumns(str(place)).names for place in others):
+        # Whichever split the files are said to be, the column decides.
+        return {"test": list(map(str, others))}
     if others:
         raise DataError(
-            f"{path} holds parquet tables whose names begin with no split ({', '.join(SPLITS)}), such as "
-            f"{printable(str(others[0]))}; name one of them, or rename them"
+            f"{path} holds parquet tables whose names say no split ({', '.join(SPLITS)}), and that have no column "
+            f"{SPLIT_COLUMN}, such as {printable(str(others[0]))}; name one of them, or rename them"
         )
     return {}
 
 
-def _splits_in(folder: Path) -> Tables:
+def _tables_in(folder: Path) -> Tables:
+    """Return the tables of each split by their names, else by those of their folders, none where neither says any."""
+    if found := _splits_in(folder, _NAME) or _splits_in(folder, _NAME_WITHIN):
+        return found
+    of_splits = {
+        split: [inner for inner in those if os.path.isdir(inner) and _parquet_in(inner)]
+        for split, those in entries_of_splits(folder).items()
+    }
+    return {split: _parquet_in(inner) for split, inner in one_each(of_splits).items()}
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
+def _parquet_in(folder: Path) -> list[str]:
+    """Return the paths of a folder's tables; raise DataError where one is missing that their names count."""
+    names = list(filter(_is_parquet, list_folder(str(folder))[0]))
+    _check_complete(folder, names)
+    return [str(folder / name) for name in names]
+
+
+def _splits_in(folder: Path, pattern: re.Pattern[str]) -> Tables:
     found: Tables = {}
     for name in list_folder(str(folder))[0]:
-        if match := _NAME.fullmatch(name):
+        if match := pattern.fullmatch(name):
             found.setdefault(SPLIT_WORDS[match[1].lower()], []).append(name)
     for names in found.values():
         _check_complete(folder, names)
@@ -119,6 +148,7 @@ class ParquetFiles(ParquetColumns):
         self.paths = [path for paths in tables.values() for path in paths]
         self._splits = [split for split, paths in tables.items() for _ in paths]
         self._columns = [ParquetColumns(path) for path in self.paths]
+        self._ends = np.cumsum([columns.num_rows for columns in self._columns])
         first, *others = self._columns
         self.names = [name for name in first.names if all(name in one.names for one in others)]
         self.has_own_splits = SPLIT_COLUMN in self.names
@@ -150,8 +180,14 @@ class ParquetFiles(ParquetColumns):
 
     def images(self, column: str, decoder: Decoder) -> ParquetFilesImages:
         """Return the images of all tables."""
-        ends = np.cumsum([columns.num_rows for columns in self._columns])
-        return ParquetFilesImages(self.paths, ends, column, decoder)
+        return ParquetFilesImages(self.paths, self._ends, column, decoder)
+
+    def rows_by_table(self, rows_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the path of each table that has some of these rows, which rise, and their numbers there, int64 [N']."""
+        table_N = np.searchsorted(self._ends, rows_N, side="right")
+        for number in np.unique(table_N).tolist():
+            begun = int(self._ends[number]) - self._columns[number].num_rows
+            yield self.paths[number], rows_N[table_N == number] - begun
 
 
 class ParquetFilesImages:

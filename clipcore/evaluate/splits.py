@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -66,6 +66,18 @@ class Split:
         return 0 if self.source is None else len(self.source)
 
 
+class Question(NamedTuple):
+    """One of several questions that a data set asks of each image, such as the gender of a face.
+
+    Attributes:
+        classnames: the answers, in the order of their numbers.
+        templates: prompts with {} or {c} where an answer goes.
+    """
+
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """A data set with its classes and its splits, which are opened when asked for.
@@ -80,6 +92,7 @@ class EvaluationSet:
         main_metric: a key of a zero-shot result's metrics.
         open_split: opens a split by its name; see ``split``.
         notes: what the user should know of it, such as "split: datacomp".
+        questions: of a set of faces that asks several, by their names; the right answers are groups of the images.
     """
 
     name: str
@@ -90,6 +103,7 @@ class EvaluationSet:
     main_metric: str
     open_split: Callable[[str], Split]
     notes: tuple[str, ...] = ()
+    questions: Mapping[str, Question] = field(default_factory=dict)
 
     def split(self, name: str) -> Split:
         """Return a split, the same object each time; raise DataError where the set has none of that name."""

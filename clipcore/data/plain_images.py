@@ -1,0 +1,61 @@
+"""Images without captions: all those in a folder and below it, for what looks at images alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from clipcore.data import DataError, LeftOut, Pair, printable
+from clipcore.data.folders import images_below
+from clipcore.data.tables import TextColumn, read_image_file
+from clipcore.data.tar import IMAGE_SUFFIXES
+from clipcore.data.transforms import Decoder
+
+
+class PlainImages:
+    """The images of a folder and its subfolders, each with the same words for a caption: see ``clipcore.data.PairSource``.
+
+    Args:
+        path: the folder; links to folders are followed.
+        decoder: see ``decode_image``.
+
+    Attributes:
+        left_out: pictures of other kinds.
+        noted: that the folder has no captions.
+
+    Raises:
+        DataError: no folder, or no image in it.
+    """
+
+    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
+        self.name = os.path.basename(os.path.abspath(path))
+        self._folder, self._decoder = path, decoder
+        self.left_out, self.noted = LeftOut(), LeftOut()
+        self.noted.add("folder without captions, all of whose images are taken", self.name)
+        self._paths = TextColumn(images_below(path, self.left_out))
+        if not len(self):
+            raise DataError(
+                f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}){self.left_out.found()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        key = self.key(index)
+        path = os.path.join(self._folder, self._paths[index])
+        return Pair(read_image_file(path, key, self._decoder), self.captions(index), key)
+
+    def captions(self, index: int) -> str:
+        """Return words that are no caption, the same of each image."""
+        return "an image"
+
+    def key(self, index: int) -> str:
+        """Return the name of an image, within the folder."""
+        return printable(self._paths[index])
+
+    def picture_names(self) -> Iterator[str]:
+        """Yield for each image its whole path."""
+        return (os.path.join(self._folder, self._paths[row]) for row in range(len(self)))
