@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.distributed import all_reduce_, gather_rows
-from clipcore.kernels import contrastive, logits, tiles
+from clipcore.kernels import contrastive, launch
 from clipcore.kernels.contrastive import Plan, Targets, contrastive_loss, contrastive_terms
+from clipcore.kernels.contrastive.targets import (
+    TargetSide,
+    check_label_smoothing,
+    even_targets,
+)
+from clipcore.kernels.logits.pairs import SAME_ID, WORKSPACE_BYTES, choose_operand
 from clipcore.kernels.sigmoid import sigmoid_loss
 from clipcore.strip import CompleteLse, CompleteSum, Ranks, Side, Strip
 
@@ -77,7 +83,7 @@ class ClipLoss(nn.Module):
                 "ClipLoss ignores local_loss and gather_with_grad: it always computes the exact loss of the "
                 "global batch, as open_clip does with both"
             )
-        contrastive.check_label_smoothing(label_smoothing)
+        check_label_smoothing(label_smoothing)
         _check_same_id(same_id)
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.cache_labels, self.use_horovod = cache_labels, use_horovod
@@ -199,7 +205,6 @@ class ClipLoss(nn.Module):
             stash_bytes=settings["stash_bytes"],
             operand_dtype=settings["operand_dtype"],
         )
-        settings["stash_bytes"] = 2**62 if chosen.stash else 0
         targets = None
         if self.label_smoothing > 0 or (kept.ids is not None and self.same_id == "positive"):
             targets = self._targets(strip)
@@ -214,7 +219,8 @@ class ClipLoss(nn.Module):
                 image_ids=kept.ids,
                 text_ids=block.ids,
                 same_id=self.same_id,
-                targets=None if targets is None else _columns_of(targets, block.columns),
+                targets=None if targets is None else targets.columns(block.columns),
+                stash=chosen.stash,
                 **settings,
             )
             row_lse_B = (
@@ -234,7 +240,7 @@ class ClipLoss(nn.Module):
             column_target_G = CompleteSum.apply(column_target_G, group)
         row_loss_B = row_lse_B - row_target_B
         column_loss_B = column_lse_G[own] - column_target_G[own]
-        wide = tiles.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
+        wide = launch.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
         if kept.ids is None or self.same_id == "ignore":
             pairs = slice(0, strip.num_own_pairs)
             total = row_loss_B[pairs].sum() + column_loss_B[pairs].sum()
@@ -256,28 +262,19 @@ class ClipLoss(nn.Module):
         """Of this rank's rows and of all columns; positives and valid pairs are counted over all ranks."""
         kept, group = strip.kept, self.ranks.group
         num_rows, num_columns = sum(strip.kept_shards), sum(strip.shards)
-        wide = tiles.accumulate_dtype(kept.rows.dtype)
-        counts = [kept.rows.new_ones(n, dtype=wide) for n in (len(kept.rows), num_columns)]
-        valid = [torch.full_like(counts[0], num_columns), torch.full_like(counts[1], num_rows)]
+        rows = TargetSide(None, None, None, len(kept.rows), num_columns)
+        columns = TargetSide(None, None, None, num_columns, num_rows)
         if kept.ids is not None:
+            assert strip.own_ids is not None
             ids_G, ids_K = strip.all_ids(), gather_rows(kept.ids, group)
-            same = [contrastive.count_equal(kept.ids, ids_G), contrastive.count_equal(ids_G, ids_K)]
-            if self.same_id == "positive":
-                counts = [number.to(wide) for number in same]
-            else:
-                # A pair by place is valid, also if its ids are equal.
-                assert strip.own_ids is not None
-                pairs = slice(0, strip.num_own_pairs)
-                by_place_B, by_place_own = (torch.zeros_like(i) for i in (kept.ids, strip.own_ids))
-                by_place_B[pairs] = (kept.ids[pairs] == strip.own_ids[pairs]).to(kept.ids.dtype)
-                by_place_own[pairs] = by_place_B[pairs]
-                by_place = [by_place_B, gather_rows(by_place_own, group)]
-                valid = [n - (i - j) for n, i, j in zip(valid, same, by_place, strict=True)]
-        row, column = (
-            contrastive.spread_evenly(count, number, self.label_smoothing)
-            for count, number in zip(counts, valid, strict=True)
-        )
-        return Targets(*row, *column)
+            pairs = slice(0, strip.num_own_pairs)
+            equal_B, equal_own = torch.zeros_like(kept.ids), torch.zeros_like(strip.own_ids)
+            equal_B[pairs] = (kept.ids[pairs] == strip.own_ids[pairs]).to(kept.ids.dtype)
+            equal_own[pairs] = equal_B[pairs]
+            equal_G = gather_rows(equal_own, group) if self.same_id == "ignore" else None
+            rows = rows._replace(ids_N=kept.ids, other_ids_M=ids_G, is_own_equal_N=equal_B)
+            columns = columns._replace(ids_N=ids_G, other_ids_M=ids_K, is_own_equal_N=equal_G)
+        return even_targets(rows, columns, self.same_id, self.label_smoothing, kept.rows.device)
 
 
 class SigLipLoss(nn.Module):
@@ -418,7 +415,7 @@ class SigLipLoss(nn.Module):
         """How `forward` will compute the loss of these features, in one line."""
         B, E = image_features.shape
         G = self.world_size * len(text_features)
-        dtype = logits.operand_dtype(image_features, text_features, self.settings["operand_dtype"])
+        dtype = choose_operand(image_features, text_features, self.settings["operand_dtype"])
         return (
             f"sigmoid loss of {B:,} x {G:,} x {E} on {image_features.device.type}: one pass, 3 products in "
             f"{str(dtype).removeprefix('torch.')}"
@@ -429,15 +426,9 @@ def _workspace_bytes(image_BE: Tensor, text_BE: Tensor, world_size: int, asked: 
     """Of a loss without a stash: a block of logits, sums of the size of rows, and over ranks the texts of all."""
     B, G, E = len(image_BE), world_size * len(text_BE), image_BE.shape[1]
     if asked is None:
-        asked = logits.WORKSPACE_BYTES[image_BE.device.type]
+        asked = WORKSPACE_BYTES[image_BE.device.type]
     gathered = 0 if world_size == 1 else 2 * 4 * G * E
     return min(asked, 4 * B * G) + 12 * 8 * (B + G) + gathered
-
-
-def _columns_of(targets: Targets, columns: slice) -> Targets:
-    """The targets of some columns."""
-    row_positive, row_uniform, column_positive, column_uniform = targets
-    return Targets(row_positive, row_uniform, column_positive[columns], column_uniform[columns])
 
 
 def _in_order(parts: dict[int, Tensor]) -> Tensor:
@@ -451,8 +442,8 @@ def _say_once(message: str) -> None:
 
 
 def _check_same_id(same_id: str) -> None:
-    if same_id not in logits.SAME_ID:
-        raise ValueError(f"same_id has to be one of {logits.SAME_ID}, got {same_id!r}")
+    if same_id not in SAME_ID:
+        raise ValueError(f"same_id has to be one of {SAME_ID}, got {same_id!r}")
 
 
 def _check_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:

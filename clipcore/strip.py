@@ -20,7 +20,8 @@ from torch import Tensor
 
 from clipcore.all_gather import PendingGather, start_gather
 from clipcore.distributed import all_reduce_, gather_sizes
-from clipcore.kernels import logits, tiles
+from clipcore.kernels import launch
+from clipcore.kernels.logits.pairs import choose_operand
 
 
 class Side(NamedTuple):
@@ -69,7 +70,7 @@ class Ranks:
         if num_pairs == 0:
             raise ValueError("no rank has a pair: image_features and text_features have no rows")
         # In float32, so that gradients add up in it.
-        wide = tiles.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
+        wide = launch.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
         self.num_calls += 1
         pending = start_gather(
             sent.rows.to(wide),
@@ -127,7 +128,7 @@ class Strip:
         if not self.kept.rows.is_cuda:
             return asked
         given = self.kept.rows.new_empty(0, 1, dtype=self.promoted)
-        return logits.operand_dtype(given, given, asked)
+        return choose_operand(given, given, asked)
 
     def blocks(self) -> Iterator[Block]:
         """The strip in blocks: this rank's own columns, while the others are under way, then theirs."""

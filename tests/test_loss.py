@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import clipcore
 from clipcore.distributed import World
-from clipcore.kernels.contrastive import _cross_entropy_ref, contrastive_ref
+from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import ClipLoss, SigLipLoss, _say_once
 
