@@ -29,7 +29,9 @@ class Operation:
 
     def calls(self) -> list[ast.Call]:
         """Return all calls in its files."""
-        return [node for tree in self.trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return [
+            node for tree in self.trees for node in ast.walk(tree) if isinstance(node, ast.Call)
+        ]
 
 
 def called(node: ast.AST) -> str:
