@@ -39,6 +39,9 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
     "accepted from open_clip, without effect",
 )
 
+# Of a loss: negatives as all other pairs, left out, or positives.
+DUPLICATE_CAPTIONS = ("negative", "ignore", "positive")
+
 
 def _option(default: Any, group: str, help: str, **arguments: Any) -> Any:
     metadata = {"group": group, "help": help, "arguments": arguments}
@@ -53,7 +56,7 @@ class TrainConfig:
         "glyphs", DATA, "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder"
     )
     train_data_upsampling_factors: str | None = _option(
-        None, DATA, "weights of the mixed sources, 1::2"
+        None, DATA, "weights of the mixed sources, 1::2", metavar="W"
     )
     train_num_samples: int | None = _option(
         None, DATA, "samples of an epoch [all of the data]", metavar="N"
@@ -158,6 +161,16 @@ class TrainConfig:
     )
     siglip: bool = _option(
         False, OPTIMISATION, "SigLIP's sigmoid loss, with its first scale and bias"
+    )
+    label_smoothing: float = _option(
+        0.0, OPTIMISATION, "share of each target that is spread over the whole batch", metavar="X"
+    )
+    duplicate_captions: str = _option(
+        "negative",
+        OPTIMISATION,
+        "pairs of equal captions: 'negative', 'ignore' (left out) or 'positive'",
+        choices=DUPLICATE_CAPTIONS,
+        metavar="KIND",
     )
     seed: int = _option(0, OPTIMISATION, "of the weights, the order and the crops", metavar="N")
 
@@ -366,6 +379,14 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+    if not 0 <= config.label_smoothing < 1:
+        raise ConfigError(
+            f"--label-smoothing must be at least 0 and less than 1, got {config.label_smoothing:g}"
+        )
+    if config.siglip and config.label_smoothing > 0:
+        raise ConfigError(
+            "--label-smoothing is of the softmax loss, and --siglip has none; leave one of them out"
+        )
     if config.fsdp and config.torchcompile:
         raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
     if config.fsdp and config.precision == "bf16":
@@ -493,7 +514,7 @@ class _Lines(argparse.HelpFormatter):
     """One line a flag."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=118)
+        super().__init__(prog, max_help_position=37, width=118)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -530,8 +551,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=help,
             **{"metavar": kind.__name__.upper(), **arguments},
         )
-    # In a group of its own it would take three lines of the two screens.
-    groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")
+    # Who reads the two screens of help has found it.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     # A bare --resume means the newest checkpoint.
     resume = next(action for action in parser._actions if action.dest == "resume")
     resume.nargs, resume.const = "?", "latest"

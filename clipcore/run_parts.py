@@ -24,7 +24,8 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.descriptions import recorded_images
-from clipcore.distributed import broadcast_object, is_main
+from clipcore.distributed import World, broadcast_object, is_main
+from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP, create_model, load_checkpoint
 from clipcore.run_state import run_record
 from clipcore.tokenizer import (
@@ -209,6 +210,23 @@ def build_model(
                 f"{SIGLIP_BIAS:g}"
             )
     return model
+
+
+def build_loss(config: TrainConfig, world: World) -> ClipLoss | SigLipLoss:
+    """Return the loss over all ranks that the settings name."""
+    num_pairs, rank, world_size = config.global_batch_size or 1, world.rank, world.world_size
+    is_uneven = num_pairs % world_size > 0
+    # Of no meaning where equal captions are negatives: there are no ids then.
+    same_id = "positive" if config.duplicate_captions == "positive" else "ignore"
+    if config.siglip:
+        return SigLipLoss(rank=rank, world_size=world_size, same_id=same_id, uneven=is_uneven)
+    return ClipLoss(
+        rank=rank,
+        world_size=world_size,
+        label_smoothing=config.label_smoothing,
+        same_id=same_id,
+        uneven=is_uneven,
+    )
 
 
 def lock_towers(model: CLIP, config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcore import roll_call, threads
+from clipcore.data.caption_ids import caption_ids
 from clipcore.data.loader import Batch
 from clipcore.data.order import hash64
 from clipcore.data.upload import Upload
@@ -34,6 +35,8 @@ from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
 _DROPOUT = 201
+# By a loss's ``same_id``.
+_EQUAL_CAPTIONS = {"ignore": "left out as negatives", "positive": "positives"}
 
 
 @dataclass
@@ -46,6 +49,7 @@ class TrainingStep:
         micro_batch_size: pairs that are embedded at once; None until there is a plan.
         kept: micro-batches that keep their graphs; likewise.
         reduced: the towers in what averages gradients over ranks, where there are several and the model is whole.
+        with_ids: equal captions of a global batch belong together, and ``loss_fn.same_id`` says how.
     """
 
     model: CLIP
@@ -59,6 +63,7 @@ class TrainingStep:
     micro_batch_size: int | None = None
     kept: int | None = None
     reduced: nn.Module | None = None
+    with_ids: bool = False
     pack_text: bool = True  # padded captions give the same features and gradients, slower
     stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
 
@@ -93,9 +98,10 @@ class TrainingStep:
         """
         torch.manual_seed(step_seed(self.seed, step, self.world.rank))
         towers = self.reduced or self.towers
+        loss = partial(self.loss, ids_B=self.ids(batch)) if self.with_ids else self.loss
         return differentiate(
             self.embedder(batch, step, towers),
-            self.loss,
+            loss,
             self.model,
             len(batch.images),
             num_parts or self.num_parts,
@@ -143,10 +149,24 @@ class TrainingStep:
             self.stream = torch.cuda.Stream(self.world.device)
         return self.stream
 
-    def loss(self, *features: Tensor) -> Tensor:
-        """The loss of all pairs; what it multiplies follows the precision of the run."""
+    def ids(self, batch: Batch) -> Tensor:
+        """Return a batch's caption ids on the device, int64 [B]; the host does not wait for it."""
+        ids_B = caption_ids(batch.tokens)
+        if batch.tokens.is_pinned():
+            ids_B = ids_B.pin_memory()
+        return ids_B.to(self.world.device, non_blocking=True)
+
+    def loss(self, *features: Tensor, ids_B: Tensor | None = None) -> Tensor:
+        """The loss of all pairs; what it multiplies follows the precision of the run.
+
+        Args:
+            features: image features, text features, and the scalars of the loss.
+            ids_B: the id of each pair's caption, which its image and its text share; None for the plain loss.
+        """
         with self.autocast():
-            return self.loss_fn(*features)
+            if ids_B is None:
+                return self.loss_fn(*features)
+            return self.loss_fn(*features, image_ids=ids_B, text_ids=ids_B)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +233,14 @@ class TrainingStep:
         """How the loss of a step will be computed, in a line."""
         some = self._some_features()
         with self.autocast():
-            return str(self.loss_fn.plan(some, some))
+            said = str(self.loss_fn.plan(some, some))
+        if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.label_smoothing > 0:
+            said += f"; label smoothing {self.loss_fn.label_smoothing:g}"
+        if self.with_ids:
+            said += f"; pairs of equal captions are {_EQUAL_CAPTIONS[self.loss_fn.same_id]}"
+            if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.same_id == "positive":
+                said += " (of this loss the same as negatives: their texts have equal features)"
+        return said
 
     def _some_features(self) -> Tensor:
         """As many features as a rank has pairs, in the memory of one."""

@@ -74,7 +74,6 @@ from clipcore.logbook import (
     read_metrics,
     set_log_aside,
 )
-from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.model import CLIP
 from clipcore.optim import (
     ExponentialMovingAverage,
@@ -87,6 +86,7 @@ from clipcore.optim import (
 from clipcore.profile import PROFILE_FOLDER, StepProfile, check_long_enough
 from clipcore.run_parts import (
     augmentation,
+    build_loss,
     build_model,
     build_tokenizer,
     captions_sha256,
@@ -234,9 +234,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "amp")
-    loss_type = SigLipLoss if config.siglip else ClipLoss
-    is_uneven = global_batch_size % world.world_size > 0
-    loss_fn = loss_type(rank=world.rank, world_size=world.world_size, uneven=is_uneven)
+    loss_fn = build_loss(config, world)
 
     # Resume
     digest = captions_sha256(source)
@@ -270,6 +268,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     training = TrainingStep(
         *(model, towers, loss_fn, world, precision, config.seed, global_batch_size),
         *(scaler.scale, config.micro_batch_size, config.keep_graphs),
+        with_ids=config.duplicate_captions != "negative",
     )
     if world.world_size > 1 and not is_split:
         with roll_call.collective("comparison of the models"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +138,7 @@ def _plain(
         for rows in micro_batches(len(small.images), num_parts)
     ]
     image_GE, text_GE = (torch.cat([part[i] for part in parts]) for i in range(2))
-    reference = sigmoid_ref if isinstance(training.loss_fn, SigLipLoss) else contrastive_ref
+    reference = _reference(training, tokens)
     scalars = parts[-1][2:]
     loss = reference(image_GE, text_GE, *scalars)
     loss.backward()
@@ -147,6 +149,21 @@ def _plain(
         if parameter.grad is not None
     }
     return loss.detach(), gradients, terms
+
+
+def _reference(training: TrainingStep, tokens_GL: Tensor) -> Callable[..., Tensor]:
+    """Return the plain loss under the run's settings: (image features, text features, *scalars) to the loss."""
+    loss_fn = training.loss_fn
+    settings: dict[str, Any] = {}
+    if training.with_ids:
+        # Exact, so that the run's hashes are verified too: an id is where the caption stands first.
+        captions = [tuple(row[: int(row.argmax()) + 1].tolist()) for row in tokens_GL]
+        ids_G = torch.tensor([captions.index(caption) for caption in captions])
+        ids_G = ids_G.to(training.world.device)
+        settings = {"image_ids": ids_G, "text_ids": ids_G, "same_id": loss_fn.same_id}
+    if isinstance(loss_fn, SigLipLoss):
+        return partial(sigmoid_ref, **settings)
+    return partial(contrastive_ref, label_smoothing=loss_fn.label_smoothing, **settings)
 
 
 def _sizes_of_terms(

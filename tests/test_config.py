@@ -142,6 +142,10 @@ def test_an_unknown_flag_names_the_nearest():
         ("--logs a\udcff", "--logs a\ufffd is not UTF-8; rename the folder"),
         ("--resume a\udcff", "--resume a\ufffd is not UTF-8"),
         ("--force-patch-dropout 1.5", "between 0 and 1"),
+        ("--label-smoothing 1", "--label-smoothing must be at least 0 and less than 1, got 1"),
+        ("--label-smoothing -0.1", "--label-smoothing must be at least 0"),
+        ("--siglip --label-smoothing 0.1", "--siglip has none; leave one of them out"),
+        ("--duplicate-captions both", "negative"),
         ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
         ("--lr-scheduler linear", "cosine"),
         ("--report-to pigeon", "tensorboard, wandb and all"),
@@ -243,7 +247,9 @@ def test_values_out_of_range_name_their_flag(line):
         parse_command_line(line)
 
 
-@pytest.mark.parametrize("name", ["image_decoder", "precision", "lr_scheduler", "adam_moments"])
+@pytest.mark.parametrize(
+    "name", ["image_decoder", "precision", "lr_scheduler", "adam_moments", "duplicate_captions"]
+)
 def test_a_choice_that_is_none_is_refused_wherever_it_comes_from(name):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is one of .*'magic'"):
         TrainConfig(**{name: "magic"})

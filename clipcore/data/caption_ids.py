@@ -1,0 +1,43 @@
+"""Numbers that tell captions apart: equal for equal captions, on any rank, in any batch.
+
+Legend: B captions, L tokens of a row.
+
+An id is a hash of 64 bits of what the model reads of a caption: its tokens up to the end-of-text token, with their
+places. Each (token, place) has a random word, and the id is the sum of a caption's words modulo 2^64, so that neither
+padding nor the length of a row changes it. Exact ids would need the tokens of all ranks on each of them, and a sort; a hash
+is made of a rank's own captions. Two different captions of a batch of 32,768 have the same one with a probability of
+3e-11, and would then count as equal in that step.
+
+Source: Zobrist 1970 (A New Hashing Method with Application for Game Playing); the words are those of splitmix64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipcore.data.order import hash64
+
+# Apart from the keys of other hashes.
+_CAPTION = 301
+
+
+def caption_ids(tokens_BL: Tensor) -> Tensor:
+    """Return an id for each caption, int64 [B], on the host.
+
+    Args:
+        tokens_BL: int64 [B, L] on the host, as a tokenizer returns them. A caption ends at the first of its largest ids,
+            as for ``encode_text``; what follows is left out.
+
+    >>> ids_B = caption_ids(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0], [1, 5, 9, 9]]))
+    >>> (ids_B[:, None] == ids_B).tolist()
+    [[True, False, True], [False, True, False], [True, False, True]]
+    """
+    tokens = tokens_BL.numpy()
+    places_L = np.arange(tokens.shape[1])
+    is_read_BL = places_L <= tokens.argmax(1)[:, None]
+
+    words_BL = hash64((places_L << 32) + tokens, _CAPTION)
+    ids_B = np.where(is_read_BL, words_BL, np.uint64(0)).sum(1, dtype=np.uint64)
+    return torch.from_numpy(ids_B.view(np.int64))
