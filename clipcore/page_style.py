@@ -8,6 +8,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+# Of a table's cell; a phone is about half as wide again.
+_MOST_CHARS_ON_A_LINE = 32
+
 
 class Markup(str):
     """HTML that is not to be escaped again."""
@@ -39,27 +42,34 @@ def document(kind: str, title: str, sections: Iterable[str], extra_style: str = 
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table that scrolls in its own container; cells are texts, or ``Markup``."""
+    """Return a table that scrolls in its own container; cells are texts, or ``Markup``.
+
+    Short cells stay on one line. Running text is wrapped in a column that no other one squeezes.
+    """
     top = "".join(f'<th scope="col">{escaped(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _cell(cell: object) -> str:
+    text = escaped(cell)
+    is_running = not isinstance(cell, Markup) and len(str(cell)) > _MOST_CHARS_ON_A_LINE
+    return f'<td class="text">{text}</td>' if is_running else f"<td>{text}</td>"
+
+
 STYLE = """
-:root{--bg:#fbfaf8;--card:#fff;--ink:#1f2328;--muted:#8a9099;--rule:#e4e2dd;--a:#0072b2;--b:#d55e00;--c:#009e73;
---d:#aa4499;--right:#00734f;color-scheme:light dark}@media(prefers-color-scheme:dark){
+:root{--bg:#fbfaf8;--card:#fff;--ink:#1f2328;--muted:#686e77;--rule:#e4e2dd;--a:#0072b2;--b:#d55e00;--c:#009e73;
+--d:#aa4499;--right:#00734f;--shade:75%;color-scheme:light dark}@media(prefers-color-scheme:dark){
 :root{--bg:#15171a;--card:#1e2125;--ink:#e8e6e3;--muted:#8b929b;--rule:#33373d;--a:#56b4e9;--b:#f0a04b;
---c:#35c79a;--d:#d98cc9;--right:#5fd3a6}}*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+--c:#35c79a;--d:#d98cc9;--right:#5fd3a6;--shade:45%}}*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:break-word}
 main{max-width:1160px;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.9rem;margin:0;overflow-wrap:anywhere}
 main>header p{margin:0;color:var(--muted)}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}
 h3{font-size:.95rem;margin:0;line-height:1.3}p{margin:.25rem 0 .75rem;max-width:46rem}
 .tiles{display:grid;gap:.75rem;margin:1.5rem 0 0;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr))}
 .tiles div,figure,article{background:var(--card);border:1px solid var(--rule);border-radius:10px;
-padding:.75rem .9rem}dt{color:var(--muted);font-size:.85rem}dd{margin:0;font-size:1.15rem;font-weight:600}
-.charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}figure{margin:0}
+padding:.75rem .9rem;min-width:0}dt{color:var(--muted);font-size:.85rem}dd{margin:0;font-size:1.15rem;font-weight:600}
+.charts{display:grid;gap:1rem;align-items:start;margin:.75rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}figure{margin:0}
 figcaption{font-weight:600;font-size:.95rem}svg{width:100%;height:auto;display:block}
 svg text{font-size:12px;fill:var(--muted)}
 .legend svg{width:18px;display:inline-block;margin-right:.35rem;vertical-align:middle}
@@ -68,7 +78,7 @@ svg text{font-size:12px;fill:var(--muted)}
 .dashed{stroke-dasharray:5 4}.scroll{overflow-x:auto;margin:.5rem 0 1rem}pre{font-size:.72rem;line-height:1.45}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-td:last-child{overflow-wrap:anywhere}
+thead th{vertical-align:bottom}td{white-space:nowrap}.text{white-space:normal;min-width:15rem;max-width:40rem;overflow-wrap:anywhere}
 .cards{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
 .cards.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 article header{display:flex;gap:.75rem;align-items:center}
@@ -81,9 +91,9 @@ li span{overflow-wrap:anywhere}li i{font-style:normal;text-align:right;color:var
 .pair>div{display:flex;gap:.75rem;align-items:flex-start}
 .pair>div+div{border-top:1px solid var(--rule);margin-top:.6rem;padding-top:.6rem;justify-content:space-between;
 align-items:center}.pair ol{margin:0}.pair q{font-size:.85rem}.pair span{display:flex;gap:.3rem}
-.matrix th,.matrix td{padding:.15rem .3rem;text-align:center;border:0;font-size:.78rem}
+.matrix th,.matrix td{padding:.15rem .3rem;text-align:center;vertical-align:middle;border:0;font-size:.78rem}
 .matrix th img{vertical-align:middle}.matrix tbody th{white-space:nowrap}
-.matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*75%),transparent);min-width:2rem}
+.matrix td{background:color-mix(in srgb,var(--a) calc(var(--v)*var(--shade)),transparent);min-width:2rem}
 .matrix .own{outline:2px solid var(--b);outline-offset:-2px;font-weight:700}
 .captions{columns:2 22rem;font-size:.82rem;color:var(--muted);padding-left:1.6rem}details{margin-top:1.5rem}
 summary{cursor:pointer;font-size:1.25rem;font-weight:600}.warning{border-left:4px solid var(--b);padding-left:.9rem;

@@ -20,12 +20,14 @@ import numpy as np
 from PIL import Image
 
 from clipcore.files import write_durably
+from clipcore.number_texts import decimal, short
 from clipcore.page_style import document, table
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; CSS variables, so that dark pages can lighten them.
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
-CHART_WIDTH, CHART_HEIGHT = 560, 240
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 12, 10, 34
+# A phone shows a chart a quarter smaller, and its texts of 12 units with it.
+CHART_WIDTH, CHART_HEIGHT = 440, 220
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 20, 10, 40
 MAX_POINTS = 600
 
 
@@ -286,7 +288,8 @@ def _matrix(pairs: PairMatrix | None) -> str:
     rows = []
     for i, (image, values) in enumerate(zip(pairs.images, pairs.similarity.tolist(), strict=True)):
         cells = "".join(
-            f'<td class="{"own" if i == j else ""}" style="--v:{(value - low) / span:.2f}">{100 * value:.0f}</td>'
+            f'<td class="{"own" if i == j else ""}" style="--v:{(value - low) / span:.2f}">'
+            f"{decimal(100 * value, '.0f')}</td>"
             for j, value in enumerate(values)
         )
         rows.append(
@@ -399,11 +402,11 @@ def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | No
     for x in (x for x in xs if x_low <= x <= x_high):
         h, _ = at(x, ys[0])
         parts.append(
-            f'<text x="{h:.1f}" y="{CHART_HEIGHT - 16}" text-anchor="middle">{_number(x)}</text>'
+            f'<text x="{h:.1f}" y="{CHART_HEIGHT - 22}" text-anchor="middle">{_number(x)}</text>'
         )
     axis = f"{x_label} (across), {unit} (up)"
     parts.append(
-        f'<text x="{CHART_WIDTH - MARGIN_RIGHT}" y="{CHART_HEIGHT - 2}" text-anchor="end">{html.escape(axis)}</text>'
+        f'<text x="{CHART_WIDTH - MARGIN_RIGHT}" y="{CHART_HEIGHT - 5}" text-anchor="end">{html.escape(axis)}</text>'
     )
     for i, line in enumerate(lines):
         shown = line.points[:: max(1, len(line.points) // MAX_POINTS)]
@@ -424,5 +427,5 @@ def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | No
 def _number(value: float) -> str:
     """A tick's label, short."""
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return short(value)
+    return decimal(value, ",.4g" if abs(value) < 1000 else ",.0f")

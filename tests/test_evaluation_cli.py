@@ -332,6 +332,35 @@ def test_what_replaces_another_result_is_said(runs, shapes, tmp_path, capsys):
     assert len(read_results(tmp_path)) == 1
 
 
+def test_a_model_keeps_the_name_that_its_results_have(runs, shapes, tmp_path, monkeypatch, capsys):
+    """By a relative path, an absolute one or as a copy; other weights under a known name are another model."""
+    monkeypatch.chdir(Path(runs[0]).parent)
+    relative = Path(runs[0]).name
+    copy = shutil.copytree(runs[2], tmp_path / "copy") / "checkpoints" / relative
+    line = ["--data", str(shapes), "--output", str(tmp_path / "results"), "--device", "cpu"]
+    assert main(["zero-shot", *line, "--checkpoint", relative, runs[0]]) == 0
+    said = f"note: {runs[0]} has the weights of {relative}: its results are under that name"
+    assert said in capsys.readouterr().err
+    assert main(["prompts", *line, "--checkpoint", str(copy), runs[1]]) == 0
+    printed = capsys.readouterr().err
+    assert f"note: {copy} has the weights of {relative}" in printed and runs[1] not in printed
+    found = {(one.task, one.pretrained) for one in read_results(tmp_path / "results")}
+    assert found == {
+        ("zeroshot_classification", relative),
+        ("prompt_gains", relative),
+        ("prompt_gains", runs[1]),
+    }
+
+    # Results that hold no hash, as of older versions, are nobody's but their name's.
+    for path in (tmp_path / "results").glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["clipcore"]["weights_sha256"]
+        path.write_text(json.dumps(record))
+    assert main(["zero-shot", *line, "--checkpoint", runs[0]]) == 0
+    assert "has the weights of" not in capsys.readouterr().err
+    assert len(read_results(tmp_path / "results")) == 4
+
+
 def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, capsys):
     line = ["--checkpoint", runs[2], "--data", str(people), "--output", str(tmp_path)]
     line += ["--device", "cpu"]

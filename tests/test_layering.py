@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top; a module may import those of lower layers only, and kernels each other.
 LAYERS = [
-    {"native", "torchscript", "terminal", "files", "page_style"},
+    {"native", "torchscript", "terminal", "files", "page_style", "number_texts"},
     {"roll_call", "failures"},
     {"kernels", "architectures"},
     {

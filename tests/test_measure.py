@@ -184,6 +184,7 @@ def test_probe_is_scikit_learn_s_on_features_before_the_projection():
     assert result.details["C"] == 0.5 and result.details["trace"] == []
     assert result.metrics["weight_decay"] == pytest.approx(1 / (0.5 * len(TRAIN)))
     assert result.metrics["fewshot_k"] == -1 and result.metrics["lp_acc5"] is not None
+    assert result.details["chance"] == 1 / 6
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_ticks_of_tiny_numbers_are_not_one_place(low, high):
 def test_a_chart_puts_its_ends_at_its_edges():
     svg = line_chart([Line("x", [(0, 0.0), (10, 1.0)])], "step", "loss")
     first, last = re.search(r'points="([^"]*)"', svg).group(1).split(" ")
-    assert first == "52.0,206.0" and last == "548.0,10.0"
+    assert first == "52.0,180.0" and last == "420.0,10.0"
 
 
 def test_smoothing_keeps_a_constant_and_ends_near_the_recent():

@@ -53,9 +53,9 @@ def test_command_lines_write_what_they_print(tmp_path):
     assert first.startswith(
         "wds_imagenet1k -> wds_imagenetv2, baseline of 85 models of standard.csv"
     )
-    assert "logit(out) = 0.923 logit(in) -0.498, r2 0.996" in first
+    assert "logit(out) = 0.923 logit(in) −0.498, r2 0.996" in first
     row = next(line for line in text.splitlines() if "zero-shot" in line)
-    columns = "ViT-L-14-336 openai zero-shot 76.2% 70.1% +6.1 49.9% -5.8"
+    columns = "ViT-L-14-336 openai zero-shot 76.2% 70.1% +6.1 49.9% −5.8"
     assert row.split() == columns.split()
     # The models of the baseline are in the file, not in the terminal's tables.
     assert len(text.splitlines()) < 15
@@ -110,7 +110,7 @@ def test_columns_are_aligned_and_names_cannot_steer_the_terminal(tmp_path):
     put(tmp_path, "a", 1.0, pretrained="x" * 100, task=PROBE)
     text = print_study(compare(tmp_path))
     assert "\x1b" not in text and "\ufffd[2J" in text
-    lines = [line for line in text.splitlines() if line.endswith(("a - b", "-25.0", "-50.0"))]
+    lines = [line for line in text.splitlines() if line.endswith(("a - b", "−25.0", "−50.0"))]
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
 
     folder = tmp_path / "two"

@@ -21,12 +21,13 @@ from clipcore.evaluate.svg import (
     shortened,
     width_of,
 )
+from clipcore.number_texts import decimal
 
 # The size of what is written inside of a plot.
 SMALL = FONT_SIZE - 1.5
 _MOST_LETTERS = 26
 _MOST_NAMES = 100
-_ROW, _TOP, _BOTTOM = 17.0, 8.0, 40.0
+_ROW, _TOP = 17.0, 8.0
 _LOGIT_TICKS = (
     0.001,
     0.002,
@@ -61,12 +62,18 @@ class Point(NamedTuple):
     name: str = ""
 
 
-def row_axes(names: Sequence[str], num_models: int) -> tuple[Axes, list[int]]:
-    """Return axes with a name at each row, and the rows' places, the first on top."""
+def row_axes(names: Sequence[str], num_models: int, bottom: float = 40.0) -> tuple[Axes, list[int]]:
+    """Return axes with a name at each row, and the rows' places, the first on top.
+
+    Args:
+        names: of the rows.
+        num_models: that have marks in a row.
+        bottom: the margin for ticks and the axis' label, in units of the drawing.
+    """
     labels = [shortened(name, _MOST_LETTERS) for name in names]
     left = 8 + min(max(map(width_of, labels)), 0.42 * WIDTH)
     row = max(_ROW, 8 + 7.0 * num_models)
-    axes = new_axes(_TOP + _BOTTOM + row * len(names), left, 18, _TOP, _BOTTOM)
+    axes = new_axes(_TOP + bottom + row * len(names), left, 18, _TOP, bottom)
     places = list(range(len(names)))[::-1]
     axes.set_yticks(places, labels=labels)
     axes.set_ylim(-0.6, len(names) - 0.4)
@@ -110,18 +117,24 @@ def name_points(axes: Axes, points: Sequence[Point]) -> None:
             box = (left, y - half, left + width, y + half)
             is_inside = box[0] > frame.x0 and box[2] < frame.x1
             if name and name not in named and is_inside and not any(_meet(box, t) for t in taken):
-                shift = (6 if side == "left" else -6, 0)
-                axes.annotate(
-                    name,
-                    (points[i].x, points[i].y),
-                    shift,
-                    textcoords="offset points",
-                    ha=side,
-                    va="center",
-                    fontsize=SMALL,
-                )
+                write_beside(axes, points[i].x, points[i].y, name, side == "right", gap=6)
                 taken.append(box)
                 named.add(name)
+
+
+def write_beside(
+    axes: Axes, x: float, y: float, text: str, is_left: bool = False, gap: float = 4
+) -> None:
+    """Write a text to the right of a place, or to its left, so many units away."""
+    axes.annotate(
+        text,
+        (x, y),
+        (-gap if is_left else gap, 0),
+        textcoords="offset points",
+        ha="right" if is_left else "left",
+        va="center",
+        fontsize=SMALL,
+    )
 
 
 def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -136,7 +149,7 @@ def round_ticks(most: int) -> MaxNLocator:
 def percentages(axis: Axis) -> None:
     """Write shares as percentages."""
     axis.set_major_locator(round_ticks(6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{decimal(100 * value, 'g')}%"))
 
 
 def logarithmic(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
@@ -158,35 +171,20 @@ def logit(accuracy: float) -> float:
 
 
 def logit_ticks(low: float, high: float) -> list[float]:
-    """Return accuracies whose logits lie between two, and not too near to each other."""
+    """Return two or more accuracies whose logits lie between two, and not too near to each other."""
     ticks: list[float] = []
     for tick in _LOGIT_TICKS:
         is_apart = not ticks or logit(tick) - logit(ticks[-1]) > (high - low) / 12
         if low <= logit(tick) <= high and is_apart:
             ticks.append(tick)
-    return ticks
+    if len(ticks) > 1:
+        return ticks
+    # Of a short axis, round numbers between its ends; it is as good as linear.
+    first, last = (1 / (1 + math.exp(-end)) for end in (low, high))
+    return [tick for tick in round_ticks(4).tick_values(first, last) if first <= tick <= last]
 
 
 def padded(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
     """Return limits a little outside of two values."""
     pad = max(0.06 * (high - low), least / 2)
     return low - pad, high + pad
-
-
-def signed(share: float, kind: str = ".1f") -> str:
-    """Return a difference of shares in points, with its sign; 0 has none."""
-    text = f"{100 * share:+{kind}}"
-    return "0" if float(text) == 0 else minus(text)
-
-
-def minus(text: str) -> str:
-    """Return a number's text with a true minus sign."""
-    return text.replace("-", "−")
-
-
-def short(value: float) -> str:
-    """Return a number's text in few letters."""
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,g}"
-    mantissa, _, exponent = f"{value:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"

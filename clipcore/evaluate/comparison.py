@@ -24,6 +24,7 @@ from clipcore.evaluate.results import (
     read_results,
 )
 from clipcore.evaluate.robustness import fit_line
+from clipcore.evaluate.same_weights import one_name_each
 from clipcore.evaluate.scores import (
     TITLES,
     Model,
@@ -162,6 +163,10 @@ def _side(
             f"{path} has no result of {TITLES.get(chosen, printable(chosen))}; python -m clipcore.evaluate writes them"
         )
 
+    found, renamed = one_name_each(found, left_out)
+    for other, pretrained in renamed.items():
+        if isinstance(model, str) and Model(*other).is_called(model):
+            model = Model(other[0], pretrained)
     scores = scores_of(found, chosen, left_out)
     models = [name for name in scores if _is_meant(name, model)]
     if not models:

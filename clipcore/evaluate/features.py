@@ -9,6 +9,7 @@ Legend: N images, B of a batch, C classes, W width before the projection, E embe
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -175,7 +176,11 @@ class FeatureStore:
         # Deleted with the store.
         self._temporary = tempfile.TemporaryDirectory()
         self._cache = Path(self._temporary.name if cache is None else cache)
-        self._model_hash = ""
+
+    @functools.cached_property
+    def tower_hash(self) -> str:
+        """A hash of the image tower: see ``hash_of_tower``."""
+        return hash_of_tower(self.model)
 
     def features(self, split: Split) -> SplitFeatures:
         """Return the features of a split, which are computed unless they are there.
@@ -192,11 +197,9 @@ class FeatureStore:
 
     def _key(self, split: Split) -> str:
         """Return the name of a split's features: a hash of all that they depend on."""
-        if not self._model_hash:
-            self._model_hash = hash_of_tower(self.model)
         parts = {
             "format": _FORMAT,
-            "model": self._model_hash,
+            "model": self.tower_hash,
             "transform": {name: str(value) for name, value in sorted(vars(self.transform).items())},
             "images": split.fingerprint(),
             "half": self.half,

@@ -13,6 +13,7 @@ from clipcore.evaluate.results import (
     ZERO_SHOT,
     Result,
 )
+from clipcore.number_texts import percent, signed_points
 
 _TITLES = {
     ZERO_SHOT: "zero-shot",
@@ -33,18 +34,13 @@ def line_of(result: Result) -> str:
     return f"  {name:<{_DATASET_WIDTH}}  {title:<{_TITLE_WIDTH}}  {'; '.join(_parts(result))}"
 
 
-def percent(value: float | None) -> str:
-    """Return a share as a percentage."""
-    return "–" if value is None else f"{value:.1%}"
-
-
 def _parts(result: Result) -> list[str]:
     """Return what the line says, the main metric first."""
     details = result.details
     if result.task == PROMPTS:
         return [
             f"{variant['title']} {percent(variant['value'])}"
-            + ("" if variant["name"] == "name" else f" ({100 * variant['gain']:+.1f})")
+            + ("" if variant["name"] == "name" else f" ({signed_points(variant['gain'])})")
             for variant in details["variants"]
         ]
     if result.task == FEW_SHOT:
@@ -91,7 +87,7 @@ def _overlap_parts(result: Result) -> list[str]:
     details, gain = result.details, result.metrics.get("gain")
     parts = [f"from cosine {details['threshold']:.4f} on ({details['threshold_from']})"]
     if gain is not None:
-        parts.append(f"acc1 {100 * gain:+.1f} by it")
+        parts.append(f"acc1 {signed_points(gain)} by it")
     p_value = details.get("p_value_adjusted", result.metrics.get("p_value"))
     if p_value is not None:
         parts.append(f"p {p_value:.2g}")

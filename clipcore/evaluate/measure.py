@@ -7,6 +7,7 @@ Source: Radford et al. 2021, sections 3.1 and 3.2, appendix A.3.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import time
@@ -25,7 +26,12 @@ import clipcore
 from clipcore.data import DataError, PairSource
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.datasets import EvaluationSet
-from clipcore.evaluate.features import FeatureStore, SplitFeatures, features_of_file
+from clipcore.evaluate.features import (
+    FeatureStore,
+    SplitFeatures,
+    features_of_file,
+    hash_of_tower,
+)
 from clipcore.evaluate.few_shot import SHOTS, FewShotCurve, few_shot_curve, labels_per_class
 from clipcore.evaluate.image_descriptors import TrainingStream
 from clipcore.evaluate.linear_probe import (
@@ -39,12 +45,14 @@ from clipcore.evaluate.linear_probe import (
 from clipcore.evaluate.metrics import (
     average_precision,
     average_precision_11,
+    chance_of,
     mean_over_classes,
     roc_auc,
     wilson_interval,
 )
 from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, PROMPTS, ZERO_SHOT, Result
+from clipcore.evaluate.same_weights import HASH_KEY, hash_of_model
 from clipcore.evaluate.zero_shot import accuracies, best_classes, build_zero_shot_classifier
 from clipcore.loading import LoadedModel
 
@@ -119,6 +127,15 @@ class Subject:
         """The weights."""
         return self.loaded.pretrained if self.loaded else "file"
 
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """A hash by which the model is known whatever its name; empty where features come from files."""
+        if self.loaded is None:
+            return ""
+        store = self.store
+        tower_hash = store.tower_hash if store else hash_of_tower(self.loaded.model)
+        return hash_of_model(self.loaded, tower_hash)
+
     def model_for(self, what: str) -> LoadedModel:
         """Return the model; raise DataError where there is none."""
         if self.loaded is None:
@@ -136,7 +153,11 @@ class Subject:
         if self.loaded is None or dataset.split("test").source is None:
             return Result(dataset.name, "features", "file", task, metrics, details)
         name, pretrained = self.loaded.name, self.loaded.pretrained
-        details = {**details, "gmacs": image_macs(self.loaded.model.config) / 1e9}
+        details = {
+            **details,
+            "gmacs": image_macs(self.loaded.model.config) / 1e9,
+            HASH_KEY: self.weights_hash,
+        }
         return Result(dataset.name, name, pretrained, task, metrics, details)
 
     def features(self, dataset: EvaluationSet, split: str) -> SplitFeatures:
@@ -197,7 +218,7 @@ def measure_zero_shot(
     details = {
         **details_of(dataset, [features], seconds),
         "main_metric": dataset.main_metric,
-        "chance": _chance(dataset),
+        "chance": chance_of(dataset.main_metric, len(dataset.classnames)),
         "ci95": _interval(metrics, dataset.main_metric, len(features)),
         "templates": list(chosen),
         "classnames_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
@@ -359,6 +380,7 @@ def measure_linear_probe(
     details = {
         **details_of(dataset, parts, seconds),
         "main_metric": f"lp_{dataset.main_metric}",
+        "chance": chance_of(dataset.main_metric, len(dataset.classnames)),
         "ci95": _interval(metrics, dataset.main_metric, len(test)),
         "C": probe.C,
         "lambda": 1 / (probe.C * num_train),
@@ -615,16 +637,6 @@ def _named_metrics(
     if dataset.main_metric == "mean_acc1_acc5":
         metrics["mean_acc1_acc5"] = None if metrics["acc5"] is None else (acc1 + acc5) / 2
     return metrics
-
-
-def _chance(dataset: EvaluationSet) -> float | None:
-    """Return the main metric of guessing; None of a metric whose chance depends on the images."""
-    number = len(dataset.classnames)
-    if dataset.main_metric in ("acc1", "mean_per_class_recall"):
-        return 1 / number
-    if dataset.main_metric == "mean_acc1_acc5" and number >= _NUM_BEST:
-        return (1 + _NUM_BEST) / 2 / number
-    return 0.5 if dataset.main_metric == "roc_auc" else None
 
 
 def _two_class_auc(logits_N2: Tensor, labels_N: Tensor) -> float | None:

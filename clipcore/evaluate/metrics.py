@@ -16,6 +16,23 @@ import torch
 from torch import Tensor
 
 
+def chance_of(metric: str, num_classes: int) -> float | None:
+    """Return what guessing scores; None of a metric whose chance depends on the images.
+
+    Args:
+        metric: by the name of a zero-shot result.
+    """
+    if metric == "roc_auc":
+        return 0.5
+    if metric in ("acc1", "mean_per_class_recall") and num_classes > 0:
+        return 1 / num_classes
+    if metric == "acc5" and num_classes >= 5:
+        return 5 / num_classes
+    if metric == "mean_acc1_acc5" and num_classes >= 5:
+        return (1 + 5) / 2 / num_classes
+    return None
+
+
 def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int) -> float | None:
     """Return the share of images whose class is among the k best; None where there are fewer than k classes.
 

@@ -22,10 +22,17 @@ from clipcore.evaluate.page_data import (
     read_page_data,
     read_score,
 )
-from clipcore.evaluate.page_parts import folded, metric_title, paragraph, percent, section, sets
+from clipcore.evaluate.page_parts import (
+    folded,
+    metric_title,
+    paragraph,
+    section,
+    sets,
+)
 from clipcore.evaluate.page_values import count, shown
 from clipcore.evaluate.results import ZERO_SHOT, Result
 from clipcore.files import write_durably
+from clipcore.number_texts import percent
 from clipcore.page_style import document, escaped, table
 
 PAGE_FILE = "report.html"
@@ -107,7 +114,7 @@ def _summary(data: PageData) -> str:
     """Return the headline facts: what there is, and the mean zero-shot score of each model."""
     tiles = [("data sets", f"{len(_names(data)):,}"), ("models", f"{len(data.models):,}")]
     # The section on zero-shot has counted what is left out.
-    scores = PageData(data.models, data.results, {}).parsed(ZERO_SHOT, read_score)
+    scores = PageData(data.page_models, data.results, {}).parsed(ZERO_SHOT, read_score)
     shared = common(scores, len(data.models))
     metrics = {score.metric for name in shared for score in scores[name].values()}
     kind = metric_title(metrics.pop()) if len(metrics) == 1 else "metrics mixed"
@@ -131,7 +138,10 @@ def _details(data: PageData) -> str:
     rows = [(name, *_set_cells([r.details for r in by_name[name]])) for name in _names(data)]
     head = ("data set", "images", "classes", "first and last class", "left out", "notes")
     prompts = [(name, text) for name in _names(data) if (text := _prompts(by_name[name]))]
-    models = [(model.title, model.architecture, model.pretrained) for model in data.models]
+    models = [
+        (model.title, model.architecture, ", also ".join((model.pretrained, *model.other_names)))
+        for model in data.models
+    ]
     versions = sorted(
         {
             f"{shown(name)} {shown(version)}"

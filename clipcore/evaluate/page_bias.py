@@ -15,14 +15,13 @@ from clipcore.evaluate.page_data import (
     read_bias,
 )
 from clipcore.evaluate.page_parts import (
-    decimal,
     folded,
     model_cell,
     paragraph,
-    percent,
     section,
 )
 from clipcore.evaluate.results import BIAS
+from clipcore.number_texts import decimal, percent
 from clipcore.page_style import escaped
 
 _MOST_LABELS = 40

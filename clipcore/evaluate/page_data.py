@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from clipcore.data import DataError, LeftOut, printable
+from clipcore.evaluate.metrics import chance_of
+from clipcore.evaluate.page_models import Model, PageModels, page_models
 from clipcore.evaluate.page_values import (
     count,
     difference,
@@ -33,7 +35,7 @@ from clipcore.evaluate.results import (
     models_of,
     read_results,
 )
-from clipcore.evaluate.svg import shortened
+from clipcore.evaluate.same_weights import one_name_each
 from clipcore.files import is_file, read_regular
 
 K = TypeVar("K")
@@ -47,17 +49,8 @@ _FALLBACKS = {
     RETRIEVAL: ("mean_recall@1", "image_retrieval_recall@5"),
 }
 _MAX_STUDY_BYTES = 1 << 26
-_MAX_TITLE_CHARS = 40
 _MAX_PICTURE_CHARS = 1 << 16
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-
-
-class Model(NamedTuple):
-    """A model: its architecture, its weights as the user named them, and a short title that no other has."""
-
-    architecture: str
-    pretrained: str
-    title: str
 
 
 class Score(NamedTuple):
@@ -170,16 +163,21 @@ class PageData:
     """All results of a folder.
 
     Attributes:
-        models: in the order of their colours.
+        page_models: those that there are results of, and those of studies.
         results: by task, data set and number of the model.
         studies: the objects in the files of ``STUDIES`` that are there.
         left_out: what cannot be shown, by reason.
     """
 
-    models: list[Model]
+    page_models: PageModels
     results: dict[str, dict[str, dict[int, Result]]]
     studies: dict[str, dict[str, Any]]
     left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def models(self) -> list[Model]:
+        """Those that there are results of, in the order of their colours."""
+        return self.page_models.evaluated
 
     def parsed(self, task: str, read: Callable[[Result], T]) -> dict[str, dict[int, T]]:
         """Return what ``read`` makes of each result of a task; count one that it raises ValueError for."""
@@ -199,10 +197,12 @@ def read_page_data(folder: Path) -> PageData:
     Raises:
         DataError: it holds no results, or a file that cannot be read.
     """
-    results = read_results(folder)
+    left_out = LeftOut()
+    results, renamed = one_name_each(read_results(folder), left_out)
+    studies = _read_studies(folder)
     pairs = sorted(models_of(results))
     index = {pair: number for number, pair in enumerate(pairs)}
-    data = PageData(_models(pairs), {}, _read_studies(folder))
+    data = PageData(page_models(pairs, renamed, studies), {}, studies, left_out)
 
     def order(result: Result) -> tuple[str, str, int]:
         return result.dataset.lower(), result.dataset, index[result.model, result.pretrained]
@@ -219,17 +219,6 @@ def read_page_data(folder: Path) -> PageData:
         by_model.setdefault(place, result)
 
     return data
-
-
-def _models(pairs: Sequence[tuple[str, str]]) -> list[Model]:
-    one_architecture = len(pairs) > 1 and len({architecture for architecture, _ in pairs}) == 1
-    models: list[Model] = []
-    for architecture, pretrained in ((shown(a), shown(b)) for a, b in pairs):
-        title = pretrained if one_architecture else f"{architecture} {pretrained}"
-        title = shortened(title, _MAX_TITLE_CHARS)
-        same = sum(model.title.partition(" #")[0] == title for model in models)
-        models.append(Model(architecture, pretrained, f"{title} #{same + 1}" if same else title))
-    return models
 
 
 def _read_studies(folder: Path) -> dict[str, dict[str, Any]]:
@@ -257,10 +246,19 @@ def read_score(result: Result) -> Score:
         candidates = _FALLBACKS.get(result.task, ())
         metric = next((name for name in candidates if name in result.metrics), None)
     value = share(result.metrics.get(metric)) if isinstance(metric, str) else None
-    if value is None:
+    if value is None or not isinstance(metric, str):
         raise ValueError("result without a main metric from 0 to 1")
-    details = result.details
-    return Score(value, shown(metric), interval(details.get("ci95")), share(details.get("chance")))
+    return Score(
+        value, shown(metric), interval(result.details.get("ci95")), _chance(result, metric)
+    )
+
+
+def _chance(result: Result, metric: str) -> float | None:
+    """Return what guessing scores, as a result says it, or else by its number of classes."""
+    stated = share(result.details.get("chance"))
+    if stated is not None:
+        return stated
+    return chance_of(metric.removeprefix("lp_"), count(result.details.get("num_classes")))
 
 
 def read_recalls(result: Result) -> dict[str, float | None]:

@@ -24,7 +24,6 @@ from clipcore.evaluate.page_parts import (
     model_entries,
     model_head,
     paragraph,
-    percent,
     section,
     sets,
 )
@@ -36,6 +35,7 @@ from clipcore.evaluate.plots import (
 )
 from clipcore.evaluate.results import FEW_SHOT
 from clipcore.evaluate.svg import MODEL_COLOURS, LegendEntry
+from clipcore.number_texts import percent
 from clipcore.page_style import table
 
 
@@ -159,7 +159,7 @@ def _labels_totals(data: PageData, found: Mapping[str, Mapping[int, FewShot]]) -
 
 
 def _labels_text(value: float) -> str:
-    return "more than were tried" if math.isinf(value) else f"{value:.1f}"
+    return "more than were tried" if math.isinf(value) else f"{value:,.1f}"
 
 
 def _few_shot_table(data: PageData, found: Mapping[str, Mapping[int, FewShot]]) -> str:

@@ -1,22 +1,24 @@
-"""The parts that sections of the page of results are made of: numbers, figures, and tables of data sets by models."""
+"""The parts that sections of the page of results are made of: figures, and tables of data sets by models."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from clipcore.evaluate.axes import minus, signed
-from clipcore.evaluate.page_data import Model, Score, common, mean
+from clipcore.evaluate.page_data import Score, common, mean
+from clipcore.evaluate.page_models import Model
 from clipcore.evaluate.plots import MOST_ROWS
 from clipcore.evaluate.svg import LegendEntry, Plot, legend, model_colour, model_marker, to_svg
+from clipcore.number_texts import percent
 from clipcore.page_style import Markup, escaped, table
 
 STYLE = """
 td small{color:var(--muted);white-space:nowrap}
-.total td{font-weight:600;border-top:2px solid var(--rule)}
+.total td{font-weight:600;border-top:2px solid var(--rule)}.total .text{min-width:9rem;max-width:12rem}
 .neighbours{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));margin-top:.75rem}
 .neighbours div{font-size:.78rem;overflow-wrap:anywhere}.neighbours img{margin-right:.25rem}
 .neighbours .over{border-left:3px solid var(--b);padding-left:.5rem}
+section>h3{margin-top:1.25rem}
 .heat th{text-align:left}.heat .few{opacity:.55}details summary{font-size:1rem}details{margin-top:.75rem}
 """
 METRICS = {
@@ -42,21 +44,6 @@ def mixed(metrics: Iterable[str]) -> str:
     if len(titles) < 2:
         return "".join(titles)
     return f"{', '.join(titles[:-1])} and {titles[-1]} mixed"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a share in percent; "–" of None."""
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def points(value: float | None) -> str:
-    """Return a difference of shares in points with its sign; "–" of None."""
-    return "–" if value is None else signed(value)
-
-
-def decimal(value: float | None, form: str = ".3g") -> str:
-    """Return a number; "–" of None."""
-    return "–" if value is None else minus(f"{value:{form}}")
 
 
 def sets(number: int) -> str:

@@ -27,7 +27,6 @@ from clipcore.evaluate.page_data import (
 from clipcore.evaluate.page_parts import (
     by_value,
     charts,
-    decimal,
     figure,
     first_of,
     folded,
@@ -37,8 +36,6 @@ from clipcore.evaluate.page_parts import (
     model_entries,
     model_head,
     paragraph,
-    percent,
-    points,
     score_table,
     section,
     sets,
@@ -57,6 +54,7 @@ from clipcore.evaluate.plots import (
 from clipcore.evaluate.results import LINEAR_PROBE, PROMPTS, RETRIEVAL, ZERO_SHOT, Result
 from clipcore.evaluate.robustness import fit_line
 from clipcore.evaluate.svg import INK, MODEL_COLOURS, LegendEntry
+from clipcore.number_texts import decimal, percent, signed_points
 from clipcore.page_style import table
 
 
@@ -156,7 +154,8 @@ def prompts(data: PageData) -> str:
     if has_mean := len(shared) > 1:
         num_rows = len(shared) * len(data.models)
         texts = [
-            points(value) + ("" if len(values) == num_rows else f" ({len(values)} of {num_rows})")
+            signed_points(value)
+            + ("" if len(values) == num_rows else f" ({len(values)} of {num_rows})")
             for value, values in zip(means, gains.values(), strict=True)
         ]
         metrics = [metric for name in found for metric, _ in found[name].values() if name in shared]
@@ -175,7 +174,7 @@ def prompts(data: PageData) -> str:
 def _gain(variant: Variant | None) -> str:
     if variant is None or variant.value is None:
         return "–"
-    return f"{percent(variant.value)} ({points(variant.gain)})"
+    return f"{percent(variant.value)} ({signed_points(variant.gain)})"
 
 
 def probe(data: PageData) -> str:
@@ -305,7 +304,7 @@ def _duel_totals(data: PageData, duels: Mapping[str, Mapping[int, _Duel]]) -> st
                 wins,
                 losses,
                 len(mine) - wins - losses,
-                points(mean(duel.difference for duel in mine)),
+                signed_points(mean(duel.difference for duel in mine)),
                 decimal(line[2] if line else None, ".2f"),
                 decimal(line[0] if line else None, ".2f"),
                 mixed(duel.metric for duel in mine),
@@ -325,7 +324,7 @@ def _duel_table(
             *model_cell(data.models, index),
             percent(duel.zero_shot),
             percent(duel.probe),
-            points(duel.difference),
+            signed_points(duel.difference),
         )
         for name in order
         for index, duel in duels[name].items()

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipcore.evaluate.axes import Point
+from clipcore.evaluate.model_plots import Law, ShiftPoint, scaling_chart, shift_chart
 from clipcore.evaluate.page_data import (
-    Model,
     Neighbour,
     Overlap,
     PageData,
     read_overlap,
 )
+from clipcore.evaluate.page_models import Model
 from clipcore.evaluate.page_parts import (
     charts,
-    decimal,
     figure,
     first_of,
     folded,
@@ -29,22 +29,11 @@ from clipcore.evaluate.page_parts import (
     model_entries,
     model_head,
     paragraph,
-    percent,
-    points,
     section,
     sets,
 )
 from clipcore.evaluate.page_values import count, difference, number, objects, positive, share, shown
-from clipcore.evaluate.plots import (
-    MOST_ROWS,
-    Law,
-    ShiftPoint,
-    difference_chart,
-    overlap_chart,
-    scaling_chart,
-    scatter_chart,
-    shift_chart,
-)
+from clipcore.evaluate.plots import MOST_ROWS, difference_chart, overlap_chart, scatter_chart
 from clipcore.evaluate.results import OVERLAP
 from clipcore.evaluate.svg import (
     CARD,
@@ -55,6 +44,7 @@ from clipcore.evaluate.svg import (
     model_marker,
     shortened,
 )
+from clipcore.number_texts import decimal, percent, signed_points
 from clipcore.page_style import table
 
 # All pictures of the page together; what is beyond is counted.
@@ -65,7 +55,7 @@ _SIGNIFICANT = 0.05
 def compare(data: PageData) -> str:
     """Return the section on two folders of results beside each other."""
     study = data.studies.get("compare", {})
-    first, second = shown(study.get("a")), shown(study.get("b"))
+    first, second = (data.page_models.retitled(shown(study.get(side))) for side in "ab")
     rows = []
     for row in objects(study.get("sets")):
         a, b = share(row.get("a")), share(row.get("b"))
@@ -84,14 +74,16 @@ def compare(data: PageData) -> str:
     dots = scatter_chart([Point(b, a, 0, name) for name, _, a, b in rows], second, first)
     interval = study.get("interval")
     ends = [number(end) for end in interval] if isinstance(interval, list) else []
-    facts = [f"{key} {count(study.get(key)):,}" for key in ("wins", "losses", "ties")]
+    facts = [f"{key} {count(study.get(key.lower())):,}" for key in ("Wins", "losses", "ties")]
     if (r := number(study.get("pearson"))) is not None:
         facts.append(f"Pearson r {decimal(r, '.2f')}")
     if (slope := number(study.get("slope"))) is not None:
         known = len(ends) == 2 and None not in ends
         within = f" (95%: {decimal(ends[0], '.2f')} to {decimal(ends[1], '.2f')})" if known else ""
         facts.append(f"slope {decimal(slope, '.2f')}{within}")
-    cells = [(n, metric_title(m), percent(a), percent(b), points(a - b)) for n, m, a, b in rows]
+    cells = [
+        (n, metric_title(m), percent(a), percent(b), signed_points(a - b)) for n, m, a, b in rows
+    ]
     return section(
         "Comparison",
         paragraph(
@@ -106,20 +98,10 @@ def compare(data: PageData) -> str:
     )
 
 
-def _place(models: list[Model], row: Mapping[str, Any]) -> int:
-    """Return the number of a study's model, which is added where no result is of it."""
-    architecture, pretrained = shown(row.get("model")), shown(row.get("pretrained"))
-    for index, model in enumerate(models):
-        if (model.architecture, model.pretrained) == (architecture, pretrained):
-            return index
-    models.append(Model(architecture, pretrained, shortened(f"{architecture} {pretrained}", 40)))
-    return len(models) - 1
-
-
 def robustness(data: PageData) -> str:
     """Return the section on accuracies under a natural shift."""
     figures, rows = [], []
-    models = list(data.models)
+    models = data.page_models.all
     for pair in objects(data.studies.get("robustness", {}).get("pairs")):
         first, second = shown(pair.get("in")), shown(pair.get("out"))
         marks: list[ShiftPoint] = []
@@ -135,7 +117,7 @@ def robustness(data: PageData) -> str:
             if kind == "baseline":
                 marks.append(ShiftPoint(x, y, 0, "baseline"))
                 continue
-            index = _place(models, row)
+            index = data.page_models.place_of(row)
             marks.append(ShiftPoint(x, y, index, "probe" if kind == "probe" else "zero-shot"))
             rows.append(
                 (
@@ -144,9 +126,9 @@ def robustness(data: PageData) -> str:
                     marks[-1].kind,
                     percent(x),
                     percent(y),
-                    points(difference(row.get("effective"))),
+                    signed_points(difference(row.get("effective"))),
                     percent(number(row.get("gap_closed")), 0),
-                    points(difference(row.get("relative"))),
+                    signed_points(difference(row.get("relative"))),
                 )
             )
         if marks:
@@ -169,8 +151,8 @@ def robustness(data: PageData) -> str:
     return section(
         "Natural shift",
         paragraph(
-            "Accuracies as logits. Dashed: equal accuracies; the line is that of the baseline models. How far a model lies "
-            "above it is its effective robustness, in points."
+            "Accuracies as logits. Dashed, where it is near the points: equal accuracies; the line is that of the baseline "
+            "models. How far a model lies above it is its effective robustness, in points."
         ),
         charts(*figures),
         table(head, rows) if rows else "",
@@ -215,13 +197,13 @@ def _shift_entries(
 def scaling(data: PageData) -> str:
     """Return the section on errors over compute."""
     study = data.studies.get("scaling", {})
-    models, marks = list(data.models), []
+    models, marks = data.page_models.all, []
     for row in objects(study.get("models")):
         compute, error = positive(row.get("compute")), positive(row.get("error"))
         if compute is None or error is None or error > 1:
             data.left_out.add("scaling without compute and error", shown(row.get("model")))
         else:
-            marks.append(Point(compute, error, _place(models, row)))
+            marks.append(Point(compute, error, data.page_models.place_of(row)))
     if not marks:
         return ""
 
@@ -235,17 +217,23 @@ def scaling(data: PageData) -> str:
         texts.append(f"{_law_text(law, study['law'])}.")
     predicted, actual = share(prediction.get("predicted")), share(prediction.get("actual"))
     if predicted is not None and actual is not None:
+        largest = data.page_models.retitled(shown(prediction.get("model")))
         texts.append(
-            f"From the others the law predicts {percent(predicted)} of {shown(prediction.get('model'))}, which has "
+            f"From the others the law predicts {percent(predicted)} of {largest}, which has "
             f"{percent(actual)}."
         )
     marks.sort()
     rows = [(models[mark.model].title, decimal(mark.x, ",.5g"), percent(mark.y)) for mark in marks]
+    entries = model_entries(models, (mark.model for mark in marks))
+    if law:
+        entries.append(LegendEntry("law of all", INK, "-"))
+    if others:
+        entries.append(LegendEntry("predicted from the others", CARD, "D"))
     return section(
         "Scaling",
         paragraph(" ".join(texts) or f"The {metric} over {unit}."),
         table(("model", unit, metric), rows),
-        charts(figure("Error over compute", plot, model_entries(models, (m.model for m in marks)))),
+        charts(figure("Error over compute", plot, entries)),
     )
 
 
@@ -279,11 +267,11 @@ def overlap(data: PageData) -> str:
             *model_cell(data.models, index),
             f"{one.num_overlap:,} of {one.num_images:,}",
             percent(one.contamination),
-            f"{decimal(one.threshold)} {one.threshold_from}",
+            f"{decimal(one.threshold, '.4g')} {one.threshold_from}",
             percent(one.score),
             percent(one.clean_score),
             percent(one.overlap_score),
-            points(one.gain),
+            signed_points(one.gain),
             decimal(None if one.p_value is None else min(1.0, one.p_value * num_tests), ".2g"),
         )
         for name, index, one in every
@@ -292,7 +280,7 @@ def overlap(data: PageData) -> str:
     parts = [
         paragraph(
             "A picture overlaps where its nearest training picture is nearer than the threshold. Filled marks are "
-            f"significant: p, times the {num_tests:,} tests, is below {_SIGNIFICANT:g}. Bars are of 99.5%."
+            f"significant: p, times the number of tests ({num_tests:,}), is below {_SIGNIFICANT:g}. Bars are of 99.5%."
         ),
         table(("data set", *model_head(data.models), *head), rows),
     ]

@@ -9,7 +9,7 @@ Source: Radford et al. 2021, the figures that the functions name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -17,19 +17,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from clipcore.evaluate.axes import (
     SMALL,
     Point,
-    logarithmic,
-    logit,
-    logit_ticks,
     mark,
-    minus,
     name_points,
     offset,
     padded,
     percentages,
     round_ticks,
     row_axes,
-    short,
-    signed,
+    write_beside,
 )
 from clipcore.evaluate.page_data import FewShot, Overlap, Score, Trace
 from clipcore.evaluate.svg import (
@@ -46,6 +41,7 @@ from clipcore.evaluate.svg import (
     plot_of,
     shortened,
 )
+from clipcore.number_texts import percent, short, signed_points
 
 # Rows of one plot; a table has all of them.
 MOST_ROWS = 100
@@ -65,25 +61,9 @@ class Curve(NamedTuple):
     sets: tuple[tuple[float, ...], ...]
 
 
-class ShiftPoint(NamedTuple):
-    """A model's accuracy without and with a shift; ``kind`` is "zero-shot", "probe" or "baseline"."""
-
-    in_accuracy: float
-    out_accuracy: float
-    model: int
-    kind: str
-
-
-class Law(NamedTuple):
-    """error = factor * compute ** exponent."""
-
-    factor: float
-    exponent: float
-
-
 def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int) -> Plot:
     """Draw scores with their intervals, and chance as a tick."""
-    axes, places = row_axes([name for name, _ in rows], num_models)
+    axes, places = row_axes([name for name, _ in rows], num_models, bottom=24)
     highest = 0.0
     for y, (_, scores) in zip(places, rows, strict=True):
         for model, score in scores.items():
@@ -92,7 +72,7 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
             at = y + offset(model, num_models)
             if num_models == 1:
                 axes.barh(at, score.value, height=0.62, color=model_colour(0))
-                axes.text(high, at, f" {score.value:.1%}", va="center", fontsize=SMALL)
+                write_beside(axes, high, at, percent(score.value))
             else:
                 axes.plot(score.value, at, **mark(model))
             if score.interval:
@@ -109,7 +89,7 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
     least = f"from {bottom:.1%} on {bottom_name} to " if len(rows) > 1 else ""
     return plot_of(
         axes,
-        f"Scores of {_models(num_models)} on {_sets(len(rows))}, {least}{top:.1%} on {top_name}.",
+        f"Scores of {_models_in(rows)} on {_sets(len(rows))}, {least}{top:.1%} on {top_name}.",
     )
 
 
@@ -128,20 +108,19 @@ def difference_chart(
                 continue
             colour = model_colour(0) if value >= 0 else _LOWER_COLOUR
             axes.barh(at, value, height=0.62, color=colour)
-            text, side = f" {signed(value)} ", "left" if value >= 0 else "right"
-            axes.text(value, at, text, va="center", ha=side, fontsize=SMALL)
+            write_beside(axes, value, at, signed_points(value), is_left=value < 0)
     low, high = min(0.0, *values), max(0.0, *values)
     pad = max(high - low, 0.01) * (0.22 if num_models == 1 else 0.05)
     axes.set_xlim(low - pad, high + pad)
     axes.xaxis.set_major_locator(round_ticks(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g")))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_points(value, "g")))
     axes.set_xlabel("points")
 
     wins = sum(value > 0 for value in values)
     return plot_of(
         axes,
         f"{first} minus {second}: {wins} of {len(values)} differences on {_sets(len(rows))} are "
-        f"above zero; they go from {signed(min(values))} to {signed(max(values))} points.",
+        f"above zero; they go from {signed_points(min(values))} to {signed_points(max(values))} points.",
     )
 
 
@@ -189,7 +168,7 @@ def few_shot_chart(curves: Sequence[Curve], num_sets: int) -> Plot:
     return plot_of(
         axes,
         f"Mean score over {_sets(num_sets)} of probes of {shots[0]} to {shots[-1]} images a class, "
-        f"{_models(len(curves))}: {'; '.join(found)}.",
+        f"{models_text(len(curves))}: {'; '.join(found)}.",
     )
 
 
@@ -206,7 +185,7 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
             end = found.labels or (right if found.labels_text.startswith(">") else left * 1.1)
             if num_models == 1:
                 axes.barh(at, end - left, left=left, height=0.62, color=colour)
-                axes.text(end, at, f" {found.labels_text}", va="center", fontsize=SMALL)
+                write_beside(axes, end, at, found.labels_text)
             elif found.labels or not found.labels_text.startswith(">"):
                 axes.plot(end, at, **mark(model))
             else:
@@ -222,7 +201,7 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
     spread = f", from {min(numbers):.1f} to {max(numbers):.1f}" if numbers else ""
     return plot_of(
         axes,
-        f"Labelled images a class with which a probe reaches the zero-shot score of {_models(num_models)}, "
+        f"Labelled images a class with which a probe reaches the zero-shot score of {_models_in(rows)}, "
         f"on {_sets(len(rows))}{spread}.",
     )
 
@@ -255,84 +234,6 @@ def scatter_chart(
     )
 
 
-def scaling_chart(
-    points: Sequence[Point], law: Law | None, others: Law | None, unit: str, metric: str
-) -> Plot:
-    """Draw errors over compute, both as logarithms (figure 9); the dashed law of all but the largest ends at a diamond."""
-    axes = new_axes(270, left=60)
-    xs, errors = [point.x for point in points], [point.y for point in points]
-    largest = max(xs)
-    for each, style in ((law, "-"), (others, (0, (4, 3)))):
-        if each:
-            line = [_error(each, x) for x in (min(xs), largest)]
-            colour = INK if each is law else MUTED
-            axes.plot([min(xs), largest], line, color=colour, linewidth=1.1, linestyle=style)
-            errors += line
-    if others:
-        predicted = _error(others, largest)
-        axes.plot(largest, predicted, marker="D", markersize=8, color=CARD, markeredgecolor=INK)
-    for point in points:
-        axes.plot(point.x, point.y, **mark(point.model))
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    logarithmic(axes.xaxis, min(xs), largest, short)
-    logarithmic(axes.yaxis, min(errors), max(errors), lambda value: f"{100 * value:g}%")
-    axes.set_xlim(min(xs) / 1.3, largest * 1.3)
-    axes.set_ylim(min(errors) / 1.06, max(errors) * 1.06)
-    axes.set_xlabel(shortened(unit, 50))
-    axes.set_ylabel(shortened(metric, 36))
-
-    fit = f"; the law falls with compute to the power {minus(f'{law.exponent:.3f}')}" if law else ""
-    return plot_of(
-        axes,
-        f"{metric} of {_models(len(points))} over {unit}, from {max(p.y for p in points):.1%} to "
-        f"{min(p.y for p in points):.1%}{fit}.",
-    )
-
-
-def shift_chart(
-    points: Sequence[ShiftPoint], baseline: tuple[float, float] | None, first: str, second: str
-) -> Plot:
-    """Draw accuracies under a shift over those without it, as logits (figure 13); arrows are the effective robustness."""
-    axes = new_axes(340, left=60)
-    xs, ys = [logit(p.in_accuracy) for p in points], [logit(p.out_accuracy) for p in points]
-    x_low, x_high = padded(min(xs), max(xs), least=0.4)
-    on_line = [baseline[0] * x + baseline[1] for x in xs] if baseline else []
-    y_low, y_high = padded(min(*ys, *xs, *on_line), max(*ys, *xs, *on_line), least=0.4)
-    axes.plot([x_low, x_high], [x_low, x_high], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    if baseline:
-        ends = [baseline[0] * x + baseline[1] for x in (x_low, x_high)]
-        axes.plot([x_low, x_high], ends, color=INK, linewidth=1)
-
-    # What the line is fitted to lies behind.
-    for point, x, y in sorted(
-        zip(points, xs, ys, strict=True), key=lambda p: p[0].kind != "baseline"
-    ):
-        if point.kind == "baseline":
-            axes.plot(x, y, marker="o", markersize=3.5, color=MUTED, linestyle="")
-            continue
-        end = baseline[0] * x + baseline[1] if baseline else y
-        # A shorter arrow would be all head.
-        if abs(y - end) > 0.03 * (y_high - y_low):
-            arrow = {"arrowstyle": "->", "color": model_colour(point.model), "linewidth": 0.9}
-            axes.annotate("", (x, y), (x, end), arrowprops=arrow)
-        axes.plot(x, y, **mark(point.model, is_hollow=point.kind == "probe"))
-    axes.set_xlim(x_low, x_high)
-    axes.set_ylim(y_low, y_high)
-    for axis, low, high in ((axes.xaxis, x_low, x_high), (axes.yaxis, y_low, y_high)):
-        ticks = logit_ticks(low, high)
-        axis.set_ticks([logit(tick) for tick in ticks], labels=[f"{100 * t:g}%" for t in ticks])
-    axes.set_xlabel(shortened(first, 50))
-    axes.set_ylabel(shortened(second, 40))
-
-    num_above = sum(
-        p.kind != "baseline" and p.out_accuracy > _expected(p, baseline) for p in points
-    )
-    num_judged = sum(p.kind != "baseline" for p in points)
-    above = f"; {num_above} of {num_judged} lie above the baseline" if baseline else ""
-    return plot_of(axes, f"Accuracy on {second} over that on {first}, {len(points)} models{above}.")
-
-
 def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_tests: int) -> Plot:
     """Draw what overlap raises scores by, over the share of overlapping pictures (figure 17); filled is significant."""
     axes = new_axes(280, left=60)
@@ -352,7 +253,7 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
     axes.set_xlim(0, max(max(point.x for point in points), 0.005) * 1.15)
     axes.margins(y=0.12)
     percentages(axes.xaxis)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_points(value, "g")))
     axes.set_xlabel("overlapping pictures")
     axes.set_ylabel("all minus clean, points")
     name_points(axes, points)
@@ -361,19 +262,20 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
     return plot_of(
         axes,
         f"Share of overlapping pictures on {_sets(num_sets)}, at most {most.x:.1%} on {most.name}, and what they raise "
-        f"the score by, at most {signed(max(point.y for point in points))} points.",
+        f"the score by, at most {signed_points(max(point.y for point in points))} points.",
     )
 
 
 def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: int) -> Plot:
     """Draw the scores of all C that a probe's search fitted, a panel a data set; a ring is the C that was taken."""
     shown = panels[:MOST_PANELS]
-    num_lines = math.ceil(len(shown) / _PANELS_PER_ROW)
-    across, up, gap = WIDTH / _PANELS_PER_ROW, 112.0, 8.0
+    per_row = min(len(shown), _PANELS_PER_ROW)
+    num_lines = math.ceil(len(shown) / per_row)
+    across, up, gap = WIDTH / per_row, 112.0, 8.0
     height = up * num_lines
     figure = new_figure(height)
     for place, (name, traces) in enumerate(shown):
-        line, column = divmod(place, _PANELS_PER_ROW)
+        line, column = divmod(place, per_row)
         left, bottom = across * column + 30, height - up * (line + 1) + 22
         box = (left / WIDTH, bottom / height, (across - 30 - gap) / WIDTH, (up - 22 - 20) / height)
         axes = figure.add_axes(box)
@@ -400,24 +302,18 @@ def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: i
         axes.tick_params(labelsize=SMALL - 1)
     return Plot(
         figure,
-        f"Validation score in percent over C, of each fit of the search, {_models(num_models)} on {_sets(len(shown))}.",
+        f"Validation score in percent over C, of each fit of the search, {_models_in(shown)} on {_sets(len(shown))}.",
     )
 
 
-def _models(number: int) -> str:
+def models_text(number: int) -> str:
     return "one model" if number == 1 else f"{number} models"
+
+
+def _models_in(rows: Iterable[tuple[str, Mapping[int, object]]]) -> str:
+    """Return how many models rows or panels show, of all that the page has."""
+    return models_text(len({model for _, by_model in rows for model in by_model}))
 
 
 def _sets(number: int) -> str:
     return "one data set" if number == 1 else f"{number} data sets"
-
-
-def _error(law: Law, compute: float) -> float:
-    return float(law.factor * compute**law.exponent)
-
-
-def _expected(point: ShiftPoint, baseline: tuple[float, float] | None) -> float:
-    """Return the accuracy under the shift of a model on the baseline."""
-    if baseline is None:
-        return 1.0
-    return 1 / (1 + math.exp(-(baseline[0] * logit(point.in_accuracy) + baseline[1])))

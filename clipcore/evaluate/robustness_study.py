@@ -22,6 +22,7 @@ from clipcore.evaluate.robustness import (
     fit_baseline,
     gap_closed,
 )
+from clipcore.evaluate.same_weights import one_name_each
 from clipcore.evaluate.scores import Model, listed, scores_of, share
 
 # Data sets and their shifted forms, for those who name none.
@@ -103,7 +104,7 @@ def robustness_study(
         DataError: a set is not there, no model was evaluated on a pair, or a baseline cannot be fitted.
     """
     left_out = LeftOut()
-    found = read_results(results)
+    found, _ = one_name_each(read_results(results), left_out)
     zero_shot = scores_of(found, ZERO_SHOT, left_out)
     probes = scores_of(found, LINEAR_PROBE, left_out)
     there: dict[str, Result] = {}

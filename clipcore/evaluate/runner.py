@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from clipcore.evaluate.results import (
     write_result,
 )
 from clipcore.evaluate.robustness_study import FIT, robustness_study
+from clipcore.evaluate.same_weights import Identity, identity_of, name_of_weights
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
@@ -55,9 +56,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
     _check(arguments)
     arguments.device = pick_device(arguments.device, local_rank=0)
     output = Path(arguments.output)
-    if any(output.glob("*.json")):
-        # What is made of all results in the end cannot be made with a damaged file among them.
-        read_results(output)
+    known = _known_models(output)
     _set_threads(arguments)
     sets, num_failed = _open_sets(arguments)
     models = [("checkpoint", path) for path in arguments.checkpoint]
@@ -66,7 +65,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
 
     for kind, path in models or [("none", "")]:
         try:
-            subject = _subject(arguments, kind, os.path.normpath(path))
+            subject = _subject(arguments, kind, os.path.normpath(path), known)
         except (ValueError, OSError) as error:
             num_failed += 1
             complain(_PROGRAM, f"error: {error}")
@@ -76,6 +75,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
         for dataset in sets:
             found, number = _evaluate(subject, dataset, arguments)
             results += found
+            known |= set(map(identity_of, found))
             num_failed += number
         # Before the next one is loaded beside it.
         del subject
@@ -87,6 +87,11 @@ def run_measures(arguments: argparse.Namespace) -> int:
     elif results:
         print(f"results are in {arguments.output}")
     return 2 if num_failed else 0
+
+
+def _known_models(output: Path) -> set[Identity]:
+    """Return the models that a folder has results of; raise DataError for a damaged file, without which no page is made."""
+    return set(map(identity_of, read_results(output))) if any(output.glob("*.json")) else set()
 
 
 def _set_threads(arguments: argparse.Namespace) -> None:
@@ -264,8 +269,14 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
     return sets, num_failed
 
 
-def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
-    """Load a model; files of features need none."""
+def _subject(
+    arguments: argparse.Namespace, kind: str, path: str, known: Iterable[Identity]
+) -> Subject:
+    """Load a model; files of features need none.
+
+    Args:
+        known: the models that there are results of; one that they have under another name keeps that name.
+    """
     if kind == "none":
         return Subject(None, None)
     with warnings.catch_warnings(record=True) as said:
@@ -283,7 +294,15 @@ def _subject(arguments: argparse.Namespace, kind: str, path: str) -> Subject:
         half=arguments.half_cache,
         max_bad_fraction=arguments.max_bad_fraction,
     )
-    return Subject(loaded, store)
+    subject = Subject(loaded, store)
+    name = name_of_weights(known, loaded.name, subject.weights_hash)
+    if name is not None and name != loaded.pretrained:
+        complain(
+            _PROGRAM,
+            f"note: {path} has the weights of {printable(name)}: its results are under that name",
+        )
+        subject.loaded = loaded._replace(pretrained=name)
+    return subject
 
 
 def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:

@@ -13,6 +13,7 @@ from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.model_tables import compute_of, read_compute
 from clipcore.evaluate.results import ZERO_SHOT, Result, read_results
+from clipcore.evaluate.same_weights import one_name_each
 from clipcore.evaluate.scaling import PowerLaw, Prediction, fit_power_law, leave_out_largest
 from clipcore.evaluate.scores import Model, common_metric, listed, metrics_note, scores_of, share
 
@@ -40,7 +41,8 @@ def scaling_study(
         DataError: there are fewer than three models with results on one set and known compute, or no line through them.
     """
     left_out = LeftOut()
-    scores = scores_of(read_results(results), task, left_out)
+    found, _ = one_name_each(read_results(results), left_out)
+    scores = scores_of(found, task, left_out)
     compute = _compute_of_models(scores, gmacs, left_out)
     _check_enough(len(compute), results, task, left_out)
     notes = [_SHAPES_NOTE] if gmacs is None else []

@@ -24,6 +24,7 @@ from clipcore.evaluate.results import LINEAR_PROBE, RETRIEVAL, ZERO_SHOT
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.files import is_file, make_directory, write_durably
+from clipcore.number_texts import decimal, percent, signed_points
 
 STUDIES = ("robustness", "scaling", "compare")
 _MAX_CELL_CHARS = 48
@@ -187,11 +188,11 @@ def _robustness(study: dict[str, Any]) -> list[str]:
                     model["model"],
                     model["pretrained"],
                     model["kind"],
-                    _percent(model["in_accuracy"]),
-                    _percent(model["out_accuracy"]),
-                    _points(model["effective"]),
-                    _percent(model["gap_closed"]),
-                    _points(model["relative"]),
+                    percent(model["in_accuracy"]),
+                    percent(model["out_accuracy"]),
+                    signed_points(model["effective"]),
+                    percent(model["gap_closed"]),
+                    signed_points(model["relative"]),
                 ]
             )
         lines += [*_table(rows, num_texts=3), ""]
@@ -205,8 +206,8 @@ def _line_of(pair: dict[str, Any]) -> str:
         return ", without a baseline"
     origin = "this folder" if line["from"] == "fit" else printable(line["from"])
     return (
-        f", baseline of {line['num_models']} models of {origin}: logit(out) = {line['slope']:.3f} logit(in) "
-        f"{line['intercept']:+.3f}, r2 {line['r2']:.3f}"
+        f", baseline of {line['num_models']} models of {origin}: logit(out) = {decimal(line['slope'], '.3f')} logit(in) "
+        f"{decimal(line['intercept'], '+.3f')}, r2 {line['r2']:.3f}"
     )
 
 
@@ -215,17 +216,18 @@ def _scaling(study: dict[str, Any]) -> list[str]:
     rows = [["model", "weights", study["unit"], "error"]]
     for model in study["models"]:
         compute = f"{model['compute']:.4g}"
-        rows.append([model["model"], model["pretrained"], compute, _percent(model["error"])])
+        rows.append([model["model"], model["pretrained"], compute, percent(model["error"])])
     lines = [f"{printable(study['metric'])} by {study['unit']}", *_table(rows, num_texts=2), ""]
     lines.append(
-        f"error = {law['factor']:.5g} compute^{law['exponent']:.5f}, r2 {law['r2']:.4f}, of {law['num_models']} points"
+        f"error = {law['factor']:.5g} compute^{decimal(law['exponent'], '.5f')}, r2 {law['r2']:.4f}, of "
+        f"{law['num_models']} points"
     )
     if prediction is None:
         lines.append("no prediction: the smaller models make no law")
     else:
         lines.append(
-            f"the smaller models predict {_percent(prediction['predicted'])} for the largest, "
-            f"{printable(prediction['model'])}; it has {_percent(prediction['actual'])}"
+            f"the smaller models predict {percent(prediction['predicted'])} for the largest, "
+            f"{printable(prediction['model'])}; it has {percent(prediction['actual'])}"
         )
     return lines
 
@@ -233,7 +235,7 @@ def _scaling(study: dict[str, Any]) -> list[str]:
 def _comparison(study: dict[str, Any]) -> list[str]:
     rows = [["set", "metric", "a", "b", "a - b"]]
     for one in study["sets"]:
-        values = [_percent(one["a"]), _percent(one["b"]), _points(one["difference"])]
+        values = [percent(one["a"]), percent(one["b"]), signed_points(one["difference"])]
         rows.append([one["dataset"], one["metric"], *values])
     lines = [f"a: {printable(study['a'])}", f"b: {printable(study['b'])}"]
     lines += [*_table(rows, num_texts=2), ""]
@@ -241,13 +243,13 @@ def _comparison(study: dict[str, Any]) -> list[str]:
         f"a wins {study['wins']} of {len(study['sets'])} sets, loses {study['losses']}, ties {study['ties']}"
     )
     if study["pearson"] is not None:
-        lines.append(f"Pearson r {study['pearson']:.3f}")
+        lines.append(f"Pearson r {decimal(study['pearson'], '.3f')}")
     if study["slope"] is not None:
         interval = ""
         if study["interval"] is not None:
             low, high = study["interval"]
-            interval = f", 95% bootstrap {low:.3f} to {high:.3f}"
-        lines.append(f"slope of a on b {study['slope']:.3f}{interval}")
+            interval = f", 95% bootstrap {decimal(low, '.3f')} to {decimal(high, '.3f')}"
+        lines.append(f"slope of a on b {decimal(study['slope'], '.3f')}{interval}")
     return lines
 
 
@@ -268,12 +270,3 @@ def _cell(text: str) -> str:
     """Return a text for one cell; of a long one, such as a path, its end."""
     shown = printable(text)
     return shown if len(shown) <= _MAX_CELL_CHARS else f"...{shown[3 - _MAX_CELL_CHARS :]}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
-
-
-def _points(difference: float | None) -> str:
-    """Return a difference of shares in points of a percent."""
-    return "-" if difference is None else f"{100 * difference:+.1f}"

@@ -30,7 +30,7 @@ _UNITS_PER_INCH = 72
 # Mean width of a letter of the page's fonts, in units; a wide one, as of Chinese, takes two.
 _LETTER = 6.4
 
-INK, MUTED, RULE, CARD = "#1f2328", "#8a9099", "#e4e2dd", "#fefefe"
+INK, MUTED, RULE, CARD = "#1f2328", "#686e77", "#e4e2dd", "#fefefe"
 MODEL_COLOURS = (
     "#0072b2",
     "#d55e00",

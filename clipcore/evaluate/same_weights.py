@@ -1,0 +1,115 @@
+"""Models that results name twice: the same weights, by a relative and by an absolute path, or as a copy.
+
+A name says little of weights: a run goes on under its name, and has as many names as there are ways to write its path. So
+each result holds a hash of what its model is, and names that are of one hash alone are names of one model. Results that
+were written before, and those of other programs, hold none: their names are taken as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from clipcore.data import LeftOut
+from clipcore.evaluate.results import Result
+from clipcore.loading import LoadedModel
+
+HASH_KEY = "weights_sha256"
+
+
+class Identity(NamedTuple):
+    """What a result says of its model; ``weights`` is its hash, empty where the result holds none."""
+
+    model: str
+    pretrained: str
+    weights: str
+
+
+def identity_of(result: Result) -> Identity:
+    """Return what a result says of its model."""
+    value = result.details.get(HASH_KEY)
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return Identity(result.model, result.pretrained, str(value) if is_hash else "")
+
+
+def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
+    """Return a hash of all that a model's answers depend on: weights, shape, preprocessing and vocabulary.
+
+    Args:
+        tower_hash: of the image tower, by ``hash_of_tower``, which is most of the work and often known.
+    """
+    digest = hashlib.sha256(tower_hash.encode())
+    parts = {
+        "config": loaded.model.config.to_dict(),
+        "transform": {key: str(value) for key, value in vars(loaded.transform).items()},
+        "vocabulary": loaded.tokenizer.sha256,
+    }
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(loaded.model.state_dict().items()):
+        if name.startswith("visual."):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def name_of_weights(known: Iterable[Identity], model: str, weights: str) -> str | None:
+    """Return the name under which results have a model of a hash; None where they have none."""
+    names = _names_by_hash(known).get((model, weights))
+    return names[0] if names else None
+
+
+def one_name_each(
+    results: Sequence[Result], left_out: LeftOut
+) -> tuple[list[Result], dict[tuple[str, str], str]]:
+    """Return results under one name a model, the shortest that it has, and that name by model and other name.
+
+    Of two results of one model on one data set the one under the shortest name stays, and the other is counted.
+    """
+    renamed = {
+        (model, name): names[0]
+        for (model, _), names in _names_by_hash(map(identity_of, results)).items()
+        for name in names[1:]
+    }
+    if not renamed:
+        return list(results), {}
+
+    kept = {_place(one): one for one in results if (one.model, one.pretrained) not in renamed}
+    found = list[Result]()
+    for one in results:
+        name = renamed.get((one.model, one.pretrained))
+        if name is None:
+            found.append(one)
+            continue
+        under_name = dataclasses.replace(one, pretrained=name)
+        if kept.setdefault(_place(under_name), under_name) is under_name:
+            found.append(under_name)
+        else:
+            left_out.add("result of a model under a second name", one.file_name)
+    return found, renamed
+
+
+def _place(result: Result) -> tuple[str, ...]:
+    """Return what no two results of a folder share."""
+    return result.dataset, result.model, result.pretrained, result.language, result.task
+
+
+def _names_by_hash(known: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:
+    """Return the names of each model by its architecture and hash, the shortest first.
+
+    A name of several hashes, or of results without one, is not there: its weights have changed, or are not known.
+    """
+    hashes: dict[tuple[str, str], set[str]] = {}
+    for model, name, weights in known:
+        hashes.setdefault((model, name), set()).add(weights)
+    found: dict[tuple[str, str], list[str]] = {}
+    for (model, name), values in hashes.items():
+        if len(values) == 1 and "" not in values:
+            found.setdefault((model, min(values)), []).append(name)
+    return {key: sorted(names, key=lambda name: (len(name), name)) for key, names in found.items()}
