@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipcore.kernels import attention_triton, tiles
+from clipcore.kernels import attention_triton
 from clipcore.kernels.attention import attention, attention_ref
 
 
@@ -223,7 +223,7 @@ def only(kernel: str, launch: Launch) -> None:
     names = {"forward": (64, 64, 64, 4, 1), kernel: launch}
     if kernel in ("query", "key"):
         names = {"query": (64, 32, 64, 4, 1), "key": (64, 32, 64, 4, 1), **names}
-    architecture = tiles.architecture(torch.device("cuda"))
+    architecture = launch.architecture(torch.device("cuda"))
     rows: attention_triton.Launches
     attention_triton._LAUNCH_TABLE.clear()
     for name, row in names.items():

@@ -28,7 +28,7 @@ from wire import ETHERNET, NVLINK, gradient_collectives, loss_collectives
 from clipcore import memory
 from clipcore.architectures import find_model
 from clipcore.distributed import World
-from clipcore.kernels.tiles import visible_operators
+from clipcore.kernels.launch import visible_operators
 from clipcore.loss import ClipLoss
 from clipcore.model import CLIP, create_model
 from clipcore.packing import pack_captions

@@ -31,7 +31,7 @@ import triton
 
 from clipcore import memory
 from clipcore.ceilings import time_ms
-from clipcore.kernels.logits_cpu import give_back_idle_pages
+from clipcore.kernels.logits.pages import give_back_idle_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipcore.kernels import attention_triton, tiles
+from clipcore.kernels import attention_triton, launch
 from clipcore.kernels.attention import attention_ref
 
 # What is lost without each.
@@ -74,7 +74,7 @@ def accumulate(device: torch.device) -> None:
     a, b = (torch.randn(64, 64, device=device).half() for _ in range(2))
     sums = torch.randn(64, 64, device=device)
     exact = sums.double() + a.double() @ b.double()
-    tiles.addmm_fp32_(sums, a, b)
+    launch.addmm_fp32_(sums, a, b)
     error = report("16-bit product added to float32", "clipcore", device, [sums], exact)
     assert error < 1e-5, "the product was rounded to 16 bits on its way"
 

@@ -11,7 +11,7 @@ from wire import Collective, CollectiveCounter
 
 from clipcore import memory
 from clipcore.distributed import World, barrier
-from clipcore.kernels.logits_cpu import give_back_idle_pages
+from clipcore.kernels.logits.pages import give_back_idle_pages
 from clipcore.loss import ClipLoss, SigLipLoss
 
 LOSSES = {"softmax": ClipLoss, "sigmoid": SigLipLoss}

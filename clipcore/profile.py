@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from clipcore.ceilings import Ceilings, measure_ceilings
 from clipcore.files import write_durably
-from clipcore.kernels.tiles import visible_operators
+from clipcore.kernels.launch import visible_operators
 from clipcore.traffic import Operator, Traffic, TrafficCounter
 
 COUNTED, FIRST, LAST = 3, 5, 7

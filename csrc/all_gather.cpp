@@ -13,7 +13,7 @@
 //
 // Only ATen and c10d calls: the same code serves gloo on the CPU and NCCL on CUDA tensors. The group travels by
 // name, because the name outlives torch's changes to the Python type of a group. Headers are written and checked by
-// clipcore/all_gather.py.
+// clipcore/loss/all_gather.py.
 
 #include "all_gather.h"
 

@@ -9,7 +9,7 @@
 
 namespace clipcore {
 
-// One rank's part of a gather, in bytes: the header, then ids, then rows; clipcore/all_gather.py lays it out.
+// One rank's part of a gather, in bytes: the header, then ids, then rows; clipcore/loss/all_gather.py lays it out.
 struct Layout {
   int64_t ids_at;
   int64_t rows_at;

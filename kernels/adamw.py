@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from clipcore import native
-from clipcore.kernels import tiles
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 
 # Elements of a whole tensor that one program updates, and words of a Philox block: element e of a chunk takes word
 # e // 1024 of block e % 1024. Another size would give a resumed run other bits.
@@ -142,7 +142,7 @@ def adamw_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference: new (param, exp_avg, exp_avg_sq) in their dtypes; float64 where the parameter is."""
     f = Factors.of(lr, beta1, beta2, eps, weight_decay, step)
-    wide = tiles.accumulate_dtype(param.dtype)
+    wide = launch.accumulate_dtype(param.dtype)
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
     m, v = exp_avg.to(wide), exp_avg_sq.to(wide)
     m = m + f.coefficient1 * (g - m)
@@ -353,7 +353,7 @@ def adamw_all_triton(
             TENSORS=triton.next_power_of_2(len(group)),
             CHUNK=CHUNK,
             ROUNDS=ROUNDS,
-            num_warps=_LAUNCH_TABLE[tiles.architecture(first.param.device)],
+            num_warps=_LAUNCH_TABLE[launch.architecture(first.param.device)],
             # Which products and sums are fused could differ between these variants, and a split tensor from a whole one.
             enable_fp_fusion=False,
         )
@@ -399,7 +399,7 @@ def adamw_all_(
         )
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     if device.type == "cuda":
-        with tiles.on_device(device):
+        with launch.on_device(device):
             adamw_all_triton(updates, Factors.of(**settings, step=step), step, grad_scale, seed)
         return
     _adamw_all_cpu(updates, {**settings, "step": step, "grad_scale": grad_scale, "seed": seed})

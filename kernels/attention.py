@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import attention_cpu, attention_torch, attention_triton, tiles
+from clipcore.kernels import attention_cpu, attention_torch, attention_triton, launch
 
 
 def attention_ref(
@@ -48,7 +48,7 @@ def attention_forward(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(output [R, L, H*K], logarithm of the softmax's sums [R, H, L]), see ``attention``."""
-    with tiles.on_device(qkv_RL3HK.device):
+    with launch.on_device(qkv_RL3HK.device):
         return _passes(qkv_RL3HK, is_causal, segments_RL).forward(qkv_RL3HK, is_causal, segments_RL)
 
 
@@ -60,7 +60,7 @@ _forward_op = torch.library.custom_op(
 @_forward_op.register_fake
 def _(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, length, _, heads, size = qkv_RL3HK.shape
-    wide = tiles.accumulate_dtype(qkv_RL3HK.dtype)
+    wide = launch.accumulate_dtype(qkv_RL3HK.dtype)
     return (
         qkv_RL3HK.new_empty(rows, length, heads * size),
         qkv_RL3HK.new_empty(rows, heads, length, dtype=wide),
@@ -76,7 +76,7 @@ def attention_backward(
     segments_RL: Tensor | None,
 ) -> Tensor:
     """Gradient of the packed projection, [R, L, 3, H, K], from that of the output and what the forward returned."""
-    with tiles.on_device(qkv_RL3HK.device):
+    with launch.on_device(qkv_RL3HK.device):
         return _passes(qkv_RL3HK, is_causal, segments_RL).backward(
             *(grad_RLD.contiguous(), qkv_RL3HK, out_RLD, lse_RHL, is_causal, segments_RL)
         )
@@ -110,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_RLD: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    tiles.check_first_order("attention")
+    launch.check_first_order("attention")
     if grad_RLD is None:
         return None, None, None
     qkv_RL3HK, out_RLD, lse_RHL, segments_RL = ctx.saved_tensors
@@ -121,8 +121,8 @@ def _backward(ctx: Any, grad_RLD: Tensor | None, _: Tensor | None) -> tuple[Any,
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-tiles.register_autocast("attention_forward", num_operands=1)
-tiles.register_autocast("attention_backward", num_operands=0)
+launch.register_autocast("attention_forward", num_operands=1)
+launch.register_autocast("attention_backward", num_operands=0)
 
 
 def attention(

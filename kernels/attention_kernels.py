@@ -27,7 +27,7 @@ from clipcore.kernels.attention_tiles import (
     sum_products,
     zero_rows,
 )
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels.launch import tl, triton
 
 LN2 = tl.constexpr(0.6931471805599453)
 

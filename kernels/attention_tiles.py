@@ -7,7 +7,7 @@ the first one again, and nothing is computed with it.
 
 from __future__ import annotations
 
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels.launch import tl, triton
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from clipcore.kernels.tiles import accumulate_dtype
+from clipcore.kernels.launch import accumulate_dtype
 
 aten = torch.ops.aten
 DENSE_BYTES = 64 * 10**6

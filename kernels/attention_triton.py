@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.kernels.attention_kernels import (
     attention_bwd_kernel,
     attention_bwd_tile_kernel,
     attention_fwd_kernel,
 )
-from clipcore.kernels.logits import LOG2E
-from clipcore.kernels.tiles import triton
+from clipcore.kernels.launch import triton
+from clipcore.kernels.logits.pairs import LOG2E
 
 # Longer rows have work enough to fill the library's tiles.
 LONGEST = 512
@@ -86,9 +86,9 @@ def forward(
     out_RLD = qkv_RL3HK.new_empty(rows, length, heads * size)
     lse_RHL = qkv_RL3HK.new_empty(rows, heads, length, dtype=torch.float32)
     if out_RLD.numel() > 0:
-        launch = _launch_config(qkv_RL3HK, "forward")
-        assert launch is not None
-        grid, config = launch
+        chosen = _launch_config(qkv_RL3HK, "forward")
+        assert chosen is not None
+        grid, config = chosen
         attention_fwd_kernel[grid](
             out_ptr=out_RLD,
             lse_ptr=lse_RHL,
@@ -113,17 +113,17 @@ def backward(
         return dqkv_RL3HK
     problem = _problem(qkv_RL3HK, is_causal, segments_RL)
     problem |= {"grad_ptr": grad_RLD, "lse_ptr": lse_RHL, "dqkv_ptr": dqkv_RL3HK}
-    if launch := _launch_config(qkv_RL3HK, "tile"):
-        grid, config = launch
+    if chosen := _launch_config(qkv_RL3HK, "tile"):
+        grid, config = chosen
         del config["blocks"], config["REST"], config["STEP"], config["TAIL"]
         attention_bwd_tile_kernel[grid](**problem, **config)
         return dqkv_RL3HK
     passes = ["both"] if _launch_config(qkv_RL3HK, "both") else ["query", "key"]
     delta_RHL = torch.empty_like(lse_RHL) if len(passes) > 1 else None
     for name in passes:
-        launch = _launch_config(qkv_RL3HK, name)
-        assert launch is not None
-        (programs,), config = launch
+        chosen = _launch_config(qkv_RL3HK, name)
+        assert chosen is not None
+        (programs,), config = chosen
         attention_bwd_kernel[(2 * programs if name == "both" else programs,)](
             out_ptr=out_RLD, delta_ptr=delta_RHL, PASS=name, **problem, **config
         )
@@ -151,10 +151,10 @@ def _problem(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> 
 def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str, Any]] | None:
     """Grid and launch keywords by the table; None where the kernel has no row for the problem."""
     rows, length, _, heads, size = qkv_RL3HK.shape
-    architecture = tiles.architecture(qkv_RL3HK.device)
+    architecture = launch.architecture(qkv_RL3HK.device)
     table = _LAUNCH_TABLE.get((architecture, kernel), {})
     fitting = [
-        launch for (most, widest), launch in table.items() if length <= most and size <= widest
+        chosen for (most, widest), chosen in table.items() if length <= most and size <= widest
     ]
     if not fitting:
         return None
@@ -174,7 +174,7 @@ def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str
         "TAIL": tail,
         "num_warps": num_warps,
         "num_stages": num_stages,
-        "maxnreg": tiles.most_registers(architecture, num_warps),
+        "maxnreg": launch.most_registers(architecture, num_warps),
     }
     return ((blocks + (rest > 0)) * heads * rows,), config
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.kernels.layer_norm import (
     backward_cpu,
     check,
@@ -67,10 +67,10 @@ def embed_layer_norm_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_BLD, mean_N, rstd_N) for the N = B L tokens: class token and patches, plus positions, normalised."""
-    if not tiles.in_triton(patches_BPD):
+    if not launch.in_triton(patches_BPD):
         x_BLD = _embed_cpu(patches_BPD, class_D, position_LD)
         return normalize_cpu(x_BLD, weight_D, bias_D, eps)
-    with tiles.on_device(patches_BPD.device):
+    with launch.on_device(patches_BPD.device):
         tokens = class_D, position_LD
         return forward_triton(patches_BPD, weight_D, bias_D, eps, tokens=tokens)[1:]
 
@@ -85,8 +85,8 @@ def embed_layer_norm_backward(
     weight_D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dpatches_BPD, dweight_D, dbias_D, dposition_LD); the gradient of the class token is dposition[0]."""
-    if tiles.in_triton(patches_BPD):
-        with tiles.on_device(patches_BPD.device):
+    if launch.in_triton(patches_BPD):
+        with launch.on_device(patches_BPD.device):
             return backward_triton(
                 *(dy_BLD, patches_BPD, mean_N, rstd_N, weight_D),
                 tokens=(class_D, position_LD),
@@ -138,7 +138,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_BLD, *_):
-    tiles.check_first_order("embed_layer_norm")
+    launch.check_first_order("embed_layer_norm")
     if dy_BLD is None:
         return None, None, None, None, None, None
     patches_BPD, class_D, position_LD, mean_N, rstd_N, weight_D = ctx.saved_tensors

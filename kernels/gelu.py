@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import tiles
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 
 KINDS = ("erf", "tanh", "quick")
 QUICK_GELU_SLOPE = 1.702
@@ -155,7 +155,7 @@ def gelu_backward_triton(
     block_n, block_f, num_warps, programs = _BACKWARD_LAUNCH
     columns = triton.cdiv(F, block_f)
     wanted_groups = triton.cdiv(
-        tiles.NUM_PROCESSORS[tiles.architecture(x_NF.device)] * programs, columns
+        launch.NUM_PROCESSORS[launch.architecture(x_NF.device)] * programs, columns
     )
     rows = block_n * triton.cdiv(N, block_n * wanted_groups)
     groups = triton.cdiv(N, rows)
@@ -207,12 +207,12 @@ def gelu_backward_cpu(
         torch.ops.aten.gelu_backward.grad_input(
             dy_NF, x_NF, approximate=_approximate(kind), grad_input=dx_NF
         )
-    sum_F = tiles.column_sum(dx_NF) if want_column_sum else dx_NF.new_empty(0, dtype=_wide(x_NF))
+    sum_F = launch.column_sum(dx_NF) if want_column_sum else dx_NF.new_empty(0, dtype=_wide(x_NF))
     return dx_NF, sum_F, gelu_forward_cpu(x_NF, kind) if want_output else x_NF.new_empty(0)
 
 
 def _wide(x_NF: Tensor) -> torch.dtype:
-    return tiles.accumulate_dtype(x_NF.dtype)
+    return launch.accumulate_dtype(x_NF.dtype)
 
 
 # The passes and their operators.
@@ -220,9 +220,9 @@ def _wide(x_NF: Tensor) -> torch.dtype:
 
 def gelu_forward(x_NF: Tensor, kind: str) -> Tensor:
     """The activation y of every element of a matrix, contiguous; not differentiable."""
-    if not tiles.in_triton(x_NF):
+    if not launch.in_triton(x_NF):
         return gelu_forward_cpu(x_NF, kind)
-    with tiles.on_device(x_NF.device):
+    with launch.on_device(x_NF.device):
         return gelu_forward_triton(x_NF, kind)
 
 
@@ -234,9 +234,9 @@ def gelu_backward(
     Returns:
         dx_NF; dx_sum_F, float32 (float64 for float64); y_NF. What is not wanted is an empty tensor.
     """
-    if not tiles.in_triton(x_NF):
+    if not launch.in_triton(x_NF):
         return gelu_backward_cpu(dy_NF, x_NF, kind, want_column_sum, want_output)
-    with tiles.on_device(x_NF.device):
+    with launch.on_device(x_NF.device):
         return gelu_backward_triton(dy_NF, x_NF, kind, want_column_sum, want_output)
 
 
@@ -253,7 +253,7 @@ def _(x_NF: Tensor, kind: str) -> Tensor:
 def _(
     dy_NF: Tensor, x_NF: Tensor, kind: str, want_column_sum: bool, want_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = tiles.accumulate_dtype(x_NF.dtype)
+    wide = launch.accumulate_dtype(x_NF.dtype)
     return (
         x_NF.new_empty(x_NF.shape),
         x_NF.new_empty(x_NF.shape[1] if want_column_sum else 0, dtype=wide),
@@ -267,15 +267,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy_NF: Tensor) -> tuple[Tensor, None]:
-    tiles.check_first_order("gelu")
+    launch.check_first_order("gelu")
     (x_NF,) = ctx.saved_tensors
     dx_NF, _, _ = torch.ops.clipcore.gelu_backward(dy_NF, x_NF, ctx.kind, False, False)
     return dx_NF, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-tiles.register_autocast("gelu_forward", num_operands=0)
-tiles.register_autocast("gelu_backward", num_operands=0)
+launch.register_autocast("gelu_forward", num_operands=0)
+launch.register_autocast("gelu_backward", num_operands=0)
 
 
 def gelu(x: Tensor, kind: str = "erf") -> Tensor:

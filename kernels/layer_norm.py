@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.kernels.layer_norm_triton import MAX_WIDTH, backward_triton, forward_triton
 
 # torch adds up a thread's rows one after the other: after some hundreds the float32 sum has several times the error of a
@@ -46,7 +46,7 @@ def normalize_cpu(
     x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean_N, rstd_N; float32 weights beside 16-bit rows are what makes torch's statistics float32."""
-    wide = tiles.accumulate_dtype(x.dtype)
+    wide = launch.accumulate_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
         x.contiguous(), x.shape[-1:], weight_D.to(wide), bias_D.to(wide), eps
     )
@@ -72,7 +72,7 @@ def backward_cpu(
 
 
 def strips(num_rows: int, row_elements: int) -> list[slice]:
-    rows = max(1, tiles.STRIP_ELEMENTS // max(1, row_elements))
+    rows = max(1, launch.STRIP_ELEMENTS // max(1, row_elements))
     return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
 
 
@@ -83,9 +83,9 @@ def layer_norm_forward(
     x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_ND, mean_N, rstd_N) of the rows of a matrix, the statistics for `layer_norm_backward`."""
-    if not tiles.in_triton(x_ND):
+    if not launch.in_triton(x_ND):
         return normalize_cpu(x_ND, weight_D, bias_D, eps)
-    with tiles.on_device(x_ND.device):
+    with launch.on_device(x_ND.device):
         return forward_triton(x_ND, weight_D, bias_D, eps)[1:]
 
 
@@ -93,10 +93,10 @@ def add_layer_norm_forward(
     x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream_ND, y_ND, mean_N, rstd_N): stream = x + delta in the dtype of x, and `layer_norm_forward` of it."""
-    if not tiles.in_triton(x_ND):
+    if not launch.in_triton(x_ND):
         stream_ND = torch.add(x_ND, delta_ND, out=x_ND.new_empty(x_ND.shape))
         return stream_ND, *normalize_cpu(stream_ND, weight_D, bias_D, eps)
-    with tiles.on_device(x_ND.device):
+    with launch.on_device(x_ND.device):
         return forward_triton(x_ND, weight_D, bias_D, eps, delta_ND=delta_ND)
 
 
@@ -107,9 +107,9 @@ def layer_norm_apply(
 
     A GPU reads the statistics. torch has no such pass on the CPU, and the one that takes them anew is as fast there.
     """
-    if not tiles.in_triton(x_ND):
+    if not launch.in_triton(x_ND):
         return normalize_cpu(x_ND, weight_D, bias_D, eps)[0]
-    with tiles.on_device(x_ND.device):
+    with launch.on_device(x_ND.device):
         return forward_triton(x_ND, weight_D, bias_D, eps, statistics=(mean_N, rstd_N))[1]
 
 
@@ -127,8 +127,8 @@ def layer_norm_backward(
     x is what was normalised: the stream where something was added. The vectors are float32 (float64 for float64);
     dx_sum is an empty one unless it is wanted.
     """
-    if tiles.in_triton(x_ND):
-        with tiles.on_device(x_ND.device):
+    if launch.in_triton(x_ND):
+        with launch.on_device(x_ND.device):
             dx_ND, dweight_D, dbias_D, dx_sum = backward_triton(
                 *(dy_ND, x_ND, mean_N, rstd_N, weight_D),
                 dstream_ND=dstream_ND,
@@ -141,7 +141,7 @@ def layer_norm_backward(
     dx_ND = x_ND.new_empty(x_ND.shape)
     # Strips are added in float64, which costs nothing.
     sums_3D = x_ND.new_zeros((3, x_ND.shape[1]), dtype=torch.float64)
-    for rows in strips(len(x_ND), max(x_ND.shape[1], tiles.STRIP_ELEMENTS // SUMMED_ROWS)):
+    for rows in strips(len(x_ND), max(x_ND.shape[1], launch.STRIP_ELEMENTS // SUMMED_ROWS)):
         dx, dweight, dbias = backward_cpu(
             *(dy_ND[rows], x_ND[rows], mean_N[rows], rstd_N[rows], weight_D),
             None if dstream_ND is None else dstream_ND[rows],
@@ -161,7 +161,7 @@ def layer_norm_backward(
 def operator(fn):
     """`clipcore::<name of fn>`; autocast is off inside."""
     op = torch.library.custom_op(f"clipcore::{fn.__name__}", fn, mutates_args=())
-    tiles.register_autocast(fn.__name__, num_operands=0)
+    launch.register_autocast(fn.__name__, num_operands=0)
     return op
 
 
@@ -173,7 +173,7 @@ _backward_op = operator(layer_norm_backward)
 
 def wide_like(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Wide tensors of these shapes on the device of x."""
-    wide = tiles.accumulate_dtype(x.dtype)
+    wide = launch.accumulate_dtype(x.dtype)
     return [x.new_empty(shape, dtype=wide) for shape in shapes]
 
 
@@ -207,7 +207,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_ND, *_):
-    tiles.check_first_order("layer_norm")
+    launch.check_first_order("layer_norm")
     if dy_ND is None:
         return None, None, None, None
     *saved, weight_D = ctx.saved_tensors  # once: activation checkpointing lets nobody unpack twice
@@ -230,7 +230,7 @@ def check(x: Tensor, weight_D: Tensor, bias_D: Tensor) -> None:
             f"weight and bias must be {list(width)} for x {tuple(x.shape)}, "
             f"got {tuple(weight_D.shape)} and {tuple(bias_D.shape)}"
         )
-    if tiles.in_triton(x) and x.shape[-1] > MAX_WIDTH:
+    if launch.in_triton(x) and x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"D = {x.shape[-1]} is wider than the {MAX_WIDTH} that the kernels hold")
 
 

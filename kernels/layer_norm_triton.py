@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 
 # The widest row that the launch table holds in registers; CLIP's widest tower has 1,664.
 MAX_WIDTH = 2048
@@ -321,7 +321,7 @@ def backward_triton(
     B, L = len(x), 1 if tokens is None else x.shape[1] + 1
     dx = torch.empty_like(x)
     config, programs = _launch_config(D, backward=True)
-    programs *= tiles.NUM_PROCESSORS[tiles.architecture(x.device)]
+    programs *= launch.NUM_PROCESSORS[launch.architecture(x.device)]
     block_b = config["BLOCK_B"]
     # Without images one program a token writes the sums, 0.
     images = block_b * triton.cdiv(max(1, B), block_b * triton.cdiv(programs, L))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels.launch import tl, triton
 
 EPS = 1e-12
 # The widest row one program holds in registers; CLIP's embeddings end at 1,280.

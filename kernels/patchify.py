@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import tiles
-from clipcore.kernels.tiles import tl, triton
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 
 # Of Kpad: 16 bytes in 16 bits.
 MULTIPLE = 8
@@ -170,7 +170,7 @@ _LAUNCH_TABLE = {80: (64, 64, 4), 90: (64, 64, 4), 100: (64, 64, 4)}
 def _launch_config(
     num_rows: int, columns: int, device: torch.device
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    block_n, block_k, num_warps = _LAUNCH_TABLE[tiles.architecture(device)]
+    block_n, block_k, num_warps = _LAUNCH_TABLE[launch.architecture(device)]
     config = {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps}
     return (triton.cdiv(num_rows, block_n), triton.cdiv(columns, block_k)), config
 
@@ -242,7 +242,7 @@ def patchify_fwd_torch(
     patches[:, :, used:] = 0
     places = patches[:, :, :used].unflatten(2, (3, patch_size, patch_size))
     places = places.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5)
-    wide = tiles.accumulate_dtype(images.dtype)
+    wide = launch.accumulate_dtype(images.dtype)
     mean_C11, std_C11 = (
         torch.tensor(v, dtype=wide, device=images.device).view(3, 1, 1) for v in (mean, std)
     )
@@ -271,7 +271,7 @@ def _patchify_fwd(
 ) -> Tensor:
     in_triton = images.is_cuda and torch.float64 not in (images.dtype, dtype)
     forward = patchify_fwd_triton if in_triton else patchify_fwd_torch
-    with tiles.on_device(images.device):
+    with launch.on_device(images.device):
         return forward(images, crops, patch_size, (height, width), mean, std, dtype)
 
 
@@ -309,6 +309,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 
 _patchify_fwd.register_autograd(_backward, setup_context=_setup_context)
+launch.register_autocast("patchify_fwd", num_operands=0)
 
 
 def patchify(

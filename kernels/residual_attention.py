@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.attention import attention_backward, attention_forward, attention_ref
+from clipcore.kernels.launch import as_fresh, column_sum, eager, first_order, uncast
 from clipcore.kernels.layer_norm import (
     add_layer_norm_forward,
     layer_norm_apply,
@@ -28,7 +29,6 @@ from clipcore.kernels.layer_norm import (
     layer_norm_forward,
     layer_norm_ref,
 )
-from clipcore.kernels.tiles import as_fresh, column_sum, eager, first_order, uncast
 
 
 class Stream(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.gelu import gelu_backward, gelu_forward, gelu_ref
+from clipcore.kernels.launch import as_fresh, column_sum, eager, first_order, uncast
 from clipcore.kernels.layer_norm import layer_norm_apply, layer_norm_ref
 from clipcore.kernels.residual_attention import (
     Stream,
@@ -28,7 +29,6 @@ from clipcore.kernels.residual_attention import (
     weight_gradient,
     zeros_for,
 )
-from clipcore.kernels.tiles import as_fresh, column_sum, eager, first_order, uncast
 
 
 class MLPWeights(NamedTuple):

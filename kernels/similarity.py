@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 from clipcore.kernels.normalize import (
     check_rows,
     cosine_tile,
@@ -40,7 +41,7 @@ from clipcore.kernels.normalize import (
     normalize_bwd_ref,
     normalize_ref,
 )
-from clipcore.kernels.tiles import dot_rows, grouped_tile, tl, triton
+from clipcore.kernels.tiles import dot_rows, grouped_tile
 
 
 def similarity_ref(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> Tensor:
@@ -109,7 +110,7 @@ def _launch_config(
     else:
         block_n, block_m, *_ = _LAUNCH_TABLE[architecture, "wide"]
         wide_tiles = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
-        kind = "wide" if wide_tiles >= tiles.NUM_PROCESSORS[architecture] else "narrow"
+        kind = "wide" if wide_tiles >= launch.NUM_PROCESSORS[architecture] else "narrow"
     block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[architecture, kind]
     config = {
         "BLOCK_N": block_n,
@@ -130,8 +131,8 @@ def _similarity_fwd_triton(x_ND: Tensor, y_MD: Tensor, scale: Tensor) -> Tensor:
     out_NM = torch.empty((N, M), dtype=dtype, device=x_ND.device)
     if out_NM.numel() == 0:
         return out_NM
-    grid, config = _launch_config(N, M, dtype, tiles.architecture(x_ND.device))
-    x_ND, y_MD = (tiles.aligned_rows(t.to(dtype), config["BLOCK_D"]) for t in (x_ND, y_MD))
+    grid, config = _launch_config(N, M, dtype, launch.architecture(x_ND.device))
+    x_ND, y_MD = (launch.aligned_rows(t.to(dtype), config["BLOCK_D"]) for t in (x_ND, y_MD))
     _similarity_fwd_kernel[grid](
         x_ptr=x_ND,
         y_ptr=y_MD,
@@ -154,15 +155,15 @@ def _similarity_bwd_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds); a side that nobody needs costs no product, except that ds takes one."""
     operand_x_ND, operand_y_MD = (
-        tiles.unit_inner_stride(t.to(grad_NM.dtype)) for t in (x_ND, y_MD)
+        launch.unit_inner_stride(t.to(grad_NM.dtype)) for t in (x_ND, y_MD)
     )
     grad_x, grad_y, along = x_ND.new_empty(0), y_MD.new_empty(0), None
     if need_y:
-        to_y_MD = tiles.matmul_fp32(grad_NM.T, normalize(operand_x_ND))
-        grad_y, along = normalize_bwd(tiles.unit_inner_stride(y_MD), to_y_MD, scale)
+        to_y_MD = launch.matmul_fp32(grad_NM.T, normalize(operand_x_ND))
+        grad_y, along = normalize_bwd(launch.unit_inner_stride(y_MD), to_y_MD, scale)
     if need_x or along is None:  # ds takes one side at least
-        to_x_ND = tiles.matmul_fp32(grad_NM, normalize(operand_y_MD))
-        grad_x, along = normalize_bwd(tiles.unit_inner_stride(x_ND), to_x_ND, scale)
+        to_x_ND = launch.matmul_fp32(grad_NM, normalize(operand_y_MD))
+        grad_x, along = normalize_bwd(launch.unit_inner_stride(x_ND), to_x_ND, scale)
     return grad_x, grad_y, along.sum().to(scale.dtype).reshape(scale.shape)
 
 
@@ -170,7 +171,7 @@ def _similarity_bwd_cpu(
     grad_NM: Tensor, x_ND: Tensor, y_MD: Tensor, scale: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch: an operator's body is below autograd and cannot call it."""
-    wide = tiles.accumulate_dtype(torch.promote_types(x_ND.dtype, y_MD.dtype))
+    wide = launch.accumulate_dtype(torch.promote_types(x_ND.dtype, y_MD.dtype))
     g_NM, wide_x_ND, wide_y_MD = grad_NM.to(wide), x_ND.to(wide), y_MD.to(wide)
     grad_x, grad_y, along = x_ND.new_empty(0), y_MD.new_empty(0), None
     if need_y:
@@ -184,10 +185,10 @@ def _similarity_bwd_cpu(
 @torch.library.custom_op("clipcore::similarity_fwd", mutates_args=())
 def _similarity_fwd(x_ND: Tensor, y_MD: Tensor, scale: Tensor) -> Tensor:
     if x_ND.is_cuda:
-        with tiles.on_device(x_ND.device):
+        with launch.on_device(x_ND.device):
             return _similarity_fwd_triton(x_ND, y_MD, scale)
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
-    wide = tiles.accumulate_dtype(dtype)
+    wide = launch.accumulate_dtype(dtype)
     # The scale goes to the N x D side: another pass over N x M would cost a third of the product.
     scaled_ND = normalize_ref(x_ND.to(wide)) * scale.to(wide).reshape(())
     return (scaled_ND @ normalize_ref(y_MD.to(wide)).T).to(dtype)
@@ -204,7 +205,7 @@ def _similarity_bwd(
     grad_NM: Tensor, x_ND: Tensor, y_MD: Tensor, scale: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x_ND.is_cuda:
-        with tiles.on_device(x_ND.device):
+        with launch.on_device(x_ND.device):
             return _similarity_bwd_triton(grad_NM, x_ND, y_MD, scale, need_x, need_y)
     return _similarity_bwd_cpu(grad_NM, x_ND, y_MD, scale, need_x, need_y)
 
@@ -223,7 +224,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 
 
 def _backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    tiles.check_first_order("normalized_similarity")
+    launch.check_first_order("normalized_similarity")
     x_ND, y_MD, scale = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad
     grad_x, grad_y, grad_scale = _similarity_bwd(grad_NM, x_ND, y_MD, scale, need_x, need_y)
@@ -235,8 +236,8 @@ def _backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None, 
 
 
 _similarity_fwd.register_autograd(_backward, setup_context=_setup_context)
-tiles.register_autocast("similarity_fwd", num_operands=2)
-tiles.register_autocast("similarity_bwd", num_operands=0)
+launch.register_autocast("similarity_fwd", num_operands=2)
+launch.register_autocast("similarity_bwd", num_operands=0)
 
 
 def normalized_similarity(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> Tensor:
@@ -262,5 +263,5 @@ def normalized_similarity(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> 
     tensor([[6.]])
     """
     check_rows(x_ND, y_MD)
-    scale = tiles.as_scalar("scale", scale, x_ND, y_MD)
+    scale = launch.as_scalar("scale", scale, x_ND, y_MD)
     return torch.ops.clipcore.similarity_fwd(x_ND, y_MD, scale)

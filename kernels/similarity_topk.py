@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
 from clipcore.kernels.normalize import (
     check_rows,
     cosine_tile,
@@ -37,7 +38,7 @@ from clipcore.kernels.normalize import (
     lengths_ref,
     normalize_ref,
 )
-from clipcore.kernels.tiles import dot_rows, tl, triton
+from clipcore.kernels.tiles import dot_rows
 
 # The most keys a row keeps in registers. Beyond it the CPU path has no limit.
 MAX_K = 128
@@ -49,7 +50,7 @@ CHUNK_M = 4096
 def similarity_topk_ref(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The reference: the whole matrix, one stable sort, its first k columns."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
-    wide = tiles.accumulate_dtype(dtype)
+    wide = launch.accumulate_dtype(dtype)
     cosine_NM = normalize_ref(x_ND.to(wide)) @ normalize_ref(y_MD.to(wide)).T
     values_NM, indices_NM = cosine_NM.sort(dim=1, descending=True, stable=True)
     return values_NM[:, :k].to(dtype).contiguous(), indices_NM[:, :k].contiguous()
@@ -165,7 +166,7 @@ def _launch_config(
     row_blocks = triton.cdiv(N, block_n)
     num_tiles = triton.cdiv(M, block_m)
     # Two waves of programs, but at least 8 tiles a range: every range starts from an empty list.
-    wanted = triton.cdiv(2 * tiles.NUM_PROCESSORS[architecture], row_blocks)
+    wanted = triton.cdiv(2 * launch.NUM_PROCESSORS[architecture], row_blocks)
     tiles_per_range = max(8, triton.cdiv(num_tiles, wanted))
     config = {
         "tiles_per_range": tiles_per_range,
@@ -176,7 +177,7 @@ def _launch_config(
         "EXACT": dtype == torch.float32,
         "num_warps": num_warps,
         "num_stages": num_stages,
-        "maxnreg": tiles.most_registers(architecture, num_warps),
+        "maxnreg": launch.most_registers(architecture, num_warps),
     }
     return (row_blocks, triton.cdiv(num_tiles, tiles_per_range)), config
 
@@ -187,8 +188,8 @@ def _similarity_topk_triton(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor,
     N, M = x_ND.shape[0], y_MD.shape[0]
     if N == 0:
         return x_ND.new_empty((0, k), dtype=dtype), x_ND.new_empty((0, k), dtype=torch.int64)
-    grid, config = _launch_config(N, M, k, dtype, tiles.architecture(x_ND.device))
-    x_ND, y_MD = (tiles.aligned_rows(t.to(dtype), config["BLOCK_D"]) for t in (x_ND, y_MD))
+    grid, config = _launch_config(N, M, k, dtype, launch.architecture(x_ND.device))
+    x_ND, y_MD = (launch.aligned_rows(t.to(dtype), config["BLOCK_D"]) for t in (x_ND, y_MD))
     keys_NS = torch.empty((N, grid[1] * k), dtype=torch.int64, device=x_ND.device)
     _similarity_topk_kernel[grid](
         x_ptr=x_ND,
@@ -246,7 +247,7 @@ def _merge_chunk(values_nK: Tensor, indices_nK: Tensor, scores_nm: Tensor, first
 def _similarity_topk_cpu(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The stream over chunks of y, each read once."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
-    wide = tiles.accumulate_dtype(dtype)
+    wide = launch.accumulate_dtype(dtype)
     unit_x_ND = normalize_ref(x_ND.to(wide))
     values_NK = torch.full((len(x_ND), k), -torch.inf, dtype=wide)
     indices_NK = torch.full((len(x_ND), k), len(y_MD))
@@ -262,9 +263,9 @@ def _similarity_topk_cpu(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Te
 
 @torch.library.custom_op("clipcore::similarity_topk", mutates_args=())
 def _similarity_topk(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if x_ND.is_cuda:
-        return _similarity_topk_triton(x_ND, y_MD, k)
-    return _similarity_topk_cpu(x_ND, y_MD, k)
+    search = _similarity_topk_triton if x_ND.is_cuda else _similarity_topk_cpu
+    with launch.on_device(x_ND.device):
+        return search(x_ND, y_MD, k)
 
 
 @_similarity_topk.register_fake
@@ -275,7 +276,7 @@ def _(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 # No operand is cast: autocast trades accuracy for time in training, and this op ranks finished embeddings.
-tiles.register_autocast("similarity_topk", num_operands=0)
+launch.register_autocast("similarity_topk", num_operands=0)
 
 
 def similarity_topk(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -146,12 +146,12 @@ def _compiling_for(architecture: int) -> Iterator[dict[str, Kernel]]:
     """Launches compile for the architecture and appear in the dictionary; nothing runs."""
     from triton.runtime import JITFunction, driver
 
-    from clipcore.kernels import tiles
+    from clipcore.kernels import launch
 
     kernels: dict[
         str, Kernel
     ] = {}  # by the hash of what was compiled: a launch twice is one kernel
-    run, table_row = JITFunction.run, tiles.architecture
+    run, table_row = JITFunction.run, launch.architecture
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -159,9 +159,9 @@ def _compiling_for(architecture: int) -> Iterator[dict[str, Kernel]]:
             kernels[kernel.hash] = _describe(kernel, architecture, kwargs)
 
     driver.set_active(_AbsentGPU(architecture))
-    JITFunction.run, tiles.architecture = compile_only, lambda device: architecture
+    JITFunction.run, launch.architecture = compile_only, lambda device: architecture
     yield kernels
-    JITFunction.run, tiles.architecture = run, table_row
+    JITFunction.run, launch.architecture = run, table_row
 
 
 def main(test_module: str) -> None:

@@ -26,21 +26,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from clipcore.kernels import (
-    contrastive,
-    logits,
-    logits_cpu,
-    logits_triton,
-    tiles,
-)
+from clipcore.kernels import launch
 from clipcore.kernels.contrastive import (
     contrastive_loss,
     contrastive_ref,
     contrastive_terms,
-    count_equal,
+    operator,
     plan,
 )
-from clipcore.kernels.contrastive_triton import contrastive_bwd_triton, contrastive_fwd_triton
+from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
+from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
+from clipcore.kernels.logits import pages, pairs, walk_cpu, walk_gpu
+from clipcore.kernels.logits.pairs import LossInputs, Pairs
 from clipcore.kernels.normalize import normalize_ref
 from clipcore.kernels.sigmoid import sigmoid_loss
 
@@ -230,9 +227,9 @@ def in_triton_everywhere(monkeypatch: pytest.MonkeyPatch, operand: torch.dtype) 
     """CPU tensors go through the Triton path too, with operands of this dtype."""
     if KERNEL_DEVICE == "cuda":
         return  # real Triton takes no CPU tensors
-    monkeypatch.setattr(contrastive, "contrastive_fwd_cpu", contrastive_fwd_triton)
-    monkeypatch.setattr(contrastive, "contrastive_bwd_cpu", contrastive_bwd_triton)
-    monkeypatch.setattr(contrastive.logits, "operand_dtype", lambda *_: operand)
+    monkeypatch.setattr(operator, "contrastive_fwd_cpu", contrastive_fwd_gpu)
+    monkeypatch.setattr(operator, "contrastive_bwd_cpu", contrastive_bwd_gpu)
+    monkeypatch.setattr(pairs, "choose_operand", lambda *_: operand)
 
 
 def in_triton(
@@ -385,7 +382,7 @@ def test_kernels_have_every_option(
 def test_kernels_cross_blocks(
     engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logits_triton, "SUM_SIDE", 256)
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
     assert_kernels_accurate(
         kernel_problems(300, 520, 24, torch.float32, 20.0)[:2],
         monkeypatch,
@@ -499,8 +496,8 @@ def test_a_stash_is_read_as_every_architecture_wrote_it(
     option: str, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiles that write a stash differ, and each has a range of its own; across blocks."""
-    monkeypatch.setattr(tiles, "architecture", lambda device: architecture)
-    monkeypatch.setattr(logits_triton, "SUM_SIDE", 256)
+    monkeypatch.setattr(launch, "architecture", lambda device: architecture)
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
     assert_kernels_accurate(
         kernel_problems(150, 300, 32, dtype, 20.0)[:2],
         monkeypatch,
@@ -580,9 +577,6 @@ def test_gradients_of_16_bit_operands_at_scale_100(
 
 def aot_launches() -> None:
     """Every row of the launch table, with and without a stash, ids and spread targets."""
-    from clipcore.kernels.contrastive import uniform_targets
-    from clipcore.kernels.contrastive_problem import Problem
-    from clipcore.kernels.logits import Pairs
 
     for operand, engine, stash, option in [
         (torch.float16, "library", False, "plain"),
@@ -602,17 +596,18 @@ def aot_launches() -> None:
         keywords = ids_for(OPTIONS[option], B, G, "meta")
         ids = keywords.get("image_ids"), keywords.get("text_ids")
         same_id = keywords.get("same_id", "ignore")
-        targets = None
+        which, targets = Pairs(ids[0], ids[1], 0, same_id), None
         if option not in ("plain", "ignore"):
-            targets = uniform_targets(image, text, 0, *ids, same_id, 0.1)
+            targets = uniform_targets(image, text, which, 0.1)
         scale = torch.empty((), device="meta")
-        problem = Problem(
-            *(image, text, scale, Pairs(*ids, 0, same_id), False, operand, engine),
-            workspace_bytes=576 * 10**6,
-            targets=targets,
-        )
-        terms = contrastive_fwd_triton(problem, stash)
-        contrastive_bwd_triton(problem, terms[:4], (*terms[:2], *terms[4:]), (True, True))
+        problem = LossInputs(image, text, scale, which, False, operand, engine, 576 * 10**6)
+        outputs = contrastive_fwd_gpu(problem, targets, stash)
+        upstream = [
+            *outputs.logarithms[:2],
+            outputs.row_target_log2_B,
+            outputs.column_target_log2_G,
+        ]
+        contrastive_bwd_gpu(problem, targets, upstream, outputs, (True, True))
 
 
 def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
@@ -711,8 +706,8 @@ def test_nothing_of_n_by_n_is_held() -> None:
     """The largest tensor that the loss makes is a block of the workspace or an embedding."""
     num_pairs, width, workspace_bytes = 4096, 32, 2**20
     image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
-    operator = (contrastive.contrastive_fwd_cpu, contrastive.contrastive_bwd_cpu)
-    with LargestStorage.inside(contrastive, *(fn.__name__ for fn in operator)) as largest:
+    passes = (operator.contrastive_fwd_cpu, operator.contrastive_bwd_cpu)
+    with LargestStorage.inside(operator, *(fn.__name__ for fn in passes)) as largest:
         contrastive_loss(
             image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
         ).backward()
@@ -726,20 +721,20 @@ def test_nothing_of_n_by_n_is_held() -> None:
 
 def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
     """Pages of a buffer that is gone serve the next one of about its size; another size gives idle ones back."""
-    shape, dtype = (5 * logits_cpu.HUGE_PAGE,), torch.uint8
-    first, second = (logits_cpu.buffer(shape, dtype).fill_(i) for i in (1, 2))
+    shape, dtype = (5 * pages.HUGE_PAGE,), torch.uint8
+    first, second = (pages.buffer(shape, dtype).fill_(i) for i in (1, 2))
     view, address = first[7:], first.data_ptr()
     del first
-    third = logits_cpu.buffer(shape, dtype).fill_(3)
+    third = pages.buffer(shape, dtype).fill_(3)
     assert (view == 1).all() and (second == 2).all() and (third == 3).all()
     del view
-    assert logits_cpu.buffer(shape, dtype).data_ptr() == address
-    idle = list(logits_cpu._idle_pages)
+    assert pages.buffer(shape, dtype).data_ptr() == address
+    idle = list(pages._idle_pages)
     assert idle and not any(pages.closed for pages in idle)
-    logits_cpu.buffer((3 * shape[0],), dtype)
-    assert [len(pages) for pages in logits_cpu._idle_pages] == [3 * shape[0]]
-    logits_cpu.give_back_idle_pages()
-    assert not logits_cpu._idle_pages
+    pages.buffer((3 * shape[0],), dtype)
+    assert [len(pages) for pages in pages._idle_pages] == [3 * shape[0]]
+    pages.give_back_idle_pages()
+    assert not pages._idle_pages
 
 
 @pytest.mark.fast
@@ -748,12 +743,12 @@ def test_what_is_held_grows_with_the_pairs_and_not_their_square(num_pairs: int) 
     """All tensors that are alive at once, without a stash: the workspace, the gradients, an operand of each side, sums."""
     width, workspace_bytes = 32, 2**20
     image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
-    operator = (contrastive.contrastive_fwd_cpu, contrastive.contrastive_bwd_cpu)
-    with LiveStorages.inside(contrastive, *(fn.__name__ for fn in operator)) as live:
+    passes = (operator.contrastive_fwd_cpu, operator.contrastive_bwd_cpu)
+    with LiveStorages.inside(operator, *(fn.__name__ for fn in passes)) as live:
         contrastive_loss(
             image, text, 20.0, stash_bytes=0, workspace_bytes=workspace_bytes
         ).backward()
-    fixed = workspace_bytes + 2 * logits_cpu.STRIP_BYTES
+    fixed = workspace_bytes + 2 * walk_cpu.CHUNK_BYTES
     linear = 3 * (image.nbytes + text.nbytes) + 12 * 8 * 2 * num_pairs
     assert workspace_bytes < live.peak_bytes <= fixed + linear < 4 * num_pairs**2
 
@@ -782,8 +777,8 @@ def test_a_block_and_all_that_goes_with_it_fit_the_workspace(
     width: int, element_bytes: int
 ) -> None:
     """The block, both operands and the sum of the image rows' gradients."""
-    for workspace_bytes in (2**26, logits.WORKSPACE_BYTES["cuda"]):
-        rows, columns = logits_triton.block_sides(width, element_bytes, workspace_bytes, 2)
+    for workspace_bytes in (2**26, pairs.WORKSPACE_BYTES["cuda"]):
+        rows, columns = walk_gpu.block_sides(width, element_bytes, workspace_bytes, 2)
         taken = rows * columns * element_bytes + (rows + columns) * width * 2 + rows * width * 4
         assert workspace_bytes / 2 < taken <= workspace_bytes
 
@@ -858,13 +853,13 @@ def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         def madvise(self, *_: object) -> None:
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(logits_cpu.mmap, "mmap", Pages)
-    monkeypatch.setattr(logits_cpu, "_idle_pages", [])
-    assert logits_cpu.buffer((5 * logits_cpu.HUGE_PAGE,), torch.uint8).fill_(1).all()
+    monkeypatch.setattr(pages.mmap, "mmap", Pages)
+    monkeypatch.setattr(pages, "_idle_pages", [])
+    assert pages.buffer((5 * pages.HUGE_PAGE,), torch.uint8).fill_(1).all()
 
 
 def test_large_buffers_are_poisoned_too(poisoned_memory: None) -> None:
-    assert logits_cpu.buffer((5 * logits_cpu.HUGE_PAGE,), torch.float32).isnan().all()
+    assert pages.buffer((5 * pages.HUGE_PAGE,), torch.float32).isnan().all()
 
 
 def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -876,14 +871,14 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
         seen.append(device)
         yield
 
-    monkeypatch.setattr(tiles, "on_device", watched)
+    monkeypatch.setattr(launch, "on_device", watched)
     image, text = (t.requires_grad_() for t in unit_embeddings(4, 4, 8))
     contrastive_loss(image, text, 5.0).backward()
     sigmoid_loss(image, text, 5.0, -1.0)
     assert seen == [image.device] * 3
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device))
-    tiles.on_device(torch.device("cuda", 1))
+    launch.on_device(torch.device("cuda", 1))
     assert seen[-1] == torch.device("cuda", 1)
 
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from ranks import RankPool
 from runs import LIMIT_S
 
-from clipcore import all_gather, distributed, native
-from clipcore.all_gather import start_gather
+from clipcore import distributed, native
 from clipcore.distributed import (
     World,
     all_reduce_flag,
@@ -31,6 +30,8 @@ from clipcore.distributed import (
     init_distributed,
     is_main,
 )
+from clipcore.loss import all_gather
+from clipcore.loss.all_gather import start_gather
 
 NUM_RANKS = 3
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

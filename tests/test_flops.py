@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipcore.data.loader import Batch
 from clipcore.distributed import World
 from clipcore.flops import visible_pairs
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.loss import ClipLoss
 from clipcore.model import create_model
 from clipcore.packing import PackedText
@@ -63,7 +63,7 @@ def test_a_counter_sees_what_a_run_computes() -> None:
     ops = torch.ops.clipcore
     assert counted[ops.attention_forward] + counted[ops.attention_backward] == attention
 
-    with tiles.visible_operators(), FlopCounterMode(display=False) as watched:
+    with launch.visible_operators(), FlopCounterMode(display=False) as watched:
         model.encode_image(torch.zeros(2, 3, 32, 32)).sum().backward()
     assert watched.get_total_flops() == counter.get_total_flops()
 

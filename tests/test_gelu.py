@@ -17,7 +17,7 @@ from numerics import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.kernels.gelu import (
     KINDS,
     gelu,
@@ -89,7 +89,7 @@ def test_kernels_are_accurate(
     poisoned_memory: None,
 ) -> None:
     """Both passes with all that they return, twice with the same bits."""
-    monkeypatch.setattr(tiles, "NUM_PROCESSORS", dict.fromkeys(tiles.NUM_PROCESSORS, 1))
+    monkeypatch.setattr(launch, "NUM_PROCESSORS", dict.fromkeys(launch.NUM_PROCESSORS, 1))
     x, dy = problem(N, F, dtype, KERNEL_DEVICE)
 
     def passes() -> list[Tensor]:
@@ -153,7 +153,7 @@ def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
 def test_passes_are_accurate(
     N: int, F: int, dtype: torch.dtype, device: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", 100 * F)
+    monkeypatch.setattr(launch, "STRIP_ELEMENTS", 100 * F)
     x, dy = problem(N, F, dtype, device)
     found = [gelu_forward(x, kind), *gelu_backward(dy, x, kind, True, True)]
     alone, no_sum, no_output = gelu_backward(dy, x, kind, False, False)

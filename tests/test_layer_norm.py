@@ -17,8 +17,8 @@ from numerics import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clipcore.kernels import launch
 from clipcore.kernels import layer_norm as norm
-from clipcore.kernels import tiles
 from clipcore.kernels.embed_layer_norm import embed_layer_norm, embed_layer_norm_ref
 from clipcore.kernels.layer_norm import layer_norm, layer_norm_ref
 from clipcore.kernels.layer_norm_triton import MAX_WIDTH, backward_triton, forward_triton
@@ -100,7 +100,7 @@ def test_kernels_are_accurate(
     N: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     """Forward with a sum before, backward with a gradient and a sum beside; both twice with the same bits."""
-    monkeypatch.setattr(tiles, "NUM_PROCESSORS", dict.fromkeys(tiles.NUM_PROCESSORS, 2))
+    monkeypatch.setattr(launch, "NUM_PROCESSORS", dict.fromkeys(launch.NUM_PROCESSORS, 2))
     x, delta, weight, bias, dy, dstream = problem(N, D, dtype, KERNEL_DEVICE)
 
     def passes() -> list[Tensor]:
@@ -207,7 +207,7 @@ def test_passes_are_accurate(
     N: int, D: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU torch's own float32 passes, whose order of summation is theirs, have float64 held to the reference."""
-    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", 300 * D)
+    monkeypatch.setattr(launch, "STRIP_ELEMENTS", 300 * D)
     x, delta, weight, bias, dy, dstream = problem(N, D, dtype, device)
     stream, y, mean, rstd = norm.add_layer_norm_forward(x, delta, weight, bias, EPS)
     grads = norm.layer_norm_backward(dy, stream, mean, rstd, weight, dstream, True)

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 import clipcore
 from clipcore.distributed import World
-from clipcore.kernels.contrastive import _cross_entropy_ref, contrastive_ref
+from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
-from clipcore.loss import ClipLoss, SigLipLoss, _say_once
+from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.loss.options import say_once
 
 NUM_RANKS = 4
 NAMES = ("loss", "image", "text", "scale", "bias")
@@ -80,8 +81,8 @@ def test_open_clip_call_and_return() -> None:
     assert torch.equal(value, with_bias) and bias.grad == 0
 
 
-def test_flags_of_open_clip_say_once_that_they_change_nothing() -> None:
-    _say_once.cache_clear()
+def test_flags_of_open_clipsay_once_that_they_change_nothing() -> None:
+    say_once.cache_clear()
     with pytest.warns(UserWarning, match="always computes the exact loss") as told:
         for _ in range(3):
             kept = ClipLoss(local_loss=True, rank=1, world_size=2)
@@ -404,7 +405,7 @@ def test_what_ranks_cannot_do_is_refused() -> None:
 def call_once_too_often(world: World, name: str) -> str:
     image, text = unit_embeddings(3, 8)
     loss_fn = getattr(clipcore, name)(rank=world.rank, world_size=world.world_size)
-    loss_fn.ranks.num_calls += world.rank == 2
+    loss_fn.loss_group.num_calls += world.rank == 2
     try:
         loss_fn(image, text, 10.0)
     except ValueError as error:

@@ -21,8 +21,8 @@ from aot import ARCHITECTURES, disassemble
 from runs import PROGRAMS, ROOT
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from clipcore import all_gather
-from clipcore.all_gather import _ExchangeRef, _Layout
+from clipcore.loss import all_gather
+from clipcore.loss.all_gather import _ExchangeRef, _Layout
 
 SOURCE = ROOT / "csrc/pack_kernels.cu"
 TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}

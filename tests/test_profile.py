@@ -22,8 +22,8 @@ from clipcore.ceilings import Ceilings
 from clipcore.flops import visible_pairs
 from clipcore.kernels.attention import attention
 from clipcore.kernels.contrastive import contrastive_loss
+from clipcore.kernels.launch import visible_operators
 from clipcore.kernels.sigmoid import sigmoid_loss
-from clipcore.kernels.tiles import visible_operators
 from clipcore.packing import pack_captions
 from clipcore.profile import NUM_STEPS, STEP, make_rows, operator_times
 from clipcore.traffic import Operator, Traffic, TrafficCounter

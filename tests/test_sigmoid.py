@@ -19,9 +19,10 @@ from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels import sigmoid
-from clipcore.kernels.logits import Pairs
-from clipcore.kernels.sigmoid import Problem, sigmoid_fwd_triton, sigmoid_loss, sigmoid_ref
+from clipcore.kernels.logits import pairs
+from clipcore.kernels.logits.pairs import LossInputs, Pairs
+from clipcore.kernels.sigmoid import operator, sigmoid_loss, sigmoid_ref
+from clipcore.kernels.sigmoid.gpu import sigmoid_fwd_gpu
 
 OPTIONS = {"plain": {}, "ignore": {"same_id": "ignore"}, "positive": {"same_id": "positive"}}
 NAMES = ("loss", "image", "text", "scale", "bias")
@@ -151,8 +152,8 @@ def test_cpu_is_accurate_in_float32(option: str, scale: float, bias: float) -> N
 def in_triton_everywhere(monkeypatch: pytest.MonkeyPatch, operand: torch.dtype) -> None:
     """CPU tensors go through the Triton path too, with operands of this dtype."""
     if KERNEL_DEVICE == "cpu":
-        monkeypatch.setattr(sigmoid, "sigmoid_fwd_cpu", sigmoid_fwd_triton)
-        monkeypatch.setattr(sigmoid.logits, "operand_dtype", lambda *_: operand)
+        monkeypatch.setattr(operator, "sigmoid_fwd_cpu", sigmoid_fwd_gpu)
+        monkeypatch.setattr(pairs, "choose_operand", lambda *_: operand)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -286,10 +287,10 @@ def aot_launches() -> None:
         image, text = (torch.empty(rows, 512, dtype=dtype, device="meta") for rows in (1000, 2000))
         keywords = ids_for(OPTIONS[option], 1000, 2000, "meta")
         ids = keywords.get("image_ids"), keywords.get("text_ids")
-        pairs = Pairs(*ids, 0, keywords.get("same_id", "ignore"))
+        which = Pairs(ids[0], ids[1], 0, keywords.get("same_id", "ignore"))
         number = torch.empty((), device="meta")
-        problem = Problem(image, text, number, number, pairs, False, operand, engine, 576 * 10**6)
-        sigmoid_fwd_triton(problem, backward, (backward, backward))
+        problem = LossInputs(image, text, number, which, False, operand, engine, 576 * 10**6)
+        sigmoid_fwd_gpu(problem, number, backward, (backward, backward))
 
 
 def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
@@ -372,7 +373,7 @@ def test_nothing_of_n_by_n_is_held() -> None:
     """The largest tensor that the loss makes is a block of the workspace or an embedding."""
     num_pairs, width, workspace_bytes = 4096, 32, 2**20
     image, text = (t.requires_grad_() for t in unit_embeddings(num_pairs, num_pairs, width))
-    with LargestStorage.inside(sigmoid, "sigmoid_fwd_cpu") as largest:
+    with LargestStorage.inside(operator, "sigmoid_fwd_cpu") as largest:
         sigmoid_loss(image, text, 10.0, -10.0, workspace_bytes=workspace_bytes).backward()
         limit = max(workspace_bytes, num_pairs * width * 4)
         assert 0 < largest.bytes <= limit

@@ -12,7 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from clipcore import all_gather, distributed, roll_call
+from clipcore import distributed, roll_call
+from clipcore.loss import all_gather
 
 # How long ranks wait for what decides whose fault it was, and the watchdog for the group's own error. Longer than in a
 # run, since 25 ranks share two cores here.

@@ -1,24 +1,6 @@
-"""The logits of two sets of embeddings, block by block: what the softmax and the sigmoid loss have in common.
+"""What a loss over all pairs of rows is given, on any device: rows, which pairs count, and the checks of both.
 
-    z_bg = scale * <x_b, y_g>      x, y = the rows as they are, or over their lengths (normalize.py)
-
-Legend: B image rows, G text rows, E embedding size, R and C rows and columns of a block, N and M those of a kernel's
-tile.
-
-A loss walks over blocks of R x C logits. Two engines make a block on a GPU:
-
-- "library": the vendor's product into a float32 block, then one memory-bound Triton pass over it;
-- "fused": a Triton product whose epilogue does the pass on the accumulators, with operands from tensor descriptors.
-
-Either leaves the gradient of the block, which two library products with float32 sums turn into those of the
-embeddings. The operands of a block are made for the block, so that nothing beside the sums grows with B or G. The CPU
-walks over smaller blocks, which stay in its cache.
-
-Precision: rows are normalised in float32 and rounded once to the operand dtype. For float16 and bfloat16 that is
-float16 by default: a row of length one has nothing near the ends of its range, and its rounding moves a logit eight
-times less than bfloat16's. float32 operands multiply in float32.
-
-What either device needs is here, the GPU's part in logits_triton.py, the CPU's in logits_cpu.py.
+Legend: ``clipcore.kernels.logits``.
 """
 
 from __future__ import annotations
@@ -31,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from clipcore.kernels import tiles
+from clipcore.kernels import launch
 from clipcore.kernels.normalize import check_rows
 
 LOG2E = math.log2(math.e)
@@ -55,11 +37,11 @@ class Pairs(NamedTuple):
         return "none" if self.image_ids is None else self.same_id
 
     def exchanged(self) -> Pairs:
-        """The same with texts as images and images as texts."""
+        """Return the same with texts as images and images as texts."""
         return Pairs(self.text_ids, self.image_ids, -self.first_label, self.same_id)
 
     def block(self, rows: slice, columns: slice) -> Pairs:
-        """Those of a block."""
+        """Return those of a block."""
         return Pairs(
             None if self.image_ids is None else self.image_ids[rows],
             None if self.text_ids is None else self.text_ids[columns],
@@ -68,7 +50,7 @@ class Pairs(NamedTuple):
         )
 
     def check(self, image_BE: Tensor, text_GE: Tensor) -> None:
-        """ValueError unless they are pairs of these rows."""
+        """Raise ValueError unless they are pairs of these rows."""
         if self.same_id not in SAME_ID:
             raise ValueError(f"same_id has to be one of {SAME_ID}, got {self.same_id!r}")
         if (self.image_ids is None) != (self.text_ids is None):
@@ -86,17 +68,74 @@ class Pairs(NamedTuple):
                 )
 
 
-def blocks(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `length`."""
+class LossInputs(NamedTuple):
+    """What every loss over pairs is given, checked."""
+
+    image_BE: Tensor
+    text_GE: Tensor
+    scale: Tensor  # one element
+    pairs: Pairs
+    normalized: bool  # rows are of length one already
+    operand: torch.dtype  # what the products multiply
+    engine: str  # one of ENGINES
+    workspace_bytes: int  # what a block may take
+
+
+def checked_inputs(
+    image_BE: Tensor,
+    text_GE: Tensor,
+    scale: Tensor | float,
+    pairs: Pairs,
+    *,
+    operation: str,
+    normalize: bool,
+    workspace_bytes: int | None,
+    operand_dtype: torch.dtype | None,
+    engine: str | None,
+) -> LossInputs:
+    """Return a loss's inputs with their defaults, the one place where they are checked.
+
+    Args:
+        operation: what the messages call the loss.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or ids do not fit.
+        RuntimeError: forward-mode differentiation, which no loss has.
+    """
+    check_embeddings(image_BE, text_GE, operand_dtype, engine)
+    pairs.check(image_BE, text_GE)
+    scale = launch.as_scalar("scale", scale, image_BE, text_GE)
+    check_no_tangent(operation, image_BE, text_GE, scale)
+
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES["cuda" if image_BE.is_cuda else "cpu"]
+    # Kernels read ids one after the other.
+    image_ids, text_ids = (
+        None if ids is None else ids.contiguous() for ids in (pairs.image_ids, pairs.text_ids)
+    )
+    return LossInputs(
+        image_BE,
+        text_GE,
+        scale,
+        Pairs(image_ids, text_ids, pairs.first_label, pairs.same_id),
+        normalized=not normalize,
+        operand=choose_operand(image_BE, text_GE, operand_dtype),
+        engine=engine or "library",
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most ``size`` that cover ``length``."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
-def operand_dtype(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """What the products multiply (module docstring). Under autocast float32 embeddings count as 16-bit ones."""
+def choose_operand(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """Return what the products multiply; see the package. Under autocast float32 embeddings count as 16-bit ones."""
     promoted = torch.promote_types(image_BE.dtype, text_GE.dtype)
     if not image_BE.is_cuda:
-        return tiles.accumulate_dtype(promoted)
+        return launch.accumulate_dtype(promoted)
     if asked is not None:
         return asked
     autocast = torch.is_autocast_enabled("cuda")
@@ -104,7 +143,7 @@ def operand_dtype(image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None) 
 
 
 def check_no_tangent(operation: str, *inputs: Tensor) -> None:
-    """RuntimeError in forward-mode differentiation, for which an operator would answer a tangent of zero."""
+    """Raise RuntimeError in forward-mode differentiation, for which an operator would answer a tangent of zero."""
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
@@ -116,7 +155,7 @@ def check_no_tangent(operation: str, *inputs: Tensor) -> None:
 def check_embeddings(
     image_BE: Tensor, text_GE: Tensor, asked: torch.dtype | None, engine: str | None
 ) -> None:
-    """ValueError unless the two can be compared on their device, with operands of the dtype asked for."""
+    """Raise ValueError unless the two can be compared on their device, with operands of the dtype asked for."""
     check_rows(image_BE, text_GE, ("image features", "text features"))
     if asked not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"operand_dtype has to be float16, bfloat16 or float32, got {asked}")

@@ -1,11 +1,12 @@
-"""A rank's strip of the logits of several ranks: its rows of one side against all rows of the other.
+"""A rank's shard of the logits of several ranks: its rows of one side against all rows of the other.
 
 Legend: B rows of one side on this rank, G of the other on all ranks, E embedding size.
 
-Each rank keeps its rows of the larger side and gathers the smaller one's; while they are under way it computes the block
-of its own rows, then those of the other ranks. Each logit is computed once, on one rank. Sums over a row are complete
-there, sums over a column after an all-reduce of [G] numbers; the gradient of the kept side is complete too, that of the
-gathered side is summed by a reduce-scatter in float32, which travels while the own block is differentiated.
+Each rank keeps its rows of the larger side, the resident one, and gathers the smaller one's; while they are under way it
+computes the block of its own rows, then those of the other ranks. Each logit is computed once, on one rank. Sums over a
+row are complete there, sums over a column after an all-reduce of [G] numbers; the gradient of the resident side is
+complete too, that of the gathered side is summed by a reduce-scatter in float32, which travels while the own block is
+differentiated.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipcore.all_gather import PendingGather, start_gather
 from clipcore.distributed import all_reduce_, gather_sizes
-from clipcore.kernels import logits, tiles
+from clipcore.kernels import launch
+from clipcore.kernels.logits.pairs import choose_operand
+from clipcore.loss.all_gather import PendingGather, start_gather
 
 
 class Side(NamedTuple):
@@ -31,7 +33,7 @@ class Side(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Columns of this rank's strip, those of one or several ranks."""
+    """Columns of this rank's shard, those of one or several ranks."""
 
     rows: Tensor
     ids: Tensor | None
@@ -40,7 +42,7 @@ class Block(NamedTuple):
     is_own: bool
 
 
-class Ranks:
+class LossGroup:
     """The ranks that share a loss. Every rank has to make the same calls, which are counted to find one out of step."""
 
     def __init__(
@@ -55,21 +57,21 @@ class Ranks:
         self.wire_dtype, self.uneven = wire_dtype, uneven
         self.num_calls = 0
 
-    def strip(self, image: Side, text: Side) -> Strip:
-        """This rank's rows of the larger side against all rows of the smaller one, whose gathering has begun."""
+    def shard(self, image: Side, text: Side) -> LogitShard:
+        """Return this rank's rows of the larger side against all rows of the smaller one, whose gathering has begun."""
         own = len(image.rows), len(text.rows)
         known = [own] * self.world_size
         if image.rows.is_cpu or self.uneven:
             known = gather_sizes(*own, "sizes of the shards", self.group)
         image_shards, text_shards = (tuple(side) for side in zip(*known, strict=True))
-        kept, sent, kept_shards, shards = image, text, image_shards, text_shards
+        resident, sent, resident_shards, shards = image, text, image_shards, text_shards
         if sum(image_shards) < sum(text_shards):
-            kept, sent, kept_shards, shards = text, image, text_shards, image_shards
+            resident, sent, resident_shards, shards = text, image, text_shards, image_shards
         num_pairs = sum(map(min, image_shards, text_shards))
         if num_pairs == 0:
             raise ValueError("no rank has a pair: image_features and text_features have no rows")
         # In float32, so that gradients add up in it.
-        wide = tiles.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
+        wide = launch.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
         self.num_calls += 1
         pending = start_gather(
             sent.rows.to(wide),
@@ -79,9 +81,9 @@ class Ranks:
             shard_sizes=shards,
             group=self.group,
         )
-        return Strip(
-            kept=kept,
-            kept_shards=kept_shards,
+        return LogitShard(
+            resident=resident,
+            resident_shards=resident_shards,
             own_ids=sent.ids,
             shards=shards,
             rank=self.rank,
@@ -93,11 +95,11 @@ class Ranks:
 
 
 @dataclass
-class Strip:
-    """This rank's rows of one side against all rows of the other; see `Ranks.strip`."""
+class LogitShard:
+    """This rank's rows of one side against all rows of the other; see `LossGroup.shard`."""
 
-    kept: Side
-    kept_shards: tuple[int, ...]
+    resident: Side
+    resident_shards: tuple[int, ...]
     own_ids: Tensor | None  # of this rank's rows of the side that is gathered
     shards: tuple[int, ...]
     rank: int
@@ -114,23 +116,23 @@ class Strip:
 
     @property
     def num_own_pairs(self) -> int:
-        return min(self.kept_shards[self.rank], self.shards[self.rank])
+        return min(self.resident_shards[self.rank], self.shards[self.rank])
 
     def all_ids(self) -> Tensor:
-        """The ids of all columns."""
+        """Return the ids of all columns."""
         ids_G = self.pending.wait().ids_G
         assert ids_G is not None
         return ids_G
 
     def operand(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """What a GPU multiplies: what was given, although it has come in float32."""
-        if not self.kept.rows.is_cuda:
+        """Return what a GPU multiplies: that of the features as given, though rows were widened so that gradients add up."""
+        if not self.resident.rows.is_cuda:
             return asked
-        given = self.kept.rows.new_empty(0, 1, dtype=self.promoted)
-        return logits.operand_dtype(given, given, asked)
+        given = self.resident.rows.new_empty(0, 1, dtype=self.promoted)
+        return choose_operand(given, given, asked)
 
     def blocks(self) -> Iterator[Block]:
-        """The strip in blocks: this rank's own columns, while the others are under way, then theirs."""
+        """Yield the shard in blocks: this rank's own columns, while the others are under way, then theirs."""
         own = self.own
         yield Block(self.pending.own_BE, self.own_ids, own, 0, True)
         gathered = self.pending.wait()

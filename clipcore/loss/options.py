@@ -1,0 +1,72 @@
+"""What both losses are told when they are made, and the checks of what they are called with."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipcore.kernels.contrastive.targets import check_label_smoothing
+from clipcore.kernels.logits.pairs import SAME_ID, WORKSPACE_BYTES
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a loss counts pairs, and how it may use memory; checked when it is made.
+
+    Attributes:
+        same_id: what equal ids mean: "ignore" leaves such pairs out as negatives, "positive" makes them positives.
+        label_smoothing: in [0, 1), as in torch's cross-entropy.
+        stash_bytes: the most that logits may take which are kept for the backward [1 GiB].
+        workspace_bytes: what a block of logits may take [512 MB on a GPU, 64 MiB on the CPU].
+        operand_dtype: what a GPU multiplies [float16 for 16-bit features, and under autocast].
+    """
+
+    same_id: str = "ignore"
+    label_smoothing: float = 0.0
+    stash_bytes: int | None = None
+    workspace_bytes: int | None = None
+    operand_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing)
+        if self.same_id not in SAME_ID:
+            raise ValueError(f"same_id has to be one of {SAME_ID}, got {self.same_id!r}")
+
+    def workspace(self, image_BE: Tensor, text_BE: Tensor, world_size: int) -> int:
+        """Return the peak of a loss without a stash: a block of logits, sums of the size of rows, the texts of all ranks."""
+        B, G, E = len(image_BE), world_size * len(text_BE), image_BE.shape[1]
+        block_bytes = self.workspace_bytes
+        if block_bytes is None:
+            block_bytes = WORKSPACE_BYTES[image_BE.device.type]
+        gathered = 0 if world_size == 1 else 2 * 4 * G * E
+        return min(block_bytes, 4 * B * G) + 12 * 8 * (B + G) + gathered
+
+
+def check_pairs(
+    image_BE: Tensor, text_BE: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
+) -> None:
+    """Raise ValueError unless rows can be pairs, with ids of both sides or of none."""
+    if not image_BE.ndim == text_BE.ndim == 2 or image_BE.shape[1] != text_BE.shape[1]:
+        raise ValueError(
+            "image_features and text_features must be pairs of one shape [B, E] (or [G, E] with extra rows of one), "
+            f"got {tuple(image_BE.shape)} and {tuple(text_BE.shape)}"
+        )
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError("image_ids and text_ids: pass both or none")
+
+
+def as_factor(factor: Tensor | float, features: Tensor) -> Tensor | float:
+    """Return a scale or bias as the operations take it; a number on the host is no reason to refuse, nor an integer."""
+    if not isinstance(factor, Tensor):
+        return factor
+    return factor.to(features.device) if factor.is_floating_point() else factor.to(features)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn, the first time that this is said."""
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,175 @@
+"""SigLIP's sigmoid loss over one rank or many, under open_clip's names.
+
+Legend: B rows of one side on this rank, G of the other on all ranks, E embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipcore.kernels.logits.pairs import choose_operand
+from clipcore.kernels.sigmoid import sigmoid_loss
+from clipcore.loss.options import LossOptions, as_factor, check_pairs
+from clipcore.loss.shard import LossGroup, Side
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP's sigmoid loss: the sum over all pairs of images and texts, over the number of images (open_clip's call).
+
+    Args:
+        cache_labels: accepted, nothing to cache.
+        rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
+        dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather"; accepted, the texts are
+            always gathered once and compared in blocks, so that memory does not grow with the number of ranks.
+        same_id: what equal ids mean, see `forward`: "ignore" or "positive".
+        wire_dtype, uneven, group: as of `ClipLoss`.
+        workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
+            `clipcore.kernels.sigmoid.sigmoid_loss`.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343).
+
+    >>> loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        same_id: str = "ignore",
+        workspace_bytes: int | None = None,
+        operand_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None = None,
+        uneven: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                f"dist_impl has to be bidir, shift, reduce, gather or None, got {dist_impl!r}"
+            )
+        self.cache_labels, self.dist_impl = cache_labels, dist_impl
+        self.rank, self.world_size = rank, world_size
+        self.loss_group = LossGroup(rank, world_size, wire_dtype, uneven, group)
+        self.options = LossOptions(
+            same_id=same_id, workspace_bytes=workspace_bytes, operand_dtype=operand_dtype
+        )
+
+    @property
+    def same_id(self) -> str:
+        """What equal ids mean."""
+        return self.options.same_id
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> Any:
+        """Return the loss of this rank's images with the texts of all ranks, over the number of these images.
+
+        Args:
+            image_features, text_features: [B, E], L2-normalised, pair i in row i of both. Either side may have more
+                rows: extra negatives of the other side, on all ranks.
+            logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
+            logit_bias: what is added to the logits, ``model.logit_bias``; a scalar, None for 0.
+            output_dict: return ``{"contrastive_loss": loss}``.
+            image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank
+                they are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
+
+        Raises:
+            ValueError: shapes that are no pairs, or a rank that is in another call than this one.
+        """
+        check_pairs(image_features, text_features, image_ids, text_ids)
+        logit_scale = as_factor(logit_scale, image_features)
+        bias = as_factor(0.0 if logit_bias is None else logit_bias, image_features)
+        image, text = Side(image_features, image_ids), Side(text_features, text_ids)
+        if self.world_size > 1:
+            loss = self._over_ranks(image, text, logit_scale, bias)
+        else:
+            loss = self._of_block(image, text, 0, logit_scale, bias, self.options.operand_dtype)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """Return open_clip's: 1 on the diagonal, -1 elsewhere, [B, B] in memory. `forward` needs none."""
+        signs_BB = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return signs_BB if negative_only else signs_BB.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return open_clip's: the logits of one rank, [B, B] in memory. `forward` needs none."""
+        logits_BB = logit_scale * image_features @ text_features.T
+        return logits_BB if logit_bias is None else logits_BB + logit_bias
+
+    def _over_ranks(
+        self, image: Side, text: Side, scale: Tensor | float, bias: Tensor | float
+    ) -> Tensor:
+        """Return this rank's part of the loss of all ranks' pairs, times the number of ranks."""
+        shard = self.loss_group.shard(image, text)
+        operand = shard.operand(self.options.operand_dtype)
+        total: Tensor | None = None
+        for block in shard.blocks():
+            side = Side(block.rows, block.ids)
+            loss = self._of_block(shard.resident, side, block.first_label, scale, bias, operand)
+            total = loss if total is None else total + loss
+        assert total is not None
+
+        # The operation divides by its number of rows, open_clip by that of the images.
+        num_rows = max(1, len(shard.resident.rows))
+        return total * (num_rows * self.world_size / max(1, shard.num_images))
+
+    def _of_block(
+        self,
+        image: Side,
+        text: Side,
+        first_label: int,
+        scale: Tensor | float,
+        bias: Tensor | float,
+        operand: torch.dtype | None,
+    ) -> Tensor:
+        """Return the loss of rows against rows of which the first one's pair is at ``first_label``."""
+        return sigmoid_loss(
+            image.rows,
+            text.rows,
+            scale,
+            bias,
+            normalize=False,
+            first_label=first_label,
+            image_ids=image.ids,
+            text_ids=text.ids,
+            same_id=self.options.same_id,
+            workspace_bytes=self.options.workspace_bytes,
+            operand_dtype=operand,
+        )
+
+    def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
+        """Return what `forward` and its backward hold at their peak beside these features and their gradients."""
+        return self.options.workspace(image_features, text_features, self.world_size)
+
+    def plan(self, image_features: Tensor, text_features: Tensor) -> str:
+        """Say how `forward` will compute the loss of these features, in one line."""
+        B, E = image_features.shape
+        G = self.world_size * len(text_features)
+        dtype = choose_operand(image_features, text_features, self.options.operand_dtype)
+        return (
+            f"sigmoid loss of {B:,} x {G:,} x {E} on {image_features.device.type}: one pass, 3 products in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )

@@ -1,0 +1,59 @@
+"""The sigmoid loss on a GPU: loss and gradients in one walk over blocks.
+
+Legend and maths: ``clipcore.kernels.sigmoid``; the kernel: ``kernels.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipcore.kernels.logits.pairs import LOG2E, LossInputs
+from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
+from clipcore.kernels.sigmoid.kernels import FP16_GRADIENT_SCALE, launch_row, sigmoid_kernel
+
+
+def sigmoid_fwd_gpu(
+    inputs: LossInputs, bias: Tensor, backward: bool, need: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs of ``clipcore::sigmoid_fwd``; a side that nobody needs costs no product."""
+    device = inputs.image_BE.device
+    grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
+    factor = (inputs.scale.double().reshape(()) / grad_scale).float()
+    factors = _kernel_factors(inputs, bias)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, d_scale, d_bias
+
+    wanted = GradientWanted(need, factor, torch.float32) if backward else None
+    source = "kernel" if inputs.engine == "fused" else "library"
+    walk = LogitWalk(inputs, launch_row(inputs), source, wanted)
+    for block in walk:
+        partial = torch.empty(
+            (3 if backward else 1, *block.grid), dtype=torch.float32, device=device
+        )
+        sigmoid_kernel[block.grid](
+            product_ptr=block.product_RC,
+            factor_ptr=factors,
+            grad_ptr=block.grad_RC,
+            partial_ptr=partial,
+            stride_product=block.shape[1],
+            GRADIENT_SCALE=grad_scale,
+            GRADIENT=backward,
+            **block.arguments,
+        )
+        sums[: len(partial)] += partial.sum(1, dtype=torch.float64)
+        if backward:
+            walk.add_gradient(block)
+
+    d_image, d_text = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
+    if backward:
+        d_image, d_text = walk.gradients()
+    loss, d_scale, d_bias = (part.clone() for part in sums)
+    return loss, d_image, d_text, d_scale, d_bias
+
+
+def _kernel_factors(inputs: LossInputs, bias: Tensor) -> Tensor:
+    """Return float32 [4]: the factor from cosines to powers of two, and the bias as one, each in two parts."""
+    scale_log2, bias_log2 = (part.double().reshape(()) * LOG2E for part in (inputs.scale, bias))
+    scale_high, bias_high = scale_log2.float(), bias_log2.float()
+    scale_low, bias_low = (scale_log2 - scale_high).float(), (bias_log2 - bias_high).float()
+    return torch.stack((scale_high, scale_low, bias_high, bias_low))

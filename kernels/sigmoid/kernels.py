@@ -1,0 +1,112 @@
+"""The kernel of the sigmoid loss in Triton, and how it is launched.
+
+Legend, maths and precision: ``clipcore.kernels.sigmoid``. N and M are rows and columns of a block, tiles are parts of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clipcore.kernels import launch
+from clipcore.kernels.launch import tl, triton
+from clipcore.kernels.logits.pairs import LossInputs
+from clipcore.kernels.logits.walk_gpu import LaunchRow
+from clipcore.kernels.tiles import load_product, multiply, positives, tile_numbers
+
+
+@triton.jit
+def _log1p_over(t):
+    """log(1 + t) / t for t in [0, 1]: the polynomial through the Chebyshev points, by Horner's rule."""
+    poly = 0.00198669636 * t - 0.0131878254
+    poly = poly * t + 0.0410065711
+    poly = poly * t - 0.0818804061
+    poly = poly * t + 0.123779956
+    poly = poly * t - 0.160876229
+    poly = poly * t + 0.198858203
+    poly = poly * t - 0.249864965
+    poly = poly * t + 0.333324975
+    poly = poly * t - 0.499999795
+    poly = poly * t + 0.999999999
+    return poly
+
+
+@triton.jit
+def sigmoid_kernel(
+    x_desc,
+    y_desc,
+    product_ptr,
+    factor_ptr,
+    image_id_ptr,
+    text_id_ptr,
+    grad_ptr,
+    partial_ptr,
+    N,
+    M,
+    D,
+    stride_product,
+    first_label,
+    GRADIENT_SCALE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    IDS: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if FUSED:
+        cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
+    else:
+        cosine = load_product(product_ptr, stride_product, n, m, inside)
+    valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
+    # In powers of two. Factor and bias are two floats each: rounding them to one would shift all logits alike.
+    low = cosine * tl.load(factor_ptr + 1) + tl.load(factor_ptr + 3)
+    power = cosine * tl.load(factor_ptr) + tl.load(factor_ptr + 2) + low
+    power = tl.where(positive, -power, power)
+    t = tl.exp2(-tl.abs(power))
+    loss = tl.maximum(power, 0.0) * 0.6931471805599453 + t * _log1p_over(t)
+    loss = tl.where(power == power, loss, power)  # whatever a maximum makes of NaN
+    num_tiles = tl.num_programs(0)
+    partial_ptr += tl.program_id(0)
+    tl.store(partial_ptr, tl.sum(tl.sum(tl.where(valid, loss, 0.0), axis=1), axis=0))
+    if GRADIENT:
+        probability = tl.where(power > 0, 1.0, t) / (1.0 + t)
+        grad = tl.where(valid, tl.where(positive, -probability, probability), 0.0)
+        tl.store(partial_ptr + num_tiles, tl.sum(tl.sum(grad * cosine, axis=1), axis=0))
+        tl.store(partial_ptr + 2 * num_tiles, tl.sum(tl.sum(grad, axis=1), axis=0))
+        offsets = n.to(tl.int64)[:, None] * M + m[None, :]
+        stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + offsets, stored, mask=inside)
+
+
+# (architecture, kind) -> BLOCK_N, BLOCK_M, BLOCK_D, num_warps, num_stages. "pass" reads a block that the library
+# multiplied, "fused" multiplies 16-bit operands itself, "targets" does so with ids, "exact" float32 ones. No row spills.
+# Not yet measured. Tiles on sm_100 are small for the reason given in contrastive/kernels.py.
+_LAUNCH_TABLE = {
+    (80, "pass"): LaunchRow(64, 128, 16, 8, 1),
+    (80, "fused"): LaunchRow(64, 128, 32, 8, 3),
+    (80, "targets"): LaunchRow(64, 128, 32, 8, 3),
+    (80, "exact"): LaunchRow(64, 64, 16, 8, 2),
+    (90, "pass"): LaunchRow(64, 128, 16, 8, 1),
+    (90, "fused"): LaunchRow(64, 128, 64, 8, 3),
+    (90, "targets"): LaunchRow(64, 128, 64, 8, 3),
+    (90, "exact"): LaunchRow(64, 128, 16, 8, 2),
+    (100, "pass"): LaunchRow(64, 128, 16, 8, 1),
+    (100, "fused"): LaunchRow(32, 128, 64, 4, 3),
+    (100, "targets"): LaunchRow(32, 128, 64, 4, 3),
+    (100, "exact"): LaunchRow(64, 128, 16, 8, 2),
+}
+
+FP16_GRADIENT_SCALE = 2.0**15
+
+
+def launch_row(inputs: LossInputs) -> LaunchRow:
+    """Return the row of the launch table."""
+    kind = "pass"
+    if inputs.engine == "fused" and inputs.operand == torch.float32:
+        kind = "exact"
+    elif inputs.engine == "fused":
+        kind = "fused" if inputs.pairs.image_ids is None else "targets"
+    return _LAUNCH_TABLE[launch.architecture(inputs.image_BE.device), kind]
