@@ -39,7 +39,7 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
     "accepted from open_clip, without effect",
 )
 
-# Of a loss: negatives as all other pairs, left out, or positives.
+# How the loss treats pairs of equal captions: as negatives, left out, or as positives.
 DUPLICATE_CAPTIONS = ("negative", "ignore", "positive")
 
 
@@ -521,8 +521,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, derived from the fields of ``TrainConfig``."""
     parser = _Parser(
         prog="python -m clipcore.train",
-        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...",
-        description="Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
+        # A description of its own would be an empty line below it, and the help has two screens.
+        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...\n"
+        "Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
         formatter_class=_Lines,
         allow_abbrev=False,
         add_help=False,
@@ -551,8 +552,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=help,
             **{"metavar": kind.__name__.upper(), **arguments},
         )
-    # Who reads the two screens of help has found it.
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    # In a group of its own it would take three lines of the two screens.
+    groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")
     # A bare --resume means the newest checkpoint.
     resume = next(action for action in parser._actions if action.dest == "resume")
     resume.nargs, resume.const = "?", "latest"

@@ -212,11 +212,11 @@ def build_model(
     return model
 
 
-def build_loss(config: TrainConfig, world: World) -> ClipLoss | SigLipLoss:
+def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:
     """Return the loss over all ranks that the settings name."""
-    num_pairs, rank, world_size = config.global_batch_size or 1, world.rank, world.world_size
-    is_uneven = num_pairs % world_size > 0
-    # Of no meaning where equal captions are negatives: there are no ids then.
+    rank, world_size = world.rank, world.world_size
+    is_uneven = global_batch_size % world_size > 0
+    # Without effect under "negative", which passes no ids.
     same_id = "positive" if config.duplicate_captions == "positive" else "ignore"
     if config.siglip:
         return SigLipLoss(rank=rank, world_size=world_size, same_id=same_id, uneven=is_uneven)

@@ -35,7 +35,7 @@ from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
 _DROPOUT = 201
-# By a loss's ``same_id``.
+# What the log says of a loss's ``same_id``.
 _EQUAL_CAPTIONS = {"ignore": "left out as negatives", "positive": "positives"}
 
 
@@ -63,9 +63,9 @@ class TrainingStep:
     micro_batch_size: int | None = None
     kept: int | None = None
     reduced: nn.Module | None = None
-    with_ids: bool = False
     pack_text: bool = True  # padded captions give the same features and gradients, slower
     stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
+    with_ids: bool = False
 
     @property
     def largest_share(self) -> int:
@@ -157,7 +157,7 @@ class TrainingStep:
         return ids_B.to(self.world.device, non_blocking=True)
 
     def loss(self, *features: Tensor, ids_B: Tensor | None = None) -> Tensor:
-        """The loss of all pairs; what it multiplies follows the precision of the run.
+        """Return the loss of all pairs; what it multiplies follows the precision of the run.
 
         Args:
             features: image features, text features, and the scalars of the loss.
@@ -230,7 +230,7 @@ class TrainingStep:
         )
 
     def describe_loss(self) -> str:
-        """How the loss of a step will be computed, in a line."""
+        """Say in a line how the loss of a step will be computed."""
         some = self._some_features()
         with self.autocast():
             said = str(self.loss_fn.plan(some, some))
@@ -239,7 +239,7 @@ class TrainingStep:
         if self.with_ids:
             said += f"; pairs of equal captions are {_EQUAL_CAPTIONS[self.loss_fn.same_id]}"
             if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.same_id == "positive":
-                said += " (of this loss the same as negatives: their texts have equal features)"
+                said += " (for the softmax loss this equals negative, since equal captions have equal features)"
         return said
 
     def _some_features(self) -> Tensor:

@@ -234,7 +234,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision or ("amp_bf16" if world.device.type == "cuda" else "fp32")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "amp")
-    loss_fn = build_loss(config, world)
+    loss_fn = build_loss(config, world, global_batch_size)
 
     # Resume
     digest = captions_sha256(source)

@@ -156,7 +156,7 @@ def _reference(training: TrainingStep, tokens_GL: Tensor) -> Callable[..., Tenso
     loss_fn = training.loss_fn
     settings: dict[str, Any] = {}
     if training.with_ids:
-        # Exact, so that the run's hashes are verified too: an id is where the caption stands first.
+        # Exact ids, so that the hashes of these few pairs are verified too: an id is where the caption stands first.
         captions = [tuple(row[: int(row.argmax()) + 1].tolist()) for row in tokens_GL]
         ids_G = torch.tensor([captions.index(caption) for caption in captions])
         ids_G = ids_G.to(training.world.device)

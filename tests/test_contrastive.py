@@ -31,10 +31,12 @@ from clipcore.kernels.contrastive import (
     contrastive_loss,
     contrastive_ref,
     contrastive_terms,
+    gpu,
     operator,
     plan,
 )
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
+from clipcore.kernels.contrastive.launches import sums_row
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
 from clipcore.kernels.logits import pages, pairs, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
@@ -717,6 +719,31 @@ def test_nothing_of_n_by_n_is_held() -> None:
     assert (
         largest.bytes == 4 * num_pairs**2 > limit
     )  # a stash is seen, and so would be what is not meant to be
+
+
+def test_no_block_is_held_while_the_running_maximum_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are the operands of a block while those of the next are made."""
+    num_pairs = 256
+    image, text = unit_embeddings(num_pairs, num_pairs, 16)
+    image, text = image.float().to(KERNEL_DEVICE), text.float().to(KERNEL_DEVICE)
+    scale, pairs = torch.tensor(20.0, device=KERNEL_DEVICE), Pairs(None, None, 0, "ignore")
+    inputs = LossInputs(image, text, scale, pairs, False, torch.float32, "library", 2**20)
+    original, alive = gpu.running_max_gpu, []
+
+    def watched(*arguments: object) -> object:
+        alive.append(storages.alive_bytes)
+        return original(*arguments)
+
+    monkeypatch.setattr(gpu, "running_max_gpu", watched)
+    with LiveStorages() as storages:
+        contrastive_fwd_gpu(inputs, None, False)
+    assert 0 < alive[0] < 4 * num_pairs**2 <= storages.peak_bytes
+
+    monkeypatch.setattr(walk_gpu, "block_sides", lambda *_: (128, 128))
+    blocks = iter(walk_gpu.LogitWalk(inputs, sums_row(inputs, True), "library"))
+    first = next(blocks)
+    assert first.shape == (128, 128) and len(next(blocks).y_CE) == 128
+    assert not hasattr(first, "x_RE") and not hasattr(first, "y_CE")
 
 
 def test_large_buffers_keep_their_pages_but_never_share_them() -> None:

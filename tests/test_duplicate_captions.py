@@ -84,7 +84,7 @@ def model_of(config: TrainConfig) -> CLIP:
 def training(config: TrainConfig, world: World = ONE_RANK, **settings: Any) -> TrainingStep:
     model = model_of(config)
     return TrainingStep(
-        *(model, model, build_loss(config, world), world, "fp32", 5),
+        *(model, model, build_loss(config, world, config.global_batch_size or 1), world, "fp32", 5),
         *(len(CAPTIONS), lambda loss: loss),
         with_ids=config.duplicate_captions != "negative",
         **settings,
@@ -371,7 +371,9 @@ def test_a_run_has_the_settings_says_them_and_resumes_with_them(server, table, t
     assert status == 0, said
     line = next(line for line in said.splitlines() if line.startswith("contrastive loss of 12"))
     assert "; label smoothing 0.1; pairs of equal captions are positives" in line
-    assert line.endswith("(of this loss the same as negatives: their texts have equal features)")
+    assert line.endswith(
+        "(for the softmax loss this equals negative, since equal captions have equal features)"
+    )
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
     assert (saved["label_smoothing"], saved["duplicate_captions"]) == (0.1, "positive")
 

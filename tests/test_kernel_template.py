@@ -94,8 +94,10 @@ def test_all_operators_are_found():
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 class TestOperation:
-    def test_has_a_reference(self, operation):
-        assert any(name.endswith("_ref") and name[0] != "_" for name in operation.defined())
+    def test_has_a_reference_of_its_name(self, operation):
+        path = operation.files[0]
+        name = path.stem if path.parent == KERNELS else path.parent.name
+        assert f"{name}_ref" in operation.defined()
 
     def test_has_a_fake_for_each_operator_of_its_files(self, operation):
         mine = [other for other in OPERATIONS if other.files == operation.files]
@@ -113,8 +115,12 @@ class TestOperation:
         rules = [call for call in operation.calls() if called(call).endswith("register_autocast")]
         named = {text_of(call.args[0]) for call in rules}
         # `operator` registers the rule of each operator that it makes.
-        is_made = any(called(call) == "operator" for call in operation.calls())
-        assert operation.name in named or is_made
+        made = {
+            ast.unparse(call.args[0])
+            for call in operation.calls()
+            if called(call) == "operator" and call.args
+        }
+        assert operation.name in named | made
 
     def test_launches_on_the_device_of_its_tensors(self, operation):
         function = operation.defined()[operation.function]
@@ -122,10 +128,20 @@ class TestOperation:
         assert any(called(guard) == "launch.on_device" for guard in guards)
 
     def test_is_checked_at_a_public_function(self, operation):
+        path = operation.files[0]
+        name = path.stem if path.parent == KERNELS else path.parent.name
         public = [
             node
-            for name, node in operation.defined().items()
-            if not name.startswith("_") and not name.endswith("_ref")
-        ]
+            for function, node in operation.defined().items()
+            if function.startswith(name) and not function.endswith("_ref")
+        ] + [node for function, node in operation.defined().items() if "_" + name in function]
         documented = [node for node in public if "Raises" in (ast.get_docstring(node) or "")]
         assert documented, f"no public function beside {operation.name} says what it raises"
+        for function in documented:
+            checks = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.Raise)
+                or (isinstance(node, ast.Call) and "check" in called(node))
+            ]
+            assert checks, f"{function.name} checks nothing"

@@ -120,6 +120,32 @@ def test_calls_that_open_clip_takes() -> None:
 
 
 @pytest.mark.fast
+def test_logits_of_ones_own_refuse_what_they_would_drop() -> None:
+    image, text = unit_embeddings(4, 8)
+    ids = torch.arange(4)
+    own = type(
+        "Own", (ClipLoss,), {"get_logits": lambda _, *x, **k: ClipLoss().get_logits(*x, **k)}
+    )
+    assert own()(image, text, 10.0).isfinite()
+    with pytest.raises(ValueError, match="knows no ids and no label smoothing"):
+        own()(image, text, 10.0, image_ids=ids, text_ids=ids)
+    with pytest.raises(ValueError, match="knows no ids and no label smoothing"):
+        own(label_smoothing=0.1)(image, text, 10.0)
+
+
+@pytest.mark.fast
+def test_options_may_be_set_later() -> None:
+    image, text = unit_embeddings(4, 8)
+    loss_fn, ids = ClipLoss(), torch.tensor([0, 1, 0, 2])
+    loss_fn.label_smoothing, loss_fn.same_id = 0.2, "positive"
+    made = ClipLoss(label_smoothing=0.2, same_id="positive")
+    keywords = {"image_ids": ids, "text_ids": ids}
+    assert torch.equal(loss_fn(image, text, 10.0, **keywords), made(image, text, 10.0, **keywords))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        loss_fn.label_smoothing = 1.0
+
+
+@pytest.mark.fast
 def test_low_precision_features_are_summed_in_float32() -> None:
     image, text = (t.bfloat16().requires_grad_() for t in unit_embeddings(64, 32))
     loss = ClipLoss()(image, text, torch.tensor(100.0))

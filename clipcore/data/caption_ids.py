@@ -27,16 +27,19 @@ def caption_ids(tokens_BL: Tensor) -> Tensor:
     """Return an id for each caption, int64 [B], on the host.
 
     Args:
-        tokens_BL: int64 [B, L] on the host, as a tokenizer returns them. A caption ends at the first of its largest ids,
-            as for ``encode_text``; what follows is left out.
+        tokens_BL: int64 [B, L] on the host, as a tokenizer returns them. A caption ends where its largest token first
+            occurs, as for ``encode_text``; what follows is left out.
 
     >>> ids_B = caption_ids(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0], [1, 5, 9, 9]]))
     >>> (ids_B[:, None] == ids_B).tolist()
     [[True, False, True], [False, True, False], [True, False, True]]
     """
     tokens = tokens_BL.numpy()
+    last_B = tokens.argmax(1)
+    # Behind the longest caption there is nothing to hash.
+    tokens = tokens[:, : int(last_B.max(initial=-1)) + 1]
     places_L = np.arange(tokens.shape[1])
-    is_read_BL = places_L <= tokens.argmax(1)[:, None]
+    is_read_BL = places_L <= last_B[:, None]
 
     words_BL = hash64((places_L << 32) + tokens, _CAPTION)
     ids_B = np.where(is_read_BL, words_BL, np.uint64(0)).sum(1, dtype=np.uint64)

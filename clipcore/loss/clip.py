@@ -5,6 +5,7 @@ Legend: B rows of one side on this rank, G of the other on all ranks, K rows of 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -94,10 +95,18 @@ class ClipLoss(nn.Module):
         """What equal ids mean."""
         return self.options.same_id
 
+    @same_id.setter
+    def same_id(self, same_id: str) -> None:
+        self.options = dataclasses.replace(self.options, same_id=same_id)
+
     @property
     def label_smoothing(self) -> float:
         """The share of a target that goes evenly to all valid pairs."""
         return self.options.label_smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, label_smoothing: float) -> None:
+        self.options = dataclasses.replace(self.options, label_smoothing=label_smoothing)
 
     def forward(
         self,
@@ -129,6 +138,10 @@ class ClipLoss(nn.Module):
         check_pairs(image_features, text_features, image_ids, text_ids)
         logit_scale = as_factor(logit_scale, image_features)
         if type(self).get_logits is not ClipLoss.get_logits:
+            if image_ids is not None or self.label_smoothing > 0:
+                raise ValueError(
+                    "a get_logits of your own knows no ids and no label smoothing: leave them out, or get_logits"
+                )
             if self.world_size > 1:
                 raise ValueError(
                     "a get_logits of your own sees this rank's pairs only: use it on one rank, or pass image_ids and "
@@ -260,7 +273,7 @@ class ClipLoss(nn.Module):
                 workspace_bytes=self.options.workspace_bytes,
                 operand_dtype=operand,
             )
-            # Not from -inf on: of two of them logaddexp has no gradient.
+            # Begun at -inf the gradient would be NaN where both are -inf.
             row_lse_B = (
                 terms.row_lse_B
                 if row_lse_B is None
@@ -288,13 +301,15 @@ class ClipLoss(nn.Module):
         if resident.ids is not None:
             assert shard.own_ids is not None
             ids_G, ids_K = shard.all_ids(), gather_rows(resident.ids, group)
-            pairs = slice(0, shard.num_own_pairs)
-            equal_B, equal_own = torch.zeros_like(resident.ids), torch.zeros_like(shard.own_ids)
-            equal_B[pairs] = (resident.ids[pairs] == shard.own_ids[pairs]).to(resident.ids.dtype)
-            equal_own[pairs] = equal_B[pairs]
-            equal_G = gather_rows(equal_own, group) if self.same_id == "ignore" else None
-            rows = rows._replace(ids_N=resident.ids, other_ids_M=ids_G, is_own_equal_N=equal_B)
-            columns = columns._replace(ids_N=ids_G, other_ids_M=ids_K, is_own_equal_N=equal_G)
+            rows = rows._replace(ids_N=resident.ids, other_ids_M=ids_G)
+            columns = columns._replace(ids_N=ids_G, other_ids_M=ids_K)
+            if self.same_id == "ignore":
+                pairs = slice(0, shard.num_own_pairs)
+                equal_B, equal_own = torch.zeros_like(resident.ids), torch.zeros_like(shard.own_ids)
+                equal_B[pairs] = (resident.ids[pairs] == shard.own_ids[pairs]).long()
+                equal_own[pairs] = equal_B[pairs]
+                rows = rows._replace(is_own_equal_N=equal_B)
+                columns = columns._replace(is_own_equal_N=gather_rows(equal_own, group))
         device = resident.rows.device
         return even_targets(rows, columns, self.same_id, self.label_smoothing, device)
 

@@ -125,7 +125,7 @@ class LogitShard:
         return ids_G
 
     def operand(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """Return what a GPU multiplies: that of the features as given, though rows were widened so that gradients add up."""
+        """Return what a GPU multiplies: the dtype for features as given, even though rows travel widened to float32."""
         if not self.resident.rows.is_cuda:
             return asked
         given = self.resident.rows.new_empty(0, 1, dtype=self.promoted)

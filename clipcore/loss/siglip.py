@@ -5,6 +5,7 @@ Legend: B rows of one side on this rank, G of the other on all ranks, E embeddin
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ class SigLipLoss(nn.Module):
     def same_id(self) -> str:
         """What equal ids mean."""
         return self.options.same_id
+
+    @same_id.setter
+    def same_id(self, same_id: str) -> None:
+        self.options = dataclasses.replace(self.options, same_id=same_id)
 
     def forward(
         self,

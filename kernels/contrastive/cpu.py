@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipcore.kernels.contrastive.running_max import UntrustedGradients, running_max_cpu
+from clipcore.kernels.contrastive.running_max_cpu import UntrustedGradients, running_max_cpu
 from clipcore.kernels.contrastive.sums import (
     Outputs,
     Sums,
@@ -77,7 +77,7 @@ def contrastive_bwd_cpu(
         inputs,
         scale_log2,
         is_multiplied=not outputs.has_stash,
-        need=(need[0] or not need[1], need[1]),  # the scale takes one side at least
+        need=need,
     )
 
     row_untrusted, column_untrusted = logs.untrusted(offset_log2)
@@ -121,7 +121,7 @@ def contrastive_bwd_cpu(
         walk.add_gradient(block)
 
     d_scale = walk.along() * largest * LOG2E
-    d_image, d_text = walk.gradients(need, scale_log2 * largest)
+    d_image, d_text = walk.gradients(scale_log2 * largest)
     return d_image, d_text, d_scale.to(inputs.scale.dtype).reshape(inputs.scale.shape)
 
 

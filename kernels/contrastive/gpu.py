@@ -6,7 +6,7 @@ Legend and maths: ``clipcore.kernels.contrastive``; the kernels: ``kernels.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from clipcore.kernels.contrastive.launches import (
     packed_shapes,
     sums_row,
 )
-from clipcore.kernels.contrastive.running_max import running_max_gpu
+from clipcore.kernels.contrastive.running_max_gpu import running_max_gpu
 from clipcore.kernels.contrastive.sums import (
     Outputs,
     Sums,
@@ -37,14 +37,36 @@ from clipcore.kernels.logits.walk_gpu import GradientWanted, LaunchRow, LogitBlo
 
 def contrastive_fwd_gpu(inputs: LossInputs, targets: Targets | None, is_stash: bool) -> Outputs:
     """Return the outputs of ``clipcore::contrastive_fwd``."""
-    row = sums_row(inputs, targets is None)
     scale = scale_factors(inputs)
-    sums = new_sums(inputs, targets)
     stash_BG, ranges = _new_stash(inputs, is_stash)
-    uniform = None if targets is None else targets.relative_uniform()
+    # In a function of its own, so that the blocks' memory is free again when the running maximum begins.
+    sums = _walk_sums(inputs, targets, scale, stash_BG, ranges)
+    if targets is not None:
+        # The kernel counts in units of a positive's weight.
+        sums.row_target_log2_B.mul_(targets.row_positive_B)
+        sums.column_target_log2_G.mul_(targets.column_positive_G)
 
-    walk = LogitWalk(inputs, row, "kernel" if inputs.engine == "fused" else "library")
-    for block in walk:
+    logs, untrusted = logarithms(inputs, targets is None, sums, torch.float32)
+    running = running_max_gpu(inputs, targets is None, scale, sums, untrusted, stash_BG, ranges)
+    logs = logs.completed(inputs, targets is None, untrusted, running)
+    targets_log2 = sums.row_target_log2_B, sums.column_target_log2_G
+    return Outputs._make((*logs, *targets_log2, stash_BG, ranges))
+
+
+def _walk_sums(
+    inputs: LossInputs,
+    targets: Targets | None,
+    scale: Tensor,
+    stash_BG: Tensor,
+    ranges: Tensor,
+) -> Sums:
+    """Return the sums over all blocks, which also fill a stash."""
+    is_stash = stash_BG.numel() > 0
+    launch_row = sums_row(inputs, targets is None)
+    sums = new_sums(inputs, targets)
+    uniform = None if targets is None else targets.relative_uniform()
+    source: Literal["kernel", "library"] = "kernel" if inputs.engine == "fused" else "library"
+    for block in LogitWalk(inputs, launch_row, source, has_sums=True):
         rows, columns = block.rows, block.columns
         partial = _new_partial(block, sums, targets)
         contrastive_sums_kernel[block.grid](
@@ -57,7 +79,7 @@ def contrastive_fwd_gpu(inputs: LossInputs, targets: Targets | None, is_stash: b
             row_target_ptr=partial.row_target_log2_B,
             column_target_ptr=partial.column_target_log2_G,
             stash_ptr=stash_BG[rows, columns.start :] if is_stash else None,
-            range_ptr=_block_ranges(ranges, row, block) if is_stash else None,
+            range_ptr=_block_ranges(ranges, launch_row, block) if is_stash else None,
             stride_product=block.shape[1],
             stride_stash=stash_BG.stride(0),
             stride_range=ranges.stride(0),
@@ -70,17 +92,7 @@ def contrastive_fwd_gpu(inputs: LossInputs, targets: Targets | None, is_stash: b
         if targets is not None:
             sums.row_target_log2_B[rows] += partial.row_target_log2_B.sum(0)
             sums.column_target_log2_G[columns] += partial.column_target_log2_G.sum(0)
-    del walk
-
-    if targets is not None:
-        # The kernel counts in units of a positive's weight.
-        sums.row_target_log2_B.mul_(targets.row_positive_B)
-        sums.column_target_log2_G.mul_(targets.column_positive_G)
-    logs, untrusted = logarithms(inputs, targets is None, sums, torch.float32)
-    running = running_max_gpu(inputs, targets is None, scale, sums, untrusted, stash_BG, ranges)
-    logs = logs.completed(inputs, targets is None, untrusted, running)
-    targets_log2 = sums.row_target_log2_B, sums.column_target_log2_G
-    return Outputs._make((*logs, *targets_log2, stash_BG, ranges))
+    return sums
 
 
 def contrastive_bwd_gpu(
@@ -105,11 +117,11 @@ def contrastive_bwd_gpu(
 
     grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
     factor = (scale_log2 * largest / grad_scale).float()
-    row = gradient_row(inputs, targets is None, outputs.has_stash)
-    source = "kernel" if inputs.engine == "fused" else "library"
-    walk = LogitWalk(
-        inputs, row, "stash" if outputs.has_stash else source, GradientWanted(need, factor)
-    )
+    launch_row = gradient_row(inputs, targets is None, outputs.has_stash)
+    source: Literal["stash", "kernel", "library"] = "stash"
+    if not outputs.has_stash:
+        source = "kernel" if inputs.engine == "fused" else "library"
+    walk = LogitWalk(inputs, launch_row, source, wanted=GradientWanted(need, factor))
     for block in walk:
         rows, columns = block.rows, block.columns
         along = torch.zeros(block.grid, dtype=torch.float32, device=device)

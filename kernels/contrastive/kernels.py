@@ -110,7 +110,7 @@ def contrastive_sums_kernel(
         tile_range_ptr = range_ptr + tile_n.to(tl.int64) * stride_range + 2 * tile_m
         cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets)
     z = _logit(cosine, scale_ptr)
-    # A positive that is known by its place is added to the sums from its logit: see the module docstring.
+    # A positive that is known by its place is added to the sums from its logit: see ``clipcore.kernels.contrastive``.
     counted = valid if TARGETS else valid & (positive == 0)
     power = tl.where(counted, tl.exp2(z - tl.load(scale_ptr + 2)), 0.0)
     _store_sums(row_sum_ptr, tile_m, N, n, tl.sum(power, axis=1))

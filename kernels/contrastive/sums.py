@@ -65,9 +65,8 @@ class Logarithms(NamedTuple):
     column_lse_log2_G: Tensor
     row_rest_B: Tensor  # 1 - probability of the row's positive, where its place makes it known
     column_rest_G: Tensor
-    row_offset_log2_B: (
-        Tensor  # what the powers of its gradient are taken off: the problem's, or its own
-    )
+    # What the powers of a row's gradient are taken off: the offset of all, or its own.
+    row_offset_log2_B: Tensor
     column_offset_log2_G: Tensor
 
     def untrusted(self, offset_log2: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +80,7 @@ class Logarithms(NamedTuple):
         untrusted: Sequence[Tensor],
         running: Sequence[RunningMax],
     ) -> Logarithms:
-        """Return them with what a running maximum found for untrusted rows and columns; the others keep their bits."""
+        """Return the logarithms with what a running maximum found for untrusted rows; the others keep their bits."""
         _, offset_log2 = exponents(inputs)
         sides = []
         for lse, rest, chosen, found in zip(self[:2], self[2:4], untrusted, running, strict=True):
@@ -175,7 +174,7 @@ class Upstream(NamedTuple):
     def from_terms(
         cls, upstream: Sequence[Tensor], targets: Targets | None, logs: Logarithms
     ) -> Upstream:
-        """Return them from the gradients of (row_lse, column_lse, row_target, column_target).
+        """Make them of the gradients of (row_lse, column_lse, row_target, column_target).
 
         Without targets a positive's gradient is whole here: P - 1 = -rest has no cancellation to suffer.
         """
@@ -194,7 +193,7 @@ class Upstream(NamedTuple):
         )
 
     def over_largest(self) -> tuple[Upstream, Tensor]:
-        """Return them over their largest element, and that, so that the block's gradients are of order one."""
+        """Return the gradients over their largest element, and that element, so that a block's are of order one."""
         largest = torch.cat(self).abs().amax()
         divisor = torch.where(largest > 0, largest, 1.0)
         return Upstream._make(part / divisor for part in self), largest
@@ -222,7 +221,7 @@ class Upstream(NamedTuple):
         )
 
     def pointers(self) -> dict[str, Tensor]:
-        """Return those at targets, as launch keywords."""
+        """Return the gradients at targets as launch keywords."""
         return {
             "row_positive_ptr": self.row_positive_B,
             "row_uniform_ptr": self.row_uniform_B,
@@ -232,5 +231,5 @@ class Upstream(NamedTuple):
 
 
 def _factor(upstream: Tensor, lse_log2: Tensor, offset_log2: Tensor) -> Tensor:
-    """Return that of one side. A row without a valid pair has no gradient."""
+    """Return the factors of one side. A row without a valid pair has no gradient."""
     return torch.where(lse_log2 == -torch.inf, 0.0, upstream * torch.exp2(offset_log2 - lse_log2))

@@ -22,11 +22,11 @@ class Targets(NamedTuple):
     column_uniform_G: Tensor
 
     def contiguous(self) -> Targets:
-        """Return them as the kernels read them, one after the other."""
+        """Return the weights as the kernels read them, one after the other."""
         return Targets._make(weight.contiguous() for weight in self)
 
     def columns(self, columns: slice) -> Targets:
-        """Return those of some columns."""
+        """Return the targets of some columns."""
         return self._replace(
             column_positive_G=self.column_positive_G[columns],
             column_uniform_G=self.column_uniform_G[columns],

@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
         return Pairs(self.text_ids, self.image_ids, -self.first_label, self.same_id)
 
     def block(self, rows: slice, columns: slice) -> Pairs:
-        """Return those of a block."""
+        """Return the ids and the first label of a block."""
         return Pairs(
             None if self.image_ids is None else self.image_ids[rows],
             None if self.text_ids is None else self.text_ids[columns],

@@ -56,7 +56,8 @@ class LogitWalk:
         factor: what a cosine is multiplied with, one element in float64.
         stash_BG: where the blocks are to stay, the whole matrix; without it they share a buffer.
         is_multiplied: whether the blocks hold logits; False leaves them to be filled.
-        need: whether the gradients of images and of texts are wanted.
+        need: whether the gradients of images and of texts are wanted; one side's are summed for the scale's in any case.
+            None where blocks leave no gradients.
 
     Attributes:
         x_BE, y_GE: the operands, float32, or float64 where one side is.
@@ -74,20 +75,23 @@ class LogitWalk:
         *,
         stash_BG: Tensor | None = None,
         is_multiplied: bool = True,
-        need: tuple[bool, bool] = (False, False),
+        need: tuple[bool, bool] | None = None,
     ) -> None:
         self.inputs, self._factor = inputs, factor
         self._stash_BG, self._is_multiplied = stash_BG, is_multiplied
         self.x_BE = unit_rows(inputs.image_BE, inputs.normalized, inputs.operand)
         self.y_GE = unit_rows(inputs.text_GE, inputs.normalized, inputs.operand)
-        self._need_image, self._need_text = need
+        self._need = (False, False) if need is None else need
+        self._sums_image = need is not None and (need[0] or not need[1])
+        self._sums_text = need is not None and need[1]
         # Contiguous, whatever the embeddings are: the operators' fakes say so.
-        self._image_sum = self.x_BE.new_zeros(self.x_BE.shape if self._need_image else 0)
-        self._text_sum = self.y_GE.new_zeros(self.y_GE.shape if self._need_text else 0)
+        self._image_sum = self.x_BE.new_zeros(self.x_BE.shape if self._sums_image else 0)
+        self._text_sum = self.y_GE.new_zeros(self.y_GE.shape if self._sums_text else 0)
 
         self._side_R, self._side_C = block_sides(len(self.y_GE), self.dtype, inputs.workspace_bytes)
         size = min(self._side_R, len(self.x_BE)) * min(self._side_C, len(self.y_GE))
         self._buffer = buffer((0 if stash_BG is not None else size,), self.dtype)
+        self._spare = self.x_BE.new_empty(0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +116,9 @@ class LogitWalk:
         """Yield a block in chunks of rows."""
         num_rows, num_columns = block.values_RC.shape
         most = chunk_rows(num_columns, self.dtype)
-        spare = self.x_BE.new_empty(most, num_columns)
+        if self._spare.numel() < most * num_columns:
+            self._spare = self.x_BE.new_empty(most * num_columns)
+        spare = self._spare[: most * num_columns].view(most, num_columns)
         for part in slices(num_rows, most):
             rows = slice(block.rows.start + part.start, block.rows.start + part.stop)
             pairs = self.inputs.pairs.block(rows, block.columns)
@@ -121,20 +127,18 @@ class LogitWalk:
 
     def add_gradient(self, block: LogitBlock) -> None:
         """Add the products of a block's gradient, which it holds in place of the logits, with its operands."""
-        if self._need_image:
+        if self._sums_image:
             self._image_sum[block.rows].addmm_(block.values_RC, self.y_GE[block.columns])
-        if self._need_text:
+        if self._sums_text:
             self._text_sum[block.columns].addmm_(block.values_RC.T, self.x_BE[block.rows])
 
     def along(self) -> Tensor:
         """Return the sum of all gradients times their cosines, <d_x, x>, which float32 blocks make exact."""
-        if self._need_image:
+        if self._sums_image:
             return dot(self._image_sum, self.x_BE)
         return dot(self._text_sum, self.y_GE)
 
-    def gradients(
-        self, need: tuple[bool, bool], factor: Tensor, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, factor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the gradients of images and texts, times a factor; empty tensors for those that nobody needs.
 
         Args:
@@ -145,7 +149,7 @@ class LogitWalk:
             finish(x_NE, sum_NE, self.inputs.normalized, factor).to(dtype or x_NE.dtype)
             if is_needed
             else x_NE.new_empty(0, dtype=dtype or x_NE.dtype)
-            for is_needed, (x_NE, sum_NE) in zip(need, sides, strict=True)
+            for is_needed, (x_NE, sum_NE) in zip(self._need, sides, strict=True)
         )
         return d_image, d_text
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class LaunchRow(NamedTuple):
     num_stages: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogitBlock:
     """A block of logits that a kernel is launched on.
 
@@ -68,6 +68,10 @@ class LogitBlock:
         block_n, block_m = self.arguments["BLOCK_N"], self.arguments["BLOCK_M"]
         return triton.cdiv(R, block_n), triton.cdiv(C, block_m)
 
+    def release(self) -> None:
+        """Drop all tensors: who walks holds the block until the next one is made, and two blocks' operands take room."""
+        del self.x_RE, self.y_CE, self.product_RC, self.grad_RC, self.arguments
+
 
 class GradientWanted(NamedTuple):
     """What a walk makes of the blocks' gradients.
@@ -91,6 +95,7 @@ class LogitWalk:
         launch_row: how the kernel is launched.
         source: where a block's products come from: "library", the vendor's product in float32; "kernel", which
             multiplies itself; "stash", which the kernel reads.
+        has_sums: whether tiles leave sums of rows and of columns; where a block leaves nothing else, they limit its size.
         wanted: what to make of the blocks' gradients; None where a block leaves sums only.
 
     >>> for block in walk:  # doctest: +SKIP
@@ -102,7 +107,9 @@ class LogitWalk:
         self,
         inputs: LossInputs,
         launch_row: LaunchRow,
-        source: str,
+        source: Literal["library", "kernel", "stash"],
+        *,
+        has_sums: bool = False,
         wanted: GradientWanted | None = None,
     ) -> None:
         self.inputs, self.launch_row, self.source = inputs, launch_row, source
@@ -113,9 +120,13 @@ class LogitWalk:
         in_place = is_product and is_gradient and operand == torch.float32
         own_gradient = is_gradient and not in_place
         element_bytes = (4 if is_product else 0) + (operand.itemsize if own_gradient else 0)
-        self._sides = block_sides(
-            inputs.image_BE.shape[1], element_bytes, inputs.workspace_bytes, operand.itemsize
-        )
+        width, workspace_bytes = inputs.image_BE.shape[1], inputs.workspace_bytes
+        if has_sums and element_bytes == 0:
+            self._sides = (sum_side(width, workspace_bytes, operand.itemsize),) * 2
+        else:
+            self._sides = block_sides(
+                width, max(2, element_bytes), workspace_bytes, operand.itemsize
+            )
 
         size = min(self._sides[0], len(inputs.image_BE)) * min(self._sides[1], len(inputs.text_GE))
         self._products = torch.empty(size if is_product else 0, dtype=torch.float32, device=device)
@@ -134,7 +145,10 @@ class LogitWalk:
 
             for columns in slices(len(inputs.text_GE), self._sides[1]):
                 y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
-                yield self._block(rows, columns, x_RE, y_CE)
+                block = self._block(rows, columns, x_RE, y_CE)
+                yield block
+                block.release()
+                del y_CE
 
             if self._sums is not None:
                 self._sums.end_rows(rows)
@@ -207,14 +221,12 @@ def descriptor(x_ND: Tensor, block_n: int, block_d: int) -> Any:
 def block_sides(
     width: int, element_bytes: int, workspace_bytes: int, operand_bytes: int
 ) -> tuple[int, int]:
-    """Return the rows R and columns C of a block whose logits take ``element_bytes`` each, 0 if it leaves sums only.
+    """Return the rows R and columns C of a block whose logits take ``element_bytes`` each.
 
     The block, its operands and the float32 sum of its rows' gradients fit the workspace, unless it is smaller than the
     least block. Estimated, to be measured: the library's tiles are 128 x 256 and 132 processors want whole waves of them,
     for R x E and C x E results alike.
     """
-    if element_bytes == 0:
-        return (sum_side(width, workspace_bytes, operand_bytes),) * 2
     if element_bytes <= 2:
         rows, columns = 16896, 16896
     elif 512 < width <= 768:

@@ -28,9 +28,7 @@ def sigmoid_fwd_cpu(
     """Return the outputs of ``clipcore::sigmoid_fwd``; the scale's gradient is <d_x, x>, which float32 blocks make exact."""
     loss, d_scale, d_bias = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     scale, bias = (part.double().reshape(()) for part in (inputs.scale, bias))
-    # The scale takes one side at least.
-    need_some = backward and (need[0] or not need[1]), backward and need[1]
-    walk = LogitWalk(inputs, scale * LOG2E, need=need_some)
+    walk = LogitWalk(inputs, scale * LOG2E, need=need if backward else None)
     for block in walk:
         for chunk in walk.chunks(block):
             total = math.inf
@@ -47,7 +45,7 @@ def sigmoid_fwd_cpu(
 
     if backward:
         d_scale = walk.along()
-    d_image, d_text = walk.gradients(need, scale, walk.dtype)
+    d_image, d_text = walk.gradients(scale, walk.dtype)
     return loss, d_image, d_text, d_scale, d_bias
 
 
@@ -83,7 +81,7 @@ def _losses_by_place(chunk: LogitChunk, scale: Tensor, bias: Tensor, backward: b
 
 
 def _losses_of_any(values_RC: Tensor, pairs: Pairs, bias: Tensor, backward: bool) -> float:
-    """Return the same of any logits, which the chunk holds without the bias, and with any positives."""
+    """Return the sum of losses of any logits, which the chunk holds without the bias, and with any positives."""
     invalid, positive = masks(pairs)
     sign = values_RC.new_ones(()) if positive is None else 1 - 2 * positive.to(values_RC.dtype)
     values_RC.add_(bias.to(values_RC.dtype)).mul_(sign)

@@ -5,12 +5,15 @@ Legend and maths: ``clipcore.kernels.sigmoid``; the kernel: ``kernels.py``.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
 from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
-from clipcore.kernels.sigmoid.kernels import FP16_GRADIENT_SCALE, launch_row, sigmoid_kernel
+from clipcore.kernels.sigmoid.kernels import sigmoid_kernel
+from clipcore.kernels.sigmoid.launches import FP16_GRADIENT_SCALE, launch_row
 
 
 def sigmoid_fwd_gpu(
@@ -24,8 +27,8 @@ def sigmoid_fwd_gpu(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, d_scale, d_bias
 
     wanted = GradientWanted(need, factor, torch.float32) if backward else None
-    source = "kernel" if inputs.engine == "fused" else "library"
-    walk = LogitWalk(inputs, launch_row(inputs), source, wanted)
+    source: Literal["kernel", "library"] = "kernel" if inputs.engine == "fused" else "library"
+    walk = LogitWalk(inputs, launch_row(inputs), source, wanted=wanted)
     for block in walk:
         partial = torch.empty(
             (3 if backward else 1, *block.grid), dtype=torch.float32, device=device
