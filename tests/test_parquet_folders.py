@@ -196,3 +196,15 @@ def test_images_beside_a_table_are_read_as_before(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     write(tmp_path / "notes.parquet", [0], label=["cat"])
     assert open_set(str(tmp_path)).task == "retrieval"
+
+
+@pytest.mark.parametrize("inner", [".", "data"])
+def test_classes_that_a_refusal_asks_for_name_the_labels_of_a_column_of_splits(tmp_path, inner):
+    """The file of classes beside tables does not make the folder one of class folders."""
+    columns = {"label": [0, 1], "split": ["train", "test"]}
+    write(tmp_path / inner / "pets.parquet", [0, 1], **columns)
+    refuse(tmp_path, rf"name them in a column classname, or in {tmp_path}/classes.json, a list")
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    data = open_set(str(tmp_path))
+    assert data.classnames == (("cat",), ("dog",)) and data.split_names == ("train", "test")
+    assert shows(data.split("test"), [1])

@@ -39,6 +39,7 @@ from clipcore.evaluate.label_tables import open_table
 from clipcore.evaluate.parquet_folders import (
     ParquetFiles,
     Tables,
+    holds_tables,
     only_configuration,
     parquet_splits,
 )
@@ -212,7 +213,7 @@ def _open_folder(
         return open_class_folders(path, decoder)
     if tables := parquet_splits(path):
         return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
-    if CLASSES_FILE in files:
+    if CLASSES_FILE in files and not holds_tables(path):
         return open_class_folders(path, decoder)
 
     for table in _TABLE_FILES:

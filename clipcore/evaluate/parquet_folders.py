@@ -76,6 +76,15 @@ def only_configuration(path: Path) -> Tables:
     return {}
 
 
+def holds_tables(path: Path) -> bool:
+    """Return whether parquet tables lie in a folder, or in its folder ``data``; raise DataError."""
+    return any(
+        any(map(_is_parquet, list_folder(str(folder))[0]))
+        for folder in (path, path / "data")
+        if os.path.isdir(folder)
+    )
+
+
 def _tables_in(folder: Path) -> Tables:
     """Return the tables of each split by their names, else by those of their folders, none where neither says any."""
     if found := _splits_in(folder, _NAME) or _splits_in(folder, _NAME_WITHIN):
