@@ -378,6 +378,23 @@ def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, ca
     assert "contamination 100.0%; from cosine 0.9000 on (given)" in capsys.readouterr().out
 
 
+def test_notes_on_training_images_are_said_once(runs, shapes, people, tmp_path, capsys):
+    """They are in the result of each data set all the same."""
+    training = tmp_path / "training"
+    training.mkdir()
+    (training / "a.jpg").write_bytes(picture(0)[0])
+    (training / "b.gif").write_bytes(b"GIF89a")
+    line = ["--checkpoint", runs[2], "--data", str(shapes), str(people), "--device", "cpu"]
+    line += ["--output", str(tmp_path / "out"), "--train-data", str(training)]
+    line += ["--threshold", "0.9", "--descriptor", "pixels"]
+    assert main(["overlap", *line]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("picture of another kind, such as b.gif") == 1
+    assert printed.count("all of whose images are taken") == 1
+    notes = [one.details["notes"] for one in read_results(tmp_path / "out")]
+    assert len(notes) == 2 and all("b.gif" in " ".join(those) for those in notes)
+
+
 def test_faces_of_datacomp_are_measured_beside_a_table(runs, people, tmp_path, capsys):
     rows = [(row % 4, row % 2, row // 20, int(row // 20 != 1)) for row in range(60)]
     faces = write_faces(tmp_path / "wds_utkface_test", *rows)

@@ -15,12 +15,14 @@ from evaluation_sets import nano_subject, noise_set, split_of
 from given_features import GivenFeatures, GivenSource
 from labelled_sets import put
 from PIL import Image
-from shards import picture, write_csv, write_folder
+from shards import picture, write_csv, write_folder, write_shards
 
 from clipcore.data import DataError
 from clipcore.data.glyphs import GlyphSource
 from clipcore.data.loader import eval_batches
 from clipcore.data.plain_images import PlainImages
+from clipcore.data.sources import left_out_of
+from clipcore.data.tables import CsvSource
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate import commands, image_descriptors, overlap_study
 from clipcore.evaluate.altered_copies import ALTERATIONS, altered_copy, shrunk
@@ -484,7 +486,7 @@ def test_images_without_captions_are_training_images(tmp_path, names):
     assert len(torch.cat(list(stream.blocks()))) == stream.num_read == 2
     assert stream.notes() == [
         "not used of set: 1 x picture of another kind, such as c.gif",
-        "set: 1 x folder without captions, all of whose images are taken, such as set",
+        "set: 1 x folder, all of whose images are taken, with and without captions, such as set",
     ]
 
 
@@ -494,14 +496,59 @@ def test_images_with_and_without_captions_are_mixed(tmp_path):
     folder = write_folder(tmp_path / "folder", 3)
     assert len(open_training(f"{folder}::{tmp_path / 'plain-*'}")) == 5
     assert len(open_training(str(tmp_path / "plain-{1,2}"))) == 2
-    # What has captions that cannot be read is no folder without any, and neither is an empty one.
-    put(tmp_path / "table/images/a.jpg")
-    put(tmp_path / "table/metadata.csv", "file_name,text\nnone.jpg,a dog\n")
-    with pytest.raises(DataError, match="none of the first 1 images"):
-        open_training(str(tmp_path / "table"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no image"):
         open_training(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("captions", "content"),
+    [
+        ("b.txt", "a dog"),
+        ("b.txt", ""),
+        ("metadata.csv", "file_name,text\nb.jpg,a dog\n"),
+        ("metadata.csv", "file_name,text\nnone.jpg,a dog\n"),
+        ("captions.txt", "image,caption\nb.jpg,a dog\n"),
+        ("all.token.txt", "b.jpg#0\ta dog\n"),
+        ("data.parquet", "PAR1"),
+    ],
+)
+def test_all_images_of_a_folder_count_whatever_its_captions(tmp_path, captions, content):
+    """A copy among the images that captions do not name would be missed, and the set be called clean."""
+    names = ["a.jpg", "b.jpg", "cats/c.jpg", "dogs/d.jpg"]
+    for name in names:
+        put(tmp_path / "set" / name)
+    put(tmp_path / "set" / captions, content)
+    source = open_training(str(tmp_path / "set"))
+    assert [source[row].key for row in range(len(source))] == names
+    is_told = "1 x file of many images, which is not read, such as data.parquet" in str(
+        source.left_out
+    )
+    assert is_told == (captions == "data.parquet")
+
+
+def test_shards_beside_images_count_as_well(tmp_path):
+    put(tmp_path / "set/a.jpg")
+    write_shards(tmp_path / "set", 1, 3)
+    for kind, number in (("auto", 4), ("folder", 1), ("webdataset", 3)):
+        source = open_training(str(tmp_path / "set"), dataset_type=kind)
+        assert len(source) == number
+        assert ("not read, such as 000.tar" in str(left_out_of(source))) == (kind == "folder")
+
+
+def test_each_part_of_the_training_data_is_opened_once(monkeypatch, tmp_path):
+    put(tmp_path / "plain/a.jpg")
+    write_csv(tmp_path / "csv", 4)
+    opened, init = [], CsvSource.__init__
+
+    def counted(self: CsvSource, path: str, *arguments: object, **options: object) -> None:
+        opened.append(path)
+        init(self, path, *arguments, **options)
+
+    monkeypatch.setattr(CsvSource, "__init__", counted)
+    table = str(tmp_path / "csv/pairs.csv")
+    source = open_training(f"{table}::{tmp_path / 'plain'}::glyphs", separator="\t")
+    assert len(source) == 5 + len(open_training("glyphs")) and opened == [table]
 
 
 def test_the_arguments():

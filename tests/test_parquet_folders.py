@@ -196,3 +196,60 @@ def test_images_beside_a_table_are_read_as_before(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     write(tmp_path / "notes.parquet", [0], label=["cat"])
     assert open_set(str(tmp_path)).task == "retrieval"
+
+
+@pytest.mark.parametrize("inner", [".", "data"])
+def test_classes_that_a_refusal_asks_for_name_the_labels_of_a_column_of_splits(tmp_path, inner):
+    """The file of classes beside tables does not make the folder one of class folders."""
+    columns = {"label": [0, 1], "split": ["train", "test"]}
+    write(tmp_path / inner / "pets.parquet", [0, 1], **columns)
+    refuse(tmp_path, rf"name them in a column classname, or in {tmp_path}/classes.json, a list")
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    data = open_set(str(tmp_path))
+    assert data.classnames == (("cat",), ("dog",)) and data.split_names == ("train", "test")
+    assert shows(data.split("test"), [1])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["pets-test", "cars-test"], "2 data sets by their names, such as cars-test.* pets-test"),
+        (["test-pets", "test_cars-0"], "2 data sets by their names, such as test-pets.* test_cars"),
+        (["test", "train", "validation_matched"], "such as test.parquet, validation_matched.parq"),
+        (["my_test_train_stats"], "name my_test_train_stats.parquet says 2 splits, test and train"),
+        (["pets-test", "unlabeled-pre-training-2"], "such as pets-test.parquet, unlabeled-pre-tr"),
+    ],
+)
+def test_names_of_several_sets_or_splits_are_refused(tmp_path, names, message):
+    """As one set, their numbers of classes would mean different names."""
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.parquet", [number], label=["cat"])
+    refuse(tmp_path, message)
+
+
+def test_numbers_and_hashes_do_not_make_another_set(tmp_path):
+    names = ["test-0-of-2-0123abcd4567", "test-1-of-2", "Test.part7", "test_0123456789abcdef"]
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.parquet", [number], label=[f"cat {number}"])
+    data = open_set(str(tmp_path))
+    assert len(data.split("test")) == 4 and data.notes == ()
+
+
+def test_tables_that_are_not_used_are_named(tmp_path):
+    write(tmp_path / "data" / "test.parquet", [0], label=["cat"])
+    write(tmp_path / "data" / "train.parquet", [1], label=["dog"])
+    # Beside names that begin with a split, a word within one says none.
+    names = ["extra", "data/my_test_train_stats", "data/pretest", "old/test"]
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.parquet", [number], label=["hen"])
+    data = open_set(str(tmp_path))
+    assert data.classnames == (("cat",), ("dog",))
+    assert data.notes == (
+        "parquet tables not used: extra.parquet, data/my_test_train_stats.parquet, data/pretest.parquet, old/test.parquet",
+    )
+    write(tmp_path / "old" / "train.parquet", [5], label=["hen"])
+    assert (
+        open_set(str(tmp_path))
+        .notes[0]
+        .endswith("data/pretest.parquet, old/test.parquet and 1 more")
+    )

@@ -35,6 +35,8 @@ CLASSES_FILE, TEMPLATES_FILE = "classes.json", "templates.json"
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 _TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|token|token\.txt)|captions\.txt", re.IGNORECASE)
+# Files that may hold images within them.
+_OF_IMAGES = re.compile(r".*\.(?:parquet|arrow|zip|tgz|tar(?:\.\w+)?)", re.IGNORECASE)
 # Rows of a table that are compared with what its folder holds: more take minutes.
 _MOST_COUNTED = 1_000_000
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -491,11 +493,12 @@ def walk(path: str, left_out: LeftOut | None = None) -> Iterator[tuple[str, list
     return _walk(path, "", frozenset(), LeftOut() if left_out is None else left_out)
 
 
-def images_below(path: str, left_out: LeftOut) -> Iterator[str]:
+def images_below(path: str, left_out: LeftOut, are_shards_read: bool = False) -> Iterator[str]:
     """Yield the images below a folder, relative to it, in the order of ``walk``.
 
     Args:
-        left_out: counts pictures of other kinds, and links as ``walk`` does.
+        left_out: counts pictures of other kinds, files of many images, and links as ``walk`` does.
+        are_shards_read: whether the caller reads the ``.tar`` files in the folder itself, which then are not counted.
 
     Raises:
         DataError: a folder cannot be read.
@@ -506,6 +509,10 @@ def images_below(path: str, left_out: LeftOut) -> Iterator[str]:
                 yield os.path.join(folder, name)
             elif _is_other_image(name):
                 left_out.add("picture of another kind", os.path.join(folder, name))
+            elif are_shards_read and not folder and name.endswith(".tar"):
+                continue
+            elif _OF_IMAGES.fullmatch(name):
+                left_out.add("file of many images, which is not read", os.path.join(folder, name))
 
 
 def _walk(

@@ -1,4 +1,4 @@
-"""Images without captions: all those in a folder and below it, for what looks at images alone."""
+"""All images in a folder and below it, whatever captions it has, for what looks at images alone."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ class PlainImages:
     Args:
         path: the folder; links to folders are followed.
         decoder: see ``decode_image``.
+        are_shards_read: whether the caller reads the ``.tar`` files in the folder itself.
 
     Attributes:
-        left_out: pictures of other kinds.
-        noted: that the folder has no captions.
+        left_out: pictures of other kinds, and files of many images.
+        noted: that all images of the folder are taken.
 
     Raises:
         DataError: no folder, or no image in it.
     """
 
-    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
+    def __init__(
+        self, path: str, decoder: Decoder | str = "pillow", are_shards_read: bool = False
+    ) -> None:
         self.name = os.path.basename(os.path.abspath(path))
         self._folder, self._decoder = path, decoder
         self.left_out, self.noted = LeftOut(), LeftOut()
-        self.noted.add("folder without captions, all of whose images are taken", self.name)
-        self._paths = TextColumn(images_below(path, self.left_out))
+        self.noted.add(
+            "folder, all of whose images are taken, with and without captions", self.name
+        )
+        self._paths = TextColumn(images_below(path, self.left_out, are_shards_read))
         if not len(self):
             raise DataError(
                 f"{path} holds no image (.{', .'.join(IMAGE_SUFFIXES)}){self.left_out.found()}"

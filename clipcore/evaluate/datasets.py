@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ from clipcore.evaluate.label_tables import open_table
 from clipcore.evaluate.parquet_folders import (
     ParquetFiles,
     Tables,
+    holds_tables,
     only_configuration,
     parquet_splits,
+    unused_notes,
 )
 from clipcore.evaluate.retrieval_pairs import pairs_set
 from clipcore.evaluate.splits import (
@@ -212,7 +215,7 @@ def _open_folder(
         return open_class_folders(path, decoder)
     if tables := parquet_splits(path):
         return _open_tables(path, tables, decoder, img_key, label_key, group_columns, name)
-    if CLASSES_FILE in files:
+    if CLASSES_FILE in files and not holds_tables(path):
         return open_class_folders(path, decoder)
 
     for table in _TABLE_FILES:
@@ -247,4 +250,5 @@ def _open_tables(
 ) -> EvaluationSet:
     """Open the parquet tables of a folder as one; names of classes and prompts lie in the folder itself."""
     pattern, files = path / "*.parquet", ParquetFiles(tables)
-    return open_table(pattern, decoder, img_key, label_key, group_columns, name, files)
+    opened = open_table(pattern, decoder, img_key, label_key, group_columns, name, files)
+    return replace(opened, notes=(*opened.notes, *unused_notes(path, tables)))

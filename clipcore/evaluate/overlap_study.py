@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import heapq
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from clipcore.data import BadSample, DataError, Pair, PairSource, printable
 from clipcore.data.embedded import EMBEDDED
-from clipcore.data.folders import NoCaptionsError
+from clipcore.data.folders import holds_image
 from clipcore.data.pictures import by_picture
 from clipcore.data.plain_images import PlainImages
 from clipcore.data.sources import (
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) 
         required=is_required,
         metavar="DATA",
         help="what was trained on, as for training: files, folders, patterns, or "
-        f"{', '.join(EMBEDDED)}; also folders of images without captions",
+        f"{', '.join(EMBEDDED)}; a folder of images means all of them, with and without captions",
     )
     parser.add_argument(
         "--dataset-type",
@@ -117,24 +119,47 @@ def _threshold(text: str) -> float:
 def open_training(spec: str, **options: Any) -> PairSource:
     """Return the training images, each once though several captions name it.
 
+    A folder that holds images means all images in it and below it, whatever captions there are: an image without a caption
+    may be a copy as well.
+
     Args:
-        spec: as of ``--train-data``, or folders of images without captions, all of which then are taken.
+        spec: as of ``--train-data``; each part between ``::`` may be one of ``EMBEDDED`` too.
         options: of ``open_source``.
 
     Raises:
         DataError: it cannot be opened.
     """
-    if spec in EMBEDDED:
-        return EMBEDDED[spec].open("train")
-    try:
-        return by_picture(open_source(spec, **options))
-    except NoCaptionsError:
-        parts = spec.split("::")
-        if len(parts) == 1:
-            parts = expand_pattern(spec)
-        if len(parts) == 1:
-            return PlainImages(parts[0])
-        return by_picture(MixtureSource([open_training(part, **options) for part in parts]))
+    parts = [part for pattern in spec.split("::") for part in _open_part(pattern, options)]
+    return by_picture(parts[0] if len(parts) == 1 else MixtureSource(parts))
+
+
+def _open_part(pattern: str, options: dict[str, Any]) -> list[PairSource]:
+    """Return the images of one part of the training data: a source of each folder, and one of all files."""
+    if pattern in EMBEDDED:
+        return [EMBEDDED[pattern].open("train")]
+    is_any_kind = options.get("dataset_type", "auto") in ("auto", "folder")
+    if not is_any_kind:
+        return [open_source(pattern, **options)]
+    paths = expand_pattern(pattern)
+    folders = [path for path in paths if os.path.isdir(path)]
+    if not folders:
+        return [open_source(pattern, **options)]
+
+    parts = [part for folder in folders for part in _open_folder(folder, options)]
+    files = [path for path in paths if not os.path.isdir(path)]
+    return [*parts, open_source(files, **options)] if files else parts
+
+
+def _open_folder(path: str, options: dict[str, Any]) -> list[PairSource]:
+    """Return the images that lie in a folder, and those of its shards; where there are neither, what captions name."""
+    is_auto = options.get("dataset_type", "auto") == "auto"
+    has_shards = is_auto and bool(glob.glob(f"{glob.escape(path)}/*.tar"))
+    parts = list[PairSource]()
+    if holds_image(path):
+        parts.append(PlainImages(path, are_shards_read=has_shards))
+    if has_shards or not parts:
+        parts.append(open_source(path, **options))
+    return parts
 
 
 def measure_overlap(

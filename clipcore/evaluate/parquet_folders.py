@@ -1,7 +1,8 @@
 """Folders of parquet tables as data sets lie on the Hugging Face hub: ``DIR/data/test-00000-of-00002.parquet``.
 
-The tables are one. The files' names say the splits, which may have another word before them (``pets-test.parquet``); or
-those of their folders do (``DIR/test/0000.parquet``); or a column ``split`` of all tables does, whatever they are called.
+The tables are one. The files' names say the splits, which may have other words before or behind them, the same in all
+names (``pets-test.parquet``); or those of their folders do (``DIR/test/0000.parquet``); or a column ``split`` of all tables
+does, whatever they are called.
 The images of a table are opened with the first split that has some of them: those of a training split may be a hundred
 times as many.
 
@@ -14,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,14 @@ from clipcore.data.transforms import Decoder
 from clipcore.evaluate.splits import SPLIT_WORDS, SPLITS, entries_of_splits, one_each
 
 SPLIT_COLUMN = "split"
-_NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.parquet", re.IGNORECASE)
-# Where no name begins with a split.
-_NAME_WITHIN = re.compile(rf".*[-_.]({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.parquet", re.IGNORECASE)
+# Of tables in a message.
+_MOST_NAMED = 4
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
+
+# What is at the end of each of several tables of a split: ``-00000-of-00002`` with a hash.
+_SHARD = re.compile(r"[-_.]\d+-of-\d+.*")
+# Other numbers of tables, and hashes.
+_NUMBER = re.compile(r"(?:part|shard|chunk|file)?\d*|(?=.*\d)[0-9a-f]{8,}")
 
 # Paths of tables by split, in the order of ``SPLITS``.
 Tables = dict[str, list[str]]
@@ -76,9 +81,18 @@ def only_configuration(path: Path) -> Tables:
     return {}
 
 
+def holds_tables(path: Path) -> bool:
+    """Return whether parquet tables lie in a folder, or in its folder ``data``; raise DataError."""
+    return any(
+        any(map(_is_parquet, list_folder(str(folder))[0]))
+        for folder in (path, path / "data")
+        if os.path.isdir(folder)
+    )
+
+
 def _tables_in(folder: Path) -> Tables:
     """Return the tables of each split by their names, else by those of their folders, none where neither says any."""
-    if found := _splits_in(folder, _NAME) or _splits_in(folder, _NAME_WITHIN):
+    if found := _splits_in(folder):
         return found
     of_splits = {
         split: [inner for inner in those if os.path.isdir(inner) and _parquet_in(inner)]
@@ -98,16 +112,77 @@ def _parquet_in(folder: Path) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def _splits_in(folder: Path, pattern: re.Pattern[str]) -> Tables:
+class _Name(NamedTuple):
+    """What the name of a table says.
+
+    Attributes:
+        file: the name.
+        splits: the words in it that say a split.
+        begins: whether it begins with one.
+        rest: the other words, without numbers.
+    """
+
+    file: str
+    splits: list[str]
+    begins: bool
+    rest: str
+
+
+def _read_name(file: str) -> _Name:
+    """Return what the name of a table says."""
+    stem = _SHARD.sub("", file.lower().removesuffix(".parquet"))
+    words = re.split(r"[-_.]", stem)
+    splits = [word for word in words if word in SPLIT_WORDS]
+    rest = [word for word in words if word not in SPLIT_WORDS and not _NUMBER.fullmatch(word)]
+    return _Name(file, splits, words[0] in SPLIT_WORDS, " ".join(rest))
+
+
+def _splits_in(folder: Path) -> Tables:
+    """Return the tables of a folder by the splits in their names: of those that begin with one, else of all.
+
+    Raises:
+        DataError: a name says two splits, or the names are those of several data sets.
+    """
+    all_names = map(_read_name, filter(_is_parquet, list_folder(str(folder))[0]))
+    names = [name for name in all_names if name.splits]
+    names = [name for name in names if name.begins] or names
+    for name in names:
+        if len(name.splits) > 1:
+            raise DataError(
+                f"{folder}: the name {printable(name.file)} says {len(name.splits)} splits, "
+                f"{' and '.join(name.splits)}; rename it, or move it elsewhere"
+            )
+    first_by_rest = {name.rest: name.file for name in reversed(names)}
+    if len(first_by_rest) > 1:
+        examples = ", ".join(sorted(map(printable, first_by_rest.values()))[:_MOST_NAMED])
+        raise DataError(
+            f"{folder} holds tables of {len(first_by_rest)} data sets by their names, such as {examples}; name one "
+            "table, or move those of each set into a folder of its own"
+        )
+
     found: Tables = {}
-    for name in list_folder(str(folder))[0]:
-        if match := pattern.fullmatch(name):
-            found.setdefault(SPLIT_WORDS[match[1].lower()], []).append(name)
-    for names in found.values():
-        _check_complete(folder, names)
-    return {
-        split: [str(folder / name) for name in found[split]] for split in SPLITS if split in found
-    }
+    for split in SPLITS:
+        files = [name.file for name in names if SPLIT_WORDS[name.splits[0]] == split]
+        _check_complete(folder, files)
+        if files:
+            found[split] = [str(folder / file) for file in files]
+    return found
+
+
+def unused_notes(path: Path, tables: Tables) -> tuple[str, ...]:
+    """Return a note that names the parquet tables in a folder, or in a folder within it, that no split has."""
+    used = {os.path.realpath(table) for paths in tables.values() for table in paths}
+    folders = [path, *(path / name for name in list_folder(str(path))[1])]
+    unused = [
+        os.path.relpath(folder / name, path)
+        for folder in folders
+        for name in filter(_is_parquet, list_folder(str(folder))[0])
+        if os.path.realpath(folder / name) not in used
+    ]
+    if not unused:
+        return ()
+    more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+    return (f"parquet tables not used: {', '.join(map(printable, unused[:_MOST_NAMED]))}{more}",)
 
 
 def _check_complete(folder: Path, names: Sequence[str]) -> None:

@@ -116,6 +116,9 @@ def _evaluate(
         return [], 1
 
     found, num_failed, said_notes = list[Result](), 0, set(dataset.notes)
+    if subject.training is not None and subject.training[1].num_read:
+        # They were said with the data set before.
+        said_notes.update(subject.training[1].notes())
     for name in names:
         try:
             result = measure(name, subject, dataset, arguments)
