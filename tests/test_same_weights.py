@@ -20,8 +20,8 @@ from clipcore.evaluate.results import read_results, write_result
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.same_weights import (
     HASH_KEY,
+    Identity,
     hash_of_model,
-    identity_of,
     name_of_weights,
     one_name_each,
 )
@@ -92,9 +92,18 @@ def test_names_are_not_one_model_where_a_result_says_otherwise(tmp_path, weights
     results = read_results(tmp_path)
     left_out = LeftOut()
     assert one_name_each(results, left_out) == (results, {}) and not left_out
-    assert name_of_weights(map(identity_of, results), "ViT-B-32", A) == "a"
-    assert name_of_weights(map(identity_of, results), "ViT-B-16", A) is None
-    assert name_of_weights(map(identity_of, results), "ViT-B-32", "") is None
+
+
+def test_results_are_written_under_the_name_that_a_model_has():
+    known = [Identity("m", "/runs/a", A), Identity("m", "a", A), Identity("m", "old", "")]
+    assert name_of_weights(known, Identity("m", "new", A)) == "a"
+    assert name_of_weights(known, Identity("m", "/runs/a", A)) == "a"
+    for other in (Identity("k", "new", A), Identity("m", "new", B), Identity("m", "new", "")):
+        assert name_of_weights(known, other) == "new"
+    # A run that was trained on: what it had is replaced, not kept beside the new.
+    known += [Identity("m", "a/step_2", B)]
+    assert name_of_weights(known, Identity("m", "a", B)) == "a"
+    assert name_of_weights(known, Identity("m", "old", B)) == "old"
 
 
 def write_in_order(folder: Path, *results: tuple[str, float, str, str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from clipcore.data import DataError, printable
+from clipcore.data import DataError, LeftOut, printable
 from clipcore.distributed import pick_device
 from clipcore.evaluate.bias_study import column_names
 from clipcore.evaluate.commands import measure, measures_due
@@ -36,7 +36,12 @@ from clipcore.evaluate.results import (
     write_result,
 )
 from clipcore.evaluate.robustness_study import FIT, robustness_study
-from clipcore.evaluate.same_weights import Identity, identity_of, name_of_weights
+from clipcore.evaluate.same_weights import (
+    Identity,
+    identity_of,
+    name_of_weights,
+    of_newest_weights,
+)
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
@@ -275,7 +280,7 @@ def _subject(
     """Load a model; files of features need none.
 
     Args:
-        known: the models that there are results of; one that they have under another name keeps that name.
+        known: the models that there are results of; one that they have under another name alone keeps that name.
     """
     if kind == "none":
         return Subject(None, None)
@@ -295,8 +300,9 @@ def _subject(
         max_bad_fraction=arguments.max_bad_fraction,
     )
     subject = Subject(loaded, store)
-    name = name_of_weights(known, loaded.name, subject.weights_hash)
-    if name is not None and name != loaded.pretrained:
+    asked = Identity(loaded.name, loaded.pretrained, subject.weights_hash)
+    name = name_of_weights(known, asked)
+    if name != loaded.pretrained:
         complain(
             _PROGRAM,
             f"note: {path} has the weights of {printable(name)}: its results are under that name",
@@ -327,10 +333,22 @@ def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]
     for result in there:
         if result.task == OVERLAP and result != adjusted[result.file_name]:
             write_result(output, adjusted[result.file_name])
+    _say_earlier(there)
     write_lines(output)
     if arguments.command == "all":
         _draw(output, is_quiet=arguments.json)
     return [adjusted.get(result.file_name, result) for result in results]
+
+
+def _say_earlier(there: Sequence[Result]) -> None:
+    """Say which results the page and the studies leave out, as their models have newer weights."""
+    left_out = LeftOut()
+    of_newest_weights(there, left_out)
+    if left_out:
+        complain(
+            _PROGRAM,
+            f"note: the page and the studies leave out {left_out}; evaluate these sets anew, or remove the files",
+        )
 
 
 def _draw(output: Path, is_quiet: bool) -> None:

@@ -59,10 +59,19 @@ def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
     return digest.hexdigest()
 
 
-def name_of_weights(known: Iterable[Identity], model: str, weights: str) -> str | None:
-    """Return the name under which results have a model of a hash; None where they have none."""
-    names = _names_by_hash(known).get((model, weights))
-    return names[0] if names else None
+def name_of_weights(known: Iterable[Identity], asked: Identity) -> str:
+    """Return the name under which results of a model are written: the one that it has, or else the one that is asked for.
+
+    A name that has results of other weights keeps the model all the same, so that new results replace the old ones.
+
+    Args:
+        known: of the results that are there.
+        asked: the model, under the name that a user gives.
+    """
+    known = list(known)
+    names = _names_by_hash(known).get((asked.model, asked.weights))
+    is_of_others = any(one[:2] == asked[:2] and one != asked for one in known)
+    return names[0] if names and not is_of_others else asked.pretrained
 
 
 def of_newest_weights(results: Sequence[Result], left_out: LeftOut) -> list[Result]:
