@@ -177,6 +177,18 @@ def test_pages_and_studies_take_them_as_one(tmp_path):
         compare(tmp_path, model_a="runs")
 
 
+def test_an_architecture_of_several_models_names_none(tmp_path):
+    """Although one of them has a further name."""
+    for dataset, name, weights in (("pets", "a", A), ("cars", "/runs/a", A), ("pets", "b", B)):
+        put_weights(tmp_path, dataset, 0.5, name, weights)
+        put(tmp_path, dataset, 0.75, pretrained=name, task=PROBE, **{HASH_KEY: weights})
+    with pytest.raises(DataError, match="of 2 models; name one with --model-a: ViT-B-32 a, ViT-B"):
+        compare(tmp_path, model_a="ViT-B-32")
+    for name in ("/runs/a", "ViT-B-32 /runs/a", "ViT-B-32,/runs/a", "a"):
+        study = compare(tmp_path, model_a=name)
+        assert study["a"] == "ViT-B-32 a, zero-shot" and len(study["sets"]) == 2
+
+
 def test_a_law_counts_a_model_once(tmp_path):
     for number, name in enumerate(("a", "b", "c", "/runs/c")):
         weights = "abcc"[number] * 64
