@@ -396,6 +396,9 @@ def test_a_run_that_was_trained_on_replaces_what_it_had(runs, shapes, tmp_path, 
         found[key] for key in sorted(found, key=lambda key: (key[0] == "prompt_gains", key))
     )
     assert new == same != old
+    # One model is one line.
+    (text,) = (tmp_path / "results" / "eval_results.jsonl").read_text().splitlines()
+    assert json.loads(text)["pretrained"] == str(run)
 
 
 def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, capsys):

@@ -216,11 +216,11 @@ def _number(value: object) -> float | None:
     return value if is_finite_number(value) else None  # type: ignore[return-value]
 
 
-def write_lines(folder: Path) -> None:
-    """Write the line of each zero-shot and retrieval result in a folder, as datacomp's evaluations do; raise DataError."""
+def write_lines(folder: Path, results: Iterable[Result]) -> None:
+    """Write the line of each zero-shot and retrieval result into a folder's file, as datacomp's evaluations do."""
     lines = [
         json.dumps(_line(result), allow_nan=False, ensure_ascii=False) + "\n"
-        for result in read_results(folder)
+        for result in results
         if result.task in (ZERO_SHOT, RETRIEVAL)
     ]
     if lines:

@@ -41,6 +41,7 @@ from clipcore.evaluate.same_weights import (
     identity_of,
     name_of_weights,
     of_newest_weights,
+    one_name_each,
 )
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import print_study, write_study
@@ -334,7 +335,8 @@ def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]
         if result.task == OVERLAP and result != adjusted[result.file_name]:
             write_result(output, adjusted[result.file_name])
     _say_earlier(there)
-    write_lines(output)
+    merged, _ = one_name_each(there, LeftOut())
+    write_lines(output, merged)
     if arguments.command == "all":
         _draw(output, is_quiet=arguments.json)
     return [adjusted.get(result.file_name, result) for result in results]
