@@ -25,7 +25,7 @@ from shards import SHAPES, picture, write_csv
 from clipcore.evaluate import features as feature_store
 from clipcore.evaluate import runner
 from clipcore.evaluate.__main__ import build_parser, main
-from clipcore.evaluate.results import read_result, read_results, write_result
+from clipcore.evaluate.results import Result, read_result, read_results, write_result
 from clipcore.evaluate.same_weights import identity_of
 from clipcore.model import create_model
 
@@ -362,6 +362,22 @@ def test_a_model_keeps_the_name_that_its_results_have(runs, shapes, tmp_path, mo
     assert main(["zero-shot", *line, "--checkpoint", runs[0]]) == 0
     assert "has the weights of" not in capsys.readouterr().err
     assert len(read_results(tmp_path / "results")) == 4
+
+
+def test_a_result_that_no_study_can_take_is_said(tmp_path, capsys):
+    """Once, although several studies meet it; too few results are no mistake."""
+    for dataset in ("cars", "wds_cars"):
+        result = Result(dataset, "ViT-B-32", "a", "zeroshot_classification", {"acc1": 0.5})
+        write_result(tmp_path, result)
+    assert runner._draw(tmp_path, is_quiet=True) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1
+    assert "error: there are two results of ViT-B-32 a on cars (zero-shot)" in printed.err
+    assert list(tmp_path.glob("*.html"))
+
+    (tmp_path / result.file_name).unlink()
+    assert runner._draw(tmp_path, is_quiet=True) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_run_that_was_trained_on_replaces_what_it_had(runs, shapes, tmp_path, capsys):

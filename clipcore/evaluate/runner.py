@@ -44,6 +44,7 @@ from clipcore.evaluate.same_weights import (
     one_name_each,
 )
 from clipcore.evaluate.scaling_study import scaling_study
+from clipcore.evaluate.scores import BadResultError
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
 from clipcore.loading import LoadedModel, load_model
@@ -87,7 +88,8 @@ def run_measures(arguments: argparse.Namespace) -> int:
         del subject
 
     if results:
-        results = _finished(arguments, output, results)
+        results, number = _finished(arguments, output, results)
+        num_failed += number
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     elif results:
@@ -324,8 +326,10 @@ def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:
     )
 
 
-def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]) -> list[Result]:
-    """Write what is made of all results in a folder; return those of this command as they are then.
+def _finished(
+    arguments: argparse.Namespace, output: Path, results: list[Result]
+) -> tuple[list[Result], int]:
+    """Write what is made of all results in a folder; return those of this command as they are then, and what failed.
 
     Tests of overlap take account of how many data sets there are, those of earlier commands too.
     """
@@ -337,9 +341,10 @@ def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]
     _say_earlier(there)
     merged, _ = one_name_each(there, LeftOut())
     write_lines(output, merged)
+    num_failed = 0
     if arguments.command == "all":
-        _draw(output, is_quiet=arguments.json)
-    return [adjusted.get(result.file_name, result) for result in results]
+        num_failed = _draw(output, is_quiet=arguments.json)
+    return [adjusted.get(result.file_name, result) for result in results], num_failed
 
 
 def _say_earlier(there: Sequence[Result]) -> None:
@@ -353,8 +358,8 @@ def _say_earlier(there: Sequence[Result]) -> None:
         )
 
 
-def _draw(output: Path, is_quiet: bool) -> None:
-    """Make the studies that a folder has the results for, and the page of all.
+def _draw(output: Path, is_quiet: bool) -> int:
+    """Make the studies that a folder has the results for, and the page of all; return how many results none can take.
 
     Args:
         is_quiet: whether what they found is not printed.
@@ -365,10 +370,15 @@ def _draw(output: Path, is_quiet: bool) -> None:
         lambda: scaling_study(output),
         lambda: compare(output),
     )
-    made = set[str]()
+    made, errors = set[str](), set[str]()
     for study in studies:
         try:
             found = study()
+        except BadResultError as error:
+            if str(error) not in errors:
+                complain(_PROGRAM, f"error: {error}")
+            errors.add(str(error))
+            continue
         except DataError:
             # Too few models, or no sets that go together: a command of its own says what is missing.
             continue
@@ -381,3 +391,4 @@ def _draw(output: Path, is_quiet: bool) -> None:
     page = write_page(output)
     if not is_quiet:
         print(f"\nthe page is {printable(str(page))}")
+    return len(errors)
