@@ -327,7 +327,7 @@ def test_what_replaces_another_result_is_said(runs, shapes, tmp_path, capsys):
         ([], ""),
         ([], ""),
         (["--templates", "my {}"], "of other prompts;"),
-        (["--templates", "my {}", "--half-cache"], "of other images, preprocessing or weights;"),
+        (["--templates", "my {}", "--half-cache"], "of other images or precision;"),
     ):
         assert main([*line, *more]) == 0
         printed = capsys.readouterr().err

@@ -27,6 +27,7 @@ from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.page import write_page
+from clipcore.evaluate.replaced import changes
 from clipcore.evaluate.results import (
     OVERLAP,
     Result,
@@ -152,16 +153,9 @@ def _say_notes(name: str, notes: Sequence[str], said: set[str]) -> None:
 
 
 def _say_replaced(output: Path, result: Result) -> None:
-    """Say that a result takes the place of another one, of other images or with other prompts."""
+    """Say that a result takes the place of another one, and what differs."""
     before = find_result(output, result)
-    if before is None:
-        return
-    kinds = {"feature_keys": "images, preprocessing or weights", "templates": "prompts"}
-    changed = [
-        words
-        for key, words in kinds.items()
-        if before.details.get(key, result.details.get(key)) != result.details.get(key)
-    ]
+    changed = [] if before is None else changes(before, result)
     if changed:
         complain(
             _PROGRAM,
