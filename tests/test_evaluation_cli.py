@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -24,7 +25,8 @@ from shards import SHAPES, picture, write_csv
 from clipcore.evaluate import features as feature_store
 from clipcore.evaluate import runner
 from clipcore.evaluate.__main__ import build_parser, main
-from clipcore.evaluate.results import read_results
+from clipcore.evaluate.results import Result, read_result, read_results, write_result
+from clipcore.evaluate.same_weights import identity_of
 from clipcore.model import create_model
 
 
@@ -325,7 +327,7 @@ def test_what_replaces_another_result_is_said(runs, shapes, tmp_path, capsys):
         ([], ""),
         ([], ""),
         (["--templates", "my {}"], "of other prompts;"),
-        (["--templates", "my {}", "--half-cache"], "of other images, preprocessing or weights;"),
+        (["--templates", "my {}", "--half-cache"], "of other images or precision;"),
     ):
         assert main([*line, *more]) == 0
         printed = capsys.readouterr().err
@@ -360,6 +362,59 @@ def test_a_model_keeps_the_name_that_its_results_have(runs, shapes, tmp_path, mo
     assert main(["zero-shot", *line, "--checkpoint", runs[0]]) == 0
     assert "has the weights of" not in capsys.readouterr().err
     assert len(read_results(tmp_path / "results")) == 4
+
+
+def test_a_result_that_no_study_can_take_is_said(tmp_path, capsys):
+    """Once, although several studies meet it; too few results are no mistake."""
+    for dataset in ("cars", "wds_cars"):
+        result = Result(dataset, "ViT-B-32", "a", "zeroshot_classification", {"acc1": 0.5})
+        write_result(tmp_path, result)
+    assert runner._draw(tmp_path, is_quiet=True) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1
+    assert "error: there are two results of ViT-B-32 a on cars (zero-shot)" in printed.err
+    assert list(tmp_path.glob("*.html"))
+
+    (tmp_path / result.file_name).unlink()
+    assert runner._draw(tmp_path, is_quiet=True) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_run_that_was_trained_on_replaces_what_it_had(runs, shapes, tmp_path, capsys):
+    """Although its new weights have results under the name of their step."""
+    run = shutil.copytree(runs[2], tmp_path / "run")
+    first, *_, last = sorted((run / "checkpoints").glob("step*"))
+    line = ["--data", str(shapes), "--output", str(tmp_path / "results"), "--device", "cpu"]
+    assert main(["zero-shot", *line, "--checkpoint", str(first)]) == 0
+    assert main(["prompts", *line, "--checkpoint", str(first)]) == 0
+    for path in (tmp_path / "results").glob("*.json"):
+        # As if the run had been evaluated when this was its newest step.
+        before = read_result(path)
+        write_result(path.parent, dataclasses.replace(before, pretrained=str(run)))
+        path.unlink()
+    assert main(["zero-shot", *line, "--checkpoint", str(last)]) == 0
+    assert "leave out" not in capsys.readouterr().err
+
+    assert main(["zero-shot", *line, "--checkpoint", str(run)]) == 0
+    printed = capsys.readouterr().err
+    assert "has the weights of" not in printed
+    assert "leave out 1 x result of a model's earlier weights, such as shapes_" in printed
+    found = {
+        (one.task, one.pretrained): identity_of(one).weights
+        for one in read_results(tmp_path / "results")
+    }
+    assert found.keys() == {
+        ("zeroshot_classification", str(run)),
+        ("zeroshot_classification", str(last)),
+        ("prompt_gains", str(run)),
+    }
+    new, same, old = (
+        found[key] for key in sorted(found, key=lambda key: (key[0] == "prompt_gains", key))
+    )
+    assert new == same != old
+    # One model is one line.
+    (text,) = (tmp_path / "results" / "eval_results.jsonl").read_text().splitlines()
+    assert json.loads(text)["pretrained"] == str(run)
 
 
 def test_lines_of_bias_and_overlap_say_what_was_found(runs, people, tmp_path, capsys):

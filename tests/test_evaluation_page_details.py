@@ -26,7 +26,9 @@ from clipcore.evaluate.axes import logit, logit_ticks
 from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.metrics import chance_of
 from clipcore.evaluate.model_plots import ShiftPoint
+from clipcore.evaluate.page_data import read_page_data
 from clipcore.evaluate.page_models import page_models
+from clipcore.evaluate.page_studies import robustness, scaling
 from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, PROMPTS, Result, write_result
 from clipcore.number_texts import decimal, percent, short, signed_points
 from clipcore.page_style import Markup, table
@@ -38,6 +40,8 @@ pytestmark = pytest.mark.fast
     ("names", "titles"),
     [
         (["/tmp/r/checkpoints/step_1", "/tmp/r/checkpoints/step_2"], ["step_1", "step_2"]),
+        (["logs/a/checkpoints/step_1", "logs/b"], ["a/step_1", "b"]),
+        (["checkpoints/a", "checkpoints/b"], ["a", "b"]),
         (["logs/a", "logs/b"], ["a", "b"]),
         (["logs/a/last", "logs/b/last"], ["a/last", "b/last"]),
         (["logs", "logs/a"], ["logs", "logs/a"]),
@@ -59,12 +63,23 @@ def test_titles_drop_the_folders_that_all_share(names, titles):
 
 def test_titles_of_one_model_and_of_several_architectures():
     (one,) = page_models([("ViT-B-32", "/x/logs/a/checkpoints/step_1")], {}, {}).evaluated
-    assert one.title == "ViT-B-32 checkpoints/step_1"
+    assert one.title == "ViT-B-32 a/step_1"
     (one,) = page_models([("ViT-B-32", "openai")], {}, {}).evaluated
     assert one.title == "ViT-B-32 openai"
     pairs = [("ViT-B-32", "/x/logs/a"), ("ViT-L-14", "/x/logs/a"), ("ViT-L-14", "/x/logs/b")]
     found = page_models(pairs, {}, {}).evaluated
     assert [model.title for model in found] == ["ViT-B-32 a", "ViT-L-14 a", "ViT-L-14 b"]
+
+
+def test_a_studys_model_that_the_page_does_not_have_is_counted(tmp_path):
+    """Nothing in files that may be anybody's ends a page."""
+    models = (("ViT-B-32", "a"), ("ViT-B-32", "b"))
+    data = read_page_data(make_results(tmp_path, SETS[:2], models, (ZERO_SHOT,)))
+    data.page_models = page_models([], {}, {})
+    assert data.page_models.place_of({"model": "ViT-B-32", "pretrained": "a"}) is None
+    assert "Natural shift" in robustness(data) and scaling(data) == ""
+    assert "shift of an unknown model" in str(data.left_out)
+    assert "scaling of an unknown model" in str(data.left_out)
 
 
 def test_no_two_titles_are_one():
@@ -228,6 +243,6 @@ def test_a_second_name_of_a_model_is_said(tmp_path):
         write_result(tmp_path, result)
     page = page_of(tmp_path)
     assert "<h1>ViT-B-32 logs/a</h1>" in page and "logs/a, also /home/me/logs/a" in page
-    assert "1 x result of a model under a second name" in page
+    assert "1 x older result of a model under another name" in page
     assert len(rows_of(page, "Zero-shot")) == 2
     assert len(list(Path(tmp_path).glob("*.json"))) == 2

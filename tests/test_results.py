@@ -83,7 +83,7 @@ def test_a_name_in_another_encoding_is_written_and_read_back(tmp_path):
     name = os.fsdecode(b"caf\xe9/model.pt")
     path = write_result(tmp_path, result(pretrained=name))
     assert read_result(path).pretrained == name
-    write_lines(tmp_path)
+    write_lines(tmp_path, read_results(tmp_path))
     assert json.loads((tmp_path / LINES_FILE).read_bytes())["pretrained"] == name
 
 
@@ -167,7 +167,7 @@ def test_lines_in_datacomps_form(tmp_path):
         ),
     )
     write_result(tmp_path, result(task="linear_probe", metrics={"lp_acc1": 0.7}))
-    write_lines(tmp_path)
+    write_lines(tmp_path, read_results(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / LINES_FILE).read_text().splitlines()]
     assert [(line["key"], line["dataset"]) for line in lines] == [
         ("flickr30k", "flickr30k"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,12 @@ from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.features import hash_of_tower
 from clipcore.evaluate.page_data import read_page_data
-from clipcore.evaluate.results import read_results
+from clipcore.evaluate.results import read_results, write_result
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.same_weights import (
     HASH_KEY,
+    Identity,
     hash_of_model,
-    identity_of,
     name_of_weights,
     one_name_each,
 )
@@ -77,22 +79,87 @@ def test_two_names_of_one_hash_are_one_model(tmp_path):
         ("pets", "a"),
     ]
     # What is not shown is counted, and its file stays.
-    assert "1 x result of a model under a second name, such as pets_-runs-a" in str(left_out)
+    assert "1 x older result of a model under another name, such as pets_-runs-a" in str(left_out)
     assert len(read_results(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("weights", [None, "", "A" * 64, B])
+@pytest.mark.parametrize("weights", [None, "", "A" * 64])
 def test_names_are_not_one_model_where_a_result_says_otherwise(tmp_path, weights):
-    """Of other weights, of none, such as an older result, or of what is no hash."""
+    """Of none, such as an older result, or of what is no hash."""
     put_weights(tmp_path, "pets", 0.5, "/runs/a", A)
     put_weights(tmp_path, "cars", 0.5, "/runs/a", weights)
     put_weights(tmp_path, "pets", 0.5, "a", A)
     results = read_results(tmp_path)
     left_out = LeftOut()
     assert one_name_each(results, left_out) == (results, {}) and not left_out
-    assert name_of_weights(map(identity_of, results), "ViT-B-32", A) == "a"
-    assert name_of_weights(map(identity_of, results), "ViT-B-16", A) is None
-    assert name_of_weights(map(identity_of, results), "ViT-B-32", "") is None
+
+
+def test_results_are_written_under_the_name_that_a_model_has():
+    known = [Identity("m", "/runs/a", A), Identity("m", "a", A), Identity("m", "old", "")]
+    assert name_of_weights(known, Identity("m", "new", A)) == "a"
+    assert name_of_weights(known, Identity("m", "/runs/a", A)) == "a"
+    for other in (Identity("k", "new", A), Identity("m", "new", B), Identity("m", "new", "")):
+        assert name_of_weights(known, other) == "new"
+    # A run that was trained on: what it had is replaced, not kept beside the new.
+    known += [Identity("m", "a/step_2", B)]
+    assert name_of_weights(known, Identity("m", "a", B)) == "a"
+    assert name_of_weights(known, Identity("m", "old", B)) == "old"
+
+
+def write_in_order(folder: Path, *results: tuple[str, float, str, str]) -> None:
+    """Write results of data set, value, name and weights, each a second after the one before."""
+    seen = set[Path]()
+    for second, (dataset, value, name, weights) in enumerate(results, 1):
+        put_weights(folder, dataset, value, name, weights)
+        (path,) = set(folder.glob("*.json")) - seen
+        os.utime(path, (second, second))
+        seen.add(path)
+
+
+@pytest.mark.parametrize("last", ["pets", "cars"])
+def test_a_name_stands_for_its_newest_weights(tmp_path, last):
+    """A run that is evaluated, trained on, and evaluated again on fewer sets is not averaged with what it was."""
+    older = "cars" if last == "pets" else "pets"
+    write_in_order(tmp_path, (older, 0.25, "a", A), ("food", 0.5, "a", ""), (last, 0.75, "a", B))
+    left_out = LeftOut()
+    found, renamed = one_name_each(read_results(tmp_path), left_out)
+    assert {one.dataset: one.value for one in found} == {"food": 0.5, last: 0.75} and not renamed
+    assert str(
+        left_out
+    ) == f"1 x result of a model's earlier weights, such as {older}_a_ViT-B-32_" + (
+        "en_zeroshot_classification.json"
+    )
+    data = read_page_data(tmp_path)
+    assert set(data.results["zeroshot_classification"]) == {"food", last}
+    assert "earlier weights" in str(data.left_out)
+
+
+def test_a_name_joins_the_others_of_its_newest_weights(tmp_path):
+    write_in_order(
+        tmp_path, ("pets", 0.25, "a", A), ("pets", 0.5, "a/step_2", B), ("cars", 0.75, "a", B)
+    )
+    found, renamed = one_name_each(read_results(tmp_path), LeftOut())
+    assert renamed == {("ViT-B-32", "a/step_2"): "a"}
+    assert {one.dataset: one.value for one in found} == {"pets": 0.5, "cars": 0.75}
+
+
+@pytest.mark.parametrize("names", [("a", "/runs/a"), ("/runs/a", "a")])
+@pytest.mark.parametrize("spelling", ["cars", "wds_cars"])
+def test_of_two_results_of_one_model_the_newest_stays(tmp_path, names, spelling):
+    """Under the shortest name or not, and by either spelling of the data set."""
+    write_in_order(tmp_path, ("cars", 0.25, names[0], A), (spelling, 0.75, names[1], A))
+    left_out = LeftOut()
+    (found,), _ = one_name_each(read_results(tmp_path), left_out)
+    assert (found.pretrained, found.value) == ("a", 0.75) and "older result" in str(left_out)
+
+
+def test_a_result_that_is_written_again_keeps_its_time(tmp_path):
+    """As overlaps are, whose p-values take account of later results."""
+    write_in_order(tmp_path, ("pets", 0.25, "a", A))
+    (one,) = read_results(tmp_path)
+    path = write_result(tmp_path, dataclasses.replace(one, details={**one.details, "more": 1}))
+    (again,) = read_results(tmp_path)
+    assert path.stat().st_mtime_ns == again.written_ns == 10**9 and again.details["more"] == 1
 
 
 def test_pages_and_studies_take_them_as_one(tmp_path):
@@ -110,6 +177,18 @@ def test_pages_and_studies_take_them_as_one(tmp_path):
         compare(tmp_path, model_a="runs")
 
 
+def test_an_architecture_of_several_models_names_none(tmp_path):
+    """Although one of them has a further name."""
+    for dataset, name, weights in (("pets", "a", A), ("cars", "/runs/a", A), ("pets", "b", B)):
+        put_weights(tmp_path, dataset, 0.5, name, weights)
+        put(tmp_path, dataset, 0.75, pretrained=name, task=PROBE, **{HASH_KEY: weights})
+    with pytest.raises(DataError, match="of 2 models; name one with --model-a: ViT-B-32 a, ViT-B"):
+        compare(tmp_path, model_a="ViT-B-32")
+    for name in ("/runs/a", "ViT-B-32 /runs/a", "ViT-B-32,/runs/a", "a"):
+        study = compare(tmp_path, model_a=name)
+        assert study["a"] == "ViT-B-32 a, zero-shot" and len(study["sets"]) == 2
+
+
 def test_a_law_counts_a_model_once(tmp_path):
     for number, name in enumerate(("a", "b", "c", "/runs/c")):
         weights = "abcc"[number] * 64
@@ -117,4 +196,4 @@ def test_a_law_counts_a_model_once(tmp_path):
         put(tmp_path, "pets", 0.5 + 0.1 * min(number, 2), pretrained=name, **more)
     study = scaling_study(tmp_path)
     assert [row["pretrained"] for row in study["models"]] == ["a", "b", "c"]
-    assert any("result of a model under a second name" in note for note in study["notes"])
+    assert any("older result of a model under another name" in note for note in study["notes"])

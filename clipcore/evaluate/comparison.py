@@ -164,11 +164,14 @@ def _side(
         )
 
     found, renamed = one_name_each(found, left_out)
-    for other, pretrained in renamed.items():
-        if isinstance(model, str) and Model(*other).is_called(model):
-            model = Model(other[0], pretrained)
+    # An architecture means all its models, those of further names or not.
+    by_other_name = {
+        Model(architecture, pretrained)
+        for (architecture, other), pretrained in renamed.items()
+        if isinstance(model, str) and Model(architecture, other).is_called(model)
+    }
     scores = scores_of(found, chosen, left_out)
-    models = [name for name in scores if _is_meant(name, model)]
+    models = [name for name in scores if _is_meant(name, model) or name in by_other_name]
     if not models:
         raise DataError(
             f"{path} has no {TITLES[chosen]} of {printable(str(model))}; it has that of {listed(map(str, scores))}"

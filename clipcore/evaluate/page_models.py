@@ -43,13 +43,13 @@ class PageModels:
         """Both kinds, by the numbers of their colours."""
         return self.evaluated + self.of_studies
 
-    def place_of(self, row: Mapping[str, Any]) -> int:
-        """Return the number of the model that a row of a study is about."""
+    def place_of(self, row: Mapping[str, Any]) -> int | None:
+        """Return the number of the model that a row of a study is about; None of a model that the page does not have."""
         pair = _pair_of(row)
         for index, model in enumerate(self.all):
             if pair[0] == model.architecture and pair[1] in (model.pretrained, *model.other_names):
                 return index
-        raise AssertionError("models of studies are collected before they are drawn")
+        return None
 
     def retitled(self, text: str) -> str:
         """Return a study's text about a model, such as "ViT-B-32 logs/a, zero-shot", with the model's title in it."""
@@ -125,10 +125,12 @@ def _titles(pairs: Sequence[tuple[str, str]]) -> list[str]:
 def _without_shared_folders(names: Iterable[str]) -> dict[str, str]:
     """Return names of weights without the folders that all paths among them begin with; of one path its last two parts.
 
+    The folder "checkpoints" of a run, which says nothing, is no part.
+
     >>> _without_shared_folders(["/runs/a/step_1", "/runs/a/step_2", "openai"])
     {'/runs/a/step_1': 'step_1', '/runs/a/step_2': 'step_2', 'openai': 'openai'}
     """
-    parts = {name: name.rstrip("/").split("/") for name in names}
+    parts = {name: _parts_of(name) for name in names}
     paths = [path for path in parts.values() if len(path) > 1]
     num_shared = len(paths[0]) - 2 if len(paths) == 1 else 0
     if len(paths) > 1:
@@ -139,3 +141,11 @@ def _without_shared_folders(names: Iterable[str]) -> dict[str, str]:
     return {
         name: "/".join(path[num_shared:] if len(path) > 1 else path) for name, path in parts.items()
     }
+
+
+def _parts_of(name: str) -> list[str]:
+    """Return the parts of a path, without the folder between a run and its step."""
+    parts = name.rstrip("/").split("/")
+    if len(parts) > 2 and parts[-2] == "checkpoints":
+        del parts[-2]
+    return parts

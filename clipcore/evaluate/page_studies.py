@@ -118,6 +118,9 @@ def robustness(data: PageData) -> str:
                 marks.append(ShiftPoint(x, y, 0, "baseline"))
                 continue
             index = data.page_models.place_of(row)
+            if index is None:
+                data.left_out.add("shift of an unknown model", shown(row.get("model")))
+                continue
             marks.append(ShiftPoint(x, y, index, "probe" if kind == "probe" else "zero-shot"))
             rows.append(
                 (
@@ -202,8 +205,10 @@ def scaling(data: PageData) -> str:
         compute, error = positive(row.get("compute")), positive(row.get("error"))
         if compute is None or error is None or error > 1:
             data.left_out.add("scaling without compute and error", shown(row.get("model")))
+        elif (index := data.page_models.place_of(row)) is None:
+            data.left_out.add("scaling of an unknown model", shown(row.get("model")))
         else:
-            marks.append(Point(compute, error, data.page_models.place_of(row)))
+            marks.append(Point(compute, error, index))
     if not marks:
         return ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Result:
         metrics: by CLIP_benchmark's names, shares from 0 to 1; None where a metric does not apply.
         details: all else, of JSON's kinds of values; ``main_metric`` names the metric that stands for the whole.
         language: of the class names and captions.
+        written_ns: when the file that it was read from was written, in nanoseconds; 0 of one that was not read.
     """
 
     dataset: str
@@ -60,6 +62,7 @@ class Result:
     metrics: dict[str, float | None]
     details: dict[str, Any] = field(default_factory=dict)
     language: str = "en"
+    written_ns: int = field(default=0, compare=False)
 
     @property
     def main_metric(self) -> str | None:
@@ -121,6 +124,8 @@ class Result:
 def write_result(folder: Path, result: Result) -> Path:
     """Write a result into a folder, in place of an older one of the same model, data set and task; return its path.
 
+    The file of a result that was read keeps its time, which says what was measured last.
+
     Raises:
         ValueError: a number is not finite, or the result is larger than what is read again.
         OSError: it cannot be written; an older one is untouched.
@@ -135,6 +140,8 @@ def write_result(folder: Path, result: Result) -> Path:
     make_directory(folder)
     path = folder / result.file_name
     write_durably(path, content)
+    if result.written_ns:
+        os.utime(path, ns=(result.written_ns, result.written_ns))
     return path
 
 
@@ -174,6 +181,7 @@ def _read(path: Path) -> Result | None:
     """Return the result in a file; None of another kind of file."""
     try:
         content = read_regular(path, _MAX_RESULT_BYTES + 1)
+        written_ns = path.stat().st_mtime_ns
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if len(content) > _MAX_RESULT_BYTES:
@@ -199,6 +207,7 @@ def _read(path: Path) -> Result | None:
         metrics={str(name): _number(value) for name, value in metrics.items()},
         details=details,
         language=language if isinstance(language, str) else "en",
+        written_ns=written_ns,
     )
 
 
@@ -207,11 +216,11 @@ def _number(value: object) -> float | None:
     return value if is_finite_number(value) else None  # type: ignore[return-value]
 
 
-def write_lines(folder: Path) -> None:
-    """Write the line of each zero-shot and retrieval result in a folder, as datacomp's evaluations do; raise DataError."""
+def write_lines(folder: Path, results: Iterable[Result]) -> None:
+    """Write the line of each zero-shot and retrieval result into a folder's file, as datacomp's evaluations do."""
     lines = [
         json.dumps(_line(result), allow_nan=False, ensure_ascii=False) + "\n"
-        for result in read_results(folder)
+        for result in results
         if result.task in (ZERO_SHOT, RETRIEVAL)
     ]
     if lines:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from clipcore.data import DataError, printable
+from clipcore.data import DataError, LeftOut, printable
 from clipcore.distributed import pick_device
 from clipcore.evaluate.bias_study import column_names
 from clipcore.evaluate.commands import measure, measures_due
@@ -27,6 +27,7 @@ from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.page import write_page
+from clipcore.evaluate.replaced import changes
 from clipcore.evaluate.results import (
     OVERLAP,
     Result,
@@ -36,8 +37,15 @@ from clipcore.evaluate.results import (
     write_result,
 )
 from clipcore.evaluate.robustness_study import FIT, robustness_study
-from clipcore.evaluate.same_weights import Identity, identity_of, name_of_weights
+from clipcore.evaluate.same_weights import (
+    Identity,
+    identity_of,
+    name_of_weights,
+    of_newest_weights,
+    one_name_each,
+)
 from clipcore.evaluate.scaling_study import scaling_study
+from clipcore.evaluate.scores import BadResultError
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
 from clipcore.loading import LoadedModel, load_model
@@ -81,7 +89,8 @@ def run_measures(arguments: argparse.Namespace) -> int:
         del subject
 
     if results:
-        results = _finished(arguments, output, results)
+        results, number = _finished(arguments, output, results)
+        num_failed += number
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     elif results:
@@ -147,16 +156,9 @@ def _say_notes(name: str, notes: Sequence[str], said: set[str]) -> None:
 
 
 def _say_replaced(output: Path, result: Result) -> None:
-    """Say that a result takes the place of another one, of other images or with other prompts."""
+    """Say that a result takes the place of another one, and what differs."""
     before = find_result(output, result)
-    if before is None:
-        return
-    kinds = {"feature_keys": "images, preprocessing or weights", "templates": "prompts"}
-    changed = [
-        words
-        for key, words in kinds.items()
-        if before.details.get(key, result.details.get(key)) != result.details.get(key)
-    ]
+    changed = [] if before is None else changes(before, result)
     if changed:
         complain(
             _PROGRAM,
@@ -278,7 +280,7 @@ def _subject(
     """Load a model; files of features need none.
 
     Args:
-        known: the models that there are results of; one that they have under another name keeps that name.
+        known: the models that there are results of; one that they have under another name alone keeps that name.
     """
     if kind == "none":
         return Subject(None, None)
@@ -298,8 +300,9 @@ def _subject(
         max_bad_fraction=arguments.max_bad_fraction,
     )
     subject = Subject(loaded, store)
-    name = name_of_weights(known, loaded.name, subject.weights_hash)
-    if name is not None and name != loaded.pretrained:
+    asked = Identity(loaded.name, loaded.pretrained, subject.weights_hash)
+    name = name_of_weights(known, asked)
+    if name != loaded.pretrained:
         complain(
             _PROGRAM,
             f"note: {path} has the weights of {printable(name)}: its results are under that name",
@@ -320,8 +323,10 @@ def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:
     )
 
 
-def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]) -> list[Result]:
-    """Write what is made of all results in a folder; return those of this command as they are then.
+def _finished(
+    arguments: argparse.Namespace, output: Path, results: list[Result]
+) -> tuple[list[Result], int]:
+    """Write what is made of all results in a folder; return those of this command as they are then, and what failed.
 
     Tests of overlap take account of how many data sets there are, those of earlier commands too.
     """
@@ -330,14 +335,28 @@ def _finished(arguments: argparse.Namespace, output: Path, results: list[Result]
     for result in there:
         if result.task == OVERLAP and result != adjusted[result.file_name]:
             write_result(output, adjusted[result.file_name])
-    write_lines(output)
+    _say_earlier(there)
+    merged, _ = one_name_each(there, LeftOut())
+    write_lines(output, merged)
+    num_failed = 0
     if arguments.command == "all":
-        _draw(output, is_quiet=arguments.json)
-    return [adjusted.get(result.file_name, result) for result in results]
+        num_failed = _draw(output, is_quiet=arguments.json)
+    return [adjusted.get(result.file_name, result) for result in results], num_failed
 
 
-def _draw(output: Path, is_quiet: bool) -> None:
-    """Make the studies that a folder has the results for, and the page of all.
+def _say_earlier(there: Sequence[Result]) -> None:
+    """Say which results the page and the studies leave out, as their models have newer weights."""
+    left_out = LeftOut()
+    of_newest_weights(there, left_out)
+    if left_out:
+        complain(
+            _PROGRAM,
+            f"note: the page and the studies leave out {left_out}; evaluate these sets anew, or remove the files",
+        )
+
+
+def _draw(output: Path, is_quiet: bool) -> int:
+    """Make the studies that a folder has the results for, and the page of all; return how many results none can take.
 
     Args:
         is_quiet: whether what they found is not printed.
@@ -348,10 +367,15 @@ def _draw(output: Path, is_quiet: bool) -> None:
         lambda: scaling_study(output),
         lambda: compare(output),
     )
-    made = set[str]()
+    made, errors = set[str](), set[str]()
     for study in studies:
         try:
             found = study()
+        except BadResultError as error:
+            if str(error) not in errors:
+                complain(_PROGRAM, f"error: {error}")
+            errors.add(str(error))
+            continue
         except DataError:
             # Too few models, or no sets that go together: a command of its own says what is missing.
             continue
@@ -364,3 +388,4 @@ def _draw(output: Path, is_quiet: bool) -> None:
     page = write_page(output)
     if not is_quiet:
         print(f"\nthe page is {printable(str(page))}")
+    return len(errors)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from clipcore.data import LeftOut
-from clipcore.evaluate.results import Result
+from clipcore.evaluate.results import Result, set_key
 from clipcore.loading import LoadedModel
 
 HASH_KEY = "weights_sha256"
@@ -59,10 +59,43 @@ def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
     return digest.hexdigest()
 
 
-def name_of_weights(known: Iterable[Identity], model: str, weights: str) -> str | None:
-    """Return the name under which results have a model of a hash; None where they have none."""
-    names = _names_by_hash(known).get((model, weights))
-    return names[0] if names else None
+def name_of_weights(known: Iterable[Identity], asked: Identity) -> str:
+    """Return the name under which results of a model are written: the one that it has, or else the one that is asked for.
+
+    A name that has results of other weights keeps the model all the same, so that new results replace the old ones.
+
+    Args:
+        known: of the results that are there.
+        asked: the model, under the name that a user gives.
+    """
+    known = list(known)
+    names = _names_by_hash(known).get((asked.model, asked.weights))
+    is_of_others = any(one[:2] == asked[:2] and one != asked for one in known)
+    return names[0] if names and not is_of_others else asked.pretrained
+
+
+def of_newest_weights(results: Sequence[Result], left_out: LeftOut) -> list[Result]:
+    """Return results without those of a name's earlier weights, which are counted.
+
+    A run that is evaluated, trained on and evaluated again has results of both states under one name. The weights of the
+    file that was written last are the name's; results that hold no hash stay.
+    """
+    newest: dict[tuple[str, str], Result] = {}
+    for one in results:
+        name = (one.model, one.pretrained)
+        if not identity_of(one).weights:
+            continue
+        if name not in newest or one.written_ns > newest[name].written_ns:
+            newest[name] = one
+
+    found = list[Result]()
+    for one in results:
+        weights = identity_of(one).weights
+        if weights and weights != identity_of(newest[one.model, one.pretrained]).weights:
+            left_out.add("result of a model's earlier weights", one.file_name)
+        else:
+            found.append(one)
+    return found
 
 
 def one_name_each(
@@ -70,34 +103,46 @@ def one_name_each(
 ) -> tuple[list[Result], dict[tuple[str, str], str]]:
     """Return results under one name a model, the shortest that it has, and that name by model and other name.
 
-    Of two results of one model on one data set the one under the shortest name stays, and the other is counted.
+    Of a name only the newest weights count. Where two names of one model have results of one data set and task, those of
+    the name whose file is the newest stay; the others are counted.
     """
+    results = of_newest_weights(results, left_out)
     renamed = {
         (model, name): names[0]
         for (model, _), names in _names_by_hash(map(identity_of, results)).items()
         for name in names[1:]
     }
     if not renamed:
-        return list(results), {}
+        return results, {}
 
-    kept = {_place(one): one for one in results if (one.model, one.pretrained) not in renamed}
+    pairs = [
+        (
+            one,
+            dataclasses.replace(
+                one, pretrained=renamed.get((one.model, one.pretrained), one.pretrained)
+            ),
+        )
+        for one in results
+    ]
+
+    def order(pair: tuple[Result, Result]) -> tuple[int, bool]:
+        # Of equal times the shortest name's comes last, and stays.
+        return pair[0].written_ns, pair[0].pretrained == pair[1].pretrained
+
+    name_kept = {_place(after): before.pretrained for before, after in sorted(pairs, key=order)}
     found = list[Result]()
-    for one in results:
-        name = renamed.get((one.model, one.pretrained))
-        if name is None:
-            found.append(one)
-            continue
-        under_name = dataclasses.replace(one, pretrained=name)
-        if kept.setdefault(_place(under_name), under_name) is under_name:
-            found.append(under_name)
+    for before, after in pairs:
+        if name_kept[_place(after)] == before.pretrained:
+            found.append(after)
         else:
-            left_out.add("result of a model under a second name", one.file_name)
+            left_out.add("older result of a model under another name", before.file_name)
     return found, renamed
 
 
 def _place(result: Result) -> tuple[str, ...]:
-    """Return what no two results of a folder share."""
-    return result.dataset, result.model, result.pretrained, result.language, result.task
+    """Return what no two results of a folder share, whatever the spelling of the data set."""
+    dataset = set_key(result.dataset)
+    return dataset, result.model, result.pretrained, result.language, result.task
 
 
 def _names_by_hash(known: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:

@@ -14,6 +14,10 @@ _SHOWN = 8  # names in a message
 _SHOWN_CHARS = 60
 
 
+class BadResultError(DataError):
+    """A result that no study can take: its number is no share, or another is of the same model and data set."""
+
+
 class Model(NamedTuple):
     """A model as results name it."""
 
@@ -36,7 +40,7 @@ def scores_of(
     Probes of a few images a class, as CLIP_benchmark's are where --fewshot_k is given, are left out.
 
     Raises:
-        DataError: there are two results of one model on one data set.
+        BadResultError: there are two results of one model on one data set.
     """
     found: dict[Model, dict[str, Result]] = {}
     for result in results:
@@ -51,7 +55,7 @@ def scores_of(
         model = Model(result.model, result.pretrained)
         other = found.setdefault(model, {}).setdefault(key, result)
         if other is not result:
-            raise DataError(
+            raise BadResultError(
                 f"there are two results of {model} on {printable(key)} ({TITLES.get(task, task)}), of "
                 f"{printable(other.dataset)!r} and {printable(result.dataset)!r}; remove the file of one"
             )
@@ -65,10 +69,10 @@ def score(result: Result, metric: str) -> float | None:
 
 
 def share(result: Result, metric: str) -> float | None:
-    """Return a metric as ``score`` does; raise DataError where it is no share from 0 to 1."""
+    """Return a metric as ``score`` does; raise BadResultError where it is no share from 0 to 1."""
     value = score(result, metric)
     if value is not None and not 0 <= value <= 1:
-        raise DataError(
+        raise BadResultError(
             f"{printable(metric)} of {Model(result.model, result.pretrained)} on {printable(result.dataset)} is {value:g}, "
             "no share from 0 to 1; evaluate it anew, or remove its file"
         )
