@@ -114,3 +114,17 @@ def test_a_folder_names_the_table_beside_its_images(tmp_path, name):
     with pytest.raises(DataError, match=r"but the table .*: name that as the data") as caught:
         open_folder(str(tmp_path), None, None, "pillow")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [HEADED.format(("0.jpg", "1.jpg"), ",", ""), "0.jpg#0\ta dog\n"])
+def test_folders_beside_a_table_without_its_images_are_no_classes(tmp_path, form):
+    for name in ("Images", "Thumbs"):
+        write_images(tmp_path / name, 2)
+    path = tmp_path / "captions.txt"
+    path.write_text(form.replace("0.jpg", "none.jpg").replace("1.jpg", "none.jpg"))
+    with pytest.raises(DataError, match="none of the first . images .* move the table") as caught:
+        open_folder(str(tmp_path), None, None, "pillow")
+    assert str(path) in str(caught.value)
+    # What is no table is passed over.
+    path.write_text("a dog on a beach\n")
+    assert open_folder(str(tmp_path), None, None, "pillow").classnames == ["Images", "Thumbs"]

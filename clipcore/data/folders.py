@@ -18,6 +18,7 @@ from clipcore.data.tables import (
     ColumnError,
     CsvSource,
     JsonlSource,
+    MissingImagesError,
     TextColumn,
     caption_columns,
     read_image_file,
@@ -369,9 +370,12 @@ def _is_named_table(path: str) -> bool:
 def _has_captions(
     table: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str, quotes: bool
 ) -> bool:
-    """Return whether a table can be read as one of images and captions."""
+    """Return whether a table can be read as one of images and captions; raise DataError where its images are missing."""
     try:
         _open_metadata(table, img_key, caption_key, decoder, quotes)
+    except MissingImagesError:
+        # It is a table of captions: without it, folders such as Images and Thumbs would pass for classes.
+        raise
     except DataError:
         return False
     return True

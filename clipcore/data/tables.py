@@ -82,11 +82,15 @@ def decode_bytes(data: bytes, key: str, decoder: Decoder | str) -> Any:
         raise BadSample(error.reason, key) from None
 
 
+class MissingImagesError(DataError):
+    """A table of captions whose images are not where it names them."""
+
+
 def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
-    """Raises DataError where none of the first rows' images is there: then all of them were meant elsewhere."""
+    """Raise MissingImagesError where none of the first rows' images is there: then all of them were meant elsewhere."""
     probed = [path for path in paths[:_PROBED_ROWS] if path]
     if probed and not any(os.path.exists(path) for path in probed):
-        raise DataError(
+        raise MissingImagesError(
             f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
             f"{printable(probed[0])}; paths are absolute or relative to the table's folder: "
             f"{_remedy_for_images(os.path.dirname(table), probed[0])}"
