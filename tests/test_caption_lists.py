@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,25 @@ def test_folders_beside_a_table_without_its_images_are_no_classes(tmp_path, form
     # What is no table is passed over.
     path.write_text("a dog on a beach\n")
     assert open_folder(str(tmp_path), None, None, "pillow").classnames == ["Images", "Thumbs"]
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "Flickr8k.token.txt"])
+def test_images_are_read_from_the_only_folder_that_holds_them(tmp_path, name, monkeypatch):
+    form = NUMBERED if "token" in name else HEADED.format(("{0}", "{1}"), ",", "")
+    write_images(tmp_path / "Flicker8k_Dataset", 2)
+    folder = tmp_path / "Flicker8k_Dataset" / "images"
+    (folder.parent / "licences").mkdir()
+    path = tmp_path / "Flicker8k_Dataset" / name
+    path.write_text(form.format("0000.jpg", "0001.jpg"))
+    source = open_source(str(path))
+    assert source[2].image.size and source.picture(0)[1] == "0000.jpg"
+    assert list(source.picture_names())[2] == str(folder / "0001.jpg")
+    assert "read from a folder beside it, such as images" in str(noted_of(source))
+
+    # A table in the current folder has no folder in its name.
+    monkeypatch.chdir(path.parent)
+    assert list(open_source(name).picture_names())[2] == str(folder / "0001.jpg")
+    # Of two folders with these names none is taken.
+    shutil.copytree(folder, path.parent / "Thumbs")
+    with pytest.raises(DataError, match="none of the first . images .* they lie in"):
+        open_source(str(path))

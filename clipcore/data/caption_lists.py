@@ -2,23 +2,24 @@
 
 Two forms are told apart by the first line. ``captions.txt`` is a table with a header, such as ``image,caption``. In
 ``Flickr8k.token.txt`` each line is ``image.jpg#0``, a tab and a caption, without a header; the number counts the captions of
-the image. Images lie beside the file, or where the paths lead from its folder.
+the image. Images lie beside the file, or where the paths lead from its folder, or in the one folder beside the file that
+holds them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.data.tables import (
     MISCOUNTED,
+    PROBED_ROWS,
     ColumnError,
     CsvSource,
     TextColumn,
     caption_columns,
-    check_images_exist,
     first_line,
     image_columns,
     names_image,
@@ -28,7 +29,6 @@ from clipcore.data.transforms import Decoder
 
 CAPTION_LIST_SUFFIXES = (".txt", ".token")
 _NUMBERED = re.compile(r"([^\t]+)#[0-9]{1,9}\t(.*)", re.DOTALL)
-_PROBED_ROWS = 16
 
 
 def open_caption_list(
@@ -53,7 +53,7 @@ def open_caption_list(
     if match is not None and names_image(match[1]):
         return NumberedCaptions(path, decoder)
     try:
-        return CsvSource(path, img_key, caption_key, separator, decoder, quotes)
+        return CaptionTable(path, img_key, caption_key, separator, decoder, quotes)
     except ColumnError:
         images, captions = image_columns(img_key), caption_columns(caption_key)
         raise ColumnError(
@@ -63,7 +63,43 @@ def open_caption_list(
         ) from None
 
 
-class NumberedCaptions(CsvSource):
+class CaptionTable(CsvSource):
+    """A table of captions with a header line: see ``CsvSource``.
+
+    Attributes:
+        noted: as of ``CsvSource``, and the folder of the images where it is not the table's.
+    """
+
+    def _check_images(self, column: str) -> None:
+        """Raise DataError where the first images are neither there nor in just one folder beside the table."""
+        names = [self._cells[2 * row] for row in range(min(len(self), PROBED_ROWS))]
+        # As Flickr8k comes: captions.txt beside Images/, Flickr8k.token.txt beside Flicker8k_Dataset/.
+        folders = _folders_with(self._folder, [name for name in names if name])
+        if len(folders) == 1:
+            self._folder = folders[0]
+            reason = "table whose images are read from a folder beside it"
+            self.noted.add(reason, os.path.basename(folders[0]))
+        super()._check_images(column)
+
+
+def _folders_with(path: str, names: Sequence[str]) -> list[str]:
+    """Return the subfolders that hold any of these files; none where one is in the folder itself or has a whole path."""
+    if any(os.path.isabs(name) or os.path.exists(os.path.join(path, name)) for name in names):
+        return []
+    try:
+        with os.scandir(path or ".") as entries:
+            # The folder itself may be the current one, without a name.
+            beside = sorted(os.path.join(path, e.name) for e in entries if e.name[0] != ".")
+    except OSError:
+        return []
+    return [
+        folder
+        for folder in beside
+        if any(os.path.exists(os.path.join(folder, name)) for name in names)
+    ]
+
+
+class NumberedCaptions(CaptionTable):
     """Lines of ``image.jpg#0``, a tab and a caption: see ``clipcore.data.PairSource``.
 
     Lines of another form are bad samples.
@@ -82,12 +118,11 @@ class NumberedCaptions(CsvSource):
     def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
         self.name = os.path.basename(path)
         self.left_out, self.noted = LeftOut(), LeftOut()
-        self._folder, self._decoder = os.path.dirname(path), decoder
+        self._table, self._folder, self._decoder = path, os.path.dirname(path), decoder
         self._cells = TextColumn(cell for cells in self._rows_of(path) for cell in cells)
         if not len(self):
             raise DataError(f"{path} has no lines")
-        paths = [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
-        check_images_exist(path, "image#number", paths)
+        self._check_images("image#number")
 
     def _rows_of(self, path: str) -> Iterator[tuple[str, str]]:
         """Yield image and caption of each line that is not empty."""

@@ -37,7 +37,7 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
-_PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
+PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # of csv tables, of which each may be another program's
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
 # Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
@@ -88,7 +88,7 @@ class MissingImagesError(DataError):
 
 def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
     """Raise MissingImagesError where none of the first rows' images is there: then all of them were meant elsewhere."""
-    probed = [path for path in paths[:_PROBED_ROWS] if path]
+    probed = [path for path in paths[:PROBED_ROWS] if path]
     if probed and not any(os.path.exists(path) for path in probed):
         raise MissingImagesError(
             f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
@@ -207,10 +207,12 @@ class CsvSource:
         )
         if not len(self):
             raise DataError(f"{path} has a header line but no rows")
-        named = header[image_column]
-        check_images_exist(
-            path, named, [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
-        )
+        self._check_images(header[image_column])
+
+    def _check_images(self, column: str) -> None:
+        """Raise DataError where none of the first rows' images is there."""
+        paths = [self._path(row) for row in range(min(len(self), PROBED_ROWS))]
+        check_images_exist(self._table, column, paths)
 
     def _row(
         self, row: list[str], line: int, num_columns: int, image_column: int, caption_column: int
@@ -401,7 +403,7 @@ class JsonlSource:
             raise DataError(f"{path}, {error}") from None
         self._img_key = find_column(path, list(first), image_columns(img_key))
         self._caption_key = find_column(path, list(first), caption_columns(caption_key))
-        paths = list(self._image_paths(min(len(self), _PROBED_ROWS)))
+        paths = list(self._image_paths(min(len(self), PROBED_ROWS)))
         check_images_exist(path, self._img_key, paths)
 
     def __len__(self) -> int:
