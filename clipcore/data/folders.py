@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
-from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
+from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, NamedColumnsError, open_caption_list
 from clipcore.data.tables import (
     CAPTION_COLUMNS,
     ColumnError,
@@ -370,10 +370,10 @@ def _is_named_table(path: str) -> bool:
 def _has_captions(
     table: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str, quotes: bool
 ) -> bool:
-    """Return whether a table can be read as one of images and captions; raise DataError where its images are missing."""
+    """Return whether a table can be read as one of images and captions; raise DataError for one used wrongly."""
     try:
         _open_metadata(table, img_key, caption_key, decoder, quotes)
-    except MissingImagesError:
+    except (MissingImagesError, NamedColumnsError):
         # It is a table of captions: without it, folders such as Images and Thumbs would pass for classes.
         raise
     except DataError:
