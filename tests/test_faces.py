@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from labelled_sets import (
     write_wds,
 )
 
+from clipcore.data import DataError
 from clipcore.evaluate import commands, faces
 from clipcore.evaluate.bias_study import LabelProbe
 from clipcore.evaluate.datasets import open_set
@@ -105,6 +108,18 @@ def test_numbers_that_are_no_answers_are_named(tmp_path, numbers, dtype, message
     write_wds(tmp_path / "other", npy(NUMBERS[0]), npy(numbers, dtype), suffix="npy")
     (tmp_path / "other/test/0.tar").replace(tmp_path / "test/0.tar")
     refuse(tmp_path, message)
+
+
+def test_negative_numbers_in_a_kept_index_are_refused(tmp_path):
+    source = open_set(str(write_faces(tmp_path, *NUMBERS))).split("test").source
+    (kept,) = (tmp_path / "test").glob("*.clipcore-labels-numbers")
+    content = kept.read_bytes()[:-4]
+    assert content.endswith(np.int64(NUMBERS[-1]).tobytes())
+    content = content[:-8] + np.int64(-1).tobytes()
+    kept.write_bytes(content + struct.pack("<I", zlib.crc32(content)))
+    refuse(tmp_path, r"0.tar/.*: its kept numbers are damaged; remove the files that end in")
+    with pytest.raises(DataError, match="its gender is -1, and there are 2"):
+        faces._named("gender", np.array([0, -1]), QUESTIONS, source)
 
 
 def test_images_without_numbers_are_counted(tmp_path):

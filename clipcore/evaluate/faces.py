@@ -187,7 +187,7 @@ def _named(
         names = WHITE_OR_NOT
     else:
         return list(map(str, number_N.tolist()))
-    wrong = np.flatnonzero(number_N >= len(names))
+    wrong = np.flatnonzero((number_N < 0) | (number_N >= len(names)))
     if len(wrong):
         row = int(wrong[0])
         raise DataError(
