@@ -242,3 +242,29 @@ def test_labels_and_prompts_of_the_user_take_the_place_of_the_folders(tmp_path):
     assert result.details["labels"] == ["thief", "friend"]
     assert result.details["added"] == ["child"]
     assert result.details["templates"] == ["my {}"]
+
+
+def test_without_named_groups_race_gender_and_age_are_compared(tmp_path):
+    data = open_set(str(write_faces(tmp_path, *(tuple(row) for row in PEOPLE[::3].tolist()))))
+    arguments = options()
+    arguments.groups = None
+    result = commands.measure("bias", nano_subject(), data, arguments)
+    assert result.details["columns"] == ["race", "gender", "age"]
+    assert not any("race_binary" in table["title"] for table in result.details["tables"])
+    # It is compared where it is asked for, and crossed with nothing.
+    arguments.groups = "race,race_binary,gender"
+    result = commands.measure("bias", nano_subject(), data, arguments)
+    columns = {table["column"] for table in result.details["tables"]}
+    assert columns == {"race", "race_binary", "gender", "race x gender"}
+
+
+def test_other_white_people_than_datacomps_are_noted(tmp_path):
+    assert not open_set(str(write_faces(tmp_path / "a", *NUMBERS))).split("test").notes
+    others = [(3, 1, 0, 0), (0, 0, 1, 1), *NUMBERS]
+    split = open_set(str(write_faces(tmp_path / "b", *others))).split("test")
+    assert split.notes == ("test: race_binary contradicts the race of 2 of 6 images",)
+    folder = write_faces(tmp_path / "c", *NUMBERS)
+    lines = FACE_NAMES.replace("race:white\n", "race:pale\n")
+    put(folder / "classnames.txt", lines)
+    (note,) = open_set(str(folder)).split("test").notes
+    assert note.startswith("test: the race of number 1 is 'pale', and acc_race takes it for white")

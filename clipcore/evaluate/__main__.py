@@ -61,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         retrieval_study.add_arguments(command.add_argument_group("retrieval"))
     for command, is_required in ((overlap, True), (everything, False)):
         overlap_study.add_arguments(command.add_argument_group("overlap"), is_required)
-    for command, is_required in ((bias, True), (everything, False)):
-        bias_study.add_arguments(command.add_argument_group("bias"), is_required)
+    for command in (bias, everything):
+        bias_study.add_arguments(command.add_argument_group("bias"))
 
     robustness = add(
         "robustness", "compare accuracies with and without a shift of the images", _studied
