@@ -1,9 +1,11 @@
 """Numbers as texts, the same on pages, in their plots and in the terminal.
 
-A minus is the true sign, U+2212. What is rounded to zero has no sign, and None is a dash.
+A minus is the true sign, U+2212. What is rounded to zero has no sign. None, and what is no finite number, is a dash.
 """
 
 from __future__ import annotations
+
+import math
 
 MISSING = "–"
 
@@ -14,7 +16,7 @@ def decimal(value: float | None, form: str = ".3g") -> str:
     >>> decimal(-0.001, ".2f"), decimal(-1.5), decimal(None)
     ('0.00', '−1.5', '–')
     """
-    if value is None:
+    if value is None or not math.isfinite(value):
         return MISSING
     text = f"{value:{form}}"
     digits = text.partition("e")[0]
@@ -25,7 +27,9 @@ def decimal(value: float | None, form: str = ".3g") -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share in percent."""
-    return MISSING if share is None else f"{decimal(100 * share, f'.{digits}f')}%"
+    if share is None or not math.isfinite(share):
+        return MISSING
+    return f"{decimal(100 * share, f'.{digits}f')}%"
 
 
 def signed_points(difference: float | None, form: str = ".1f") -> str:
@@ -34,7 +38,7 @@ def signed_points(difference: float | None, form: str = ".1f") -> str:
     >>> signed_points(0.061), signed_points(-0.0004), signed_points(-0.5, "g")
     ('+6.1', '0', '−50')
     """
-    if difference is None:
+    if difference is None or not math.isfinite(difference):
         return MISSING
     text = decimal(100 * difference, f"+{form}")
     return text if text[0] in "+−" else "0"
@@ -43,10 +47,10 @@ def signed_points(difference: float | None, form: str = ".1f") -> str:
 def short(value: float) -> str:
     """Return a number in few letters.
 
-    >>> short(1200.0), short(1e-6)
-    ('1,200', '1e−6')
+    >>> short(1200.0), short(1e-6), short(0.0)
+    ('1,200', '1e−6', '0')
     """
-    if 1e-3 <= abs(value) < 1e5:
+    if not value or not math.isfinite(value) or 1e-3 <= abs(value) < 1e5:
         return decimal(value, ",g")
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")

@@ -269,6 +269,7 @@ def test_transparent_pictures_lie_over_white_and_are_counted(runs, tmp_path, cap
         (["few-shot", "--checkpoint", "RUN", "--data", "SHAPES", "--seeds", "0"], "--seeds is at"),
         (["retrieval", "--checkpoint", "RUN", "--data", "SHAPES"], "classes, and no captions"),
         (["bias", "--checkpoint", "RUN", "--data", "PEOPLE", "--groups", "x"], "x"),
+        (["bias", "--checkpoint", "RUN", "--data", "SHAPES"], "--groups names no column"),
         (
             ["overlap", "--checkpoint", "RUN", "--data", "SHAPES", "--train-data", "no/such"],
             "no/such",

@@ -182,6 +182,10 @@ def test_zero_has_no_sign_and_minus_is_the_true_one(tmp_path):
     assert [decimal(x, ".2f") for x in (-0.001, -1.5)] == ["0.00", "−1.50"]
     assert [decimal(x, ".1e") for x in (-0.0, 8e-6)] == ["0.0e+00", "8.0e−06"]
     assert (short(1e-6), short(2e7), short(-20.0)) == ("1e−6", "2e7", "−20")
+    assert (short(0.0), short(-0.0)) == ("0", "0")
+    for value in (math.nan, math.inf, -math.inf):
+        texts = [form(value) for form in (decimal, percent, signed_points, short)]
+        assert texts == ["–"] * 4
 
     variants = [
         {"name": name, "title": name, "value": 0.5, "gain": gain}

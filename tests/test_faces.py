@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from labelled_sets import (
     write_wds,
 )
 
+from clipcore.data import DataError
 from clipcore.evaluate import commands, faces
 from clipcore.evaluate.bias_study import LabelProbe
 from clipcore.evaluate.datasets import open_set
@@ -105,6 +108,18 @@ def test_numbers_that_are_no_answers_are_named(tmp_path, numbers, dtype, message
     write_wds(tmp_path / "other", npy(NUMBERS[0]), npy(numbers, dtype), suffix="npy")
     (tmp_path / "other/test/0.tar").replace(tmp_path / "test/0.tar")
     refuse(tmp_path, message)
+
+
+def test_negative_numbers_in_a_kept_index_are_refused(tmp_path):
+    source = open_set(str(write_faces(tmp_path, *NUMBERS))).split("test").source
+    (kept,) = (tmp_path / "test").glob("*.clipcore-labels-numbers")
+    content = kept.read_bytes()[:-4]
+    assert content.endswith(np.int64(NUMBERS[-1]).tobytes())
+    content = content[:-8] + np.int64(-1).tobytes()
+    kept.write_bytes(content + struct.pack("<I", zlib.crc32(content)))
+    refuse(tmp_path, r"0.tar/.*: its kept numbers are damaged; remove the files that end in")
+    with pytest.raises(DataError, match="its gender is -1, and there are 2"):
+        faces._named("gender", np.array([0, -1]), QUESTIONS, source)
 
 
 def test_images_without_numbers_are_counted(tmp_path):
@@ -227,3 +242,29 @@ def test_labels_and_prompts_of_the_user_take_the_place_of_the_folders(tmp_path):
     assert result.details["labels"] == ["thief", "friend"]
     assert result.details["added"] == ["child"]
     assert result.details["templates"] == ["my {}"]
+
+
+def test_without_named_groups_race_gender_and_age_are_compared(tmp_path):
+    data = open_set(str(write_faces(tmp_path, *(tuple(row) for row in PEOPLE[::3].tolist()))))
+    arguments = options()
+    arguments.groups = None
+    result = commands.measure("bias", nano_subject(), data, arguments)
+    assert result.details["columns"] == ["race", "gender", "age"]
+    assert not any("race_binary" in table["title"] for table in result.details["tables"])
+    # It is compared where it is asked for, and crossed with nothing.
+    arguments.groups = "race,race_binary,gender"
+    result = commands.measure("bias", nano_subject(), data, arguments)
+    columns = {table["column"] for table in result.details["tables"]}
+    assert columns == {"race", "race_binary", "gender", "race x gender"}
+
+
+def test_other_white_people_than_datacomps_are_noted(tmp_path):
+    assert not open_set(str(write_faces(tmp_path / "a", *NUMBERS))).split("test").notes
+    others = [(3, 1, 0, 0), (0, 0, 1, 1), *NUMBERS]
+    split = open_set(str(write_faces(tmp_path / "b", *others))).split("test")
+    assert split.notes == ("test: race_binary contradicts the race of 2 of 6 images",)
+    folder = write_faces(tmp_path / "c", *NUMBERS)
+    lines = FACE_NAMES.replace("race:white\n", "race:pale\n")
+    put(folder / "classnames.txt", lines)
+    (note,) = open_set(str(folder)).split("test").notes
+    assert note.startswith("test: the race of number 1 is 'pale', and acc_race takes it for white")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
 
-from clipcore.evaluate import few_shot
+from clipcore.evaluate import few_shot, linear_probe
 from clipcore.evaluate.few_shot import FewShotCurve, few_shot_curve, labels_per_class
 from clipcore.evaluate.linear_probe import fit_linear_probe, search_C
 
@@ -62,11 +64,19 @@ def test_c_is_chosen_on_other_images_and_these_are_not_fitted(monkeypatch):
     features, labels, keys = drawn(20)
     seen: list[tuple[int, int, bool]] = []
 
-    def noted(X: Tensor, y: Tensor, val_X: Tensor, val_y: Tensor, *rest: object, fit_all: bool):
+    def noted(
+        X: Tensor,
+        y: Tensor,
+        val_X: Tensor,
+        val_y: Tensor,
+        *rest: object,
+        fit_all: bool,
+        **more: object,
+    ):
         both = torch.cat([X, val_X])
         assert len(both.unique(dim=0)) == len(both)
         seen.append((len(X), len(val_X), fit_all))
-        return search_C(X, y, val_X, val_y, *rest, fit_all=fit_all)
+        return search_C(X, y, val_X, val_y, *rest, fit_all=fit_all, **more)
 
     monkeypatch.setattr(few_shot, "search_C", noted)
     curve = few_shot_curve(features, labels, keys, features, labels, seeds=(0,))
@@ -152,3 +162,27 @@ def test_a_curve_that_falls_is_passed_where_it_rises_first():
     assert labels_per_class((2,), (0.4,), 0.4).text == "2.0"
     with pytest.raises(ValueError, match="2 numbers of images have 1 scores"):
         labels_per_class((1, 2), (0.4,), 0.4)
+
+
+def test_a_metric_takes_all_logits_and_a_block_metric_some_of_them(monkeypatch):
+    monkeypatch.setattr(linear_probe, "_SCORED_ROWS", 7)
+    features, labels, keys = drawn(8)
+    seen = set()
+
+    def whole(logits_NK: Tensor, labels_N: Tensor) -> float:
+        seen.add(tuple(logits_NK.shape))
+        return (logits_NK.argmax(1) == labels_N).double().mean().item()
+
+    def by_blocks(blocks: Iterable[Tensor], labels_N: Tensor) -> float:
+        sizes = list(map(len, blocks))
+        assert sum(sizes) == len(labels_N) and max(sizes) <= 7
+        return -1.0
+
+    arguments = (features, labels, keys, features, labels, (2,), (0,))
+    curve = few_shot_curve(*arguments, metric=whole)
+    # Six images to choose C by, and all to test.
+    assert seen == {(6, 3), (24, 3)}
+    assert curve == few_shot_curve(*arguments)
+    assert few_shot_curve(*arguments, block_metric=by_blocks).scores == ((-1.0,),)
+    with pytest.raises(ValueError, match="both given"):
+        few_shot_curve(*arguments, metric=whole, block_metric=by_blocks)

@@ -241,7 +241,7 @@ def test_the_search_fits_training_and_validation_images_together():
     # A search's own score is that of a fit to the training images alone, whatever it began from.
     for C, score in found.trace:
         alone = fit_linear_probe(features[:60], labels[:60], C, tolerance=1e-10)
-        assert score == linear_probe.top1([alone.logits(features[60:])], labels[60:])
+        assert score == linear_probe.top1(alone.logits(features[60:]), labels[60:])
 
 
 def test_a_class_of_the_validation_images_alone_is_counted():
@@ -330,7 +330,7 @@ def test_a_strong_penalty_on_unit_features_of_many_classes_leaves_directions():
     exact = fit_linear_probe(features, labels, 1e-8, tolerance=1e-13)
     assert probe.num_iterations > 0
     assert (probe.weight - exact.weight).abs().max() < 0.01 * exact.weight.abs().max()
-    assert linear_probe.top1([probe.logits(features)], labels) > 0.99
+    assert linear_probe.top1(probe.logits(features), labels) > 0.99
 
 
 def test_features_with_a_graph_are_numbers():
@@ -396,13 +396,20 @@ def test_search_over_C_of_several_labels_uses_its_metric() -> None:
     X, labels_NK = several_labels()
     seen = []
 
-    def metric(logits: Iterable[Tensor], labels: Tensor) -> float:
-        logits_NK = torch.cat(list(logits))
+    def metric(logits_NK: Tensor, labels: Tensor) -> float:
         seen.append(logits_NK.shape)
         return -((logits_NK > 0) != labels.bool()).double().mean().item()
 
     found = search_C(X[:200], labels_NK[:200], X[200:], labels_NK[200:], metric=metric)
     assert len(seen) == 15 and set(seen) == {torch.Size([100, 5])}
+
+    def by_blocks(blocks: Iterable[Tensor], labels: Tensor) -> float:
+        return metric(torch.cat(list(blocks)), labels)
+
+    parts = (X[:200], labels_NK[:200], X[200:], labels_NK[200:])
+    assert search_C(*parts, block_metric=by_blocks).trace == found.trace
+    with pytest.raises(ValueError, match="both given"):
+        search_C(*parts, metric=metric, block_metric=by_blocks)
     again = fit_linear_probe(X, labels_NK, found.C)
     torch.testing.assert_close(found.probe.weight, again.weight, rtol=0, atol=0)
 
@@ -429,7 +436,8 @@ def test_blocks_of_logits_score_as_all_of_them_do(num_images: int, num_classes: 
     assert max(map(len, blocks)) <= 4096 and sum(map(len, blocks)) == num_images
     whole_NK = probe.logits(X)
     expected = (whole_NK.argmax(1) == labels_N).double().mean().item()
-    assert linear_probe.top1(probe.logit_blocks(X), labels_N) == expected
+    assert linear_probe.top1(whole_NK, labels_N) == expected
+    assert linear_probe.top1_of_blocks(probe.logit_blocks(X), labels_N) == expected
 
 
 def test_a_search_never_holds_the_logits_of_all_validation_images() -> None:

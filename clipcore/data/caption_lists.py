@@ -2,25 +2,26 @@
 
 Two forms are told apart by the first line. ``captions.txt`` is a table with a header, such as ``image,caption``. In
 ``Flickr8k.token.txt`` each line is ``image.jpg#0``, a tab and a caption, without a header; the number counts the captions of
-the image. Images lie beside the file, or where the paths lead from its folder.
+the image. Images lie beside the file, or where the paths lead from its folder, or in the one folder beside the file that
+holds them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.data.tables import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
     MISCOUNTED,
+    PROBED_ROWS,
     ColumnError,
     CsvSource,
     TextColumn,
-    caption_columns,
-    check_images_exist,
     first_line,
-    image_columns,
     names_image,
     text_lines,
 )
@@ -28,7 +29,6 @@ from clipcore.data.transforms import Decoder
 
 CAPTION_LIST_SUFFIXES = (".txt", ".token")
 _NUMBERED = re.compile(r"([^\t]+)#[0-9]{1,9}\t(.*)", re.DOTALL)
-_PROBED_ROWS = 16
 
 
 def open_caption_list(
@@ -49,13 +49,23 @@ def open_caption_list(
     Raises:
         DataError: the file is in neither form, or cannot be read.
     """
-    match = _NUMBERED.fullmatch(first_line(path))
+    line = first_line(path)
+    if not line:
+        raise ColumnError(
+            f"{path} is empty; write a header such as image,caption and the captions, or lines of 'image.jpg#0', a tab and "
+            "a caption"
+        )
+    match = _NUMBERED.fullmatch(line)
     if match is not None and names_image(match[1]):
+        if img_key is not None or caption_key is not None:
+            raise NamedColumnsError(
+                f"{path} has lines of image#number and no columns to name; leave --csv-img-key and --csv-caption-key out"
+            )
         return NumberedCaptions(path, decoder)
     try:
-        return CsvSource(path, img_key, caption_key, separator, decoder, quotes)
+        return CaptionTable(path, img_key, caption_key, separator, decoder, quotes)
     except ColumnError:
-        images, captions = image_columns(img_key), caption_columns(caption_key)
+        images, captions = _image_names(img_key), _caption_names(caption_key)
         raise ColumnError(
             f"{path} is no table of captions: its first line is neither a header with a column of images "
             f"({', '.join(map(printable, images))}) and one of captions ({', '.join(map(printable, captions))}), nor "
@@ -63,7 +73,87 @@ def open_caption_list(
         ) from None
 
 
-class NumberedCaptions(CsvSource):
+class NamedColumnsError(DataError):
+    """Columns are named of a file that has none."""
+
+
+def _image_names(key: str | None) -> Sequence[str]:
+    """Return the names that the column of images may have, in the letters of ``CaptionTable``'s header."""
+    return (*IMAGE_COLUMNS, "image_name") if key is None else (_plain(key),)
+
+
+def _caption_names(key: str | None) -> Sequence[str]:
+    """Return the names that the column of captions may have, as ``_image_names`` does."""
+    return (*CAPTION_COLUMNS, "comment") if key is None else (_plain(key),)
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
+
+
+class CaptionTable(CsvSource):
+    """A table of captions with a header line, whose capitals and outer spaces do not count: see ``CsvSource``.
+
+    In a table of two columns, the captions last, commas without quotation marks are part of the caption.
+
+    Attributes:
+        noted: as of ``CsvSource``, the folder of the images where it is not the table's, and the captions with such commas.
+    """
+
+    def _looked_for(
+        self, img_key: str | None, caption_key: str | None
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the names that the columns of images and captions may have."""
+        return _image_names(img_key), _caption_names(caption_key)
+
+    def _header(self, cells: list[str]) -> list[str]:
+        """Return the names of the columns, given the cells of the header line."""
+        return list(map(_plain, cells))
+
+    def _row(
+        self, row: list[str], line: int, num_columns: int, image_column: int, caption_column: int
+    ) -> tuple[str, str]:
+        """Return image and caption of a row; raise DataError as ``CsvSource`` does."""
+        is_last = num_columns == 2 and caption_column == 1
+        # A field that holds a comma was in quotation marks, and what comes after it is another.
+        is_open = self._separator == "," and not any("," in field for field in row)
+        if is_last and is_open and any(row[num_columns:]):
+            self.noted.add(
+                "caption with commas and no quotation marks, taken whole", f"line {line}"
+            )
+            row = [row[0], ",".join(row[1:])]
+        return super()._row(row, line, num_columns, image_column, caption_column)
+
+    def _check_images(self, column: str) -> None:
+        """Raise DataError where the first images are neither there nor in just one folder beside the table."""
+        names = [self._cells[2 * row] for row in range(min(len(self), PROBED_ROWS))]
+        # As Flickr8k comes: captions.txt beside Images/, Flickr8k.token.txt beside Flicker8k_Dataset/.
+        folders = _folders_with(self._folder, [name for name in names if name])
+        if len(folders) == 1:
+            self._folder = folders[0]
+            reason = "table whose images are read from a folder beside it"
+            self.noted.add(reason, os.path.basename(folders[0]))
+        super()._check_images(column)
+
+
+def _folders_with(path: str, names: Sequence[str]) -> list[str]:
+    """Return the subfolders that hold any of these files; none where one is in the folder itself or has a whole path."""
+    if any(os.path.isabs(name) or os.path.exists(os.path.join(path, name)) for name in names):
+        return []
+    try:
+        with os.scandir(path or ".") as entries:
+            # The folder itself may be the current one, without a name.
+            beside = sorted(os.path.join(path, e.name) for e in entries if e.name[0] != ".")
+    except OSError:
+        return []
+    return [
+        folder
+        for folder in beside
+        if any(os.path.exists(os.path.join(folder, name)) for name in names)
+    ]
+
+
+class NumberedCaptions(CaptionTable):
     """Lines of ``image.jpg#0``, a tab and a caption: see ``clipcore.data.PairSource``.
 
     Lines of another form are bad samples.
@@ -82,12 +172,11 @@ class NumberedCaptions(CsvSource):
     def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
         self.name = os.path.basename(path)
         self.left_out, self.noted = LeftOut(), LeftOut()
-        self._folder, self._decoder = os.path.dirname(path), decoder
+        self._table, self._folder, self._decoder = path, os.path.dirname(path), decoder
         self._cells = TextColumn(cell for cells in self._rows_of(path) for cell in cells)
         if not len(self):
             raise DataError(f"{path} has no lines")
-        paths = [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
-        check_images_exist(path, "image#number", paths)
+        self._check_images("image#number")
 
     def _rows_of(self, path: str) -> Iterator[tuple[str, str]]:
         """Yield image and caption of each line that is not empty."""
@@ -96,7 +185,7 @@ class NumberedCaptions(CsvSource):
                 continue
             match = _NUMBERED.fullmatch(line)
             if match is not None:
-                yield match[1], match[2]
+                yield match[1].rstrip(), match[2]
                 continue
             self.left_out.add("line without an image#number before a tab", f"line {number}")
             yield "", f"{MISCOUNTED}no image#number before a tab (line {number})"

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
-from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
+from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, NamedColumnsError, open_caption_list
 from clipcore.data.tables import (
     CAPTION_COLUMNS,
     ColumnError,
     CsvSource,
     JsonlSource,
+    MissingImagesError,
     TextColumn,
     caption_columns,
     read_image_file,
@@ -371,9 +372,12 @@ def _is_named_table(path: str) -> bool:
 def _has_captions(
     table: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str, quotes: bool
 ) -> bool:
-    """Return whether a table can be read as one of images and captions."""
+    """Return whether a table can be read as one of images and captions; raise DataError for one used wrongly."""
     try:
         _open_metadata(table, img_key, caption_key, decoder, quotes)
+    except (MissingImagesError, NamedColumnsError):
+        # It is a table of captions: without it, folders such as Images and Thumbs would pass for classes.
+        raise
     except DataError:
         return False
     return True

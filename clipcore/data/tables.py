@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, TextIO
 
 import numpy as np
@@ -37,7 +37,7 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order in formats without a convention of their own, where the user names no column.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
-_PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
+PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # of csv tables, of which each may be another program's
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
 # Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
@@ -82,11 +82,15 @@ def decode_bytes(data: bytes, key: str, decoder: Decoder | str) -> Any:
         raise BadSample(error.reason, key) from None
 
 
+class MissingImagesError(DataError):
+    """A table of captions whose images are not where it names them."""
+
+
 def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
-    """Raises DataError where none of the first rows' images is there: then all of them were meant elsewhere."""
-    probed = [path for path in paths[:_PROBED_ROWS] if path]
+    """Raise MissingImagesError where none of the first rows' images is there: then all of them were meant elsewhere."""
+    probed = [path for path in paths[:PROBED_ROWS] if path]
     if probed and not any(os.path.exists(path) for path in probed):
-        raise DataError(
+        raise MissingImagesError(
             f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
             f"{printable(probed[0])}; paths are absolute or relative to the table's folder: "
             f"{_remedy_for_images(os.path.dirname(table), probed[0])}"
@@ -169,9 +173,10 @@ class CsvSource:
         self._folder = os.path.dirname(path)
         self._decoder = decoder
         self.left_out, self.noted = LeftOut(), LeftOut()
+        image_names, caption_names = self._looked_for(img_key, caption_key)
         if separator is None:
-            columns = image_columns(img_key), caption_columns(caption_key)
-            separator = _shown_separator(path, quotes, columns)
+            columns = image_names, caption_names
+            separator = _shown_separator(path, quotes, columns, self._header)
             if separator != "\t":
                 reason = f"table with {separator!r} between its columns, by its header (else --csv-separator)"
                 self.noted.add(reason, self.name)
@@ -180,10 +185,11 @@ class CsvSource:
             raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
         self._table, self._separator = path, separator
         rows = csv_rows(path, separator, quotes)
-        _, header = next(rows, (1, []))
+        # Lines without a word come before some headers.
+        header = self._header(next((row for _, row in rows if any(map(str.strip, row))), []))
         try:
-            image_column = header.index(find_column(path, header, image_columns(img_key)))
-            caption_column = header.index(find_column(path, header, caption_columns(caption_key)))
+            image_column = header.index(find_column(path, header, image_names))
+            caption_column = header.index(find_column(path, header, caption_names))
         except ColumnError as error:
             others = [other for other in _SEPARATORS if other in "".join(header)]
             is_other = len(header) == 1 and others
@@ -203,10 +209,22 @@ class CsvSource:
         )
         if not len(self):
             raise DataError(f"{path} has a header line but no rows")
-        named = header[image_column]
-        check_images_exist(
-            path, named, [self._path(row) for row in range(min(len(self), _PROBED_ROWS))]
-        )
+        self._check_images(header[image_column])
+
+    def _looked_for(
+        self, img_key: str | None, caption_key: str | None
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the names that the columns of images and captions may have."""
+        return image_columns(img_key), caption_columns(caption_key)
+
+    def _header(self, cells: list[str]) -> list[str]:
+        """Return the names of the columns, given the cells of the header line."""
+        return cells
+
+    def _check_images(self, column: str) -> None:
+        """Raise DataError where none of the first rows' images is there."""
+        paths = [self._path(row) for row in range(min(len(self), PROBED_ROWS))]
+        check_images_exist(self._table, column, paths)
 
     def _row(
         self, row: list[str], line: int, num_columns: int, image_column: int, caption_column: int
@@ -297,11 +315,17 @@ def _short_lines(file: TextIO, path: str) -> Iterator[str]:
         yield line
 
 
-def _shown_separator(path: str, quotes: bool, columns: Sequence[Sequence[str]]) -> str:
+def _shown_separator(
+    path: str,
+    quotes: bool,
+    columns: Sequence[Sequence[str]],
+    header_of: Callable[[list[str]], list[str]],
+) -> str:
     """Return the separator by which a header line has columns: a tab if it holds one, or if not exactly one other fits.
 
     Args:
         columns: for each column that is looked for the names that it may have.
+        header_of: returns the names of the columns, given the cells of the line.
     """
     header = first_line(path)
     if "\t" in header:
@@ -309,16 +333,16 @@ def _shown_separator(path: str, quotes: bool, columns: Sequence[Sequence[str]]) 
     fitting = []
     for separator in _SEPARATORS[1:]:
         with contextlib.suppress(csv.Error):
-            fields = next(_csv_reader([header], separator, quotes))
+            fields = header_of(next(_csv_reader([header], separator, quotes)))
             if all(set(names) & set(fields) for names in columns):
                 fitting.append(separator)
     return fitting[0] if len(fitting) == 1 else "\t"
 
 
 def first_line(path: str) -> str:
-    """Return the first line of a table; raise DataError."""
+    """Return the first line of a table that is not empty; raise DataError."""
     with contextlib.closing(text_lines(path)) as lines:
-        return next(lines, "")
+        return next((line for line in lines if not line.isspace()), "")
 
 
 def text_lines(path: str) -> Generator[str, None, None]:
@@ -397,7 +421,7 @@ class JsonlSource:
             raise DataError(f"{path}, {error}") from None
         self._img_key = find_column(path, list(first), image_columns(img_key))
         self._caption_key = find_column(path, list(first), caption_columns(caption_key))
-        paths = list(self._image_paths(min(len(self), _PROBED_ROWS)))
+        paths = list(self._image_paths(min(len(self), PROBED_ROWS)))
         check_images_exist(path, self._img_key, paths)
 
     def __len__(self) -> int:

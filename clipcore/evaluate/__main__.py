@@ -17,7 +17,6 @@ import torch
 from clipcore.data.loader import JUDGED_ROWS
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.evaluate import bias_study, overlap_study, retrieval_study, studies
-from clipcore.evaluate.page import write_page
 from clipcore.evaluate.runner import run_measures
 from clipcore.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
@@ -61,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         retrieval_study.add_arguments(command.add_argument_group("retrieval"))
     for command, is_required in ((overlap, True), (everything, False)):
         overlap_study.add_arguments(command.add_argument_group("overlap"), is_required)
-    for command, is_required in ((bias, True), (everything, False)):
-        bias_study.add_arguments(command.add_argument_group("bias"), is_required)
+    for command in (bias, everything):
+        bias_study.add_arguments(command.add_argument_group("bias"))
 
     robustness = add(
         "robustness", "compare accuracies with and without a shift of the images", _studied
@@ -220,6 +219,9 @@ def _studied(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Draw the page; return the exit status."""
+    # Matplotlib comes when it is needed: see ``runner``.
+    from clipcore.evaluate.page import write_page
+
     output = Path(arguments.output) if arguments.output else None
     print(f"the page is {write_page(Path(arguments.results), output)}")
     return 0

@@ -50,13 +50,13 @@ _ROWS = 4096
 Groups = Mapping[str, Sequence[str]]
 
 
-def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add what the command ``bias`` alone takes."""
     parser.add_argument(
         "--groups",
-        required=is_required,
         metavar="NAMES",
-        help="columns of the table that name groups, joined by commas, such as race,gender,age",
+        help="columns of the table that name groups, joined by commas [those called group:NAME; race,gender,age of "
+        "faces]",
     )
     parser.add_argument(
         "--labels",
@@ -238,15 +238,17 @@ def accuracy_tables(
     columns: Sequence[str],
     notes: list[str],
     what: str = "accuracy",
+    uncrossed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the accuracy by each column and by each two columns; note which two have too many groups.
 
     Args:
         what: what the titles call it.
+        uncrossed: columns that are left out of the tables of two.
     """
     by_column = dict(groups)
     names = list(columns)
-    for first, second in itertools.combinations(columns, 2):
+    for first, second in itertools.combinations([c for c in columns if c not in uncrossed], 2):
         both = crossed(groups[first], groups[second])
         name = f"{first} x {second}"
         number = len(set(both) - {""})

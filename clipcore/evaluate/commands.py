@@ -9,7 +9,7 @@ from typing import Any
 
 from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
 from clipcore.evaluate.datasets import EvaluationSet
-from clipcore.evaluate.faces import LABELS_QUESTION, labels_of
+from clipcore.evaluate.faces import KNOWN, LABELS_QUESTION, labels_of
 from clipcore.evaluate.faces_study import measure_faces
 from clipcore.evaluate.image_descriptors import (
     Reading,
@@ -127,9 +127,11 @@ def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Nam
 
 
 def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
-    features = subject.features(dataset, "test")
     groups = dataset.split("test").groups
-    columns = chosen_columns(arguments.groups or ",".join(groups), groups)
+    # Whether faces are of white people is a part of their race.
+    usual = KNOWN if dataset.questions else groups
+    columns = chosen_columns(arguments.groups or ",".join(usual), groups)
+    features = subject.features(dataset, "test")
     if dataset.questions:
         return _result(subject, dataset, BIAS, _faces(subject, dataset, columns, arguments))
     loaded, labels = subject.model_for("groups"), arguments.label_list

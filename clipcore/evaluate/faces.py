@@ -173,8 +173,27 @@ def _open_split(
         ),
         keys=lambda: keys_of(source),
         groups=groups,
-        notes=(*notes, *left_out_notes(split, images)),
+        notes=(*notes, *left_out_notes(split, images), *_race_notes(split, groups, questions)),
     )
+
+
+def _race_notes(
+    split: str, groups: Mapping[str, Sequence[str]], questions: Mapping[str, Question]
+) -> list[str]:
+    """Return what makes ``acc_race`` of a split another number than datacomp's: who its white people are."""
+    if "race" not in questions:
+        return []
+    white = questions["race"].classnames[WHITE]
+    if white.casefold() != "white":
+        return [
+            f"{split}: the race of number {WHITE} is {printable(white)!r}, and acc_race takes it for white; look at "
+            f"{NAMES_FILE}"
+        ]
+    pairs = zip(groups["race"], groups["race_binary"], strict=True)
+    wrong = sum((race == white) != (binary == WHITE_OR_NOT[0]) for race, binary in pairs)
+    if not wrong:
+        return []
+    return [f"{split}: race_binary contradicts the race of {wrong} of {len(groups['race'])} images"]
 
 
 def _named(
@@ -187,7 +206,7 @@ def _named(
         names = WHITE_OR_NOT
     else:
         return list(map(str, number_N.tolist()))
-    wrong = np.flatnonzero(number_N >= len(names))
+    wrong = np.flatnonzero((number_N < 0) | (number_N >= len(names)))
     if len(wrong):
         row = int(wrong[0])
         raise DataError(

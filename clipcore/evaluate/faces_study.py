@@ -85,7 +85,9 @@ def measure_faces(
     tables = [
         table
         for name in known
-        for table in accuracy_tables(is_right[name], groups, columns, notes, f"accuracy of {name}")
+        for table in accuracy_tables(
+            is_right[name], groups, columns, notes, f"accuracy of {name}", ("race_binary",)
+        )
     ]
     details |= {
         "main_metric": f"acc_{main}_avg",

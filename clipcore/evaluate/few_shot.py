@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from clipcore.evaluate.linear_probe import (
+    BlockMetric,
     Metric,
+    by_blocks,
     fit_linear_probe,
     members_by_class,
     search_C,
-    top1,
 )
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -78,6 +79,7 @@ def few_shot_curve(
     C: float | None = None,
     metric: Metric | None = None,
     progress: Callable[[int], None] | None = None,
+    block_metric: BlockMetric | None = None,
 ) -> FewShotCurve:
     """Fit probes to a few training images a class, and score each on all test images.
 
@@ -90,12 +92,13 @@ def few_shot_curve(
         C: of all fits [the best on up to four other training images a class].
         metric: see ``search_C`` [the share of images whose class is the best].
         progress: is called with 1 after each fit, or each search of C.
+        block_metric: in place of ``metric``; see ``search_C``.
 
     Raises:
-        ValueError: no class has as many images as are asked for, or none is left to choose C by.
+        ValueError: no class has as many images as are asked for, none is left to choose C by, or both metrics are given.
     """
     num_classes = int(max(train_labels_N.max(), test_labels_N.max())) + 1
-    measure = metric or top1
+    measure = by_blocks(metric, block_metric)
     scores: list[tuple[float, ...]] = []
     found_Cs: list[tuple[float, ...]] = []
     orders = [_order(train_labels_N.tolist(), train_keys, max(shots), seed) for seed in seeds]
@@ -113,7 +116,9 @@ def few_shot_curve(
                         f"no image is left beside {number} a class to choose C by; give C, or fewer shots"
                     )
                 val_X, val_y = train_features_NW[others], train_labels_N[others]
-                search = search_C(X, y, val_X, val_y, num_classes, metric, fit_all=False)
+                search = search_C(
+                    X, y, val_X, val_y, num_classes, fit_all=False, block_metric=measure
+                )
                 probe = search.probe
             else:
                 probe = fit_linear_probe(X, y, C, num_classes)

@@ -106,6 +106,13 @@ def load_numbers(paths: Sequence[str], num_columns: int) -> tuple[list[ShardInde
     shards, content = list[ShardIndex](), bytearray()
     for path in paths:
         shard = load_index(path, kind)
+        # A kept index lies in a shared folder: a negative number would count names from the end.
+        wrong = np.flatnonzero(np.frombuffer(shard.labels, np.int64) < 0)
+        if len(wrong):
+            shown = _shown(path, shard.key(int(wrong[0]) // num_columns))
+            raise DataError(
+                f"{shown}: its kept numbers are damaged; remove the files that end in {kind.suffix}"
+            )
         content += shard.labels
         _check_memory(path, len(content) // num_bytes, num_bytes)
         shards.append(replace(shard, labels=b""))

@@ -34,8 +34,10 @@ _STEEPNESS = 1e-3
 # Rows whose logits are scored at once.
 _SCORED_ROWS = 4096
 
+# Of logits [N, K] and labels.
+Metric = Callable[[Tensor, Tensor], float]
 # Of logits [rows, K] block by block, and the labels of all rows.
-Metric = Callable[[Iterable[Tensor], Tensor], float]
+BlockMetric = Callable[[Iterable[Tensor], Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def search_C(
     tolerance: float = 1e-5,
     fit_all: bool = True,
     progress: Callable[[int], None] | None = None,
+    block_metric: BlockMetric | None = None,
 ) -> CSearch:
     """Find the C whose probe is best on validation images, and fit it to all images (appendix A.3).
 
@@ -123,13 +126,15 @@ def search_C(
     fits, each begun from the nearest one before it.
 
     Args:
-        metric: of the validation images, the larger the better [the share of images whose class is the best]. It takes
-            their logits block by block, [rows, K], and all their labels; what it keeps of the blocks takes memory.
+        metric: of the validation images' (logits [N, K], labels [N]), the larger the better [the share of images whose class
+            is the best].
         fit_all: whether the probe that is returned is fitted to the validation images too.
         progress: is called with 1 after each fit.
+        block_metric: in place of ``metric``. It takes the logits block by block, [rows, K], and all labels, so that the
+            logits of all images are never held.
 
     Raises:
-        ValueError: as of ``fit_linear_probe``, or there are no validation images.
+        ValueError: as of ``fit_linear_probe``, there are no validation images, or both metrics are given.
     """
     if not len(val_labels_N):
         raise ValueError("the search over C needs at least one validation image")
@@ -148,8 +153,8 @@ def search_C(
     if num_classes is None and train_labels_N.dim() == 1:
         num_classes = int(max(train_labels_N.max(), val_labels_N.max())) + 1
     train, val = (train_features_ND, train_labels_N), (val_features_ND, val_labels_N)
-    tell = progress or (lambda _: None)
-    C, trace, probe = _search(train, val, num_classes, metric or top1, tolerance, tell)
+    tell, measure = progress or (lambda _: None), by_blocks(metric, block_metric)
+    C, trace, probe = _search(train, val, num_classes, measure, tolerance, tell)
     if fit_all:
         features_ND = torch.cat([train_features_ND, val_features_ND])
         labels_N = torch.cat([train_labels_N, val_labels_N])
@@ -162,7 +167,7 @@ def _search(
     train: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
     num_classes: int | None,
-    measure: Metric,
+    measure: BlockMetric,
     tolerance: float,
     tell: Callable[[int], None],
 ) -> tuple[float, list[tuple[float, float]], LinearProbe]:
@@ -196,14 +201,29 @@ def _search(
     return GRID[found], trace, problem.probe(solutions[found])
 
 
-def top1(logits: Iterable[Tensor], labels_N: Tensor) -> float:
-    """Return the share of images whose class has the largest logit; of equal ones the first counts.
+def by_blocks(metric: Metric | None, block_metric: BlockMetric | None) -> BlockMetric:
+    """Return what scores logits block by block: one of two metrics, or top-1 without any.
 
-    Args:
-        logits: [rows, K], block by block.
+    Raises:
+        ValueError: both are given.
     """
+    if metric is None:
+        return block_metric or top1_of_blocks
+    if block_metric is not None:
+        raise ValueError("metric and block_metric are both given; give one of them")
+    whole = metric
+    return lambda blocks, labels_N: whole(torch.cat(list(blocks)), labels_N)
+
+
+def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
+    """Return the share of images whose class has the largest logit; of equal ones the first counts."""
+    return top1_of_blocks([logits_NK], labels_N)
+
+
+def top1_of_blocks(blocks: Iterable[Tensor], labels_N: Tensor) -> float:
+    """Return the same as ``top1`` of logits [rows, K] block by block."""
     hits = begun = 0
-    for block_BK in logits:
+    for block_BK in blocks:
         labels_B = labels_N[begun : begun + len(block_BK)]
         hits += int((block_BK.argmax(1) == labels_B).sum())
         begun += len(block_BK)

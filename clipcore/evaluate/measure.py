@@ -36,8 +36,8 @@ from clipcore.evaluate.few_shot import SHOTS, FewShotCurve, few_shot_curve, labe
 from clipcore.evaluate.image_descriptors import TrainingStream
 from clipcore.evaluate.linear_probe import (
     GRID,
+    BlockMetric,
     LinearProbe,
-    Metric,
     fit_linear_probe,
     search_C,
     split_validation,
@@ -359,7 +359,9 @@ def measure_linear_probe(
                     )
                 val_X, val_y, X, y = X[is_val], y[is_val], X[~is_val], y[~is_val]
             with progress_bar(f"{dataset.name}, search of C", " fits", _MOST_FITS) as progress:
-                search = search_C(X, y, val_X, val_y, num_classes, metric, progress=progress)
+                search = search_C(
+                    X, y, val_X, val_y, num_classes, progress=progress, block_metric=metric
+                )
             probe, trace = search.probe, search.trace
 
     num_train = len(train) + (0 if val is None else len(val))
@@ -465,8 +467,8 @@ def measure_few_shot(
             tried,
             seeds,
             options.C,
-            _probe_metric(dataset),
-            progress,
+            progress=progress,
+            block_metric=_probe_metric(dataset),
         )
     if full is not None and not _is_of(full, [train, test], options):
         full = None
@@ -577,7 +579,7 @@ def _probe_features(features: SplitFeatures, options: ProbeOptions) -> Tensor:
     return features.whole(options.after_projection, options.normalize)
 
 
-def _probe_metric(dataset: EvaluationSet) -> Metric:
+def _probe_metric(dataset: EvaluationSet) -> BlockMetric:
     """Return the data set's main metric, as a search over C reads it; its memory is that of ``_probe_metrics``."""
 
     def score(logits: Iterable[Tensor], labels_N: Tensor) -> float:

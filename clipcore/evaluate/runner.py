@@ -26,7 +26,6 @@ from clipcore.evaluate.label_lists import read_label_list
 from clipcore.evaluate.lines import line_of
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
-from clipcore.evaluate.page import write_page
 from clipcore.evaluate.replaced import changes
 from clipcore.evaluate.results import (
     OVERLAP,
@@ -385,6 +384,9 @@ def _draw(output: Path, is_quiet: bool) -> int:
         write_study(output, found)
         if not is_quiet:
             print(f"\n{print_study(found)}")
+    # Matplotlib comes when it is needed: until then Ctrl-C would meet its import, and end in a traceback.
+    from clipcore.evaluate.page import write_page
+
     page = write_page(output)
     if not is_quiet:
         print(f"\nthe page is {printable(str(page))}")

@@ -6,6 +6,9 @@ import sys
 
 from clipcore.evaluate import __main__, commands
 
+# Its import before the first measure would meet the Ctrl-C of a user who has changed their mind.
+assert "matplotlib" not in sys.modules
+
 measure = commands._MEASURES["prompts"]
 
 
