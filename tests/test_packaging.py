@@ -137,7 +137,9 @@ def package_files() -> set[str]:
         for name in names:
             path = Path(folder, name)
             is_built = path.suffix in {".so", ".pyc"} or path.match("_C.*.txt")
-            if "__pycache__" not in path.parts and not is_built:
+            # The map of the kernels is for who reads the sources.
+            is_of_sources = path.name == "README.md"
+            if "__pycache__" not in path.parts and not is_built and not is_of_sources:
                 found.add(path.relative_to(ROOT).as_posix())
     return found
 
@@ -166,7 +168,8 @@ def test_installed_package_loads(
     # Away from the checkout.
     program = PROGRAMS / "visit_installed_package.py"
     printed = run(sys.executable, program, target, cwd=tmp_path, path=target)
-    expected = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
+    expected = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} | folders)
     assert printed.split() == ["kernels:", *expected]
 
 
