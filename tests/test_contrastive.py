@@ -824,8 +824,8 @@ def test_opcheck(device: str) -> None:
     terms = torch.ops.clipcore.contrastive_fwd(*columns, *arguments[2:], False)
     with torch.no_grad():
         inputs = [t.detach() for t in (*columns, scale)]
-        upstream, saved = [torch.ones_like(t) for t in terms[:4]], [*terms[:2], *terms[4:]]
-        saved = [t.detach() for t in saved]
+        saved = [t.detach() for t in terms]
+        upstream = [torch.ones_like(saved[i]) for i in operator._TERMS]
         for need in ((True, True), (True, False)):
             torch.library.opcheck(
                 torch.ops.clipcore.contrastive_bwd,
