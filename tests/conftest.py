@@ -27,6 +27,9 @@ if not torch.cuda.is_available():
 # Under nohup it is ignored, also by the runs that tests start, and a run then rightly goes on.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Likewise of a shell that starts the tests in the background.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from interpreter import patch_once
 from ranks import RankPool
