@@ -742,7 +742,7 @@ def test_no_block_is_held_while_the_running_maximum_runs(monkeypatch: pytest.Mon
     assert 0 < alive[0] < 4 * num_pairs**2 <= storages.peak_bytes
 
     monkeypatch.setattr(walk_gpu, "block_sides", lambda *_: (128, 128))
-    blocks = iter(walk_gpu.LogitWalk(inputs, sums_row(inputs, True), "library"))
+    blocks = iter(walk_gpu.LogitWalk(inputs, sums_row(inputs, True)))
     first = next(blocks)
     assert first.shape == (128, 128) and len(next(blocks).y_CE) == 128
     assert not hasattr(first, "x_RE") and not hasattr(first, "y_CE")

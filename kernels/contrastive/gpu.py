@@ -6,7 +6,7 @@ Legend and maths: ``clipcore.kernels.contrastive``; the kernels: ``kernels.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +65,7 @@ def _walk_sums(
     launch_row = sums_row(inputs, targets is None)
     sums = new_sums(inputs, targets)
     uniform = None if targets is None else targets.relative_uniform()
-    source: Literal["kernel", "library"] = "kernel" if inputs.engine == "fused" else "library"
-    for block in LogitWalk(inputs, launch_row, source, has_sums=True):
+    for block in LogitWalk(inputs, launch_row, has_sums=True):
         rows, columns = block.rows, block.columns
         partial = _new_partial(block, sums, targets)
         contrastive_sums_kernel[block.grid](
@@ -118,10 +117,8 @@ def contrastive_bwd_gpu(
     grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
     factor = (scale_log2 * largest / grad_scale).float()
     launch_row = gradient_row(inputs, targets is None, outputs.has_stash)
-    source: Literal["stash", "kernel", "library"] = "stash"
-    if not outputs.has_stash:
-        source = "kernel" if inputs.engine == "fused" else "library"
-    walk = LogitWalk(inputs, launch_row, source, wanted=GradientWanted(need, factor))
+    wanted = GradientWanted(need, factor)
+    walk = LogitWalk(inputs, launch_row, reads_stash=outputs.has_stash, wanted=wanted)
     for block in walk:
         rows, columns = block.rows, block.columns
         along = torch.zeros(block.grid, dtype=torch.float32, device=device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ class LogitWalk:
     Args:
         inputs: the rows.
         launch_row: how the kernel is launched.
-        source: where a block's products come from: "library", the vendor's product in float32; "kernel", which
-            multiplies itself; "stash", which the kernel reads.
+        reads_stash: whether the kernel reads its logits from a stash. If not, the library or the kernel itself multiplies
+            them, as ``inputs.engine`` says.
         has_sums: whether tiles leave sums of rows and of columns; where a block leaves nothing else, they limit its size.
         wanted: what to make of the blocks' gradients; None where a block leaves sums only.
 
@@ -107,16 +107,18 @@ class LogitWalk:
         self,
         inputs: LossInputs,
         launch_row: LaunchRow,
-        source: Literal["library", "kernel", "stash"],
         *,
+        reads_stash: bool = False,
         has_sums: bool = False,
         wanted: GradientWanted | None = None,
     ) -> None:
-        self.inputs, self.launch_row, self.source = inputs, launch_row, source
+        self.inputs, self.launch_row = inputs, launch_row
+        self._is_product = inputs.engine == "library" and not reads_stash
+        self._is_fused = inputs.engine == "fused" and not reads_stash
         operand, device = inputs.operand, inputs.image_BE.device
 
         # float32 gradients take the place of the products.
-        is_product, is_gradient = source == "library", wanted is not None
+        is_product, is_gradient = self._is_product, wanted is not None
         in_place = is_product and is_gradient and operand == torch.float32
         own_gradient = is_gradient and not in_place
         element_bytes = (4 if is_product else 0) + (operand.itemsize if own_gradient else 0)
@@ -156,14 +158,14 @@ class LogitWalk:
     def _block(self, rows: slice, columns: slice, x_RE: Tensor, y_CE: Tensor) -> LogitBlock:
         R, C = len(x_RE), len(y_CE)
         product_RC = grad_RC = None
-        if self.source == "library":
+        if self._is_product:
             product_RC = self._products[: R * C].view(R, C)
             launch.matmul_fp32(x_RE, y_CE.T, product_RC)
         if self._sums is not None:
             grad_RC = self._grads[: R * C].view(R, C)
         pairs = self.inputs.pairs.block(rows, columns)
         grid, arguments = tile_arguments(
-            pairs, x_RE, y_CE, self.launch_row, is_fused=self.source == "kernel"
+            pairs, x_RE, y_CE, self.launch_row, is_fused=self._is_fused
         )
         return LogitBlock(rows, columns, x_RE, y_CE, product_RC, grad_RC, grid, arguments)
 

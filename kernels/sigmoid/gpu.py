@@ -5,8 +5,6 @@ Legend and maths: ``clipcore.kernels.sigmoid``; the kernel: ``kernels.py``.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -27,8 +25,7 @@ def sigmoid_fwd_gpu(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, d_scale, d_bias
 
     wanted = GradientWanted(need, factor, torch.float32) if backward else None
-    source: Literal["kernel", "library"] = "kernel" if inputs.engine == "fused" else "library"
-    walk = LogitWalk(inputs, launch_row(inputs), source, wanted=wanted)
+    walk = LogitWalk(inputs, launch_row(inputs), wanted=wanted)
     for block in walk:
         partial = torch.empty(
             (3 if backward else 1, *block.grid), dtype=torch.float32, device=device
