@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipcore.kernels.normalize import normalize_ref
+from clipcore.kernels.logits.pairs import Pairs
+from clipcore.kernels.logits.reference import logits_ref
 
 
 def contrastive_ref(
@@ -24,21 +25,8 @@ def contrastive_ref(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the loss by the B x G matrix, in the promoted dtype of the embeddings, differentiable."""
-    dtype = torch.promote_types(image_BE.dtype, text_GE.dtype)
-    x_BE, y_GE = image_BE.to(dtype), text_GE.to(dtype)
-    if normalize:
-        x_BE, y_GE = normalize_ref(x_BE), normalize_ref(y_GE)
-    z_BG = scale * x_BE @ y_GE.T
-    B, G = z_BG.shape
-    label_BG = torch.zeros(B, G, dtype=torch.bool, device=z_BG.device)
-    label_BG.diagonal(first_label).fill_(True)
-    valid_BG, positive_BG = torch.ones_like(label_BG), label_BG
-    if image_ids is not None and text_ids is not None:
-        same_BG = image_ids[:, None] == text_ids
-        if same_id == "positive":
-            positive_BG = same_BG
-        else:
-            valid_BG = label_BG | ~same_BG
+    pairs = Pairs(image_ids, text_ids, first_label, same_id)
+    z_BG, valid_BG, positive_BG = logits_ref(image_BE, text_GE, scale, normalize, pairs)
     return (
         _cross_entropy_ref(z_BG, valid_BG, positive_BG, label_smoothing)
         + _cross_entropy_ref(z_BG.T, valid_BG.T, positive_BG.T, label_smoothing)

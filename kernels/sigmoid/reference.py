@@ -5,11 +5,11 @@ Legend and maths: ``clipcore.kernels.sigmoid``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels.normalize import normalize_ref
+from clipcore.kernels.logits.pairs import Pairs
+from clipcore.kernels.logits.reference import logits_ref
 
 
 def sigmoid_ref(
@@ -25,19 +25,8 @@ def sigmoid_ref(
     same_id: str = "ignore",
 ) -> Tensor:
     """Return the loss by the B x G matrix, in the promoted dtype of the embeddings, differentiable."""
-    dtype = torch.promote_types(image_BE.dtype, text_GE.dtype)
-    x_BE, y_GE = image_BE.to(dtype), text_GE.to(dtype)
-    if normalize:
-        x_BE, y_GE = normalize_ref(x_BE), normalize_ref(y_GE)
-    z_BG = scale * x_BE @ y_GE.T + bias
-    positive_BG = torch.zeros_like(z_BG, dtype=torch.bool)
-    positive_BG.diagonal(first_label).fill_(True)
-    valid_BG = torch.ones_like(positive_BG)
-    if image_ids is not None and text_ids is not None:
-        same_BG = image_ids[:, None] == text_ids
-        if same_id == "positive":
-            positive_BG = same_BG
-        else:
-            valid_BG = positive_BG | ~same_BG
+    pairs = Pairs(image_ids, text_ids, first_label, same_id)
+    z_BG, valid_BG, positive_BG = logits_ref(image_BE, text_GE, scale, normalize, pairs)
+    z_BG = z_BG + bias
     sign_BG = 2 * positive_BG.to(z_BG.dtype) - 1
-    return -F.logsigmoid(sign_BG * z_BG).masked_fill(~valid_BG, 0).sum() / len(x_BE)
+    return -F.logsigmoid(sign_BG * z_BG).masked_fill(~valid_BG, 0).sum() / len(image_BE)
