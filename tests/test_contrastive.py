@@ -748,6 +748,28 @@ def test_no_block_is_held_while_the_running_maximum_runs(monkeypatch: pytest.Mon
     assert not hasattr(first, "x_RE") and not hasattr(first, "y_CE")
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("engine", "reads_stash", "is_fused", "has_product"),
+    [
+        ("library", False, False, True),
+        ("fused", False, True, False),
+        ("library", True, False, False),
+        ("fused", True, False, False),
+    ],
+)
+def test_a_stash_is_read_and_nothing_multiplied(
+    engine: str, reads_stash: bool, is_fused: bool, has_product: bool
+) -> None:
+    image, text = (t.float().to(KERNEL_DEVICE) for t in unit_embeddings(64, 64, 16))
+    scale, which = torch.tensor(20.0, device=KERNEL_DEVICE), Pairs(None, None, 0, "ignore")
+    inputs = LossInputs(image, text, scale, which, True, torch.float32, engine, 2**20)
+    walk = walk_gpu.LogitWalk(inputs, sums_row(inputs, True), reads_stash=reads_stash)
+    block = next(iter(walk))
+    assert block.arguments["FUSED"] is is_fused
+    assert (block.product_RC is not None) is has_product
+
+
 def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
     """Pages of a buffer that is gone serve the next one of about its size; another size gives idle ones back."""
     shape, dtype = (5 * pages.HUGE_PAGE,), torch.uint8
