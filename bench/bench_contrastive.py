@@ -162,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--once", action="store_true", help="the step alone, one timed call: for millions of pairs"
     )
-    arguments = parse(parser, ["tests/test_contrastive.py", "tests/test_sigmoid.py"], argv)
+    arguments = parse(
+        parser, ["tests/test_contrastive.py", "tests/test_sigmoid.py", "tests/test_logits.py"], argv
+    )
     device = arguments.device
     on_gpu = device.type == "cuda"
     sizes = arguments.sizes or ([1024, 8192, 32768, 65536] if on_gpu else [1024, 4096, 8192])

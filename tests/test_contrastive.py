@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import mmap
 from collections.abc import Iterator
 from functools import partial
 
@@ -37,9 +36,8 @@ from clipcore.kernels.contrastive import (
     plan,
 )
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
-from clipcore.kernels.contrastive.launches import sums_row
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
-from clipcore.kernels.logits import pages, pairs, walk_cpu, walk_gpu
+from clipcore.kernels.logits import pairs, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
 from clipcore.kernels.normalize import normalize_ref
 from clipcore.kernels.sigmoid import sigmoid_loss
@@ -723,12 +721,11 @@ def test_nothing_of_n_by_n_is_held() -> None:
 
 
 def test_no_block_is_held_while_the_running_maximum_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are the operands of a block while those of the next are made."""
     num_pairs = 256
     image, text = unit_embeddings(num_pairs, num_pairs, 16)
     image, text = image.float().to(KERNEL_DEVICE), text.float().to(KERNEL_DEVICE)
-    scale, pairs = torch.tensor(20.0, device=KERNEL_DEVICE), Pairs(None, None, 0, "ignore")
-    inputs = LossInputs(image, text, scale, pairs, False, torch.float32, "library", 2**20)
+    scale, which = torch.tensor(20.0, device=KERNEL_DEVICE), Pairs(None, None, 0, "ignore")
+    inputs = LossInputs(image, text, scale, which, False, torch.float32, "library", 2**20)
     original, alive = gpu.running_max_gpu, []
 
     def watched(*arguments: object) -> object:
@@ -740,52 +737,6 @@ def test_no_block_is_held_while_the_running_maximum_runs(monkeypatch: pytest.Mon
     with LiveStorages() as storages:
         contrastive_fwd_gpu(inputs, None, False)
     assert 0 < alive[0] < 4 * num_pairs**2 <= storages.peak_bytes
-
-    monkeypatch.setattr(walk_gpu, "block_sides", lambda *_: (128, 128))
-    blocks = iter(walk_gpu.LogitWalk(inputs, sums_row(inputs, True)))
-    first = next(blocks)
-    assert first.shape == (128, 128) and len(next(blocks).y_CE) == 128
-    assert not hasattr(first, "x_RE") and not hasattr(first, "y_CE")
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("engine", "reads_stash", "is_fused", "has_product"),
-    [
-        ("library", False, False, True),
-        ("fused", False, True, False),
-        ("library", True, False, False),
-        ("fused", True, False, False),
-    ],
-)
-def test_a_stash_is_read_and_nothing_multiplied(
-    engine: str, reads_stash: bool, is_fused: bool, has_product: bool
-) -> None:
-    image, text = (t.float().to(KERNEL_DEVICE) for t in unit_embeddings(64, 64, 16))
-    scale, which = torch.tensor(20.0, device=KERNEL_DEVICE), Pairs(None, None, 0, "ignore")
-    inputs = LossInputs(image, text, scale, which, True, torch.float32, engine, 2**20)
-    walk = walk_gpu.LogitWalk(inputs, sums_row(inputs, True), reads_stash=reads_stash)
-    block = next(iter(walk))
-    assert block.arguments["FUSED"] is is_fused
-    assert (block.product_RC is not None) is has_product
-
-
-def test_large_buffers_keep_their_pages_but_never_share_them() -> None:
-    """Pages of a buffer that is gone serve the next one of about its size; another size gives idle ones back."""
-    shape, dtype = (5 * pages.HUGE_PAGE,), torch.uint8
-    first, second = (pages.buffer(shape, dtype).fill_(i) for i in (1, 2))
-    view, address = first[7:], first.data_ptr()
-    del first
-    third = pages.buffer(shape, dtype).fill_(3)
-    assert (view == 1).all() and (second == 2).all() and (third == 3).all()
-    del view
-    assert pages.buffer(shape, dtype).data_ptr() == address
-    idle = list(pages._idle_pages)
-    assert idle and not any(pages.closed for pages in idle)
-    pages.buffer((3 * shape[0],), dtype)
-    assert [len(pages) for pages in pages._idle_pages] == [3 * shape[0]]
-    pages.give_back_idle_pages()
-    assert not pages._idle_pages
 
 
 @pytest.mark.fast
@@ -820,18 +771,6 @@ def test_float32_on_a_gpu_has_a_stash_of_16_bits_only_where_it_is_asked_for() ->
         assert not plan(image, text, engine="library").stash
         assert plan(image, text, engine="library", stash_bytes=2**20).stash
         assert plan(image.half(), text, engine="library", operand_dtype=torch.float16).stash
-
-
-@pytest.mark.parametrize("width", [512, 768, 1024])
-@pytest.mark.parametrize("element_bytes", [2, 4, 6])
-def test_a_block_and_all_that_goes_with_it_fit_the_workspace(
-    width: int, element_bytes: int
-) -> None:
-    """The block, both operands and the sum of the image rows' gradients."""
-    for workspace_bytes in (2**26, pairs.WORKSPACE_BYTES["cuda"]):
-        rows, columns = walk_gpu.block_sides(width, element_bytes, workspace_bytes, 2)
-        taken = rows * columns * element_bytes + (rows + columns) * width * 2 + rows * width * 4
-        assert workspace_bytes / 2 < taken <= workspace_bytes
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -897,20 +836,6 @@ def test_no_equal_ids_give_nan() -> None:
     image, text = unit_embeddings(4, 4, 8)
     ids = {"image_ids": torch.arange(4), "text_ids": torch.arange(4) + 4}
     assert contrastive_loss(image, text, 5.0, same_id="positive", **ids).isnan()
-
-
-def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pages(mmap.mmap):
-        def madvise(self, *_: object) -> None:
-            raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(pages.mmap, "mmap", Pages)
-    monkeypatch.setattr(pages, "_idle_pages", [])
-    assert pages.buffer((5 * pages.HUGE_PAGE,), torch.uint8).fill_(1).all()
-
-
-def test_large_buffers_are_poisoned_too(poisoned_memory: None) -> None:
-    assert pages.buffer((5 * pages.HUGE_PAGE,), torch.float32).isnan().all()
 
 
 def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
