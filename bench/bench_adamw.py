@@ -14,8 +14,8 @@ from harness import parse, record, run
 from torch import nn
 
 from clipcore.kernels.adamw import Update, adamw_all_
-from clipcore.model import create_model
-from clipcore.optim import AdamW
+from clipcore.run.optim import AdamW
+from clipcore.towers.model import create_model
 
 SETTINGS = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from harness import parse, record, run
 
-from clipcore.ceilings import Work, copy_work, product_work
+from clipcore.run.ceilings import Work, copy_work, product_work
 
 
 def bench(op: str, work: Work, device: torch.device) -> None:

@@ -23,14 +23,14 @@ from harness import leaving_out, parse, record_row, run
 from PIL import Image
 from torch import Tensor
 
-from clipcore import memory
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.datasets import open_set
 from clipcore.evaluate.features import FeatureStore
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.measure import Subject, measure_zero_shot
-from clipcore.loading import LoadedModel
-from clipcore.model import create_model
+from clipcore.run import memory
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.model import create_model
 
 CLASSES = ("ant", "bear", "cat", "dog", "eel", "fox", "goat", "hen", "ibis", "jay")
 SIZE = (500, 375)

@@ -20,15 +20,15 @@ from step_providers import captions
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import clipcore.flops
-from clipcore.architectures import ModelConfig, find_model
+import clipcore.run.flops
 from clipcore.data.loader import Batch, trim_tokens
-from clipcore.distributed import World
 from clipcore.loss import ClipLoss
-from clipcore.model import create_model
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.architectures import ModelConfig, find_model
+from clipcore.towers.model import create_model
 
-assert clipcore.flops  # registers the formulas of clipcore's operators
+assert clipcore.run.flops  # registers the formulas of clipcore's operators
 MODELS = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"]
 META = torch.device("meta")
 

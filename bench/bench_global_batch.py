@@ -18,10 +18,10 @@ import torch
 from harness import parse, record, run
 
 from clipcore.data.loader import Batch, trim_tokens
-from clipcore.distributed import World
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import create_model
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.model import create_model
 
 SHORTEST, LONGEST = 6, 26
 

@@ -9,7 +9,7 @@ step    the peak beside model and optimizer, the batch's inputs counted, against
 loss    the peak above embeddings and their gradients, loss and backward pass together; beside it open_clip's at 8,192
         pairs, and how much as many matrices would take at 32,768, which is computed
 faults  pages that the kernel had to give for the tensors of twenty steps, as glibc does by itself and after
-        `clipcore.memory.keep_freed`
+        `clipcore.run.memory.keep_freed`
 bombs   the peak while pictures are refused, and the processor's time for all of them: of too many pixels by their headers,
         or made so that a decoder takes seconds
 pictures  the peak while the largest pictures are decoded that are not refused, and the processor's time
@@ -39,13 +39,13 @@ from bombs import HEADERS, LARGEST, NUM_BOMBS, all_bombs, encoded
 from contrastive_providers import providers
 from harness import extra_bytes_of, leaving_out, parse, record_computed, record_row, run
 
-from clipcore import memory
 from clipcore.data import BadSample, DataError
 from clipcore.data.transforms import DECODERS, check_decoder, decode_image
-from clipcore.distributed import World
 from clipcore.loss import ClipLoss
-from clipcore.model import create_model
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run import memory
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.model import create_model
 
 NUM_PAIRS = 32768  # the paper's batch
 DENSE_PAIRS = 8192  # of what holds the whole matrix

@@ -25,15 +25,15 @@ from scaling_ranks import LOSSES, loss_inputs, loss_on_rank
 from torch import nn
 from wire import ETHERNET, NVLINK, gradient_collectives, loss_collectives
 
-from clipcore import memory
-from clipcore.architectures import find_model
-from clipcore.distributed import World
+from clipcore.data.packing import pack_captions
 from clipcore.kernels.launch import visible_operators
 from clipcore.loss import ClipLoss
-from clipcore.model import CLIP, create_model
-from clipcore.packing import pack_captions
-from clipcore.step import TrainingStep
-from clipcore.traffic import TrafficCounter
+from clipcore.ranks.distributed import World
+from clipcore.run import memory
+from clipcore.run.traffic import TrafficCounter
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.architectures import find_model
+from clipcore.towers.model import CLIP, create_model
 
 SMALLEST, LARGEST = 1024, 2**22  # pairs
 TOKEN_FACTORS = (1, 1.5, 2, 4, 8)

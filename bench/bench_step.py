@@ -21,9 +21,9 @@ import torch
 from harness import leaving_out, parse, record, run
 from step_providers import Case, Clock, Step, captions, ignore, providers, useful_flops
 
-from clipcore import memory
-from clipcore.architectures import ModelConfig, find_model
-from clipcore.ceilings import measure_ceilings
+from clipcore.run import memory
+from clipcore.run.ceilings import measure_ceilings
+from clipcore.towers.architectures import ModelConfig, find_model
 
 TESTS = "tests/test_packing.py tests/test_residual.py tests/test_attention.py tests/test_loss.py".split()
 PROVIDERS = ["clipcore", "open_clip", "transformers"]

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from clipcore import memory
-from clipcore.ceilings import time_ms
 from clipcore.kernels.logits.pages import give_back_idle_pages
+from clipcore.run import memory
+from clipcore.run.ceilings import time_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"

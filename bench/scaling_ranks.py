@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from wire import Collective, CollectiveCounter
 
-from clipcore import memory
-from clipcore.distributed import World, barrier
 from clipcore.kernels.logits.pages import give_back_idle_pages
 from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.ranks.distributed import World, barrier
+from clipcore.run import memory
 
 LOSSES = {"softmax": ClipLoss, "sigmoid": SigLipLoss}
 

@@ -19,17 +19,17 @@ from harness import is_wanted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import ModelConfig
 from clipcore.data.loader import Batch, trim_tokens
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
-from clipcore.descriptions import hf_config
-from clipcore.distributed import World
-from clipcore.grad_cache import micro_batches
 from clipcore.loss import ClipLoss
-from clipcore.model import create_model
-from clipcore.modules import ReadAt, ResidualAttentionBlock
-from clipcore.optim import build_optimizer
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run.grad_cache import micro_batches
+from clipcore.run.optim import build_optimizer
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.architectures import ModelConfig
+from clipcore.towers.descriptions import hf_config
+from clipcore.towers.model import create_model
+from clipcore.towers.modules import ReadAt, ResidualAttentionBlock
 
 # Tokens of a caption with both special ones, and how many of 128 captions have them: alt texts, lognormal around 16.
 CAPTION_LENGTHS = dict(

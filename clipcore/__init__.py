@@ -8,28 +8,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from clipcore import moved
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CLIP": "clipcore.model",
+    "CLIP": "clipcore.towers.model",
     "ClipLoss": "clipcore.loss",
-    "PackedText": "clipcore.packing",
+    "PackedText": "clipcore.data.packing",
     "SigLipLoss": "clipcore.loss",
     "build_zero_shot_classifier": "clipcore.evaluate.zero_shot",
-    "create_model": "clipcore.model",
-    "create_model_and_transforms": "clipcore.model",
-    "create_model_from_pretrained": "clipcore.model",
-    "get_model_config": "clipcore.architectures",
+    "create_model": "clipcore.towers.model",
+    "create_model_and_transforms": "clipcore.towers.model",
+    "create_model_from_pretrained": "clipcore.towers.model",
+    "get_model_config": "clipcore.towers.architectures",
     "get_tokenizer": "clipcore.tokenizer",
     "image_transform": "clipcore.data.transforms",
-    "list_models": "clipcore.architectures",
-    "load_checkpoint": "clipcore.model",
+    "list_models": "clipcore.towers.architectures",
+    "load_checkpoint": "clipcore.towers.model",
     "normalized_similarity": "clipcore.kernels.similarity",
-    "pack_captions": "clipcore.packing",
+    "pack_captions": "clipcore.data.packing",
     "similarity_topk": "clipcore.kernels.similarity_topk",
     "tokenize": "clipcore.tokenizer",
 }
 __all__ = ["__version__", *_HOMES]
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

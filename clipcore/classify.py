@@ -31,11 +31,11 @@ from clipcore.data.folders import images_below
 from clipcore.data.tables import decode_bytes
 from clipcore.data.tar import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from clipcore.data.transforms import MAX_PIXELS, Decoder, ImageTransform, was_transparent
-from clipcore.distributed import pick_device
+from clipcore.evaluate.loading import load_model
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
-from clipcore.failures import end_with
 from clipcore.files import is_folder, mode_of, not_utf8, read_regular
-from clipcore.loading import load_model
+from clipcore.ranks.distributed import pick_device
+from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, check_whole_numbers, complain
 
 # So many decoded pictures are in memory at once.

@@ -36,10 +36,10 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
-from clipcore.architectures import UnknownModelError, find_model
-from clipcore.failures import end_with
 from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
+from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
+from clipcore.towers.architectures import UnknownModelError, find_model
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -574,7 +574,7 @@ def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, as of ``clipcore.failures``."""
+    """Run the command line; return its exit status, as of ``clipcore.ranks.failures``."""
     parsed = build_parser().parse_args(arguments)
     # This process never forks, so that the library may use all cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -26,7 +26,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from clipcore import memory, native, roll_call
+from clipcore import native
 from clipcore.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,21 +35,14 @@ from clipcore.checkpoint import (
     run_lock,
     step_name,
 )
-from clipcore.collapse import CollapseWatch
-from clipcore.config import (
-    ConfigError,
-    TrainConfig,
-    in_global_batches,
-    parse_command_line,
-    reporters,
-    resolve,
-    warmup_steps,
-)
 from clipcore.data import PairSource, WorkerLostError
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import Batch, PairLoader
 from clipcore.data.transforms import ImageTransform
-from clipcore.distributed import (
+from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.files import is_file, make_directory
+from clipcore.ranks import watchdog
+from clipcore.ranks.distributed import (
     World,
     all_reduce_sum,
     barrier,
@@ -60,12 +53,22 @@ from clipcore.distributed import (
     init_distributed,
     is_main,
 )
-from clipcore.evaluate.tasks import EvaluationPlan
-from clipcore.failures import end_with
-from clipcore.files import is_file, make_directory
-from clipcore.grad_cache import Found
-from clipcore.interrupt import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt, signal_ignored
-from clipcore.logbook import (
+from clipcore.ranks.failures import end_with
+from clipcore.ranks.signals import DATA_WAIT_S, REPEAT_S, DataWaitError, Interrupt, signal_ignored
+from clipcore.report.collect import report_run
+from clipcore.run import memory
+from clipcore.run.collapse import CollapseWatch
+from clipcore.run.config import (
+    ConfigError,
+    TrainConfig,
+    in_global_batches,
+    parse_command_line,
+    reporters,
+    resolve,
+    warmup_steps,
+)
+from clipcore.run.grad_cache import Found
+from clipcore.run.metrics import (
     Logbook,
     LogError,
     LogMark,
@@ -74,8 +77,7 @@ from clipcore.logbook import (
     read_metrics,
     set_log_aside,
 )
-from clipcore.model import CLIP
-from clipcore.optim import (
+from clipcore.run.optim import (
     ExponentialMovingAverage,
     adam_defaults,
     build_optimizer,
@@ -83,8 +85,7 @@ from clipcore.optim import (
     gradient_norm,
     local_part,
 )
-from clipcore.profile import PROFILE_FOLDER, StepProfile, check_long_enough
-from clipcore.run_parts import (
+from clipcore.run.parts import (
     augmentation,
     build_loss,
     build_model,
@@ -97,8 +98,10 @@ from clipcore.run_parts import (
     tower_widths,
     with_size_of,
 )
-from clipcore.run_report import report_run
-from clipcore.run_state import (
+from clipcore.run.profile import PROFILE_FOLDER, StepProfile, check_long_enough
+from clipcore.run.schedule import learning_rate
+from clipcore.run.sharding import replicate, shard
+from clipcore.run.state import (
     CONFIG_FILE,
     RunState,
     check_run_is_there,
@@ -112,13 +115,12 @@ from clipcore.run_state import (
     resumed_config,
     write_config,
 )
-from clipcore.schedule import learning_rate
-from clipcore.sharding import replicate, shard
-from clipcore.step import TrainingStep
+from clipcore.run.threads import most_threads
+from clipcore.run.train_step import TrainingStep
+from clipcore.run.verify import VerificationError, verify_gradients
 from clipcore.terminal import complain, steady_output
-from clipcore.threads import most_threads
 from clipcore.tokenizer import VOCABULARY_FILE
-from clipcore.verify import VerificationError, verify_gradients
+from clipcore.towers.model import CLIP
 
 WORKER_LOST_STATUS = 4
 WRONG_GRADIENTS_STATUS = 5
@@ -271,7 +273,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
         with_ids=config.duplicate_captions != "negative",
     )
     if world.world_size > 1 and not is_split:
-        with roll_call.collective("comparison of the models"):
+        with watchdog.collective("comparison of the models"):
             training.reduced = replicate(towers)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
@@ -326,7 +328,7 @@ def train_in(run_dir: Path, config: TrainConfig, given: frozenset[str], world: W
             )
         )
         for step in range(first_step, num_steps):
-            roll_call.at_step(step + 1)
+            watchdog.at_step(step + 1)
             profiled.begin_step()
             lost: WorkerLostError | None = None
             try:
@@ -703,13 +705,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, given = parse_command_line(arguments)
         world = init_distributed(config.device, config.timeout)
-        with roll_call.farewell():
+        with watchdog.farewell():
             return train(config, given, world)
-    except roll_call.RankError as error:
+    except watchdog.RankError as error:
         rank = os.environ.get("RANK")
         complain("clipcore.train", f"rank {rank} ends: {error}")
         # At once: to take the group apart would wait for collectives that never end.
-        os._exit(roll_call.EXIT_STATUS)
+        os._exit(watchdog.EXIT_STATUS)
     except KeyboardInterrupt:
         # Before the first step: from there on a signal is noted, and the step in hand saved.
         with signal_ignored(signal.SIGINT):

@@ -12,10 +12,10 @@ from clipcore.data import BadSample, Pair
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.datasets import EvaluationSet, Split
 from clipcore.evaluate.features import FeatureStore
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.measure import Subject
-from clipcore.loading import LoadedModel
-from clipcore.model import CLIP, create_model
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.model import CLIP, create_model
 
 
 @dataclass

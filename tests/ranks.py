@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from runs import LIMIT_S
 
-from clipcore.distributed import close_distributed, init_distributed
+from clipcore.ranks.distributed import close_distributed, init_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from clipcore.logbook import CLOCK_KEYS
+from clipcore.run.metrics import CLOCK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "programs"

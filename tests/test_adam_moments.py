@@ -17,9 +17,8 @@ from shards import write_csv
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from clipcore.distributed import World
-from clipcore.model import create_model
-from clipcore.optim import (
+from clipcore.ranks.distributed import World
+from clipcore.run.optim import (
     MOMENTS,
     AdamW,
     ExponentialMovingAverage,
@@ -29,8 +28,9 @@ from clipcore.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from clipcore.run_state import RunState
-from clipcore.sharding import shard
+from clipcore.run.sharding import shard
+from clipcore.run.state import RunState
+from clipcore.towers.model import create_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipcore.data.packing import pack_captions
 from clipcore.kernels import attention_torch
 from clipcore.kernels.attention import attention, attention_ref
-from clipcore.model import create_model
-from clipcore.packing import pack_captions
+from clipcore.towers.model import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -28,11 +28,11 @@ sys.path.append(str(ROOT / "bench"))
 import harness  # noqa: E402
 import step_providers  # noqa: E402
 
-from clipcore.architectures import find_model  # noqa: E402
-from clipcore.ceilings import Ceilings  # noqa: E402
-from clipcore.config import parse_command_line  # noqa: E402
-from clipcore.model import create_model  # noqa: E402
-from clipcore.modules import ReadAt, ResidualAttentionBlock  # noqa: E402
+from clipcore.run.ceilings import Ceilings  # noqa: E402
+from clipcore.run.config import parse_command_line  # noqa: E402
+from clipcore.towers.architectures import find_model  # noqa: E402
+from clipcore.towers.model import create_model  # noqa: E402
+from clipcore.towers.modules import ReadAt, ResidualAttentionBlock  # noqa: E402
 
 
 @pytest.fixture

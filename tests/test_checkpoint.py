@@ -28,9 +28,13 @@ from clipcore.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_latest,
+    lock,
     make_newest,
+    manifest,
+    read,
     run_lock,
     save_checkpoint,
+    write,
 )
 
 
@@ -232,16 +236,14 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    import clipcore.checkpoint as module
-
-    real = module.load_checkpoint
+    real = read.load_checkpoint
 
     def slow(path: Path, *arguments: Any) -> Checkpoint:
         if path.name == "step_00000001":
             save(tmp_path, 2, keep=1)
         return real(path, *arguments)
 
-    monkeypatch.setattr(module, "load_checkpoint", slow)
+    monkeypatch.setattr(read, "load_checkpoint", slow)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_whole(load_latest(tmp_path), 2)
@@ -273,15 +275,13 @@ def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
 
     # An old one that cannot be looked at when the new one is there: the new one stays, and the save has succeeded.
     unreadable.clear()
-    import clipcore.checkpoint as module
-
-    committed = module._commit
+    committed = write._commit
 
     def commit(temporary: Path, final: Path) -> None:
         committed(temporary, final)
         unreadable.add("step_00000003/manifest.json")
 
-    monkeypatch.setattr(module, "_commit", commit)
+    monkeypatch.setattr(write, "_commit", commit)
     with pytest.warns(UserWarning, match="cannot remove an old checkpoint"):
         path = save(tmp_path, 4, keep=1)
     unreadable.clear()
@@ -289,14 +289,11 @@ def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
 
 
 def test_equal_sequence_numbers_go_to_the_later_step(tmp_path):
-    import clipcore.checkpoint as module
-
     for step in (2, 10, 9):
         path = save(tmp_path, step, keep=None)
-        fields = module._read_manifest(path)
+        fields = manifest.read_manifest(path)
         del fields["sequence"]
-        manifest = path / "manifest.json"
-        manifest.write_bytes(module._manifest_text({**fields, "sequence": 1}))
+        (path / "manifest.json").write_bytes(manifest.manifest_text({**fields, "sequence": 1}))
     assert_whole(load_latest(tmp_path), 10)
     assert save(tmp_path, 3, keep=1).exists()
     assert os.listdir(tmp_path) == ["step_00000003"]
@@ -355,15 +352,13 @@ def resigned(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_a_manifest_that_was_signed_anew_is_damage_and_nothing_else(tmp_path):
-    import clipcore.checkpoint as module
-
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
-    cases = list(resigned(module._read_manifest(path.parent)))
+    cases = list(resigned(manifest.read_manifest(path.parent)))
     assert len(cases) > 60
     for changed in cases:
         changed.pop("sha256", None)
-        path.write_bytes(module._manifest_text(changed))
+        path.write_bytes(manifest.manifest_text(changed))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             latest = load_latest(tmp_path)
@@ -387,7 +382,7 @@ def test_not_a_checkpoint_and_a_newer_one(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_checkpoint(tmp_path)
     path = save(tmp_path, 1)
-    monkeypatch.setattr("clipcore.checkpoint.FORMAT_VERSION", 0)
+    monkeypatch.setattr("clipcore.checkpoint.manifest.FORMAT_VERSION", 0)
     with pytest.raises(CheckpointError, match="newer clipcore"):
         load_checkpoint(path)
     # It is whole: neither passed over for an older one, nor taken for gone by a save.
@@ -468,9 +463,7 @@ def test_the_lock_in_one_process_and_after_an_error(tmp_path):
         if not child:
             status = 0
             try:
-                import clipcore.checkpoint as module
-
-                module._locked.clear()
+                lock._locked.clear()
                 with run_lock(tmp_path):
                     status = 1
             except CheckpointError:

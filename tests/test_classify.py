@@ -17,8 +17,8 @@ from shards import picture, write_csv
 
 from clipcore import classify
 from clipcore.classify import main, read_labels
-from clipcore.model import create_model
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.model import create_model
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from clipcore.collapse import NUM_STEPS, CollapseWatch, loss_of_guessing
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
+from clipcore.run.collapse import NUM_STEPS, CollapseWatch, loss_of_guessing
 
 pytestmark = pytest.mark.fast
 

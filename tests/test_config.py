@@ -8,8 +8,7 @@ import re
 
 import pytest
 
-from clipcore.architectures import OPENAI_NAMES
-from clipcore.config import (
+from clipcore.run.config import (
     PAPER_LEARNING_RATES,
     ConfigError,
     TrainConfig,
@@ -19,6 +18,7 @@ from clipcore.config import (
     resolve,
     warmup_steps,
 )
+from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipcore.architectures import MODELS, find_model
-from clipcore.convert import (
+from clipcore.towers.architectures import MODELS, find_model
+from clipcore.towers.convert import (
     ConversionError,
     from_hf,
     infer_config,
     to_hf,
     to_open_clip_names,
 )
-from clipcore.descriptions import config_from_hf, hf_config, read_description
-from clipcore.model import CLIP, create_model
+from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
+from clipcore.towers.model import CLIP, create_model
 
 pytestmark = pytest.mark.fast
 

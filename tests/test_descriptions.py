@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipcore.checkpoint import save_checkpoint
-from clipcore.convert import ConversionError, to_hf
-from clipcore.descriptions import config_from_hf, hf_config, read_description
-from clipcore.model import (
+from clipcore.towers.convert import ConversionError, to_hf
+from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
+from clipcore.towers.model import (
     CLIP,
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
     load_checkpoint,
 )
-from clipcore.weights import read_weights
+from clipcore.towers.weights import read_weights
 
 pytestmark = pytest.mark.fast
 

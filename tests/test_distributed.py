@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from ranks import RankPool
 from runs import LIMIT_S
 
-from clipcore import distributed, native
-from clipcore.distributed import (
+from clipcore import native
+from clipcore.loss import all_gather
+from clipcore.loss.all_gather import start_gather
+from clipcore.ranks import distributed
+from clipcore.ranks.distributed import (
     World,
     all_reduce_flag,
     all_reduce_sum,
@@ -30,8 +33,6 @@ from clipcore.distributed import (
     init_distributed,
     is_main,
 )
-from clipcore.loss import all_gather
-from clipcore.loss.all_gather import start_gather
 
 NUM_RANKS = 3
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -17,22 +17,22 @@ from shards import write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore import step as step_module
-from clipcore import verify
-from clipcore.config import TrainConfig
 from clipcore.data.caption_ids import caption_ids
 from clipcore.data.loader import Batch, share_of_rank, trim_tokens
-from clipcore.distributed import World
-from clipcore.grad_cache import differentiate
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
-from clipcore.logbook import read_metrics
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP, create_model
-from clipcore.run_parts import build_loss
-from clipcore.sharding import replicate
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run import train_step as step_module
+from clipcore.run import verify
+from clipcore.run.config import TrainConfig
+from clipcore.run.grad_cache import differentiate
+from clipcore.run.metrics import read_metrics
+from clipcore.run.parts import build_loss
+from clipcore.run.sharding import replicate
+from clipcore.run.train_step import TrainingStep
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.model import CLIP, create_model
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 CONTEXT_LENGTH = 32

@@ -11,11 +11,9 @@ from PIL import Image
 from shards import picture, write_csv, write_images
 from torch.nn import functional as F
 
-from clipcore.config import TrainConfig, resolve
 from clipcore.data import DataError
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
-from clipcore.distributed import World
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.tasks import (
     Encoder,
@@ -27,10 +25,12 @@ from clipcore.evaluate.tasks import (
     run_zero_shot,
 )
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify, zero_shot_accuracy
-from clipcore.logbook import Logbook
 from clipcore.loss import ClipLoss
-from clipcore.model import create_model
+from clipcore.ranks.distributed import World
+from clipcore.run.config import TrainConfig, resolve
+from clipcore.run.metrics import Logbook
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.model import create_model
 
 WORDS = ["cat", "dog", "car", "tree", "house", "boat", "star"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore import create_model
-from clipcore.model import CLIP
+from clipcore.towers.model import CLIP
 
 PROGRAM = Path(__file__).parent / "programs/run_archive.py"
 MODELS = ("ViT-nano-8-32", "ViT-nano-8-32-quickgelu", "RN-nano-32")

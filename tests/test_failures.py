@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from clipcore.data import DataError
-from clipcore.distributed import init_distributed
-from clipcore.failures import FAULT_STATUS, MISTAKE_STATUS, end_with, is_out_of_memory
 from clipcore.native import WrongBuildError
-from clipcore.run_parts import check_compiler
-from clipcore.verify import VerificationError
+from clipcore.ranks.distributed import init_distributed
+from clipcore.ranks.failures import FAULT_STATUS, MISTAKE_STATUS, end_with, is_out_of_memory
+from clipcore.run.parts import check_compiler
+from clipcore.run.verify import VerificationError
 
 pytestmark = pytest.mark.fast
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from runs import LIMIT_S, NANO, PROGRAMS, ROOT, assert_same_bits
 from shards import write_csv
 
-from clipcore import roll_call
-from clipcore.logbook import read_metrics
+from clipcore.ranks import watchdog
+from clipcore.run.metrics import read_metrics
 
 # (rank, step, phase, what happens there): every phase of a step, on both ranks. "collective" is between the header and
 # the numbers of one, "writing" between two files of a checkpoint, "evaluating" in the middle of an evaluation.
@@ -201,7 +201,7 @@ SAID |= {(case, 1): SAID[case, 0] for case in ("elsewhere", "other_kind")}
 @pytest.mark.parametrize(("case", "rank"), SAID)
 def test_survivors_name_the_rank_the_collective_and_the_step(ends, case, rank):
     assert ends[case, rank].text == SAID[case, rank]
-    assert ends[case, rank].status == roll_call.EXIT_STATUS
+    assert ends[case, rank].status == watchdog.EXIT_STATUS
 
 
 def test_without_the_notes_only_what_is_known_is_said(ends):
@@ -210,7 +210,7 @@ def test_without_the_notes_only_what_is_known_is_said(ends):
     assert text.startswith(
         f"{GATHER} lost a connection, and rank 0, which held the notes, has ended"
     )
-    assert ends["host_dies", 1].status == roll_call.EXIT_STATUS
+    assert ends["host_dies", 1].status == watchdog.EXIT_STATUS
 
 
 def test_a_mistake_of_its_own_is_no_other_ranks_fault(ends):
@@ -220,10 +220,10 @@ def test_a_mistake_of_its_own_is_no_other_ranks_fault(ends):
 
 def test_closing_waits_for_the_watch_to_leave_the_store(monkeypatch):
     """Python ends its daemon threads where they come back from C++, which aborts a process that is done."""
-    monkeypatch.setattr(roll_call, "_POLL_S", 0.0)
-    monkeypatch.setattr(roll_call, "PATIENCE_S", LIMIT_S)
+    monkeypatch.setattr(watchdog, "_POLL_S", 0.0)
+    monkeypatch.setattr(watchdog, "PATIENCE_S", LIMIT_S)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    call = roll_call._RollCall(store, 0, 1, timeout_s=LIMIT_S, is_launchers=True)
+    call = watchdog._RollCall(store, 0, 1, timeout_s=LIMIT_S, is_launchers=True)
     inside, may_leave = threading.Event(), threading.Event()
     check = call._store.check
 
@@ -246,17 +246,17 @@ def test_closing_waits_for_the_watch_to_leave_the_store(monkeypatch):
 
 def test_only_the_rank_that_holds_the_notes_stays_for_the_others(monkeypatch):
     stays = []
-    monkeypatch.setattr(roll_call.time, "sleep", stays.append)
+    monkeypatch.setattr(watchdog.time, "sleep", stays.append)
     for rank, is_launchers in ((0, False), (0, True), (1, False)):
-        call = object.__new__(roll_call._RollCall)
+        call = object.__new__(watchdog._RollCall)
         call._rank, call._is_launchers = rank, is_launchers
         call._linger()
-    assert stays == [roll_call._LINGER_S]
+    assert stays == [watchdog._LINGER_S]
 
 
 def test_one_process_notes_nothing():
-    roll_call.at_step(3)
-    with pytest.raises(ZeroDivisionError), roll_call.farewell():  # noqa: SIM117
-        with roll_call.collective("sum"):
+    watchdog.at_step(3)
+    with pytest.raises(ZeroDivisionError), watchdog.farewell():  # noqa: SIM117
+        with watchdog.collective("sum"):
             raise ZeroDivisionError
-    roll_call.at_step(0)
+    watchdog.at_step(0)

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcore.data.loader import Batch
-from clipcore.distributed import World
-from clipcore.flops import visible_pairs
+from clipcore.data.packing import PackedText
 from clipcore.kernels import launch
 from clipcore.loss import ClipLoss
-from clipcore.model import create_model
-from clipcore.packing import PackedText
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import World
+from clipcore.run.flops import visible_pairs
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.model import create_model
 
 
 @pytest.mark.parametrize("name", bench_flops.MODELS)

@@ -16,15 +16,15 @@ from numerics import LiveStorages, assert_accurate
 from ranks import RankPool
 from torch import Tensor, nn
 
-from clipcore import memory, step_plan, threads
 from clipcore.data.loader import Batch, share_of_rank
-from clipcore.distributed import World
-from clipcore.grad_cache import differentiate, micro_batches
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP, create_model
-from clipcore.sharding import replicate
-from clipcore.step import TrainingStep
-from clipcore.verify import VerificationError, verify_gradients
+from clipcore.ranks.distributed import World
+from clipcore.run import memory, memory_plan, threads
+from clipcore.run.grad_cache import differentiate, micro_batches
+from clipcore.run.sharding import replicate
+from clipcore.run.train_step import TrainingStep
+from clipcore.run.verify import VerificationError, verify_gradients
+from clipcore.towers.model import CLIP, create_model
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 NUM_PAIRS = 11
@@ -440,7 +440,7 @@ def counted_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         watched.peak, watched.held = live.peak_bytes, live.alive_bytes
 
     monkeypatch.setattr(memory, "watch", watch)
-    monkeypatch.setattr(step_plan, "CPU_OVERHEAD", 1.0)  # which is for what lies between tensors
+    monkeypatch.setattr(memory_plan, "CPU_OVERHEAD", 1.0)  # which is for what lies between tensors
 
 
 def test_a_plan_is_made_of_what_was_measured(counted_memory: None) -> None:
@@ -465,14 +465,14 @@ def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
 ) -> None:
     model = tower(dtype="fp32")
     step = training(model, num_pairs=256)
-    step.kept, backward = None, step_plan._backward
+    step.kept, backward = None, memory_plan._backward
 
     def limited(trained: list[Tensor]) -> None:
         backward(trained)
         if len(trained[0]) >= 64:
             raise torch.cuda.OutOfMemoryError("a test")
 
-    monkeypatch.setattr(step_plan, "_backward", limited)
+    monkeypatch.setattr(memory_plan, "_backward", limited)
     assert step.plan(pairs(256), 0).micro_batch_size == 32
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -481,7 +481,7 @@ def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
     model, whole = tower(dtype="fp32"), pairs(4096)
     first = Batch(*(part[:16] for part in (whole.images, whole.tokens, whole.indices)))
     counted = [
-        step_plan._forward_counted(training(model).embedder(batch, 0, model), model, 16)[1]
+        memory_plan._forward_counted(training(model).embedder(batch, 0, model), model, 16)[1]
         for batch in (first, whole)
     ]
     assert counted[0] == counted[1] > 16 * 1000

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clipcore.data.packing import pack_captions
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
-from clipcore.model import create_model
-from clipcore.packing import pack_captions
+from clipcore.towers.model import create_model
 
 
 def tower() -> nn.Module:

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from runs import PROGRAMS
 
 from clipcore import train
-from clipcore.config import parse_command_line, resolve
 from clipcore.data import DataError, icons
 from clipcore.data.drawing import CANVAS, SPLITS
 from clipcore.data.embedded import EMBEDDED
@@ -22,7 +21,8 @@ from clipcore.data.icons import FAMILIES, IconSource, draw, family_icons, is_uns
 from clipcore.data.prepare import Settings, source_identity
 from clipcore.data.shards import ImageFormat
 from clipcore.evaluate.tasks import retrieval_tasks, zero_shot_tasks
-from clipcore.run_parts import build_tokenizer, open_training_source
+from clipcore.run.config import parse_command_line, resolve
+from clipcore.run.parts import build_tokenizer, open_training_source
 
 pytestmark = pytest.mark.fast
 
@@ -270,7 +270,7 @@ def test_tasks_and_source_of_a_run():
 def test_vocabulary_is_of_the_trained_captions(tmp_path, monkeypatch):
     learnt = []
     monkeypatch.setattr(
-        "clipcore.run_parts.train_tokenizer", lambda *arguments: learnt.append(arguments)
+        "clipcore.run.parts.train_tokenizer", lambda *arguments: learnt.append(arguments)
     )
     for name in EMBEDDED:
         config = resolve(parse_command_line(["--train-data", name])[0])

@@ -15,9 +15,10 @@ from runs import LIMIT_S, NANO, RunServer, assert_same_bits, children
 from shards import write_csv
 from test_loader import Pictures, make, take
 
-from clipcore import interrupt, train
+from clipcore import train
 from clipcore.data import Pair, tables, transforms
-from clipcore.interrupt import DataWaitError, Interrupt, waiting_for_data
+from clipcore.ranks import signals
+from clipcore.ranks.signals import DataWaitError, Interrupt, waiting_for_data
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def test_a_wait_for_data_ends_after_a_signal(is_waiting_first):
 @pytest.mark.fast
 def test_only_a_wait_that_is_long_itself_ends(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now))
     with Interrupt(data_wait_s=100.0) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         now = 1000.0
@@ -77,7 +78,7 @@ def test_only_a_wait_that_is_long_itself_ends(monkeypatch):
 def test_slow_data_is_no_data_that_does_not_come(monkeypatch):
     """Each sample that is there begins the wait anew, and none is taken for unreadable."""
     now = 0.0
-    monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now))
     with Interrupt(data_wait_s=100.0) as received:
 
         class Slow(Pictures):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clipcore.logbook import (
+from clipcore.run.metrics import (
     Logbook,
     LogError,
     LogMark,

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import clipcore
-from clipcore.distributed import World
 from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.loss.options import say_once
+from clipcore.ranks.distributed import World
 
 NUM_RANKS = 4
 NAMES = ("loss", "image", "text", "scale", "bias")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipcore import memory
+from clipcore.run import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcore import create_model
-from clipcore.architectures import find_model
-from clipcore.model import CLIP
-from clipcore.modules import Attention, Transformer
-from clipcore.packing import (
+from clipcore.data.packing import (
     PACKED_LENGTH,
     PackedText,
     fitted_length,
     is_worth_packing,
     pack_captions,
 )
+from clipcore.towers.architectures import find_model
+from clipcore.towers.model import CLIP
+from clipcore.towers.modules import Attention, Transformer
 
 pytestmark = pytest.mark.fast
 

@@ -18,15 +18,15 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipcore.ceilings import Ceilings
-from clipcore.flops import visible_pairs
+from clipcore.data.packing import pack_captions
 from clipcore.kernels.attention import attention
 from clipcore.kernels.contrastive import contrastive_loss
 from clipcore.kernels.launch import visible_operators
 from clipcore.kernels.sigmoid import sigmoid_loss
-from clipcore.packing import pack_captions
-from clipcore.profile import NUM_STEPS, STEP, make_rows, operator_times
-from clipcore.traffic import Operator, Traffic, TrafficCounter
+from clipcore.run.ceilings import Ceilings
+from clipcore.run.flops import visible_pairs
+from clipcore.run.profile import NUM_STEPS, STEP, make_rows, operator_times
+from clipcore.run.traffic import Operator, Traffic, TrafficCounter
 
 FLOAT = 4
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from clipcore.report import (
+from clipcore.report.page import (
     Line,
     PairMatrix,
     ReportData,

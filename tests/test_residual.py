@@ -16,7 +16,7 @@ from clipcore.kernels.residual_attention import (
     residual_attention_ref,
 )
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp, residual_mlp_ref
-from clipcore.modules import ResidualAttentionBlock
+from clipcore.towers.modules import ResidualAttentionBlock
 
 pytestmark = pytest.mark.fast
 

@@ -24,7 +24,6 @@ from shards import write_csv
 from torch import Tensor
 
 from clipcore import train
-from clipcore.architectures import ModelConfig
 from clipcore.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -33,12 +32,11 @@ from clipcore.checkpoint import (
     run_lock,
     save_checkpoint,
 )
-from clipcore.config import ConfigError, TrainConfig
-from clipcore.distributed import World
-from clipcore.logbook import read_metrics
-from clipcore.model import CLIP
-from clipcore.optim import ExponentialMovingAverage, build_optimizer
-from clipcore.run_state import (
+from clipcore.ranks.distributed import World
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.metrics import read_metrics
+from clipcore.run.optim import ExponentialMovingAverage, build_optimizer
+from clipcore.run.state import (
     RunState,
     find_run,
     first_fault,
@@ -47,6 +45,8 @@ from clipcore.run_state import (
     resumed_config,
     run_record,
 )
+from clipcore.towers.architectures import ModelConfig
+from clipcore.towers.model import CLIP
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

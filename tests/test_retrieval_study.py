@@ -11,8 +11,8 @@ from given_features import GivenFeatures, GivenSource
 from clipcore.data import DataError
 from clipcore.evaluate import retrieval_study
 from clipcore.evaluate.retrieval_study import add_arguments, measure_retrieval, text_encoder
-from clipcore.model import create_model
 from clipcore.terminal import Parser
+from clipcore.towers.model import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -15,6 +15,7 @@ from clipcore.data import DataError, LeftOut
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.features import hash_of_tower
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.page_data import read_page_data
 from clipcore.evaluate.results import read_results, write_result
 from clipcore.evaluate.robustness_study import robustness_study
@@ -26,9 +27,8 @@ from clipcore.evaluate.same_weights import (
     one_name_each,
 )
 from clipcore.evaluate.scaling_study import scaling_study
-from clipcore.loading import LoadedModel
-from clipcore.model import CLIP
 from clipcore.tokenizer import byte_tokenizer, train_tokenizer
+from clipcore.towers.model import CLIP
 
 pytestmark = pytest.mark.fast
 

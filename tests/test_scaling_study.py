@@ -17,11 +17,11 @@ from result_folders import (
     put_resnets,
 )
 
-from clipcore.architectures import find_model
 from clipcore.data import DataError
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.results import Result, write_result
 from clipcore.evaluate.scaling_study import scaling_study
+from clipcore.towers.architectures import find_model
 
 pytestmark = pytest.mark.fast
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipcore.optim import (
+from clipcore.run.optim import (
     ExponentialMovingAverage,
     adam_defaults,
     build_optimizer,
@@ -17,7 +17,7 @@ from clipcore.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from clipcore.schedule import learning_rate
+from clipcore.run.schedule import learning_rate
 
 pytestmark = pytest.mark.fast
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import clipcore
+from clipcore.data.packing import _Unpacked
 from clipcore.kernels.attention import attention
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.kernels.contrastive import contrastive_loss
@@ -22,8 +23,7 @@ from clipcore.kernels.residual_attention import AttentionWeights, Stream, residu
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
 from clipcore.kernels.sigmoid import sigmoid_loss
 from clipcore.kernels.similarity import normalized_similarity
-from clipcore.model import create_model
-from clipcore.packing import _Unpacked
+from clipcore.towers.model import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -27,18 +27,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
-from clipcore.config import ConfigError, TrainConfig, parse_command_line
-from clipcore.distributed import World, barrier, gather_objects, gather_rows
-from clipcore.logbook import read_metrics
-from clipcore.model import CLIP, create_model
-from clipcore.optim import (
+from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
+from clipcore.run.config import ConfigError, TrainConfig, parse_command_line
+from clipcore.run.metrics import read_metrics
+from clipcore.run.optim import (
     ExponentialMovingAverage,
     build_optimizer,
     gradient_norm,
 )
-from clipcore.run_state import RunState, load_run, open_run
-from clipcore.sharding import gathered, gradient_sync, is_sharded, shard
+from clipcore.run.sharding import gathered, gradient_sync, is_sharded, shard
+from clipcore.run.state import RunState, load_run, open_run
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
+from clipcore.towers.model import CLIP, create_model
 from clipcore.train import train
 
 if TYPE_CHECKING:

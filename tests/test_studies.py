@@ -16,7 +16,6 @@ from result_folders import (
     write_baseline,
 )
 
-from clipcore.architectures import find_model
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.results import read_results
@@ -33,6 +32,7 @@ from clipcore.evaluate.studies import (
     write_study,
 )
 from clipcore.terminal import Parser
+from clipcore.towers.architectures import find_model
 
 pytestmark = pytest.mark.fast
 

@@ -13,11 +13,12 @@ from runs import NANO
 from shards import write_csv
 from torch import nn
 
-from clipcore import threads, train
-from clipcore.config import TrainConfig
-from clipcore.distributed import World
-from clipcore.resnet import BatchNorm2d
-from clipcore.run_state import resumed_config
+from clipcore import train
+from clipcore.ranks.distributed import World
+from clipcore.run import threads
+from clipcore.run.config import TrainConfig
+from clipcore.run.state import resumed_config
+from clipcore.towers.resnet import BatchNorm2d
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,6 @@ from openclip import simple_tokenizer
 from runs import LIMIT_S, PROGRAMS
 
 from clipcore import tokenizer as tokenizer_module
-from clipcore.architectures import OPENAI_NAMES, UnknownModelError, find_model, list_models
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     DEFAULT_CONTEXT_LENGTH,
@@ -47,6 +46,7 @@ from clipcore.tokenizer import (
     tokenize,
     train_tokenizer,
 )
+from clipcore.towers.architectures import OPENAI_NAMES, UnknownModelError, find_model, list_models
 
 pytestmark = pytest.mark.fast
 

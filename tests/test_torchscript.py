@@ -23,10 +23,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import clipcore.torchscript
+import clipcore.towers.torchscript
 from clipcore.checkpoint import CheckpointError
-from clipcore.torchscript import TorchScriptError, is_torchscript, read_torchscript
-from clipcore.weights import load_state_dict_file
+from clipcore.towers.torchscript import TorchScriptError, is_torchscript, read_torchscript
+from clipcore.towers.weights import load_state_dict_file
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # TorchScript is deprecated
@@ -714,7 +714,7 @@ def test_odd_attributes_are_left_alone(folder, name):
 def test_a_tree_is_of_limited_size(folder, monkeypatch, limit, value):
     (folder / "m.pt").write_bytes(archive())
     assert_read(folder / "m.pt")
-    monkeypatch.setattr(clipcore.torchscript, limit, value)
+    monkeypatch.setattr(clipcore.towers.torchscript, limit, value)
     assert_refused(folder / "m.pt")
 
 

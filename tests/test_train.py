@@ -22,12 +22,13 @@ from runs import (
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
 
-from clipcore import train, verify
+from clipcore import train
 from clipcore.checkpoint import latest_checkpoint
-from clipcore.logbook import read_metrics
-from clipcore.model import create_model, create_model_from_pretrained
-from clipcore.run_state import load_run
+from clipcore.run import verify
+from clipcore.run.metrics import read_metrics
+from clipcore.run.state import load_run
 from clipcore.tokenizer import Tokenizer, train_tokenizer
+from clipcore.towers.model import create_model, create_model_from_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from runs import NANO, PROGRAMS, ROOT, RunServer, assert_same_bits, children, wa
 from shards import write_csv
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
-from clipcore.config import TrainConfig
-from clipcore.distributed import World
-from clipcore.logbook import read_metrics
-from clipcore.run_state import find_checkpoint
+from clipcore.ranks.distributed import World
+from clipcore.run.config import TrainConfig
+from clipcore.run.metrics import read_metrics
+from clipcore.run.state import find_checkpoint
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

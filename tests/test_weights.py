@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcore.checkpoint import CheckpointError, save_checkpoint
-from clipcore.weights import load_state_dict_file
+from clipcore.towers.weights import load_state_dict_file
 
 WEIGHTS = {"visual.proj": torch.arange(6.0).reshape(2, 3), "logit_scale": torch.tensor(4.6)}
 

@@ -28,7 +28,7 @@ from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostErro
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
-from clipcore.interrupt import DataWaitError, data_came, waiting_for_data
+from clipcore.ranks.signals import DataWaitError, data_came, waiting_for_data
 
 # Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
 PART_ROWS = 256

@@ -54,8 +54,8 @@ from clipcore.data.sources import (
     open_source,
 )
 from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
-from clipcore.failures import end_with
 from clipcore.files import read_regular, write_durably
+from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, check_whole_numbers, printable_lines, steady_output
 
 MANIFEST = "manifest.json"
@@ -555,7 +555,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, as of ``clipcore.failures``."""
+    """Run the command line; return its exit status, as of ``clipcore.ranks.failures``."""
     parsed = build_parser().parse_args(arguments)
     previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clipcore.packing import PackedText
+from clipcore.data.packing import PackedText
 
 Part = Tensor | PackedText
 

@@ -18,7 +18,7 @@ from clipcore.data.loader import JUDGED_ROWS
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.evaluate import bias_study, overlap_study, retrieval_study, studies
 from clipcore.evaluate.runner import run_measures
-from clipcore.failures import end_with
+from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
 
 PROGRAM = "clipcore.evaluate"

@@ -18,6 +18,7 @@ from clipcore.evaluate.image_descriptors import (
     pixel_descriptor,
 )
 from clipcore.evaluate.label_lists import LabelList
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.measure import (
     ProbeOptions,
     Subject,
@@ -42,7 +43,6 @@ from clipcore.evaluate.results import (
 )
 from clipcore.evaluate.retrieval_study import measure_retrieval, text_encoder
 from clipcore.evaluate.splits import Question
-from clipcore.loading import LoadedModel
 
 Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
 

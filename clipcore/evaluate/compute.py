@@ -9,7 +9,7 @@ size.
 
 from __future__ import annotations
 
-from clipcore.architectures import ModelConfig, VisionConfig
+from clipcore.towers.architectures import ModelConfig, VisionConfig
 
 _BLOCK_EXPANSION = 4  # of a ResNet's channels, by the last convolution of each block
 
@@ -17,7 +17,7 @@ _BLOCK_EXPANSION = 4  # of a ResNet's channels, by the last convolution of each 
 def image_macs(config: ModelConfig) -> int:
     """Return the MACs of one image through a model's image tower, without norms and activations.
 
-    >>> from clipcore.architectures import find_model
+    >>> from clipcore.towers.architectures import find_model
     >>> round(2e-9 * image_macs(find_model("ViT-B-32")), 2)  # GFLOPs
     8.82
     """

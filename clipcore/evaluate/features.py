@@ -33,7 +33,7 @@ from clipcore.data.loader import JUDGED_ROWS, eval_batches, no_tokens, too_many_
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.datasets import Split
 from clipcore.files import read_regular
-from clipcore.model import CLIP
+from clipcore.towers.model import CLIP
 
 # Part of each key: a change of what is kept makes all features anew.
 _FORMAT = "clipcore features 1"

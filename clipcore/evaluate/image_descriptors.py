@@ -22,7 +22,7 @@ from clipcore.data.loader import Batch, eval_batches, no_tokens
 from clipcore.data.sources import left_out_of, noted_of
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.overlap import pixel_descriptors
-from clipcore.model import CLIP
+from clipcore.towers.model import CLIP
 
 DESCRIPTORS = ("model", "pixels")
 # Training images that are compared at once: the rows of a chunk in similarity_topk.

@@ -42,6 +42,7 @@ from clipcore.evaluate.linear_probe import (
     search_C,
     split_validation,
 )
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.metrics import (
     average_precision,
     average_precision_11,
@@ -54,7 +55,6 @@ from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLA
 from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, PROMPTS, ZERO_SHOT, Result
 from clipcore.evaluate.same_weights import HASH_KEY, hash_of_model
 from clipcore.evaluate.zero_shot import accuracies, best_classes, build_zero_shot_classifier
-from clipcore.loading import LoadedModel
 
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024

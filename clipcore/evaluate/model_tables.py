@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import OPENAI_NAMES, is_finite_number, shortened
 from clipcore.data import DataError
 from clipcore.evaluate.scores import Model, listed
 from clipcore.files import not_utf8, read_regular
+from clipcore.towers.architectures import OPENAI_NAMES, is_finite_number, shortened
 
 # No table of models has more.
 _MAX_BYTES, _MAX_ROWS = 1 << 20, 10_000

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import is_finite_number, shortened
 from clipcore.data import DataError, printable
 from clipcore.files import is_folder, make_directory, read_regular, write_durably
+from clipcore.towers.architectures import is_finite_number, shortened
 
 # Tasks of CLIP_benchmark, and ours beside them.
 ZERO_SHOT, LINEAR_PROBE, RETRIEVAL = (

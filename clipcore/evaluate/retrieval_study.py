@@ -21,7 +21,7 @@ from clipcore.data.loader import trim_tokens
 from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.kernels.similarity_topk import MAX_K
-from clipcore.model import CLIP
+from clipcore.towers.model import CLIP
 
 RANKS = (1, 5, 10)
 # CLIP_benchmark's names of the directions of ``retrieval_recall``.

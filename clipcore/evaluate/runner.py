@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from clipcore.data import DataError, LeftOut, printable
-from clipcore.distributed import pick_device
 from clipcore.evaluate.bias_study import column_names
 from clipcore.evaluate.commands import measure, measures_due
 from clipcore.evaluate.comparison import compare
@@ -24,6 +23,7 @@ from clipcore.evaluate.datasets import EvaluationSet, open_set
 from clipcore.evaluate.features import FeatureStore
 from clipcore.evaluate.label_lists import read_label_list
 from clipcore.evaluate.lines import line_of
+from clipcore.evaluate.loading import LoadedModel, load_model
 from clipcore.evaluate.measure import Subject, Unsuitable
 from clipcore.evaluate.overlap_study import adjust
 from clipcore.evaluate.replaced import changes
@@ -47,9 +47,9 @@ from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.scores import BadResultError
 from clipcore.evaluate.studies import print_study, write_study
 from clipcore.evaluate.suites import locate, suite
-from clipcore.loading import LoadedModel, load_model
+from clipcore.ranks.distributed import pick_device
+from clipcore.run.threads import most_threads, set_faster_for_products
 from clipcore.terminal import check_whole_numbers, complain
-from clipcore.threads import most_threads, set_faster_for_products
 
 _PROGRAM = "clipcore.evaluate"
 

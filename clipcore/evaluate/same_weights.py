@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from clipcore.data import LeftOut
+from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.results import Result, set_key
-from clipcore.loading import LoadedModel
 
 HASH_KEY = "weights_sha256"
 

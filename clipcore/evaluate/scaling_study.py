@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import UnknownModelError, find_model, is_finite_number
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.model_tables import compute_of, read_compute
@@ -16,6 +15,7 @@ from clipcore.evaluate.results import ZERO_SHOT, Result, read_results
 from clipcore.evaluate.same_weights import one_name_each
 from clipcore.evaluate.scaling import PowerLaw, Prediction, fit_power_law, leave_out_largest
 from clipcore.evaluate.scores import Model, common_metric, listed, metrics_note, scores_of, share
+from clipcore.towers.architectures import UnknownModelError, find_model, is_finite_number
 
 _FEWEST_MODELS = 3
 _SHAPES_NOTE = (

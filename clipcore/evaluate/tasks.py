@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipcore.config import TrainConfig
 from clipcore.data import BadSample, DataError, PairSource, printable
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import ClassFolderSource
@@ -30,14 +29,15 @@ from clipcore.data.loader import (
 from clipcore.data.pictures import PictureSource, by_picture
 from clipcore.data.sources import MixtureSource, left_out_of, noted_of, open_source
 from clipcore.data.transforms import Decoder, ImageTransform, normalize_images
-from clipcore.distributed import World, gather_objects, gather_rows, is_main
 from clipcore.evaluate.class_folders import read_templates
 from clipcore.evaluate.prompts import SIMPLE_IMAGENET_TEMPLATES
 from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
-from clipcore.logbook import Logbook
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP
+from clipcore.ranks.distributed import World, gather_objects, gather_rows, is_main
+from clipcore.run.config import TrainConfig
+from clipcore.run.metrics import Logbook
+from clipcore.towers.model import CLIP
 
 # Of which one at least has to be readable when a run begins.
 _PROBED_SAMPLES = 64

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.data.loader import trim_tokens
-from clipcore.distributed import gather_rows
 from clipcore.kernels.similarity_topk import similarity_topk
-from clipcore.model import CLIP
+from clipcore.ranks.distributed import gather_rows
+from clipcore.towers.model import CLIP
 
 Template = str | Callable[[str], str]
 

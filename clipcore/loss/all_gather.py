@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipcore import native, roll_call
-from clipcore.distributed import all_gather_single, gather_equal
+from clipcore import native
+from clipcore.ranks import watchdog
+from clipcore.ranks.distributed import all_gather_single, gather_equal
 
 # torch 2.13 renamed it and warns about the old name.
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -145,7 +146,7 @@ class _ExchangeRef:
         assert self.sum is not None
         (total, work), self.sum = self.sum, None
         if work is not None:
-            with roll_call.collective("reduce-scatter of the features' gradient", self.group):
+            with watchdog.collective("reduce-scatter of the features' gradient", self.group):
                 work.wait()
         return total[: self.rows[0]]
 
@@ -226,7 +227,7 @@ class PendingGather:
         """
         if self._gathered is None:
             assert self._expected is not None, "an exchange knows what has to arrive"
-            with roll_call.collective("all-gather of features", self._group):
+            with watchdog.collective("all-gather of features", self._group):
                 if self._extension is None:
                     self._expected.check(self._exchange.headers())
                     rows_GE, ids_G = _GatherRef.apply(self.own_BE, self._exchange)
@@ -303,7 +304,7 @@ def start_gather(
     if shard_sizes is None:
         shard_sizes = [len(x_BE)] * len(ranks)
         if x_BE.is_cpu:
-            with roll_call.collective("sizes of the shards", group):
+            with watchdog.collective("sizes of the shards", group):
                 headers = gather_equal(torch.tensor([header]), group)
             shard_sizes = headers[:, _HEADER_FIELDS.index("rows")].tolist()
             _Expected(header, tuple(shard_sizes), ranks).check(headers)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.distributed import all_reduce_, gather_rows
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive import (
     Plan,
@@ -25,6 +24,7 @@ from clipcore.kernels.contrastive import (
 from clipcore.kernels.contrastive.targets import TargetSide, even_targets
 from clipcore.loss.options import LossOptions, as_factor, check_pairs, say_once
 from clipcore.loss.shard import CompleteLse, CompleteSum, LogitShard, LossGroup, Side
+from clipcore.ranks.distributed import all_reduce_, gather_rows
 
 
 class ClipLoss(nn.Module):

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipcore.distributed import all_reduce_, gather_sizes
 from clipcore.kernels import launch
 from clipcore.kernels.logits.pairs import choose_operand
 from clipcore.loss.all_gather import PendingGather, start_gather
+from clipcore.ranks.distributed import all_reduce_, gather_sizes
 
 
 class Side(NamedTuple):

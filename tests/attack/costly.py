@@ -28,21 +28,21 @@ from attack.images import encoded, noise
 from attack.tars import header_of, padded
 from clipcore.checkpoint import CheckpointError, load_latest
 from clipcore.classify import read_labels
-from clipcore.config import ConfigError, TrainConfig
-from clipcore.convert import ConversionError
 from clipcore.data import BadSample, DataError
 from clipcore.data.raw import encode_raw
 from clipcore.data.sources import open_source
 from clipcore.data.tar import sidecar_paths
 from clipcore.data.transforms import DECODERS, Decoder, decode_image
-from clipcore.distributed import World
 from clipcore.evaluate.tasks import class_folders
-from clipcore.logbook import METRICS_FILE, read_metrics
-from clipcore.memory import watch
-from clipcore.model import create_model_from_pretrained
-from clipcore.run_state import CONFIG_FILE, LAUNCH_FILE, find_run, resumed_config
+from clipcore.ranks.distributed import World
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.memory import watch
+from clipcore.run.metrics import METRICS_FILE, read_metrics
+from clipcore.run.state import CONFIG_FILE, LAUNCH_FILE, find_run, resumed_config
 from clipcore.tokenizer import Tokenizer, VocabularyError
 from clipcore.tokenizer import main as tokenizer_main
+from clipcore.towers.convert import ConversionError
+from clipcore.towers.model import create_model_from_pretrained
 
 # What a case may take: seconds of the processor, and bytes beside what is in use, some of which any process needs.
 MOST_SECONDS = 1.0

@@ -33,7 +33,6 @@ from clipcore.checkpoint import (
     load_checkpoint,
     load_latest,
 )
-from clipcore.config import ConfigError, TrainConfig
 from clipcore.data import BadSample, DataError, PairSource
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.prepare import Settings, prepare
@@ -41,9 +40,10 @@ from clipcore.data.raw import encode_raw
 from clipcore.data.shards import ImageFormat
 from clipcore.data.tar import TarSource, load_index
 from clipcore.data.transforms import EARLIER_MAX_PIXELS
-from clipcore.distributed import World
-from clipcore.logbook import LogError, compare_log, read_metrics
-from clipcore.run_state import LAUNCH_SETTINGS, load_run, log_mark, newest_sound, resumed_config
+from clipcore.ranks.distributed import World
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.metrics import LogError, compare_log, read_metrics
+from clipcore.run.state import LAUNCH_SETTINGS, load_run, log_mark, newest_sound, resumed_config
 from clipcore.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -28,17 +28,17 @@ import clipcore.classify
 from attack.harness import Attack, limit_memory, one_line, redirected
 from attack.mutations import ALONE, NEWEST, finish, in_a_child, quietly, run_flags
 from clipcore.checkpoint import load_checkpoint, load_latest
-from clipcore.config import TrainConfig, build_parser
-from clipcore.convert import to_hf
 from clipcore.data import prepare
 from clipcore.data.shards import ImageFormat
-from clipcore.descriptions import hf_config
 from clipcore.evaluate.tasks import class_folders
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier
-from clipcore.failures import end_with
-from clipcore.model import CLIP, create_model, create_model_from_pretrained
-from clipcore.run_state import load_run, resumed_config
+from clipcore.ranks.failures import end_with
+from clipcore.run.config import TrainConfig, build_parser
+from clipcore.run.state import load_run, resumed_config
 from clipcore.tokenizer import byte_tokenizer
+from clipcore.towers.convert import to_hf
+from clipcore.towers.descriptions import hf_config
+from clipcore.towers.model import CLIP, create_model, create_model_from_pretrained
 
 # Of a process of the attack: three times what it has when everything is imported.
 MOST_BYTES = 4 << 30

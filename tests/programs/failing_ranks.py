@@ -12,22 +12,22 @@ import time
 import torch
 import torch.distributed as dist
 
-from clipcore import distributed, roll_call
 from clipcore.loss import all_gather
+from clipcore.ranks import distributed, watchdog
 
 # How long ranks wait for what decides whose fault it was, and the watchdog for the group's own error. Longer than in a
 # run, since 25 ranks share two cores here.
-roll_call._VERDICT_S = 3.0
-roll_call._ARRIVAL_S = 60.0
-roll_call.MARGIN_S = 10.0
-roll_call.PATIENCE_S = 8.0
+watchdog._VERDICT_S = 3.0
+watchdog._ARRIVAL_S = 60.0
+watchdog.MARGIN_S = 10.0
+watchdog.PATIENCE_S = 8.0
 FOREVER_S = 3600
 
 
 def act(case, rank, last):
-    roll_call.at_step(16)
+    watchdog.at_step(16)
     distributed.barrier()
-    roll_call.at_step(16 if case == "behind" and rank == last else 17)
+    watchdog.at_step(16 if case == "behind" and rank == last else 17)
     x = torch.ones(4, 3, requires_grad=True)
     if rank == last:
         if case == "sleep":
@@ -35,7 +35,7 @@ def act(case, rank, last):
         if case == "die":
             os._exit(9)
         if case == "raise":
-            with roll_call.farewell():
+            with watchdog.farewell():
                 raise OSError("no disk")
         if case == "elsewhere":
             distributed.gather_rows(x)
@@ -44,7 +44,7 @@ def act(case, rank, last):
         if case == "host_waits":
             time.sleep(FOREVER_S)
         if case == "own_mistake":
-            with roll_call.collective("sum of rows"):
+            with watchdog.collective("sum of rows"):
                 x @ x
     elif case == "other_size":
         distributed.all_reduce_(torch.ones(500), "maximum of columns")
@@ -52,13 +52,13 @@ def act(case, rank, last):
         os._exit(9)
     elif case == "host_waits":
         # As on a GPU, where the collective returns at once and the wait for its result has no end of its own.
-        with roll_call.collective("sum of rows"):
+        with watchdog.collective("sum of rows"):
             time.sleep(FOREVER_S)
     sizes = distributed.gather_sizes(len(x), 0, "all-gather of texts")
     y = all_gather.start_gather(x, shard_sizes=[size for size, _ in sizes]).wait().rows_GE
     if case == "die_in_backward" and rank == last:
         os._exit(9)
-    with roll_call.collective("backward pass"):
+    with watchdog.collective("backward pass"):
         y.sum().backward()
 
 
@@ -74,7 +74,7 @@ def main(case, rank, last, timeout_s, ports, alive, output):
     receiver, sender = ports
     if rank == 0:
         os.close(alive[1])
-        roll_call._RollCall._linger = lambda _: os.read(alive[0], 1)
+        watchdog._RollCall._linger = lambda _: os.read(alive[0], 1)
         # A port that the system chose, and that this process holds from now on.
         store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False
@@ -87,7 +87,7 @@ def main(case, rank, last, timeout_s, ports, alive, output):
     distributed.init_distributed("cpu", timeout_s)
     try:
         act(case, rank, last)
-    except roll_call.RankError as error:
+    except watchdog.RankError as error:
         os.write(2, f"{error}".encode())
         os._exit(3)
     except Exception as error:

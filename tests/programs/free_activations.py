@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from clipcore import memory
+from clipcore.run import memory
 
 
 class MallInfo2(ctypes.Structure):

@@ -10,9 +10,9 @@ import time
 
 
 def pass_by(phase):
-    from clipcore import roll_call
+    from clipcore.ranks import watchdog
 
-    here = [int(os.environ["RANK"]), roll_call._step, phase]
+    here = [int(os.environ["RANK"]), watchdog._step, phase]
     for number, (*place, what) in enumerate(json.loads(os.environ["FAULTS"])):
         if place != here:
             continue
@@ -61,14 +61,14 @@ def inject():
     import torch.distributed
 
     import clipcore.evaluate.tasks
-    import clipcore.logbook
-    from clipcore import roll_call
+    import clipcore.run.metrics
+    from clipcore.ranks import watchdog
 
     wait_for_all()
-    roll_call.MARGIN_S = (
+    watchdog.MARGIN_S = (
         30.0  # on a busy machine the group's own error is late, and is to come first
     )
-    before(clipcore.logbook.PartClock, "charge")  # (self, phase), at the end of the phase
+    before(clipcore.run.metrics.PartClock, "charge")  # (self, phase), at the end of the phase
     before(torch.distributed, "all_reduce", "collective")
     before(clipcore.evaluate.tasks, "retrieval_recall", "evaluating")
     before(os, "fsync", "writing")

@@ -1,4 +1,4 @@
-"""Make a rank's disk wait, used as sitecustomize.py with a folder MARKS and the seconds REPEAT_S of clipcore.interrupt.
+"""Make a rank's disk wait, used as sitecustomize.py with a folder MARKS and the seconds REPEAT_S of clipcore.ranks.signals.
 
 After a signal, each fsync notes that a checkpoint is being written, and waits for the file "go". Each signal that a rank
 receives is noted as "RANK.NUMBER", and its coming to a barrier after the first as "barrier.RANK".
@@ -9,13 +9,13 @@ import os
 import time
 from pathlib import Path
 
-import clipcore.distributed
-import clipcore.interrupt
-from clipcore.interrupt import Interrupt
+import clipcore.ranks.distributed
+import clipcore.ranks.signals
+from clipcore.ranks.signals import Interrupt
 
 marks = Path(os.environ["MARKS"])
 fsync, receive, numbers = os.fsync, Interrupt._receive, itertools.count(1)
-barrier = clipcore.distributed.barrier
+barrier = clipcore.ranks.distributed.barrier
 is_signalled = False
 
 
@@ -41,5 +41,5 @@ def noted_barrier(*group):
 
 
 os.fsync, Interrupt._receive = slow_fsync, noted
-clipcore.distributed.barrier = noted_barrier
-clipcore.interrupt.REPEAT_S = float(os.environ["REPEAT_S"])
+clipcore.ranks.distributed.barrier = noted_barrier
+clipcore.ranks.signals.REPEAT_S = float(os.environ["REPEAT_S"])

@@ -25,7 +25,7 @@ EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 def count_events(signals: dict[int, int], count_to: str | None) -> None:
     """Number the run's events, and send it a signal at some of them."""
-    from clipcore import logbook
+    from clipcore.run import metrics
 
     numbers, owner = itertools.count(1), os.getpid()
 
@@ -43,7 +43,7 @@ def count_events(signals: dict[int, int], count_to: str | None) -> None:
         atexit.register(write_count, count_to)
 
     sys.addaudithook(lambda event, _: come() if event in EVENTS else None)
-    for holder, name in ((os, "write"), (os, "fsync"), (logbook.PartClock, "charge")):
+    for holder, name in ((os, "write"), (os, "fsync"), (metrics.PartClock, "charge")):
         setattr(holder, name, preceded(getattr(holder, name), come))
 
 

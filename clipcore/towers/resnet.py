@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from clipcore.architectures import VisionConfig
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.attention_pool import attention_pool
-from clipcore.modules import check_images, freeze, is_hooked
+from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.modules import check_images, freeze, is_hooked
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -14,24 +14,25 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from clipcore import roll_call, threads
 from clipcore.data.caption_ids import caption_ids
 from clipcore.data.loader import Batch
 from clipcore.data.order import hash64
-from clipcore.data.upload import Upload
-from clipcore.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
-from clipcore.grad_cache import Embed, Found, differentiate
-from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP
-from clipcore.packing import (
+from clipcore.data.packing import (
     PACKED_LENGTH,
     PackedText,
     fitted_length,
     is_worth_packing,
     pack_captions,
 )
-from clipcore.sharding import gradient_sync, is_sharded
-from clipcore.step_plan import GB, StepPlan, default_budget, make_plan
+from clipcore.data.upload import Upload
+from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.ranks import watchdog
+from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
+from clipcore.run import threads
+from clipcore.run.grad_cache import Embed, Found, differentiate
+from clipcore.run.memory_plan import GB, StepPlan, default_budget, make_plan
+from clipcore.run.sharding import gradient_sync, is_sharded
+from clipcore.towers.model import CLIP
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
 _DROPOUT = 201
@@ -253,7 +254,7 @@ class TrainingStep:
 def _pass(towers: nn.Module, is_last: bool) -> Iterator[None]:
     """Around the passes over a micro-batch on one of several ranks."""
     name = "last passes and the gradients' average" if is_last else "passes over a micro-batch"
-    with roll_call.collective(name), gradient_sync(towers, is_last):
+    with watchdog.collective(name), gradient_sync(towers, is_last):
         yield
 
 

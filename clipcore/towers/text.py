@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import TextConfig
-from clipcore.modules import (
+from clipcore.data.packing import PackedText, check_token_rows
+from clipcore.towers.architectures import TextConfig
+from clipcore.towers.modules import (
     LayerNorm,
     ResidualAttentionBlock,
     Transformer,
@@ -22,7 +23,6 @@ from clipcore.modules import (
     is_hooked,
     read_pooled,
 )
-from clipcore.packing import PackedText, check_token_rows
 
 
 class TextTower(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipcore import roll_call
+from clipcore.ranks import watchdog
 from clipcore.terminal import first_line, printable_lines
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def init_distributed(
     if world_size > 1 and not dist.is_initialized():
         on_cuda = world.device.type == "cuda"
         # The start has a time limit of its own: machines differ more in it than in a step.
-        start = timedelta(seconds=roll_call.START_S)
+        start = timedelta(seconds=watchdog.START_S)
         try:
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
         except dist.DistError as error:
@@ -102,9 +102,9 @@ def init_distributed(
                 "a free port of the machine of rank 0, which all can reach"
             ) from error
         is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = roll_call.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
+        store = watchdog.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
         # NCCL's own watchdog aborts without a word about the other ranks: the roll call's comes first.
-        slack_s = 2 * (roll_call.MARGIN_S + roll_call.PATIENCE_S) if on_cuda else 0.0
+        slack_s = 2 * (watchdog.MARGIN_S + watchdog.PATIENCE_S) if on_cuda else 0.0
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
             store=store,
@@ -164,7 +164,7 @@ def pick_device(device: str | torch.device | None, local_rank: int) -> torch.dev
 
 def close_distributed() -> None:
     """Leaves the process group, if there is one."""
-    roll_call.close_roll_call()
+    watchdog.close_roll_call()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -177,7 +177,7 @@ def is_main() -> bool:
 def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Waits until every rank of the group (None: all ranks) has come here."""
     if _group_size(group) > 1:
-        with roll_call.collective("barrier", group):
+        with watchdog.collective("barrier", group):
             _meet("barrier", group)
 
 
@@ -206,9 +206,9 @@ def _meet(
 
     One header for all: ranks that are out of step exchange headers, and never each other's payload.
     """
-    header = torch.tensor([roll_call.mark(name), a, b], device=_wire_device(group))
+    header = torch.tensor([watchdog.mark(name), a, b], device=_wire_device(group))
     headers = gather_equal(header, group).view(-1, 3).tolist()
-    roll_call.compare_marks(name, [mark for mark, _, _ in headers])
+    watchdog.compare_marks(name, [mark for mark, _, _ in headers])
     return [(a, b) for _, a, b in headers]
 
 
@@ -216,7 +216,7 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether any rank raised its flag; the same answer on all ranks."""
     if _group_size(group) == 1:
         return flag
-    with roll_call.collective("vote", group):
+    with watchdog.collective("vote", group):
         return any(raised for raised, _ in _meet("vote", group, int(flag)))
 
 
@@ -224,7 +224,7 @@ def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) 
     """Each number summed over the ranks, in one collective; the same bits on every rank."""
     if _group_size(group) == 1:
         return [float(value) for value in values]
-    with roll_call.collective("sum of numbers", group):
+    with watchdog.collective("sum of numbers", group):
         _meet("sum of numbers", group)
         total = torch.tensor(values, dtype=torch.float64, device=_wire_device(group))
         dist.all_reduce(total, group=group)
@@ -238,7 +238,7 @@ def all_reduce_(
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Replaces the tensor by its sum (or another ``op``) over the ranks; ``name`` is for a rank that fails in it."""
-    with roll_call.collective(name, group):
+    with watchdog.collective(name, group):
         dist.all_reduce(x, op, group=group)
 
 
@@ -248,7 +248,7 @@ def broadcast_tensors(
 ) -> None:
     """Writes the values of the group's first rank into the tensors of all others."""
     if _group_size(group) > 1:
-        with roll_call.collective("broadcast of tensors", group):
+        with watchdog.collective("broadcast of tensors", group):
             _meet("broadcast of tensors", group)
             for tensor in tensors:
                 dist.broadcast(tensor, group_src=0, group=group)
@@ -260,7 +260,7 @@ def gather_sizes(
     """Two numbers of every rank, in rank order; the host waits for them. ``name`` is for a rank that does not come."""
     if _group_size(group) == 1:
         return [(first, second)]
-    with roll_call.collective(name, group):
+    with watchdog.collective(name, group):
         return _meet(name, group, first, second)
 
 
@@ -284,7 +284,7 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torc
         return x.detach()
     device = _wire_device(group)
     row_bytes = torch.Size(x.shape[1:]).numel() * x.element_size()
-    with roll_call.collective("gathering of rows", group):
+    with watchdog.collective("gathering of rows", group):
         headers = _meet("gathering of rows", group, x.shape[0], row_bytes)
         if any(theirs != row_bytes for _, theirs in headers):
             raise ValueError(
@@ -306,7 +306,7 @@ def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None 
     if _group_size(group) == 1:
         return value
     values = [value]
-    with roll_call.collective("broadcast of a value", group):
+    with watchdog.collective("broadcast of a value", group):
         _meet("broadcast of a value", group)
         dist.broadcast_object_list(
             values, group_src=source, group=group, device=_wire_device(group)
@@ -319,7 +319,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     if _group_size(group) == 1:
         return [value]
     values: list[T | None] = [None] * _group_size(group)
-    with roll_call.collective("gather of values", group):
+    with watchdog.collective("gather of values", group):
         _meet("gather of values", group)
         dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcore.flops import flops_of
-from clipcore.optim import local_part
+from clipcore.run.flops import flops_of
+from clipcore.run.optim import local_part
 
 _aten = torch.ops.aten
 # What they return is not written, or lies in memory that was there.

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from clipcore.distributed import gather_sizes
-from clipcore.grad_cache import Embed
-from clipcore.resnet import replayed
+from clipcore.ranks.distributed import gather_sizes
+from clipcore.run.grad_cache import Embed
+from clipcore.towers.resnet import replayed
 
 # A ResNet's BatchNorm needs two.
 FEWEST_ROWS = 2

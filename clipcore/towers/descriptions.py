@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcore.architectures import (
+from clipcore.data.transforms import RESIZE_MODES
+from clipcore.files import read_regular
+from clipcore.towers.architectures import (
     MAX_SIZE,
     ModelConfig,
     TextConfig,
@@ -20,9 +22,7 @@ from clipcore.architectures import (
     is_finite_number,
     shortened,
 )
-from clipcore.convert import ConversionError
-from clipcore.data.transforms import RESIZE_MODES
-from clipcore.files import read_regular
+from clipcore.towers.convert import ConversionError
 
 _MAX_BYTES = 1 << 22
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"

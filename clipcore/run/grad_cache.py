@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipcore.resnet import replayed
+from clipcore.towers.resnet import replayed
 
 # What embeds a micro-batch: (its rows, the rows that follow or None) to (image features, text features, scalars ...).
 Embed = Callable[[slice, slice | None], Sequence[Tensor]]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import VisionConfig
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.embed_layer_norm import embed_layer_norm
 from clipcore.kernels.patchify import patchify
-from clipcore.modules import (
+from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.modules import (
     LayerNorm,
     Transformer,
     check_images,

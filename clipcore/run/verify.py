@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from clipcore.data.loader import Batch
-from clipcore.distributed import all_reduce_flag, gather_rows
-from clipcore.grad_cache import micro_batches
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import SigLipLoss
-from clipcore.resnet import replayed
-from clipcore.sharding import gathered, is_sharded, whole
-from clipcore.step import TrainingStep
+from clipcore.ranks.distributed import all_reduce_flag, gather_rows
+from clipcore.run.grad_cache import micro_batches
+from clipcore.run.sharding import gathered, is_sharded, whole
+from clipcore.run.train_step import TrainingStep
+from clipcore.towers.resnet import replayed
 
 # Pairs of the small step on all ranks, whose float64 graphs each rank holds; micro-batches on each.
 NUM_PAIRS, NUM_PARTS = 48, 3

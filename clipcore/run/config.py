@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from clipcore.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.transforms import MAX_PIXELS
-from clipcore.schedule import SCHEDULES
+from clipcore.run.schedule import SCHEDULES
 from clipcore.terminal import is_printable, printable
+from clipcore.towers.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 
 
 class ConfigError(ValueError):

@@ -1,4 +1,4 @@
-"""Collects what the page about a run shows, ``clipcore.report`` draws it: curves, figures and worked examples.
+"""Collects what the page about a run shows, ``clipcore.report.page`` draws it: curves, figures and worked examples.
 
 Legend: N pictures, K best, E embedding size.
 """
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 import clipcore
-from clipcore.collapse import CollapseWatch
-from clipcore.config import TrainConfig
 from clipcore.data import BadSample, PairSource
 from clipcore.data.transforms import ImageTransform, normalize_images
-from clipcore.distributed import World
 from clipcore.evaluate.tasks import Encoder, EvaluationPlan, ZeroShotTask
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify
 from clipcore.files import read_regular
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.kernels.similarity_topk import similarity_topk
-from clipcore.logbook import Logbook, read_metrics
-from clipcore.profile import PROFILE_FOLDER, TABLE
-from clipcore.report import (
+from clipcore.ranks.distributed import World
+from clipcore.report.page import (
     PairMatrix,
     ReportData,
     RetrievalExample,
     ZeroShotExample,
     write_report,
 )
-from clipcore.run_state import RunState
+from clipcore.run.collapse import CollapseWatch
+from clipcore.run.config import TrainConfig
+from clipcore.run.metrics import Logbook, read_metrics
+from clipcore.run.profile import PROFILE_FOLDER, TABLE
+from clipcore.run.state import RunState
 
 NUM_ZERO_SHOT_EXAMPLES = 24
 NUM_RETRIEVAL_EXAMPLES = 6

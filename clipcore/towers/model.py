@@ -19,17 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcore.architectures import MODELS, OPENAI_MODELS, QUICK_GELU_SUFFIX, ModelConfig, find_model
-from clipcore.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.data.packing import PackedText
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, ImageTransform
 from clipcore.kernels.similarity import normalized_similarity
-from clipcore.modules import Attention
-from clipcore.open_clip_arguments import check_others
-from clipcore.packing import PackedText
-from clipcore.resnet import ModifiedResNet
-from clipcore.text import TextTower
-from clipcore.vision import VisionTransformer
-from clipcore.weights import Weights, read_weights
+from clipcore.towers.architectures import (
+    MODELS,
+    OPENAI_MODELS,
+    QUICK_GELU_SUFFIX,
+    ModelConfig,
+    find_model,
+)
+from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.towers.modules import Attention
+from clipcore.towers.open_clip_arguments import check_others
+from clipcore.towers.resnet import ModifiedResNet
+from clipcore.towers.text import TextTower
+from clipcore.towers.vision import VisionTransformer
+from clipcore.towers.weights import Weights, read_weights
 
 MAX_LOGIT_SCALE = math.log(100)
 # Position embeddings, of all models, and the length to which they are resized at most for a description beside weights.

@@ -28,11 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import TensorGroup, Writers
-from clipcore.distributed import World, gather_objects
-from clipcore.model import CLIP
-from clipcore.modules import ResidualAttentionBlock
-from clipcore.optim import MOMENTS, local_part
-from clipcore.resnet import AttentionPool2d, Bottleneck
+from clipcore.ranks.distributed import World, gather_objects
+from clipcore.run.optim import MOMENTS, local_part
+from clipcore.towers.model import CLIP
+from clipcore.towers.modules import ResidualAttentionBlock
+from clipcore.towers.resnet import AttentionPool2d, Bottleneck
 
 # What is brought together and freed as one; the rest of the model is a group of its own. A ResNet's stages are called
 # block by block, never as a whole, so that only a block can be one.

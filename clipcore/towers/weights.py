@@ -17,7 +17,6 @@ from typing import IO, Any, NoReturn
 import torch
 from torch import Tensor
 
-from clipcore.architectures import ModelConfig, shortened
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -26,10 +25,11 @@ from clipcore.checkpoint import (
     load_latest,
     read_safetensors,
 )
-from clipcore.descriptions import read_description, recorded_images
 from clipcore.files import open_regular, read_regular
 from clipcore.terminal import first_line
-from clipcore.torchscript import (
+from clipcore.towers.architectures import ModelConfig, shortened
+from clipcore.towers.descriptions import read_description, recorded_images
+from clipcore.towers.torchscript import (
     TorchScriptError,
     TorchScriptWeights,
     is_torchscript,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from clipcore.data.transforms import ImageTransform
-from clipcore.model import CLIP, create_model_from_pretrained
-from clipcore.run_state import is_run, load_run
+from clipcore.run.state import is_run, load_run
 from clipcore.tokenizer import Tokenizer, get_tokenizer
+from clipcore.towers.model import CLIP, create_model_from_pretrained
 
 
 class LoadedModel(NamedTuple):

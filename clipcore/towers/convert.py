@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clipcore.architectures import MODELS, ModelConfig, TextConfig, VisionConfig
 from clipcore.terminal import first_line, printable
+from clipcore.towers.architectures import MODELS, ModelConfig, TextConfig, VisionConfig
 
 TEXT_PARTS = (
     "text_projection",

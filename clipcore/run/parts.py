@@ -16,18 +16,15 @@ from typing import Any
 
 import torch
 
-from clipcore.architectures import find_model
 from clipcore.checkpoint import Checkpoint
-from clipcore.config import ConfigError, TrainConfig
 from clipcore.data import BadSample, PairSource
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
-from clipcore.descriptions import recorded_images
-from clipcore.distributed import World, broadcast_object, is_main
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.model import CLIP, create_model, load_checkpoint
-from clipcore.run_state import run_record
+from clipcore.ranks.distributed import World, broadcast_object, is_main
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.state import run_record
 from clipcore.tokenizer import (
     VOCABULARY_FILE,
     Tokenizer,
@@ -36,6 +33,9 @@ from clipcore.tokenizer import (
     get_tokenizer,
     train_tokenizer,
 )
+from clipcore.towers.architectures import find_model
+from clipcore.towers.descriptions import recorded_images
+from clipcore.towers.model import CLIP, create_model, load_checkpoint
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0

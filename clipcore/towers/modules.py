@@ -20,13 +20,13 @@ from torch.nn.modules.module import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from clipcore.data.packing import PackedText
 from clipcore.kernels.attention import attention
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.kernels.gelu import gelu
 from clipcore.kernels.layer_norm import layer_norm
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
-from clipcore.packing import PackedText
 
 
 class LayerNorm(nn.LayerNorm):

@@ -26,10 +26,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from clipcore.ceilings import Ceilings, measure_ceilings
 from clipcore.files import write_durably
 from clipcore.kernels.launch import visible_operators
-from clipcore.traffic import Operator, Traffic, TrafficCounter
+from clipcore.run.ceilings import Ceilings, measure_ceilings
+from clipcore.run.traffic import Operator, Traffic, TrafficCounter
 
 COUNTED, FIRST, LAST = 3, 5, 7
 NUM_STEPS = LAST - FIRST + 1

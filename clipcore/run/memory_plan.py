@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clipcore import memory
-from clipcore.grad_cache import Embed
-from clipcore.optim import local_part
-from clipcore.resnet import replayed
+from clipcore.run import memory
+from clipcore.run.grad_cache import Embed
+from clipcore.run.optim import local_part
+from clipcore.towers.resnet import replayed
 
 GB = 10**9
 SMALLEST_PROBE = 32

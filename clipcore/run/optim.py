@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from clipcore import roll_call
 from clipcore.kernels.adamw import Update, adamw_all_
+from clipcore.ranks import watchdog
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -339,6 +339,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     rest = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
     # Squared in float64, which holds the square of every float32.
     square = torch.nn.utils.get_total_norm([local_part(g) for g in split]).double().square()
-    with roll_call.collective("sum of the gradients' squares"):
+    with watchdog.collective("sum of the gradients' squares"):
         dist.all_reduce(square, group=split[0].device_mesh.get_group())
     return (square + rest.double().to(square.device).square()).sqrt().to(split[0].dtype)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcore.architectures import ModelConfig, is_finite_number, shortened
 from clipcore.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -35,21 +34,22 @@ from clipcore.checkpoint import (
     load_latest,
     save_checkpoint,
 )
-from clipcore.config import ConfigError, TrainConfig
 from clipcore.data.transforms import EARLIER_MAX_PIXELS, ImageTransform
-from clipcore.descriptions import recorded_images
-from clipcore.distributed import World, all_reduce_sum, broadcast_object, is_main
 from clipcore.files import is_file, is_folder, read_regular, write_durably
-from clipcore.logbook import LogMark
-from clipcore.model import CLIP, model_of, shape_differences
-from clipcore.optim import (
+from clipcore.ranks.distributed import World, all_reduce_sum, broadcast_object, is_main
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.metrics import LogMark
+from clipcore.run.optim import (
     ExponentialMovingAverage,
     load_optimizer_tensors,
     local_part,
     optimizer_tensors,
 )
-from clipcore.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
+from clipcore.run.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
 from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
+from clipcore.towers.architectures import ModelConfig, is_finite_number, shortened
+from clipcore.towers.descriptions import recorded_images
+from clipcore.towers.model import CLIP, model_of, shape_differences
 
 # What a run notes in a checkpoint, by name.
 _RECORD: dict[str, type | tuple[type, ...]] = {
