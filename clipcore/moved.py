@@ -78,4 +78,4 @@ class MovedModules:
 def install() -> None:
     """Let the earlier names be imported."""
     # Before the finders of files: one of another installation would find the module that it still has there.
-    sys.meta_path.insert(0, MovedModules())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, MovedModules())

@@ -3,6 +3,7 @@
 ======================  ================================================================
 ``__main__.py``         the command line; ``runner.py`` goes through models and data sets, ``commands.py`` measures one
 ``datasets.py``         ``open_set``: labelled data sets in the layouts that people have
+``loading.py``          models as a command line names them
 ``features.py``         ``FeatureStore``: each image encoded once a model
 ``measure.py``          zero-shot, prompt gains, linear probe, few-shot of one data set
 ``*_study.py``          retrieval, overlap and bias of one data set; robustness and scaling of many results

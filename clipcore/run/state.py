@@ -85,7 +85,7 @@ class RunState:
         step: steps done.
         identity: what a checkpoint must share with the run that loads it: model, vocabulary, data.
         global_batch_size: pairs of a step, on all ranks; a checkpoint must share it too, since it counts in steps.
-        captions_sha256: of the data, as of ``run_parts.captions_sha256``: it is known by this under another name.
+        captions_sha256: of the data, as of ``parts.captions_sha256``: it is known by this under another name.
         evaluated_step: the last step after which the evaluations of an epoch's end were made.
         bad_samples: replaced so far, on all ranks.
         transparent: pictures laid over white so far, on all ranks.

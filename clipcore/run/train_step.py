@@ -190,7 +190,7 @@ class TrainingStep:
         """Chooses what is not chosen yet of ``micro_batch_size`` and ``kept``, the same on every rank.
 
         Args:
-            step_memory: GB that a step may take beside model and optimizer; None for `step_plan.default_budget`.
+            step_memory: GB that a step may take beside model and optimizer; None for `memory_plan.default_budget`.
         """
         device, num_rows = self.world.device, self.largest_share
         budget_bytes = default_budget(device) if step_memory is None else int(step_memory * GB)

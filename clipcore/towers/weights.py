@@ -91,7 +91,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     """Return weights, on the CPU, from a file or folder of whatever origin; no code in them runs.
 
     Takes a safetensors file; a PyTorch file of tensors, bare or in a dictionary, as training programs save them; the index
-    of weights in several files; OpenAI's TorchScript archives (clipcore/torchscript.py); a folder that holds one of them
+    of weights in several files; OpenAI's TorchScript archives (``torchscript.py``); a folder that holds one of them
     under its usual name; a checkpoint or run of clipcore (its moving average where there is one). What wrappers put before
     or into all names, such as ``module.``, is taken off.
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import clipcore
 import clipcore.kernels
 from clipcore import native
+from clipcore.moved import MOVED
 
 site = Path(sys.argv[1])
 kernels = [name for _, name, _ in pkgutil.iter_modules(clipcore.kernels.__path__)]
 modules = [importlib.import_module(f"clipcore.kernels.{name}") for name in kernels]
+modules += [importlib.import_module(name) for name in MOVED]
 modules += [clipcore, native, native.load()]
 for module in modules:
     assert Path(module.__file__).is_relative_to(site), module
