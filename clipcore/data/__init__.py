@@ -1,31 +1,31 @@
 """Data: what a pair is, and the two ways in which reading one can fail. The readers are in the files beside this one.
 
-===================  ================================================================
-``sources.py``       ``open_source``: from what ``--train-data`` says to a ``PairSource``
-``tar.py``           tar shards in the WebDataset layout, through a byte index
-``raw.py``           images as ``.npy`` members of pixels
-``tables.py``        csv and jsonl tables
-``columns.py``       columns of tables, such as those of labels
+====================  ================================================================
+``sources.py``        ``open_source``: from what ``--train-data`` says to a ``PairSource``
+``tar.py``            tar shards in the WebDataset layout, through a byte index
+``raw.py``            images as ``.npy`` members of pixels
+``tables.py``         csv and jsonl tables
+``columns.py``        columns of tables, such as those of labels
 ``caption_lists.py``  tables of captions in text files, Flickr8k's
-``parquet.py``       parquet tables, through a copy of their rows
-``folders.py``       folders of images
-``pictures.py``      pairs by picture, where a table has a row for each caption
-``plain_images.py``  images without captions
-``embedded.py``      the embedded data sets, by name
-``glyphs.py``        the embedded pictures of writing
-``icons.py``         the embedded icons
-``drawing.py``       drawing both from fonts
-``transforms.py``    bytes to images to crops to normalised tensors
-``resample.py``      bicubic resizing
-``headers.py``       what an image will cost, before a decoder sees it
-``order.py``         the order of an epoch and the random numbers of a sample, computed, not stored
-``loader.py``        batches
-``upload.py``        a batch on its way to the device
-``packing.py``       captions in rows without padding
-``caption_ids.py``   numbers that tell captions apart
-``shards.py``        writing tar shards
-``prepare.py``       the command that turns any source into shards that train faster
-===================  ================================================================
+``parquet.py``        parquet tables, through a copy of their rows
+``folders.py``        folders of images
+``pictures.py``       pairs by picture, where a table has a row for each caption
+``plain_images.py``   images without captions
+``embedded.py``       the embedded data sets, by name
+``glyphs.py``         the embedded pictures of writing
+``icons.py``          the embedded icons
+``drawing.py``        drawing both from fonts
+``transforms.py``     bytes to images to crops to normalised tensors
+``resample.py``       bicubic resizing
+``headers.py``        what an image will cost, before a decoder sees it
+``order.py``          the order of an epoch and the random numbers of a sample, computed, not stored
+``loader.py``         batches
+``upload.py``         a batch on its way to the device
+``packing.py``        captions in rows without padding
+``caption_ids.py``    numbers that tell captions apart
+``shards.py``         writing tar shards
+``prepare.py``        the command that turns any source into shards that train faster
+====================  ================================================================
 """
 
 from __future__ import annotations
