@@ -201,9 +201,7 @@ class LogitWalk:
         grid, arguments = tile_arguments(
             pairs, x_RE, y_CE, self.launch_row, is_fused=self._is_fused
         )
-        return LogitBlock(
-            rows, columns, x_RE, y_CE, stride, product_RC, grad_RC, grid, arguments
-        )
+        return LogitBlock(rows, columns, x_RE, y_CE, stride, product_RC, grad_RC, grid, arguments)
 
     def add_gradient(self, block: LogitBlock) -> None:
         """Add the products of a block's gradient with its operands to the sums."""
