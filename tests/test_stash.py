@@ -68,8 +68,16 @@ def test_the_cpu_and_a_gpu_that_is_not_there_have_a_gibibyte() -> None:
         assert default_stash_bytes(GPU) == 2**30
 
 
-def test_the_compiler_takes_it_for_a_constant(gpu: FakeGPU) -> None:
+def test_the_compiler_takes_it_for_a_constant(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It cannot look into a driver, and one graph has to be possible. The seconds are its import."""
+
+    def reserved(index: int) -> int:
+        torch._dynamo.graph_break()
+        return gpu.reserved
+
+    monkeypatch.setattr(gpu, "memory_reserved", reserved)
 
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x * 2 if default_stash_bytes(GPU) == 2**34 else x
