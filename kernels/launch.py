@@ -205,7 +205,8 @@ def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b by the vendor's library with a float32 result that is never rounded to a 16-bit input dtype.
 
-    float32 operands follow torch.set_float32_matmul_precision, as every torch product does. `out` is contiguous.
+    float32 operands follow torch.set_float32_matmul_precision, as every torch product does. Rows of `out` are contiguous;
+    they may be apart, which the library takes as it is.
     """
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)

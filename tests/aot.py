@@ -25,6 +25,8 @@ from typing import Any
 ARCHITECTURES = (80, 90, 100)
 # Largest shared memory of one block. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# What sm_90 shares among the programs on a processor; a program's memory comes with 1 KiB of the system's.
+REGISTERS, PROCESSOR_BYTES, SYSTEM_BYTES = 65536, 228 * 1024, 1024
 # The matrix instructions of the chip's own generation, in PTX: HMMA, HGMMA and UTCHMMA of the machine code.
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -43,6 +45,13 @@ class Kernel:
     registers: int
     spills: int  # loads from and stores to local memory in the machine code
     matrix_instructions: int
+
+    @property
+    def programs_on_a_processor(self) -> int:
+        """How many run at once by their registers, which a warp gets in units of 256, and their shared memory; sm_90."""
+        of_a_warp = -(-32 * self.registers // 256) * 256
+        by_registers = REGISTERS // (of_a_warp * self.num_warps)
+        return min(by_registers, PROCESSOR_BYTES // (self.shared_bytes + SYSTEM_BYTES))
 
     def __str__(self) -> str:
         return f"{self.name} sm_{self.architecture} {self.operand} {self.constants}"

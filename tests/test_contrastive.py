@@ -623,6 +623,19 @@ def test_ahead_of_time_the_fused_kernels_have_matrix_instructions() -> None:
             assert kernel.matrix_instructions > 0, str(kernel)
 
 
+def test_ahead_of_time_two_fused_programs_fit_on_a_processor_of_hopper() -> None:
+    """While one is in its epilogue the other multiplies. Without ids and spread targets, whose kernels would spill."""
+    fused = [
+        kernel
+        for kernel in compiled("test_contrastive")
+        if kernel.architecture == 90
+        and kernel.constants.get("FUSED")
+        and "fp32" not in kernel.operand
+        and kernel.constants["IDS"] == "none"
+    ]
+    assert fused and all(kernel.programs_on_a_processor >= 2 for kernel in fused)
+
+
 # The public functions.
 
 

@@ -108,6 +108,15 @@ class ClipLoss(nn.Module):
     def label_smoothing(self, label_smoothing: float) -> None:
         self.options = dataclasses.replace(self.options, label_smoothing=label_smoothing)
 
+    @property
+    def stash_bytes(self) -> int | None:
+        """The most that a stash may take; None decides it once a process."""
+        return self.options.stash_bytes
+
+    @stash_bytes.setter
+    def stash_bytes(self, stash_bytes: int | None) -> None:
+        self.options = dataclasses.replace(self.options, stash_bytes=stash_bytes)
+
     def forward(
         self,
         image_features: Tensor,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels.contrastive.targets import check_label_smoothing
-from clipcore.kernels.logits.pairs import SAME_ID, WORKSPACE_BYTES
+from clipcore.kernels.logits.pairs import SAME_ID, WORKSPACE_BYTES, choose_operand
+from clipcore.kernels.logits.walk_gpu import keeps_text_operands
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class LossOptions:
     Attributes:
         same_id: what equal ids mean: "ignore" leaves such pairs out as negatives, "positive" makes them positives.
         label_smoothing: in [0, 1), as in torch's cross-entropy.
-        stash_bytes: the most that logits may take which are kept for the backward [1 GiB].
+        stash_bytes: the most that logits may take which are kept for the backward
+            [``clipcore.kernels.contrastive.default_stash_bytes``].
         workspace_bytes: what a block of logits may take [512 MB on a GPU, 64 MiB on the CPU].
         operand_dtype: what a GPU multiplies [float16 for 16-bit features, and under autocast].
     """
@@ -37,13 +39,26 @@ class LossOptions:
             raise ValueError(f"same_id has to be one of {SAME_ID}, got {self.same_id!r}")
 
     def workspace(self, image_BE: Tensor, text_BE: Tensor, world_size: int) -> int:
-        """Return the peak of a loss without a stash: a block of logits, sums of the size of rows, the texts of all ranks."""
+        """Return the peak of a loss without a stash.
+
+        A block of logits, sums of the size of rows, the texts of all ranks, and on a GPU what a walk over blocks holds of
+        texts.
+        """
         B, G, E = len(image_BE), world_size * len(text_BE), image_BE.shape[1]
         block_bytes = self.workspace_bytes
         if block_bytes is None:
             block_bytes = WORKSPACE_BYTES[image_BE.device.type]
         gathered = 0 if world_size == 1 else 2 * 4 * G * E
-        return min(block_bytes, 4 * B * G) + 12 * 8 * (B + G) + gathered
+        held = 0
+        if image_BE.is_cuda:
+            operand = choose_operand(image_BE, text_BE, self.operand_dtype)
+            # Texts that come from other ranks are float32.
+            dtype = torch.float32 if world_size > 1 else text_BE.dtype
+            if keeps_text_operands(block_bytes) and dtype != operand:
+                held += operand.itemsize * G * E
+            if dtype != torch.float32:
+                held += 4 * G * E  # the sum of a gradient of 16 bits
+        return min(block_bytes, 4 * B * G) + 12 * 8 * (B + G) + gathered + held
 
 
 def check_pairs(

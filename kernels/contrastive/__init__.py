@@ -36,12 +36,12 @@ Precision: ``clipcore.kernels.logits``. Logits, exponentials and sums are float3
 the positives taken off, before it is rounded to the operand dtype; it is stored over its largest upstream gradient, times
 2^13 in float16, so that probabilities down to 1e-8 are normal numbers.
 Traffic per logit: library engine 8 bytes forward, 14 backward (stash: 10 and 8), fused engine 0 and 6 (stash 2 and 8),
-for 16-bit operands, plus the operands once a block.
+for 16-bit operands, plus their reads by each block.
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
 Files: ``reference.py`` the reference, ``targets.py`` T and U, ``kernels.py`` the Triton kernels, ``launches.py`` their
-launches, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become, ``running_max_*.py`` the sums that a fixed
-offset cannot hold, ``operator.py`` PyTorch's side, and here the public functions.
+launches, ``budget.py`` what a stash may take, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become,
+``running_max_*.py`` the sums that a fixed offset cannot hold, ``operator.py`` PyTorch's side, and here the public functions.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3. Single-pass sums with a fixed offset are also in
 MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library products in Liger-Kernel.
@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels import launch
+from clipcore.kernels.contrastive.budget import default_stash_bytes
 from clipcore.kernels.contrastive.launches import ENGINE_TABLE, packed_shapes
 from clipcore.kernels.contrastive.operator import contrastive_outputs
 from clipcore.kernels.contrastive.reference import contrastive_ref
@@ -68,11 +69,9 @@ __all__ = [
     "contrastive_loss",
     "contrastive_ref",
     "contrastive_terms",
+    "default_stash_bytes",
     "plan",
 ]
-
-# A stash larger than this is recomputed instead, unless the caller allows more.
-STASH_BYTES = 2**30
 
 
 class ContrastiveTerms(NamedTuple):
@@ -120,9 +119,10 @@ def plan(
 ) -> Plan:
     """Say how ``contrastive_terms`` will compute a problem: which engine, with a stash or without, and why.
 
-    The rule: a stash where a backward follows and the stash is at most `stash_bytes` (1 GiB by default); the engine
-    that was measured to be faster for the chip, width and operands, and the library's where neither was. A GPU's stash
-    rounds the logits of float32 operands to 16 bits: for those there is one only where `stash_bytes` asks for it.
+    The rule: a stash where a backward follows and the stash is at most `stash_bytes` (by default
+    ``default_stash_bytes``); the engine that was measured to be faster for the chip, width and operands, and the
+    library's where neither was. A GPU's stash rounds the logits of float32 operands to 16 bits: for those there is one
+    only where `stash_bytes` asks for it.
     """
     operand = choose_operand(image_BE, text_GE, operand_dtype)
     return _plan(image_BE, len(text_GE), operand, stash_bytes, engine, backward)
@@ -141,7 +141,8 @@ def _plan(
     on_cpu = not image_BE.is_cuda
     budget = stash_bytes
     if budget is None:
-        budget = STASH_BYTES if on_cpu or operand.itemsize == 2 else 0
+        is_exact = on_cpu or operand.itemsize == 2
+        budget = default_stash_bytes(image_BE.device) if is_exact else 0
     shape, dtype = ((B, num_texts), operand) if on_cpu else packed_shapes(B, num_texts)[::2]
     needed = shape[0] * shape[1] * dtype.itemsize
 
@@ -269,12 +270,14 @@ def contrastive_loss(
         same_id: "ignore" leaves pairs of equal ids out unless they are a pair by position (false negatives);
             "positive" makes them positives, which share the row's target evenly, and position means nothing.
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
-        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB, and 0 for
-            float32 operands on a GPU, whose logits a stash rounds to 16 bits.
+        stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB on the CPU; on a
+            GPU an eighth of what is free at the first call of the process, decided then and kept
+            (``default_stash_bytes``), and 0 for float32 operands, whose logits a stash rounds to 16 bits.
         workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
             for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: about 150 bytes a row and column, 4 G E
-            bytes for the sum of text gradients of 16 bits, and on the CPU rows of length one and their gradients in
-            float32.
+            bytes for the sum of text gradients of 16 bits, the operands of all texts on a GPU unless it is below the
+            default (2 G E bytes, none where the texts can be multiplied as they are), and on the CPU rows of length one
+            and their gradients in float32.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
         engine: "library" or "fused" on a GPU (``clipcore.kernels.logits``). Default as measured.

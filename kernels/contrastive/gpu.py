@@ -79,7 +79,7 @@ def _walk_sums(
             column_target_ptr=partial.column_target_log2_G,
             stash_ptr=stash_BG[rows, columns.start :] if is_stash else None,
             range_ptr=_block_ranges(ranges, launch_row, block) if is_stash else None,
-            stride_product=block.shape[1],
+            stride_product=block.stride,
             stride_stash=stash_BG.stride(0),
             stride_range=ranges.stride(0),
             TARGETS=targets is not None,
@@ -131,7 +131,7 @@ def contrastive_bwd_gpu(
             column_offset_ptr=column_offset[columns],
             grad_ptr=block.grad_RC,
             along_ptr=along,
-            stride_grad=block.shape[1],
+            stride_grad=block.stride,
             GRADIENT_SCALE=grad_scale,
             TARGETS=targets is not None,
             **_logits_of(block, inputs, targets, outputs),
@@ -191,7 +191,7 @@ def _logits_of(
     if not outputs.has_stash:
         return {
             "product_ptr": block.product_RC,
-            "stride_product": block.shape[1],
+            "stride_product": block.stride,
             "range_ptr": None,
             "stride_range": 0,
             "RANGE_N": 1,

@@ -23,7 +23,7 @@ _LAUNCH_TABLE = {
     (80, "running max"): LaunchRow(64, 64, 64, 4, 3),
     (80, "running max exact"): LaunchRow(32, 64, 16, 4, 3),
     (90, "pass"): LaunchRow(64, 128, 16, 8, 1),
-    (90, "fused"): LaunchRow(128, 128, 64, 8, 3),
+    (90, "fused"): LaunchRow(64, 128, 64, 4, 4),
     (90, "targets"): LaunchRow(64, 128, 64, 8, 3),
     (90, "exact"): LaunchRow(64, 128, 16, 8, 2),
     (90, "running max"): LaunchRow(64, 64, 64, 4, 3),

@@ -12,13 +12,14 @@ for all of them: ``walk_gpu.LogitWalk`` and ``walk_cpu.LogitWalk``. Two engines 
 - "fused": a Triton product whose epilogue does the pass on the accumulators, with operands from tensor descriptors.
 
 Either leaves the gradient of the block, which two library products with float32 sums turn into those of the
-embeddings. The operands of a block are made for the block, so that nothing beside the sums grows with B or G. The CPU
-walks over smaller blocks, and in each over chunks of rows that stay in its cache.
+embeddings. The operands of the images are made for a row of blocks, those of the texts once for all: nothing but them and
+the sums grows with B or G. In a small workspace each block makes its own. The CPU walks over smaller blocks, and in each
+over chunks of rows that stay in its cache.
 
 Precision: rows are normalised in float32 and rounded once to the operand dtype. For float16 and bfloat16 that is
 float16 by default: a row of length one has nothing near the ends of its range, and its rounding moves a logit eight
 times less than bfloat16's. float32 operands multiply in float32.
 
-Files: ``pairs.py`` what both devices are given and its checks, ``pages.py`` large buffers on the CPU,
-``reference.py`` what the references share.
+Files: ``pairs.py`` what both devices are given and its checks, ``sides.py`` the sides of a GPU's blocks, ``walk_gpu.py``
+and ``walk_cpu.py`` the walks, ``pages.py`` large buffers on the CPU, ``reference.py`` what the references share.
 """

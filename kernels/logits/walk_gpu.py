@@ -1,4 +1,4 @@
-"""The walk over blocks of logits on a GPU: block sides, operands, products, launch arguments, sums of gradients.
+"""The walk over blocks of logits on a GPU: operands, products, launch arguments, sums of gradients.
 
 Legend and the two engines: ``clipcore.kernels.logits``.
 """
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from clipcore.kernels import launch
 from clipcore.kernels.launch import triton
-from clipcore.kernels.logits.pairs import LossInputs, Pairs, slices
+from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, Pairs, slices
+from clipcore.kernels.logits.sides import BLOCK_MULTIPLE, WalkShape, block_sides
 from clipcore.kernels.normalize import normalize, normalize_bwd
 
-# Blocks keep to multiples of every tile, so that each tile of the matrix lies in one block.
-BLOCK_MULTIPLE = 256
+# Rows of products and gradients begin at multiples of so many elements, 128 bytes of 16-bit ones: what memory moves at
+# once. 16 would do for loads of 16 bytes and for the library's aligned products.
+ROW_MULTIPLE = 64
 # The largest side of a block that leaves sums only, and the least side of the tiles that write them.
 SUM_SIDE = 32768
 SUM_TILE = 32
@@ -41,6 +43,8 @@ class LogitBlock:
     Attributes:
         rows, columns: where it lies.
         x_RE, y_CE: its operands.
+        stride: of a row of the product and of the gradient, a multiple of ROW_MULTIPLE; what lies between C and it is of
+            no meaning.
         product_RC: x . y in float32, where the library has multiplied; None where the kernel multiplies or reads a stash.
         grad_RC: where the kernel is to write the block's gradient; None without gradients.
         grid: of the launch.
@@ -51,6 +55,7 @@ class LogitBlock:
     columns: slice
     x_RE: Tensor
     y_CE: Tensor
+    stride: int
     product_RC: Tensor | None
     grad_RC: Tensor | None
     grid: tuple[int]
@@ -126,11 +131,24 @@ class LogitWalk:
         if has_sums and element_bytes == 0:
             self._sides = (sum_side(width, workspace_bytes, operand.itemsize),) * 2
         else:
-            self._sides = block_sides(
-                width, max(2, element_bytes), workspace_bytes, operand.itemsize
+            walk_shape = WalkShape(
+                num_images=len(inputs.image_BE),
+                num_texts=len(inputs.text_GE),
+                width=width,
+                element_bytes=max(2, element_bytes),
+                operand_bytes=operand.itemsize,
+                workspace_bytes=workspace_bytes,
+                num_processors=launch.NUM_PROCESSORS[launch.architecture(device)],
+                is_multiplied=is_product,
+                has_gradient=is_gradient,
             )
+            self._sides = block_sides(walk_shape)
 
-        size = min(self._sides[0], len(inputs.image_BE)) * min(self._sides[1], len(inputs.text_GE))
+        rows, columns = (
+            min(side, len(x_NE))
+            for side, x_NE in zip(self._sides, (inputs.image_BE, inputs.text_GE), strict=True)
+        )
+        size = rows * row_stride(columns)
         self._products = torch.empty(size if is_product else 0, dtype=torch.float32, device=device)
         self._grads = self._products
         if not in_place:
@@ -140,13 +158,17 @@ class LogitWalk:
     def __iter__(self) -> Iterator[LogitBlock]:
         """Yield the blocks, row by row of blocks."""
         inputs = self.inputs
+        texts_GE = self._all_text_operands()
         for rows in slices(len(inputs.image_BE), self._sides[0]):
             x_RE = operand_rows(inputs.image_BE[rows], inputs.normalized, inputs.operand)
             if self._sums is not None:
                 self._sums.begin_rows(rows)
 
             for columns in slices(len(inputs.text_GE), self._sides[1]):
-                y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
+                if texts_GE is None:
+                    y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
+                else:
+                    y_CE = texts_GE[columns]
                 block = self._block(rows, columns, x_RE, y_CE)
                 yield block
                 block.release()
@@ -155,19 +177,31 @@ class LogitWalk:
             if self._sums is not None:
                 self._sums.end_rows(rows)
 
+    def _all_text_operands(self) -> Tensor | None:
+        """Return the operands of all texts, made once; None where each block has to make its own.
+
+        One row of blocks would make them once too, in less room.
+        """
+        inputs = self.inputs
+        is_kept = keeps_text_operands(inputs.workspace_bytes)
+        if not is_kept or len(inputs.image_BE) <= self._sides[0]:
+            return None
+        return operand_rows(inputs.text_GE, inputs.normalized, inputs.operand)
+
     def _block(self, rows: slice, columns: slice, x_RE: Tensor, y_CE: Tensor) -> LogitBlock:
         R, C = len(x_RE), len(y_CE)
+        stride = row_stride(C)
         product_RC = grad_RC = None
         if self._is_product:
-            product_RC = self._products[: R * C].view(R, C)
+            product_RC = self._products[: R * stride].view(R, stride)[:, :C]
             launch.matmul_fp32(x_RE, y_CE.T, product_RC)
         if self._sums is not None:
-            grad_RC = self._grads[: R * C].view(R, C)
+            grad_RC = self._grads[: R * stride].view(R, stride)[:, :C]
         pairs = self.inputs.pairs.block(rows, columns)
         grid, arguments = tile_arguments(
             pairs, x_RE, y_CE, self.launch_row, is_fused=self._is_fused
         )
-        return LogitBlock(rows, columns, x_RE, y_CE, product_RC, grad_RC, grid, arguments)
+        return LogitBlock(rows, columns, x_RE, y_CE, stride, product_RC, grad_RC, grid, arguments)
 
     def add_gradient(self, block: LogitBlock) -> None:
         """Add the products of a block's gradient with its operands to the sums."""
@@ -220,32 +254,18 @@ def descriptor(x_ND: Tensor, block_n: int, block_d: int) -> Any:
     return TensorDescriptor.from_tensor(x_ND, [block_n, block_d])
 
 
-def block_sides(
-    width: int, element_bytes: int, workspace_bytes: int, operand_bytes: int
-) -> tuple[int, int]:
-    """Return the rows R and columns C of a block whose logits take ``element_bytes`` each.
+def row_stride(num_columns: int) -> int:
+    """Return the elements from one row of a block to the next."""
+    return -(-num_columns // ROW_MULTIPLE) * ROW_MULTIPLE
 
-    The block, its operands and the float32 sum of its rows' gradients fit the workspace, unless it is smaller than the
-    least block. Estimated, to be measured: the library's tiles are 128 x 256 and 132 processors want whole waves of them,
-    for R x E and C x E results alike.
+
+def keeps_text_operands(workspace_bytes: int) -> bool:
+    """Return whether a walk makes the operands of all texts once, in room of their own beside the workspace.
+
+    They are no larger than the texts' gradients. A workspace below the default says that room is scarce: then each block
+    makes its own, once a row of blocks.
     """
-    if element_bytes <= 2:
-        rows, columns = 16896, 16896
-    elif 512 < width <= 768:
-        rows, columns = 16896, 5632
-    else:
-        rows, columns = 8448, 8448
-
-    def taken(rows: int, columns: int) -> int:
-        operands = (rows + columns) * width * operand_bytes
-        return rows * columns * element_bytes + operands + rows * width * 4
-
-    while taken(rows, columns) > workspace_bytes and max(rows, columns) > BLOCK_MULTIPLE:
-        if columns >= rows:
-            columns -= BLOCK_MULTIPLE
-        else:
-            rows -= BLOCK_MULTIPLE
-    return rows, columns
+    return workspace_bytes >= WORKSPACE_BYTES["cuda"]
 
 
 def sum_side(width: int, workspace_bytes: int, operand_bytes: int) -> int:
@@ -278,16 +298,19 @@ class GradientSums:
             dtype=wanted.dtype or image_BE.dtype,
             device=device,
         )
-        self._text_sum = torch.zeros(
+        # The first product of a sum is written over what lies there. Without a block nothing is.
+        empty = torch.empty if len(image_BE) > 0 else torch.zeros
+        self._text_sum = empty(
             text_GE.shape if self._need_text else 0, dtype=torch.float32, device=device
         )
         self._image_sum = self._text_sum
 
     def begin_rows(self, rows: slice) -> None:
         """Begin a new row of blocks."""
-        image_BE = self._inputs.image_BE
+        image_BE, text_GE = self._inputs.image_BE, self._inputs.text_GE
         if self._need_image:
-            self._image_sum = torch.zeros(
+            empty = torch.empty if len(text_GE) > 0 else torch.zeros
+            self._image_sum = empty(
                 (rows.stop - rows.start, image_BE.shape[1]),
                 dtype=torch.float32,
                 device=image_BE.device,
@@ -298,9 +321,11 @@ class GradientSums:
         grad_RC, E = block.grad_RC, self._inputs.image_BE.shape[1]
         assert grad_RC is not None
         if self._need_image:
-            launch.addmm_fp32_(self._image_sum, grad_RC, block.y_CE[:, :E])
+            y_CE = block.y_CE[:, :E]
+            _add_product(self._image_sum, grad_RC, y_CE, is_first=block.columns.start == 0)
         if self._need_text:
-            launch.addmm_fp32_(self._text_sum[block.columns], grad_RC.T, block.x_RE[:, :E])
+            text_sum_CE, x_RE = self._text_sum[block.columns], block.x_RE[:, :E]
+            _add_product(text_sum_CE, grad_RC.T, x_RE, is_first=block.rows.start == 0)
 
     def end_rows(self, rows: slice) -> None:
         """Complete the image gradient of a row of blocks."""
@@ -325,3 +350,11 @@ class GradientSums:
             out_RE.copy_(sum_RE)
         else:
             normalize_bwd(launch.unit_inner_stride(x_RE), sum_RE, factor, out_RE)
+
+
+def _add_product(sum_NE: Tensor, grad_NM: Tensor, y_ME: Tensor, *, is_first: bool) -> None:
+    """Add a product to a sum; the first one is written in its place."""
+    if is_first:
+        launch.matmul_fp32(grad_NM, y_ME, sum_NE)
+    else:
+        launch.addmm_fp32_(sum_NE, grad_NM, y_ME)

@@ -35,7 +35,7 @@ def sigmoid_fwd_gpu(
             factor_ptr=factors,
             grad_ptr=block.grad_RC,
             partial_ptr=partial,
-            stride_product=block.shape[1],
+            stride_product=block.stride,
             GRADIENT_SCALE=grad_scale,
             GRADIENT=backward,
             **block.arguments,

@@ -71,6 +71,7 @@ def sigmoid_kernel(
         grad = tl.where(valid, tl.where(positive, -probability, probability), 0.0)
         tl.store(partial_ptr + num_tiles, tl.sum(tl.sum(grad * cosine, axis=1), axis=0))
         tl.store(partial_ptr + 2 * num_tiles, tl.sum(tl.sum(grad, axis=1), axis=0))
-        offsets = n.to(tl.int64)[:, None] * M + m[None, :]
+        # The gradient has the product's rows.
+        offsets = n.to(tl.int64)[:, None] * stride_product + m[None, :]
         stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + offsets, stored, mask=inside)

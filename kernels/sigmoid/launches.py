@@ -20,7 +20,7 @@ _LAUNCH_TABLE = {
     (80, "targets"): LaunchRow(64, 128, 32, 8, 3),
     (80, "exact"): LaunchRow(64, 64, 16, 8, 2),
     (90, "pass"): LaunchRow(64, 128, 16, 8, 1),
-    (90, "fused"): LaunchRow(64, 128, 64, 8, 3),
+    (90, "fused"): LaunchRow(64, 128, 64, 4, 4),
     (90, "targets"): LaunchRow(64, 128, 64, 8, 3),
     (90, "exact"): LaunchRow(64, 128, 16, 8, 2),
     (100, "pass"): LaunchRow(64, 128, 16, 8, 1),
