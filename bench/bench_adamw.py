@@ -21,7 +21,7 @@ SETTINGS = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 
 
 def parameters(model: str, millions: float, device: torch.device) -> list[nn.Parameter]:
-    """The image tower's first ones, with gradients; none is zero, since the time of a division may depend on that."""
+    """Return the image tower's first parameters, with gradients; no zeros, which may change the time of a division."""
     found: list[nn.Parameter] = []
     for parameter in create_model(model).visual.to(device).parameters():
         if sum(p.numel() for p in found) + parameter.numel() <= 1e6 * millions:
@@ -33,7 +33,7 @@ def parameters(model: str, millions: float, device: torch.device) -> list[nn.Par
 def pass_of(
     params: list[nn.Parameter], moments: torch.dtype, with_shadow: bool
 ) -> Callable[[], None]:
-    """Our pass alone, with a clipping factor on the device."""
+    """Return our pass alone, with a clipping factor on the device."""
     updates = [
         Update(
             *(p.detach(), p.grad, *(torch.full_like(p, 1e-4, dtype=moments) for _ in range(2))),
@@ -54,7 +54,7 @@ def compiled(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 def bench_model(model: str, millions: float, device: torch.device) -> None:
     params = parameters(model, millions, device)
     num_elements = sum(p.numel() for p in params)
-    # torch reads lr from the device where its step is compiled, so as not to compile anew when it changes.
+    # A compiled step reads lr from the device, so that a change of it compiles nothing anew.
     lr = torch.tensor(SETTINGS["lr"], device=device)
     clipped = nn.utils.clip_grads_with_norm_
     norm = torch.ones((), device=device)
@@ -97,7 +97,9 @@ def bench_model(model: str, millions: float, device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ViT-B-16")
-    parser.add_argument("--millions", type=float, default=None, help="of elements at most")
+    parser.add_argument(
+        "--millions", type=float, default=None, help="at most this many million elements"
+    )
     arguments = parse(parser, ["tests/test_adamw.py"], argv)
     device = arguments.device
     millions = arguments.millions or (90.0 if device.type == "cuda" else 9.5)

@@ -2,8 +2,8 @@
 
 python bench/bench_attention.py [--device cuda] [--batch 1024]
 
-`--sweep` times other rows for the launch table of kernels/attention_triton.py instead, on a GPU, and prints the fastest
-first: a minute after the tests, most of it compiling, by as many processes as there are cores.
+On a GPU, `--sweep` times other rows for the launch table of kernels/attention_triton.py instead, and prints the fastest
+first. It takes a minute after the tests, most of it for compiling in one process a core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from clipcore.kernels.attention import attention, attention_ref
 
 
 class Shape(NamedTuple):
-    """A tower's attention."""
+    """The shape of a tower's attention."""
 
     length: int
     heads: int
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 class Problem(NamedTuple):
-    """What the passes take."""
+    """The inputs of the passes."""
 
     qkv: Tensor
     upstream: Tensor
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> Problem:
-        """Random numbers, and captions of 16 tokens on average where rows are packed."""
+        """Draw random numbers, and captions of 16 tokens on average for packed rows."""
         length, heads, size, is_causal, has_segments = shape
         qkv = torch.randn(rows, length, 3, heads, size, device=device, dtype=dtype)
         upstream = torch.randn(rows, length, heads * size, device=device, dtype=dtype)
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
         return cls(qkv, upstream, is_causal, segments)
 
     def pairs(self) -> float:
-        """Queries times the keys that each of them sees."""
+        """Return the number of (query, key) pairs that the mask shows."""
         rows, length = self.qkv.shape[:2]
         seen = torch.ones(length, length, device=self.qkv.device, dtype=torch.bool)
         seen = seen.tril() if self.is_causal else seen
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
 
 
 def sdpa(backend: SDPBackend | None, problem: Problem) -> Callable[[Tensor], Tensor]:
-    """torch's attention from the packed projection, with the mask that the backend needs made beforehand."""
+    """Return torch's attention on the packed projection, with the backend's mask made beforehand."""
     mask = None
     if problem.segments is not None:
         same = problem.segments[:, None, :, None] == problem.segments[:, None, None, :]
@@ -97,20 +97,20 @@ def sdpa(backend: SDPBackend | None, problem: Problem) -> Callable[[Tensor], Ten
 
 
 def forward_and_backward(fn: Callable[[Tensor], Tensor], problem: Problem) -> Callable[[], Any]:
-    """The packed gradient, by autograd."""
+    """Return the packed gradient, by autograd."""
     leaf = problem.qkv.clone().requires_grad_()
     return lambda: torch.autograd.grad(fn(leaf), leaf, problem.upstream)
 
 
 def launched(problem: Problem) -> Tensor:
-    """Forward and backward by the launchers."""
+    """Run forward and backward by the launchers."""
     qkv, upstream, *how = problem
     out, lse = attention_triton.forward(qkv, *how)
     return attention_triton.backward(upstream, qkv, out, lse, *how)
 
 
 def copy_of(num_bytes: float, device: torch.device) -> Callable[[], Any]:
-    """Reads half of the bytes and writes half."""
+    """Return a copy that reads half of the bytes and writes half."""
     source = torch.randn(int(num_bytes / 8), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -167,7 +167,7 @@ def bench_shape(name: str, rows: int, device: torch.device, dtype: torch.dtype) 
         record(f"attention {op}", fns, device=device, **work, **case)
 
 
-# What the sweep tries, by kernel: BLOCK, STEP, least side of a rest or tail, num_warps, num_stages.
+# What the sweep tries, by kernel: BLOCK, STEP, smallest side of a rest or tail, num_warps, num_stages.
 Launch = tuple[int, int, int, int, int]
 ONE_TILE: dict[str, list[Launch]] = {
     "forward": [(64, 64, 64, warps, 1) for warps in (2, 4, 8)],
@@ -206,7 +206,7 @@ BLOCKS: dict[str, list[Launch]] = {
 
 
 def candidates(shape: Shape) -> list[tuple[str, Launch]]:
-    """(kernel, row of the table) that can serve a shape."""
+    """Return each (kernel, row of the table) that can serve a shape."""
     groups = [ONE_TILE] if shape.length <= 64 else [BLOCKS]
     if 64 < shape.length <= 128:
         groups.append(TWO_TILES)
@@ -219,7 +219,7 @@ def candidates(shape: Shape) -> list[tuple[str, Launch]]:
 
 
 def only(kernel: str, launch: Launch) -> None:
-    """Makes a launch the table of this process; the other of "query" and "key" keeps a row that compiles fast."""
+    """Make one launch this process's table; the other of "query" and "key" keeps a row that compiles fast."""
     names = {"forward": (64, 64, 64, 4, 1), kernel: launch}
     if kernel in ("query", "key"):
         names = {"query": (64, 32, 64, 4, 1), "key": (64, 32, 64, 4, 1), **names}
@@ -232,7 +232,7 @@ def only(kernel: str, launch: Launch) -> None:
 
 
 def sweep_call(problem: Problem, kernel: str) -> Callable[[], Any]:
-    """The pass that a kernel belongs to."""
+    """Return the pass that a kernel belongs to."""
     qkv, upstream, *how = problem
     if kernel == "forward":
         return lambda: attention_triton.forward(qkv, *how)
@@ -241,12 +241,12 @@ def sweep_call(problem: Problem, kernel: str) -> Callable[[], Any]:
 
 
 def compile_one(name: str, kernel: str, launch: Launch) -> str | None:
-    """Leaves a kernel in the compiler's cache on disk; what went wrong."""
+    """Compile a kernel into the compiler's cache on disk; return the error, if there was one."""
     only(kernel, launch)
     try:
         sweep_call(Problem.of(SHAPES[name], 1, torch.device("cuda"), torch.bfloat16), kernel)()
         torch.cuda.synchronize()
-    except Exception as error:  # whatever a compiler says of a row that does not fit the chip
+    except Exception as error:  # any compiler error of a row that does not fit the chip
         return (str(error) or repr(error)).splitlines()[0][:90]
     return None
 
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--towers", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sweep", action="store_true", help="times rows for the launch table")
+    parser.add_argument("--sweep", action="store_true", help="time rows for the launch table")
     arguments = parse(parser, ["tests/test_attention_kernels.py"], argv)
     device = arguments.device
     on_gpu = device.type == "cuda"

@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def with_sdpa(q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear) -> Tensor:
-    """Keys and values of all tokens, and torch's attention with one query."""
+    """Project all tokens to keys and values, and run torch's attention with one query."""
     k_BHLK, v_BHLK = (
         F.linear(x_BLC, *layer).unflatten(-1, q_BHK.shape[1:]).transpose(1, 2)
         for layer in (key, value)

@@ -1,4 +1,4 @@
-"""What the device can do at most: a copy of much memory, and matrix products at the inner sizes of CLIP's towers.
+"""The device's ceilings: a large copy, and matrix products at the inner sizes of CLIP's towers.
 
 Every share of a floor or of a ceiling in this folder's tables is relative to these rows.
 

@@ -1,4 +1,4 @@
-"""The contrastive and the sigmoid loss against their peers and against the matrix products that none can do without.
+"""The contrastive and the sigmoid loss against their peers, and against the matrix products that any loss needs.
 
 python bench/bench_contrastive.py [--sizes 1024 8192] [--widths 512] [--loss softmax sigmoid] [--providers "open_clip"]
 python bench/bench_contrastive.py --largest     on a GPU: doubles N until each provider runs out of memory
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 
-# Above it the float64 reference takes longer and more memory than it is worth.
+# Above this size the float64 reference takes too much time and memory.
 LARGEST_EXACT = 8192
-# Above it a dense provider does not fit any one GPU.
+# Above this size a dense provider fits no single GPU.
 LARGEST_DENSE = 131072
 # The first and the last batch that --largest tries.
 FIRST_TRIED, LAST_TRIED = 8192, 2**19
@@ -37,7 +37,7 @@ REFERENCES: dict[str, Loss] = {"softmax": contrastive_ref, "sigmoid": sigmoid_re
 def inputs_for(
     loss: str, size: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Leaves: pairs whose cosine is about 0.3 among random ones, and the loss's factors."""
+    """Return leaves: pairs with a cosine of about 0.3 among random ones, and the loss's factors."""
     generator = torch.Generator(device).manual_seed(0)
     image, noise = (
         F.normalize(torch.randn(size, width, generator=generator, device=device)) for _ in range(2)
@@ -48,14 +48,14 @@ def inputs_for(
 
 
 def forward_and_backward(loss_fn: Loss, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients, which are all that a step keeps."""
+    """Return only the gradients, as a step does."""
     return torch.autograd.grad(loss_fn(*leaves), leaves)
 
 
 def errors(
     loss_fn: Loss, leaves: Sequence[Tensor], exact: Sequence[Tensor] | None
 ) -> dict[str, Any]:
-    """Relative errors against float64, and whether three runs give the same bits."""
+    """Return relative errors against float64, and whether three runs give the same bits."""
 
     def run() -> list[Tensor]:
         loss = loss_fn(*leaves)
@@ -75,7 +75,7 @@ def errors(
 
 
 def exact_results(loss: str, leaves: Sequence[Tensor]) -> list[Tensor] | None:
-    """Loss and gradients in float64 from the very values of the inputs."""
+    """Return loss and gradients in float64, from exactly the same inputs."""
     if len(leaves[0]) > LARGEST_EXACT:
         return None
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -97,7 +97,7 @@ def bench(
     product, item = 2.0 * size * size * width, dtype.itemsize
     work = {"device": device, "flops": 3 * product, "bytes_moved": 4.0 * item * size * width}
     title = {"softmax": "contrastive loss", "sigmoid": "sigmoid loss"}[loss]
-    # The bare products multiply what clipcore's would: float16 for 16-bit embeddings.
+    # The bare products have clipcore's operands: float16 for 16-bit embeddings.
     operands = [t.detach() if dtype == torch.float32 else t.detach().half() for t in leaves[:2]]
     counts = (3, 4) if loss == "softmax" else (3,)
     steps: dict[str, Callable[[], Any]] = {}
@@ -141,7 +141,7 @@ def largest(loss: str, width: int, device: torch.device, names: list[str] | None
 
 
 def fits(loss_fn: Loss, loss: str, size: int, width: int, device: torch.device) -> bool:
-    """Return whether a step of so many pairs finds its memory."""
+    """Return whether a step of so many pairs fits into memory."""
     try:
         forward_and_backward(loss_fn, inputs_for(loss, size, width, device, torch.bfloat16))
     except torch.cuda.OutOfMemoryError:

@@ -2,10 +2,10 @@
 
 python bench/bench_evaluation.py [--model ViT-B-32 ViT-B-16] [--images 256 1024] [--workers 0] [--device cuda]
 
-Pictures of 500 x 375, as ImageNet's are on average, are written as JPEGs into ten class folders. Weights are random: what
-they are changes no time. The encoder's share is the time in ``encode_image`` over that of the whole evaluation: reading the
-folder, decoding, encoding, keeping the features, the texts and the scores. The peak is that above the model; if it did not
-depend on the number of images, it would be alike in all rows of a model.
+Pictures of 500 x 375, as ImageNet's are on average, are written as JPEGs into ten class folders. Weights are random,
+which changes no time. The encoder's share is the time in ``encode_image`` over that of the whole evaluation: reading the
+folder, decoding, encoding, storing the features, the texts and the scores. The peak is the memory above the model's; if it
+is the same in all rows of a model, it does not depend on the number of images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_pictures(folder: Path, number: int) -> None:
 
 
 class TimedEncoder:
-    """Wraps a model's ``encode_image``, and adds up the seconds that it takes."""
+    """A wrapper of a model's ``encode_image`` that adds up its seconds."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.seconds, self._encode, self._device = 0.0, model.encode_image, device
@@ -68,7 +68,7 @@ def bench(name: str, folder: Path, num_images: int, workers: int, device: torch.
     model = create_model(name, device=device).eval()
     transform = ImageTransform(model.config.vision.image_size, is_train=False)
     loaded = LoadedModel(name, "random", model, transform, byte_tokenizer(), ("a photo of a {}.",))
-    # Warm up, where kernels are compiled or the first call is slow.
+    # Warm up: kernels may have to be compiled, and first calls are slow.
     size = transform.image_size
     with torch.no_grad():
         model.encode_image(torch.zeros(2, 3, size, size, device=device))

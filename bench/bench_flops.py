@@ -3,11 +3,11 @@
 python bench/bench_flops.py [--models ViT-B-32 RN50] [--batch 64 1024] [--micro-batch-size 64]
 
 The step runs forward and backward on the meta device, where operators have shapes and compute nothing, under torch's
-`FlopCounterMode`: products of matrices and convolutions count. Captions have the lengths of
-`step_providers.CAPTION_LENGTHS`, 16 tokens on average. Of clipcore's attention in packed rows all pairs of a row that a
-causal mask shows are counted, those of different captions too. What is needed is a formula over the lengths of the captions;
-for a ResNet's convolutions it is what open_clip's tower of the same name executes. Several micro-batches are counted twice:
-with every graph kept, and with one, where the others are embedded a second time as by open_clip's --accum-freq.
+`FlopCounterMode`, which counts matrix products and convolutions. Captions have the lengths of
+`step_providers.CAPTION_LENGTHS`, 16 tokens on average. For clipcore's attention in packed rows, all pairs of a row that a
+causal mask shows are counted, including pairs of different captions. The needed FLOPs are a formula over the lengths of the
+captions; for a ResNet's convolutions they are those of open_clip's tower of the same name. Several micro-batches are counted
+twice: with every graph kept, and with one kept, where the others are embedded a second time as by open_clip's --accum-freq.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import ModelConfig, find_model
 from clipcore.towers.model import create_model
 
-assert clipcore.run.flops  # registers the formulas of clipcore's operators
+assert clipcore.run.flops  # registers the FLOP formulas of clipcore's operators
 MODELS = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"]
 META = torch.device("meta")
 
 
 def random_captions(num_pairs: int, config: ModelConfig) -> Tensor:
-    """Token rows as a tokenizer pads them."""
+    """Return random token rows, padded as by a tokenizer."""
     torch.manual_seed(0)
     return captions(num_pairs, config.text.vocab_size, config.text.context_length)
 
@@ -42,7 +42,7 @@ def random_captions(num_pairs: int, config: ModelConfig) -> Tensor:
 def of_clipcore(
     name: str, num_pairs: int, micro_batch_size: int | None = None, kept: int | None = None
 ) -> int:
-    """FLOPs of one step of a run, the towers' and the loss's; ``kept`` graphs are not made twice, None for all."""
+    """Return the FLOPs of one step of a run, towers and loss; ``kept`` graphs are not rebuilt (None: all of them)."""
     model = create_model(name, device=META).train()
     tokens = trim_tokens(random_captions(num_pairs, model.config))
     step = TrainingStep(
@@ -56,7 +56,7 @@ def of_clipcore(
 
 
 def of_open_clip(name: str, num_pairs: int, micro_batch_size: int | None = None) -> int:
-    """FLOPs of open_clip's step, with a micro-batch that of its --accum-freq: features first, then all of it again."""
+    """Return the FLOPs of open_clip's step; micro-batches are those of its --accum-freq: features first, then all again."""
     package = import_open_clip()
     with META:
         model = package.create_model(name, load_weights=False, device=META).train()
@@ -83,10 +83,10 @@ def of_open_clip(name: str, num_pairs: int, micro_batch_size: int | None = None)
 
 
 def needed(name: str, num_pairs: int) -> float:
-    """FLOPs that the gradients need: tokens without padding, the last block at the one token that is read.
+    """Return the FLOPs that the gradients need: tokens without padding, the last block only at the token that is read.
 
-    Products forward, twice as many backward; attention's scores are made once more there, since they are not kept. The
-    pixels have no gradient.
+    The backward pass has twice the products of the forward pass, and computes attention's scores once more, since they
+    are not saved. The pixels have no gradient.
     """
     config = find_model(name)
     lengths_B = (random_captions(num_pairs, config).argmax(1) + 1).double()
@@ -115,14 +115,14 @@ def needed(name: str, num_pairs: int) -> float:
 def _tower(
     width: int, layers: int, heads: int, tokens: float, pairs: float, sequences: int
 ) -> float:
-    """Of blocks whose hidden layer is four times as wide; the last one has a query a sequence, see attention_pool.py."""
+    """Return those of blocks with a hidden layer of 4 D; the last one has one query a sequence, see attention_pool.py."""
     blocks = (layers - 1) * (3 * 24 * width**2 * tokens + 7 * 2 * width * pairs)
     last = 3 * (24 * width**2 * sequences + 4 * heads * width * tokens)
     return blocks + last
 
 
 def _resnet_pool(config: ModelConfig, num_pairs: int) -> float:
-    """Forward, of a ResNet's attention pool: query, keys and values absorbed, output layer."""
+    """Return those of a ResNet's attention pool, forward: query, absorbed keys and values, output layer."""
     channels, grid = 32 * config.vision.width, config.vision.image_size // 32
     tokens = grid**2 + 1
     a_pair = 6 * channels**2 + 4 * config.vision.heads * channels * tokens
@@ -130,7 +130,7 @@ def _resnet_pool(config: ModelConfig, num_pairs: int) -> float:
 
 
 def _convolutions(name: str, config: ModelConfig) -> float:
-    """Of one image in training, as open_clip's tower executes them."""
+    """Return those of one image in training, as open_clip's tower executes them."""
     with META:
         visual = (
             import_open_clip().create_model(name, load_weights=False, device=META).visual.train()
@@ -142,7 +142,7 @@ def _convolutions(name: str, config: ModelConfig) -> float:
 
 
 def _pixels(num_pairs: int, config: ModelConfig) -> Tensor:
-    """Images of the right shape in the memory of one number."""
+    """Return images of the right shape in the memory of one number."""
     size = config.vision.image_size
     return torch.zeros(1, dtype=torch.uint8).expand(num_pairs, 3, size, size)
 

@@ -23,14 +23,14 @@ CPU_SHAPES = ["6400x3072"]
 
 
 def torchs_own(x: Tensor, kind: str) -> Tensor:
-    """QuickGELU is not in torch; its definition is what models have."""
+    """Apply torch's GELU; torch has no QuickGELU, so that one is its definition, as in models."""
     if kind == "quick":
         return gelu_ref(x, kind)
     return F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
 
 
 def backward_with_sum(fn: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callable[[], Any]:
-    """The gradient of x and of the bias before it, from a graph that is kept."""
+    """Return the gradients of x and of the bias before it, from a kept graph."""
     leaf = x.clone().requires_grad_()
     y = fn(leaf)
 
@@ -58,7 +58,7 @@ def bench_shape(N: int, F: int, kind: str, device: torch.device, dtype: torch.dt
     fns = {name: backward_with_sum(f, x, dy) for name, f in peers.items()}
     ours = {"clipcore": lambda: gelu_backward(dy, x, kind, True, False)}
     table("gelu backward with column sum", {**ours, **fns}, 3)
-    # The peers would recompute y in a pass of its own; what they take is the sum of two rows above.
+    # The peers would recompute y in a separate pass; their time is the sum of two rows above.
     ours = {"clipcore": lambda: gelu_backward(dy, x, kind, True, True)}
     table("gelu backward with column sum and y", ours, 4)
 

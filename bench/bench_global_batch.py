@@ -1,10 +1,11 @@
-"""A step of a batch that is larger than memory: micro-batches as planned, all of them embedded twice, and, where it fits,
-the direct step, whose cost over is what the first two are about.
+"""A step of a batch that is larger than memory: micro-batches as planned, all but one embedded twice, and the direct step.
+
+The direct step is measured if it fits; the other rows show their extra cost over it.
 
 python bench/bench_global_batch.py [--model ViT-B-32] [--sizes 32768] [--image-size 224] [--direct] [--once]
 
-Rows: milliseconds of forward and backward passes with the loss (no optimizer), peak memory above what was in use before.
-Inputs are random and lie on the host as uint8, page-locked beside a GPU; captions end at 6 to 26 tokens.
+Rows: milliseconds of forward and backward passes with the loss (no optimizer), and peak memory above the memory before.
+Inputs are random and on the host as uint8, page-locked if there is a GPU; captions end at 6 to 26 tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHORTEST, LONGEST = 6, 26
 
 
 def random_batch(num_pairs: int, image_size: int, vocab_size: int, pinned: bool) -> Batch:
-    """Random pixels and tokens; each caption ends with the largest id."""
+    """Return random pixels and tokens; each caption ends with the largest id."""
     generator = torch.Generator().manual_seed(0)
     images = torch.empty(num_pairs, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
     for rows in images.split(4096):
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=None)
     parser.add_argument("--micro-batch-size", type=int, default=None)
     parser.add_argument("--step-memory", type=float, default=None, help="GB")
-    parser.add_argument("--direct", action="store_true", help="it fits: measure it too")
+    parser.add_argument(
+        "--direct", action="store_true", help="measure the direct step too: it fits"
+    )
     parser.add_argument("--siglip", action="store_true")
     parser.add_argument("--once", action="store_true", help="one timed step, for huge batches")
     arguments = parse(parser, ["tests/test_grad_cache.py"], argv)

@@ -1,4 +1,4 @@
-"""LayerNorm's passes, alone and as a transformer block has them, against PyTorch and a copy of the same bytes.
+"""LayerNorm's passes, alone and as in a transformer block, against PyTorch and a copy of the same bytes.
 
 python bench/bench_layer_norm.py [--shapes 201728x768 263168x1024] [--device cpu]
 """
@@ -28,13 +28,13 @@ CPU_SHAPES = ["6400x768"]
 
 
 def copy_of(num_bytes: int, device: torch.device) -> Callable[[], Any]:
-    """Moves that many bytes, reads and writes together: what a pass bound by memory could take."""
+    """Return a copy that moves so many bytes, reads plus writes: the bound of a pass that is limited by memory."""
     source = torch.randn(num_bytes // 8, device=device)
     return lambda: torch.empty_like(source).copy_(source)
 
 
 def torchs_own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """With weights of the dtype of x, for which its kernels are fastest."""
+    """Run F.layer_norm with weights in the dtype of x, its fastest case."""
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), EPS)
 
 
@@ -46,7 +46,7 @@ def forward_and_backward(
 
 
 def add_and_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands in front of a block's half: the stream, and what its branch reads."""
+    """Return the stream and its LayerNorm, the beginning of a block's half."""
     stream = x + delta
     return stream, torchs_own(stream, weight, bias)
 
@@ -54,7 +54,7 @@ def add_and_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tupl
 def backward_eager(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, dstream: Tensor
 ) -> list[Tensor]:
-    """The same half backward: LayerNorm, the sum with the stream's gradient, the gradient of the bias before."""
+    """Run the same half backward: LayerNorm, the sum with the stream's gradient, the gradient of the bias before it."""
     weight = weight.to(x.dtype)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, x, weight.shape, mean, rstd, weight, weight, [True, True, True]

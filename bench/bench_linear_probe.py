@@ -1,15 +1,15 @@
-"""The linear probe against scikit-learn: the processor's time, and how far the objective is from the least.
+"""The linear probe against scikit-learn: CPU time, and how far the objective is above its minimum.
 
 python bench/bench_linear_probe.py [--images 10000] [--width 512] [--classes 10 100] [--decay 2] [--separation 0.2]
     [--search | --few-shot]
 
-Each fit is made at the solver's default tolerance, and then at the loosest one, in steps of ten, whose objective is within
-one millionth of the least. --search makes the paper's search over C instead, 15 fits from 1e-6 to 1e6, and --few-shot the
-paper's few-shot curve, 1 to 16 images a class with five seeds, a search over C in each.
+Each fit runs at the solver's default tolerance, and then at the loosest power of ten whose objective is within one
+millionth of the minimum. --search runs the paper's search over C instead, 15 fits from 1e-6 to 1e6, and --few-shot the
+paper's few-shot curve, 1 to 16 images a class with five seeds, with a search over C in each.
 
-Features are drawn: overlapping clouds, one a class. The variance of their i-th direction falls as 1 / i**decay. Those of the
-icons' ViT-glyphs before the projection fall from 1 to 0.13 at the 16th, 0.010 at the 32nd and 0.0012 at the 64th, faster
-than the default 2, and their mean norm is 11.3; with --decay 0 all directions are alike.
+Features are random: overlapping clouds, one a class. The variance of their i-th direction falls as 1 / i**decay. Features of
+the icons' ViT-glyphs before the projection fall from 1 to 0.13 at the 16th, 0.010 at the 32nd and 0.0012 at the 64th, faster
+than the default 2, and their mean norm is 11.3. With --decay 0 all directions are alike.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from clipcore.evaluate.few_shot import few_shot_curve
 from clipcore.evaluate.linear_probe import GRID, fit_linear_probe, search_C
 
 CS = (0.01, 1.0, 100.0)
-# Relative to the least objective.
+# Relative to the minimum of the objective.
 GAP = 1e-6
 NORM = 11.0
 
 
 class Clouds(NamedTuple):
-    """What is drawn: N images, D columns, K classes, and how their features lie."""
+    """The random data: N images, D columns, K classes, and the spread of their features."""
 
     images: int
     width: int
@@ -94,7 +94,7 @@ def theirs(features: Tensor, labels: Tensor, C: float, tolerance: float = 1e-4) 
     return Fit(weight, bias, int(model.n_iter_.max()))
 
 
-# Of each provider its fit, and its default tolerance.
+# Each provider's fit and its default tolerance.
 PROVIDERS: dict[str, tuple[Callable[[Tensor, Tensor, float, float], Fit], float]] = {
     "clipcore": (ours, 1e-5),
     "scikit-learn": (theirs, 1e-4),
@@ -102,7 +102,7 @@ PROVIDERS: dict[str, tuple[Callable[[Tensor, Tensor, float, float], Fit], float]
 
 
 def bench_fits(clouds: Clouds) -> None:
-    """Record two rows a provider and C: at the default tolerance, and at the loosest one within ``GAP`` of the least."""
+    """Record two rows a provider and C: at the default tolerance, and at the loosest one within ``GAP`` of the minimum."""
     features, labels = drawn(clouds, clouds.images, 0)
     for C in CS:
         least = objective(ours(features.double(), labels, C, 1e-10), features, labels, C)
@@ -158,7 +158,7 @@ def bench_search(clouds: Clouds) -> None:
     tried: list[float] = []
 
     def search_with_theirs() -> float:
-        # The points that our search tries, which their scores would lead elsewhere.
+        # The points that our search tries: their own scores would lead to others.
         best = 0.0
         for C in tried:
             fit = theirs(*train, C)
@@ -187,7 +187,7 @@ def bench_search(clouds: Clouds) -> None:
 
 
 def bench_few_shot(clouds: Clouds) -> None:
-    """Record a row: the few-shot curve, from enough training images, scored on half as many as there are images."""
+    """Record a row: the few-shot curve, from enough training images, scored on half as many as --images."""
     train, test = (
         drawn(clouds, number, seed)
         for seed, number in enumerate((clouds.images, clouds.images // 2))
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds.add_argument("--few-shot", action="store_true", help="curves of 1 to 16 images a class")
     arguments = parse(parser, ["tests/test_linear_probe.py"], argv, has_device=False)
 
-    # What is imported with a first fit is not its time.
+    # Imports during a first fit do not count as its time.
     for name, (fit, tolerance) in PROVIDERS.items():
         with leaving_out(name):
             fit(*drawn(Clouds(100, 8, 3, 0.0, 0.2), 100, 0), 1.0, tolerance)

@@ -2,12 +2,12 @@
 
 python bench/bench_loader.py [--pairs 256] [--pairs-per-second 9000]
 
-The same generated pairs lie in shards three ways: JPEG files of about 500 x 375 pixels, a quarter of them upright, at
-quality 90, as they come from the web; those at 256 pixels and quality 95; and raw pixels of that size (the latter two by
-clipcore.data.prepare). All readers run in this process, on one thread and one core, through the same draws of the crop and
-the same tokenizer, which is included for all; what counts is a batch of uint8 [B, 3, 224, 224] with its token ids. Crops are
+The same generated pairs are in shards in three forms: JPEG files of about 500 x 375 pixels, a quarter of them upright, at
+quality 90, as they come from the web; JPEG files of 256 pixels at quality 95; and raw pixels of that size (the latter two by
+clipcore.data.prepare). All readers run in this process, on one thread and one core, with the same random crops and the
+same tokenizer, whose time counts for all. Each gives batches of uint8 [B, 3, 224, 224] with token ids. Crops are
 open_clip's RandomResizedCrop (0.9 to 1 of the area, bicubic) and the paper's, 224 pixels cut from images whose shorter side
-is 256. The peers' crops are made with PIL, as their users make them; "float32" is a peer that goes on to open_clip's
+is 256. The peers' crops are made with PIL, as their users make them; "float32" is a peer that continues with open_clip's
 ToTensor and Normalize, which clipcore does on the device.
 """
 
@@ -50,7 +50,7 @@ Reader = Callable[[], Any]
 
 
 class Scenes:
-    """Smoothed noise in colour, whose JPEGs are as large as photographs' of these sides, with captions of some 16 tokens."""
+    """Smoothed colour noise, whose JPEGs are as large as photographs of these sides, with captions of about 16 tokens."""
 
     name = "scenes"
 
@@ -76,7 +76,7 @@ class Scenes:
 
 
 def write_formats(folder: Path, num_pairs: int) -> dict[str, str]:
-    """The shards of each format: their pattern by its name."""
+    """Write the shards of each format; return {name of the format: pattern}."""
     source = Scenes(num_pairs)
     original = folder / "original"
     original.mkdir()
@@ -99,7 +99,7 @@ def clipcore_reader(
 
 
 def peer_crop(picture: Any, crop: ImageTransform, rng: np.random.Generator) -> Tensor:
-    """The crop of one picture with PIL, as uint8 [3, S, S]; of an array that is large enough, by slicing."""
+    """Return the crop of one picture as uint8 [3, S, S], with PIL; an array that is large enough is sliced."""
     if isinstance(picture, np.ndarray) and crop.resize == min(picture.shape[:2]):
         x, y = rng.random(2)
         left = int(x * (picture.shape[1] - SIZE + 1))
@@ -126,7 +126,7 @@ def peer_reader(
     tokenizer: Tokenizer,
     in_float: bool = False,
 ) -> Reader:
-    """A pass over a peer's pairs: one batch of crops and token ids."""
+    """Return a pass over a peer's pairs: one batch of crops and token ids."""
     rng = np.random.default_rng(0)
 
     def read() -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def datasets_pairs(pattern: str) -> Callable[[], Iterator[tuple[Any, str]]]:
 
 
 def readers(pattern: str, crop: ImageTransform, tokenizer: Tokenizer) -> dict[str, Reader]:
-    """The reader of each provider that is installed."""
+    """Return the reader of each provider that is installed."""
     fns = {"clipcore": clipcore_reader(pattern, crop, tokenizer, "pillow")}
     try:
         fns["clipcore, simplejpeg"] = clipcore_reader(pattern, crop, tokenizer, "simplejpeg")
@@ -188,7 +188,7 @@ def readers(pattern: str, crop: ImageTransform, tokenizer: Tokenizer) -> dict[st
 
 
 def bench(arguments: argparse.Namespace) -> dict[tuple[str, str, str], float]:
-    """(format, crop, provider) to pairs a second."""
+    """Record a row for each reader; return {(format, crop, provider): pairs a second}."""
     tokenizer = build_tokenizer()
     speeds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -212,16 +212,16 @@ def bench(arguments: argparse.Namespace) -> dict[tuple[str, str, str], float]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """OpenAI's vocabulary where it is installed, as in a run of one's own."""
+    """Return OpenAI's vocabulary if it is installed, as a user's run does."""
     try:
         return get_tokenizer()
     except VocabularyError:
-        print("OpenAI's vocabulary is not installed: a token a byte", flush=True)
+        print("OpenAI's vocabulary is not installed: each byte is a token", flush=True)
         return byte_tokenizer()
 
 
 def training_steps() -> dict[str, float]:
-    """Pairs a second of clipcore's training steps, by the newest row of each case in bench/results."""
+    """Return pairs a second of clipcore's training steps, from the newest row of each case in bench/results."""
     steps = {}
     for row in newest_rows()[0]:
         if (row["op"], row["provider"]) == ("training step", "clipcore"):
@@ -250,8 +250,8 @@ def print_tables(speeds: dict[tuple[str, str, str], float], steps: dict[str, flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=256, help="of each shard")
-    parser.add_argument("--pairs-per-second", type=float, help="of the step that is to be fed")
+    parser.add_argument("--pairs", type=int, default=256, help="pairs in each shard")
+    parser.add_argument("--pairs-per-second", type=float, help="speed of the step to feed")
     tests = ["tests/test_prepare.py", "tests/test_loader.py", "tests/test_transforms.py"]
     arguments = parse(parser, tests, argv, has_device=False)
     torch.set_num_threads(1)

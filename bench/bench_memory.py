@@ -1,20 +1,19 @@
-"""Memory that a process takes: a step of 32,768 pairs and its losses, the pages that freed memory costs, decoding.
+"""Memory of a process: a step of 32,768 pairs and its losses, page faults after freed memory, decoding.
 
 python bench/bench_memory.py [--only step loss faults bombs pictures] [--device cuda]
 
-Each case runs in a fresh process (`--case`), for what one has left behind would hide what the next one takes. Rows:
+Each case runs in a fresh process (`--case`), since memory left by one case would hide that of the next. Rows:
 
-step    the peak beside model and optimizer, the batch's inputs counted, against what the plan expected and its budget;
-        for micro-batches of given sizes, and as the plan finds best (`auto`)
-loss    the peak above embeddings and their gradients, loss and backward pass together; beside it open_clip's at 8,192
-        pairs, and how much as many matrices would take at 32,768, which is computed
-faults  pages that the kernel had to give for the tensors of twenty steps, as glibc does by itself and after
-        `clipcore.run.memory.keep_freed`
-bombs   the peak while pictures are refused, and the processor's time for all of them: of too many pixels by their headers,
-        or made so that a decoder takes seconds
-pictures  the peak while the largest pictures are decoded that are not refused, and the processor's time
+step    the peak beside model and optimizer, with the batch's inputs, against the plan's estimate and its budget;
+        for micro-batches of given sizes, and of the size that the plan chooses (`auto`)
+loss    the peak above embeddings and their gradients, for loss and backward pass together; beside it open_clip's at 8,192
+        pairs, and its computed memory at 32,768, from the same number of matrices
+faults  page faults of the tensors of twenty steps, with glibc's default and after `clipcore.run.memory.keep_freed`
+bombs   the peak while pictures are refused, and the CPU time for all of them: pictures with too many pixels in their
+        headers, or made so that a decoder takes seconds
+pictures  the peak while the largest accepted pictures are decoded, and the CPU time
 
-On the CPU the peak is of the resident set, on a GPU of torch's allocator.
+On the CPU the peak is that of the resident set, on a GPU that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -48,30 +47,30 @@ from clipcore.run.train_step import TrainingStep
 from clipcore.towers.model import create_model
 
 NUM_PAIRS = 32768  # the paper's batch
-DENSE_PAIRS = 8192  # of what holds the whole matrix
+DENSE_PAIRS = 8192  # for losses that hold the whole matrix
 MODEL = "ViT-glyphs"  # the embedded default's
 MICRO_BATCH_SIZES = (32, 64, 128, 256, None)
 WIDTHS = (128, 512)
-# Of each loss what is measured at `NUM_PAIRS`; open_clip's is measured at `DENSE_PAIRS`.
+# The provider of each loss that is measured at `NUM_PAIRS`; open_clip's is measured at `DENSE_PAIRS`.
 LOSSES = {"softmax": "clipcore recompute", "sigmoid": "clipcore"}
 TITLES = {"softmax": "contrastive loss", "sigmoid": "sigmoid loss"}
 PARTS = ("step", "loss", "faults", "bombs", "pictures")
 PARTS_ON_GPU = ("step", "loss")
-# Without it `memory.watch` sees what is held at the end, and no peak.
+# Without this file `memory.watch` sees only the memory at the end, and no peak.
 PEAK_RESET = "/proc/self/clear_refs"
 
 
 class Case(NamedTuple):
-    """What becomes a row: its names, what tells it from others, and the call that finds its figures."""
+    """A row to be made: its names, its sizes, and the call that measures its figures."""
 
     op: str
     provider: str
     sizes: dict[str, Any]
-    find: Callable[[], dict[str, Any]]  # empty where the provider is not installed
+    find: Callable[[], dict[str, Any]]  # empty if the provider is not installed
 
 
 def cases(device: torch.device) -> dict[str, Case]:
-    """Lists the cases of a device by their names for `--case`, each of which begins with its part's."""
+    """Return the cases of a device by their names for `--case`; each name begins with that of its part."""
     precision = "amp_bf16" if device.type == "cuda" else "fp32"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = {}
@@ -110,7 +109,7 @@ def cases(device: torch.device) -> dict[str, Case]:
 def step_figures(
     micro_batch_size: int | None, precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Measures a step within the default budget, as its plan cuts it."""
+    """Measure a step within the default budget, in the micro-batches of its plan."""
     on_gpu = device.type == "cuda"
     if not on_gpu:
         memory.keep_freed()  # as a run does
@@ -129,7 +128,7 @@ def step_figures(
         step.gradients(batch, 0)
 
     return {
-        # The plan counts the inputs where they lie on the device, and they were there before.
+        # The plan counts inputs that are on the device, and here they were there before.
         "peak_bytes": watched.peak + plan.parts.get("inputs", 0),
         "expected_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
@@ -141,7 +140,7 @@ def step_figures(
 def loss_figures(
     loss: str, provider: str, num_pairs: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Measures a loss with its gradients, after a small one for threads and late imports."""
+    """Measure a loss with its gradients, after a small one that starts threads and late imports."""
     for _, loss_fn, _ in providers(TABLES[loss], device.type == "cuda", [provider]):
         forward_and_backward(loss_fn, inputs_for(loss, 64, width, device, dtype))
 
@@ -152,7 +151,7 @@ def loss_figures(
 
 
 def fault_figures(keeps: bool) -> dict[str, Any]:
-    """Counts the page faults of twenty steps that follow twenty others."""
+    """Count the page faults of twenty steps, after twenty others."""
     if keeps:
         memory.keep_freed()
 
@@ -168,7 +167,7 @@ def fault_figures(keeps: bool) -> dict[str, Any]:
 
 
 def bomb_figures(decoder: str) -> dict[str, Any]:
-    """Measures how far memory rises while all bombs are refused."""
+    """Measure how far memory rises while all bombs are refused."""
     if not import_decoders(decoder):
         return {}
     bombs = all_bombs()
@@ -185,7 +184,7 @@ def bomb_figures(decoder: str) -> dict[str, Any]:
 
 
 def picture_figures(decoder: str, kind: str) -> dict[str, Any]:
-    """Measures memory and processor time of decoding one of the largest pictures, or of a decoder's refusing it."""
+    """Measure memory and CPU time of decoding one of the largest pictures, or of its refusal by a decoder."""
     if not import_decoders(decoder):
         return {}
     data = LARGEST[kind]()
@@ -197,7 +196,7 @@ def picture_figures(decoder: str, kind: str) -> dict[str, Any]:
 
 
 def import_decoders(decoder: str) -> bool:
-    """Decode a small picture of each format, since libraries are loaded late; return whether the decoder is installed."""
+    """Decode a small picture of each format, to load its library; return whether the decoder is installed."""
     try:
         check_decoder(decoder)
     except DataError as error:
@@ -209,7 +208,7 @@ def import_decoders(decoder: str) -> bool:
 
 
 def figures_of(name: str, device: torch.device) -> dict[str, Any]:
-    """Runs a case in a process of its own, and passes on what it says before its figures."""
+    """Run a case in a fresh process, and print its output before its figures."""
     command = [
         sys.executable,
         __file__,
@@ -228,7 +227,7 @@ def figures_of(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def compute_dense(case: Case, extra_bytes: int, device: torch.device) -> None:
-    """Records what open_clip's loss would take at `NUM_PAIRS`: as many matrices as at `DENSE_PAIRS`."""
+    """Record the memory of open_clip's loss at `NUM_PAIRS`, computed: as many matrices as at `DENSE_PAIRS`."""
     item = 2 if case.sizes["dtype"] == "bfloat16" else 4
     matrices = round(extra_bytes / (item * DENSE_PAIRS**2))  # the rest grows as N
     assumptions = (
@@ -246,7 +245,7 @@ def compute_dense(case: Case, extra_bytes: int, device: torch.device) -> None:
 
 
 def bench(names: list[str], device: torch.device) -> None:
-    """Records a row for each of the cases."""
+    """Record a row for each of the cases."""
     faults = []
     for name in names:
         case, figures = cases(device)[name], {}
@@ -263,11 +262,11 @@ def bench(names: list[str], device: torch.device) -> None:
             faults.append(figures["page_faults"])
 
     if faults and not any(faults):
-        print("this machine counts no page faults: these rows say nothing of keep_freed")
+        print("this machine counts no page faults: these rows say nothing about keep_freed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the tests and then the cases, or one case."""
+    """Run the tests and then the cases, or one case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--only",
         nargs="+",
         choices=PARTS,
-        help="measure these parts [all; on a GPU step and loss, which are all that it has]",
+        help="measure these parts [all; on a GPU only step and loss exist]",
     )
     parser.add_argument(
         "--case",
@@ -287,17 +286,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         known, device = cases(arguments.device), arguments.device
         if arguments.case is not None:
             if arguments.case not in known:
-                parser.error(f"no case is named {arguments.case}; there are {', '.join(known)}")
+                parser.error(f"unknown case {arguments.case}; choose one of {', '.join(known)}")
             return
         possible = PARTS_ON_GPU if device.type == "cuda" else PARTS
         arguments.only = arguments.only or possible
         if not set(arguments.only) <= set(possible):
-            parser.error(f"on a GPU there are only {' and '.join(possible)}")
+            parser.error(f"on a GPU the parts are only {' and '.join(possible)}")
         watches = device.type == "cpu" and set(arguments.only) - {"faults"}
         if watches and not os.access(PEAK_RESET, os.W_OK):
-            parser.error(
-                f"without {PEAK_RESET} peaks cannot be watched here; there is --only faults"
-            )
+            parser.error(f"peaks cannot be measured here without {PEAK_RESET}; use --only faults")
 
     tests = [
         f"tests/test_{name}.py" for name in ("grad_cache", "contrastive", "sigmoid", "transforms")

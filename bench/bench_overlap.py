@@ -1,8 +1,8 @@
-"""The nearest training image of each evaluation image, against plain products in blocks: the processor's time.
+"""The nearest training image of each evaluation image, against plain products in blocks: CPU time.
 
 python bench/bench_overlap.py [--images 5000] [--training 100000] [--width 256]
 
-Descriptors are drawn, and those of the training images come in blocks, as from the stream of them. The whole matrix of
+Descriptors are random, and those of the training images arrive in blocks, as in a real stream. The whole matrix of
 cosines would take 2 GB.
 """
 
@@ -35,7 +35,7 @@ def products_in_blocks(images_NW: Tensor, blocks: Sequence[Tensor]) -> Tensor:
 
 
 def bare_products(images_NW: Tensor, blocks: Sequence[Tensor]) -> None:
-    """Multiply, and look at nothing."""
+    """Multiply, and discard the products."""
     for block_BW in blocks:
         images_NW @ block_BW.T
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = training_MW.split(_BLOCK_ROWS)
     times_s: dict[str, list[float]] = {name: [] for name in PROVIDERS if is_wanted(name)}
     for _ in range(_ROUNDS):
-        # In turn, so that what slows the machine down slows them all.
+        # The providers take turns, so that load on the machine slows all of them alike.
         for name in times_s:
             with leaving_out(name):
                 begun = time.process_time()

@@ -21,7 +21,7 @@ SIZE = 224
 
 
 def eager(images: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """What one writes without clipcore; without the padding, which a copy of its own would cost."""
+    """Make the patches without clipcore, and without the padding, which would cost another copy."""
     grid = SIZE // patch_size
     x = normalize_images(images, OPENAI_MEAN, OPENAI_STD, dtype)
     x = x[:, :, : grid * patch_size, : grid * patch_size]
@@ -30,7 +30,7 @@ def eager(images: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def rotating(fn: Callable[[Tensor], object], buffers: list[Tensor]) -> Callable[[], object]:
-    """fn on one buffer after the other, so that no cache answers."""
+    """Return fn on one buffer after the other, so that no cache serves it."""
     turn = cycle(buffers)
     return lambda: fn(next(turn))
 
@@ -45,7 +45,7 @@ def bench_case(patch_size: int, batch: int, dtype: torch.dtype, device: torch.de
     num_rows = batch * (SIZE // patch_size) ** 2
     written = num_rows * padded_width(patch_size) * dtype.itemsize
     bytes_moved = images[0].numel() + written
-    # As many bytes read and written as one half each of what the operation moves.
+    # A copy that reads and writes half each of the bytes that the operation moves.
     halves = [
         torch.randint(0, 256, (bytes_moved // 2,), dtype=torch.uint8, device=device)
         for _ in range(2)

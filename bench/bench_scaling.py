@@ -1,10 +1,11 @@
-"""Cost as the work grows: the loss and the step against pairs, the towers against tokens, the loss against ranks.
+"""How cost grows with the work: loss and step against pairs, towers against tokens, loss against ranks.
 
 python bench/bench_scaling.py [--only loss step tokens ranks wire] [--device cuda] [--model ViT-B-32] [--seconds 10]
 
-Printed with each row: cost a pair or a token, and the growth exponent from the row before, log(cost ratio) over log(size
-ratio): a loss tends to 2, a step, whose towers outweigh it, to 1. Rows of ``wire`` are computed (wire.py), and marked so.
-Inputs are random. Ranks are processes of one thread each; more than cores share these, which is said beside their figures.
+Printed with each row: the cost of a pair or a token, and the growth exponent from the row before, log(cost ratio) over
+log(size ratio). A loss tends to 2; a step, which the towers dominate, tends to 1. Rows of ``wire`` are computed (wire.py)
+and marked so. Inputs are random. Ranks are processes of one thread each; if there are more ranks than cores, a note says
+so.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ WIRE_RANKS, WIRE_PAIRS, WIRE_MODELS = 8, (32768, 262144), ("ViT-B-32", "ViT-L-14
 
 
 class Growth:
-    """Prints how a cost grows from one size to the next, and at the end how it has grown over all."""
+    """A printer of growth: from one size to the next, and at the end over all sizes."""
 
     def __init__(self, what: str, unit: str) -> None:
         self.what, self.unit = what, unit
         self.points: list[tuple[float, float]] = []
 
     def add(self, size: float, cost_ms: float) -> None:
-        """A size and its cost in milliseconds, sizes in rising order."""
+        """Add a size and its cost in milliseconds; sizes rise."""
         grown = ""
         if self.points:
             grown = f", exponent {exponent(self.points[-1], (size, cost_ms)):.2f}"
@@ -57,30 +58,30 @@ class Growth:
         print(f"{self.what}, {size:,.0f}: {1e3 * cost_ms / size:.3f} us a {self.unit}{grown}")
 
     def end(self) -> None:
-        """The exponent over all sizes; of a cost that is flat a pair or token it is 1."""
+        """Print the exponent over all sizes; it is 1 if the cost of a pair or token is constant."""
         if len(self.points) > 1:
             print(f"{self.what}: exponent {slope(self.points):.3f} over all sizes", flush=True)
 
 
 def exponent(first: tuple[float, float], last: tuple[float, float]) -> float:
-    """p of cost = c size^p through two points (size, cost)."""
+    """Return p of cost = c size^p through two points (size, cost)."""
     return math.log(last[1] / first[1]) / math.log(last[0] / first[0])
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The same through several points, by least squares of the logarithms."""
+    """Return p through several points, by least squares of the logarithms."""
     logarithms = [[math.log(value) for value in side] for side in zip(*points, strict=True)]
     return statistics.linear_regression(*logarithms).slope
 
 
 def bench_loss(name: str, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Forward and backward pass against N, doubled for as long as time and memory last."""
+    """Measure forward and backward pass against N, doubling N while time and memory last."""
     width, dtype = arguments.width, torch.bfloat16 if device.type == "cuda" else torch.float32
     loss_fn, growth = LOSSES[name](), Growth(f"{name} loss", "pair")
     size, expected_s = SMALLEST, 0.0
     while size <= LARGEST and expected_s <= arguments.seconds:
         like = torch.empty(1, width, dtype=dtype, device=device).expand(size, width)
-        # Beside what the loss says of itself: features and gradients of both sides.
+        # Besides the loss's own estimate: features and gradients of both sides.
         needed = loss_fn.memory_bytes(like, like) + 4 * size * width * dtype.itemsize
         if needed > arguments.memory * 1e9:
             print(
@@ -113,7 +114,7 @@ def bench_loss(name: str, arguments: argparse.Namespace, device: torch.device) -
 
 
 def bench_step(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Towers and loss, forward and backward, against the global batch, in the micro-batches that the plan finds."""
+    """Measure towers and loss, forward and backward, against the global batch, in the plan's micro-batches."""
     torch.manual_seed(0)
     model = create_model(arguments.model, device=device).train()
     precision = "amp_bf16" if device.type == "cuda" else "fp32"
@@ -151,7 +152,7 @@ def bench_step(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def bench_image_tokens(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Forward and backward pass of the image tower against tokens, by larger pictures."""
+    """Measure forward and backward pass of the image tower against tokens, with larger and larger pictures."""
     growth = Growth("image tower", "token")
     vision = find_model(arguments.model).vision
     grid = vision.image_size // vision.patch_size
@@ -170,7 +171,7 @@ def bench_image_tokens(arguments: argparse.Namespace, device: torch.device) -> N
 
 
 def bench_caption_tokens(arguments: argparse.Namespace, device: torch.device) -> None:
-    """The same of the text tower against the length of captions, all alike: in rows of their own, and packed."""
+    """Measure the text tower against the length of captions, all of one length: one a row, and packed."""
     model = create_model(arguments.model, device=device).train()
     growth = {name: Growth(f"text tower, {name}", "token") for name in ("rows", "packed")}
     for length in (n for n in CAPTION_LENGTHS if n <= model.context_length):
@@ -191,7 +192,7 @@ def bench_caption_tokens(arguments: argparse.Namespace, device: torch.device) ->
 def tower_pass(
     module: nn.Module, encode: Callable[[], torch.Tensor], device: torch.device
 ) -> Callable[[], None]:
-    """A tower's forward and backward pass as a call, under a GPU run's mixed precision."""
+    """Return a tower's forward and backward pass as a call, in mixed precision on a GPU."""
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -205,7 +206,7 @@ def tower_pass(
 def record_tower(
     op: str, runs: dict[str, Callable[[], None]], device: torch.device, case: dict[str, Any]
 ) -> dict[str, float]:
-    """Measures the passes, with the FLOPs of the first counted."""
+    """Measure the passes, and count the FLOPs of the first."""
     with TrafficCounter() as counter, visible_operators():
         next(iter(runs.values()))()
     flops = sum(traffic.flops for traffic in counter.found.values())
@@ -213,12 +214,12 @@ def record_tower(
 
 
 def bench_ranks(name: str, arguments: argparse.Namespace) -> None:
-    """A loss of as many pairs over more and more ranks of one thread: gloo on this machine."""
+    """Measure a loss of a fixed number of pairs over more and more gloo ranks of one thread on this machine."""
     cores, pairs, width = len(os.sched_getaffinity(0)), arguments.rank_pairs, arguments.width
     for num_ranks in arguments.ranks:
         with RankPool(num_ranks) as pool:
             found = pool.run(loss_on_rank, name, pairs, width, 5)
-        # A round is over when the last rank is.
+        # A round ends when the last rank ends.
         times_ms = [max(several) for several in zip(*(times for times, _ in found), strict=True)]
         wire = loss_collectives(pairs, width, num_ranks, torch.float32, loss=name, on_gpu=False)
         sent = sum(one.sent_bytes(num_ranks) for one in wire) if num_ranks > 1 else 0
@@ -245,7 +246,7 @@ def bench_ranks(name: str, arguments: argparse.Namespace) -> None:
 
 
 def compute_wire() -> None:
-    """What the loss's collectives and the gradients' average take on wires that are not here."""
+    """Compute the time of the loss's collectives and of the gradients' average on wires that are not here."""
     for model in WIRE_MODELS:
         config = find_model(model)
         with torch.device("meta"):
@@ -275,10 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=None, help="[ViT-B-32 on a GPU, else ViT-glyphs]")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
-    parser.add_argument("--seconds", type=float, default=10, help="of a call that is still made")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="longest call that is still measured"
+    )
     parser.add_argument("--memory", type=float, default=None, help="GB [half of what is free]")
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="global batches")
-    parser.add_argument("--batch", type=int, default=256, help="sequences, against tokens")
+    parser.add_argument("--batch", type=int, default=256, help="sequences in a batch, for tokens")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rank-pairs", type=int, default=4096)
     arguments = parse(parser, ["tests/test_wire.py", "tests/test_loss.py"], argv)

@@ -20,7 +20,7 @@ from clipcore.kernels.similarity_topk import similarity_topk
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """What one writes without clipcore."""
+    """Compute the similarity without clipcore."""
     return scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
 
 

@@ -1,11 +1,11 @@
-"""The whole training step against open_clip and transformers: same model, batch and captions, from the host's memory on.
+"""The whole training step against open_clip and transformers: same model, batch and captions, upload included.
 
 python bench/bench_step.py [--model ViT-B-32] [--batch 64] [--patch-dropout 0.5] [--micro-batch-size 16] [--compiled]
 
-Pairs/s, TFLOP/s of useful tokens and their share of what the device's matrix products reach, peak memory beside model and
-optimizer, milliseconds by part (of a step that waits for the device after each part, hence a little more than the step).
-Captions have the lengths of `step_providers.CAPTION_LENGTHS`, 16 tokens on average. With `--micro-batch-size` gradients
-are cached: clipcore's way against open_clip's `--accum-freq`.
+Rows: pairs/s; TFLOP/s of useful tokens and their share of the speed of the device's matrix products; peak memory beside
+model and optimizer; milliseconds by part. The parts are timed on a step that waits for the device after each, so they add
+up to a little more than the step. Captions have the lengths of `step_providers.CAPTION_LENGTHS`, 16 tokens on average. With
+`--micro-batch-size` gradients are cached: clipcore's way against open_clip's `--accum-freq`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from clipcore.towers.architectures import ModelConfig, find_model
 
 TESTS = "tests/test_packing.py tests/test_residual.py tests/test_attention.py tests/test_loss.py".split()
 PROVIDERS = ["clipcore", "open_clip", "transformers"]
-# Peers, and what decides whether LayerNorm and GELU have to be kernels of our own.
+# Compiled peers, and our step with compiled blocks, which decides whether we need kernels for LayerNorm and GELU.
 COMPILED = ["open_clip compiled", "clipcore, blocks compiled"]
-# Models of so many parameters are measured one after the other: more than two of them do not fit side by side.
+# Models with more parameters are measured one by one: more than two of them do not fit side by side.
 ALONE = 3 * 10**8
 
 
@@ -96,7 +96,7 @@ def _record(
 
 
 def _parts_ms(step: Step, device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """Medians, after a step that warms up."""
+    """Return the median of each part, after a warm-up step."""
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
         clock = Clock(device)
@@ -116,21 +116,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patch-dropout", type=float, default=0.0)
     parser.add_argument("--micro-batch-size", type=int, default=None, help="with cached gradients")
     parser.add_argument(
-        "--compiled", action="store_true", help="open_clip and our blocks compiled as well"
+        "--compiled", action="store_true", help="measure open_clip and our blocks compiled too"
     )
     names = [*PROVIDERS, *COMPILED]
     parser.add_argument("--providers", nargs="+", choices=names, default=None, metavar="NAME")
     arguments = parse(parser, TESTS, argv)
     device = arguments.device
     if device.type == "cpu":
-        memory.keep_freed()  # as a run does; it serves all providers
+        memory.keep_freed()  # as a run does, for all providers
     precision = arguments.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
     names = arguments.providers or PROVIDERS + (COMPILED if arguments.compiled else [])
     case = Case(
         *(arguments.model, arguments.batch, device, precision),
         *(arguments.patch_dropout, arguments.micro_batch_size),
     )
-    # Two towers, their first blocks and others, with and without gradients are a compilation each.
+    # Each is a compilation: two towers, their first and other blocks, with and without gradients.
     with torch._dynamo.config.patch(recompile_limit=64):
         bench(case, names)
 

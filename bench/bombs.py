@@ -1,4 +1,4 @@
-"""Pictures for bench_memory.py: small files that promise many pixels, files that take a decoder seconds, the largest."""
+"""Pictures for bench_memory.py: small files with many pixels in their headers, slow files, and the largest accepted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SIZES = ((30_000, 30_000), (16_000, 16_000), (5_000, 5_201), (65_000, 65_000))
 
 
 def encoded(kind: str, mode: str = "RGB", **settings: object) -> bytes:
-    """Encodes a black picture of 16 x 16 pixels."""
+    """Encode a black picture of 16 x 16 pixels."""
     stream = io.BytesIO()
     Image.new(mode, (16, 16)).save(stream, kind, **settings)
     return stream.getvalue()
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """Makes a PNG of these sides with a thousand bytes of pixels."""
+    """Make a PNG of these sides with a thousand bytes of pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = b"IDAT" + zlib.compress(bytes(1000))
 
@@ -35,7 +35,7 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def jpeg_bomb(width: int, height: int) -> bytes:
-    """Makes a JPEG whose start of frame has these sides."""
+    """Make a JPEG with these sides in its start of frame."""
     data = bytearray(encoded("JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -43,7 +43,7 @@ def jpeg_bomb(width: int, height: int) -> bytes:
 
 
 def webp_bomb(width: int, height: int) -> bytes:
-    """Makes a WebP whose lossless header has these sides, or its extended one where they need more than 14 bits."""
+    """Make a WebP with these sides in its lossless header, or in its extended one if they need more than 14 bits."""
     if max(width, height) <= 2**14:
         data = bytearray(encoded("WEBP", lossless=True))
         at = data.index(b"VP8L") + 9  # the name, the length and a signature
@@ -66,7 +66,7 @@ HEADERS: dict[str, Callable[[int, int], bytes]] = {
 
 
 def jpeg_of_scans(width: int, height: int, scans: int) -> bytes:
-    """Makes a progressive JPEG of these sides whose last scan, which refines pixels, is there so many times."""
+    """Make a progressive JPEG of these sides that repeats its last scan, which refines pixels, so many times."""
     data = bytearray(encoded("JPEG", progressive=True))
     at = data.index(b"\xff\xc2")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -75,13 +75,13 @@ def jpeg_of_scans(width: int, height: int, scans: int) -> bytes:
 
 
 def jpeg_of_parts(part: bytes, count: int) -> bytes:
-    """Makes a JPEG with so many equal parts between its first marker and the others."""
+    """Make a JPEG with so many equal parts between its first marker and the others."""
     data = encoded("JPEG")
     return data[:2] + part * count + data[2:]
 
 
 def png_of_chunks(count: int, kind: bytes = b"prVt", content: bytes = b"") -> bytes:
-    """Makes a PNG with so many equal chunks before its pixels."""
+    """Make a PNG with so many equal chunks before its pixels."""
     data = encoded("PNG")
     at = data.index(b"IDAT") - 4
     body = kind + content
@@ -90,14 +90,14 @@ def png_of_chunks(count: int, kind: bytes = b"prVt", content: bytes = b"") -> by
 
 
 def jpeg_of_comments(count: int) -> bytes:
-    """Makes a progressive JPEG with so many comments without content before its last scan."""
+    """Make a progressive JPEG with so many empty comments before its last scan."""
     data = encoded("JPEG", progressive=True)
     at = data.rindex(b"\xff\xda")
     return data[:at] + b"\xff\xfe\0\2" * count + data[at:]
 
 
 def animated_webp(width: int, height: int) -> bytes:
-    """Makes a WebP of two frames of 16 x 16 pixels on a canvas of these sides."""
+    """Make a WebP of two frames of 16 x 16 pixels on a canvas of these sides."""
     frames = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "white")]}
     data = bytearray(encoded("WEBP", **frames))
     data[24:27] = (width - 1).to_bytes(3, "little")
@@ -113,7 +113,7 @@ SLOW: dict[str, Callable[[], bytes]] = {
     "filler": lambda: jpeg_of_parts(b"\xff", 1 << 22),
     "junk": lambda: jpeg_of_parts(b"\0", 1 << 22),
     "markers without a length": lambda: jpeg_of_parts(b"\xff\x01", 1 << 21),
-    # Their length is not read, and what follows is looked at byte by byte.
+    # Their length is not read, and the following bytes are read one by one.
     "segments without a handler": lambda: jpeg_of_parts(b"\xff\xf0\x7f\xff" + bytes(0x7FFD), 40),
     "scans and comments": lambda: jpeg_of_comments(1 << 20),
     "chunks": lambda: png_of_chunks(1 << 20),
@@ -126,13 +126,13 @@ NUM_BOMBS = len(HEADERS) * len(SIZES) + len(SLOW)
 
 
 def all_bombs() -> list[bytes]:
-    """Makes one of each format and size, and all that are slow."""
+    """Make one of each format and size, and all the slow ones."""
     large = [make(*size) for make, size in itertools.product(HEADERS.values(), SIZES)]
     return large + [make() for make in SLOW.values()]
 
 
 def picture_of(mode: str, width: int, height: int, kind: str, **settings: object) -> bytes:
-    """Encodes coarse noise, which compresses as a photograph does."""
+    """Encode coarse noise, which compresses like a photograph."""
     noise = Image.frombytes(
         "RGBA", (width // 8, height // 8), random.Random(0).randbytes(width * height // 16)
     )
@@ -143,7 +143,7 @@ def picture_of(mode: str, width: int, height: int, kind: str, **settings: object
     return stream.getvalue()
 
 
-# Of as many pixels as are decoded without --max-pixels.
+# As many pixels as are decoded by default, without --max-pixels.
 LARGEST: dict[str, Callable[[], bytes]] = {
     "JPEG": lambda: picture_of("RGB", 5000, 5200, "JPEG"),
     "JPEG, progressive, 4:4:4": lambda: picture_of(

@@ -1,7 +1,7 @@
-"""The losses that bench_contrastive.py measures: clipcore's, its peers', and what one writes without either.
+"""The losses that bench_contrastive.py measures: clipcore's, its peers', and plain PyTorch ones.
 
-Each takes (image [N, E], text [N, E], scale) or, for the sigmoid loss, (image, text, scale, bias), rows of length one,
-and returns the loss. A peer that is not installed, or that needs a GPU where there is none, is left out with its reason.
+Each takes (image [N, E], text [N, E], scale) or, for the sigmoid loss, (image, text, scale, bias), with rows of length one,
+and returns the loss. A peer that is not installed, or that needs a missing GPU, is left out with the reason.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Loss = Callable[..., Tensor]
 
 
 def shared_similarity(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """The strongest dense form: one N x N matrix for both directions."""
+    """Compute the loss from one N x N matrix for both directions: the fastest dense form."""
     logits = scale * image @ text.T
     labels = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def checkpointed_chunks(image: Tensor, text: Tensor, scale: Tensor, rows: int = 1024) -> Tensor:
-    """Row chunks under torch's checkpoint with a running log-sum-exp of the columns."""
+    """Compute row chunks under torch's checkpoint, with a running log-sum-exp of the columns."""
 
     def chunk(part: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         z = (scale * part @ text.T).float()
@@ -67,7 +67,7 @@ def _cut_cross_entropy() -> Loss:
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         labels = torch.arange(len(image), device=image.device)
         directions = ((image, text), (text, image))
-        # filter_eps=None: its default leaves out gradients that count from 4,096 pairs on.
+        # filter_eps=None: its default drops gradients that matter from 4,096 pairs on.
         return (
             sum(
                 linear_cross_entropy((scale * x).to(x.dtype), y, labels, filter_eps=None)
@@ -122,7 +122,7 @@ SIGMOID: dict[str, tuple[Callable[[], Loss], bool, bool]] = {
 def providers(
     table: dict[str, tuple[Callable[[], Loss], bool, bool]], on_gpu: bool, names: list[str] | None
 ) -> Iterator[tuple[str, Loss, bool]]:
-    """(name, loss, whether it holds the N x N matrix) of those that can run here."""
+    """Return (name, loss, whether it holds the N x N matrix) of each loss that can run here."""
     for name, (get, needs_gpu, dense) in table.items():
         if (names and name not in names) or not is_wanted(name):
             continue
@@ -137,7 +137,7 @@ def providers(
 
 
 def bare_products(image: Tensor, text: Tensor, count: int) -> Callable[[], None]:
-    """The 3 or 4 matrix products that a loss cannot do without, in blocks of at most 16,384 x 16,384."""
+    """Compute the 3 or 4 matrix products that any loss needs, in blocks of at most 16,384 x 16,384."""
     side = 16384
     x, y = image.detach(), text.detach()
     block = torch.empty(min(side, len(x)), min(side, len(y)), dtype=x.dtype, device=x.device)

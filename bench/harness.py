@@ -1,9 +1,9 @@
-"""Measuring: one call records a row a provider, with what is needed to believe it.
+"""Measuring: one call records a row for each provider, with device, versions and commit.
 
 Rows are appended to bench/results/<device>.jsonl; ``python bench/harness.py [ROWS.jsonl ...]`` appends rows that were made
-elsewhere, and writes bench/results/RESULTS.md from the newest row of each case. A figure of a GPU is only ever recorded on
-that GPU. What is computed and not measured has ``computed: true`` and its assumptions in its row, a file of its own, and its
-own heading on the page.
+elsewhere, and writes bench/results/RESULTS.md from the newest row of each case. A figure of a GPU is only recorded on
+that GPU. Rows that are computed and not measured have ``computed: true`` and their assumptions; they are in a separate file
+and under a separate heading on the page.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from clipcore.run.ceilings import time_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
-# How providers of clipcore begin; the last three are those of bench_global_batch.py, which has no others.
+# How the names of clipcore's providers begin; the last three are those of bench_global_batch.py, which has no peers.
 OWN = ("clipcore", "planned", "all but one embedded twice", "direct")
 
 
 @dataclass
 class Settings:
-    """What the arguments of all benches say of how this process measures, and what it has found on the way."""
+    """How this process measures, from the arguments that all benches have, and which providers it has met."""
 
     budget_s: float = 2.0
     skipped: set[str] = field(default_factory=set)
     tests_failed: bool = False
     known: set[str] = field(default_factory=set)  # providers that were asked for
-    failed: list[str] = field(default_factory=list)  # clipcore's own among them that failed
+    failed: list[str] = field(default_factory=list)  # clipcore's own that failed
 
 
 settings = Settings()
@@ -60,13 +60,13 @@ def parse(
     check: Callable[[argparse.Namespace], None] | None = None,
     has_device: bool = True,
 ) -> argparse.Namespace:
-    """Add the arguments that all benches have, parse, and run the tests of what is measured.
+    """Add the arguments that all benches have, parse them, and run the operation's tests.
 
     Args:
-        tests: pytest's arguments. Figures of an operation that is wrong are worth nothing: a bench ends where they fail.
-        arguments: the command line's for None.
-        check: refuses arguments before the tests are run.
-        has_device: whether the bench runs on a GPU where there is one.
+        tests: pytest's arguments. A bench ends if they fail, since figures of a wrong operation are worthless.
+        arguments: None for those of the command line.
+        check: called before the tests, to refuse arguments.
+        has_device: whether the bench runs on a GPU if there is one.
     """
     if has_device:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,21 +77,21 @@ def parse(
         "--tests",
         choices=["run", "passed", "failed"],
         default="run",
-        help="run the tests of what is measured first, or say how they ended: rows are marked where they failed [run]",
+        help="run the operation's tests first, or say how they ended; rows are marked if they failed [run]",
     )
     parser.add_argument(
         "--budget",
         type=float,
         default=Settings.budget_s,
         metavar="SECONDS",
-        help="about how long each provider of a case is timed on a CPU; a fifth of it on a GPU [%(default)g]",
+        help="seconds for which each provider of a case is timed on a CPU; a fifth of that on a GPU [%(default)g]",
     )
     parser.add_argument(
         "--skip",
         nargs="+",
         default=[],
         metavar="PROVIDER",
-        help="leave these out, where time is short",
+        help="leave these providers out, to save time",
     )
     parsed = parser.parse_args(arguments)
     if check is not None:
@@ -102,9 +102,7 @@ def parse(
     if tests and parsed.tests == "run":
         command = [sys.executable, "-m", "pytest", "-q", "-k", "not ahead_of_time", *tests]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
-            raise SystemExit(
-                "tests failed; --tests failed measures all the same, and marks the rows"
-            )
+            raise SystemExit("tests failed; --tests failed measures anyway, and marks the rows")
     return parsed
 
 
@@ -113,11 +111,11 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name} is no device of torch's") from error
+        raise argparse.ArgumentTypeError(f"torch has no device {name}") from error
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a bench to its end. Exit with 1 if a provider of clipcore failed on the way, or --skip names none."""
+    """Run a bench to its end. Exit with 1 if a provider of clipcore failed, or --skip names no provider."""
     main()
     if unknown := settings.skipped - settings.known:
         names = ", ".join(sorted(settings.known - settings.skipped))
@@ -129,16 +127,16 @@ def run(main: Callable[[], None]) -> None:
 
 
 def is_wanted(name: str) -> bool:
-    """Return whether --skip leaves a provider in."""
+    """Return whether --skip keeps a provider."""
     settings.known.add(name)
     return name not in settings.skipped
 
 
 @contextlib.contextmanager
 def leaving_out(name: str) -> Iterator[None]:
-    """Print what goes wrong with a provider, and go on without it.
+    """Print a provider's error, and continue without it.
 
-    A peer may be missing, run out of memory, or fail in its own compiler: that must not cost the others their figures.
+    A peer may be missing, run out of memory, or fail in its own compiler. The others still get their figures.
     """
     try:
         yield
@@ -148,7 +146,7 @@ def leaving_out(name: str) -> Iterator[None]:
         if name.startswith(OWN):
             traceback.print_exc()
             settings.failed.append(name)
-        # The frames hold the tensors of the call. Memory outside torch's allocator is wanted as well, by compiled code.
+        # The frames hold the tensors of the call. Compiled code also needs memory outside torch's allocator.
         traceback.clear_frames(error.__traceback__)
         if torch.cuda.is_available():
             with contextlib.suppress(RuntimeError):  # after an illegal access nothing works
@@ -156,7 +154,7 @@ def leaving_out(name: str) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
+    """Return the GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
@@ -164,10 +162,10 @@ def device_name(device: torch.device) -> str:
 
 
 class Measured(NamedTuple):
-    """What calls of one provider took."""
+    """The time and memory of one provider's calls."""
 
     times_ms: list[float]
-    extra_bytes: int  # peak above what was there before a call, without what the call returns
+    extra_bytes: int  # peak above the memory before a call, without the call's results
 
 
 def measure(
@@ -176,12 +174,12 @@ def measure(
     budget_s: float | None = None,
     min_rounds: int = 5,
 ) -> dict[str, Measured]:
-    """Times of single calls after a warm-up, the providers in turn: what slows the machine down slows them all.
+    """Time single calls after a warm-up. The providers take turns, so that load on the machine slows all of them alike.
 
-    A provider that fails is left out. With one round the call that watches the memory is the warm-up.
+    A provider that fails is left out. With one round, the call that measures memory is the warm-up.
 
     Args:
-        budget_s: a provider is called more often than `min_rounds` while that takes less; the command line's for None.
+        budget_s: a provider is called more often than `min_rounds` while that takes less time; None for the command line's.
     """
     on_gpu = device.type == "cuda"
     budget_s = settings.budget_s if budget_s is None else budget_s
@@ -207,13 +205,13 @@ def measure(
 
 
 def _bytes_of(result: Any) -> int:
-    """Bytes of the tensors that a call returned."""
+    """Return the bytes of the tensors in a call's result."""
     tensors = result if isinstance(result, (tuple, list)) else [result]
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
 def extra_bytes_of(fn: Callable[[], Any], device: torch.device) -> int:
-    """Peak of a call above what was in use before it, without what it returns; pages kept from a call before count."""
+    """Return the peak of a call above the memory before it, without its result; pages kept from earlier calls count."""
     give_back_idle_pages()
     with memory.watch(device) as watched:
         result = fn()
@@ -233,12 +231,12 @@ def record(
     ceiling_tflops: float | None = None,
     **case: Any,
 ) -> dict[str, float]:
-    """Measures providers of one operation, appends and prints their rows; returns their medians in ms.
+    """Measure providers of one operation, append and print their rows; return their medians in ms.
 
     Args:
         fns: see `measure`.
         min_rounds: see `measure`; 1 for calls of many seconds.
-        the others: see `record_measured`.
+        flops, bytes_moved, extras, num_pairs, ceiling_tflops, case: see `record_measured`.
     """
     found = measure(fns, device, min_rounds=min_rounds)
     work: dict[str, Any] = {"flops": flops, "bytes_moved": bytes_moved, "extras": extras}
@@ -258,19 +256,19 @@ def record_measured(
     ceiling_tflops: float | None = None,
     **case: Any,
 ) -> dict[str, float]:
-    """Appends and prints a row for each provider that was measured; returns their medians in ms.
+    """Append and print a row for each provider that was measured; return their medians in ms.
 
     Args:
-        flops, bytes_moved: of the operation, not of one implementation, so that providers compare.
-        extras: what else was found of a provider, of `EXTRAS`.
-        num_pairs: of a call, for what trains or reads pairs.
-        ceiling_tflops: what the device's matrix products reach, measured beside, for the share of it.
-        case: what tells this case from others: sizes and dtype.
+        flops, bytes_moved: those of the operation, not of one implementation, so that providers compare.
+        extras: further results of each provider, with keys of `EXTRAS`.
+        num_pairs: pairs a call, if it trains on or reads pairs.
+        ceiling_tflops: the speed of the device's matrix products, measured in the same process, for the share of it.
+        case: sizes and dtype, which identify this case.
     """
     medians: dict[str, float] = {}
     for provider, (times_ms, extra_bytes) in found.items():
         median = statistics.median(times_ms)
-        # One time has no spread.
+        # A single time has no spread.
         fifths = (
             statistics.quantiles(times_ms, n=5, method="inclusive")
             if len(times_ms) > 1
@@ -305,10 +303,10 @@ def record_measured(
 def record_row(
     op: str, provider: str, *, device: torch.device, figures: dict[str, Any], **case: Any
 ) -> None:
-    """Appends and prints a row of what has no time: memory that was taken, or counts.
+    """Append and print a row without a time: memory or counts.
 
     Args:
-        figures: what was found, of `FIGURES` and `EXTRAS`.
+        figures: the results, with keys of `FIGURES` and `EXTRAS`.
         case: see `record_measured`.
     """
     assert figures.keys() <= _FOUND
@@ -322,10 +320,10 @@ def record_row(
 def record_computed(
     op: str, time_ms: float | None, num_bytes: float, assumptions: str, **case: Any
 ) -> None:
-    """Appends and prints a row of what follows from a formula and its assumptions, where nothing was measured.
+    """Append and print a row that follows from a formula and its assumptions, without a measurement.
 
     Args:
-        time_ms: None for memory that is taken, and not moved.
+        time_ms: None for memory that is used and not moved.
     """
     figures: dict[str, Any] = {"computed": True}
     if time_ms is None:
@@ -338,7 +336,7 @@ def record_computed(
 
 
 def _append(name: str, row: dict[str, Any]) -> None:
-    """Append a row to the results, or in a folder of the caller's: bench/gpu.sh brings its own home by `merge`."""
+    """Append a row to the results, or to the caller's folder: bench/gpu.sh adds its own to the results by `merge`."""
     folder = Path(os.environ.get("BENCH_ROWS") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.jsonl", "a") as file:
@@ -356,9 +354,9 @@ def _versions() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit that was measured, and whether files differed from it (results apart).
+    """Return the commit that was measured, and whether files differed from it (results apart).
 
-    In a copy of the tree without its history CLIPCORE_COMMIT says so, as `bench/gpu.sh commit` prints it.
+    In a copy of the tree without its history, CLIPCORE_COMMIT gives both, as `bench/gpu.sh commit` prints them.
     """
     if copied := os.environ.get("CLIPCORE_COMMIT"):
         commit = copied.partition("@")[0]
@@ -380,7 +378,7 @@ def _slug(name: str) -> str:
 
 
 def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The newest row of each case and provider, by operation and device; and those that are computed."""
+    """Return the newest row of each case and provider, by operation and device; and those that are computed."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     computed: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
@@ -391,14 +389,14 @@ def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 found = computed
             else:
                 key += (row["provider"],)
-            # Figures of failing tests show only where there are no others.
+            # Figures with failing tests are shown only if there are no others.
             if row.get("tests") != "red" or found.get(key, row).get("tests") == "red":
                 found[key] = row
     return [row for _, row in sorted(newest.items())], list(computed.values())
 
 
 def results_page() -> str:
-    """RESULTS.md: the newest row of each case, by operation and device."""
+    """Return RESULTS.md: the newest row of each case, by operation and device."""
     lines = [
         "# Results",
         "",
@@ -414,7 +412,7 @@ def results_page() -> str:
 
 
 def table(rows: list[dict[str, Any]], columns: Columns | None = None) -> list[str]:
-    """Lines of Markdown, without the columns in which no row has anything."""
+    """Return lines of Markdown, without the columns that are empty in all rows."""
     columns = columns or COLUMNS
     filled = {title: [show(row) for row in rows] for title, show in columns.items()}
     filled = {title: cells for title, cells in filled.items() if any(cells)}
@@ -463,7 +461,7 @@ def _at(row: dict[str, Any]) -> str:
 
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]
-# Of rows without a time.
+# Columns of rows without a time.
 FIGURE_COLUMNS: Columns = {
     "extra MiB": _mib("extra_bytes"),
     "peak MiB": _mib("peak_bytes"),
@@ -481,7 +479,7 @@ FIGURE_COLUMNS: Columns = {
     "tolerance": lambda row: f"{row['tolerance']:.0e}" if "tolerance" in row else "",
     "accuracy": lambda row: f"{row['accuracy']:.1%}" if "accuracy" in row else "",
 }
-# Of what is found beside a time or alone.
+# Columns of results with or without a time.
 FOUND_COLUMNS: Columns = {
     "gradient's error": lambda row: (
         f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
@@ -511,17 +509,17 @@ COMPUTED_COLUMNS: Columns = {
     "assumptions": _number("assumptions"),
     "commit": _at,
 }
-# What is found of a provider beside its time: errors relative to float64, whether three runs gave the same bits, the
-# milliseconds of a step's parts, how a step was cut, bytes that a rank has sent.
+# A provider's results beside its time: errors relative to float64, whether three runs gave the same bits, the
+# milliseconds of a step's parts, the plan of a step, bytes that a rank has sent.
 ERRORS = {"loss_error", "gradient_error", "scale_error"}
 EXTRAS = ERRORS | {"repeatable", "mean_tokens", "parts_ms", "plan", "sent_bytes"}
-# What rows without a time have: memory, how a step was cut, pages that the kernel gave, the processor's time for all that
-# was done, whether numbers are finite.
+# Results without a time: memory, the micro-batches of a step, page faults, CPU time of the whole case, whether numbers
+# are finite.
 FIGURES = {"extra_bytes", "peak_bytes", "expected_bytes", "budget_bytes"}
 FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
-# Of a fit: steps, how far the objective is above the least as a share of it, the solver's tolerance, right answers.
+# Of a fit: steps, the objective's relative excess over its minimum, the solver's tolerance, accuracy.
 FIGURES |= {"iterations", "excess", "tolerance", "accuracy"}
-# Of an evaluation: how long it took, and the share of it in which images were encoded.
+# Of an evaluation: its time, and the encoder's share of it.
 FIGURES |= {"seconds", "encoder_share"}
 _FOUND = EXTRAS | FIGURES
 _MEASURED = _FOUND | {
@@ -552,13 +550,13 @@ def _case(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in _MEASURED}
 
 
-# The tables of README, each between two comments: pairs a second of these operations.
+# README's tables, each between two comments: pairs a second of these operations.
 README = ROOT / "README.md"
 README_TABLES = ("training step", "loader")
 
 
 def by_provider(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: pairs a second, a row for each case and a column for each provider."""
+    """Return lines of Markdown: pairs a second, a row for each case and a column for each provider."""
     providers = sorted({row["provider"] for row in rows})
     lines = ["| " + " | ".join(["pairs/s", *providers, "commit"]) + " |"]
     lines.append("|" + "---|" * (len(providers) + 2))
@@ -571,7 +569,7 @@ def by_provider(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def readme(text: str) -> str:
-    """README with its tables made anew from the newest rows."""
+    """Return README with its tables made anew from the newest rows."""
     rows, _ = newest_rows()
     for op in README_TABLES:
         begin, end = f"<!-- rows: {op} -->\n", "<!-- end of rows -->"

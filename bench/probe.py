@@ -1,9 +1,9 @@
-"""What a machine has and does, before anything is measured on it: packages, matrix products, attention's bits and NaN.
+"""What to check on a machine before measuring: packages, matrix products, attention's bits and NaN.
 
 python bench/probe.py [--device cuda]
 
-Answers in half a minute what later figures depend on. A line for each question, and a row where the answer can change
-with torch or the chip. Exit status 1 if a package that clipcore itself needs is missing, or a question of its own fails.
+It checks in half a minute what later figures depend on. Each check prints a line, and records a row if its result can change
+with torch or the chip. The exit status is 1 if a package that clipcore itself needs is missing, or a check of its own fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipcore.kernels import attention_triton, launch
 from clipcore.kernels.attention import attention_ref
 
-# What is lost without each.
+# What needs each package.
 NEEDED = {
     "ftfy": "the tokenizer, and so the main job",
     "tokenizers": "the tokenizer, and so the main job",
@@ -41,7 +41,7 @@ PEERS = {
     "cut_cross_entropy": "a peer of the loss",
     "siglip_kernel": "a peer of the sigmoid loss",
 }
-# Of what has to give the same bits.
+# Calls that have to give the same bits.
 CALLS = 10
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_packages() -> None:
-    """Name what is missing, and what is lost without it."""
+    """Print each missing package, and what needs it."""
     for packages, is_needed in ((NEEDED, True), (PEERS, False)):
         for name, use in packages.items():
             if importlib.util.find_spec(name) is None:
@@ -82,7 +82,7 @@ def accumulate(device: torch.device) -> None:
 def attention_inputs(
     rows: int, queries: int, keys: int, scale: float, device: torch.device
 ) -> list[Tensor]:
-    """Queries, keys and values [rows, 4, L, 64] in bfloat16; scores are about 2.7 times `scale` on the average."""
+    """Return queries, keys and values [rows, 4, L, 64] in bfloat16; scores are about 2.7 times `scale` on average."""
     away = torch.randn(rows, 4, 1, 64, device=device)
     q = away + 0.1 * torch.randn(rows, 4, queries, 64, device=device)
     k = scale / 3 * away + 0.1 * torch.randn(rows, 4, keys, 64, device=device)
@@ -113,7 +113,7 @@ def for_each_backend(
 
 
 def repeat_attention(device: torch.device) -> None:
-    """Ask which backends repeat their bits: a backward pass may add in any order, and a run needs one that does not."""
+    """Find the backends that repeat their bits: a backward pass may add in any order, and a run needs one that does not."""
     rows, length = (64, 257) if device.type == "cuda" else (2, 33)
     leaves = attention_inputs(rows, length, length, 0.0, device)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -124,7 +124,7 @@ def repeat_attention(device: torch.device) -> None:
 
 
 def attend_far(device: torch.device) -> None:
-    """Attend with all scores at about -120, by one query and under a mask: where cuDNN has given NaN."""
+    """Attend with all scores at about -120, with one query and with a mask: there cuDNN has given NaN."""
     leaves = attention_inputs(4, 1, 50, -45.0, device)
     for_each_backend("attention's gradient, far keys", leaves, None, device)
 
@@ -151,7 +151,7 @@ def narrow_heads(device: torch.device) -> None:
             out = attention_ref(wide, *how)
             exact = torch.cat([out.detach().flatten(), *gradient_of(out, wide, upstream)])
 
-            # What is refused already is no failure.
+            # A case that is already refused is no failure.
             question = "attention kernels on narrow heads"
             with leaving_out(f"{question}, {size} columns"):
                 found = []
@@ -177,7 +177,7 @@ def report(
     exact: Tensor,
     **case: int,
 ) -> float:
-    """Record the first result's relative error against float64, and return it; and whether all results have its bits."""
+    """Record the first result's relative error against float64, and whether all results have its bits; return the error."""
     first = found[0]
     error = torch.linalg.vector_norm(first.double() - exact) / torch.linalg.vector_norm(exact)
     figures: dict[str, float | bool] = {"finite": bool(first.isfinite().all())}

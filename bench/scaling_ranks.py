@@ -20,7 +20,7 @@ LOSSES = {"softmax": ClipLoss, "sigmoid": SigLipLoss}
 def loss_inputs(
     loss: str, rows: int, width: int, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> list[Tensor]:
-    """Image and text features of length one and related, then the factors; all of them leaves."""
+    """Return related image and text features of length one, then the factors; all are leaves."""
     image, noise = (F.normalize(torch.randn(rows, width, device=device)) for _ in range(2))
     text = F.normalize(0.3 * image + noise)
     factors = {"softmax": (50.0,), "sigmoid": (10.0, -10.0)}[loss]
@@ -33,7 +33,7 @@ def loss_inputs(
 def loss_on_rank(
     world: World, loss: str, num_pairs: int, width: int, rounds: int
 ) -> tuple[list[float], int]:
-    """(milliseconds of each round, peak bytes of one) of this rank's share of ``num_pairs`` pairs, forward and backward."""
+    """Return (milliseconds of each round, peak bytes of one) for this rank's share of ``num_pairs`` pairs."""
     torch.manual_seed(world.rank)
     leaves = loss_inputs(loss, num_pairs // world.world_size, width, torch.float32)
     loss_fn = LOSSES[loss](rank=world.rank, world_size=world.world_size)
@@ -57,7 +57,7 @@ def loss_on_rank(
 def collectives_on_rank(
     world: World, loss: str, rows: int, width: int, dtype: torch.dtype
 ) -> list[Collective]:
-    """The collectives of one forward and backward pass with ``rows`` pairs on each rank, in order."""
+    """Return the collectives of one forward and backward pass with ``rows`` pairs on each rank, in order."""
     leaves = loss_inputs(loss, rows, width, dtype)
     loss_fn = LOSSES[loss](rank=world.rank, world_size=world.world_size)
     with CollectiveCounter() as counter:

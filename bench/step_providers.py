@@ -1,8 +1,8 @@
 """The training steps that bench_step.py measures, clipcore's and its peers', on one batch in the host's memory.
 
-Every step takes what its own loader gives (clipcore uint8 pixels and trimmed tokens, which it packs and normalises itself;
-the peers float32 pixels that are normalised already and tokens padded to 77), brings it to the device, computes features,
-loss and gradients under autocast and ends with torch's fused AdamW. A step calls its clock at the end of each part.
+Every step takes the batch of its own loader: for clipcore uint8 pixels and trimmed tokens, which it packs and normalises
+itself; for the peers normalised float32 pixels and tokens padded to 77. It uploads the batch, computes features, loss and
+gradients under autocast and ends with torch's fused AdamW. A step calls its clock at the end of each part.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
 
 class Clock:
-    """Seconds of the parts of a step, each begun where the last one ended; the device is idle at both ends."""
+    """The seconds of a step's parts. Each begins where the last one ended; the device is idle at both ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.parts = device, dict[str, float]()
@@ -83,7 +83,7 @@ class Clock:
 
 
 def captions(number: int, vocab_size: int, context_length: int) -> Tensor:
-    """Random ids in rows that end as a tokenizer's do, of the lengths above: as many quantiles of them, in random order."""
+    """Return random token ids in rows that end like a tokenizer's; lengths are quantiles of those above, in random order."""
     lengths = torch.tensor([n for n, count in CAPTION_LENGTHS.items() for _ in range(count)])
     quantiles = (2 * torch.arange(number) + 1) * len(lengths) // (2 * number)
     lengths_B = lengths[quantiles[torch.randperm(number)]]
@@ -95,7 +95,7 @@ def captions(number: int, vocab_size: int, context_length: int) -> Tensor:
 
 
 def random_batch(case: Case, config: ModelConfig) -> Batch:
-    """Pixels and padded tokens on the host, page-locked beside a GPU."""
+    """Return pixels and padded tokens on the host, page-locked if there is a GPU."""
     torch.manual_seed(0)
     size, on_gpu = config.vision.image_size, case.device.type == "cuda"
     images = torch.empty(case.num_pairs, 3, size, size, dtype=torch.uint8, pin_memory=on_gpu)
@@ -105,9 +105,9 @@ def random_batch(case: Case, config: ModelConfig) -> Batch:
 
 
 def useful_flops(config: ModelConfig, case: Case, text: Tensor) -> float:
-    """Matrix products of a direct step over tokens that are neither padding nor dropped, forward and backward.
+    """Return the FLOPs of a direct step's matrix products, with gradients, for tokens that are neither padding nor dropped.
 
-    Blocks in full, though the last one is read at one token only; the first layer has no gradient of its input.
+    All blocks count in full, although the last one is read at one token only. The first layer has no input gradient.
     """
 
     def tower(width: int, layers: int, tokens: float, seen: float) -> float:
@@ -132,7 +132,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _normalised(images: Tensor) -> Tensor:
-    """float32, as the peers' loaders give it."""
+    """Return pixels in float32, as the peers' loaders do."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
     found = torch.empty(images.shape, pin_memory=images.is_pinned())
     for part, out in zip(images.split(64), found.split(64), strict=True):
@@ -141,7 +141,7 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
-    """What a run of clipcore does; in micro-batches, with as many graphs kept as its plan says."""
+    """Return clipcore's step, as in a run; in micro-batches, it keeps as many graphs as its plan says."""
     step = TrainingStep(
         *(model, model, ClipLoss(), World(0, 1, 0, case.device), case.precision, 0),
         *(case.num_pairs, lambda loss: loss, case.micro_batch_size or case.num_pairs),
@@ -158,7 +158,7 @@ def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
         mark("optimizer")
 
     def direct(mark: Mark) -> None:
-        """The same in parts: a direct step's towers and uploads are one call otherwise."""
+        """Run the direct step in parts, since its towers and uploads are otherwise one call."""
         parts = step.cutter(batch, 0)(slice(0, case.num_pairs))
         mark("data")
         images, tokens, *seeds = (part.to(case.device, non_blocking=True) for part in parts)
@@ -214,7 +214,7 @@ def library_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> tuple[T
 def library_mlp(
     block: ResidualAttentionBlock, x: Tensor, delta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the stream in two parts behind the second half of a block."""
+    """Return the stream in two parts after the second half of a block."""
     x, normed = library_norm(block.ln_2, x, delta)
     c_fc, activation, c_proj = block.mlp
     hidden = c_fc(normed)
@@ -230,7 +230,7 @@ def library_block(
     is_causal: bool,
     segments_RL: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the stream in two parts behind a block, by torch's own operators around the packed attention."""
+    """Return the stream in two parts after a block, by torch's own operators around the packed attention."""
     x_RLD, normed_RLD = library_norm(block.ln_1, x_RLD, delta_RLD)
     return library_mlp(block, x_RLD, block.attn(normed_RLD, is_causal, segments_RL))
 
@@ -244,7 +244,7 @@ class LibraryHalves(NamedTuple):
 
 
 def with_library_blocks(model: nn.Module) -> nn.Module:
-    """Return the model with every block of both towers a `LibraryBlock`, the parameters as they are."""
+    """Return the model with every block of both towers as a `LibraryBlock`, with the same parameters."""
     compiled = LibraryHalves(
         *(torch.compile(fn, fullgraph=True) for fn in (library_block, library_norm, library_mlp))
     )
@@ -256,11 +256,11 @@ def with_library_blocks(model: nn.Module) -> nn.Module:
 
 
 def ignore(part: str) -> None:
-    """The clock of a step that is timed as a whole."""
+    """Ignore the end of a part: the clock of a step that is timed as a whole."""
 
 
 def open_clip(case: Case, batch: Batch, model: nn.Module, compiled: bool = False) -> Step:
-    """The step of open_clip's trainer on one device, in micro-batches that of its --accum-freq."""
+    """Return the step of open_clip's trainer on one device; micro-batches are those of its --accum-freq."""
     towers = torch.compile(model) if compiled else model
     loss_fn, optimizer = import_open_clip().loss.ClipLoss(), _optimizer(model)
     images, text = _normalised(batch.images), batch.tokens
@@ -289,7 +289,7 @@ def open_clip(case: Case, batch: Batch, model: nn.Module, compiled: bool = False
         mark("backward")
 
     def accumulated(mark: Mark) -> None:
-        """Features without gradients first; then each micro-batch once more, with the whole loss."""
+        """Embed all without gradients, then each micro-batch once more with the whole loss."""
         features: list[tuple[Tensor, ...]] = []
         with torch.no_grad(), case.autocast():
             for rows in parts:
@@ -315,7 +315,7 @@ def open_clip(case: Case, batch: Batch, model: nn.Module, compiled: bool = False
 
 
 def transformers(case: Case, batch: Batch, config: ModelConfig) -> Step:
-    """CLIPModel of transformers, the same shapes, its own loss."""
+    """Return the step of transformers' CLIPModel, with the same shapes and its own loss."""
     model = transformers_model(config).to(case.device).train()
     optimizer = _optimizer(model)
     images, text = _normalised(batch.images), batch.tokens
@@ -337,7 +337,7 @@ def transformers(case: Case, batch: Batch, config: ModelConfig) -> Step:
 
 
 def transformers_model(config: ModelConfig) -> nn.Module:
-    """Its model of these shapes, randomly initialised, with torch's attention as is its default.
+    """Return transformers' model of these shapes, randomly initialised, with its default, torch's attention.
 
     Raises:
         ImportError: transformers is not installed.
@@ -349,7 +349,7 @@ def transformers_model(config: ModelConfig) -> nn.Module:
 
 
 def providers(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[], Step]]]:
-    """(name, how to make its step) of those that can run the case; a model is only made when it is its turn."""
+    """Return (name, how to make its step) of each provider that can run the case; a model is made when its turn comes."""
     dropped = {"force_patch_dropout": case.patch_dropout} if case.patch_dropout else {}
     template = create_model(case.model)
     batch = random_batch(case, template.config)
@@ -375,6 +375,8 @@ def providers(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[], 
     }
     for name in filter(is_wanted, names):
         if name == "transformers" and (case.patch_dropout or case.micro_batch_size):
-            print("transformers: has neither patch dropout nor an exact step in micro-batches")
+            print(
+                "transformers is left out: it has neither patch dropout nor an exact step in micro-batches"
+            )
         else:
             yield name, known[name]

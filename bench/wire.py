@@ -1,10 +1,10 @@
-"""What several ranks send each other: the collectives of a step by formula, counted, and how long a wire takes for them.
+"""Traffic between ranks: the collectives of a step by formula and counted, and their time on a wire.
 
 Legend: W ranks, B pairs of each, G = W B, E embedding size.
 
 The softmax loss gathers the texts ([G, E], behind a header of 64 bytes a rank), reduces the columns' maximum and sum ([G] in
 float64), and in its backward pass the columns' gradient and the gathered texts' ([G, E] in float32 for whatever narrower
-dtype travels). The sigmoid loss has the first and the last of these only. On the CPU both exchange sizes first, 24 bytes a
+dtype travels). The sigmoid loss has only the first and the last of these. On the CPU both exchange sizes first, 24 bytes a
 rank. What a rank sends is that of a ring: (W - 1) / W of all bytes for a gather or a scatter, twice that for an all-reduce.
 """
 
@@ -26,13 +26,13 @@ class Collective(NamedTuple):
     num_bytes: int
 
     def sent_bytes(self, num_ranks: int) -> float:
-        """What one rank sends in a ring."""
+        """Return the bytes that one rank sends in a ring."""
         passes = 2 if self.kind == REDUCE else 1
         return passes * self.num_bytes * (num_ranks - 1) / num_ranks
 
 
 class Wire(NamedTuple):
-    """What joins the ranks: usable bytes a second that each sends, and seconds that a collective takes without bytes."""
+    """A connection of ranks: usable bytes a second that each sends, and seconds of an empty collective."""
 
     name: str
     bytes_per_s: float
@@ -40,7 +40,7 @@ class Wire(NamedTuple):
     assumptions: str
 
     def time_ms(self, collectives: Iterable[Collective], num_ranks: int) -> float:
-        """Of collectives one after the other, beside which nothing is computed."""
+        """Return the time of collectives in sequence, without overlap."""
         return 1e3 * sum(
             self.latency_s + one.sent_bytes(num_ranks) / self.bytes_per_s for one in collectives
         )
@@ -69,11 +69,11 @@ def loss_collectives(
     loss: str = "softmax",
     on_gpu: bool,
 ) -> list[Collective]:
-    """Those of a loss's forward and backward pass over ``num_pairs`` pairs in equal shares, in order.
+    """Return the collectives of a loss's forward and backward pass over ``num_pairs`` pairs in equal shares, in order.
 
     Args:
         width: E.
-        wire_dtype: of the features; float64 ones have gradients in float64.
+        wire_dtype: dtype of the features; float64 features have gradients in float64.
         loss: "softmax" (`clipcore.loss.ClipLoss`) or "sigmoid" (`SigLipLoss`), without ids.
     """
     rows = num_pairs // num_ranks
@@ -89,12 +89,12 @@ def loss_collectives(
 
 
 def gradient_collectives(num_parameters: int) -> list[Collective]:
-    """The average of the parameters' gradients, in float32, as one."""
+    """Return the averaging of the parameters' gradients, in float32, as one collective."""
     return [Collective(REDUCE, 4 * num_parameters)]
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes in ``found`` the collectives that are called within it, as the process group's operators see them."""
+    """A mode that records in ``found`` the collectives called within it, from the process group's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,5 +111,5 @@ class CollectiveCounter(TorchDispatchMode):
         elif name == "c10d::_reduce_scatter_base_":
             self.found.append(Collective(SCATTER, args[1].nbytes))
         elif name.startswith("c10d::"):
-            raise ValueError(f"{name} has no formula in bench/wire.py: give it one")
+            raise ValueError(f"{name} has no formula in bench/wire.py: add one")
         return func(*args, **(kwargs or {}))

@@ -152,7 +152,7 @@ class _AbsentGPU:
 
 @contextlib.contextmanager
 def _compiling_for(architecture: int) -> Iterator[dict[str, Kernel]]:
-    """Launches compile for the architecture and appear in the dictionary; nothing runs."""
+    """Compile launches for the architecture into the dictionary; nothing runs."""
     from triton.runtime import JITFunction, driver
 
     from clipcore.kernels import launch

@@ -101,7 +101,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunServer]:
-    """Starts training runs by fork."""
+    """Return a server that starts training runs by fork."""
     started = RunServer()
     yield started
     started.close()

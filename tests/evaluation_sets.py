@@ -98,7 +98,7 @@ def nano(seed: int = 0, name: str = "ViT-nano-8-32") -> CLIP:
 
 
 def nano_subject(model: CLIP | None = None, cache: object = None) -> Subject:
-    """A small untrained model under evaluation."""
+    """Return a small untrained model under evaluation."""
     model = nano() if model is None else model
     tokenizer = byte_tokenizer()
     tokenizer.context_length = model.context_length

@@ -30,7 +30,7 @@ FACE_PROMPTS = "".join(
 
 
 def put(path: Path, content: bytes | str | None = None) -> Path:
-    """A file, a picture where no content is given."""
+    """Write a file; without content, a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = picture(0)[0] if content is None else content
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -87,14 +87,14 @@ def captions_of(split: Split) -> list[object]:
 
 
 def refuse(spec: Path, message: str, split: str = "test", **options: str) -> None:
-    """What is wrong comes in one line, at once or with the split."""
+    """Check that the error is one line, at once or when the split is opened."""
     with pytest.raises(DataError, match=message) as found:
         open_set(str(spec), **options).split(split)
     assert "\n" not in str(found.value)
 
 
 def write_table(folder: Path, rows: list[dict[str, object]], kind: str) -> Path:
-    """A table of these rows; those without an image are given one."""
+    """Write a table of these rows; rows without an image get one."""
     images = write_images(folder, len(rows))
     rows = [{"image": image, **row} for (image, _), row in zip(images, rows, strict=True)]
     path = folder / f"labels.{kind}"

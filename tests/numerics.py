@@ -152,7 +152,7 @@ def assert_accurate(
     exact: Tensor,
     size: Callable[[Tensor], float] = _largest,
 ) -> None:
-    """The rule for one tensor. actual and reference are of one dtype, exact is float64; size is of errors."""
+    """Check the rule for one tensor. actual and reference have one dtype, exact is float64; size is that of errors."""
     assert actual.dtype == reference.dtype, f"{name}: {actual.dtype}, expected {reference.dtype}"
     assert actual.shape == exact.shape, f"{name}: {actual.shape}, expected {exact.shape}"
     assert exact.dtype == torch.float64 and exact.isfinite().all()

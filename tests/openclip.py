@@ -14,7 +14,7 @@ import torch
 
 @functools.cache
 def import_open_clip() -> ModuleType:
-    """The package open_clip.
+    """Return the package open_clip.
 
     It imports torchvision, whose wheel cannot load its compiled operators beside a CPU torch and then fails on
     registering their shapes. Declaring the two operators first, which nothing here calls, lets the rest import.

@@ -35,7 +35,7 @@ def unit_embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 
 def ids_for(option: dict[str, object], B: int, G: int, device: str = "cpu") -> dict[str, object]:
-    """The option with ids of which each stands on several rows."""
+    """Return the option, with ids that each occur on several rows."""
     if "same_id" not in option:
         return dict(option)
     image_ids, text_ids = torch.arange(B) // 3, torch.arange(G) // 3

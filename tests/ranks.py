@@ -76,7 +76,7 @@ class RankPool:
             connection.send(port)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Calls function(world, *arguments) on every rank; what they return, by rank.
+        """Call function(world, *arguments) on every rank; return the results by rank.
 
         Raises:
             AssertionError: a rank raised, died or kept silent; the message has its traceback.

@@ -196,8 +196,10 @@ class RunServer:
 
 
 def final_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
-    """What must be equal, bit for bit, between a run and one that was stopped and resumed: every tensor of the last
-    checkpoint, and the log without the clock."""
+    """Return what must be equal, bit for bit, between a run and one that was stopped and resumed.
+
+    It is every tensor of the last checkpoint, and the log without the clock.
+    """
     from safetensors.torch import load_file
 
     newest = max((run_dir / "checkpoints").glob("step_*"))
@@ -211,7 +213,7 @@ def final_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, 
 
 
 def assert_same_bits(run_dir: Path, other_dir: Path) -> None:
-    """The two runs ended alike."""
+    """Check that two runs ended alike."""
     (tensors, rows), (other_tensors, other_rows) = final_state(run_dir), final_state(other_dir)
     assert tensors.keys() == other_tensors.keys()
     differing = [

@@ -15,7 +15,7 @@ SHAPES = ("square", "circle", "line", "triangle", "cross")
 
 
 def picture(index: int) -> tuple[bytes, str]:
-    """A JPEG and its caption."""
+    """Return a JPEG and its caption."""
     colour, shape = COLOURS[index % 8], SHAPES[index // 8 % 5]
     width, height = 36 + index % 7, 40 - index % 5
     image = Image.new("RGB", (width, height), "white")
@@ -51,7 +51,7 @@ def write_images(folder: Path, num_pairs: int) -> list[tuple[str, str]]:
 
 
 def write_csv(folder: Path, num_pairs: int) -> Path:
-    """A table in open_clip's form, tab separated, with its images in a folder beside it."""
+    """Write a table in open_clip's form, tab separated, with its images in a folder beside it."""
     rows = [("filepath", "title"), *write_images(folder, num_pairs)]
     path = folder / "pairs.csv"
     path.write_text("".join(f"{image}\t{caption}\n" for image, caption in rows))
@@ -88,7 +88,7 @@ def write_folder(folder: Path, num_pairs: int) -> Path:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """A tar file of these members."""
+    """Write a tar file of these members."""
     with tarfile.open(path, "w") as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)

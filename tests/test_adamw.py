@@ -51,7 +51,7 @@ def tensors(
 def updated(
     engine: str, parts: list[Tensor], shadow: Tensor | None, scale: Tensor, **place: int
 ) -> list[Tensor]:
-    """New parameter and moments, and the shadow."""
+    """Return the new parameter and moments, and the shadow."""
     device = KERNEL_DEVICE if engine == "kernel" else "cpu"
     moved = [None if t is None else t.clone().to(device) for t in (*parts, shadow)]
     update = Update(*moved, **place)

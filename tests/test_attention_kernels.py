@@ -63,13 +63,13 @@ def problem(
 def passes(
     qkv: Tensor, upstream: Tensor, is_causal: bool, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The kernels' output and gradient."""
+    """Return the kernels' output and gradient."""
     out, lse = forward(qkv, is_causal, segments)
     return out, backward(upstream, qkv, out, lse, is_causal, segments)
 
 
 def check(qkv: Tensor, upstream: Tensor, is_causal: bool, segments: Tensor | None) -> None:
-    """The one rule of accuracy, for the output and for the gradients of queries, keys and values each."""
+    """Check the rule of accuracy for the output and for the gradients of queries, keys and values each."""
     found = passes(qkv, upstream, is_causal, segments)
 
     def reference(x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_bench_ends_where_its_tests_fail(results: Path, monkeypatch: pytest.Mo
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(SystemExit, match="--tests failed measures all the same"):
+    with pytest.raises(SystemExit, match="--tests failed measures anyway"):
         harness.parse(argparse.ArgumentParser(), ["tests/test_wire.py"], [])
     assert asked[0][-1] == "tests/test_wire.py"
 
@@ -334,7 +334,7 @@ class Machine:
         return done.returncode, commands, done.stdout + done.stderr
 
     def ran(self, *families: str, **environment: str) -> list[str]:
-        """The scripts and test files of a call."""
+        """Return the scripts and test files of a call."""
         _, commands, _ = self.run(*families, **environment)
         words = [word for command in commands for word in command]
         return [Path(word).stem for word in words if word.endswith(".py")]
@@ -510,7 +510,7 @@ TINY_OF_BENCH = {
 
 
 def made_tiny(arguments: list[str]) -> list[str]:
-    """The same options with the values above."""
+    """Return the same options with the values above."""
     found, values = [], iter(arguments)
     kept = True
     for word in values:
@@ -590,7 +590,7 @@ def test_every_part_is_rehearsed(machine: Machine, rehearsal: Path) -> None:
 
 
 def rows_made(results: Path) -> list[dict[str, Any]]:
-    """The rows since the last call."""
+    """Return the rows since the last call."""
     rows = []
     for path in results.glob("*.jsonl"):
         rows += [json.loads(line) for line in path.read_text().splitlines()]

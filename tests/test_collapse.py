@@ -17,7 +17,7 @@ LEVEL = math.log(256)
 
 
 def watch_of(rows: list[tuple[float, float]], warmup: int = 3) -> tuple[CollapseWatch, list[str]]:
-    """A watch that has seen (loss, gradient) of steps 1, 2, ..., and what it said."""
+    """Return a watch that has seen (loss, gradient) of steps 1, 2, ..., and its messages."""
     watch = CollapseWatch(256, is_sigmoid=False, warmup=warmup)
     said = [watch.see(step, *row) for step, row in enumerate(rows, start=1)]
     return watch, [line for line in said if line is not None]

@@ -248,7 +248,7 @@ def in_triton(
 def fixed_point_ref(
     image: Tensor, text: Tensor, scale: Tensor, *, shift: float, normalize: bool, **ids: object
 ) -> Tensor:
-    """The reference from cosines as a stash keeps them, whose derivative is that of the cosines themselves.
+    """Return the reference from cosines as a stash stores them; its derivative is that of the cosines themselves.
 
     The first step lies `shift` steps below the least.
     """
@@ -277,11 +277,13 @@ def assert_kernels_accurate(
     without_row: int | None = None,
     **keywords: object,
 ) -> None:
-    """The rule of accuracy. A stash stores logits in 16 bits: its reference for 16-bit embeddings is theirs, for float32
-    ones the one whose logits are in fixed point, 65,536 steps between the least and the greatest. Its rounding is random
-    and the loss one number, so that its error is the largest over four places of the steps.
+    """Check the rule of accuracy.
 
-    The gradients of all rows but one follow it on their own too, if one is named.
+    A stash stores logits in 16 bits. For 16-bit embeddings its reference is theirs; for float32 ones it has logits in fixed
+    point, 65,536 steps between the least and the greatest. Its rounding is random and the loss one number, so its error is
+    the largest over four places of the steps.
+
+    If a row is named, the gradients of all other rows also follow the rule on their own.
     """
     ids = ids or {}
     dtype = problems[0][0].dtype
@@ -410,7 +412,7 @@ def test_kernels_fall_back_to_the_running_maximum(
 
 
 def problems_with_an_odd_pair(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Unit rows around one direction, found with some certainty, and one pair of opposite rows apart from them all."""
+    """Return unit rows around one direction, found with some certainty, and one pair of opposite rows apart from all."""
     problems = []
     for _ in range(3):
         centre, *noise = (F.normalize(torch.randn(n, 64)) for n in (1, 130, 130))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 
 def put(path: Path, content: bytes | str | None = None) -> Path:
-    """A file, a picture where no content is given."""
+    """Write a file; without content, a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = picture(0)[0] if content is None else content
     path.write_bytes(content.encode() if isinstance(content, str) else content)

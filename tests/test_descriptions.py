@@ -34,7 +34,7 @@ QUICK = f"{NAME}-quickgelu"
 
 
 def hf_folder(folder: Path, model: CLIP, images: dict[str, Any] | None = None) -> Path:
-    """A folder as transformers saves one."""
+    """Write a folder as transformers does."""
     folder.mkdir(exist_ok=True)
     save_file(to_hf(model.state_dict()), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
@@ -44,7 +44,7 @@ def hf_folder(folder: Path, model: CLIP, images: dict[str, Any] | None = None) -
 
 
 def hub_folder(folder: Path, model: CLIP, images: dict[str, Any] | None = None) -> Path:
-    """A folder as open_clip pushes one to a hub."""
+    """Write a folder as open_clip pushes it to a hub."""
     folder.mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     content = {"model_cfg": model.config.to_dict(), "preprocess_cfg": images or {}}
@@ -53,7 +53,7 @@ def hub_folder(folder: Path, model: CLIP, images: dict[str, Any] | None = None) 
 
 
 def run_folder(folder: Path, model: CLIP) -> Path:
-    """A run with one checkpoint."""
+    """Make a run with one checkpoint."""
     identity = {"model": model.config.to_dict(), "images": model.images}
     save_checkpoint(
         folder / "checkpoints", 1, {"model": model.state_dict()}, {"identity": identity}
@@ -95,14 +95,14 @@ class Archived(nn.Module):
 def archive(
     path: Path, model: CLIP, activation: nn.Module | None = None, extras: bool = True
 ) -> Path:
-    """A TorchScript file, as OpenAI releases its weights."""
+    """Write a TorchScript file, as OpenAI releases its weights."""
     module = Archived(model.state_dict(), activation, extras)
     torch.jit.trace(module, torch.ones(2), check_trace=False).save(path)
     return path
 
 
 def extras_file(path: Path, model: CLIP) -> Path:
-    """The state dict of OpenAI's archive, saved."""
+    """Save the state dict of OpenAI's archive."""
     extras = {n: torch.tensor(32) for n in ("input_resolution", "context_length", "vocab_size")}
     torch.save({**model.state_dict(), **extras}, path)
     return path

@@ -47,7 +47,7 @@ devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_a
 
 @contextmanager
 def on_path(path: str) -> Iterator[None]:
-    """The gather takes this path in here."""
+    """Let the gather take this path."""
     with pytest.MonkeyPatch.context() as patch:
         if path == "reference":
             patch.setattr(native, "load", lambda: None)
@@ -62,7 +62,7 @@ def pool() -> Iterator[RankPool]:
 
 
 def rows_of(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """The same numbers in the test and in the rank."""
+    """Return the same numbers in the test and in the rank."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -274,7 +274,7 @@ def test_strided_input_and_strided_gradient(pool: RankPool, path: str) -> None:
 
 
 def message_of(world: World, path: str, differing: dict[str, list[Any]], group: Any = None) -> str:
-    """What is said when the ranks differ in these settings, each given by rank."""
+    """Return the error for ranks that differ in these settings, each given by rank."""
     mine = {name: values[world.rank] for name, values in differing.items()}
     rows = mine.get("rows", 4)
     x_BE = torch.zeros(rows, mine.get("columns", 8), dtype=mine.get("dtype", torch.float32))

@@ -92,13 +92,13 @@ def training(config: TrainConfig, world: World = ONE_RANK, **settings: Any) -> T
 
 
 def gradients(step: TrainingStep, batch: Batch) -> dict[str, Tensor]:
-    """The loss, and the gradients of all parameters."""
+    """Return the loss, and the gradients of all parameters."""
     loss = step.gradients(batch, 7).loss
     return {"loss": loss} | {name: p.grad for name, p in step.model.named_parameters()}
 
 
 def plain(config: TrainConfig) -> dict[str, Tensor]:
-    """The same by the whole matrix, with ids that a dictionary makes of the captions."""
+    """Return the same by the whole matrix, with ids from a dictionary of the captions."""
     step, tokens = training(config), tokenized()
     image, text, *scalars = step.embedder(batch_of(tokens), 7, step.model)(slice(0, 11), None)
     places: dict[tuple[int, ...], int] = {}
@@ -236,7 +236,7 @@ def pool() -> Iterator[RankPool]:
 
 
 def gradients_of_rank(world: World, config: TrainConfig) -> list[dict[str, Tensor]]:
-    """This rank's six or five pairs, cut behind its own longest caption, in each way."""
+    """Return the gradients of this rank's pairs, cut behind its own longest caption, in each way."""
     tokens = tokenized()
     share = share_of_rank(len(tokens), world.rank, 2)
     whole = batch_of(tokens)

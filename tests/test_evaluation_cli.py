@@ -69,7 +69,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of pictures with labels and two columns of groups."""
+    """Write a table of pictures with labels and two columns of groups."""
     folder = tmp_path_factory.mktemp("people")
     lines = ["filepath,label,group:gender,group:age"]
     for index in range(80):

@@ -403,7 +403,7 @@ def put_score(folder: Path, name: str, model: int, value: float, metric: str = "
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> tuple[Path, str]:
-    """A folder of 3 models, 12 data sets and all tasks, and its page."""
+    """Return a folder of 3 models, 12 data sets and all tasks, and its page."""
     folder = make_results(tmp_path_factory.mktemp("results") / "results")
     return folder, page_of(folder)
 

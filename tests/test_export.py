@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
 
 
 def build(name: str, tower: str, precision: str = "fp64") -> tuple[nn.Module, list[Tensor]]:
-    """A tower, two inputs of a batch to record it with, and batches of other sizes."""
+    """Return a tower, two inputs of a batch to record it with, and batches of other sizes."""
     model = create_model(name, precision=precision).eval()
     method, draw = TOWERS[tower]
     return Tower(model, method), [draw(model, number) for number in (2, *OTHER_BATCHES)]

@@ -40,7 +40,7 @@ def problem(N: int, F: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Te
 
 
 def assert_passes_accurate(found: list[Tensor], x: Tensor, dy: Tensor, kind: str) -> None:
-    """The rule for y, dx, the sum of dx's rows, and y again."""
+    """Check the rule for y, dx, the sum of dx's rows, and y again."""
     reference = with_gradients(lambda x: gelu_ref(x, kind), [x], dy)
     exact = exactly(lambda x: gelu_ref(x, kind), [x], dy)
     for values in (reference, exact):

@@ -33,7 +33,7 @@ NUM_PAIRS = 11
 def tower(
     siglip: bool = False, name: str = "ViT-nano-8-32", dtype: str = "fp64", **forced: object
 ) -> CLIP:
-    """A model with half of its patches dropped; a ResNet, which has no patches, with statistics that move."""
+    """Return a model with half of its patches dropped; a ResNet, which has no patches, has moving statistics."""
     torch.manual_seed(3)
     if name.startswith("ViT"):
         forced = {"force_patch_dropout": 0.5, **forced}
@@ -307,7 +307,7 @@ def pool() -> Iterator[RankPool]:
 def gradients_of_rank(
     world: World, num_ranks: int, siglip: bool, size: int | None, kept: int
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """This rank's share of the batch through DistributedDataParallel, in the group of the first ranks."""
+    """Run this rank's share of the batch through DistributedDataParallel, in the group of the first ranks."""
     if not _groups:
         _groups.extend(dist.new_group(list(range(number))) for number in range(1, NUM_RANKS + 1))
     if world.rank >= num_ranks:
@@ -399,7 +399,7 @@ def test_gradients_are_verified_over_ranks(pool: RankPool) -> None:
 
 
 def threads_on_rank(world: World) -> tuple[int, int]:
-    """(the number that the rank would choose alone, what it computes with) where only rank 0 gains by two threads."""
+    """Return (the number that the rank would choose alone, the number it uses) if only rank 0 gains by two threads."""
     step = training(tower(dtype="fp32"), num_pairs=NUM_RANKS * 40 + 1)
     share = share_of_rank(NUM_RANKS * 40 + 1, world.rank, NUM_RANKS)
     whole = pairs(NUM_RANKS * 40 + 1)

@@ -37,7 +37,7 @@ def sources() -> dict[str, IconSource]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder that is found in qtawesome's place; what was read of the real one is forgotten meanwhile."""
+    """Put a folder in qtawesome's place; what was read of the real one is forgotten meanwhile."""
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     forget()

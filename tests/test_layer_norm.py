@@ -47,7 +47,7 @@ def embedding(B: int, P: int, D: int, dtype: torch.dtype, device: str) -> list[T
 
 
 def by_autograd(stream: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, dstream: Tensor):
-    """What the passes give of a stream that is already rounded, by the reference."""
+    """Return the reference's results from a stream that is already rounded."""
     leaves = [t.detach().requires_grad_() for t in (stream, weight, bias)]
     y = layer_norm_ref(*leaves, EPS)
     grads = torch.autograd.grad((y, leaves[0]), leaves, (dy.to(y.dtype), dstream.to(y.dtype)))
@@ -55,7 +55,7 @@ def by_autograd(stream: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, dstrea
 
 
 def assert_passes_accurate(found: list[Tensor], x: Tensor, delta: Tensor, *rest: Tensor) -> None:
-    """The rule for the stream and everything that follows from it as it was rounded."""
+    """Check the rule for the stream, and for everything that follows from the rounded stream."""
     stream = found[0]
     assert_accurate("stream", stream, x + delta, x.double() + delta.double())
     exact = by_autograd(*(t.double() for t in (stream, *rest)))

@@ -265,7 +265,7 @@ class Case:
         return F.normalize(image), F.normalize(text)
 
     def all_ids(self) -> tuple[Tensor, Tensor]:
-        """Some captions stand twice, on one rank or two; a row has its own or one of the others'."""
+        """Return ids of all images and texts; some occur twice, on one rank or two, and both of a pair have the same one."""
         generator = torch.Generator().manual_seed(self.number)
         image, text = (
             torch.randint(0, 2 * sum(side) + 1, (sum(side),), generator=generator)

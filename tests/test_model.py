@@ -208,7 +208,7 @@ def test_the_pruned_last_block_and_trimmed_text_are_exact():
 
 
 def saved_bytes(model: CLIP, image: torch.Tensor) -> int:
-    """What the image tower's forward pass keeps for its backward pass, its weights aside."""
+    """Return the bytes that the image tower's forward pass saves for its backward pass, its weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

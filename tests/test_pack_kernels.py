@@ -54,7 +54,7 @@ def test_compiles_without_spills_and_in_wide_accesses(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels' source as a library of the host."""
+    """Compile the kernels' source as a library of the host."""
     if NVCC is None:
         pytest.skip("no nvcc on the PATH")
     dry_run = subprocess.run([NVCC, "-dryrun", "x.cu"], capture_output=True, text=True)
@@ -84,7 +84,7 @@ def call(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def reference(monkeypatch: pytest.MonkeyPatch, x_BE: torch.Tensor, *arguments: Any) -> _ExchangeRef:
-    """The reference with its part packed, and the collective left out."""
+    """Run the reference with its part packed, and the collective left out."""
     sent = []
     monkeypatch.setattr(
         all_gather, "all_gather_single", lambda received, part, **_: sent.append(part)

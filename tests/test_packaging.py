@@ -37,7 +37,7 @@ SHIPPED = [
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
-    """What the command prints; an assertion with all of its output when it fails."""
+    """Return what the command prints; if it fails, raise an assertion with all of its output."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
@@ -55,7 +55,7 @@ def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a checkout holds, so that the checkout itself stays clean."""
+    """Return a copy of a checkout's files, so that the checkout itself stays clean."""
     copy = tmp_path_factory.mktemp("tree")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
@@ -256,7 +256,7 @@ def test_cuda_kernels_are_built_where_there_is_a_toolkit(
 
 
 def toolkit_of(folder: Path, nvcc: str, headers: bool = True) -> Path:
-    """A CUDA toolkit whose nvcc is a shell script."""
+    """Make a CUDA toolkit whose nvcc is a shell script."""
     names = ["bin/nvcc"] + ["include/cuda_runtime.h", "lib/libcudart.so"] * headers
     for name in names:
         (folder / name).parent.mkdir(parents=True)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("cache_folder")]
 
 
 def write(path: Path, rows: list[int], classes: tuple[str, ...] = (), **columns: Any) -> Path:
-    """A table of pictures by number, with the hub's notes on the names of classes where they are given."""
+    """Write a table of pictures by number, with the hub's notes on the names of classes if they are given."""
     images = [{"bytes": picture(row)[0], "path": None} for row in rows]
     table = pyarrow.table({"image": images, **columns})
     if classes:

@@ -25,7 +25,7 @@ from clipcore.data.transforms import ImageTransform
 
 @pytest.fixture(scope="module", params=["compiled here", "clipcore._C"])
 def kernel(request, tmp_path_factory) -> Kernel:
-    """The source as it is now, and as the installed extension has it."""
+    """Return the source as it is now, and as the installed extension has it."""
     if request.param == "clipcore._C":
         if (installed := compiled_kernel()) is None:
             pytest.skip("clipcore._C is not built: pip install -e .")
@@ -55,7 +55,7 @@ def kernel(request, tmp_path_factory) -> Kernel:
 
 @pytest.fixture
 def resize(monkeypatch, kernel) -> list[tuple[np.ndarray, int, int]]:
-    """Puts the kernel to use, in the order of this Pillow; returns the list of its calls."""
+    """Use the kernel, in the order of this Pillow; return the list of its calls."""
     exact = next(r for r in (by_shape(kernel), rows_first(kernel)) if agrees_with_pillow(r))
     calls = []
     monkeypatch.setattr(

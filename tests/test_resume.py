@@ -57,7 +57,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(logs: Path, table: Path, *more: str, name: str = "r", epochs: int = 1) -> list[str]:
-    """The command line of a run of five steps an epoch that saves each."""
+    """Return the command line of a run of five steps an epoch that saves each."""
     line = ["--logs", str(logs), "--name", name, "--train-data", str(table), *NANO]
     return [
         *line,
@@ -68,7 +68,7 @@ def flags(logs: Path, table: Path, *more: str, name: str = "r", epochs: int = 1)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Iterator[Path]:
-    """The logs folder of a run ``r`` of one epoch, to be copied; with checkpoints 3, 4 and 5."""
+    """Return the logs folder of a run ``r`` of one epoch, to be copied; with checkpoints 3, 4 and 5."""
     logs = tmp_path_factory.mktemp("logs")
     server = RunServer()
     status, text = server.run(flags(logs, table), logs / "out")
@@ -78,12 +78,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Iterator[
 
 
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A run's folder of the test's own."""
+    """Return a copy of the run's folder for the test."""
     return shutil.copytree(finished / "r", tmp_path / "r")
 
 
 def one_line(text: str) -> str:
-    """The one line of an error in what a run wrote, which holds no traceback."""
+    """Return the one line of an error in a run's output, which holds no traceback."""
     assert "Traceback" not in text, text
     lines = [line for line in text.splitlines() if "error:" in line or "stopped:" in line]
     assert len(lines) == 1, text
@@ -588,7 +588,7 @@ def test_a_loss_scalers_state_is_one(finished):
 
 
 def state_of(found: Checkpoint) -> RunState:
-    """A state at its beginning that the checkpoint belongs to."""
+    """Return a state at its beginning, which the checkpoint belongs to."""
     identity = found.state["identity"]
     model = CLIP(ModelConfig.from_dict(identity["model"]))
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)

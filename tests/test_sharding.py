@@ -58,7 +58,7 @@ _groups: dict[int, Any] = {}
 
 
 def first_ranks(num_ranks: int) -> Any:
-    """The group of the first ranks; made once a process, by all alike."""
+    """Return the group of the first ranks; all make it alike, once a process."""
     if num_ranks not in _groups:
         _groups[num_ranks] = dist.new_group(range(num_ranks))
     return _groups[num_ranks]
@@ -94,7 +94,7 @@ def loss_of(image_GE: Tensor, text_GE: Tensor, scale: Tensor) -> Tensor:
 
 
 def fill_gradients(model: CLIP, world: World, group: Any, step: int, num_kept: int) -> Tensor:
-    """A step over stored features: two micro-batches embedded without a graph and then replayed, only the last in sync;
+    """Take a step over stored features: two micro-batches embedded without a graph and then replayed, only the last in sync;
     of ``num_kept`` of them the graph is kept instead. Returns the loss."""
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     images, tokens = (t.chunk(num_ranks)[rank] for t in pairs(step))
@@ -226,7 +226,7 @@ def test_steps_are_those_of_the_unsharded_model(
 
 
 def accumulate(world: World) -> list[Tensor]:
-    """The gradient of a replicated layer after a pass that keeps to its rank, and after the last."""
+    """Return the gradient of a replicated layer after a pass without communication, and after the last."""
     layer = nn.Linear(2, 1, bias=False)
     replica = DistributedDataParallel(layer)
     seen = []
@@ -285,7 +285,7 @@ def test_autocast_decides_as_without_sharding(pool: RankPool) -> None:
 
 
 def new_state(world: World, group: Any, seed: int) -> RunState:
-    """The state of a run, its model sharded among a group, or (None) whole."""
+    """Return the state of a run, its model sharded among a group, or (None) whole."""
     model = new_model("ViT-nano-8-32", "fp32")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -322,7 +322,7 @@ def contents(state: RunState) -> dict[str, Tensor]:
 
 
 def save_on_all(world: World, run_dir: Path) -> Any:
-    """Saves after one step and after two; what the second checkpoint has to hold."""
+    """Save after one step and after two; return what the second checkpoint has to hold."""
     group = first_ranks(NUM_RANKS)
     state = new_state(world, group, seed=0)
     state.bad_samples = 7
@@ -334,7 +334,7 @@ def save_on_all(world: World, run_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def run(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """The folder of a run with the checkpoints of steps 1 and 2, and the tensors of the second."""
+    """Return the folder of a run with the checkpoints of steps 1 and 2, and the tensors of the second."""
     run_dir = tmp_path_factory.mktemp("run")
     saved, *others = pool.run(save_on_all, run_dir)
     for other in others:
@@ -344,12 +344,12 @@ def run(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @pytest.fixture
 def run_dir(run: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Return a copy to spoil."""
     return Path(shutil.copytree(run[0], tmp_path / "copy"))
 
 
 def load_on(world: World, run_dir: Path, num_ranks: int, out_dir: Path) -> Any:
-    """Loads on the first ranks, and saves again from there; also from a checkpoint that was read whole."""
+    """Load on the first ranks, and save again from there; also from a checkpoint that was read whole."""
     group = first_ranks(num_ranks)
     if world.rank >= num_ranks:
         return None
@@ -440,7 +440,7 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(pool: RankPool, run: Any
 
 
 def refuse(function: Callable[..., Any], error: Exception, after: int) -> Callable[..., Any]:
-    """``function``, which raises from its call number ``after`` on."""
+    """Return ``function``, which raises from its call number ``after`` on."""
     calls = iter(range(after))
 
     def refusing(*arguments: Any) -> Any:
@@ -463,7 +463,7 @@ FAULTS = [
 
 
 def save_with_faults(world: World, run_dir: Path) -> list[tuple[str, list[str]]]:
-    """Saves step 3 under each fault: what was raised, and what the folder then held; at last without."""
+    """Save step 3 under each fault, at last without; return the error and the folder's content for each."""
     state = new_state(world, first_ranks(NUM_RANKS), seed=0)
     state.step = 3
     results = []
@@ -538,7 +538,7 @@ def test_compiled_is_refused() -> None:
 
 
 def command_line(tmp_path: Path, table: Path, name: str, num_ranks: int) -> list[str]:
-    """A run of 18 steps of 6 pairs, with three evaluations of 41 pairs, which no number of ranks divides."""
+    """Return a run of 18 steps of 6 pairs, with three evaluations of 41 pairs, which no number of ranks divides."""
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]
     line += ["--val-data", str(table), "--batch-size", str(6 // num_ranks), "--epochs", "3"]
     return [*line, "--ema-decay", "0.9", "--grad-clip-norm", "1", "--resume", "latest"]

@@ -105,7 +105,7 @@ def test_cpu_is_exact_with_every_option(
 def assert_accurate_everywhere(
     problems: list[tuple[Tensor, ...]], keywords: dict[str, object], how: dict[str, object]
 ) -> None:
-    """The rule of accuracy, each output over all problems: loss, scale's and bias's gradient are one number each."""
+    """Check the rule of accuracy, each output over all problems: loss, scale's and bias's gradient are one number each."""
     results: list[list[list[Tensor]]] = [[], [], []]
     for inputs in problems:
         narrow = [t.to(inputs[0].dtype) for t in inputs[:2]]

@@ -23,7 +23,7 @@ from clipcore.ranks.signals import DataWaitError, Interrupt, waiting_for_data
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """A timer and a handler of somebody else, such as pytest-timeout's, are there again afterwards."""
+    """Check that a foreign timer and handler, such as pytest-timeout's, are restored afterwards."""
     before = signal.signal(signal.SIGALRM, others)
     timer = signal.setitimer(signal.ITIMER_REAL, 1e6)
     yield

@@ -40,7 +40,7 @@ class FakeGPU:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
-    """A GPU of which nothing has been decided."""
+    """Return a GPU without earlier decisions."""
     fake = FakeGPU()
     monkeypatch.setattr(budget, "torch", SimpleNamespace(cuda=fake))
     budget._gpu_stash_bytes.cache_clear()

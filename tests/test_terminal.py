@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fast
 
 @contextlib.contextmanager
 def descriptor_of(kind: str) -> Iterator[int]:
-    """A descriptor that every write to fails."""
+    """Return a descriptor to which every write fails."""
     if kind == "full disk":
         number = os.open("/dev/full", os.O_WRONLY)
     elif kind == "dead pipe":

@@ -252,7 +252,7 @@ def join_pair(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
 
 
 def plain_training(captions: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
-    """The most frequent pair first; of equals the one whose symbols are older."""
+    """Merge the most frequent pair first; of equals the one whose symbols are older."""
     words: collections.Counter[tuple[str, ...]] = collections.Counter()
     for caption in captions:
         for word in re.findall(

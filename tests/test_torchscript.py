@@ -148,7 +148,7 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small traced archive."""
+    """Return a small traced archive."""
     path = tmp_path_factory.mktemp("small") / "small.pt"
     torch.jit.trace(Small().eval(), torch.randn(2, 2)).save(path)
     return path.read_bytes()
@@ -228,7 +228,7 @@ class Doubled(nn.Module):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a file that code would overwrite."""
+    """Return the working directory, with a file that code would overwrite."""
     monkeypatch.chdir(tmp_path)
     Path("precious").write_text("kept")
     return tmp_path

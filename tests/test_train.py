@@ -42,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def flags(tmp_path: Path, name: str, data: str | Path, **settings: object) -> list[str]:
-    """The command line of a small run."""
+    """Return the command line of a small run."""
     settings = {"batch_size": 8, "epochs": 4, "lr": 1e-3, "save_every_steps": 1, **settings}
     line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(data), *NANO]
     for key, value in settings.items():

@@ -27,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 @pytest.fixture
 def launch(server: RunServer, table: Path, tmp_path: Path) -> Callable[..., str]:
-    """Makes a whole run of global batch 8 on ``num_ranks`` processes; returns what it prints."""
+    """Make a whole run of global batch 8 on ``num_ranks`` processes; return what it prints."""
 
     def run(name: str, num_ranks: int, *extra: str) -> str:
         line = ["--logs", str(tmp_path), "--name", name, "--train-data", str(table), *NANO]

@@ -24,7 +24,7 @@ EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 
 def count_events(signals: dict[int, int], count_to: str | None) -> None:
-    """Number the run's events, and send it a signal at some of them."""
+    """Count the run's events, and send it a signal at some of them."""
     from clipcore.run import metrics
 
     numbers, owner = itertools.count(1), os.getpid()
