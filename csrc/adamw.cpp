@@ -1,5 +1,5 @@
-// AdamW on the CPU. Every element takes the same operations, each rounded by itself, so that its bits do not depend on
-// where it falls in a vector, a part of a tensor or a thread. A chunk's random words are drawn whole.
+// AdamW on the CPU. Every element takes the same operations, each rounded separately. So its bits do not depend on its place
+// in a vector, a part of a tensor or a thread. The random words of a chunk are always drawn for the whole chunk.
 
 #include "adamw.h"
 
@@ -18,14 +18,14 @@
 namespace clipcore {
 namespace {
 
-constexpr int kChunk = 4096, kWords = 4, kLanes = kChunk / kWords, kRounds = 7; // as kernels/adamw.py has them
+constexpr int kChunk = 4096, kWords = 4, kLanes = kChunk / kWords, kRounds = 7; // as in kernels/adamw.py
 constexpr uint32_t kMoments = 0, kWeights = 1; // purposes of random words
 
 struct Factors {
   float decay, coefficient1, beta2, coefficient2, step_size, root_correction, eps, grad_scale;
 };
 
-// One tensor's pointers, of one of two types each.
+// One tensor's pointers, each of one of two types.
 struct Update {
   void *param, *exp_avg, *exp_avg_sq, *shadow;
   const void* grad;
@@ -34,7 +34,7 @@ struct Update {
   uint32_t stream;
 };
 
-// The Philox words of a chunk: of its element i word i / kLanes of block i % kLanes, as the kernel takes them.
+// The Philox words of a chunk. Element i uses word i / kLanes of block i % kLanes, as in the Triton kernel.
 CLIPCORE_VECTORS void draw_words(
     uint64_t seed, int64_t chunk, uint32_t purpose, uint32_t step, uint32_t stream, uint32_t* __restrict words) {
   for (int lane = 0; lane < kLanes; lane++) {
@@ -82,7 +82,7 @@ CLIPCORE_VECTORS void widen(int64_t count, const uint16_t* __restrict from, floa
   }
 }
 
-// To bfloat16, up where the 16 bits of a word from `shift` on carry over.
+// Convert to bfloat16; round up if adding the 16 bits of a word from `shift` on carries over.
 CLIPCORE_VECTORS void round_stochastically(
     int64_t count, const float* __restrict from, const uint32_t* __restrict words, int shift, uint16_t* __restrict to) {
   for (int64_t i = 0; i < count; i++) {
@@ -102,7 +102,7 @@ CLIPCORE_VECTORS void round_to_nearest(int64_t count, const float* __restrict fr
   }
 }
 
-// The numbers from `at` on as float32: where they are, or in `room`.
+// The numbers from `at` on as float32: in place if they are float32, else copied to `room`.
 float* widened(void* numbers, bool is_narrow, int64_t at, int64_t count, float* room) {
   if (!is_narrow)
     return static_cast<float*>(numbers) + at;
@@ -110,7 +110,7 @@ float* widened(void* numbers, bool is_narrow, int64_t at, int64_t count, float* 
   return room;
 }
 
-// The part of an update that lies in one chunk of the whole tensor, a quarter of the chunk at a time.
+// Update the part that lies in one chunk of the whole tensor, a quarter of the chunk at a time.
 void update_chunk(const Update& update, int64_t chunk, const Factors& factors, int64_t step, uint64_t seed) {
   float g_room[kLanes], m_room[kLanes], v_room[kLanes], p_room[kLanes];
   uint32_t moment_words[kChunk], param_words[kChunk];

@@ -11,7 +11,7 @@ namespace clipcore {
 
 // In place, on contiguous tensors of the CPU. params and grads: float32 or bfloat16; the moments: both float32 or both
 // bfloat16, which are rounded stochastically, as bfloat16 parameters are; shadows: none, or bfloat16, rounded to nearest.
-// streams, firsts: of each tensor, for its random bits. factors: those of kernels/adamw.py in their order.
+// streams, firsts: those of each tensor, for its random bits. factors: those of kernels/adamw.py, in the same order.
 void adamw(
     const std::vector<at::Tensor>& params,
     const std::vector<at::Tensor>& grads,

@@ -3,17 +3,17 @@
 // Letters: B rows on this rank (they may differ between ranks), E features, W ranks, G rows of all ranks.
 // Forward:  rows_GE = concat over ranks of x_BE, in rank order, cast to the wire's dtype and back.
 // Backward: dx_BE = this rank's rows of sum over ranks of drows_GE, plus the gradient of own_BE. The sum runs in
-//           float32 for narrower dtypes and in float64 for float64, and all is rounded once to the dtype of x: W
-//           bfloat16 addends would otherwise lose a bit of the gradient with every doubling of the group.
+//           float64 for float64 and in float32 otherwise, and is rounded once to the dtype of x. In bfloat16, each
+//           doubling of the group would lose a bit of the gradient.
 //
-// Two autograd nodes make both directions asynchronous. The anchor, x_BE -> own_BE, is made before the collective
-// has arrived, the gather node, own_BE -> rows_GE, after it. Of what is ready, autograd runs first what was made
-// last: the gather node, which only starts the reduce-scatter, then the backward of what the caller computed with
-// own_BE in between, while the sums travel, and last the anchor, on which both depend and which waits for them.
+// Two autograd nodes make both directions asynchronous. The anchor, x_BE -> own_BE, is created before the collective
+// has arrived, and the gather node, own_BE -> rows_GE, after it. Among ready nodes, autograd runs the most recently
+// created first: the gather node, which only starts the reduce-scatter; then, during the reduce-scatter, the backward of
+// what the caller computed with own_BE in between; and last the anchor, on which both depend, which waits for the sums.
 //
-// Only ATen and c10d calls: the same code serves gloo on the CPU and NCCL on CUDA tensors. The group travels by
-// name, because the name outlives torch's changes to the Python type of a group. Headers are written and checked by
-// clipcore/loss/all_gather.py.
+// Only ATen and c10d calls: the same code serves gloo on the CPU and NCCL on CUDA tensors. The group is passed by name,
+// because a name does not depend on torch's changes to the Python type of a group. clipcore/loss/all_gather.py writes
+// and checks the headers.
 
 #include "all_gather.h"
 
@@ -82,7 +82,7 @@ class Gather : public torch::autograd::Function<Gather> {
     return exchange->unpack_rows();
   }
 
-  // Nothing flows along the edge to the anchor: it only puts the anchor behind.
+  // Nothing flows along the edge to the anchor: it only makes the anchor run later.
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_second_derivative();
     exchange_of(ctx)->start_sum(grads[0]);
@@ -126,7 +126,7 @@ at::Tensor Exchange::unpack_rows() {
 }
 
 void Exchange::start_sum(const at::Tensor& grad_GE) {
-  if (summing_) { // of a backward that ended before the anchor
+  if (summing_) { // from a backward pass that ended before the anchor
     summing_->wait();
   }
   const auto options = x_options_.dtype(dtype() == at::kDouble ? at::kDouble : at::kFloat);

@@ -23,17 +23,17 @@ class Exchange : public torch::CustomClassHolder {
       const at::Tensor& x_BE, const std::optional<at::Tensor>& ids_B, const std::vector<int64_t>& header,
       std::vector<int64_t> shard_sizes, Layout layout, const std::string& group_name);
 
-  // Waits for all parts; their headers, int64 [W, 8].
+  // Waits for all parts; returns their headers, int64 [W, 8].
   at::Tensor headers();
 
-  // After `headers`: rows_GE, and ids_G into `ids_G_`. The buffers are given back.
+  // After `headers`: returns rows_GE, sets `ids_G_`, and frees the buffers.
   at::Tensor unpack_rows();
 
   // Starts the sum over ranks of the gradient of rows_GE (undefined for zeros).
   void start_sum(const at::Tensor& grad_GE);
 
-  // Waits for that sum; this rank's rows [B, E] of it, in the dtype that it was summed in. Without a start, zeros
-  // are this rank's contribution.
+  // Waits for that sum; returns this rank's rows [B, E] of it, in the dtype of the sum. If it was not started, this
+  // rank contributes zeros.
   at::Tensor take_sum();
 
   at::ScalarType dtype() const { return x_options_.dtype().toScalarType(); }
@@ -58,7 +58,7 @@ class Exchange : public torch::CustomClassHolder {
 
 using ExchangePtr = c10::intrusive_ptr<Exchange>;
 
-// The exchange, and x_BE as the anchor hands it on.
+// The exchange, and x_BE as the anchor returns it.
 std::tuple<ExchangePtr, at::Tensor> start_gather(
     const at::Tensor& x_BE, const std::optional<at::Tensor>& ids_B, const std::vector<int64_t>& header,
     const std::vector<int64_t>& shard_sizes, int64_t ids_at, int64_t rows_at, int64_t part_bytes,
@@ -66,7 +66,7 @@ std::tuple<ExchangePtr, at::Tensor> start_gather(
 
 at::Tensor headers(const ExchangePtr& exchange);
 
-// rows_GE with its place in the graph, and ids_G.
+// rows_GE with its node in the graph, and ids_G.
 std::tuple<at::Tensor, std::optional<at::Tensor>> unpack_gather(
     const ExchangePtr& exchange, const at::Tensor& own_BE);
 

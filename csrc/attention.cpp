@@ -1,8 +1,8 @@
-// Packed attention in float32 on the CPU. A task is one head of one row of tokens; it copies what it multiplies from the
-// packed projection into panels of its own, a few hundred KB that stay in the cache, and writes packed results once.
+// Packed attention in float32 on the CPU. A task is one head of one row of tokens. It copies its operands from the packed
+// projection into its own panels, a few hundred KB that stay in the cache, and writes packed results once.
 //
-// Queries go in blocks of kBlock; a block multiplies with the keys only that some query of it sees. Sums over keys are in one
-// order whatever the number of threads.
+// Queries are processed in blocks of kBlock. A block multiplies only with keys that at least one of its queries sees. The order
+// of sums over keys does not depend on the number of threads.
 
 #include "attention.h"
 
@@ -25,14 +25,14 @@ int64_t round_up(int64_t number, int64_t step) {
   return (number + step - 1) / step * step;
 }
 
-// What a call works on.
+// The inputs of a call.
 struct Problem {
   const float* qkv;
   int64_t rows, length, heads, size;
   int64_t row_stride, token_stride, part_stride, head_stride;
   bool is_causal;
   const int32_t* segments; // [R, L], or none
-  const int32_t* first; // [R, L]: the first token of each one's segment in its row, and one past the last
+  const int32_t* first; // [R, L]: the first token of each token's segment in its row, and one past the last
   const int32_t* end;
 
   const float* part(int64_t row, int64_t head, int64_t which) const {
@@ -40,11 +40,11 @@ struct Problem {
   }
 };
 
-// Sizes in floats of the pieces of a task, with its rows and columns filled up to whole vectors and tiles.
+// Sizes, in floats, of the parts of a task, with rows and columns padded to whole vectors and tiles.
 template <int W, int M>
 struct Sizes {
-  int64_t length, size; // filled up
-  int64_t wide_length, wide_size; // to whole panels
+  int64_t length, size; // padded
+  int64_t wide_length, wide_size; // padded to whole panels
   explicit Sizes(const Problem& p)
       : length(round_up(p.length, std::max(W, M))),
         size(round_up(p.size, W)),
@@ -74,7 +74,7 @@ CLIPCORE_INLINE Keys keys_of(const Problem& p, int64_t row, int64_t query, int64
   return {keys.first / (2 * W) * (2 * W), round_up(keys.end, W)};
 }
 
-// Which of the keys from `key` on a query sees, all bits set or none; `segments` are filled up beyond the row's end.
+// A mask of the keys from `key` on: all bits set if the query sees a key; `segments` are padded beyond the row's end.
 template <int W>
 CLIPCORE_INLINE void seen_from(
     const Problem& p,
@@ -209,7 +209,7 @@ CLIPCORE_INLINE void backward_tasks(
     copy_panels<W>(grad, width, p.length, p.size, 1.0f, g_panels);
     if (p.segments) {
       std::copy_n(p.segments + row * p.length, p.length, segments.data());
-      // What reaches the output of padding goes no further.
+      // The gradient of the padding's output is dropped.
       for (int64_t i = 0; i < p.length; i++)
         if (segments[i] < 0) {
           std::fill_n(g + i * to.size, p.size, 0.0f);
@@ -240,7 +240,7 @@ CLIPCORE_INLINE void backward_tasks(
           sums += where<W>(seen, power * load<W>(ds_line + j));
           store<W>(line + j, power);
         }
-        // The probabilities' sum as they are here, so that a token that sees itself alone has no gradient.
+        // The sum of these very probabilities, so that a token that sees only itself has no gradient.
         float sum = 0.0f;
         for (int lane = 0; lane < W; lane++)
           sum += sums[lane];
@@ -275,7 +275,7 @@ CLIPCORE_INLINE void backward_tasks(
   }
 }
 
-// The tasks for what a processor has: 32 registers of 16 floats, or 16 of 8.
+// The tasks for each kind of processor: 32 registers of 16 floats, or 16 of 8.
 
 using Forward = void (*)(const Problem&, float*, float*, int64_t, int64_t);
 using Backward = void (*)(const Problem&, const float*, const float*, float*, int64_t, int64_t);
@@ -309,12 +309,12 @@ Tasks tasks_of([[maybe_unused]] int64_t lanes) {
   TORCH_CHECK(false, "this processor has no vectors of ", lanes, " floats, or clipcore._C was built without them");
 }
 
-// The segments' ranges, beside the problem that points to them.
+// The ranges of the segments, held together with the problem that points to them.
 struct Ranges {
   std::vector<int32_t> first, end;
 
   Ranges(const int32_t* segments, int64_t rows, int64_t length) : first(rows * length), end(rows * length) {
-    // A segment is mostly one run of tokens; a later run of the same one widens the ranges of all of its tokens.
+    // A segment usually is one run of tokens. A later run of the same segment widens the ranges of all of its tokens.
     std::vector<std::pair<int32_t, int32_t>> order(length);
     for (int64_t row = 0; row < rows; row++) {
       for (int32_t i = 0; i < length; i++)

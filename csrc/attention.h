@@ -10,7 +10,7 @@
 
 namespace clipcore {
 
-// Floats in a vector, for what this processor has, the widest first; none where it or the compiler has none.
+// The vector widths of this processor in floats, the widest first; empty if it or the compiler has none.
 std::vector<int64_t> attention_lanes();
 
 // qkv_RL3HK: float32 with the columns of a head side by side. segments_RL: int32, contiguous. lanes: one of attention_lanes().

@@ -1,4 +1,4 @@
-// The Python module clipcore._C: signatures, and the record of what it was built for.
+// The Python module clipcore._C: signatures, and the record of the versions it was built for.
 
 #include <pybind11/numpy.h>
 #include <torch/csrc/Exceptions.h>
@@ -10,13 +10,13 @@
 #include "attention.h"
 #include "resample.h"
 
-// clipcore/native.py finds this sentence in the file, before it loads it.
+// clipcore/native.py searches the file for this sentence before loading it.
 extern "C" [[gnu::used]] const char clipcore_built_for[] =
     "clipcore._C was built for torch " TORCH_VERSION " with CUDA " CLIPCORE_CUDA_VERSION ";";
 
 namespace {
 
-// uint8 [H, W, 3], the pixels of a row side by side, to uint8 [3, out_height, out_width].
+// uint8 [H, W, 3], the pixels of a row contiguous, to uint8 [3, out_height, out_width].
 py::array_t<uint8_t> resample_bicubic(
     const py::array& pixels, int out_width, int out_height, bool columns_first) {
   TORCH_CHECK_VALUE(
@@ -80,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("segments_RL"),
       py::arg("lanes"));
   m.def("has_cuda_kernels", &clipcore::has_cuda_kernels);
-  // The wrapper turns C++ errors into Python's own types, and lets other threads run meanwhile.
+  // The wrapper converts C++ errors to Python's own types, and releases the GIL.
   m.def(
       "start_gather",
       torch::wrap_pybind_function_no_gil(&clipcore::start_gather),

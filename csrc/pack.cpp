@@ -1,7 +1,7 @@
-// Several tensors <-> one wire buffer, with cast: the CPU's side, and the way to the CUDA kernels.
+// Several tensors <-> one wire buffer, with cast: the CPU code, and the dispatch to the CUDA kernels.
 //
-// On the CPU ATen's own copy casts, in parallel and with its bits; on CUDA one kernel does it all
-// (pack_kernels.cu), where the build had a CUDA toolkit.
+// On the CPU, ATen's own copy casts, in parallel and with its bits. On CUDA, one kernel does it all (pack_kernels.cu), if
+// the build had a CUDA toolkit.
 
 #include "pack.h"
 
@@ -24,7 +24,7 @@
 namespace clipcore {
 namespace {
 
-// The numbers that lie at a byte of a wire buffer.
+// A view of the numbers from a byte of a wire buffer on.
 at::Tensor numbers(const at::Tensor& bytes, int64_t at, int64_t count, at::ScalarType dtype) {
   return bytes.narrow(0, at, count * static_cast<int64_t>(at::elementSize(dtype))).view(dtype);
 }

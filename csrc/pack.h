@@ -9,7 +9,7 @@
 
 namespace clipcore {
 
-// One rank's part of a gather, in bytes: the header, then ids, then rows; clipcore/loss/all_gather.py lays it out.
+// One rank's part of a gather, in bytes: the header, then ids, then rows; clipcore/loss/all_gather.py defines the layout.
 struct Layout {
   int64_t ids_at;
   int64_t rows_at;
@@ -18,11 +18,11 @@ struct Layout {
   at::ScalarType wire_dtype;
 };
 
-// Whether CUDA tensors are served.
+// Whether CUDA tensors are supported.
 bool has_cuda_kernels();
 
-// header, ids_B and x_BE cast to the wire's dtype -> one part, uint8 [part_bytes]. Rows beyond max_rows stay away:
-// the header then tells all ranks that there are too many.
+// header, ids_B and x_BE cast to the wire's dtype -> one part, uint8 [part_bytes]. Rows beyond max_rows are left
+// out: the header then tells all ranks that there are too many.
 at::Tensor pack(
     const std::vector<int64_t>& header, const std::optional<at::Tensor>& ids_B, const at::Tensor& x_BE,
     const Layout& layout);

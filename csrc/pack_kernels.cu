@@ -1,11 +1,11 @@
 // Rows, ids and a header <-> the bytes of a gather, with cast: one launch a direction.
 //
-// Both directions are copies: each element is read once and written once, in accesses of 16 bytes where both
-// addresses allow it. A thread handles as many elements at a time as fill 16 bytes of the narrower type, so that the
-// wider one takes whole accesses too. Casts round as torch's .to() does: to nearest even, and from float64 to a
-// 16-bit type by way of float32. Equal types are copied, which keeps the payload of a NaN.
+// Both directions are copies: each element is read once and written once, in accesses of 16 bytes if both addresses
+// allow it. A thread handles as many elements at a time as fill 16 bytes of the narrower type, so that accesses to the
+// wider one are whole too. Casts round as torch's .to() does: to nearest even, and from float64 to a 16-bit type through
+// float32. Equal types are copied, which keeps the payload of a NaN.
 //
-// No torch headers: this file compiles for any architecture wherever there is an nvcc (tests/test_pack_kernels.py).
+// No torch headers: this file compiles for any architecture with nvcc alone (tests/test_pack_kernels.py).
 
 #include "pack_kernels.h"
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 2048; // several for each multiprocessor of any chip; beyond, threads loop
-constexpr int kRanksPerLaunch = 64;  // their offsets travel as a kernel argument, which needs no copy to the device
+constexpr int kRanksPerLaunch = 64;  // their offsets are a kernel argument, which needs no copy to the device
 
 struct Header {
   int64_t word[kHeaderWords];
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(
     char* part, int64_t ids_at, int64_t rows_at) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < kHeaderWords; ++i) { // indices that are known at compile time keep the header off the stack
+    for (int i = 0; i < kHeaderWords; ++i) { // indices known at compile time keep the header off the stack
       reinterpret_cast<int64_t*>(part)[i] = header.word[i];
     }
   }
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(
   cast_range(reinterpret_cast<Wire*>(part + rows_at), rows, num_elements);
 }
 
-// One rank for each of the grid's y.
+// Each y of the grid handles one rank.
 template <typename Wire, typename Row>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(
     const char* parts, int64_t part_bytes, int64_t ids_at, int64_t rows_at, const Shards shards,
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(
       num_rows * num_columns);
 }
 
-// Calls function(Wire(), Row()) with values of the two types; false for a number that is no type.
+// Calls function(Wire(), Row()) with values of the two types; returns false for a number that is no type.
 template <typename Function>
 bool with_type(int type, const Function& function) {
   switch (type) {

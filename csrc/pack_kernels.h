@@ -20,8 +20,8 @@ cudaError_t launch_pack(
     const int64_t* header, const int64_t* ids, const void* rows, int64_t num_rows, int64_t num_columns,
     int rows_type, void* part, int64_t ids_at, int64_t rows_at, int wire_type, cudaStream_t stream);
 
-// Reads all ranks' parts, part_bytes apart, into ids (null for none) and rows without gaps, in rank order. Of rank
-// r shard_sizes[r] rows are taken (host memory, num_ranks numbers).
+// Reads all ranks' parts, part_bytes apart, into ids (null for none) and rows without gaps, in rank order. It
+// takes shard_sizes[r] rows of rank r (host memory, num_ranks numbers).
 cudaError_t launch_unpack(
     const void* parts, int64_t part_bytes, int64_t ids_at, int64_t rows_at, const int64_t* shard_sizes,
     int64_t num_ranks, int64_t num_columns, int wire_type, int64_t* ids, void* rows, int rows_type,

@@ -1,8 +1,8 @@
-// Products of small matrices whose factors lie in panels, and what is done to a vector of numbers on the way.
+// Products of small matrices whose factors are in panels, and vector functions for them.
 //
-// C[m, n] = A[m, k] B[k, n] keeps a tile of C in registers and takes from B 2 W columns side by side: a factor B lies in panels
-// [n / 2W][k][2W], a factor A may have any strides, a transposed one too. All of it is inlined into functions that are
-// compiled for some processor (`target`), for which W fits.
+// C[m, n] = A[m, k] B[k, n] keeps a tile of C in registers and reads 2 W adjacent columns of B at a time. So a factor B is in
+// panels [n / 2W][k][2W]; a factor A may have any strides, and may be transposed. All functions are inlined into functions that
+// are compiled for a given processor (`target`) with vectors of width W.
 
 #pragma once
 
@@ -12,12 +12,12 @@
 
 #include "vectors.h"
 
-// Vectors are never passed between functions: what takes or returns them is inlined.
+// Vectors are never passed between functions at run time: all that take or return them are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace clipcore {
 
-// W floats, and as many integers, side by side in registers; they may lie anywhere in memory.
+// W floats, and as many integers, in a register; in memory they need no alignment.
 template <int W>
 struct Lanes {
   typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -42,19 +42,19 @@ CLIPCORE_INLINE void number_from(int32_t first, typename Lanes<W>::I& numbers) {
   numbers = *reinterpret_cast<const typename Lanes<W>::I*>(kLanes) + first;
 }
 
-// The values where all bits of the mask are set, else 0. A choice by `?:` would be made one by one.
+// The values where all bits of the mask are set, else 0. With `?:` the compiler would select one by one.
 template <int W>
 CLIPCORE_INLINE typename Lanes<W>::F where(const typename Lanes<W>::I& mask, const typename Lanes<W>::F& values) {
   return reinterpret_cast<typename Lanes<W>::F>(reinterpret_cast<typename Lanes<W>::I>(values) & mask);
 }
 
-// e^x of arguments that are at most little above 0, to an ulp or two; 0 below the normal numbers. NaN stays NaN.
+// e^x of arguments at most slightly above 0, to an ulp or two; 0 below the normal numbers. NaN stays NaN.
 // The polynomial is that of the Cephes library.
 template <int W>
 CLIPCORE_INLINE typename Lanes<W>::F exponential(const typename Lanes<W>::F& x) {
   typedef typename Lanes<W>::F F;
   typedef typename Lanes<W>::I I;
-  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: a sum with it has whole numbers in its last bits
+  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the last bits
   const F shifted = x * 1.44269504088896341f + kRound;
   const F whole = shifted - kRound;
   const F r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -72,7 +72,7 @@ CLIPCORE_INLINE typename Lanes<W>::F exponential(const typename Lanes<W>::F& x) 
   return where<W>(~(x < -87.0f), p * power);
 }
 
-// A tile of C, M rows and N vectors: written, or added to.
+// Write a tile of C, M rows and N vectors, or add to it.
 template <int W, int M, int N, bool kAdds>
 CLIPCORE_INLINE void multiply_tile(
     int64_t k,
@@ -130,7 +130,7 @@ CLIPCORE_INLINE void multiply(
         multiply_tile<W, M, 1, kAdds>(k, a + i * a_row, a_row, a_column, b, c + i * c_row + j, c_row);
 }
 
-// [L, K] -> its rows, `wide` apart, times a factor: a factor A.
+// [L, K] -> a factor A: its rows, `wide` apart, scaled.
 template <int W>
 CLIPCORE_INLINE void copy_rows(
     const float* from, int64_t stride, int64_t length, int64_t size, int64_t wide, float factor, float* to) {
@@ -152,7 +152,7 @@ CLIPCORE_INLINE void copy_panels(
         from + column, stride, length, std::min<int64_t>(2 * W, size - column), 2 * W, factor, to + column * length);
 }
 
-// W rows of W numbers, transposed in place: blocks of half the side change places, then those of a quarter, and so on.
+// Transpose W rows of W numbers in place: swap blocks of half the side, then of a quarter, and so on.
 template <int W>
 CLIPCORE_INLINE void transpose(typename Lanes<W>::F (&rows)[W]) {
   typedef typename Lanes<W>::I I;

@@ -1,7 +1,7 @@
-// Bicubic resizing as Pillow defines it: a = -1/2, the kernel widened by the reduction, along rows, then along
-// columns or the other way round, each pass rounded to 8 bits; coefficients are whole multiples of 2^-22 and sums are of whole numbers. So the
-// order of summation is free, and many pixels are taken at once: rows side by side in the one pass, columns in the
-// other. clipcore/data/resample.py asks whether the installed Pillow agrees to the bit, and takes Pillow's where not.
+// Bicubic resizing as Pillow defines it: a = -1/2, the kernel widened by the reduction, along rows and then along columns or
+// the other way round, each pass rounded to 8 bits. Coefficients are integer multiples of 2^-22, so sums are integers and the
+// order of summation is free. Many pixels are summed at once: several rows in one pass, several columns in the other.
+// clipcore/data/resample.py checks that the installed Pillow gives the same bits, and uses Pillow if it does not.
 
 #include "resample.h"
 
@@ -15,7 +15,7 @@ namespace clipcore {
 namespace {
 
 constexpr int kBits = 22;
-constexpr int kLanes = 32; // pixels that are summed side by side
+constexpr int kLanes = 32; // pixels that are summed at once
 
 double bicubic(double x) {
   constexpr double a = -0.5;
@@ -27,7 +27,7 @@ double bicubic(double x) {
   return 0.0;
 }
 
-// For each place of the result where its sources begin, how many they are, and their coefficients, `most` apart.
+// For each output position: the first source, the number of sources, and their coefficients, `most` apart.
 struct Taps {
   int most = 0;
   std::vector<int> first, count;
@@ -63,7 +63,7 @@ Taps make_taps(int size, int out_size) {
   return taps;
 }
 
-// One value of each of `lanes` bytes side by side: the weighted sum of `count` groups of them that lie `stride` apart.
+// `lanes` adjacent output bytes: the weighted sums of `count` groups of bytes that are `stride` apart.
 CLIPCORE_INLINE void sum_lanes(
     const uint8_t* source,
     int64_t stride,
@@ -90,7 +90,7 @@ CLIPCORE_VECTORS void along_rows(
     const Taps& taps,
     uint8_t* planes,
     int out_width) {
-  // A block of rows on its side, so that what is summed lies side by side: [width, 3, kLanes].
+  // A transposed block of rows, so that lanes are adjacent: [width, 3, kLanes].
   std::vector<uint8_t> turned(static_cast<size_t>(width) * 3 * kLanes, 0);
   alignas(32) uint8_t result[kLanes];
   for (int top = 0; top < height; top += kLanes) {
@@ -113,7 +113,7 @@ CLIPCORE_VECTORS void along_rows(
   }
 }
 
-// Along columns: `height` rows of `width` bytes, `row_bytes` apart, to out_height rows of as many bytes without gaps.
+// Along columns: `height` rows of `width` bytes, `row_bytes` apart, to out_height rows of as many bytes, contiguous.
 CLIPCORE_VECTORS void along_columns(
     const uint8_t* rows, int64_t row_bytes, int width, const Taps& taps, uint8_t* out, int out_height) {
   for (int y = 0; y < out_height; y++) {
@@ -141,7 +141,7 @@ void resample_bicubic(
     bool columns_first) {
   const Taps across = make_taps(width, out_width), down = make_taps(height, out_height);
   if (columns_first) {
-    // Down the columns the three colours of a row are bytes like any others.
+    // Along columns, the three colours of a row need no special care: they are bytes like any others.
     std::vector<uint8_t> between(static_cast<size_t>(out_height) * 3 * width);
     along_columns(pixels, row_bytes, 3 * width, down, between.data(), out_height);
     along_rows(between.data(), 3 * width, width, out_height, across, planes, out_width);

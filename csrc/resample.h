@@ -7,7 +7,8 @@
 namespace clipcore {
 
 // pixels: interleaved RGB, `height` rows of `width` pixels, `row_bytes` apart. planes: uint8 [3, out_height, out_width].
-// All sides are at least 1. columns_first: which of the two passes is the first, whose rounding the other sees.
+// All sides are at least 1. columns_first: whether the pass along columns is the first. The second pass
+// sees the rounding of the first.
 void resample_bicubic(
     const uint8_t* pixels,
     int64_t row_bytes,

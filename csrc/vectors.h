@@ -1,10 +1,11 @@
-// What a file of loops over numbers needs so that the compiler makes vectors of them.
+// Attributes that let the compiler vectorise a file's loops over numbers.
 
 #pragma once
 
 #define CLIPCORE_INLINE inline __attribute__((always_inline))
 
-// On a function: its loops in the vectors that the processor has; elsewhere the same numbers one by one.
+// On a function: vectorise its loops, for the processor that is found at run time. Without support the same numbers are
+// computed one by one.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLIPCORE_X86_VECTORS
 #define CLIPCORE_VECTORS \
