@@ -34,14 +34,13 @@ from clipcore.checkpoint import (
 )
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.faults import first_fault, newest_sound
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import ExponentialMovingAverage, build_optimizer
 from clipcore.run.state import (
     RunState,
     find_run,
-    first_fault,
     load_run,
-    newest_sound,
     resumed_config,
     run_record,
 )

@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
 from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
-from clipcore.run.config import ConfigError, TrainConfig, parse_command_line
+from clipcore.run.command_line import parse_command_line
+from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import (
     ExponentialMovingAverage,

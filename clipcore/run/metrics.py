@@ -63,7 +63,7 @@ class PartClock:
         self._last = now
 
 
-class Logbook:
+class MetricsLogger:
     """The log of one run.
 
     Args:
@@ -119,7 +119,7 @@ class Logbook:
             smoothing=0.05,
         )
 
-    def __enter__(self) -> Logbook:
+    def __enter__(self) -> MetricsLogger:
         return self
 
     def __exit__(
@@ -170,12 +170,12 @@ class Logbook:
         figures = ", ".join(f"{key} {row[key]:.1%}" for key in headline if key in row)
         if number := int(row.get("num_unreadable", 0)):
             figures += f" (without {number:,} that could not be read)"
-        self.say(f"step {row['step']}: {row['task']}: {figures}")
+        self.print(f"step {row['step']}: {row['task']}: {figures}")
         # The time of an evaluation is not a training step's.
         self._last_step = time.perf_counter()
 
-    def say(self, message: str) -> None:
-        """A line above the progress bar."""
+    def print(self, message: str) -> None:
+        """Print a line above the progress bar."""
         if self.writes:
             self._bar.write(printable_lines(message))
 

@@ -28,7 +28,6 @@ from clipcore.checkpoint import (
     CheckpointError,
     TensorGroup,
     Writers,
-    committed,
     committed_names,
     load_checkpoint,
     load_latest,
@@ -37,14 +36,15 @@ from clipcore.checkpoint import (
 from clipcore.data.transforms import EARLIER_MAX_PIXELS, ImageTransform
 from clipcore.files import is_file, is_folder, read_regular, write_durably
 from clipcore.ranks.distributed import World, all_reduce_sum, broadcast_object, is_main
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, flag_of
+from clipcore.run.faults import first_fault
 from clipcore.run.metrics import LogMark
 from clipcore.run.optim import (
     ExponentialMovingAverage,
     load_optimizer_tensors,
-    local_part,
     optimizer_tensors,
 )
+from clipcore.run.recipe import RunConfig
 from clipcore.run.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
 from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
 from clipcore.towers.architectures import ModelConfig, is_finite_number, shortened
@@ -75,6 +75,13 @@ CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
 LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "new_log", "timeout", "profile"})
 # What says which run is meant, and nothing of what it is.
 _RUN_NAMING_SETTINGS = frozenset({"logs", "name", "resume", "new_log"})
+
+# A change of these makes a new plan of the step's memory, and a new choice of what the loss's stash may take.
+_PLANNED_BY = frozenset(
+    {"step_memory", "loss_stash", "loss_workspace", "precision", "grad_checkpointing", "device"}
+)
+# Not ``batch_size``: a launch that says the same batch in open_clip's words has to keep its bits.
+_STASH_CHOSEN_BY = frozenset({"global_batch_size", "step_memory", "precision", "device", "siglip"})
 
 
 @dataclass
@@ -228,59 +235,6 @@ def _check_weights(checkpoint: Checkpoint, group: str, own: Mapping[str, Tensor]
         )
 
 
-def first_fault(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor that no training can go on from, and why; None if there is none.
-
-    A tensor is at fault if an element is not finite, or if it is a second moment or a count of steps and negative, whose
-    root or power makes the next update not finite. The device is waited for once, unless there is a fault.
-    """
-    tensors = {
-        f"{group}: {name}": local_part(value)
-        for group, named in groups.items()
-        for name, value in named.items()
-        if value.is_floating_point()
-    }
-    checks = {name: _is_sound(name, value) for name, value in tensors.items()}
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for check in checks.values():
-        by_device.setdefault(check.device, []).append(check)
-    if all(bool(torch.stack(those).all()) for those in by_device.values()):
-        return None
-
-    name = next(name for name, check in checks.items() if not check)
-    reason = "is negative" if tensors[name].isfinite().all() else "is not finite"
-    return f"{name} {reason}"
-
-
-def _is_sound(name: str, value: Tensor) -> Tensor:
-    """Return whether all elements are finite, and those of second moments and step counts not negative: bool []."""
-    if name.endswith((".exp_avg_sq", ".step")):
-        return (value.isfinite() & (value >= 0)).all()
-    return value.isfinite().all()
-
-
-def newest_sound(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a directory whose tensors are all finite; None if there is none."""
-    try:
-        paths = committed(directory)
-    except CheckpointError:
-        return None
-    for path in paths:
-        try:
-            checkpoint = load_checkpoint(path, lazily=True)
-        except CheckpointError:
-            continue
-        # One tensor at a time in memory.
-        is_sound = all(
-            first_fault({group: {name: tensors[name]}}) is None
-            for group, tensors in checkpoint.tensors.items()
-            for name in tensors
-        )
-        if is_sound:
-            return path
-    return None
-
-
 def run_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a run noted in a checkpoint beside its tensors.
 
@@ -332,7 +286,9 @@ def log_mark(checkpoint: Checkpoint) -> LogMark:
     return LogMark(record["metrics_bytes"], record.get("metrics_sha256"))
 
 
-def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]) -> Path | None:
+def find_run(
+    config: TrainConfig, launch: str | None, print_line: Callable[[str], None]
+) -> Path | None:
     """Return the folder of the run that ``--name`` or ``--resume`` names, None for a new run.
 
     ``--resume latest`` without a name is the run that this launch has begun, else the one whose newest checkpoint was
@@ -340,7 +296,7 @@ def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]
 
     Args:
         launch: as of ``launch_id``.
-        say: is told of each folder that was passed over.
+        print_line: called with a note on each folder that was passed over.
     """
     logs = Path(config.logs)
     if config.resume not in (None, "latest"):
@@ -349,7 +305,7 @@ def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]
         return logs / config.name
     if config.resume is None:
         return None
-    return _run_of_launch(logs, launch, say) or _newest_run(logs, say)
+    return _run_of_launch(logs, launch, print_line) or _newest_run(logs, print_line)
 
 
 def check_run_is_there(config: TrainConfig, given: frozenset[str], run_dir: Path | None) -> None:
@@ -411,7 +367,7 @@ def _find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkp
         return open_run(Path(config.resume))[0]
     checkpoint = load_latest(directory, lazily=True)
     if checkpoint is None:
-        world.say(f"--resume latest: no checkpoint in {run_dir} yet, starting from the beginning")
+        world.print(f"--resume latest: no checkpoint in {run_dir} yet, starting from the beginning")
     return checkpoint
 
 
@@ -474,7 +430,9 @@ def _read_note(note: Path) -> bytes:
     return read_regular(note, _MAX_NOTE_BYTES)
 
 
-def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -> Path | None:
+def _run_of_launch(
+    logs: Path, launch: str | None, print_line: Callable[[str], None]
+) -> Path | None:
     """Return the run under ``logs`` that a launch has begun last, as ``write_config`` noted it."""
     begun: dict[Path, int] = {}
     if launch is None:
@@ -486,11 +444,11 @@ def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -
                 begun[path] = note.stat().st_mtime_ns
         except OSError as error:
             # Such as a run of another user.
-            say(f"--resume latest: passed over {path}: {error.strerror}")
+            print_line(f"--resume latest: passed over {path}: {error.strerror}")
     return max(begun, key=begun.__getitem__) if begun else None
 
 
-def _newest_run(logs: Path, say: Callable[[str], None]) -> Path | None:
+def _newest_run(logs: Path, print_line: Callable[[str], None]) -> Path | None:
     """Return the run under ``logs`` whose newest checkpoint was written last, be it damaged."""
     written: dict[Path, int] = {}
     for path in _folders(logs):
@@ -500,7 +458,7 @@ def _newest_run(logs: Path, say: Callable[[str], None]) -> Path | None:
                     time_ns = (path / "checkpoints" / name).stat().st_mtime_ns
                     written[path] = max(time_ns, written.get(path, 0))
         except (CheckpointError, OSError) as error:
-            say(f"--resume latest: passed over {path}: {error}")
+            print_line(f"--resume latest: passed over {path}: {error}")
     return max(written, key=written.__getitem__) if written else None
 
 
@@ -532,15 +490,18 @@ def resumed_config(
     again = {n: getattr(config, n) for n in sorted(given - LAUNCH_SETTINGS)}
     changed = {name for name, value in again.items() if settings.get(name) != value}
     for name in sorted(changed):
-        flag = f"--{name.replace('_', '-')}"
-        world.say(f"{flag} was {settings.get(name)} in this run, now {again[name]}")
+        world.print(f"{flag_of(name)} was {settings.get(name)} in this run, now {again[name]}")
     # The plan was made for other memory; a micro-batch that is given holds, and only what to keep beside it is open.
+    open_plan = {"micro_batch_size": None, "keep_graphs": None}
     if given & {"batch_size", "accum_freq"}:
-        settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
-    elif changed & {"step_memory", "precision", "grad_checkpointing", "device"}:
-        settings |= {"micro_batch_size": None, "keep_graphs": None}
+        settings |= {"global_batch_size": None, **open_plan}
+    elif changed & _PLANNED_BY:
+        settings |= open_plan
     elif "micro_batch_size" in changed:
         settings["keep_graphs"] = None
+    # Nor was the budget of the loss's stash chosen for this.
+    if changed & _STASH_CHOSEN_BY:
+        settings["loss_stash"] = None
     # Nor was the number of threads measured for this.
     if changed & {"device", "workers"}:
         settings["threads"] = None
@@ -554,13 +515,12 @@ def resumed_config(
         ) from error
 
 
-def new_run_dir(config: TrainConfig) -> Path:
+def new_run_dir(config: RunConfig) -> Path:
     """A folder for a new run, named by date, model and batch where the user gives no name."""
     stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
-    model = str(config.model).replace("/", "-")
-    return Path(config.logs) / (
-        config.name or f"{stamp}-model_{model}-b_{config.global_batch_size}"
-    )
+    model = config.model.replace("/", "-")
+    name = f"{stamp}-model_{model}-b_{config.global_batch_size}"
+    return Path(config.logs) / (name if config.name is None else config.name)
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
