@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import typing
 
 import pytest
 
 from clipcore.run.command_line import build_parser, parse_command_line
 from clipcore.run.config import ConfigError, TrainConfig
-from clipcore.run.recipe import PAPER_LEARNING_RATES, resolve, warmup_steps
+from clipcore.run.recipe import PAPER_LEARNING_RATES, RunConfig, resolve, warmup_steps
 from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
@@ -141,6 +142,10 @@ def test_an_unknown_flag_names_the_nearest():
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and less than 1, got 1"),
         ("--label-smoothing -0.1", "--label-smoothing must be at least 0"),
         ("--siglip --label-smoothing 0.1", "--siglip has none; leave one of them out"),
+        ("--siglip --loss-stash 1", "--siglip keeps no logits; leave one of them out"),
+        ("--loss-stash -1", "--loss-stash must be at least 0 and at most 1,000,000, got -1"),
+        ("--loss-workspace 0", "--loss-workspace must be at least 0.001"),
+        ("--threads 2000", "--threads must be at least 1 and at most 1,024, got 2000"),
         ("--duplicate-captions both", "negative"),
         ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
         ("--lr-scheduler linear", "cosine"),
@@ -166,6 +171,53 @@ def test_recipes_fill_what_is_not_given():
     # Of the paper's recipe, but no more than there are cores.
     assert paper.workers == min(4, len(os.sched_getaffinity(0)))
     assert resolve(parse_command_line("--train-data x.tar --workers 4".split())[0]).workers == 4
+
+
+LINES = (
+    "",
+    "--train-data icons",
+    "--train-data x.tar --model RN50 --global-batch-size 64",
+    "--train-data x.tar --batch-size 4 --accum-freq 2 --aug-resize 300",
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_a_run_needs_has_a_value(line):
+    config = resolve(parse_command_line(line.split())[0])
+    types = typing.get_type_hints(RunConfig)
+    needed = [name for name, kind in types.items() if type(None) not in typing.get_args(kind)]
+    assert {"lr", "beta1", "workers", "warmup"} <= set(needed)
+    assert not [name for name in needed if getattr(config, name) is None]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_record_gives_the_same_settings(line):
+    """That of this version, and that of an earlier one, which knew nothing of some and left others open."""
+    config = resolve(parse_command_line(line.split())[0])
+    record = dataclasses.asdict(config)
+    assert record.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert resolve(TrainConfig(**record)) == config
+    for name in ("beta1", "beta2", "eps"):
+        record[name] = None
+    del record["loss_stash"], record["loss_workspace"]
+    assert resolve(TrainConfig(**record)) == config
+
+
+def test_the_device_decides_the_precision_at_each_launch():
+    config = resolve(TrainConfig())
+    assert config.precision is None  # a run that goes on elsewhere decides anew
+    assert [config.precision_on(kind) for kind in ("cpu", "cuda")] == ["fp32", "amp_bf16"]
+    assert TrainConfig(precision="amp").precision_on("cuda") == "amp"
+
+
+def test_adams_settings_are_the_paper_s_of_the_model():
+    values = [
+        (config.beta1, config.beta2, config.eps)
+        for config in (resolve(TrainConfig(model=name)) for name in ("RN50", "ViT-B-32"))
+    ]
+    assert values == [(0.9, 0.999, 1e-8), (0.9, 0.98, 1e-6)]
+    config = resolve(TrainConfig(model="RN50", beta2=0.95))
+    assert (config.beta1, config.beta2, config.eps) == (0.9, 0.95, 1e-8)
 
 
 @pytest.mark.parametrize("openai", ["ViT-L/14", "ViT-L/14@336px"])
