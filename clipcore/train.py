@@ -1,14 +1,18 @@
 """The training run, read from top to bottom: ``python -m clipcore.train``.
 
-Settings, data, model, optimizer, resume, then one loop; at the end the report. The state of a run is (weights, moments,
-moving average, step): the order of the data, the crops and the dropout are functions of the seed and the step, so that
-a run continues bit for bit from any of its checkpoints.
+Settings, data, model, optimizer, resume, then one loop, and the report at the end. The state of a run is (weights, moments,
+moving average, step). The order of the data, the crops and the dropout are functions of the seed and the step, so that a
+run continues bit for bit from any of its checkpoints.
 
-Exit status: 0 done; 1 stopped by a loss, gradient or weight that is not finite; 2 a mistake in the settings or the data, a
-file that cannot be read or written, or too little memory; 3 ended because another rank died or kept the others waiting for
-longer than ``--timeout``; 4 stopped, after saving a checkpoint, because a process that reads data was killed; 5
-``--verify-gradients`` found gradients that are not those of the loss; 70 a fault of clipcore's own; 128 + n stopped by
-signal n, after saving a checkpoint.
+Exit status:
+    0: done
+    1: stopped by a loss, gradient or weight that is not finite
+    2: an error in the settings or the data, a file that cannot be read or written, or too little memory
+    3: another rank died, or kept the others waiting for longer than ``--timeout``
+    4: stopped, after saving a checkpoint, because a data loader process was killed
+    5: ``--verify-gradients`` met gradients that are not those of the loss
+    70: a fault of clipcore's own
+    128 + n: stopped by signal n, after saving a checkpoint
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ from torch import nn
 from clipcore import native
 from clipcore.checkpoint import CheckpointError, make_newest, run_lock
 from clipcore.data import WorkerLostError
-from clipcore.data.loader import PairLoader
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.tasks import EvaluationPlan
 from clipcore.files import is_file, make_directory
@@ -49,7 +52,7 @@ from clipcore.report.collect import report_run
 from clipcore.run import memory
 from clipcore.run.collapse import CollapseWatch
 from clipcore.run.command_line import parse_command_line
-from clipcore.run.config import ConfigError, TrainConfig, reporters
+from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.faults import (
     NonFiniteError,
     check_sound,
@@ -67,6 +70,7 @@ from clipcore.run.optim import (
 )
 from clipcore.run.parts import (
     augmentation,
+    build_loader,
     build_loss,
     build_model,
     build_tokenizer,
@@ -93,6 +97,7 @@ from clipcore.run.setup import (
     make_deterministic,
     note_default_model,
     note_without_effect,
+    open_log,
     prepare_steps,
 )
 from clipcore.run.sharding import replicate, shard
@@ -116,6 +121,11 @@ from clipcore.tokenizer import VOCABULARY_FILE
 
 WORKER_LOST_STATUS = 4
 WRONG_GRADIENTS_STATUS = 5
+_STATUS: dict[type[Exception], int] = {
+    NonFiniteError: 1,
+    WorkerLostError: WORKER_LOST_STATUS,
+    VerificationError: WRONG_GRADIENTS_STATUS,
+}
 
 
 def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
@@ -184,17 +194,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         shard(model, world)
 
     # Order and length
-    loader = PairLoader(
-        source,
-        transform,
-        tokenizer,
-        config.global_batch_size,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    loader = build_loader(config, source, transform, tokenizer, world)
     num_samples = len(source) if config.train_num_samples is None else config.train_num_samples
     # An epoch has whole batches only.
     steps_per_epoch = num_samples // config.global_batch_size
@@ -274,18 +274,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         interrupt = stack.enter_context(
             Interrupt(0.0 if is_alone else REPEAT_S, DATA_WAIT_S if is_alone else None)
         )
-        log = stack.enter_context(
-            MetricsLogger(
-                run_dir if world.is_main else None,
-                num_steps=num_steps,
-                first_step=state.step,
-                mark=state.log_mark,
-                elapsed_s=state.elapsed_s,
-                reporters=reporters(config),
-                config=dataclasses.asdict(config),
-                quiet=config.quiet,
-            )
-        )
+        log = stack.enter_context(open_log(config, state, run_dir, num_steps, world))
         log.print(describe(config, model, source, world, num_steps, state.step, run_dir))
         for line in evaluations.describe_sources(source):
             log.print(line)
@@ -480,18 +469,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signal_ignored(signal.SIGINT):
             complain("clipcore.train", "stopped before the first step; there was nothing to save")
         return 128 + signal.SIGINT
-    except NonFiniteError as error:
+    except (NonFiniteError, VerificationError, WorkerLostError, DataWaitError) as error:
         complain("clipcore.train", f"stopped: {error}")
-        return 1
-    except VerificationError as error:
-        complain("clipcore.train", f"stopped: {error}")
-        return WRONG_GRADIENTS_STATUS
-    except DataWaitError as error:
-        complain("clipcore.train", f"stopped: {error}")
-        return error.exit_status
-    except WorkerLostError as error:
-        complain("clipcore.train", f"stopped: {error}")
-        return WORKER_LOST_STATUS
+        return error.exit_status if isinstance(error, DataWaitError) else _STATUS[type(error)]
     except Exception as error:
         return end_with(
             "clipcore.train",

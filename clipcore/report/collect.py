@@ -89,7 +89,7 @@ def report_run(
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
         summary=summary(steps, zero_shot, retrieval, state),
-        warnings=tuple(map(watch.describe, watch.found)),
+        warnings=tuple(map(watch.describe, watch.collapses)),
         steps=steps,
         evaluations=zero_shot,
         retrieval=retrieval,

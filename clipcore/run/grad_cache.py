@@ -181,7 +181,7 @@ class _RandomStates:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Within it, the generators go on from these states; they come out as after the first pass."""
+        """Set the generators to these states within the context, and back to the present ones at its end."""
         assert self.cpu is not None
         before = _RandomStates(True)
         self._set()

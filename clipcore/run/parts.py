@@ -19,6 +19,7 @@ import torch
 from clipcore.checkpoint import Checkpoint
 from clipcore.data import BadSample, PairSource
 from clipcore.data.embedded import EMBEDDED
+from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.loss import ClipLoss, SigLipLoss
@@ -101,10 +102,10 @@ def _some_captions(source: PairSource) -> Iterator[str]:
     number = min(len(source), _MAX_LEARNT_SAMPLES)
     for place in range(number):
         try:
-            found = source.captions(place * len(source) // number)
+            captions = source.captions(place * len(source) // number)
         except BadSample:
             continue
-        yield from [found] if isinstance(found, str) else found
+        yield from [captions] if isinstance(captions, str) else captions
 
 
 def captions_sha256(source: PairSource) -> str:
@@ -118,11 +119,11 @@ def captions_sha256(source: PairSource) -> str:
     number = min(len(source), _MAX_COMPARED_SAMPLES)
     for place in range(number):
         try:
-            found = source.captions(place * len(source) // number)
+            captions = source.captions(place * len(source) // number)
         except BadSample:
-            found = ""
+            captions = ""
         # JSON marks where a caption ends, and is ASCII whatever is in it.
-        digest.update(json.dumps(found).encode())
+        digest.update(json.dumps(captions).encode())
     return broadcast_object(digest.hexdigest())
 
 
@@ -237,6 +238,27 @@ def build_model(
                 f"{SIGLIP_BIAS:g}"
             )
     return model
+
+
+def build_loader(
+    config: RunConfig,
+    source: PairSource,
+    transform: ImageTransform,
+    tokenizer: Tokenizer,
+    world: World,
+) -> PairLoader:
+    """Return the loader of this rank's part of every global batch."""
+    return PairLoader(
+        source,
+        transform,
+        tokenizer,
+        config.global_batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
 
 
 def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:

@@ -13,11 +13,11 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import Batch
 from clipcore.ranks.distributed import World
 from clipcore.run.command_line import accepted_without_effect
-from clipcore.run.config import flag_of
+from clipcore.run.config import flag_of, reporters
 from clipcore.run.memory_plan import GB
 from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig
-from clipcore.run.state import write_config
+from clipcore.run.state import RunState, write_config
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import verify_gradients
 from clipcore.towers.model import CLIP
@@ -86,6 +86,22 @@ def prepare_steps(
     if config.verify_gradients:
         log.print(verify_gradients(training, batch, step_index))
     return config
+
+
+def open_log(
+    config: RunConfig, state: RunState, run_dir: Path, num_steps: int, world: World
+) -> MetricsLogger:
+    """Open the log of a run where its state has left it; only the main rank writes."""
+    return MetricsLogger(
+        run_dir if world.is_main else None,
+        num_steps=num_steps,
+        first_step=state.step,
+        mark=state.log_mark,
+        elapsed_s=state.elapsed_s,
+        reporters=reporters(config),
+        config=dataclasses.asdict(config),
+        quiet=config.quiet,
+    )
 
 
 def describe(

@@ -117,7 +117,7 @@ class RunState:
     log_mark: LogMark = field(default_factory=LogMark)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """The groups of tensors of a checkpoint."""
+        """Return the groups of tensors of a checkpoint."""
         # A sharded model's state_dict() brings back the split parameters, under which the optimizer keeps its state.
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
@@ -128,7 +128,7 @@ class RunState:
         return groups
 
     def save(self, run_dir: Path, keep: int) -> None:
-        """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all).
+        """Write the checkpoint of this step, and drop all but the newest ``keep`` (0 keeps all).
 
         Called by one rank; by all ranks together where the model is sharded.
         """
@@ -152,7 +152,7 @@ class RunState:
         save_checkpoint(run_dir / "checkpoints", self.step, groups, record, keep or None, writers)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint of the same run.
+        """Continue from a checkpoint of the same run.
 
         Raises:
             CheckpointError: it belongs to another model, vocabulary or data set.
@@ -211,8 +211,10 @@ class RunState:
         return first_fault(self.tensors())
 
     def evaluated_model(self) -> CLIP:
-        """The model to evaluate and to ship: the moving average where there is one; a whole copy where it is sharded,
-        made anew by all ranks together."""
+        """Return the model to evaluate and to ship: the moving average where there is one.
+
+        A sharded model gives a whole copy, made anew by all ranks together.
+        """
         if is_sharded(self.model):
             return gathered(self.model, None if self.ema is None else self.ema.shadow)
         if self.ema is None:
@@ -397,7 +399,9 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path) -> tuple[Checkpoint, Path]:
-    """The checkpoint at ``path``, or the newest of the run there, and the run's folder; its tensors are read when asked for.
+    """Return the checkpoint at ``path``, or the newest of the run there, and the run's folder.
+
+    Tensors are read when they are asked for.
 
     Raises:
         CheckpointError: neither is there.
@@ -413,7 +417,7 @@ def open_run(path: Path) -> tuple[Checkpoint, Path]:
 
 
 def launch_id() -> str | None:
-    """Names the torchrun that started this process, the same when it starts one anew; None without torchrun."""
+    """Return a name of the torchrun that started this process, the same after a restart; None without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return run and f"{run} {socket.gethostname()} {os.getppid()}"
 
@@ -473,7 +477,7 @@ def _folders(logs: Path) -> list[Path]:
 def resumed_config(
     run_dir: Path, config: TrainConfig, given: frozenset[str], world: World
 ) -> TrainConfig:
-    """The settings of the run, with those the user gave again laid over; each difference is printed."""
+    """Return the settings of a run to resume, overlaid with those that the user gives; print each difference."""
     path = run_dir / CONFIG_FILE
     try:
         saved = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
@@ -516,7 +520,7 @@ def resumed_config(
 
 
 def new_run_dir(config: RunConfig) -> Path:
-    """A folder for a new run, named by date, model and batch where the user gives no name."""
+    """Return the folder of a new run, named by date, model and batch where the user gives no name."""
     stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
     model = config.model.replace("/", "-")
     name = f"{stamp}-model_{model}-b_{config.global_batch_size}"
@@ -524,7 +528,7 @@ def new_run_dir(config: RunConfig) -> Path:
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """The settings, as config.json in the run's folder, and beside them which launch it is that writes there."""
+    """Write the settings as config.json in the run's folder, and beside them which launch writes there."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     write_durably(run_dir / CONFIG_FILE, text.encode())
     write_durably(run_dir / LAUNCH_FILE, (launch_id() or "").encode())
@@ -533,8 +537,9 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
 def load_run(
     path: Path, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, ImageTransform, Tokenizer]:
-    """The model of a run (its newest checkpoint) or of one checkpoint, in evaluation mode, with its preprocessing and
-    tokenizer; the moving average where the run kept one.
+    """Return the model of a run or of one of its checkpoints, in evaluation mode, with its preprocessing and tokenizer.
+
+    A run gives its newest checkpoint; weights are the moving average where the run kept one.
 
     Raises:
         CheckpointError: no loadable checkpoint there, or its vocabulary is not to be found.

@@ -262,7 +262,7 @@ class TrainingStep:
         )
 
     def describe_loss(self) -> str:
-        """Say in a line how the loss of a step will be computed."""
+        """Return in a line how the loss of a step will be computed."""
         some = self._some_features()
         with self.autocast():
             said = str(self.loss_fn.plan(some, some))
