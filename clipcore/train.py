@@ -138,6 +138,8 @@ def train(config: TrainConfig, given: frozenset[str], world: World) -> int:
     if (note := native.left_out(on_several_gpus)) is not None:
         world.print(note)
 
+    if config.resume is None:
+        resolve(config, world.world_size)  # so that a mistake in the settings ends all ranks alike
     with contextlib.ExitStack() as stack:
         run_dir = None
         if world.is_main:

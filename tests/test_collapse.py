@@ -130,4 +130,4 @@ def test_a_resumed_run_knows_the_steps_before():
     whole.see_all(rows)
     resumed.see_all(rows[:12])
     resumed.see_all(rows[12:])
-    assert whole.found == resumed.found and whole.is_collapsed
+    assert whole.collapses == resumed.collapses and whole.is_collapsed
