@@ -100,6 +100,7 @@ def test_batches_that_contradict_each_other_are_refused():
 
 def test_every_field_is_a_flag_with_a_line_of_help():
     flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    flags &= set(re.findall(r"--[\w-]+", build_parser().format_help()))
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in flags
         assert field.metadata["help"]
