@@ -61,6 +61,17 @@ from clipcore.run.faults import (
     resume_hint,
     shared_sound_checkpoint,
 )
+from clipcore.run.folders import (
+    CONFIG_FILE,
+    check_run_is_there,
+    find_checkpoint,
+    find_run,
+    is_restart,
+    launch_id,
+    new_run_dir,
+    resumed_config,
+    write_config,
+)
 from clipcore.run.metrics import LogMark, MetricsLogger, PartClock, read_metrics
 from clipcore.run.optim import (
     ExponentialMovingAverage,
@@ -101,18 +112,7 @@ from clipcore.run.setup import (
     prepare_steps,
 )
 from clipcore.run.sharding import replicate, shard
-from clipcore.run.state import (
-    CONFIG_FILE,
-    RunState,
-    check_run_is_there,
-    find_checkpoint,
-    find_run,
-    is_restart,
-    launch_id,
-    new_run_dir,
-    resumed_config,
-    write_config,
-)
+from clipcore.run.state import RunState
 from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError

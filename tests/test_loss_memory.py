@@ -17,11 +17,11 @@ from clipcore.ranks.distributed import World
 from clipcore.run import train_step
 from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import TrainConfig
+from clipcore.run.folders import resumed_config
 from clipcore.run.memory_plan import shared_stash_bytes
 from clipcore.run.parts import build_loss
 from clipcore.run.recipe import RunConfig, resolve
 from clipcore.run.setup import prepare_steps
-from clipcore.run.state import resumed_config
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.model import create_model
 

@@ -30,6 +30,7 @@ from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpo
 from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
 from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.folders import open_run
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import (
     ExponentialMovingAverage,
@@ -37,7 +38,7 @@ from clipcore.run.optim import (
     gradient_norm,
 )
 from clipcore.run.sharding import gathered, gradient_sync, is_sharded, shard
-from clipcore.run.state import RunState, load_run, open_run
+from clipcore.run.state import RunState, load_run
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
 from clipcore.towers.model import CLIP, create_model
 from clipcore.train import train

@@ -17,8 +17,8 @@ from clipcore import train
 from clipcore.ranks.distributed import World
 from clipcore.run import threads
 from clipcore.run.config import TrainConfig
+from clipcore.run.folders import resumed_config
 from clipcore.run.recipe import RunConfig, resolve
-from clipcore.run.state import resumed_config
 from clipcore.towers.resnet import BatchNorm2d
 
 

@@ -15,7 +15,8 @@
 ``schedule.py``      the learning rate of a step
 ``faults.py``        numbers that no run can go on from
 ``saving.py``        when a checkpoint is due, and how the log goes on from it
-``state.py``         what a run is between two steps: checkpoints, resume, folders
+``folders.py``       where runs live, and the settings in their folders
+``state.py``         what a run is between two steps, in memory and in a checkpoint
 ``metrics.py``       what a run writes down
 ``collapse.py``      notices a run that has collapsed
 ``verify.py``        compares a step with float64

@@ -14,10 +14,11 @@ from clipcore.data.loader import Batch
 from clipcore.ranks.distributed import World
 from clipcore.run.command_line import accepted_without_effect
 from clipcore.run.config import flag_of, reporters
+from clipcore.run.folders import write_config
 from clipcore.run.memory_plan import GB
 from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig
-from clipcore.run.state import RunState, write_config
+from clipcore.run.state import RunState
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import verify_gradients
 from clipcore.towers.model import CLIP
