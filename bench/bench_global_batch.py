@@ -57,9 +57,9 @@ def bench(arguments: argparse.Namespace, size: int, device: torch.device) -> Non
         *(arguments.micro_batch_size, None),
     )
     print(planned.plan(batch, 0, arguments.step_memory), flush=True)
-    steps = {f"planned, {planned.kept} graphs kept": planned}
+    steps = {f"planned, {planned.num_kept_graphs} graphs kept": planned}
     if planned.num_parts > 1:
-        steps["all but one embedded twice"] = dataclasses.replace(planned, kept=1)
+        steps["all but one embedded twice"] = dataclasses.replace(planned, num_kept_graphs=1)
     if arguments.direct:
         steps["direct"] = dataclasses.replace(planned, micro_batch_size=size)
     fns: dict[str, Callable[[], Any]] = {}

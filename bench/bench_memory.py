@@ -132,7 +132,7 @@ def step_figures(
         "peak_bytes": watched.peak + plan.parts.get("inputs", 0),
         "expected_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
-        "kept": plan.kept,
+        "kept": plan.num_kept_graphs,
         "micro_batch_size": plan.micro_batch_size,
     }
 

@@ -131,7 +131,7 @@ def bench_step(arguments: argparse.Namespace, device: torch.device) -> None:
             step.gradients(batch, 0)
             model.zero_grad(set_to_none=True)
 
-        cut = f"{step.num_parts} micro-batches, {step.kept} kept"
+        cut = f"{step.num_parts} micro-batches, {step.num_kept_graphs} kept"
         found = record(
             "step against N",
             {"clipcore": run},

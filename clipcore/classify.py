@@ -1,6 +1,6 @@
-"""Name what is in a picture: ``python -m clipcore.classify IMAGE... --labels "a, b, c" --checkpoint RUN``.
+"""Name what is in an image: ``python -m clipcore.classify IMAGE... --labels "a, b, c" --checkpoint RUN``.
 
-Of more than one picture a summary follows, with the accuracy where their folders are named as labels.
+For more than one image a summary follows, with the accuracy where their folders are named as labels.
 
 Legend: N images, K best names of each.
 
@@ -38,19 +38,22 @@ from clipcore.ranks.distributed import pick_device
 from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, check_whole_numbers, complain
 
-# So many decoded pictures are in memory at once.
+# Decoded images in memory at once.
 IMAGES_AT_ONCE = 64
 _MAX_LABEL_BYTES, _SHOWN_CHARS = 1 << 20, 80
 _SHOWN_NAMES = 10  # of a summary
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(prog="python -m clipcore.classify", description=__doc__)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files, or folders of them"
     )
     parser.add_argument(
-        "--labels", required=True, help="names separated by commas, or a file of one name a line"
+        "--labels",
+        required=True,
+        help="names separated by commas, or a file with one name per line",
     )
     parser.add_argument(
         "--templates",
@@ -68,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights of OpenAI, open_clip or transformers, or a run",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="architecture of --pretrained [read off its shapes]"
+        "--model",
+        metavar="NAME",
+        help="architecture of --pretrained [from the shapes of its weights]",
     )
     parser.add_argument("--bpe-path", metavar="FILE", help="vocabulary of --pretrained [OpenAI's]")
     parser.add_argument(
@@ -79,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help=f"pixels of a picture, of which more are not read [{MAX_PIXELS}]",
+        help=f"most pixels of an image; a larger one is refused [{MAX_PIXELS}]",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -87,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_labels(text: str) -> list[str]:
-    """Return the names in a comma-separated text, or in a file of one name a line, UTF-8.
+    """Return the names in a comma-separated text, or in a UTF-8 file with one name per line.
 
     Raises:
         ValueError: fewer than two names, one of them twice, or a file that is not there or cannot be read.
@@ -127,7 +132,7 @@ def read_labels(text: str) -> list[str]:
 
 
 def _as_compared(label: str) -> str:
-    """Return a name as a vocabulary takes it, which knows neither capitals nor runs of spaces."""
+    """Return a name in lower case with single spaces: a vocabulary tells nothing else apart."""
     return " ".join(label.lower().split())
 
 
@@ -147,7 +152,11 @@ def _is_there(path: Path) -> bool:
 
 
 def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the decoded picture of a file, of at most so many pixels."""
+    """Return the decoded image of a file.
+
+    Raises:
+        ValueError: the file cannot be read, is no image, or has more than ``max_pixels``.
+    """
     try:
         data = read_regular(path, MAX_IMAGE_BYTES + 1)
         return decode_bytes(data, "", Decoder(max_pixels=max_pixels))
@@ -181,7 +190,7 @@ class Classified(NamedTuple):
         return [(self.labels[c], p) for c, p in pairs]
 
 
-class _Found(NamedTuple):
+class _Input(NamedTuple):
     """An image to classify.
 
     Attributes:
@@ -196,27 +205,27 @@ class _Found(NamedTuple):
 
 def find_images(
     given: Sequence[str], index_of: Mapping[str, int], left_out: LeftOut
-) -> Iterator[_Found]:
-    """Yield the images that paths of images and of folders mean, in order.
+) -> Iterator[_Input]:
+    """Yield the images at the given paths, and those below the given folders, in order.
 
     Args:
-        index_of: index of each label, by its name as of ``_as_compared``.
-        left_out: counts what the folders hold and is not yielded.
+        index_of: index of each label, by its name as ``_as_compared`` returns it.
+        left_out: counts the files in the folders that are not yielded.
     """
     for path in given:
         where = os.path.abspath(path)
         if not is_folder(Path(path)):
-            yield _Found(path, None, _own_label(where, 1, index_of))
+            yield _Input(path, None, _own_label(where, 1, index_of))
             continue
         for inner in images_below(path, left_out):
             # The folder itself may be a class, or one between it and the image.
             num_folders = inner.count(os.sep) + 1
             own = _own_label(os.path.join(where, inner), num_folders, index_of)
-            yield _Found(os.path.join(path, inner), inner, own)
+            yield _Input(os.path.join(path, inner), inner, own)
 
 
 def _own_label(path: str, num_folders: int, index_of: Mapping[str, int]) -> int:
-    """Return the label that one of an image's innermost folders is named as, the nearest first; -1 where none is."""
+    """Return the index of the label that an image's nearest folder is named as, among the innermost; -1 for none."""
     for _ in range(num_folders):
         path = os.path.dirname(path)
         name = _as_compared(os.path.basename(path).replace("_", " "))
@@ -226,7 +235,7 @@ def _own_label(path: str, num_folders: int, index_of: Mapping[str, int]) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what cannot work, before a model is loaded."""
+    """Raise ValueError for arguments that cannot work, before a model is loaded."""
     check_whole_numbers(arguments, ("top", "max_pixels"))
     if arguments.top < 1:
         raise ValueError(f"--top is at least 1, got {arguments.top}")
@@ -251,9 +260,9 @@ class _Readable(NamedTuple):
 
 
 def _read_all(
-    images: Iterator[_Found], transform: ImageTransform, max_pixels: int, left_out: LeftOut
+    images: Iterator[_Input], transform: ImageTransform, max_pixels: int, left_out: LeftOut
 ) -> Iterator[_Readable]:
-    """Yield the images that can be read, prepared; raise ValueError for another one that was named.
+    """Yield the readable images, transformed; raise ValueError for an unreadable one that was named.
 
     Args:
         left_out: counts the images of folders that cannot be read.
@@ -274,9 +283,9 @@ def _read_all(
 
 
 def run_classification(arguments: argparse.Namespace) -> Classified:
-    """Return the images that are meant, with their best names.
+    """Return the images of the arguments with their best names.
 
-    An image that was named has to be readable; of those in a folder the others are classified, and the rest is counted.
+    An image that was named must be readable; unreadable ones in a folder are counted and left out.
 
     Raises:
         ValueError, OSError: a mistake in the arguments, or a file that cannot be read.
@@ -301,11 +310,11 @@ def run_classification(arguments: argparse.Namespace) -> Classified:
     paths: list[str] = []
     own, classes, probabilities = array("q"), list[Tensor](), list[Tensor]()
     index_of = {_as_compared(label): index for index, label in enumerate(labels)}
-    found = find_images(arguments.images, index_of, left_out)
-    readable = _read_all(found, transform, arguments.max_pixels, left_out)
+    images = find_images(arguments.images, index_of, left_out)
+    readable = _read_all(images, transform, arguments.max_pixels, left_out)
     while batch := list(itertools.islice(readable, IMAGES_AT_ONCE)):
-        images = torch.stack([image.picture for image in batch]).to(arguments.device)
-        probabilities_BK, classes_BK = classify(model, images, classifier_EC, arguments.top)
+        pictures = torch.stack([image.picture for image in batch]).to(arguments.device)
+        probabilities_BK, classes_BK = classify(model, pictures, classifier_EC, arguments.top)
         if not probabilities_BK.isfinite().all():
             raise ValueError("the model's features are not finite; its weights are not usable")
         paths += [image.path for image in batch]
@@ -327,7 +336,7 @@ def run_classification(arguments: argparse.Namespace) -> Classified:
 
 
 def print_table(classified: Classified) -> None:
-    """Print one block an image: names with their probabilities as figures and bars."""
+    """Print a block per image: names with their probabilities as figures and bars."""
     shown = classified.classes_NK.unique().tolist()
     width = max(len(printable(classified.labels[c])) for c in shown)
     for image, path in enumerate(classified.paths):
@@ -338,7 +347,7 @@ def print_table(classified: Classified) -> None:
 
 
 def print_summary(classified: Classified) -> None:
-    """Print how many images have which best name, and how many of them lie in a folder of that name."""
+    """Print how many images each name is the best of, and the top-1 accuracy of those whose folder is a label."""
     num_images, labels = len(classified.paths), classified.labels
     first_N, own_N = classified.classes_NK[:, 0], classified.own_N
     # Among equal counts the label that was given first.
@@ -367,7 +376,7 @@ def print_summary(classified: Classified) -> None:
 
 
 def print_json(classified: Classified) -> None:
-    """Print one object: for each path an object of its best names and their probabilities."""
+    """Print one JSON object: for each path an object of its best names and their probabilities."""
     # Written image by image: as one object it would take some kilobytes for each.
     separator = "{\n"
     for path, image in {path: image for image, path in enumerate(classified.paths)}.items():

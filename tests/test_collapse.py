@@ -45,7 +45,7 @@ def test_a_collapse_is_said_once_and_stays_on_the_page():
     assert len(said) == 1 and said[0].startswith(f"step {3 + NUM_STEPS}: the run has collapsed: ")
     assert "ln(256), 5.545 since step 4, with a gradient of 0.05 where 3 was usual" in said[0]
     assert "begin anew with a lower --lr, --grad-clip-norm 1 or a longer --warmup" in said[0]
-    assert watch.is_collapsed and [(c.first, c.last) for c in watch.found] == [(4, 43)]
+    assert watch.is_collapsed and [(c.first, c.last) for c in watch.collapses] == [(4, 43)]
 
 
 def test_a_run_that_comes_out_of_it_says_so():
@@ -53,7 +53,7 @@ def test_a_run_that_comes_out_of_it_says_so():
     watch, said = watch_of(rows, warmup=0)
     assert [line.partition(": ")[0] for line in said] == ["step 21", "step 32", "step 52"]
     assert said[1] == "step 32: the loss has left ln(256), 5.545, where it stood since step 2"
-    first, second = map(watch.describe, watch.found)
+    first, second = map(watch.describe, watch.collapses)
     assert "had collapsed" in first and "from step 2 to 31" in first and "begin anew" not in first
     assert "has collapsed" in second and "since step 33" in second
 
@@ -62,21 +62,21 @@ def test_a_run_that_comes_out_of_it_says_so():
 def test_a_gradient_that_comes_and_goes_ends_no_collapse(grad_norm):
     rows = [(6.0, 4.0), *[(LEVEL, 0.01)] * 30, (LEVEL, grad_norm), *[(LEVEL, 0.01)] * 30]
     watch, said = watch_of(rows, warmup=0)
-    assert len(said) == 1 and len(watch.found) == 1 and watch.is_collapsed
+    assert len(said) == 1 and len(watch.collapses) == 1 and watch.is_collapsed
 
 
 def test_a_gradient_that_sinks_slowly_is_measured_by_what_it_was():
     sinking = [8.0, 8.0, 1.5, 1.2, 1.0, 0.9, 0.7, 0.5, 0.3, 0.2, *[0.05] * 100]
     rows = [(6.0, 8.0), (6.0, 8.0), *((LEVEL, grad_norm) for grad_norm in sinking)]
     watch, said = watch_of(rows, warmup=2)
-    assert len(said) == 1 and [c.usual for c in watch.found] == [8.0]
+    assert len(said) == 1 and [c.usual for c in watch.collapses] == [8.0]
 
 
 @pytest.mark.parametrize(("num_steps", "is_said"), [(4, False), (5, True), (19, True), (30, True)])
 def test_a_run_that_ends_in_a_collapse_says_so(num_steps, is_said):
     watch, _ = watch_of([(6.0, 4.0), *[(LEVEL, 0.01)] * num_steps], warmup=0)
     said = watch.end()
-    assert (said is not None and "has collapsed" in said) == is_said == (len(watch.found) == 1)
+    assert (said is not None and "has collapsed" in said) == is_said == (len(watch.collapses) == 1)
 
 
 def test_the_remedy_is_none_that_the_run_has_taken():
@@ -106,7 +106,7 @@ def test_a_few_spikes_are_not_what_is_usual():
 )
 def test_other_runs_are_left_alone(rows):
     watch, said = watch_of(rows)
-    assert said == [] and watch.found == [] and not watch.is_collapsed
+    assert said == [] and watch.collapses == [] and not watch.is_collapsed
 
 
 def test_a_batch_of_one_pair_has_no_loss_to_learn_from():
@@ -130,4 +130,4 @@ def test_a_resumed_run_knows_the_steps_before():
     whole.see_all(rows)
     resumed.see_all(rows[:12])
     resumed.see_all(rows[12:])
-    assert whole.found == resumed.found and whole.is_collapsed
+    assert whole.collapses == resumed.collapses and whole.is_collapsed

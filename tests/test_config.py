@@ -5,19 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import typing
 
 import pytest
 
-from clipcore.run.config import (
-    PAPER_LEARNING_RATES,
-    ConfigError,
-    TrainConfig,
-    build_parser,
-    in_global_batches,
-    parse_command_line,
-    resolve,
-    warmup_steps,
-)
+from clipcore.run.command_line import build_parser, parse_command_line
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.recipe import PAPER_LEARNING_RATES, RunConfig, resolve, warmup_steps
 from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
@@ -68,10 +62,10 @@ def test_an_open_clip_command_line():
 )
 def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, found):
     config, _ = parse_command_line(line.split())
-    config = in_global_batches(resolve(config), num_ranks)
+    config = resolve(config, num_ranks)
     assert (config.global_batch_size, config.micro_batch_size) == found
     assert config.batch_size is None and config.accum_freq == 1
-    assert in_global_batches(config, num_ranks) == config
+    assert resolve(config, num_ranks) == config
 
 
 def test_aug_resize_takes_the_place_of_the_recipes_crop():
@@ -98,14 +92,15 @@ def test_batches_that_contradict_each_other_are_refused():
         ("--global-batch-size 100 --accum-freq 2", "--accum-freq counts micro-batches"),
         ("--global-batch-size 0", "--global-batch-size must be at least 1"),
         ("--keep-graphs 0", "--keep-graphs must be at least 1"),
-        ("--step-memory 0", "--step-memory must be positive"),
+        ("--step-memory 0", "--step-memory must be above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            in_global_batches(resolve(parse_command_line(line.split())[0]), 2)
+            resolve(parse_command_line(line.split())[0], 2)
 
 
 def test_every_field_is_a_flag_with_a_line_of_help():
     flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    flags &= set(re.findall(r"--[\w-]+", build_parser().format_help()))
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in flags
         assert field.metadata["help"]
@@ -133,18 +128,25 @@ def test_an_unknown_flag_names_the_nearest():
         ("--name /abs", "--name is of one folder in --logs"),
         ("--name a/b", "--name is of one folder in --logs"),
         ("--name \x1b[31mred", "--name is of one folder in --logs"),
-        ("--warmup -1", "--warmup must not be negative"),
-        ("--lr 0", "--lr must be positive"),
+        ("--warmup -1", "--warmup must be at least 0, got -1"),
+        ("--lr 0", "--lr must be above 0"),
         ("--lr nan", "--lr is a finite number"),
-        ("--timeout 0", "--timeout must be positive"),
-        ("--aug-scale 1e-320", "--aug-scale is a share of the area, from 0.0001 to 1"),
-        ("--aug-scale 1.1", "--aug-scale is a share of the area"),
+        ("--timeout 0", "--timeout must be above 0"),
+        ("--aug-scale 1e-320", "--aug-scale must be at least 0.0001 and at most 1, got"),
+        ("--aug-scale 1.1", "--aug-scale must be at least 0.0001 and at most 1, got 1.1"),
         ("--logs a\udcff", "--logs a\ufffd is not UTF-8; rename the folder"),
         ("--resume a\udcff", "--resume a\ufffd is not UTF-8"),
-        ("--force-patch-dropout 1.5", "between 0 and 1"),
+        (
+            "--force-patch-dropout 1.5",
+            "--force-patch-dropout must be at least 0 and at most 1, got 1.5",
+        ),
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and less than 1, got 1"),
         ("--label-smoothing -0.1", "--label-smoothing must be at least 0"),
         ("--siglip --label-smoothing 0.1", "--siglip has none; leave one of them out"),
+        ("--siglip --loss-stash 1", "--siglip keeps no logits; leave one of them out"),
+        ("--loss-stash -1", "--loss-stash must be at least 0 and at most 1,000,000, got -1"),
+        ("--loss-workspace 0", "--loss-workspace must be at least 0.001"),
+        ("--threads 2000", "--threads must be at least 1 and at most 1,024, got 2000"),
         ("--duplicate-captions both", "negative"),
         ("--lr-scheduler const-cooldown", "--epochs-cooldown"),
         ("--lr-scheduler linear", "cosine"),
@@ -172,6 +174,53 @@ def test_recipes_fill_what_is_not_given():
     assert resolve(parse_command_line("--train-data x.tar --workers 4".split())[0]).workers == 4
 
 
+LINES = (
+    "",
+    "--train-data icons",
+    "--train-data x.tar --model RN50 --global-batch-size 64",
+    "--train-data x.tar --batch-size 4 --accum-freq 2 --aug-resize 300",
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_a_run_needs_has_a_value(line):
+    config = resolve(parse_command_line(line.split())[0])
+    types = typing.get_type_hints(RunConfig)
+    needed = [name for name, kind in types.items() if type(None) not in typing.get_args(kind)]
+    assert {"lr", "beta1", "workers", "warmup"} <= set(needed)
+    assert not [name for name in needed if getattr(config, name) is None]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_record_gives_the_same_settings(line):
+    """That of this version, and that of an earlier one, which knew nothing of some and left others open."""
+    config = resolve(parse_command_line(line.split())[0])
+    record = dataclasses.asdict(config)
+    assert record.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert resolve(TrainConfig(**record)) == config
+    for name in ("beta1", "beta2", "eps"):
+        record[name] = None
+    del record["loss_stash"], record["loss_workspace"]
+    assert resolve(TrainConfig(**record)) == config
+
+
+def test_the_device_decides_the_precision_at_each_launch():
+    config = resolve(TrainConfig())
+    assert config.precision is None  # a run that goes on elsewhere decides anew
+    assert [config.precision_on(kind) for kind in ("cpu", "cuda")] == ["fp32", "amp_bf16"]
+    assert TrainConfig(precision="amp").precision_on("cuda") == "amp"
+
+
+def test_adams_settings_are_the_paper_s_of_the_model():
+    values = [
+        (config.beta1, config.beta2, config.eps)
+        for config in (resolve(TrainConfig(model=name)) for name in ("RN50", "ViT-B-32"))
+    ]
+    assert values == [(0.9, 0.999, 1e-8), (0.9, 0.98, 1e-6)]
+    config = resolve(TrainConfig(model="RN50", beta2=0.95))
+    assert (config.beta1, config.beta2, config.eps) == (0.9, 0.95, 1e-8)
+
+
 @pytest.mark.parametrize("openai", ["ViT-L/14", "ViT-L/14@336px"])
 def test_openais_spelling_has_the_papers_learning_rate(openai):
     names = (openai, OPENAI_NAMES[openai], OPENAI_NAMES[openai] + "-quickgelu")
@@ -182,9 +231,9 @@ def test_openais_spelling_has_the_papers_learning_rate(openai):
 def test_warm_up_longer_than_the_run():
     config = resolve(TrainConfig(warmup=50))
     with pytest.raises(ConfigError, match="longer than the run of 40 steps"):
-        warmup_steps(config, explicit=True, num_steps=40)
-    assert warmup_steps(config, explicit=True, num_steps=400) == 50
-    assert warmup_steps(config, explicit=False, num_steps=40) == 4
+        warmup_steps(config, is_chosen=True, num_steps=40)
+    assert warmup_steps(config, is_chosen=True, num_steps=400) == 50
+    assert warmup_steps(config, is_chosen=False, num_steps=40) == 4
 
 
 KINDS = {"int": 3, "float": 1.5, "str": "text", "bool": True, "list": [1], "dict": {}, "none": None}

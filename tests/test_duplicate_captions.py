@@ -184,7 +184,7 @@ kinds = pytest.mark.parametrize("config", [TrainConfig(**k) for k in KINDS.value
 WAYS = {
     "direct": {},
     "padded": {"pack_text": False},
-    "cached": {"micro_batch_size": 3, "kept": 2},
+    "cached": {"micro_batch_size": 3, "num_kept_graphs": 2},
     "one by one": {"micro_batch_size": 1},
 }
 

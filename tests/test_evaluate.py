@@ -27,8 +27,9 @@ from clipcore.evaluate.tasks import (
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify, zero_shot_accuracy
 from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
-from clipcore.run.config import TrainConfig, resolve
-from clipcore.run.metrics import Logbook
+from clipcore.run.config import TrainConfig
+from clipcore.run.metrics import MetricsLogger
+from clipcore.run.recipe import RunConfig, resolve
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.model import create_model
 
@@ -156,7 +157,7 @@ def nano_encoder(batch_size: int = 4, max_bad_fraction: float = 0.01) -> Encoder
     return Encoder(model, tokenizer, transform, ALONE, batch_size, max_bad_fraction)
 
 
-def settings_of(val_data: object) -> TrainConfig:
+def settings_of(val_data: object) -> RunConfig:
     given = TrainConfig(train_data=str(val_data), val_data=str(val_data), model="ViT-nano-8-32")
     return resolve(dataclasses.replace(given, tokenizer="bytes", device="cpu"))
 
@@ -300,7 +301,7 @@ def test_the_log_says_what_a_figure_leaves_out_and_what_sources_hold(tmp_path, c
     assert lines[2].startswith(f"not used of pairs.csv: {row}; 1 x caption of a picture (3 fields")
 
     (folder / "images" / "0003.jpg").write_bytes(b"")
-    log = Logbook(tmp_path, num_steps=1)
+    log = MetricsLogger(tmp_path, num_steps=1)
     plan.run(create_model("ViT-nano-8-32"), log, step=1, epoch=1, is_last=True)
     assert "(without 1 that could not be read)" in capsys.readouterr().out
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

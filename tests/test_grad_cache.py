@@ -446,14 +446,14 @@ def counted_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_is_made_of_what_was_measured(counted_memory: None) -> None:
     model = tower(dtype="fp32")
     step = training(model, num_pairs=256)
-    step.kept = None
+    step.num_kept_graphs = None
     assert step.needs_plan()
     plan = step.plan(pairs(256), 0)
-    assert not step.needs_plan() and (step.micro_batch_size, step.kept) == (
+    assert not step.needs_plan() and (step.micro_batch_size, step.num_kept_graphs) == (
         plan.micro_batch_size,
-        plan.kept,
+        plan.num_kept_graphs,
     )
-    assert 1 <= plan.kept <= -(-256 // plan.micro_batch_size)
+    assert 1 <= plan.num_kept_graphs <= -(-256 // plan.micro_batch_size)
     assert 0 <= plan.cost < 0.5 and plan.peak_bytes <= plan.budget_bytes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "256 pairs on this device" in str(plan) and "kept graphs" in str(plan)
@@ -465,7 +465,7 @@ def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
 ) -> None:
     model = tower(dtype="fp32")
     step = training(model, num_pairs=256)
-    step.kept, backward = None, memory_plan._backward
+    step.num_kept_graphs, backward = None, memory_plan._backward
 
     def limited(trained: list[Tensor]) -> None:
         backward(trained)
@@ -490,10 +490,10 @@ def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
 def test_little_memory_keeps_few_graphs_and_too_little_is_told(counted_memory: None) -> None:
     model = tower(dtype="fp32")
     step = training(model, 64, num_pairs=1024)
-    step.kept = None
+    step.num_kept_graphs = None
     plan = step.plan(pairs(1024), 0, step_memory=0.05)
-    assert 1 <= plan.kept < 16 and plan.peak_bytes <= 50_000_000
-    assert f"16 micro-batches of 64, {plan.kept} of which keep their graphs" in str(plan)
+    assert 1 <= plan.num_kept_graphs < 16 and plan.peak_bytes <= 50_000_000
+    assert f"16 micro-batches of 64, {plan.num_kept_graphs} of which keep their graphs" in str(plan)
     step = training(model, num_pairs=1024)
     with pytest.raises(ValueError, match="raise --step-memory"):
         step.plan(pairs(1024), 0, step_memory=0.0001)
@@ -504,9 +504,11 @@ def test_a_step_takes_no_more_than_its_plan(counted_memory: None, micro_batch_si
     """The bytes of all tensors that are alive at once, against what was planned from a count of one micro-batch."""
     model, batch = tower(name="ViT-glyphs", dtype="fp32", force_vocab_size=514), pairs(256)
     step = training(model, micro_batch_size, num_pairs=256)
-    step.kept = None
+    step.num_kept_graphs = None
     plan = step.plan(batch, 0, step_memory=0.025)
-    assert 1 < plan.kept < 256 / micro_batch_size and plan.peak_bytes <= plan.budget_bytes
+    assert (
+        1 < plan.num_kept_graphs < 256 / micro_batch_size and plan.peak_bytes <= plan.budget_bytes
+    )
     with LiveStorages() as live:
         step.gradients(batch, 0)
     peak_bytes = live.peak_bytes + batch.images.nbytes + batch.tokens.nbytes

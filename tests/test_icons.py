@@ -21,8 +21,9 @@ from clipcore.data.icons import FAMILIES, IconSource, draw, family_icons, is_uns
 from clipcore.data.prepare import Settings, source_identity
 from clipcore.data.shards import ImageFormat
 from clipcore.evaluate.tasks import retrieval_tasks, zero_shot_tasks
-from clipcore.run.config import parse_command_line, resolve
+from clipcore.run.command_line import parse_command_line
 from clipcore.run.parts import build_tokenizer, open_training_source
+from clipcore.run.recipe import resolve
 
 pytestmark = pytest.mark.fast
 

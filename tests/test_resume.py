@@ -34,17 +34,11 @@ from clipcore.checkpoint import (
 )
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.faults import first_fault, newest_sound
+from clipcore.run.folders import find_run, resumed_config
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import ExponentialMovingAverage, build_optimizer
-from clipcore.run.state import (
-    RunState,
-    find_run,
-    first_fault,
-    load_run,
-    newest_sound,
-    resumed_config,
-    run_record,
-)
+from clipcore.run.state import RunState, load_run, run_record
 from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.model import CLIP
 

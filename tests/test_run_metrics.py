@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from clipcore.run.metrics import (
-    Logbook,
     LogError,
     LogMark,
+    MetricsLogger,
     compare_log,
     read_metrics,
     set_log_aside,
@@ -29,12 +29,12 @@ def row(step: int, **values: float) -> dict[str, Any]:
 
 
 def test_a_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path):
-    with Logbook(tmp_path, num_steps=3, quiet=True) as log:
+    with MetricsLogger(tmp_path, num_steps=3, quiet=True) as log:
         log.step(row(1), num_pairs=8)
         mark = log.sync()
         log.step(row(2), num_pairs=8)
         before = log.elapsed_s
-    with Logbook(
+    with MetricsLogger(
         tmp_path, num_steps=3, first_step=1, mark=mark, elapsed_s=before, quiet=True
     ) as log:
         log.step(row(2, loss=0.5), num_pairs=8)
@@ -47,7 +47,7 @@ def test_a_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path):
 
 def logged(tmp_path: Path) -> LogMark:
     """Write two steps; return the mark behind them."""
-    with Logbook(tmp_path, num_steps=2, quiet=True) as log:
+    with MetricsLogger(tmp_path, num_steps=2, quiet=True) as log:
         for step in (1, 2):
             log.step(row(step), num_pairs=8)
         return log.sync()
@@ -76,20 +76,22 @@ def test_a_log_that_is_not_the_checkpoints_is_refused(tmp_path, what):
         what, "has .* bytes, not"
     )
     with pytest.raises(LogError, match=f"metrics.jsonl {said}.*--new-log"):
-        Logbook(tmp_path, num_steps=3, first_step=2, mark=mark, quiet=True)
+        MetricsLogger(tmp_path, num_steps=3, first_step=2, mark=mark, quiet=True)
     assert (path.read_bytes() if path.exists() else None) == changed
 
 
 def test_a_log_goes_on_from_any_mark_with_its_hash(tmp_path):
     first = logged(tmp_path)
-    with Logbook(tmp_path, num_steps=4, first_step=2, mark=first, quiet=True) as log:
+    with MetricsLogger(tmp_path, num_steps=4, first_step=2, mark=first, quiet=True) as log:
         assert log.sync() == first
         log.step(row(3), num_pairs=8)
         second = log.sync()
     content = (tmp_path / "metrics.jsonl").read_bytes()
     assert second == LogMark(len(content), hashlib.sha256(content).hexdigest())
     # A checkpoint of an earlier version has no hash, and the size alone counts.
-    with Logbook(tmp_path, num_steps=4, first_step=2, mark=LogMark(first.size), quiet=True) as log:
+    with MetricsLogger(
+        tmp_path, num_steps=4, first_step=2, mark=LogMark(first.size), quiet=True
+    ) as log:
         assert log.sync() == first
 
 
@@ -137,7 +139,7 @@ def test_what_is_no_line_of_a_run_is_left_out(tmp_path):
 
 
 def test_lines_are_json_without_infinities_and_as_often_as_asked(tmp_path):
-    with Logbook(tmp_path, num_steps=4, quiet=True) as log:
+    with MetricsLogger(tmp_path, num_steps=4, quiet=True) as log:
         for step in range(1, 5):
             log.step(row(step, grad_norm=math.inf), num_pairs=8, every=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -150,7 +152,7 @@ def test_tensorboard_keeps_the_step_that_is_resumed_at(tmp_path):
 
     mark = LogMark()
     for first in (0, 2):  # the step after the checkpoint is made twice, differently
-        with Logbook(
+        with MetricsLogger(
             tmp_path,
             num_steps=3,
             first_step=first,
@@ -183,7 +185,7 @@ def test_weights_and_biases_receives_every_figure(tmp_path, monkeypatch):
     config = {"wandb_project_name": "letters", "lr": 1e-3}
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
-    with Logbook(run_dir, num_steps=1, reporters=["wandb"], config=config, quiet=True) as log:
+    with MetricsLogger(run_dir, num_steps=1, reporters=["wandb"], config=config, quiet=True) as log:
         log.step(row(1, grad_norm=math.nan), num_pairs=8)
         log.evaluation({"step": 1, "task": "unseen", "acc1": 0.25}, ["acc1"])
     assert len(calls["init"]) == len(calls["finish"]) == 1
@@ -205,7 +207,7 @@ def test_a_service_that_refuses_is_named_with_the_remedy(tmp_path, monkeypatch):
     module.init = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(ValueError, match="--report-to wandb: api_key not configured; log in with"):
-        Logbook(tmp_path, num_steps=1, reporters=["wandb"], quiet=True)
+        MetricsLogger(tmp_path, num_steps=1, reporters=["wandb"], quiet=True)
 
 
 @pytest.mark.parametrize("reporter", ["tensorboard", "wandb"])
@@ -213,13 +215,13 @@ def test_a_missing_reporter_names_the_extra(reporter, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=rf'pip install "clipcore\[{reporter}\]"'):
-        Logbook(tmp_path, num_steps=1, reporters=[reporter], quiet=True)
+        MetricsLogger(tmp_path, num_steps=1, reporters=[reporter], quiet=True)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    with Logbook(None, num_steps=1) as log:
+    with MetricsLogger(None, num_steps=1) as log:
         log.step(row(1), num_pairs=8)
-        log.say("nothing")
+        log.print("nothing")
         assert log.sync() == LogMark()
     assert capsys.readouterr() == ("", "") and not any(tmp_path.iterdir())

@@ -28,7 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
 from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
-from clipcore.run.config import ConfigError, TrainConfig, parse_command_line
+from clipcore.run.command_line import parse_command_line
+from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.folders import open_run
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import (
     ExponentialMovingAverage,
@@ -36,7 +38,7 @@ from clipcore.run.optim import (
     gradient_norm,
 )
 from clipcore.run.sharding import gathered, gradient_sync, is_sharded, shard
-from clipcore.run.state import RunState, load_run, open_run
+from clipcore.run.state import RunState, load_run
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
 from clipcore.towers.model import CLIP, create_model
 from clipcore.train import train

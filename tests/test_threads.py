@@ -17,7 +17,8 @@ from clipcore import train
 from clipcore.ranks.distributed import World
 from clipcore.run import threads
 from clipcore.run.config import TrainConfig
-from clipcore.run.state import resumed_config
+from clipcore.run.folders import resumed_config
+from clipcore.run.recipe import RunConfig, resolve
 from clipcore.towers.resnet import BatchNorm2d
 
 
@@ -102,7 +103,7 @@ def test_ranks_and_loader_processes_leave_the_other_cores(monkeypatch):
 def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path, monkeypatch, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-    monkeypatch.setattr(train, "most_threads", lambda world_size, workers: 2)
+    monkeypatch.setattr(threads, "most_threads", lambda world_size, workers: 2)
     computed = []
     monkeypatch.setattr(
         train, "describe", lambda *_: computed.append(torch.get_num_threads()) or "a run"
@@ -141,32 +142,32 @@ def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path, monkeypatch, 
     assert noted == 1 and "--threads was 2 in this run, now 1" in said
 
 
-def config_of(**settings: object) -> TrainConfig:
-    return dataclasses.replace(TrainConfig(), **settings)  # type: ignore[arg-type]
+def config_of(**settings: object) -> RunConfig:
+    return dataclasses.replace(resolve(TrainConfig()), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.fast
 def test_a_number_that_the_machine_has_not_to_give_is_measured_anew(monkeypatch, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(train, "most_threads", lambda world_size, workers: 4 - workers)
+    monkeypatch.setattr(threads, "most_threads", lambda world_size, workers: 4 - workers)
     cpu = World(0, 1, 0, torch.device("cpu"))
-    kept = train.set_threads(config_of(threads=3, workers=1), False, cpu)
+    kept = threads.set_threads(config_of(threads=3, workers=1), False, cpu)
     assert kept.threads == torch.get_num_threads() == 3 and capfd.readouterr().out == ""
 
-    anew = train.set_threads(config_of(threads=5, workers=1), False, cpu)
+    anew = threads.set_threads(config_of(threads=5, workers=1), False, cpu)
     assert anew.threads is None and torch.get_num_threads() == 3
     said = capfd.readouterr()
     assert "this run had 5 threads, and here it may have 3" in said.out + said.err
     # As many as the user says.
-    assert train.set_threads(config_of(threads=5), True, cpu).threads == 5
+    assert threads.set_threads(config_of(threads=5), True, cpu).threads == 5
     assert torch.get_num_threads() == 5
     # One core is no question.
-    assert train.set_threads(config_of(workers=3), False, cpu).threads == 1
+    assert threads.set_threads(config_of(workers=3), False, cpu).threads == 1
 
     # What was measured on a CPU is nothing to a GPU's host.
     gpu = World(0, 1, 0, torch.device("cuda"))
     torch.set_num_threads(2)
-    assert train.set_threads(config_of(threads=1), False, gpu).threads == 1
+    assert threads.set_threads(config_of(threads=1), False, gpu).threads == 1
     assert torch.get_num_threads() == 2
 
 

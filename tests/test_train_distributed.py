@@ -19,8 +19,8 @@ from shards import write_csv
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from clipcore.ranks.distributed import World
 from clipcore.run.config import TrainConfig
+from clipcore.run.folders import find_checkpoint
 from clipcore.run.metrics import read_metrics
-from clipcore.run.state import find_checkpoint
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from clipcore.data.transforms import ImageTransform
-from clipcore.run.state import is_run, load_run
+from clipcore.run.folders import is_run
+from clipcore.run.state import load_run
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 from clipcore.towers.model import CLIP, create_model_from_pretrained
 

@@ -35,8 +35,8 @@ from clipcore.evaluate.retrieval import retrieval_recall
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, zero_shot_accuracy
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks.distributed import World, gather_objects, gather_rows, is_main
-from clipcore.run.config import TrainConfig
-from clipcore.run.metrics import Logbook
+from clipcore.run.metrics import MetricsLogger
+from clipcore.run.recipe import RunConfig
 from clipcore.towers.model import CLIP
 
 # Of which one at least has to be readable when a run begins.
@@ -247,7 +247,7 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
     return ZeroShotTask(name, source, source.labels_N, source.classnames, templates)
 
 
-def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
+def zero_shot_tasks(config: RunConfig) -> list[ZeroShotTask]:
     """The zero-shot evaluations that the settings ask for."""
     tasks = []
     if config.train_data in EMBEDDED:
@@ -263,7 +263,7 @@ def zero_shot_tasks(config: TrainConfig) -> list[ZeroShotTask]:
     return tasks
 
 
-def retrieval_tasks(config: TrainConfig) -> list[RetrievalTask]:
+def retrieval_tasks(config: RunConfig) -> list[RetrievalTask]:
     """The retrieval evaluations that the settings ask for."""
     if config.val_data is not None:
         source = open_source(
@@ -294,7 +294,7 @@ class EvaluationPlan:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         world: World,
         tokenizer: Callable[[list[str]], Tensor],
         transform: ImageTransform,
@@ -341,7 +341,7 @@ class EvaluationPlan:
             max_bad_fraction=self.max_bad_fraction,
         )
 
-    def run(self, model: CLIP, log: Logbook, step: int, epoch: int, is_last: bool) -> None:
+    def run(self, model: CLIP, log: MetricsLogger, step: int, epoch: int, is_last: bool) -> None:
         """Runs and logs the evaluations due after ``epoch`` epochs; a frequency of 0 turns them off."""
         was_training = model.training
         model.eval()
@@ -362,5 +362,5 @@ class EvaluationPlan:
 HEADLINE = ("acc1", "acc5", "chance", "image_to_text_R@1", "text_to_image_R@1")
 
 
-def _is_due(epoch: int, frequency: int | None, is_last: bool) -> bool:
-    return bool(frequency) and (is_last or epoch % (frequency or 1) == 0)
+def _is_due(epoch: int, frequency: int, is_last: bool) -> bool:
+    return frequency > 0 and (is_last or epoch % frequency == 0)

@@ -49,8 +49,8 @@ class World:
         """Whether this process writes logs and checkpoints."""
         return self.rank == 0
 
-    def say(self, message: str) -> None:
-        """Prints a line once for all processes."""
+    def print(self, message: str) -> None:
+        """Print a line once for all processes."""
         if self.is_main:
             print(printable_lines(message))
 

@@ -33,9 +33,9 @@ from clipcore.report.page import (
     write_report,
 )
 from clipcore.run.collapse import CollapseWatch
-from clipcore.run.config import TrainConfig
-from clipcore.run.metrics import Logbook, read_metrics
+from clipcore.run.metrics import MetricsLogger, read_metrics
 from clipcore.run.profile import PROFILE_FOLDER, TABLE
+from clipcore.run.recipe import RunConfig
 from clipcore.run.state import RunState
 
 NUM_ZERO_SHOT_EXAMPLES = 24
@@ -58,11 +58,11 @@ class Samples:
 
 def report_run(
     run_dir: Path,
-    config: TrainConfig,
+    config: RunConfig,
     state: RunState,
     plan: EvaluationPlan,
     training_source: PairSource,
-    log: Logbook,
+    log: MetricsLogger,
     watch: CollapseWatch,
 ) -> None:
     """Writes report.html into the run's folder, on the main rank; called by all.
@@ -89,7 +89,7 @@ def report_run(
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
         summary=summary(steps, zero_shot, retrieval, state),
-        warnings=tuple(map(watch.describe, watch.found)),
+        warnings=tuple(map(watch.describe, watch.collapses)),
         steps=steps,
         evaluations=zero_shot,
         retrieval=retrieval,
@@ -104,8 +104,8 @@ def report_run(
     model.train(was_training)
     write_report(run_dir / "report.html", data)
     if collapsed is not None:
-        log.say(collapsed)
-    log.say(f"report: {run_dir / 'report.html'}")
+        log.print(collapsed)
+    log.print(f"report: {run_dir / 'report.html'}")
 
 
 def _read_profile(path: Path) -> str:

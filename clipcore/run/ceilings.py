@@ -30,12 +30,12 @@ class Ceilings(NamedTuple):
     flops_per_s: float
 
     def floor_ms(self, bytes_moved: float, flops: float) -> float:
-        """The least time for so much work, memory and arithmetic side by side."""
+        """Return the least time for a piece of work, with memory traffic and arithmetic overlapped."""
         return 1e3 * max(bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
 
 
 def copy_work(device: torch.device, num_bytes: int = 2**28) -> Work:
-    """One read and one write of every byte, far beyond the caches."""
+    """Return a copy that reads and writes every byte once, far beyond the caches."""
     # A generator of its own, since a training run draws from the common one.
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(num_bytes // 4, device=device, generator=generator)
@@ -44,7 +44,7 @@ def copy_work(device: torch.device, num_bytes: int = 2**28) -> Work:
 
 
 def product_work(width: int, dtype: torch.dtype, device: torch.device, rows: int) -> Work:
-    """[rows, width] x [width, 4 width], as the first layer of an MLP."""
+    """Return the product [rows, width] x [width, 4 width], the first layer of an MLP."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
     weight = torch.randn(4 * width, width, device=device, generator=generator).to(dtype)
@@ -57,7 +57,7 @@ def product_work(width: int, dtype: torch.dtype, device: torch.device, rows: int
 
 
 def time_ms(fn: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call: of the device on a GPU, of the clock on the CPU."""
+    """Return the milliseconds of one call: the device's on a GPU, the clock's on the CPU."""
     if device.type == "cuda":
         # The device is busy while the host gets ahead: what is timed is the device, not the dispatch of a first kernel.
         torch.cuda._sleep(HEAD_START)
@@ -75,7 +75,7 @@ def time_ms(fn: Callable[[], Any], device: torch.device) -> float:
 def measure_ceilings(
     widths: Iterable[int], dtype: torch.dtype, device: torch.device, rounds: int = 5
 ) -> Ceilings:
-    """The rates here and now: the best of ``rounds`` calls and, of products, over the widths.
+    """Measure the rates of a device: the best of ``rounds`` calls and, for products, of all widths.
 
     Takes half a gigabyte at most for the copy, and less for the products of widths up to 1280.
     """

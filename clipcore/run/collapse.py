@@ -60,13 +60,13 @@ class CollapseWatch:
         is_clipped: whether the gradient's length is limited already.
 
     Attributes:
-        found: every collapse so far, the newest last; one that is going on has the last step as its end.
+        collapses: every collapse so far, the newest last; one that is going on has the last step as its end.
     """
 
     def __init__(
         self, num_pairs: int, is_sigmoid: bool, warmup: int, is_clipped: bool = False
     ) -> None:
-        self.found: list[Collapse] = []
+        self.collapses: list[Collapse] = []
         self._num_pairs, self._is_sigmoid, self._warmup = num_pairs, is_sigmoid, warmup
         self._is_clipped = is_clipped
         self._loss = loss_of_guessing(num_pairs, is_sigmoid)
@@ -129,18 +129,18 @@ class CollapseWatch:
 
     @property
     def is_collapsed(self) -> bool:
-        """Whether a collapse that was noticed is going on."""
-        return bool(self.found) and self.found[-1] is self._current
+        """Return whether a collapse that was noticed is going on."""
+        return bool(self.collapses) and self.collapses[-1] is self._current
 
     def _describe_current(self) -> str | None:
-        return self.describe(self.found[-1]) if self.is_collapsed else None
+        return self.describe(self.collapses[-1]) if self.is_collapsed else None
 
     def _notice(self, num_steps: int) -> str | None:
-        """Note the current collapse as found once it has so many steps."""
+        """Note the current collapse once it has so many steps."""
         current = self._current
         if current is None or self.is_collapsed or current.num_seen < num_steps:
             return None
-        self.found.append(current)
+        self.collapses.append(current)
         return f"step {current.last}: {self.describe(current)}"
 
     def _leave(self, step: int, grad_norm: float) -> str | None:
@@ -164,7 +164,7 @@ class CollapseWatch:
 
 
 class _Longest:
-    """The longest of the gradients seen."""
+    """The lengths of the longest gradients seen."""
 
     def __init__(self) -> None:
         self.heap: list[float] = []
@@ -176,7 +176,7 @@ class _Longest:
 
     @property
     def usual(self) -> float:
-        """The length that ``NUM_LONGEST`` of them have reached; of fewer, half of them."""
+        """Return the length that ``NUM_LONGEST`` of them have reached; the median if there are fewer."""
         if len(self.heap) == NUM_LONGEST:
             return self.heap[0]
         return sorted(self.heap)[len(self.heap) // 2] if self.heap else 0.0

@@ -1,28 +1,21 @@
-"""The configuration of a training run: one frozen dataclass, whose fields are the command line.
+"""The settings of a training run: one frozen dataclass, whose fields are the command line.
 
-Flags keep the names and the meaning that open_clip's users know. A field that is ``None`` takes the value of a recipe
-(``resolve``): the paper's for user data, a small one for the embedded data.
+Flags keep the names and the meaning that open_clip's users know. A field that is ``None`` is either decided later, from the
+data, the model or the machine (``recipe.resolve``), or it turns something off.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import functools
 import math
-import os
-import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from clipcore.data.embedded import EMBEDDED
 from clipcore.data.transforms import MAX_PIXELS
 from clipcore.run.schedule import SCHEDULES
-from clipcore.terminal import is_printable, printable
-from clipcore.towers.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX
 
 
 class ConfigError(ValueError):
@@ -42,15 +35,76 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
 # How the loss treats pairs of equal captions: as negatives, left out, or as positives.
 DUPLICATE_CAPTIONS = ("negative", "ignore", "positive")
 
+# More are a mistake: OpenMP ends the process if it cannot start them.
+MAX_THREADS = 1024
+_MAX_TIMEOUT_S = 10**8
+_MAX_RATIO = 100
+_MIN_SCALE = 1e-4
+# More than any device has; bytes of it fit into 64 bits.
+_MAX_GB = 10**6
+_MIN_WORKSPACE_GB = 0.001
 
-def _option(default: Any, group: str, help: str, **arguments: Any) -> Any:
-    metadata = {"group": group, "help": help, "arguments": arguments}
+
+class Limits(NamedTuple):
+    """The range of a number; ``str`` says it behind "must be"."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Return whether a value is in the range."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {
+            "at least": self.at_least,
+            "above": self.above,
+            "at most": self.at_most,
+            "less than": self.below,
+        }
+        return " and ".join(f"{word} {n:,}" for word, n in words.items() if n is not None)
+
+
+def _option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    **arguments: Any,
+) -> Any:
+    """Return the field of a setting.
+
+    Args:
+        at_least, above, at_most, below: the limits of a number; None checks nothing.
+        arguments: of argparse's ``add_argument``.
+    """
+    metadata = {
+        "group": group,
+        "help": help,
+        "limits": Limits(at_least, above, at_most, below),
+        "arguments": arguments,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of ``python -m clipcore.train``."""
+    """Every setting of ``python -m clipcore.train``, as a user gives it.
+
+    Raises:
+        ConfigError: a value of another type, out of its range, or at odds with another setting.
+    """
 
     train_data: str = _option(
         "glyphs", DATA, "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder"
@@ -59,12 +113,12 @@ class TrainConfig:
         None, DATA, "weights of the mixed sources, 1::2", metavar="W"
     )
     train_num_samples: int | None = _option(
-        None, DATA, "samples of an epoch [all of the data]", metavar="N"
+        None, DATA, "samples of an epoch [all of the data]", at_least=1, metavar="N"
     )
     dataset_type: str = _option(
         "auto",
         DATA,
-        "kind of the data",
+        "format of the data",
         choices=("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"),
         metavar="KIND",
     )
@@ -73,97 +127,149 @@ class TrainConfig:
     csv_separator: str | None = _option(
         None, DATA, "separator of a csv table [tab, or , ; | by its header]", metavar="SEP"
     )
-    csv_no_quotes: bool = _option(False, DATA, "quotation marks in a csv table are text")
+    csv_no_quotes: bool = _option(False, DATA, "read quotation marks in a csv table as text")
     image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
     max_pixels: int = _option(
-        MAX_PIXELS, DATA, "pixels of a picture; one of more is unreadable", metavar="N"
+        MAX_PIXELS,
+        DATA,
+        "most pixels of an image; a larger one counts as unreadable",
+        at_least=1,
+        metavar="N",
     )
     max_bad_fraction: float = _option(
-        0.01, DATA, "share of unreadable samples that stops the run", metavar="X"
+        0.01,
+        DATA,
+        "share of unreadable samples that stops the run",
+        at_least=0,
+        at_most=1,
+        metavar="X",
     )
     aug_scale: float | None = _option(
-        None, DATA, "smallest share of the area that the random crop keeps", metavar="X"
+        None,
+        DATA,
+        "least share of the area that the random crop keeps",
+        at_least=_MIN_SCALE,
+        at_most=1,
+        metavar="X",
     )
     aug_ratio: float | None = _option(
-        None, DATA, "most uneven sides of the crop; 1 is the paper's square", metavar="X"
+        None,
+        DATA,
+        "largest aspect ratio of the crop; 1 is the paper's square",
+        at_least=1,
+        at_most=_MAX_RATIO,
+        metavar="X",
     )
     aug_resize: int | None = _option(
         None,
         DATA,
-        "in their place: resize the shorter side to so many pixels, then cut out the crop",
+        "instead of both: resize the shorter side to N pixels, then crop at random",
+        at_least=1,
         metavar="N",
     )
     tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
     vocab_size: int | None = _option(
-        None, DATA, "size of a vocabulary made by --tokenizer train", metavar="N"
+        None, DATA, "size of the vocabulary that --tokenizer train learns", at_least=1, metavar="N"
     )
-    workers: int | None = _option(None, DATA, "data loader processes a device", metavar="N")
+    workers: int | None = _option(
+        None, DATA, "data loader processes per device", at_least=0, at_most=MAX_THREADS, metavar="N"
+    )
 
     model: str | None = _option(
-        None, MODEL, "architecture: a name of clipcore.list_models()", metavar="NAME"
+        None, MODEL, "architecture, one of clipcore.list_models()", metavar="NAME"
     )
     pretrained: str | None = _option(
-        None, MODEL, "weights to start from: OpenAI's, open_clip's, a run", metavar="FILE"
+        None, MODEL, "weights to start from: OpenAI's, open_clip's, or a run", metavar="FILE"
     )
     force_image_size: int | None = _option(
-        None, MODEL, "pixels; position embeddings are resized", metavar="N"
+        None, MODEL, "image size in pixels; resizes position embeddings", at_least=1, metavar="N"
     )
-    force_quick_gelu: bool = _option(False, MODEL, "QuickGELU in both towers")
+    force_quick_gelu: bool = _option(False, MODEL, "use QuickGELU in both towers")
     force_patch_dropout: float | None = _option(
-        None, MODEL, "share of patches dropped in training", metavar="X"
+        None, MODEL, "share of patches dropped in training", at_least=0, at_most=1, metavar="X"
     )
     lock_image: bool = _option(False, MODEL, "train the text tower alone (LiT)")
     lock_image_unlocked_groups: int = _option(
-        0, MODEL, "last groups of the image tower left free", metavar="N"
+        0, MODEL, "last groups of the image tower to train all the same", at_least=0, metavar="N"
     )
     lock_image_freeze_bn_stats: bool = _option(
-        False, MODEL, "freeze BatchNorm statistics of locked layers"
+        False, MODEL, "freeze the BatchNorm statistics of locked layers"
     )
     lock_text: bool = _option(False, MODEL, "train the image tower alone")
     lock_text_unlocked_layers: int = _option(
-        0, MODEL, "last layers of the text tower left free", metavar="N"
+        0, MODEL, "last layers of the text tower to train all the same", at_least=0, metavar="N"
     )
 
-    epochs: int | None = _option(None, OPTIMISATION, "passes over the data", metavar="N")
+    epochs: int | None = _option(
+        None, OPTIMISATION, "passes over the data", at_least=1, metavar="N"
+    )
     global_batch_size: int | None = _option(
-        None, OPTIMISATION, "pairs of the loss, on all devices together", metavar="N"
+        None, OPTIMISATION, "pairs of a step, on all devices together", at_least=1, metavar="N"
     )
     batch_size: int | None = _option(
-        None, OPTIMISATION, "in its place: pairs a device, times --accum-freq", metavar="N"
+        None,
+        OPTIMISATION,
+        "instead: pairs per device, times --accum-freq",
+        at_least=1,
+        metavar="N",
     )
     accum_freq: int = _option(
-        1, OPTIMISATION, "micro-batches of --batch-size a device and step, exact", metavar="K"
+        1,
+        OPTIMISATION,
+        "micro-batches of --batch-size per device and step; gradients stay exact",
+        at_least=1,
+        metavar="K",
     )
     lr: float | None = _option(
-        None, OPTIMISATION, "peak learning rate [the paper's for the model]", metavar="X"
+        None, OPTIMISATION, "peak learning rate [the paper's for the model]", above=0, metavar="X"
     )
-    beta1: float | None = _option(None, OPTIMISATION, "AdamW [table 18 of the paper]", metavar="X")
-    beta2: float | None = _option(None, OPTIMISATION, "AdamW [table 18]", metavar="X")
-    eps: float | None = _option(None, OPTIMISATION, "AdamW [table 18]", metavar="X")
+    beta1: float | None = _option(
+        None, OPTIMISATION, "AdamW [table 18 of the paper]", at_least=0, at_most=1, metavar="X"
+    )
+    beta2: float | None = _option(
+        None, OPTIMISATION, "AdamW [table 18]", at_least=0, at_most=1, metavar="X"
+    )
+    eps: float | None = _option(None, OPTIMISATION, "AdamW [table 18]", above=0, metavar="X")
     wd: float | None = _option(
-        None, OPTIMISATION, "weight decay, not on gains and biases", metavar="X"
+        None, OPTIMISATION, "weight decay, of all but gains and biases", at_least=0, metavar="X"
     )
-    warmup: int | None = _option(None, OPTIMISATION, "steps of linear warm-up", metavar="N")
+    warmup: int | None = _option(
+        None, OPTIMISATION, "steps of linear warm-up", at_least=0, metavar="N"
+    )
     lr_scheduler: str = _option(
-        "cosine", OPTIMISATION, "after the warm-up", choices=SCHEDULES, metavar="NAME"
+        "cosine", OPTIMISATION, "schedule after the warm-up", choices=SCHEDULES, metavar="NAME"
     )
     epochs_cooldown: int | None = _option(
-        None, OPTIMISATION, "epochs of const-cooldown's end", metavar="N"
+        None, OPTIMISATION, "epochs of const-cooldown's decay", at_least=0, metavar="N"
     )
-    lr_cooldown_end: float = _option(0.0, OPTIMISATION, "learning rate at its end", metavar="X")
-    lr_cooldown_power: float = _option(1.0, OPTIMISATION, "power of its decay", metavar="X")
+    lr_cooldown_end: float = _option(
+        0.0, OPTIMISATION, "learning rate at its end", at_least=0, metavar="X"
+    )
+    lr_cooldown_power: float = _option(
+        1.0, OPTIMISATION, "power of its decay", at_least=0, metavar="X"
+    )
     skip_scheduler: bool = _option(False, OPTIMISATION, "constant learning rate, no warm-up")
     grad_clip_norm: float | None = _option(
-        None, OPTIMISATION, "clip the gradient's L2 norm", metavar="X"
+        None, OPTIMISATION, "clip the gradient's L2 norm", above=0, metavar="X"
     )
     ema_decay: float | None = _option(
-        None, OPTIMISATION, "evaluate a moving average of the weights", metavar="X"
+        None,
+        OPTIMISATION,
+        "evaluate a moving average of the weights",
+        at_least=0,
+        at_most=1,
+        metavar="X",
     )
     siglip: bool = _option(
         False, OPTIMISATION, "SigLIP's sigmoid loss, with its first scale and bias"
     )
     label_smoothing: float = _option(
-        0.0, OPTIMISATION, "share of each target that is spread over the whole batch", metavar="X"
+        0.0,
+        OPTIMISATION,
+        "share of each target that is spread over the whole batch",
+        at_least=0,
+        below=1,
+        metavar="X",
     )
     duplicate_captions: str = _option(
         "negative",
@@ -172,60 +278,95 @@ class TrainConfig:
         choices=DUPLICATE_CAPTIONS,
         metavar="KIND",
     )
-    seed: int = _option(0, OPTIMISATION, "of the weights, the order and the crops", metavar="N")
+    seed: int = _option(
+        0, OPTIMISATION, "seed of weights, order, crops and dropout", at_least=0, metavar="N"
+    )
 
     precision: str | None = _option(
         None,
         COST,
-        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 holds the matrices in 16 bits too",
+        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 stores matrices in 16 bits too",
         choices=("fp32", "amp_bf16", "amp_bfloat16", "amp", "bf16"),
     )
     adam_moments: str = _option(
         "fp32",
         COST,
-        "AdamW's moments; bf16, rounded without bias, takes 4 bytes a weight less",
+        "AdamW's moments; bf16 (rounded without bias) saves 4 bytes per weight",
         choices=("fp32", "bf16"),
     )
     micro_batch_size: int | None = _option(
-        None, COST, "pairs that a device embeds at once [found]", metavar="N"
+        None, COST, "pairs that a device embeds at once [measured]", at_least=1, metavar="N"
     )
     keep_graphs: int | None = _option(
-        None, COST, "micro-batches that are not embedded twice [as many as fit]", metavar="N"
+        None,
+        COST,
+        "micro-batches that are not embedded twice [as many as fit]",
+        at_least=1,
+        metavar="N",
     )
     step_memory: float | None = _option(
-        None, COST, "GB of a step beside the model [90%% of a free GPU; 4 on a CPU]", metavar="X"
+        None,
+        COST,
+        "GB of a step beside the model [90%% of a free GPU; 4 on a CPU]",
+        above=0,
+        metavar="X",
+    )
+    loss_stash: float | None = _option(
+        None,
+        COST,
+        "GB of logits kept for the backward, 0 recomputes [1/8 of a free GPU; 1.07 on a CPU]",
+        at_least=0,
+        at_most=_MAX_GB,
+        metavar="X",
+    )
+    loss_workspace: float | None = _option(
+        None,
+        COST,
+        "GB of a block of logits [0.512 on a GPU, 0.067 on a CPU]",
+        at_least=_MIN_WORKSPACE_GB,
+        at_most=_MAX_GB,
+        metavar="X",
     )
     verify_gradients: bool = _option(
-        False, COST, "first compare a small step with plain float64, and stop if they differ"
+        False, COST, "first compare a small step with plain float64; stop if they differ"
     )
     grad_checkpointing: bool = _option(False, COST, "recompute activations in the backward pass")
     fsdp: bool = _option(
         False,
         COST,
-        "split weights, gradients and moments among the ranks (FSDP2), for large models",
+        "shard weights, gradients and moments over the ranks (FSDP2), for large models",
     )
     torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
     profile: bool = _option(
-        False, COST, "record steps 5 to 7: trace, and time and floor of every operator"
+        False, COST, "profile steps 5 to 7: a trace, and time and floor of every operator"
     )
     threads: int | None = _option(
-        None, COST, "threads of a process on a CPU [1 or all, whichever is faster]", metavar="N"
+        None,
+        COST,
+        "threads per process on a CPU [1 or all, whichever is faster]",
+        at_least=1,
+        at_most=MAX_THREADS,
+        metavar="N",
     )
     device: str | None = _option(
-        None, COST, "'cpu' or 'cuda' [cuda where there is one]", metavar="NAME"
+        None, COST, "'cpu' or 'cuda' [cuda where there is a GPU]", metavar="NAME"
     )
 
     val_data: str | None = _option(
         None, EVALUATION, "pairs for retrieval and validation loss", metavar="DATA"
     )
     val_frequency: int | None = _option(
-        None, EVALUATION, "epochs between retrievals, 0 for never", metavar="N"
+        None, EVALUATION, "epochs between retrievals, 0 for never", at_least=0, metavar="N"
     )
     imagenet_val: str | None = _option(
-        None, EVALUATION, "folder of one folder a class: zero-shot accuracy", metavar="DIR"
+        None, EVALUATION, "folder with a folder per class: zero-shot accuracy", metavar="DIR"
     )
     zeroshot_frequency: int | None = _option(
-        None, EVALUATION, "epochs between zero-shot evaluations, 0 for never", metavar="N"
+        None,
+        EVALUATION,
+        "epochs between zero-shot evaluations, 0 for never",
+        at_least=0,
+        metavar="N",
     )
 
     logs: str = _option("./logs", RUN, "folder of all runs", metavar="DIR")
@@ -234,40 +375,91 @@ class TrainConfig:
         None, RUN, "'latest', a run's folder, or a checkpoint", metavar="WHAT"
     )
     new_log: bool = _option(
-        False, RUN, "resume although metrics.jsonl is not as the checkpoint left it; set it aside"
+        False, RUN, "resume even if metrics.jsonl is not as the checkpoint left it; set it aside"
     )
-    save_frequency: int = _option(1, RUN, "epochs between checkpoints, 0 for none", metavar="N")
-    save_every_steps: int | None = _option(None, RUN, "steps between checkpoints", metavar="N")
+    save_frequency: int = _option(
+        1, RUN, "epochs between checkpoints, 0 for none", at_least=0, metavar="N"
+    )
+    save_every_steps: int | None = _option(
+        None, RUN, "steps between checkpoints", at_least=1, metavar="N"
+    )
     save_every_minutes: float | None = _option(
-        None, RUN, "minutes between checkpoints", metavar="X"
+        None, RUN, "minutes between checkpoints", above=0, metavar="X"
     )
-    keep_checkpoints: int = _option(3, RUN, "newest checkpoints kept, 0 for all", metavar="K")
+    keep_checkpoints: int = _option(
+        3, RUN, "newest checkpoints to keep, 0 for all", at_least=0, metavar="K"
+    )
     delete_previous_checkpoint: bool = _option(False, RUN, "same as --keep-checkpoints 1")
     report_to: str = _option(
-        "", RUN, "'tensorboard', 'wandb', 'all', comma separated", metavar="NAMES"
+        "", RUN, "'tensorboard', 'wandb' or 'all', separated by commas", metavar="NAMES"
     )
     wandb_project_name: str = _option("clipcore", RUN, "Weights & Biases project", metavar="NAME")
-    log_every_n_steps: int = _option(1, RUN, "steps between lines of metrics.jsonl", metavar="N")
-    quiet: bool = _option(False, RUN, "no progress bar")
+    log_every_n_steps: int = _option(
+        1, RUN, "steps between lines of metrics.jsonl", at_least=1, metavar="N"
+    )
+    quiet: bool = _option(False, RUN, "show no progress bar")
     timeout: float = _option(
-        600.0, RUN, "seconds that a rank may keep the others waiting", metavar="S"
+        600.0,
+        RUN,
+        "seconds that a rank may keep the others waiting",
+        above=0,
+        at_most=_MAX_TIMEOUT_S,
+        metavar="S",
     )
 
-    local_loss: bool = _option(False, ACCEPTED, "the loss is always the exact one")
-    gather_with_grad: bool = _option(False, ACCEPTED, "likewise")
-    dataset_resampled: bool = _option(False, ACCEPTED, "each epoch sees each sample once")
-    lock_text_freeze_layer_norm: bool = _option(False, ACCEPTED, "locked layers are frozen whole")
-    save_most_recent: bool = _option(False, ACCEPTED, "--resume latest needs no extra file")
+    local_loss: bool = _option(False, ACCEPTED, "the loss is always exact")
+    gather_with_grad: bool = _option(False, ACCEPTED, "the loss is always exact")
+    dataset_resampled: bool = _option(False, ACCEPTED, "each sample once an epoch")
+    lock_text_freeze_layer_norm: bool = _option(False, ACCEPTED, "always so")
+    save_most_recent: bool = _option(False, ACCEPTED, "--resume latest works without")
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check(self)
+        _check_limits(self)
+        _check_together(self)
+
+    def precision_on(self, device_type: str) -> str:
+        """Return the precision of a run on a device: what the user chose, else what the device is fastest with."""
+        if self.precision is not None:
+            return self.precision
+        return "amp_bf16" if device_type == "cuda" else "fp32"
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Kind(NamedTuple):
+    """What a setting may be."""
+
+    type: type
+    is_optional: bool
+    choices: Sequence[str]
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """Return the kind of each setting, by its name."""
+    hints = typing.get_type_hints(TrainConfig)
+    found = {}
+    for field in dataclasses.fields(TrainConfig):
+        types = typing.get_args(hints[field.name]) or (hints[field.name],)
+        plain = next(t for t in types if t is not type(None))
+        choices = tuple(field.metadata["arguments"].get("choices", ()))
+        found[field.name] = Kind(plain, type(None) in types, choices)
+    return found
+
+
+_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+# What torch and numpy take for a whole number.
+_MAX_WHOLE = (1 << 63) - 1
 
 
 def _check_types(config: TrainConfig) -> None:
-    """Refuses values that no flag gives, such as those of a config.json that somebody edited."""
-    for name, kind in _kinds().items():
-        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+    """Raise ConfigError for values that no flag gives, such as those of a config.json that somebody edited."""
+    for name, kind in kinds().items():
+        value, flag = getattr(config, name), flag_of(name)
         if value is None and kind.is_optional:
             continue
         is_whole = type(value) is int
@@ -284,108 +476,28 @@ def _check_types(config: TrainConfig) -> None:
             raise ConfigError(f"{flag} is one of {', '.join(kind.choices)}, got {value!r}")
 
 
-_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-# What torch and numpy take for a whole number.
-_MAX_WHOLE = (1 << 63) - 1
-# More are a mistake: OpenMP ends the process where it cannot start them.
-_MAX_THREADS = 1024
-_MAX_TIMEOUT_S = 10**8
-_MAX_RATIO = 100
-_MIN_SCALE = 1e-4
-
-
-class _Kind(NamedTuple):
-    """What a setting may be."""
-
-    type: type
-    is_optional: bool
-    choices: Sequence[str]
-
-
-@functools.cache
-def _kinds() -> dict[str, _Kind]:
-    hints = typing.get_type_hints(TrainConfig)
-    kinds = {}
+def _check_limits(config: TrainConfig) -> None:
+    """Raise ConfigError for a number out of its range."""
     for field in dataclasses.fields(TrainConfig):
-        types = typing.get_args(hints[field.name]) or (hints[field.name],)
-        plain = next(t for t in types if t is not type(None))
-        choices = tuple(field.metadata["arguments"].get("choices", ()))
-        kinds[field.name] = _Kind(plain, type(None) in types, choices)
-    return kinds
+        value, limits = getattr(config, field.name), field.metadata["limits"]
+        is_number = isinstance(value, int | float)
+        if is_number and not limits.hold(value):
+            raise ConfigError(f"{flag_of(field.name)} must be {limits}, got {value}")
 
 
-def _check(config: TrainConfig) -> None:
-    """Refuses values that no run can use."""
-    for name in (
-        "epochs",
-        "global_batch_size",
-        "batch_size",
-        "accum_freq",
-        "micro_batch_size",
-        "keep_graphs",
-        "threads",
-        "train_num_samples",
-        "save_every_steps",
-        "log_every_n_steps",
-        "aug_resize",
-        "max_pixels",
-        "force_image_size",
-        "vocab_size",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in (
-        "warmup",
-        "workers",
-        "save_frequency",
-        "keep_checkpoints",
-        "zeroshot_frequency",
-        "val_frequency",
-        "seed",
-        "wd",
-        "lock_image_unlocked_groups",
-        "lock_text_unlocked_layers",
-        "epochs_cooldown",
-        "lr_cooldown_end",
-        "lr_cooldown_power",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    if config.aug_ratio is not None and not 1 <= config.aug_ratio <= _MAX_RATIO:
-        raise ConfigError(
-            f"--aug-ratio is 1, for square crops, to {_MAX_RATIO}; got {config.aug_ratio:g}"
-        )
-    if config.aug_scale is not None and not _MIN_SCALE <= config.aug_scale <= 1:
-        raise ConfigError(
-            f"--aug-scale is a share of the area, from {_MIN_SCALE:g} to 1; got {config.aug_scale:g}"
-        )
+def _check_together(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that contradict each other."""
     if config.aug_resize is not None and (config.aug_scale, config.aug_ratio) != (None, None):
         raise ConfigError(
             "--aug-resize takes the place of --aug-scale and --aug-ratio; leave one or the other out"
         )
-    for name in ("lr", "eps", "grad_clip_norm", "save_every_minutes", "step_memory", "timeout"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in (
-        "force_patch_dropout",
-        "max_bad_fraction",
-        "beta1",
-        "beta2",
-        "ema_decay",
-    ):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
-    if not 0 <= config.label_smoothing < 1:
-        raise ConfigError(
-            f"--label-smoothing must be at least 0 and less than 1, got {config.label_smoothing:g}"
-        )
     if config.siglip and config.label_smoothing > 0:
         raise ConfigError(
             "--label-smoothing is of the softmax loss, and --siglip has none; leave one of them out"
+        )
+    if config.siglip and config.loss_stash is not None:
+        raise ConfigError(
+            "--loss-stash is of the softmax loss, and --siglip keeps no logits; leave one of them out"
         )
     if config.fsdp and config.torchcompile:
         raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
@@ -396,14 +508,6 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--profile names operators, which --torchcompile merges; leave one of them out"
         )
-    for name in ("threads", "workers"):
-        value = getattr(config, name)
-        if value is not None and value > _MAX_THREADS:
-            raise ConfigError(f"--{name} is at most {_MAX_THREADS}, got {value}")
-    if config.timeout > _MAX_TIMEOUT_S:
-        raise ConfigError(
-            f"--timeout is at most {_MAX_TIMEOUT_S:,} seconds, got {config.timeout:g}"
-        )
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
@@ -413,194 +517,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def reporters(config: TrainConfig) -> tuple[str, ...]:
-    """The names in ``--report-to``."""
+    """Return the names in ``--report-to``."""
     if config.report_to == "all":
         return ("tensorboard", "wandb")
     return tuple(name.strip() for name in config.report_to.split(",") if name.strip())
-
-
-# The paper's learning rates that are not the 5e-4 of the other models (tables 19 and 20).
-PAPER_LEARNING_RATES = {
-    "RN50x16": 4e-4,
-    "RN50x64": 3.6e-4,
-    "ViT-L-14": 4e-4,
-    "ViT-L-14-336": 2e-5,
-}
-
-PAPER_RECIPE: dict[str, Any] = {
-    "model": "ViT-B-32",
-    "epochs": 32,
-    "batch_size": 64,
-    "lr": 5e-4,
-    "wd": 0.2,
-    "warmup": 2000,
-    "aug_scale": 0.9,
-    "aug_ratio": 4 / 3,
-    "val_frequency": 1,
-    "zeroshot_frequency": 2,
-    "tokenizer": "openai",
-    "vocab_size": 3072,
-    "workers": 4,
-}
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills the unset fields from the recipe of the data; what depends on the number of steps stays for the run."""
-    embedded = EMBEDDED.get(config.train_data)
-    recipe = dict(PAPER_RECIPE if embedded is None else embedded.recipe)
-    # More processes than cores only take turns.
-    recipe["workers"] = min(recipe["workers"], len(os.sched_getaffinity(0)))
-    if config.model is not None and embedded is None:
-        name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
-        recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
-    unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
-    if config.global_batch_size is not None:
-        unset.pop("batch_size", None)
-    if config.aug_resize is not None:
-        unset = {name: unset[name] for name in unset if name not in ("aug_scale", "aug_ratio")}
-    if config.delete_previous_checkpoint:
-        unset["keep_checkpoints"] = 1
-    return dataclasses.replace(config, **unset)
-
-
-def in_global_batches(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The same with ``--batch-size`` and ``--accum-freq`` turned into a global batch and its micro-batches.
-
-    open_clip's ``--batch-size`` is what a device embeds at once, ``--accum-freq`` how often a step does so.
-
-    Raises:
-        ConfigError: both ways are taken and say different things.
-    """
-    if config.batch_size is None:
-        if config.accum_freq > 1:
-            raise ConfigError(
-                "--accum-freq counts micro-batches of --batch-size: give that too, or choose --micro-batch-size"
-            )
-        return config
-    total = config.batch_size * config.accum_freq * world_size
-    if config.global_batch_size not in (None, total):
-        raise ConfigError(
-            f"--batch-size {config.batch_size} x --accum-freq {config.accum_freq} x {world_size} devices is {total} "
-            f"pairs, and --global-batch-size says {config.global_batch_size}; leave one of them out"
-        )
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    return dataclasses.replace(
-        config,
-        global_batch_size=total,
-        micro_batch_size=micro_batch_size,
-        batch_size=None,
-        accum_freq=1,
-    )
-
-
-def warmup_steps(config: TrainConfig, explicit: bool, num_steps: int) -> int:
-    """The warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run, a user's is taken or refused."""
-    assert config.warmup is not None
-    if explicit and config.warmup > num_steps:
-        raise ConfigError(
-            f"--warmup {config.warmup} is longer than the run of {num_steps} steps; lower it or raise --epochs"
-        )
-    return config.warmup if explicit else min(config.warmup, num_steps // 10)
-
-
-class _Parser(argparse.ArgumentParser):
-    """One clear line for a mistake, with the nearest flag for an unknown one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-class _Lines(argparse.HelpFormatter):
-    """One line a flag."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=37, width=118)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, derived from the fields of ``TrainConfig``."""
-    parser = _Parser(
-        prog="python -m clipcore.train",
-        # A description of its own would be an empty line below it, and the help has two screens.
-        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...\n"
-        "Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
-        formatter_class=_Lines,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    groups = {
-        name: parser.add_argument_group(name)
-        for name in (DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED)
-    }
-    for field in dataclasses.fields(TrainConfig):
-        add = groups[field.metadata["group"]].add_argument
-        flag, help, arguments = (
-            f"--{field.name.replace('_', '-')}",
-            field.metadata["help"],
-            field.metadata["arguments"],
-        )
-        kind = _kinds()[field.name].type
-        if kind is bool:
-            add(flag, action="store_true", help=help)
-            continue
-        if field.default not in (None, ""):
-            help += " [%(default)s]"
-        add(
-            flag,
-            type=kind,
-            default=field.default,
-            help=help,
-            **{"metavar": kind.__name__.upper(), **arguments},
-        )
-    # In a group of its own it would take three lines of the two screens.
-    groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")
-    # A bare --resume means the newest checkpoint.
-    resume = next(action for action in parser._actions if action.dest == "resume")
-    resume.nargs, resume.const = "?", "latest"
-    return parser
-
-
-_UNSET = object()
-
-
-def parse_command_line(
-    arguments: Sequence[str] | None = None,
-) -> tuple[TrainConfig, frozenset[str]]:
-    """The configuration that the flags give, and the names of the fields that were given.
-
-    Raises:
-        ConfigError: an unknown flag (with the nearest one that exists) or a value that cannot work.
-    """
-    parser = build_parser()
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    # argparse leaves attributes that exist alone: what is still unset afterwards was not given.
-    unset = argparse.Namespace(**dict.fromkeys(names, _UNSET))
-    namespace, unknown = parser.parse_known_args(
-        sys.argv[1:] if arguments is None else arguments, unset
-    )
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        known = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        )
-    given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
-    name = given.get("name")
-    if name is not None and (name in (".", "..") or "/" in name or not is_printable(name)):
-        raise ConfigError(f"--name is of one folder in --logs, without a slash; got {name!r}")
-    for name in ("logs", "name", "resume"):
-        # safetensors opens nothing else.
-        if not _is_utf8(str(given.get(name, ""))):
-            raise ConfigError(
-                f"--{name} {printable(str(given[name]))} is not UTF-8; rename the folder"
-            )
-    return TrainConfig(**given), frozenset(given)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

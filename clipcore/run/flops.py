@@ -34,13 +34,15 @@ def _formula(target: Any, get_raw: bool = False) -> Callable[[Callable[..., int]
 
 
 def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """FLOPs of one call of an operator; 0 for one without matrix products."""
+    """Return the FLOPs of one call of an operator; 0 for one without matrix products."""
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
 def visible_pairs(rows: int, length: int, is_causal: bool, segments_RL: Tensor | None) -> int:
-    """Pairs of query and key that see each other, over all rows; of segments read off their values (-1 is padding).
+    """Return the number of pairs of query and key that see each other, over all rows.
+
+    Segments are read off their values, of which -1 is padding.
 
     On the meta device, where segments have no values, a row counts as one caption: the most that it may hold.
 
@@ -100,7 +102,7 @@ def _(
 
 
 def _similarity(products: int, x: Any, y: Any) -> int:
-    """So many products of the size of [N, D] x [D, M]."""
+    """Return the FLOPs of so many products of the size [N, D] x [D, M]."""
     return products * 2 * x[0] * y[0] * x[1]
 
 

@@ -35,7 +35,7 @@ from clipcore.towers.resnet import replayed
 Embed = Callable[[slice, slice | None], Sequence[Tensor]]
 
 
-class Found(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step computed; its gradients are in the parameters."""
 
     loss: Tensor
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 
 def micro_batches(num_rows: int, number: int) -> list[slice]:
-    """The rows in so many slices, alike to one row, so that a compiled model meets few shapes."""
+    """Split the rows into slices that differ by one row at most, so that a compiled model meets few shapes."""
     ends = [num_rows * i // number for i in range(number + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
@@ -56,14 +56,14 @@ def differentiate(
     module: nn.Module,
     num_rows: int,
     num_parts: int,
-    kept: int = 1,
+    num_kept_graphs: int = 1,
     *,
     scale_loss: Callable[[Tensor], Tensor] | None = None,
     sync: Callable[[bool], AbstractContextManager[object]] | None = None,
     on_phase: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Found:
-    """Adds to the parameters' gradients those of the loss of ``num_rows`` pairs, without all their activations at once.
+) -> StepOutput:
+    """Add the gradients of the loss of ``num_rows`` pairs to the parameters', without all activations at once.
 
     Args:
         embed: called with the rows of a micro-batch, and with the rows of the one that will be asked for next, so that
@@ -72,7 +72,7 @@ def differentiate(
         loss_fn: (image features, text features, *scalars) to the loss.
         module: what holds the parameters; its BatchNorm statistics count each pair once.
         num_parts: micro-batches, 1 to ``num_rows``; 1 is the direct step.
-        kept: of the first micro-batches, how many keep their graphs until their replay, at least 1.
+        num_kept_graphs: how many of the first micro-batches keep their graphs until their replay, at least 1.
         scale_loss: what is differentiated in place of the loss, such as ``GradScaler.scale``.
         sync: a context around the passes over a micro-batch, called with whether its backward pass is the last and
             averages gradients over ranks, such as ``sharding.gradient_sync``. The last one is then always replayed.
@@ -81,7 +81,7 @@ def differentiate(
 
     >>> model = torch.nn.Linear(4, 2)
     >>> images, texts = torch.rand(6, 4), torch.rand(6, 4)
-    >>> found = differentiate(
+    >>> output = differentiate(
     ...     lambda rows, _: (model(images[rows]), model(texts[rows])),
     ...     lambda image, text: (image * text).sum(), model, num_rows=6, num_parts=3)
     """
@@ -97,11 +97,11 @@ def differentiate(
             on_phase("loss")
             scale_loss(loss).backward()
         on_phase("backward")
-        return Found(loss.detach(), image_BE, text_BE, tuple(scalars))
+        return StepOutput(loss.detach(), image_BE, text_BE, tuple(scalars))
 
     # The first is embedded with its graph in any case: it shows what has a gradient.
-    kept = max(1, min(kept, num_parts if sync is None else num_parts - 1))
-    num_passes = 2 * len(parts) - kept
+    num_kept_graphs = max(1, min(num_kept_graphs, num_parts if sync is None else num_parts - 1))
+    num_passes = 2 * len(parts) - num_kept_graphs
     num_done = 0
 
     def one_more() -> None:
@@ -114,12 +114,13 @@ def differentiate(
     graphs: list[Sequence[Tensor]] = []
     states: list[_RandomStates] = []
     features: list[list[Tensor]] = [[], []]
-    upcoming = [*parts[1:], parts[kept] if kept < len(parts) else None]
+    first_replayed = parts[num_kept_graphs] if num_kept_graphs < len(parts) else None
+    upcoming = [*parts[1:], first_replayed]
     for i, (rows, following) in enumerate(zip(parts, upcoming, strict=True)):
-        states.append(_RandomStates(i >= kept))
-        with torch.set_grad_enabled(i < kept), sync_here(False):
+        states.append(_RandomStates(i >= num_kept_graphs))
+        with torch.set_grad_enabled(i < num_kept_graphs), sync_here(False):
             embedded = embed(rows, following)
-        if i < kept:
+        if i < num_kept_graphs:
             graphs.append(embedded)
         for side, part in zip(features, embedded, strict=False):
             side.append(part.detach())
@@ -143,7 +144,7 @@ def differentiate(
         for i, rows in enumerate(parts):
             is_last = i == len(parts) - 1
             with sync_here(is_last):
-                if i < kept:
+                if i < num_kept_graphs:
                     embedded, graphs[i] = graphs[i], ()
                 else:
                     following = parts[i + 1] if not is_last else None
@@ -151,17 +152,17 @@ def differentiate(
                         embedded = embed(rows, following)
                 _backward(embedded, gradients, rows, is_last)
             del embedded
-            if i >= kept:
+            if i >= num_kept_graphs:
                 one_more()
     on_phase("backward")
     image_BE, text_BE, *scalars = (leaf.detach() for leaf in leaves)
-    return Found(loss.detach(), image_BE, text_BE, tuple(scalars))
+    return StepOutput(loss.detach(), image_BE, text_BE, tuple(scalars))
 
 
 def _backward(
     embedded: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice, is_last: bool
 ) -> None:
-    """From the embeddings of a micro-batch; the scalars, which all share, once, with the last one."""
+    """Differentiate a micro-batch from its embeddings; the scalars, which all share, once, with the last one."""
     given = []
     for i, (part, gradient) in enumerate(zip(embedded, gradients, strict=True)):
         if part.requires_grad and gradient is not None and (i < 2 or is_last):
@@ -180,7 +181,7 @@ class _RandomStates:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Within it, the generators go on from these states; they come out as after the first pass."""
+        """Set the generators to these states within the context, and back to the present ones at its end."""
         assert self.cpu is not None
         before = _RandomStates(True)
         self._set()

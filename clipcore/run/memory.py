@@ -32,7 +32,9 @@ class Watched:
 
 @contextlib.contextmanager
 def watch(device: torch.device) -> Iterator[Watched]:
-    """Measures what is done within it. Where Linux does not let the mark be set back, the peak is what is held at the end.
+    """Measure the memory that is taken within the context.
+
+    Linux lets a process reset its peak RSS; where it does not, the peak is what is held at the end.
 
     >>> with watch(torch.device("cpu")) as watched:
     ...     numbers = torch.ones(2**22)
@@ -57,7 +59,7 @@ def watch(device: torch.device) -> Iterator[Watched]:
 
 
 def keep_freed() -> None:
-    """Lets freed memory of this process stay with it, up to a gigabyte, for the next step's tensors.
+    """Let up to a gigabyte of freed memory stay with this process, for the next step's tensors.
 
     Otherwise glibc hands the end of its heap back after every backward pass, and the next step gets it again page by
     page: a tenth of a small model's step (docs/log.md). `watch` and its figures are not changed.
@@ -76,7 +78,7 @@ def _highest_mark(device: torch.device) -> int:
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes that this process has in use on the device."""
+    """Return the bytes that this process has in use on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
@@ -84,7 +86,7 @@ def in_use(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process could still take on the device."""
+    """Return the bytes that this process could still take on the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch holds for itself but does not use.

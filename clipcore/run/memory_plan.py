@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clipcore.ranks.distributed import gather_sizes
 from clipcore.run import memory
 from clipcore.run.grad_cache import Embed
 from clipcore.run.optim import local_part
@@ -31,6 +32,11 @@ CPU_BYTES = 4 * GB
 CPU_OVERHEAD = 1.25
 
 
+def bytes_of(gigabytes: float | None) -> int | None:
+    """Return GB in bytes; None stays None."""
+    return None if gigabytes is None else round(gigabytes * GB)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What a step will do; bytes are on the device that computes.
@@ -38,7 +44,7 @@ class StepPlan:
     Attributes:
         num_rows: pairs of the rank that has most.
         micro_batch_size: pairs that are embedded at once.
-        kept: micro-batches that keep their graphs.
+        num_kept_graphs: micro-batches that keep their graphs.
         parts: expected bytes by part, all of which are held at the peak.
         budget_bytes: what the peak may be.
         cost: expected share that a step takes more than a direct one would.
@@ -46,7 +52,7 @@ class StepPlan:
 
     num_rows: int
     micro_batch_size: int
-    kept: int
+    num_kept_graphs: int
     parts: dict[str, int]
     budget_bytes: int
     cost: float
@@ -59,7 +65,7 @@ class StepPlan:
         number = -(-self.num_rows // self.micro_batch_size)
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
         how = (
-            f"{number} micro-batches of {-(-self.num_rows // number):,}, {self.kept} of which keep their graphs"
+            f"{number} micro-batches of {-(-self.num_rows // number):,}, {self.num_kept_graphs} of which keep their graphs"
             if number > 1
             else "at once"
         )
@@ -86,12 +92,27 @@ class Probe:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a step may take beside model and optimizer where the user says nothing."""
+    """Return the bytes that a step may take beside model and optimizer where the user says nothing."""
     free = memory.available(device)
     if device.type == "cuda":
         return int(SHARE_OF_GPU * free)
     # The ranks of a machine share its memory.
     return min(CPU_BYTES, free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def shared_stash_bytes(own_bytes: int, precision: str) -> int:
+    """Return what the softmax loss's stash may take on every rank: the least of the ranks' own defaults.
+
+    A loss has other bits with a stash than without one, so that all ranks decide alike. In float32 it is 0: a stash of
+    a GPU would round the logits of float32 features to 16 bits.
+
+    Args:
+        own_bytes: ``clipcore.kernels.contrastive.default_stash_bytes`` on this rank.
+        precision: of the run.
+    """
+    if precision == "fp32":
+        return 0
+    return min(number for number, _ in gather_sizes(own_bytes, 0, "defaults of the loss's stash"))
 
 
 def make_plan(
@@ -104,18 +125,20 @@ def make_plan(
     loss_bytes: int,
     budget_bytes: int,
     micro_batch_size: int | None = None,
-    kept: int | None = None,
+    num_kept_graphs: int | None = None,
     all_but_last: bool = False,
     agree: Callable[[bool], bool] = bool,
 ) -> StepPlan:
-    """The plan of a step, by measurement; leaves no gradients, and BatchNorm's statistics as they were.
+    """Measure micro-batches and return the plan of a step.
+
+    The parameters end without gradients, and BatchNorm's statistics stay as they were.
 
     Args:
         embed: as of ``grad_cache.differentiate``.
         fixed: bytes by part that a step holds whatever the plan.
         loss_bytes: what the loss takes at its peak, beside its inputs and their gradients.
         budget_bytes: what all parts together may take.
-        micro_batch_size, kept: where the user has chosen.
+        micro_batch_size, num_kept_graphs: where the user has chosen.
         all_but_last: the last micro-batch cannot keep its graph.
         agree: whether something is so on all ranks, whose towers may have to run in step.
 
@@ -127,7 +150,10 @@ def make_plan(
     on_cpu = device.type == "cpu"
 
     def room(probe: Probe) -> int:
-        """Bytes left for kept graphs beside one micro-batch; on the CPU the loss's memory stays with the process."""
+        """Return the bytes left for kept graphs beside one micro-batch.
+
+        On the CPU the loss's memory stays with the process.
+        """
         transient = probe.peak_bytes - probe.graph_bytes
         others = transient + loss_bytes if on_cpu else max(transient, loss_bytes)
         return budget_bytes - sum(fixed.values()) - others
@@ -141,20 +167,27 @@ def make_plan(
     rows = -(-num_rows // number)
     graph = max(1, chosen.graph_bytes * rows // chosen.rows)
     most = number - 1 if all_but_last and number > 1 else number
-    if kept is None:
-        kept = max(1, min(most, room(chosen) // graph))
-    kept = min(kept, most)
+    if num_kept_graphs is None:
+        num_kept_graphs = max(1, min(most, room(chosen) // graph))
+    num_kept_graphs = min(num_kept_graphs, most)
     transient = (chosen.peak_bytes - chosen.graph_bytes) * rows // chosen.rows
-    parts = {**fixed, "kept graphs": kept * graph}
+    parts = {**fixed, "kept graphs": num_kept_graphs * graph}
     if on_cpu:
         parts |= {"loss": loss_bytes, "one micro-batch": transient}
     elif loss_bytes > transient:
         parts |= {"loss": loss_bytes}
     else:
         parts |= {"one micro-batch": transient}
-    replayed_share = (number - kept) / number
+    replayed_share = (number - num_kept_graphs) / number
     forward_share = chosen.forward_s / (chosen.forward_s + chosen.backward_s)
-    return StepPlan(num_rows, rows, kept, parts, budget_bytes, replayed_share * forward_share)
+    return StepPlan(
+        num_rows=num_rows,
+        micro_batch_size=rows,
+        num_kept_graphs=num_kept_graphs,
+        parts=parts,
+        budget_bytes=budget_bytes,
+        cost=replayed_share * forward_share,
+    )
 
 
 def _fastest(
@@ -165,7 +198,7 @@ def _fastest(
     room: Callable[[Probe], int],
     agree: Callable[[bool], bool],
 ) -> Probe:
-    """The smallest micro-batch that fits and that no larger one beats by much."""
+    """Return the smallest micro-batch that fits and that no larger one beats by much."""
     best = _probe(embed, module, min(SMALLEST_PROBE, num_rows), device)
     if not agree(room(best) >= best.graph_bytes):
         raise ValueError(
@@ -191,9 +224,11 @@ def _fastest(
 
 
 def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
-    """Runs ``rows`` rows forward and backward, and measures a second pass of each while a first graph is still there:
-    what a first one takes for good, and what an allocator has left over, is then no longer counted. On a GPU, whose
-    allocator counts exactly, there is no first graph, which might not fit beside."""
+    """Run some rows forward and backward twice, and return what the second pass takes.
+
+    The graph of the first pass is still there then: what a first pass takes for good, and what an allocator has left
+    over, is not counted. A GPU's allocator counts exactly, so that no first graph is needed, which might not fit.
+    """
     try:
         return _measured(embed, module, rows, device)
     finally:
@@ -223,7 +258,7 @@ def _measured(embed: Embed, module: nn.Module, rows: int, device: torch.device) 
 
 
 def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[Tensor], int]:
-    """A forward pass, and the bytes that its graph holds beside the parameters."""
+    """Run a forward pass; return its outputs, and the bytes that its graph holds beside the parameters."""
     own = {local_part(weight).untyped_storage().data_ptr() for weight in module.parameters()}
     storages: dict[int, int] = {}
 
@@ -235,8 +270,8 @@ def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[T
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = _forward(embed, rows)
-    return found, sum(storages.values()) + sum(part.nbytes for part in found)
+        outputs = _forward(embed, rows)
+    return outputs, sum(storages.values()) + sum(part.nbytes for part in outputs)
 
 
 def _forward(embed: Embed, rows: int) -> list[Tensor]:
@@ -244,7 +279,7 @@ def _forward(embed: Embed, rows: int) -> list[Tensor]:
 
 
 def _backward(trained: list[Tensor]) -> None:
-    """Ends the graph; the parameters then have gradients, and go on having them."""
+    """Run the backward pass, which ends the graph; the parameters keep their gradients."""
     torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
 
 

@@ -63,7 +63,7 @@ class PartClock:
         self._last = now
 
 
-class Logbook:
+class MetricsLogger:
     """The log of one run.
 
     Args:
@@ -119,7 +119,7 @@ class Logbook:
             smoothing=0.05,
         )
 
-    def __enter__(self) -> Logbook:
+    def __enter__(self) -> MetricsLogger:
         return self
 
     def __exit__(
@@ -140,11 +140,11 @@ class Logbook:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those before a resume included."""
+        """Return the seconds of training, those before a resume included."""
         return self._elapsed_before_s + time.perf_counter() - self._start
 
     def step(self, row: dict[str, Any], num_pairs: int, every: int = 1) -> None:
-        """One training step of ``num_pairs`` pairs: moves the bar, and writes a line every ``every`` steps."""
+        """Log a training step of ``num_pairs`` pairs: move the bar, and write a line every ``every`` steps."""
         now = time.perf_counter()
         pairs_per_s = num_pairs / (now - self._last_step)
         self._last_step = now
@@ -158,24 +158,24 @@ class Logbook:
         self._bar.update()
 
     def progress(self, num_done: int, num_passes: int) -> None:
-        """How far a step of several passes has come, on the bar, twice a second at most."""
+        """Show on the bar how far a step of several passes has come, twice a second at most."""
         now = time.perf_counter()
         if num_done < num_passes and now - self._last_progress > 0.5:
             self._last_progress = now
             self._bar.set_postfix_str(f"micro-batch {num_done} of {num_passes} of this step")
 
     def evaluation(self, row: dict[str, Any], headline: Sequence[str]) -> None:
-        """One evaluation: a line in the file, and above the bar the figures of ``headline`` and what is not in them."""
+        """Log an evaluation: a line in the file, and above the bar the figures of ``headline`` and what they leave out."""
         self._write(row, row["task"])
         figures = ", ".join(f"{key} {row[key]:.1%}" for key in headline if key in row)
         if number := int(row.get("num_unreadable", 0)):
             figures += f" (without {number:,} that could not be read)"
-        self.say(f"step {row['step']}: {row['task']}: {figures}")
+        self.print(f"step {row['step']}: {row['task']}: {figures}")
         # The time of an evaluation is not a training step's.
         self._last_step = time.perf_counter()
 
-    def say(self, message: str) -> None:
-        """A line above the progress bar."""
+    def print(self, message: str) -> None:
+        """Print a line above the progress bar."""
         if self.writes:
             self._bar.write(printable_lines(message))
 

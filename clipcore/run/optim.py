@@ -21,22 +21,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor that is split among ranks, without a copy; any other tensor itself."""
+    """Return this rank's rows of a tensor that is split among ranks, without a copy; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def adam_defaults(is_resnet: bool) -> tuple[float, float, float]:
-    """(beta1, beta2, eps) of table 18 for the family of the image tower."""
+    """Return (beta1, beta2, eps) of the paper's table 18 for the family of the image tower."""
     return (0.9, 0.999, 1e-8) if is_resnet else (0.9, 0.98, 1e-6)
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: matrices and filters yes, gains, biases and the logit scale no."""
+    """Return whether weight decay applies: to matrices and filters, not to gains, biases and the logit scale."""
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def first_element(tensor: Tensor) -> int:
-    """Where in the whole tensor this rank's part begins, of one that is split by rows; 0 of any other."""
+    """Return where this rank's part of a tensor split by rows begins in the whole; 0 for any other tensor."""
     if not isinstance(tensor, DTensor):
         return 0
     assert tensor.placements == (Shard(0),), tensor.placements
@@ -78,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; parameters without a number get the next ones."""
+        """Add a group as torch does; parameters without a number get the next ones."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._numbers:
@@ -103,7 +103,7 @@ class AdamW(torch.optim.Optimizer):
     def step(
         self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
     ) -> Any:
-        """One update of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
             closure: evaluates the model again, as in any optimizer of torch.
@@ -135,7 +135,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor) -> tuple[int, Update]:
-        """The parameter's step, counted, and its part of it."""
+        """Count a parameter's step, and update it."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -160,7 +160,7 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but for moments, which torch would give the dtype of their parameter."""
+        """Load a state as torch does, except for moments, which torch would cast to the dtype of their parameter."""
         super().load_state_dict(state_dict)
         saved = (number for group in state_dict["param_groups"] for number in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
@@ -181,7 +181,7 @@ def build_optimizer(
     moments: str = "fp32",
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in two groups: decayed, and gains and biases.
+    """Return AdamW over the trainable parameters, in two groups: decayed, and gains and biases.
 
     What a sharded model does not split, its logit scale, is a group of its own, since one kernel updates a whole group.
 
@@ -196,11 +196,11 @@ def build_optimizer(
     if not named:
         raise ValueError("nothing to train: both towers and the logit scale are locked; unlock one")
     are_split = any(isinstance(p, DTensor) for _, p in named)
-    kinds: dict[str, list[nn.Parameter]] = {"kept": [], "decayed": [], "whole": []}
+    kinds: dict[str, list[nn.Parameter]] = {"no_decay": [], "decayed": [], "whole": []}
     for name, parameter in named:
         is_whole = are_split and not isinstance(parameter, DTensor)
         assert not (is_whole and is_decayed(name, parameter)), name
-        kind = "whole" if is_whole else "decayed" if is_decayed(name, parameter) else "kept"
+        kind = "whole" if is_whole else "decayed" if is_decayed(name, parameter) else "no_decay"
         kinds[kind].append(parameter)
     groups = [
         {"params": parameters, "weight_decay": weight_decay if kind == "decayed" else 0.0}
@@ -216,7 +216,7 @@ def build_optimizer(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, ``<parameter>.<moment>``, for a checkpoint."""
+    """Return the optimizer's state as flat tensors, ``<parameter>.<moment>``, for a checkpoint."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -227,7 +227,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_tensors``: the state is rebuilt, also in an optimizer that has made no step yet.
+    """Rebuild the state from what ``optimizer_tensors`` returned, also in an optimizer that has made no step yet.
 
     Moments of a run with another ``--adam-moments`` take the dtype of this one's: to bfloat16 once to nearest.
 
@@ -312,7 +312,7 @@ def clipped_step(
     grad_norm: Tensor,
     max_norm: float | None,
 ) -> None:
-    """An update by gradients scaled down to a norm of at most ``max_norm``; None takes them as they are.
+    """Update by gradients that are scaled down to a norm of at most ``max_norm``; None takes them as they are.
 
     clipcore's AdamW scales them as it reads them, without rounding them; torch's gets them scaled in place.
     """
@@ -327,7 +327,7 @@ def clipped_step(
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all gradients, on their device; of a sharded model over all ranks, with the same bits on each."""
+    """Return the L2 norm of all gradients, on their device; of a sharded model over all ranks, the same bits on each."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     split = [g for g in gradients if isinstance(g, DTensor)]
     if any(g.dtype == torch.bfloat16 for g in gradients):

@@ -19,11 +19,14 @@ import torch
 from clipcore.checkpoint import Checkpoint
 from clipcore.data import BadSample, PairSource
 from clipcore.data.embedded import EMBEDDED
+from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks.distributed import World, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.memory_plan import bytes_of
+from clipcore.run.recipe import RunConfig
 from clipcore.run.state import run_record
 from clipcore.tokenizer import (
     VOCABULARY_FILE,
@@ -46,7 +49,7 @@ _MAX_COMPARED_SAMPLES = 256
 
 
 def build_tokenizer(
-    config: TrainConfig, run_dir: Path, resuming: bool, source: PairSource
+    config: RunConfig, run_dir: Path, resuming: bool, source: PairSource
 ) -> Tokenizer:
     """Return the tokenizer that ``--tokenizer`` names, which may be learnt from the captions of the training data."""
     if config.tokenizer == "bytes":
@@ -70,25 +73,24 @@ def build_tokenizer(
     return learnt
 
 
-def _learnt_tokenizer(captions: Iterable[str], vocab_size: int | None) -> Tokenizer:
-    assert vocab_size is not None
+def _learnt_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     with warnings.catch_warnings():
-        # Said in the run's own words: see ``with_size_of``.
+        # ``with_size_of`` prints it in the run's own words.
         warnings.filterwarnings("ignore", "the captions give")
         return train_tokenizer(captions, vocab_size)
 
 
 def with_size_of(
-    tokenizer: Tokenizer, config: TrainConfig, say: Callable[[str], None]
-) -> TrainConfig:
+    tokenizer: Tokenizer, config: RunConfig, print_line: Callable[[str], None]
+) -> RunConfig:
     """Return the settings with the size of a learnt vocabulary, which may be smaller than asked.
 
     Args:
-        say: is told of another size than that of the settings.
+        print_line: called with a note if the size is another than that of the settings.
     """
     if config.tokenizer != "train" or config.vocab_size == tokenizer.vocab_size:
         return config
-    say(
+    print_line(
         f"the vocabulary has {tokenizer.vocab_size:,} entries, where --vocab-size asks for {config.vocab_size:,}: the "
         "captions that it was learnt from give no more"
     )
@@ -100,10 +102,10 @@ def _some_captions(source: PairSource) -> Iterator[str]:
     number = min(len(source), _MAX_LEARNT_SAMPLES)
     for place in range(number):
         try:
-            found = source.captions(place * len(source) // number)
+            captions = source.captions(place * len(source) // number)
         except BadSample:
             continue
-        yield from [found] if isinstance(found, str) else found
+        yield from [captions] if isinstance(captions, str) else captions
 
 
 def captions_sha256(source: PairSource) -> str:
@@ -117,48 +119,74 @@ def captions_sha256(source: PairSource) -> str:
     number = min(len(source), _MAX_COMPARED_SAMPLES)
     for place in range(number):
         try:
-            found = source.captions(place * len(source) // number)
+            captions = source.captions(place * len(source) // number)
         except BadSample:
-            found = ""
+            captions = ""
         # JSON marks where a caption ends, and is ASCII whatever is in it.
-        digest.update(json.dumps(found).encode())
+        digest.update(json.dumps(captions).encode())
     return broadcast_object(digest.hexdigest())
 
 
 def name_of_data(
-    source: PairSource, sha256: str, checkpoint: Checkpoint | None, say: Callable[[str], None]
+    source: PairSource,
+    sha256: str,
+    checkpoint: Checkpoint | None,
+    print_line: Callable[[str], None],
 ) -> str:
     """Return by which words a run knows its data: those of its checkpoint where the captions are those of then.
 
     Args:
         sha256: as of ``captions_sha256``.
-        say: is told of another name than the checkpoint's.
+        print_line: called with a note if the name is another than the checkpoint's.
     """
     name = f"{source.name} of {len(source)} samples"
     record = {} if checkpoint is None else run_record(checkpoint)
     before = record["identity"].get("data") if record else name
     if before == name or record.get("captions_sha256") != sha256:
         return name
-    say(
+    print_line(
         f"the data was called {before}, and now {name}; it has the captions of then, so that the run goes on with it"
     )
     return str(before)
 
 
-def augmentation(config: TrainConfig) -> dict[str, Any]:
-    """Return the random crop as arguments of ``ImageTransform``."""
-    return {
-        "scale": (config.aug_scale or 1.0, 1.0),
-        "ratio": (1 / (config.aug_ratio or 1.0), config.aug_ratio or 1.0),
-        "resize": config.aug_resize,
+def identity_of(model: CLIP, tokenizer: Tokenizer, data: str, image_decoder: str) -> dict[str, Any]:
+    """Return what a checkpoint has to share with the run that goes on from it, by name.
+
+    Args:
+        data: as of ``name_of_data``.
+        image_decoder: what JPEG files are decoded with.
+    """
+    identity = {
+        "model": model.config.to_dict(),
+        "vocabulary": tokenizer.sha256,
+        "data": data,
+        "image decoder": image_decoder,
     }
+    # Mean, deviation and resizing, if the weights name them: whoever uses the run's weights needs the same.
+    if model.images:
+        identity["images"] = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in model.images.items()
+        }
+    return identity
 
 
-def open_training_source(config: TrainConfig) -> PairSource:
+def augmentation(config: RunConfig) -> dict[str, Any]:
+    """Return the random crop as arguments of ``ImageTransform``."""
+    if config.aug_resize is not None:
+        return {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "resize": config.aug_resize}
+    assert config.aug_scale is not None and config.aug_ratio is not None  # the recipe has both
+    return {"scale": (config.aug_scale, 1.0), "ratio": (1 / config.aug_ratio, config.aug_ratio)}
+
+
+def open_training_source(config: RunConfig) -> PairSource:
     """Open the pairs that ``--train-data`` names, in images no larger than the crop needs."""
     if config.train_data in EMBEDDED:
         return EMBEDDED[config.train_data].open("train")
-    size = config.force_image_size or find_model(str(config.model)).vision.image_size
+    size = config.force_image_size
+    if size is None:
+        size = find_model(config.model).vision.image_size
     crop = ImageTransform(size, is_train=True, **augmentation(config))
     return open_source(
         config.train_data,
@@ -175,20 +203,20 @@ def open_training_source(config: TrainConfig) -> PairSource:
 
 
 def build_model(
-    config: TrainConfig,
+    config: RunConfig,
     vocab_size: int,
     checkpoint: Checkpoint | None,
     device: torch.device,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> CLIP:
     """Return the model of a run, newly initialised or with the weights that ``--pretrained`` names.
 
     Args:
         checkpoint: of a run that goes on, whose weights are loaded later.
-        say: is told of a scale and a bias that the weights lack.
+        print_line: called with a note if the weights lack a scale and a bias.
     """
     model = create_model(
-        str(config.model),
+        config.model,
         precision="bf16" if config.precision == "bf16" else "fp32",
         device=device,
         force_image_size=config.force_image_size,
@@ -201,15 +229,36 @@ def build_model(
     if checkpoint is not None:
         model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
     elif config.pretrained is not None:
-        kept = load_checkpoint(model, config.pretrained)
-        if kept:
+        missing = load_checkpoint(model, config.pretrained)
+        if missing:
             # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.
             torch.nn.init.constant_(model.logit_scale, math.log(SIGLIP_SCALE))
-            say(
+            print_line(
                 f"{config.pretrained} has no logit_bias: --siglip begins with a scale of {SIGLIP_SCALE:g} and a bias of "
                 f"{SIGLIP_BIAS:g}"
             )
     return model
+
+
+def build_loader(
+    config: RunConfig,
+    source: PairSource,
+    transform: ImageTransform,
+    tokenizer: Tokenizer,
+    world: World,
+) -> PairLoader:
+    """Return the loader of this rank's part of every global batch."""
+    return PairLoader(
+        source,
+        transform,
+        tokenizer,
+        config.global_batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
 
 
 def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:
@@ -219,12 +268,20 @@ def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> Cli
     # Without effect under "negative", which passes no ids.
     same_id = "positive" if config.duplicate_captions == "positive" else "ignore"
     if config.siglip:
-        return SigLipLoss(rank=rank, world_size=world_size, same_id=same_id, uneven=is_uneven)
+        return SigLipLoss(
+            rank=rank,
+            world_size=world_size,
+            same_id=same_id,
+            workspace_bytes=bytes_of(config.loss_workspace),
+            uneven=is_uneven,
+        )
     return ClipLoss(
         rank=rank,
         world_size=world_size,
         label_smoothing=config.label_smoothing,
         same_id=same_id,
+        stash_bytes=bytes_of(config.loss_stash),
+        workspace_bytes=bytes_of(config.loss_workspace),
         uneven=is_uneven,
     )
 

@@ -166,7 +166,7 @@ class StepProfile:
             self.recorder = None
 
     def begin_step(self) -> None:
-        """At the beginning of each step of the process, before its data are there."""
+        """Begin a step of the process, before its data are there."""
         self.num_begun += 1
         if self.folder is None or not COUNTED <= self.num_begun <= LAST:
             return
@@ -182,7 +182,7 @@ class StepProfile:
             self.within.enter_context(record_function(STEP))
 
     def end_step(self) -> str:
-        """At the end of each step, before evaluations and checkpoints; what to tell the user, after the last step."""
+        """End a step, before evaluations and checkpoints; return what to print after the last step, else an empty text."""
         if self.folder is None or not COUNTED <= self.num_begun <= LAST:
             return ""
         if self.device.type == "cuda":
@@ -233,7 +233,7 @@ class StepProfile:
 
 
 def check_long_enough(num_steps: int) -> None:
-    """Refuses ``--profile`` in a process that has so few steps to do."""
+    """Raise ValueError for ``--profile`` in a process that has too few steps to do."""
     if num_steps < LAST:
         raise ValueError(
             f"--profile records steps {FIRST} to {LAST} of a process, and this one has {num_steps} to do; raise --epochs, "
@@ -244,7 +244,7 @@ def check_long_enough(num_steps: int) -> None:
 def make_rows(
     spent: Mapping[Operator, Spent], counted: Mapping[Operator, Traffic], ceilings: Ceilings
 ) -> list[Row]:
-    """A row an operator, those first that are furthest above their floors."""
+    """Return a row for each operator, those first that are furthest above their floors."""
     rows = []
     for operator, all_steps in spent.items():
         traffic = counted.get(operator)
@@ -257,7 +257,7 @@ def make_rows(
 def operator_times(
     events: Iterable[Any], counted: Iterable[Operator]
 ) -> tuple[dict[Operator, Spent], float]:
-    """(time of each operator in the recorded steps, the clock's milliseconds of one), from the profiler's events.
+    """Return (time of each operator in the recorded steps, milliseconds of one step) from the profiler's events.
 
     The outermost event that is a counted operator is taken with everything below it. A kernel that no operator has
     launched is a row of its own.
@@ -297,13 +297,13 @@ def _visit(
 
 
 def _operator_of(name: str, is_backward: bool, known: set[Operator]) -> Operator:
-    """The counted operator of that name. In the counted step autograd changed nothing in place: ``add_`` was ``add``."""
+    """Return the counted operator of a name: in the counted step autograd changed nothing in place, ``add_`` was ``add``."""
     itself, elsewhere = Operator(name, is_backward), Operator(name.removesuffix("_"), is_backward)
     return elsewhere if itself not in known and elsewhere in known else itself
 
 
 def _is_unmet(event: Any, is_backward: bool, known: set[Operator]) -> bool:
-    """Whether it is an operator that the counted step did not have, and no wrapper of those that it had."""
+    """Return whether an event is an operator that the counted step did not have, and no wrapper of those that it had."""
     if "::" not in event.name or event.name.startswith("autograd::"):
         return False
     below = list(event.cpu_children)
@@ -318,7 +318,7 @@ def _is_unmet(event: Any, is_backward: bool, known: set[Operator]) -> bool:
 def _add_loose_kernels(
     on_host: list[Any], on_device: list[Any], steps: list[Any], spent: dict[Operator, Spent]
 ) -> None:
-    """What ran on a GPU in the steps without an operator: launched by Python itself, such as the optimizer's kernel."""
+    """Add what ran on a GPU without an operator: kernels that Python itself launches, such as the optimizer's."""
     loose: dict[str, Spent] = defaultdict(Spent)
     for event in on_device:
         if not event.is_user_annotation and _is_in(event, steps):

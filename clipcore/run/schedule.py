@@ -21,7 +21,7 @@ def learning_rate(
     cooldown_end: float = 0.0,
     cooldown_power: float = 1.0,
 ) -> float:
-    """Learning rate of ``step`` (0-based).
+    """Return the learning rate of ``step``, counted from 0.
 
     Args:
         schedule: ``cosine`` to zero, ``const``, or ``const-cooldown`` (polynomial to ``cooldown_end`` over the last

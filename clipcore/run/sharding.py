@@ -40,7 +40,7 @@ _UNITS = (ResidualAttentionBlock, Bottleneck, AttentionPool2d)
 
 
 def shard(model: CLIP, world: World, group: dist.ProcessGroup | None = None) -> None:
-    """Splits a model, in place, among the ranks of a group; before its optimizer and its moving average are made.
+    """Split a model, in place, among the ranks of a group; before its optimizer and its moving average are made.
 
     Parameters keep their dtype, and gradients are averaged in it; what is computed in which dtype is autocast's decision,
     as without sharding. The ranks must hold equal weights. The model may lie on the CPU: it is moved to the rank's
@@ -70,7 +70,7 @@ def shard(model: CLIP, world: World, group: dist.ProcessGroup | None = None) -> 
 
 
 def replicate(towers: nn.Module, group: dist.ProcessGroup | None = None) -> DistributedDataParallel:
-    """The towers in what averages their gradients over ranks that each hold all of them.
+    """Wrap the towers in DistributedDataParallel, which averages their gradients over the ranks.
 
     Looking for unused parameters keeps the buckets as they are; built anew after the first step of a process, they would
     add gradients in another order. torch's warning about it cannot be silenced from Python. BatchNorm's statistics are
@@ -84,19 +84,19 @@ def replicate(towers: nn.Module, group: dist.ProcessGroup | None = None) -> Dist
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has split it."""
+    """Return whether ``shard`` has split a module."""
     return isinstance(module, FSDPModule)
 
 
 def shard_group(model: nn.Module) -> dist.ProcessGroup:
-    """The ranks among which a sharded model is split."""
+    """Return the group of ranks among which a sharded model is split."""
     # Between two passes the parameters outside the blocks may be whole; a block's are split again at once.
     return next(p for p in model.parameters() if isinstance(p, DTensor)).device_mesh.get_group()
 
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, is_last: bool) -> Iterator[None]:
-    """Around the forward and backward passes that fill gradients: only the last of a step averages them over the ranks.
+    """Wrap the passes that fill gradients, of which only the last of a step averages them over the ranks.
 
     Those before it add up on each rank, which for a sharded model takes the memory of its whole gradient until the last.
     Gradients that do not come from these passes, such as the logit scale's of a loss over stored features, must be there
@@ -125,13 +125,13 @@ def gradient_sync(module: nn.Module, is_last: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor, on all ranks that share it."""
+    """Return all rows of a tensor, on all ranks that share it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def gathered(model: CLIP, tensors: Mapping[str, Tensor] | None = None) -> CLIP:
-    """A whole copy of a sharded model on each of its ranks, for evaluation; called by all of them.
+    """Return a whole copy of a sharded model on each of its ranks, for evaluation; called by all of them.
 
     Ranks may then encode different numbers of batches, or one rank alone, which a sharded model cannot: each of its
     passes is one of all ranks.
@@ -149,7 +149,7 @@ def gathered(model: CLIP, tensors: Mapping[str, Tensor] | None = None) -> CLIP:
 
 
 def checkpoint_writers(model: nn.Module) -> Writers:
-    """The ranks of a sharded model, as those who write its checkpoint."""
+    """Return the ranks of a sharded model as the writers of its checkpoint."""
     group = shard_group(model)
     return Writers(
         dist.get_rank(group),
@@ -159,7 +159,7 @@ def checkpoint_writers(model: nn.Module) -> Writers:
 
 
 def own_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """What a rank writes into a checkpoint: its rows of what is split; of the rest, which all hold, the first rank all."""
+    """Return a rank's part of a checkpoint: its shard of split tensors; rank 0 alone writes the replicated ones."""
     return {
         name: local_part(value)
         for name, value in tensors.items()

@@ -1,21 +1,11 @@
-"""What a run is between two steps, how it goes into a checkpoint and comes back, and where runs live.
-
-A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and a copy of the
-vocabulary.
-"""
+"""What a run is between two steps, and how it goes into a checkpoint and comes back."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
-import json
 import math
-import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +13,19 @@ import torch
 from torch import Tensor
 
 from clipcore.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointError,
     TensorGroup,
     Writers,
-    committed,
-    committed_names,
-    load_checkpoint,
-    load_latest,
     save_checkpoint,
 )
-from clipcore.data.transforms import EARLIER_MAX_PIXELS, ImageTransform
-from clipcore.files import is_file, is_folder, read_regular, write_durably
-from clipcore.ranks.distributed import World, all_reduce_sum, broadcast_object, is_main
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.data.transforms import ImageTransform
+from clipcore.run.faults import first_fault
+from clipcore.run.folders import open_run
 from clipcore.run.metrics import LogMark
 from clipcore.run.optim import (
     ExponentialMovingAverage,
     load_optimizer_tensors,
-    local_part,
     optimizer_tensors,
 )
 from clipcore.run.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
@@ -69,12 +52,6 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "captions_sha256": str,
 }
 _SCALER_STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-_MAX_CONFIG_BYTES, _MAX_NOTE_BYTES = 1 << 22, 1 << 12
-CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
-# What each launch decides for itself; the process group has its timeout already when a run is resumed.
-LAUNCH_SETTINGS = frozenset({"logs", "name", "resume", "new_log", "timeout", "profile"})
-# What says which run is meant, and nothing of what it is.
-_RUN_NAMING_SETTINGS = frozenset({"logs", "name", "resume", "new_log"})
 
 
 @dataclass
@@ -110,7 +87,7 @@ class RunState:
     log_mark: LogMark = field(default_factory=LogMark)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """The groups of tensors of a checkpoint."""
+        """Return the groups of tensors of a checkpoint."""
         # A sharded model's state_dict() brings back the split parameters, under which the optimizer keeps its state.
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
@@ -121,7 +98,7 @@ class RunState:
         return groups
 
     def save(self, run_dir: Path, keep: int) -> None:
-        """Writes the checkpoint of this step, and drops all but the newest ``keep`` (0 keeps all).
+        """Write the checkpoint of this step, and drop all but the newest ``keep`` (0 keeps all).
 
         Called by one rank; by all ranks together where the model is sharded.
         """
@@ -145,7 +122,7 @@ class RunState:
         save_checkpoint(run_dir / "checkpoints", self.step, groups, record, keep or None, writers)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint of the same run.
+        """Continue from a checkpoint of the same run.
 
         Raises:
             CheckpointError: it belongs to another model, vocabulary or data set.
@@ -204,8 +181,10 @@ class RunState:
         return first_fault(self.tensors())
 
     def evaluated_model(self) -> CLIP:
-        """The model to evaluate and to ship: the moving average where there is one; a whole copy where it is sharded,
-        made anew by all ranks together."""
+        """Return the model to evaluate and to ship: the moving average where there is one.
+
+        A sharded model gives a whole copy, made anew by all ranks together.
+        """
         if is_sharded(self.model):
             return gathered(self.model, None if self.ema is None else self.ema.shadow)
         if self.ema is None:
@@ -226,59 +205,6 @@ def _check_weights(checkpoint: Checkpoint, group: str, own: Mapping[str, Tensor]
             f"{checkpoint.path} is not of the model that it says: {', '.join(differing[:3])}; use another checkpoint of the "
             "run"
         )
-
-
-def first_fault(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor that no training can go on from, and why; None if there is none.
-
-    A tensor is at fault if an element is not finite, or if it is a second moment or a count of steps and negative, whose
-    root or power makes the next update not finite. The device is waited for once, unless there is a fault.
-    """
-    tensors = {
-        f"{group}: {name}": local_part(value)
-        for group, named in groups.items()
-        for name, value in named.items()
-        if value.is_floating_point()
-    }
-    checks = {name: _is_sound(name, value) for name, value in tensors.items()}
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for check in checks.values():
-        by_device.setdefault(check.device, []).append(check)
-    if all(bool(torch.stack(those).all()) for those in by_device.values()):
-        return None
-
-    name = next(name for name, check in checks.items() if not check)
-    reason = "is negative" if tensors[name].isfinite().all() else "is not finite"
-    return f"{name} {reason}"
-
-
-def _is_sound(name: str, value: Tensor) -> Tensor:
-    """Return whether all elements are finite, and those of second moments and step counts not negative: bool []."""
-    if name.endswith((".exp_avg_sq", ".step")):
-        return (value.isfinite() & (value >= 0)).all()
-    return value.isfinite().all()
-
-
-def newest_sound(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a directory whose tensors are all finite; None if there is none."""
-    try:
-        paths = committed(directory)
-    except CheckpointError:
-        return None
-    for path in paths:
-        try:
-            checkpoint = load_checkpoint(path, lazily=True)
-        except CheckpointError:
-            continue
-        # One tensor at a time in memory.
-        is_sound = all(
-            first_fault({group: {name: tensors[name]}}) is None
-            for group, tensors in checkpoint.tensors.items()
-            for name in tensors
-        )
-        if is_sound:
-            return path
-    return None
 
 
 def run_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -332,249 +258,12 @@ def log_mark(checkpoint: Checkpoint) -> LogMark:
     return LogMark(record["metrics_bytes"], record.get("metrics_sha256"))
 
 
-def find_run(config: TrainConfig, launch: str | None, say: Callable[[str], None]) -> Path | None:
-    """Return the folder of the run that ``--name`` or ``--resume`` names, None for a new run.
-
-    ``--resume latest`` without a name is the run that this launch has begun, else the one whose newest checkpoint was
-    written last, whether that can be read or not.
-
-    Args:
-        launch: as of ``launch_id``.
-        say: is told of each folder that was passed over.
-    """
-    logs = Path(config.logs)
-    if config.resume not in (None, "latest"):
-        return run_folder(Path(config.resume))
-    if config.name:
-        return logs / config.name
-    if config.resume is None:
-        return None
-    return _run_of_launch(logs, launch, say) or _newest_run(logs, say)
-
-
-def check_run_is_there(config: TrainConfig, given: frozenset[str], run_dir: Path | None) -> None:
-    """Raise ConfigError where ``--resume latest`` is all that was said and there is nothing to resume.
-
-    Beside settings it begins the run that they are of, so that the first launch may have the command of all.
-
-    Args:
-        given: the names of the settings that the user gave.
-        run_dir: what ``find_run`` has found.
-    """
-    if config.resume != "latest" or given - _RUN_NAMING_SETTINGS:
-        return
-    if run_dir is not None and (
-        is_file(run_dir / CONFIG_FILE) or committed_names(run_dir / "checkpoints")
-    ):
-        return
-    looked = f"no folder in {config.logs} holds a checkpoint (a run without one is found by --name)"
-    if run_dir is not None:
-        looked = f"{run_dir} holds neither a checkpoint nor a {CONFIG_FILE}"
-    raise ConfigError(
-        f"--resume latest finds no run to resume: {looked}; name the folder of all runs with --logs, or give the settings "
-        "of a run to begin"
-    )
-
-
-def find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:
-    """Return the checkpoint that a run begins from, the same on all ranks; None at its beginning.
-
-    ``--resume latest`` takes the newest whole one of the run, and begins where there was never any, so that a job script can
-    always pass it.
-
-    Raises:
-        ConfigError: the run exists and is not resumed.
-        CheckpointError: the path that was given holds no loadable checkpoint, all of a run are damaged, or ranks found
-            different ones.
-    """
-    checkpoint = _find_checkpoint(config, run_dir, world)
-    step = checkpoint.step if checkpoint is not None else 0
-    first = broadcast_object(step)
-    if (num_others := int(all_reduce_sum([float(step != first)])[0])) > 0:
-        raise CheckpointError(
-            f"{num_others} of {world.world_size} ranks do not find the checkpoint of step {first} that rank 0 finds; "
-            "--logs has to be a folder that all machines share"
-        )
-    return checkpoint
-
-
-def _find_checkpoint(config: TrainConfig, run_dir: Path, world: World) -> Checkpoint | None:
-    """Return what this rank finds."""
-    directory = run_dir / "checkpoints"
-    if config.resume is None:
-        if committed_names(directory):
-            raise ConfigError(
-                f"the run {run_dir} has checkpoints already; continue it with --resume latest or choose another --name"
-            )
-        return None
-    if config.resume != "latest":
-        return open_run(Path(config.resume))[0]
-    checkpoint = load_latest(directory, lazily=True)
-    if checkpoint is None:
-        world.say(f"--resume latest: no checkpoint in {run_dir} yet, starting from the beginning")
-    return checkpoint
-
-
-def run_folder(path: Path) -> Path:
-    """Return the folder of a run, given that or one of its checkpoints.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if is_folder(path / "checkpoints") or is_file(path / CONFIG_FILE):
-        return path
-    if not is_folder(path):
-        raise CheckpointError(f"{path} does not exist")
-    folder = path.absolute().parent
-    if not is_file(path / MANIFEST) or folder.name != "checkpoints":
-        raise CheckpointError(
-            f"{path} is neither the folder of a run nor a checkpoint in its folder checkpoints"
-        )
-    return folder.parent
-
-
-def is_run(path: Path) -> bool:
-    """Return whether a folder is that of a run with checkpoints, or one of them."""
-    if not is_folder(path):
-        return False
-    return bool(committed_names(path / "checkpoints")) or is_file(path / MANIFEST)
-
-
-def open_run(path: Path) -> tuple[Checkpoint, Path]:
-    """The checkpoint at ``path``, or the newest of the run there, and the run's folder; its tensors are read when asked for.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    if run_folder(path) != path:
-        return load_checkpoint(path, lazily=True), run_folder(path)
-    checkpoint = load_latest(path / "checkpoints", lazily=True)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path} has no checkpoint yet; give a run that has, or one of its checkpoints"
-        )
-    return checkpoint, path
-
-
-def launch_id() -> str | None:
-    """Names the torchrun that started this process, the same when it starts one anew; None without torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return run and f"{run} {socket.gethostname()} {os.getppid()}"
-
-
-def is_restart(run_dir: Path) -> bool:
-    """Return whether this launch has begun the run of that folder already, the same on all ranks: torchrun has started its
-    processes anew, which go on with the settings and the plan of their predecessors."""
-    note, launch = run_dir / LAUNCH_FILE, launch_id()
-    is_begun = is_main() and launch and is_file(note) and _read_note(note) == launch.encode()
-    return bool(broadcast_object(is_begun))
-
-
-def _read_note(note: Path) -> bytes:
-    return read_regular(note, _MAX_NOTE_BYTES)
-
-
-def _run_of_launch(logs: Path, launch: str | None, say: Callable[[str], None]) -> Path | None:
-    """Return the run under ``logs`` that a launch has begun last, as ``write_config`` noted it."""
-    begun: dict[Path, int] = {}
-    if launch is None:
-        return None
-    for path in _folders(logs):
-        note = path / LAUNCH_FILE
-        try:
-            if is_file(note) and _read_note(note) == launch.encode():
-                begun[path] = note.stat().st_mtime_ns
-        except OSError as error:
-            # Such as a run of another user.
-            say(f"--resume latest: passed over {path}: {error.strerror}")
-    return max(begun, key=begun.__getitem__) if begun else None
-
-
-def _newest_run(logs: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the run under ``logs`` whose newest checkpoint was written last, be it damaged."""
-    written: dict[Path, int] = {}
-    for path in _folders(logs):
-        try:
-            for name in committed_names(path / "checkpoints"):
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile by its own run
-                    time_ns = (path / "checkpoints" / name).stat().st_mtime_ns
-                    written[path] = max(time_ns, written.get(path, 0))
-        except (CheckpointError, OSError) as error:
-            say(f"--resume latest: passed over {path}: {error}")
-    return max(written, key=written.__getitem__) if written else None
-
-
-def _folders(logs: Path) -> list[Path]:
-    """Return the folders in the folder of all runs; none where that is not there yet."""
-    try:
-        return sorted(logs / name for name in os.listdir(logs) if is_folder(logs / name))
-    except FileNotFoundError:
-        return []
-
-
-def resumed_config(
-    run_dir: Path, config: TrainConfig, given: frozenset[str], world: World
-) -> TrainConfig:
-    """The settings of the run, with those the user gave again laid over; each difference is printed."""
-    path = run_dir / CONFIG_FILE
-    try:
-        saved = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
-        if not isinstance(saved, dict):
-            raise ValueError(f"it holds a {type(saved).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"cannot read the settings of the run to resume, {path}: {error}; put the file back, or begin a new run of the "
-            "same settings from its weights with --pretrained"
-        ) from error
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    settings: dict[str, Any] = {"max_pixels": EARLIER_MAX_PIXELS}
-    settings |= {name: value for name, value in saved.items() if name in known}
-    again = {n: getattr(config, n) for n in sorted(given - LAUNCH_SETTINGS)}
-    changed = {name for name, value in again.items() if settings.get(name) != value}
-    for name in sorted(changed):
-        flag = f"--{name.replace('_', '-')}"
-        world.say(f"{flag} was {settings.get(name)} in this run, now {again[name]}")
-    # The plan was made for other memory; a micro-batch that is given holds, and only what to keep beside it is open.
-    if given & {"batch_size", "accum_freq"}:
-        settings |= {"global_batch_size": None, "micro_batch_size": None, "keep_graphs": None}
-    elif changed & {"step_memory", "precision", "grad_checkpointing", "device"}:
-        settings |= {"micro_batch_size": None, "keep_graphs": None}
-    elif "micro_batch_size" in changed:
-        settings["keep_graphs"] = None
-    # Nor was the number of threads measured for this.
-    if changed & {"device", "workers"}:
-        settings["threads"] = None
-    settings |= again
-    own = {name: getattr(config, name) for name in LAUNCH_SETTINGS}
-    try:
-        return TrainConfig(**{**settings, **own})
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}; the run's settings are in {path}: put them back as they were, or give the flag again"
-        ) from error
-
-
-def new_run_dir(config: TrainConfig) -> Path:
-    """A folder for a new run, named by date, model and batch where the user gives no name."""
-    stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
-    model = str(config.model).replace("/", "-")
-    return Path(config.logs) / (
-        config.name or f"{stamp}-model_{model}-b_{config.global_batch_size}"
-    )
-
-
-def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """The settings, as config.json in the run's folder, and beside them which launch it is that writes there."""
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    write_durably(run_dir / CONFIG_FILE, text.encode())
-    write_durably(run_dir / LAUNCH_FILE, (launch_id() or "").encode())
-
-
 def load_run(
     path: Path, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, ImageTransform, Tokenizer]:
-    """The model of a run (its newest checkpoint) or of one checkpoint, in evaluation mode, with its preprocessing and
-    tokenizer; the moving average where the run kept one.
+    """Return the model of a run or of one of its checkpoints, in evaluation mode, with its preprocessing and tokenizer.
+
+    A run gives its newest checkpoint; weights are the moving average where the run kept one.
 
     Raises:
         CheckpointError: no loadable checkpoint there, or its vocabulary is not to be found.

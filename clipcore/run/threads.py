@@ -7,6 +7,7 @@ machine, idle, two are 1.3 times as fast (docs/log.md, 2026-11-29). So both are 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import time
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from clipcore.ranks.distributed import gather_sizes
+from clipcore.ranks.distributed import World, broadcast_object, gather_sizes
 from clipcore.run.grad_cache import Embed
+from clipcore.run.recipe import RunConfig
 from clipcore.towers.resnet import replayed
 
 # A ResNet's BatchNorm needs two.
@@ -63,6 +65,34 @@ def most_threads(world_size: int, workers: int) -> int:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     here = max(1, len(os.sched_getaffinity(0)) // local_ranks - workers)
     return min(number for number, _ in gather_sizes(here, 0, "numbers of threads"))
+
+
+def set_threads(config: RunConfig, is_chosen: bool, world: World) -> RunConfig:
+    """Set the number of threads on a CPU; return the settings with it, or with None if it is to be measured.
+
+    --threads decides, else OMP_NUM_THREADS of the first rank (which torchrun sets to 1 for several ranks of a machine), else
+    what a resumed run began with, where this machine has as many to give.
+    """
+    if world.device.type != "cpu":
+        if is_chosen and config.threads is not None:
+            torch.set_num_threads(config.threads)
+        return config
+
+    most = most_threads(world.world_size, config.workers)
+    number, note = config.threads, None
+    if not is_chosen and "OMP_NUM_THREADS" in os.environ:
+        number = torch.get_num_threads()
+        if config.threads not in (None, number):
+            note = f"OMP_NUM_THREADS is {number}, where this run had {config.threads}"
+    elif not is_chosen and number is not None and number > most:
+        note = f"this run had {number} threads, and here it may have {most}"
+        number = None
+    if note is not None:
+        world.print(f"{note}: sums may round otherwise than before (--threads N to choose)")
+
+    number = broadcast_object(1 if number is None and most == 1 else number)
+    torch.set_num_threads(most if number is None else number)
+    return dataclasses.replace(config, threads=number)
 
 
 def set_faster(

@@ -122,7 +122,7 @@ class _Moves:
         self.read_bytes, self.written_bytes = bytes_shown(read), bytes_shown(written)
 
     def bytes_with(self, out: Any) -> int:
-        """Bytes moved, now that it is known what the call returned."""
+        """Return the bytes moved, now that it is known what the call returned."""
         fresh = [tensor for tensor in _tensors(out) if _storage(tensor) not in self.inputs]
         if self.packet in _UNWRITTEN or not (fresh or self.has_writes):
             return 0
@@ -131,7 +131,7 @@ class _Moves:
 
 
 def bytes_shown(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements that the tensors show: a part of a storage once, an expanded axis once."""
+    """Return the bytes of the elements that the tensors show: a part of a storage once, an expanded axis once."""
     parts: dict[int, dict[tuple[Any, ...], int]] = {}
     sizes: dict[int, int] = {}
     for tensor in tensors:
@@ -152,7 +152,7 @@ def _is_written(packet: Any, argument: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in an argument or a result; of one that is split among ranks this rank's part."""
+    """Return the tensors in an argument or a result; of a split one this rank's part."""
     if isinstance(value, Tensor):
         return [local_part(value)]
     if isinstance(value, (list, tuple)):

@@ -25,12 +25,19 @@ from clipcore.data.packing import (
     pack_captions,
 )
 from clipcore.data.upload import Upload
+from clipcore.kernels.contrastive.budget import default_stash_bytes
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
 from clipcore.run import threads
-from clipcore.run.grad_cache import Embed, Found, differentiate
-from clipcore.run.memory_plan import GB, StepPlan, default_budget, make_plan
+from clipcore.run.grad_cache import Embed, StepOutput, differentiate
+from clipcore.run.memory_plan import (
+    StepPlan,
+    bytes_of,
+    default_budget,
+    make_plan,
+    shared_stash_bytes,
+)
 from clipcore.run.sharding import gradient_sync, is_sharded
 from clipcore.towers.model import CLIP
 
@@ -48,7 +55,7 @@ class TrainingStep:
         model: what is trained; ``towers`` is the same as it is called in training, compiled or not.
         scale_loss: what is differentiated in place of the loss.
         micro_batch_size: pairs that are embedded at once; None until there is a plan.
-        kept: micro-batches that keep their graphs; likewise.
+        num_kept_graphs: micro-batches that keep their graphs; None until there is a plan.
         reduced: the towers in what averages gradients over ranks, where there are several and the model is whole.
         with_ids: equal captions of a global batch belong together, and ``loss_fn.same_id`` says how.
     """
@@ -62,7 +69,7 @@ class TrainingStep:
     global_batch_size: int
     scale_loss: Callable[[Tensor], Tensor]
     micro_batch_size: int | None = None
-    kept: int | None = None
+    num_kept_graphs: int | None = None
     reduced: nn.Module | None = None
     pack_text: bool = True  # padded captions give the same features and gradients, slower
     stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
@@ -70,13 +77,14 @@ class TrainingStep:
 
     @property
     def largest_share(self) -> int:
-        """Pairs of the rank that has most of a global batch; another may have one less."""
+        """Return the pairs of the rank that has most of a global batch; another may have one less."""
         return -(-self.global_batch_size // self.world.world_size)
 
     @property
     def num_parts(self) -> int:
-        """Micro-batches of a step, as many on every rank."""
-        parts = -(-self.largest_share // (self.micro_batch_size or self.largest_share))
+        """Return the number of micro-batches of a step, the same on every rank."""
+        size = self.largest_share if self.micro_batch_size is None else self.micro_batch_size
+        parts = -(-self.largest_share // size)
         # Each has a pair; a ResNet's two, which BatchNorm needs to have a variance.
         smallest = self.global_batch_size // self.world.world_size
         return max(1, min(parts, smallest // 2 if self.model.is_resnet else smallest))
@@ -88,8 +96,8 @@ class TrainingStep:
         on_phase: Callable[[str], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         num_parts: int | None = None,
-    ) -> Found:
-        """Adds a batch's gradients to the parameters' own, averaged over ranks.
+    ) -> StepOutput:
+        """Add a batch's gradients, averaged over ranks, to those of the parameters.
 
         Dropout is a function of the seed and the step, that of patches of the sample too: it does not depend on the
         rank or the micro-batch that a sample is in.
@@ -98,15 +106,15 @@ class TrainingStep:
             num_parts: other than those of the plan, for another batch.
         """
         torch.manual_seed(step_seed(self.seed, step, self.world.rank))
-        towers = self.reduced or self.towers
+        towers = self.towers if self.reduced is None else self.reduced
         loss = partial(self.loss, ids_B=self.ids(batch)) if self.with_ids else self.loss
         return differentiate(
             self.embedder(batch, step, towers),
             loss,
             self.model,
             len(batch.images),
-            num_parts or self.num_parts,
-            self.kept or 1,
+            self.num_parts if num_parts is None else num_parts,
+            1 if self.num_kept_graphs is None else self.num_kept_graphs,
             scale_loss=self.scale_loss,
             sync=partial(_pass, towers) if self.world.world_size > 1 else None,
             on_phase=on_phase,
@@ -114,7 +122,10 @@ class TrainingStep:
         )
 
     def cutter(self, batch: Batch, step: int) -> Callable[[slice], list[Tensor | PackedText]]:
-        """What makes the towers' arguments of some rows of a batch, on the host: packed captions where that is worth it."""
+        """Return a function that makes the towers' arguments of some rows of a batch, on the host.
+
+        Captions are packed where that is worth it.
+        """
         pinned = batch.images.is_pinned()
         others: list[Tensor] = []
         if getattr(self.model.visual, "patch_dropout", 0.0) > 0:
@@ -134,7 +145,7 @@ class TrainingStep:
         return cut
 
     def embedder(self, batch: Batch, step: int, towers: nn.Module) -> Embed:
-        """What embeds a micro-batch of a batch by some form of the towers."""
+        """Return a function that embeds one micro-batch of a batch with some form of the towers."""
         upload = Upload(self.cutter(batch, step), self.world.device, self._stream())
 
         def embed(rows: slice, following: slice | None) -> tuple[Tensor, ...]:
@@ -145,7 +156,7 @@ class TrainingStep:
         return embed
 
     def _stream(self) -> torch.cuda.Stream | None:
-        """Of all uploads: an allocator keeps what it has once had on a stream for that stream."""
+        """Return the stream of all uploads: the caching allocator pools memory per stream."""
         if self.stream is None and self.world.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.world.device)
         return self.stream
@@ -171,11 +182,11 @@ class TrainingStep:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the towers' matrix products."""
+        """Return the dtype of the towers' matrix products."""
         return {"fp32": torch.float32, "amp": torch.float16}.get(self.precision, torch.bfloat16)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for what is computed in it."""
+        """Return the context of mixed precision."""
         if self.precision in ("fp32", "bf16"):
             return nullcontext()  # the dtype is the weights' own
         # Casts of weights are kept until the end of the context, where a sharded model would be whole again.
@@ -183,17 +194,20 @@ class TrainingStep:
         return torch.autocast(self.world.device.type, self.dtype, cache_enabled=cached)
 
     def needs_plan(self) -> bool:
-        """Whether ``plan`` has something to choose: the micro-batch, or how many of several keep their graphs."""
-        return self.micro_batch_size is None or (self.num_parts > 1 and self.kept is None)
+        """Return whether ``plan`` has something to choose: the micro-batch, or how many of several keep their graphs."""
+        return self.micro_batch_size is None or (
+            self.num_parts > 1 and self.num_kept_graphs is None
+        )
 
     def plan(self, batch: Batch, step: int, step_memory: float | None = None) -> StepPlan:
-        """Chooses what is not chosen yet of ``micro_batch_size`` and ``kept``, the same on every rank.
+        """Choose ``micro_batch_size`` and ``num_kept_graphs`` where they are open, the same on every rank.
 
         Args:
             step_memory: GB that a step may take beside model and optimizer; None for `memory_plan.default_budget`.
         """
         device, num_rows = self.world.device, self.largest_share
-        budget_bytes = default_budget(device) if step_memory is None else int(step_memory * GB)
+        given_bytes = bytes_of(step_memory)
+        budget_bytes = default_budget(device) if given_bytes is None else given_bytes
         embeddings = 2 * num_rows * self.model.config.embed_dim * torch.float32.itemsize
         fixed = {"embeddings": 2 * embeddings}  # and their gradients
         if device.type == "cpu":
@@ -208,13 +222,29 @@ class TrainingStep:
             loss_bytes=self.loss_fn.memory_bytes(some, some),
             budget_bytes=budget_bytes,
             micro_batch_size=self.micro_batch_size,
-            kept=self.kept,
+            num_kept_graphs=self.num_kept_graphs,
             all_but_last=self.world.world_size > 1,
             agree=lambda is_so: not all_reduce_flag(not is_so),
         )
         made = broadcast_object(made)
-        self.micro_batch_size, self.kept = made.micro_batch_size, made.kept
+        self.micro_batch_size = made.micro_batch_size
+        self.num_kept_graphs = made.num_kept_graphs
         return made
+
+    def choose_stash(self) -> int | None:
+        """Decide what the loss's stash may take where that is open: once for the run, the same on every rank.
+
+        Returns:
+            The bytes; None where there is nothing to decide: on the CPU, whose default is fixed, and for a loss without
+            a stash.
+        """
+        loss_fn, device = self.loss_fn, self.world.device
+        if not isinstance(loss_fn, ClipLoss) or device.type != "cuda":
+            return None
+        if loss_fn.stash_bytes is None:
+            own_bytes = default_stash_bytes(device)
+            loss_fn.stash_bytes = shared_stash_bytes(own_bytes, self.precision)
+        return loss_fn.stash_bytes
 
     def set_faster_threads(self, batch: Batch, step: int) -> threads.Timed:
         """Compute with one thread of the CPU or with as many as now, whichever is faster; ranks do alike.
@@ -222,16 +252,17 @@ class TrainingStep:
         What is timed is the model itself: compiled towers would be compiled anew for each number of rows and threads.
         """
         smallest_share = self.global_batch_size // self.world.world_size
+        rows = smallest_share if self.micro_batch_size is None else self.micro_batch_size
         return threads.set_faster(
             self.embedder(batch, step, self.model),
             self.model,
-            min(smallest_share, max(threads.FEWEST_ROWS, self.micro_batch_size or smallest_share)),
+            min(smallest_share, max(threads.FEWEST_ROWS, rows)),
             torch.get_num_threads(),
             all_reduce_sum,
         )
 
     def describe_loss(self) -> str:
-        """Say in a line how the loss of a step will be computed."""
+        """Return in a line how the loss of a step will be computed."""
         some = self._some_features()
         with self.autocast():
             said = str(self.loss_fn.plan(some, some))
@@ -244,7 +275,7 @@ class TrainingStep:
         return said
 
     def _some_features(self) -> Tensor:
-        """As many features as a rank has pairs, in the memory of one."""
+        """Return as many features as a rank has pairs, in the memory of one."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         one = torch.empty(1, self.model.config.embed_dim, dtype=dtype, device=self.world.device)
         return one.expand(self.largest_share, -1)
@@ -252,13 +283,13 @@ class TrainingStep:
 
 @contextmanager
 def _pass(towers: nn.Module, is_last: bool) -> Iterator[None]:
-    """Around the passes over a micro-batch on one of several ranks."""
+    """Wrap the passes over a micro-batch on one of several ranks."""
     name = "last passes and the gradients' average" if is_last else "passes over a micro-batch"
     with watchdog.collective(name), gradient_sync(towers, is_last):
         yield
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's generators: a function of its place, so that nothing of them needs saving."""
+    """Return the seed of a step's generators: a function of seed, step and rank, so that nothing of them needs saving."""
     digest = hashlib.sha256(f"step {seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

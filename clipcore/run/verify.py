@@ -39,7 +39,7 @@ class VerificationError(RuntimeError):
 
 
 def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
-    """Compares the gradients of the first pairs of a batch, on all ranks, with the plain computation in float64.
+    """Compare the gradients of the first pairs of a batch, on all ranks, with the plain computation in float64.
 
     The small step goes the way of every step of the run: micro-batches, replays, the loss over all ranks, its kernels, the
     reduction over ranks, in the run's precision. The plain one is made by each rank alone: the float64 model, the whole
@@ -63,8 +63,10 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
     num_parts = max(1, min(NUM_PARTS, num_pairs // 2))
     with replayed(training.model):  # leaves BatchNorm's statistics alone
         factor = FP16_FACTOR if training.precision == "amp" else 1.0
-        scaled = dataclasses.replace(training, kept=1, scale_loss=lambda loss: factor * loss)
-        found = scaled.gradients(small, step, num_parts=num_parts)
+        scaled = dataclasses.replace(
+            training, num_kept_graphs=1, scale_loss=lambda loss: factor * loss
+        )
+        output = scaled.gradients(small, step, num_parts=num_parts)
     gradients = _take_gradients(training, factor)
     loss, exact, terms = _plain(training, small, num_parts, step)
 
@@ -81,7 +83,7 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
         if name in exact:
             errors[f"that of {name}"] = float((gradients[name] - exact[name]).abs() / size)
     ratio = float(ours.norm() / theirs.norm())
-    mean_loss = _mean_over_ranks(found.loss, training.world.world_size)
+    mean_loss = _mean_over_ranks(output.loss, training.world.world_size)
     errors["the loss"] = abs(float(mean_loss - loss)) / max(abs(float(loss)), 1e-6)
     limit = LIMITS[training.precision]
     if training.model.is_resnet and training.precision != "fp32":
@@ -101,7 +103,7 @@ def verify_gradients(training: TrainingStep, batch: Batch, step: int) -> str:
 
 
 def _take_gradients(training: TrainingStep, factor: float) -> dict[str, Tensor]:
-    """The parameters' gradients without the loss's factor; the parameters then have none."""
+    """Take the gradients off the parameters, and return them without the loss's factor."""
     taken = {
         name: whole(parameter.grad).double() / factor
         for name, parameter in training.model.named_parameters()
@@ -118,7 +120,7 @@ def _mean_over_ranks(loss: Tensor, world_size: int) -> Tensor:
 def _plain(
     training: TrainingStep, small: Batch, num_parts: int, step: int
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """(loss, gradients, sizes of the scalars' terms) of all ranks' pairs by this rank alone, in float64."""
+    """Return (loss, gradients, sizes of the scalars' terms) of all ranks' pairs, by this rank alone in float64."""
     device = training.world.device
     images, tokens, indices = (
         gather_rows(part.to(device)).cpu()
@@ -169,9 +171,9 @@ def _reference(training: TrainingStep, tokens_GL: Tensor) -> Callable[..., Tenso
 def _sizes_of_terms(
     reference: Callable[..., Tensor], image_GE: Tensor, text_GE: Tensor, scalars: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """By name of a scalar, the sum of the absolute terms of its gradient, one for each logit.
+    """Return, by name of a scalar, the sum of the absolute terms of its gradient, one for each logit.
 
-    What its error is relative to: the terms nearly cancel at times, and then a right gradient of 16 digits has few.
+    An error is relative to this sum: the terms nearly cancel at times, and then a right gradient of 16 digits has few.
     """
     cosines = (image_GE @ text_GE.T).detach().requires_grad_()
     columns = torch.eye(len(text_GE), dtype=cosines.dtype, device=cosines.device)
@@ -184,6 +186,6 @@ def _sizes_of_terms(
 
 
 def _padded(training: TrainingStep, small: Batch) -> Tensor:
-    """Tokens of the full length, which is the same on all ranks."""
+    """Return tokens of the full length, which is the same on all ranks."""
     missing = training.model.context_length - small.tokens.shape[1]
     return torch.nn.functional.pad(small.tokens, (0, missing))

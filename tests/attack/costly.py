@@ -36,9 +36,14 @@ from clipcore.data.transforms import DECODERS, Decoder, decode_image
 from clipcore.evaluate.tasks import class_folders
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.folders import (
+    CONFIG_FILE,
+    LAUNCH_FILE,
+    find_run,
+    resumed_config,
+)
 from clipcore.run.memory import watch
 from clipcore.run.metrics import METRICS_FILE, read_metrics
-from clipcore.run.state import CONFIG_FILE, LAUNCH_FILE, find_run, resumed_config
 from clipcore.tokenizer import Tokenizer, VocabularyError
 from clipcore.tokenizer import main as tokenizer_main
 from clipcore.towers.convert import ConversionError

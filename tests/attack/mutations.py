@@ -42,8 +42,10 @@ from clipcore.data.tar import TarSource, load_index
 from clipcore.data.transforms import EARLIER_MAX_PIXELS
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.faults import newest_sound
+from clipcore.run.folders import LAUNCH_SETTINGS, resumed_config
 from clipcore.run.metrics import LogError, compare_log, read_metrics
-from clipcore.run.state import LAUNCH_SETTINGS, load_run, log_mark, newest_sound, resumed_config
+from clipcore.run.state import load_run, log_mark
 from clipcore.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -28,8 +28,9 @@ from attack.mutations import (
     whole_checkpoints,
 )
 from clipcore.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from clipcore.run.faults import first_fault, newest_sound
 from clipcore.run.metrics import read_metrics
-from clipcore.run.state import first_fault, newest_sound, run_record
+from clipcore.run.state import run_record
 
 # Bits of float32, whose upper halves are those of bfloat16: quiet and signalling, and of either sign.
 BITS = {

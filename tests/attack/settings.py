@@ -33,8 +33,10 @@ from clipcore.data.shards import ImageFormat
 from clipcore.evaluate.tasks import class_folders
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier
 from clipcore.ranks.failures import end_with
-from clipcore.run.config import TrainConfig, build_parser
-from clipcore.run.state import load_run, resumed_config
+from clipcore.run.command_line import build_parser
+from clipcore.run.config import TrainConfig
+from clipcore.run.folders import resumed_config
+from clipcore.run.state import load_run
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config

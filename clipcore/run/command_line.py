@@ -1,0 +1,136 @@
+"""The command line of ``python -m clipcore.train``, derived from the fields of ``TrainConfig``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from clipcore.run.config import (
+    ACCEPTED,
+    COST,
+    DATA,
+    EVALUATION,
+    MODEL,
+    OPTIMISATION,
+    RUN,
+    ConfigError,
+    TrainConfig,
+    flag_of,
+    kinds,
+)
+from clipcore.terminal import is_printable, printable
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Lines(argparse.HelpFormatter):
+    """One line per flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=37, width=118)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help fits on two screens."""
+    parser = _Parser(
+        prog="python -m clipcore.train",
+        # A description of its own would be an empty line below it, and the help has two screens.
+        usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...\n"
+        "Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
+        formatter_class=_Lines,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = {
+        name: parser.add_argument_group(name, _reasons() if name == ACCEPTED else None)
+        for name in (DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED)
+    }
+    for field in dataclasses.fields(TrainConfig):
+        group, help = field.metadata["group"], field.metadata["help"]
+        add, kind = groups[group].add_argument, kinds()[field.name].type
+        if group == ACCEPTED:
+            help = argparse.SUPPRESS  # the group's description names them
+        if kind is bool:
+            add(flag_of(field.name), action="store_true", help=help)
+            continue
+        if field.default not in (None, ""):
+            help += " [%(default)s]"
+        arguments = {"metavar": kind.__name__.upper(), **field.metadata["arguments"]}
+        add(flag_of(field.name), type=kind, default=field.default, help=help, **arguments)
+    # In a group of its own it would take three lines of the two screens.
+    groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")
+    # A bare --resume means the newest checkpoint.
+    resume = next(action for action in parser._actions if action.dest == "resume")
+    resume.nargs, resume.const = "?", "latest"
+    return parser
+
+
+def accepted_without_effect() -> list[str]:
+    """Return the names of the settings that are taken from open_clip's users and change nothing."""
+    fields = dataclasses.fields(TrainConfig)
+    return [field.name for field in fields if field.metadata["group"] == ACCEPTED]
+
+
+def _reasons() -> str:
+    """Return in a sentence which flags have no effect, and why."""
+    flags: dict[str, list[str]] = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata["group"] == ACCEPTED:
+            flags.setdefault(field.metadata["help"], []).append(flag_of(field.name))
+    return ", ".join(f"{' '.join(names)} ({reason})" for reason, names in flags.items())
+
+
+_UNSET = object()
+
+
+def parse_command_line(
+    arguments: Sequence[str] | None = None,
+) -> tuple[TrainConfig, frozenset[str]]:
+    """Return the settings that the flags give, and the names of those that were given.
+
+    Raises:
+        ConfigError: an unknown flag (with the nearest one that exists) or a value that cannot work.
+    """
+    parser = build_parser()
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    # argparse leaves attributes that exist alone: what is still unset afterwards was not given.
+    unset = argparse.Namespace(**dict.fromkeys(names, _UNSET))
+    namespace, unknown = parser.parse_known_args(
+        sys.argv[1:] if arguments is None else arguments, unset
+    )
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
+
+    given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+    name = given.get("name")
+    if name is not None and (name in (".", "..") or "/" in name or not is_printable(name)):
+        raise ConfigError(f"--name is of one folder in --logs, without a slash; got {name!r}")
+    for name in ("logs", "name", "resume"):
+        # safetensors opens nothing else.
+        if not _is_utf8(str(given.get(name, ""))):
+            raise ConfigError(
+                f"--{name} {printable(str(given[name]))} is not UTF-8; rename the folder"
+            )
+    return TrainConfig(**given), frozenset(given)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""What a run does between its settings and its first step: deterministic arithmetic, notes, and the plan of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from clipcore.data import PairSource
+from clipcore.data.embedded import EMBEDDED
+from clipcore.data.loader import Batch
+from clipcore.ranks.distributed import World
+from clipcore.run.command_line import accepted_without_effect
+from clipcore.run.config import flag_of, reporters
+from clipcore.run.folders import write_config
+from clipcore.run.memory_plan import GB
+from clipcore.run.metrics import MetricsLogger
+from clipcore.run.recipe import RunConfig
+from clipcore.run.state import RunState
+from clipcore.run.train_step import TrainingStep
+from clipcore.run.verify import verify_gradients
+from clipcore.towers.model import CLIP
+
+
+def make_deterministic() -> None:
+    """Have torch give the same bits on every run of one machine; an operation that cannot warns once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory would cost a pass over every activation; the kernels' tests poison it instead.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def note_without_effect(config: RunConfig, world: World) -> None:
+    """Print which of the given settings change nothing."""
+    names = accepted_without_effect()
+    if flags := [flag_of(name) for name in names if getattr(config, name)]:
+        world.print(f"{', '.join(flags)}: accepted, without effect (see --help)")
+    if config.fsdp and world.world_size == 1:
+        world.print("--fsdp: one process has nobody to split the model with, and trains it whole")
+
+
+def note_default_model(config: RunConfig, world: World) -> None:
+    """Print that there are small models, where the default one would take hours on a CPU."""
+    if world.device.type == "cpu" and config.train_data not in EMBEDDED:
+        world.print(
+            f"{config.model} is the default model, and a step of it takes many seconds without a GPU; --model ViT-glyphs is "
+            "a small one, with --tokenizer train for a small vocabulary"
+        )
+
+
+def prepare_steps(
+    training: TrainingStep,
+    batch: Batch,
+    step_index: int,
+    config: RunConfig,
+    run_dir: Path,
+    log: MetricsLogger,
+) -> RunConfig:
+    """Choose threads, the loss's stash and the micro-batches where they are open; verify gradients on request.
+
+    The choices are made once, the same on all ranks, and written into config.json.
+
+    Returns:
+        The settings with the choices, which a resumed run takes over.
+    """
+    was = config
+    if config.threads is None and training.world.device.type == "cpu":
+        timed = training.set_faster_threads(batch, step_index)
+        log.print(str(timed))
+        config = dataclasses.replace(config, threads=timed.number)
+    # Before the plan, which leaves room for the loss.
+    stash_bytes = training.choose_stash()
+    if config.loss_stash is None and stash_bytes is not None:
+        config = dataclasses.replace(config, loss_stash=stash_bytes / GB)
+    if training.needs_plan():
+        log.print(str(training.plan(batch, step_index, config.step_memory)))
+        config = dataclasses.replace(
+            config,
+            micro_batch_size=training.micro_batch_size,
+            keep_graphs=training.num_kept_graphs,
+        )
+    if log.writes and config != was:
+        write_config(run_dir, config)
+    log.print(training.describe_loss())
+    if config.verify_gradients:
+        log.print(verify_gradients(training, batch, step_index))
+    return config
+
+
+def open_log(
+    config: RunConfig, state: RunState, run_dir: Path, num_steps: int, world: World
+) -> MetricsLogger:
+    """Open the log of a run where its state has left it; only the main rank writes."""
+    return MetricsLogger(
+        run_dir if world.is_main else None,
+        num_steps=num_steps,
+        first_step=state.step,
+        mark=state.log_mark,
+        elapsed_s=state.elapsed_s,
+        reporters=reporters(config),
+        config=dataclasses.asdict(config),
+        quiet=config.quiet,
+    )
+
+
+def describe(
+    config: RunConfig,
+    model: CLIP,
+    source: PairSource,
+    world: World,
+    num_steps: int,
+    first_step: int,
+    run_dir: Path,
+) -> str:
+    """Return in a few lines what is about to happen."""
+    image_m = sum(p.numel() for p in model.visual.parameters()) / 1e6
+    all_m = sum(p.numel() for p in model.parameters()) / 1e6
+    resumed = f", from step {first_step}" if first_step else ""
+    return (
+        f"{config.model}: {all_m:.1f} M parameters, {image_m:.1f} M of them in the image tower\n"
+        f"{source.name}: {len(source):,} pairs; {config.epochs} epochs of batch "
+        f"{config.global_batch_size} = {num_steps:,} steps{resumed}, "
+        f"on {world.world_size} x {world.device.type}\n"
+        f"writing to {run_dir}"
+    )
