@@ -136,8 +136,8 @@ class JsonlColumns:
                     number += 1
                     if len(line) > MAX_CAPTION_BYTES:
                         raise DataError(
-                            f"{self._path}, record {number}: a line of more than {MAX_CAPTION_BYTES} bytes is no row; "
-                            "take it out"
+                            f"{self._path}, record {number}: a line of more than {MAX_CAPTION_BYTES} bytes is not a row; "
+                            "remove it"
                         )
                     yield (f"record {number}", *_parsed(line))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""open_clip's arguments that clipcore's functions lack: what changes nothing is taken, all else is refused by name."""
+"""open_clip's arguments that clipcore's functions lack: accepted if they change nothing, otherwise refused by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class _Accepted(NamedTuple):
-    """The values of an argument that ask for what clipcore does anyway, and what to do for the others."""
+    """The values of an argument that request clipcore's own behaviour, and the remedy for other values."""
 
     values: tuple[Any, ...]
     remedy: str
@@ -35,7 +35,7 @@ _ARGUMENTS = {
     "weights_only": _Accepted((True, None), "leave it out: no code in a file of weights is run"),
     "image_interpolation": _Accepted((None, "bicubic"), "leave it out: images are resized bicubic"),
 }
-# Nothing is downloaded, so that nothing is cached.
+# Nothing is downloaded, so nothing is cached.
 _WITHOUT_EFFECT = {"cache_dir", "cache_args"}
 
 
@@ -43,13 +43,13 @@ def check_others(function: str, others: Mapping[str, Any], own: Iterable[str]) -
     """Refuse arguments that would change what a function returns.
 
     Args:
-        function: its name.
-        others: the arguments that it does not have.
-        own: the names of those that it has, for a hint.
+        function: the function's name.
+        others: arguments that it does not have.
+        own: names of its arguments, for a hint.
 
     Raises:
-        TypeError: an argument of no such name, with the nearest one.
-        ValueError: one of open_clip's that asks for what clipcore does not have; names the remedy.
+        TypeError: the argument is unknown; the message names the nearest one.
+        ValueError: it is open_clip's argument, and requests something that clipcore lacks; the message names the remedy.
     """
     for name, value in others.items():
         if name in _WITHOUT_EFFECT:
