@@ -344,8 +344,8 @@ def _learn_merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, s
         min_frequency=2,
         end_of_word_suffix="</w>",
         show_progress=False,
-        # Equal counts are decided by the ids of the symbols. Left to itself the trainer numbers the ends of
-        # words in the order of a hash table, another one in each process; so all symbols are given here.
+        # The ids of the symbols break ties between equal counts. By default the trainer numbers the ends of words in
+        # the order of a hash table, which differs between processes; so all symbols are given here.
         special_tokens=[*symbols, *(symbol + "</w>" for symbol in symbols)],
     )
     parallel = os.environ.get("TOKENIZERS_PARALLELISM")

@@ -402,7 +402,7 @@ class _Pool:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, usually because memory ran out; the same command with fewer --workers continues"
+                "a worker process was killed, usually because memory ran out; run the command again with fewer --workers"
             ) from None
         finally:
             self._stop.value = 1

@@ -186,7 +186,7 @@ def expand_pattern(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Yield the expansions of ``{0000..0012}`` (width kept) and ``{a,b}`` as in a shell, nested or side by side, in order."""
+    """Yield the expansions of ``{0000..0012}`` (width kept) and ``{a,b}`` in order, as in a shell, also nested."""
     if os.path.exists(pattern):
         return [pattern]
     choices: list[list[str]] = []

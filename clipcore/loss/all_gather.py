@@ -45,7 +45,7 @@ class GatheredRows:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The byte layout of a rank's part of a gather: header, ids, rows, each aligned to 16, with room for the largest shard."""
+    """The byte layout of a rank's part: header, ids, rows, each aligned to 16, with room for the largest shard."""
 
     max_rows: int
     ids_at: int

@@ -301,7 +301,7 @@ class ClipLoss(nn.Module):
         return row_lse_B - row_target_B, column_lse_G[shard.own] - column_target_G[shard.own]
 
     def _targets(self, shard: LogitShard) -> Targets:
-        """Return the targets of this rank's rows and of all columns; positives and valid pairs are counted over all ranks."""
+        """Return the targets of this rank's rows and of all columns; pairs are counted over all ranks."""
         resident, group = shard.resident, self.loss_group.group
         num_rows, num_columns = sum(shard.resident_shards), sum(shard.shards)
         rows = TargetSide(None, None, None, len(resident.rows), num_columns)

@@ -158,7 +158,7 @@ class ResidualAttentionBlock(nn.Module):
         return stream.joined() if is_hooked(self) else (stream.x, stream.delta)
 
     def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
-        """Return the block's output at one token of each sequence, [B, D], which is all that a tower needs of its last block.
+        """Return the block's output at one token of each sequence, [B, D]: all that a tower needs of its last block.
 
         For the other tokens only LayerNorm's output is computed. The result and every gradient are those of ``forward``.
         Modules that were replaced or have hooks get all tokens.
@@ -186,7 +186,7 @@ class ResidualAttentionBlock(nn.Module):
         return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
 
     def is_as_made(self) -> bool:
-        """Return whether its modules are those of ``__init__``, without hooks, and no trace runs, which sees only modules."""
+        """Return whether its modules are those of ``__init__``, without hooks, and no trace runs (it sees only modules)."""
         return not torch.jit.is_tracing() and self._has_own_parts()
 
     def _has_own_parts(self) -> bool:

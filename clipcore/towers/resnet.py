@@ -197,7 +197,7 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(block.bn3.weight)
 
     def forward(self, images: Tensor, projected: bool = True) -> Tensor:
-        """Return features [B, E] of images: the attention pool's output, which the paper's probes use, ``projected`` or not."""
+        """Return features [B, E] of images: the attention pool's output; the paper's probes use it too (``projected``)."""
         check_images(images, self.image_size)
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
