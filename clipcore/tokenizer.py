@@ -528,7 +528,7 @@ def _read_captions(path: Path) -> Iterator[str]:
             while line := file.readline(_MAX_CAPTION_CHARS):
                 if len(line) == _MAX_CAPTION_CHARS:
                     raise VocabularyError(
-                        f"{path} holds a line of more than {_MAX_CAPTION_CHARS:,} characters, which is no caption"
+                        f"{path} holds a line of more than {_MAX_CAPTION_CHARS:,} characters, which is not a caption"
                     )
                 yield line
         except UnicodeDecodeError as error:

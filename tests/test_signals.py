@@ -47,7 +47,7 @@ def test_a_wait_for_data_ends_after_a_signal(is_waiting_first):
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(LIMIT_S)
     assert str(caught.value) == (
-        "no data came for 0.05 s after SIGTERM; look at the disk that holds it"
+        "no data arrived for 0.05 s after SIGTERM; check the disk that holds it"
     )
     assert caught.value.exit_status == received.exit_status == 143
 
@@ -156,7 +156,7 @@ def test_a_run_whose_data_does_not_come_saves_its_last_step(
     said = capfd.readouterr()
     assert "saved step 3 of 10; go on with: python -m clipcore.train --resume" in said.out
     assert said.err.splitlines()[-1] == (
-        "clipcore.train: stopped: no data came for 0.1 s after SIGTERM; look at the disk that holds it"
+        "clipcore.train: stopped: no data arrived for 0.1 s after SIGTERM; check the disk that holds it"
     )
     rows = (tmp_path / "stuck" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]

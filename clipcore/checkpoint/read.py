@@ -163,7 +163,9 @@ class TensorGroup(Mapping[str, Tensor]):
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: {error}"
+                ) from error
             # Not every version of safetensors raises OSError for a file that was removed.
             except (OSError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno is not None:

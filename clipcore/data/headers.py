@@ -65,7 +65,9 @@ def check_scans(data: bytes, num_pixels: int, max_pixels: int) -> None:
     """Raise BadSample for a JPEG with so many scans that decoding takes seconds."""
     scans = count_scans(data)
     if scans > min(_MAX_SCANS, _SCANS_OF_LARGEST * max_pixels // max(num_pixels, 1)):
-        raise BadSample(f"{scans} scans of {num_pixels} pixels are made to be slow; encode it anew")
+        raise BadSample(
+            f"{scans} scans of {num_pixels} pixels are made to be slow; encode it again"
+        )
 
 
 def count_scans(data: bytes) -> int:
@@ -102,7 +104,7 @@ def count_scans(data: bytes) -> int:
 
 def _refuse_parts(data: bytes, num_parts: int) -> None:
     if num_parts > _MAX_PARTS + len(data) // _BYTES_A_PART:
-        raise BadSample("so many parts of a few bytes are made to be slow; encode it anew")
+        raise BadSample("so many parts of a few bytes are made to be slow; encode it again")
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -140,12 +142,12 @@ def _check_png(data: bytes) -> None:
             return
         num_parts += 1
         if size > _MAX_CHUNK_BYTES and kind not in (b"IDAT", b"fdAT"):
-            raise BadSample(f"{size} bytes beside the pixels are too large; encode it anew")
+            raise BadSample(f"{size} bytes beside the pixels are too large; encode it again")
         num_inflated += kind in _INFLATED
         _refuse_parts(data, num_parts)
         if num_inflated > _MAX_INFLATED:
             raise BadSample(
-                f"more than {_MAX_INFLATED} compressed texts are made to be slow; encode it anew"
+                f"more than {_MAX_INFLATED} compressed texts are made to be slow; encode it again"
             )
         at += 12 + size
 

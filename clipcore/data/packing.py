@@ -155,7 +155,9 @@ def _best_fit(lengths_B: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nd
     The longest caption comes first. Each goes into the fullest row with enough room, the first of equal ones.
     """
     row_of, start_of = (np.empty(len(lengths_B), np.int64) for _ in range(2))
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # heaps of rows, by their free tokens
+    with_room: list[list[int]] = [
+        [] for _ in range(row_length + 1)
+    ]  # heaps of rows, by their free tokens
     num_rows = 0
     for caption in np.argsort(-lengths_B, kind="stable").tolist():
         length = int(lengths_B[caption])

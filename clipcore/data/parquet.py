@@ -290,7 +290,7 @@ def check_groups(table: Table) -> int:
     metadata = table.file.metadata
     if metadata.num_rows > _FREE_ROWS + table.stat.st_size // _BYTES_A_ROW:
         raise DataError(
-            f"{table.path}: {metadata.num_rows:,} rows in {table.stat.st_size:,} bytes are no images and captions; write "
+            f"{table.path}: {metadata.num_rows:,} rows in {table.stat.st_size:,} bytes are not images and captions; write "
             "the table without the empty and equal ones"
         )
     for group in range(metadata.num_row_groups):
@@ -305,7 +305,7 @@ def check_groups(table: Table) -> int:
             if is_bomb or size > MAX_IMAGE_BYTES * parts.num_rows:
                 raise DataError(
                     f"{table.path}: {size:,} bytes of {column!r} in {parts.num_rows:,} rows, which take "
-                    f"{part.total_compressed_size:,} compressed, are no images and captions; write the table without them"
+                    f"{part.total_compressed_size:,} compressed, are not images and captions; write the table without them"
                 )
             largest = max(largest, size)
     # Every row may be the same dictionary value, which may be as large as the whole part.
@@ -379,7 +379,7 @@ def _write_copy(
         if total > limit:
             raise DataError(
                 f"{path}: more than {limit:,} bytes come out of a table that compresses them {MAX_EXPANSION} times; they "
-                "are no images; write it without them"
+                "are not images; write it without them"
             )
 
         digest = hashlib.sha256(image).digest()

@@ -211,13 +211,13 @@ class Manifest:
             before = settings.get(flag, _BEFORE_FLAGS.get(flag))
             if before != value:
                 raise DataError(
-                    f"{folder} was begun with {flag} {before}, now it is {value}; give the former to go on, or choose "
+                    f"{folder} was begun with {flag} {before}, now it is {value}; use the old value to continue, or choose "
                     "another --output"
                 )
         if identity != self.content["source"]:
             raise DataError(
-                f"{folder} was begun of another source or of another state of it ({identity.get('samples')} samples then, "
-                f"{self.content['source']['samples']} now); give that one to go on, or choose another --output"
+                f"{folder} was begun with another source or another state of it ({identity.get('samples')} samples then, "
+                f"{self.content['source']['samples']} now); use that one to continue, or choose another --output"
             )
         self.shards = {
             name: report
@@ -235,8 +235,8 @@ class Manifest:
                 for versions in (self.content["versions"], here)
             )
             raise DataError(
-                f"{self.path.parent} was begun with {then}, here is {now}, whose pixels may differ; install the former "
-                "to go on, or choose another --output"
+                f"{self.path.parent} was begun with {then}, here is {now}, whose pixels may differ; install those "
+                "versions to continue, or choose another --output"
             )
 
     def add(self, name: str, report: ShardReport) -> None:

@@ -71,7 +71,7 @@ def _start_of(data: bytes) -> int:
     length = int.from_bytes(data[_PREAMBLE - 2 : _PREAMBLE], "little")
     if data[:_PREAMBLE][-4:-2] != b"\1\0" or _PREAMBLE + length > MAX_HEADER_BYTES:
         raise BadSample(
-            f"no .npy file of version 1.0 with a header of at most {MAX_HEADER_BYTES} bytes"
+            f"not a .npy file of version 1.0 with a header of at most {MAX_HEADER_BYTES} bytes"
         )
     return _PREAMBLE + length
 

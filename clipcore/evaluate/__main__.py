@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     retrieval = add("retrieval", "find captions of images, and images of captions", run_measures)
     overlap = add("overlap", "look for a data set's images among the training images", run_measures)
     bias = add("bias", "compare answers between groups of people", run_measures)
-    everything = add("all", "run every evaluation that the data sets have the inputs for", run_measures)
+    everything = add(
+        "all", "run every evaluation that the data sets have the inputs for", run_measures
+    )
     for command in (zero_shot, prompts, probe, few_shot, retrieval, overlap, bias, everything):
         _add_models(command)
         _add_data(command)

@@ -95,7 +95,9 @@ def open_class_folders(
         names_by_folder = _names_of_splits(path, splits, [path, *inner])
         used = {folder.name for folder in splits.values()}
         others = [name for name in list_folder(str(path))[1] if name not in used]
-        notes += [f"not used: the folder {printable(name)!r}, which is not a split" for name in others]
+        notes += [
+            f"not used: the folder {printable(name)!r}, which is not a split" for name in others
+        ]
         names = tuple(names_by_folder.values())
     else:
         splits = {"test": path}

@@ -144,7 +144,9 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
     end = file.read(22)
     file.seek(0)
     if not end.startswith(b"PK\5\6"):
-        raise DataError(f"{path} is not a .npz file, or is cut off; write it again with numpy.savez")
+        raise DataError(
+            f"{path} is not a .npz file, or is cut off; write it again with numpy.savez"
+        )
     sizes = [int.from_bytes(end[12:16], "little")]
     # In a larger file, a 64-bit end record and its position precede this one.
     file.seek(max(size - 22 - 20, 0))

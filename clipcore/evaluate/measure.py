@@ -565,7 +565,7 @@ def _check_apart(dataset: EvaluationSet, parts: Sequence[SplitFeatures]) -> None
         if fingerprint in seen:
             raise DataError(
                 f"{seen[fingerprint]} and {part.split.name} of {dataset.name} hold the same images, and a probe would be "
-                "tested on what it was fitted to; take one of them away"
+                "tested on its training images; remove one of them"
             )
         seen[fingerprint] = part.split.name
 

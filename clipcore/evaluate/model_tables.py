@@ -42,7 +42,9 @@ class Row:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise DataError(f"{self.where}: {column} is {shortened(cell)}, not a number; correct it")
+            raise DataError(
+                f"{self.where}: {column} is {shortened(cell)}, not a number; correct it"
+            )
         return value
 
 

@@ -161,7 +161,9 @@ def _named_pairs(
 
     roots = [name for name in _SHIFTS if name in there] if in_name is None else [set_key(in_name)]
     if out_names and len(roots) != 1:
-        raise DataError(f"--out needs --in, the data set that it is a shifted form of: one of {sets}")
+        raise DataError(
+            f"--out needs --in, the data set that it is a shifted form of: one of {sets}"
+        )
     named = list(map(set_key, out_names))
     pairs = [
         (root, out)

@@ -382,7 +382,7 @@ class _Expected:
                 if theirs[0] != ours[0]:
                     differences = differences[:1]  # the rest then has another meaning
                 raise ValueError(
-                    f"start_gather: rank {rank} {', '.join(differences)}; all ranks have to make the same calls in "
+                    f"start_gather: rank {rank} {', '.join(differences)}; all ranks must make the same calls in "
                     "the same order, with rows of one width and dtype"
                 )
 

@@ -107,12 +107,12 @@ def _check_mlp(width: int, mlp_ratio: object) -> None:
 
 def _check_size(name: str, value: object, most: int = MAX_SIZE) -> None:
     if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{name} is {shortened(value)}, no whole number from 1 to {most:,}")
+        raise ValueError(f"{name} is {shortened(value)}, not a whole number from 1 to {most:,}")
 
 
 def _check_number(name: str, value: object) -> None:
     if not is_finite_number(value):
-        raise ValueError(f"{name} is {shortened(value)}, no number")
+        raise ValueError(f"{name} is {shortened(value)}, not a number")
 
 
 def is_finite_number(value: object) -> bool:
@@ -170,7 +170,7 @@ class ModelConfig:
             ValueError: an unknown key, a missing one, or an impossible value.
         """
         if not isinstance(config, dict):
-            raise ValueError(f"the model's description is a {type(config).__name__}, no object")
+            raise ValueError(f"the model's description is a {type(config).__name__}, not an object")
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
         if missing:
             raise ValueError(f"the model's description has no {', '.join(sorted(missing))}")
@@ -181,7 +181,7 @@ class ModelConfig:
             )
         for tower in ("vision_cfg", "text_cfg"):
             if not isinstance(config[tower], dict):
-                raise ValueError(f"{tower} is {shortened(config[tower])}, no object")
+                raise ValueError(f"{tower} is {shortened(config[tower])}, not an object")
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])

@@ -193,7 +193,7 @@ def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key in (name, f"{name}_dict"):
         given = config.get(key) or {}
         if not isinstance(given, dict):
-            raise ConversionError(f"{key} is no object")
+            raise ConversionError(f"{key} is not an object")
         tower |= given
     return tower
 
@@ -203,7 +203,7 @@ def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
     value = values.get(key, default)
     if type(value) is not int or not 1 <= value <= MAX_SIZE:
         raise ConversionError(
-            f"{key} is {shortened(value)}, no whole number from 1 to {MAX_SIZE:,}"
+            f"{key} is {shortened(value)}, not a whole number from 1 to {MAX_SIZE:,}"
         )
     return value
 

@@ -60,4 +60,4 @@ def check_others(function: str, others: Mapping[str, Any], own: Iterable[str]) -
             raise TypeError(f"{function}() has no argument {name!r}{hint}")
         accepted = _ARGUMENTS[name]
         if not any(type(value) is type(v) and value == v for v in accepted.values):
-            raise ValueError(f"{name}={value!r} is open_clip's alone; {accepted.remedy}")
+            raise ValueError(f"{name}={value!r} exists only in open_clip; {accepted.remedy}")

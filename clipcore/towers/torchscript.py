@@ -439,7 +439,7 @@ def _tensors(
             if value is None:  # such as the bias of a layer without one
                 continue
             if not isinstance(value, Tensor):
-                raise TorchScriptError(f"its {prefix}{name} is no dense tensor")
+                raise TorchScriptError(f"its {prefix}{name} is not a dense tensor")
             num_bytes += value.nbytes
             num_letters += len(prefix) + len(name)
             if num_bytes > most_bytes or num_letters > _MAX_TREE_BYTES:

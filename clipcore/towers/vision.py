@@ -152,7 +152,9 @@ def _hashes(seeds_B: Tensor, num_hashes: int) -> Tensor:
     """Return int64 [B, num_hashes]: the outputs of a splitmix64 generator started with each seed."""
 
     def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)  # a shift of the bits, not of the signed number
+        return (x >> bits) & (
+            (1 << (64 - bits)) - 1
+        )  # a shift of the bits, not of the signed number
 
     steps = torch.arange(1, num_hashes + 1, device=seeds_B.device)
     x = seeds_B[:, None] + steps * _signed(0x9E3779B97F4A7C15)

@@ -185,12 +185,12 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
         content = json.loads(read_regular(path, _MAX_INDEX_BYTES))
         places = dict(content["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no index of weights; download it again") from error
+        raise CheckpointError(f"{path} is not an index of weights; download it again") from error
     files: dict[str, list[str]] = {}
     for name, file in places.items():
         # The file must lie beside the index, and must not be an index itself.
         if not _is_file_name(file) or file.endswith(_INDEX_SUFFIX):
-            raise CheckpointError(f"{path} names {shortened(file)}, which is no file beside it")
+            raise CheckpointError(f"{path} names {shortened(file)}, which is not a file beside it")
         files.setdefault(file, []).append(name)
 
     weights: dict[str, Tensor] = {}
@@ -350,9 +350,7 @@ def _check_pickles(file: IO[bytes], refuse: Callable[[str], NoReturn]) -> None:
                     refuse("it makes bytes of nothing")
         except CheckpointError:
             raise
-        except (
-            Exception
-        ):  # any error, if it is not a pickle: torch.load then reports the problem
+        except Exception:  # any error, if it is not a pickle: torch.load then reports the problem
             return
 
 
