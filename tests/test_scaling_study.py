@@ -176,7 +176,7 @@ COMPUTE = {
     "d.csv": ("model,gmacs,samples\nRN50,4,\n", "the compute of RN50 is not a positive number"),
     "e.csv": ("model,gmacs\nRN50,4\nRN50,5\n", "line 3: RN50 is there twice"),
     "f.csv": ("model,gmacs,samples\nRN50,1e300,1e300\n", "is not a positive number"),
-    "a.json": ("[4]", "no object of numbers by model, such as"),
+    "a.json": ("[4]", "not an object of numbers by model, such as"),
     "b.json": ('{"RN50": "4"}', "the compute of RN50 is not a positive number"),
     "c.json": ('{"RN50": NaN}', "the compute of RN50 is not a positive number"),
     "d.json": ("{", "is not JSON"),

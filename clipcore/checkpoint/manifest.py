@@ -182,6 +182,6 @@ def refusal(path: Path, error: OSError) -> CheckpointError:
     if error.errno in _ABSENT:
         return CheckpointError(f"{path.parent} is damaged: {path.name}: {error.strerror}")
     return UnreadableError(
-        f"cannot read {path}: {error.strerror}; it may be intact: try again, or move {path.parent.name} out of the folder to "
-        "continue without it"
+        f"cannot read {path}: {error.strerror}; it may be intact: try again, or move {path.parent.name} out of the folder "
+        "to continue without it"
     )

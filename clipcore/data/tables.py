@@ -309,8 +309,8 @@ def _short_lines(file: TextIO, path: str) -> Iterator[str]:
         number += 1
         if len(line) > MAX_CAPTION_BYTES:
             raise DataError(
-                f"{path}, line {number}: more than {MAX_CAPTION_BYTES} characters are not a row of an image and its captions; "
-                "remove it"
+                f"{path}, line {number}: more than {MAX_CAPTION_BYTES} characters are not a row of an image and its "
+                "captions; remove it"
             )
         yield line
 

@@ -100,8 +100,8 @@ class Result:
         for name, value in self.metrics.items():
             if value is not None and not is_finite_number(value):
                 raise ValueError(
-                    f"{printable(name)} of {printable(self.model)} on {printable(self.dataset)} is {shortened(value)}, not a "
-                    "finite number; a metric that does not apply is None"
+                    f"{printable(name)} of {printable(self.model)} on {printable(self.dataset)} is {shortened(value)}, not "
+                    "a finite number; a metric that does not apply is None"
                 )
         record: dict[str, Any] = {
             "dataset": self.dataset,

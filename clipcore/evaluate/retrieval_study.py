@@ -2,8 +2,9 @@
 
 Legend: N images, M captions, E embedding size.
 
-Source: Radford et al. 2021, table 13. CLIP_benchmark names a recall after the retrieved side: ``image_retrieval_recall@k`` is
-the share of captions that find their image, ``text_retrieval_recall@k`` the share of images that find one of their captions.
+Source: Radford et al. 2021, table 13. CLIP_benchmark names a recall after the retrieved side. ``image_retrieval_recall@k``
+is the share of captions that find their image, ``text_retrieval_recall@k`` the share of images that find one of their
+captions.
 """
 
 from __future__ import annotations
