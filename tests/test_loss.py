@@ -24,7 +24,7 @@ import clipcore
 from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.loss.options import say_once
+from clipcore.loss.options import warn_once
 from clipcore.ranks.distributed import World
 
 NUM_RANKS = 4
@@ -82,7 +82,7 @@ def test_open_clip_call_and_return() -> None:
 
 
 def test_flags_of_open_clipsay_once_that_they_change_nothing() -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.warns(UserWarning, match="always computes the exact loss") as told:
         for _ in range(3):
             kept = ClipLoss(local_loss=True, rank=1, world_size=2)

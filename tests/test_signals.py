@@ -59,14 +59,14 @@ def test_only_a_wait_that_is_long_itself_ends(monkeypatch):
     with Interrupt(data_wait_s=100.0) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         now = 1000.0
-        received._give_up()  # while nothing is waited for
+        received._end_wait()  # while nothing is waited for
         with waiting_for_data():
             now = 1099.0
-            received._give_up()
+            received._end_wait()
             now = 1100.0
             with pytest.raises(DataWaitError):
-                received._give_up()
-        received._give_up()
+                received._end_wait()
+        received._end_wait()
 
     # Of a process that is not alone.
     with Interrupt():
@@ -85,7 +85,7 @@ def test_slow_data_is_no_data_that_does_not_come(monkeypatch):
             def __getitem__(self, index: int) -> Pair:
                 nonlocal now
                 now += 99.0
-                received._give_up()
+                received._end_wait()
                 return super().__getitem__(index)
 
         os.kill(os.getpid(), signal.SIGTERM)

@@ -99,7 +99,7 @@ class CaptionTable(CsvSource):
         noted: as of ``CsvSource``; also the images' folder if it is not the table's, and the captions with such commas.
     """
 
-    def _looked_for(
+    def _column_candidates(
         self, img_key: str | None, caption_key: str | None
     ) -> tuple[Sequence[str], Sequence[str]]:
         """Return the accepted names of the image and caption columns."""

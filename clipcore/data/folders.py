@@ -323,9 +323,9 @@ def open_folder(
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
     name = os.path.basename(os.path.abspath(path))
-    tables, folders, beside = _look_into(path)
+    tables, folders, beside = _scan_folder(path)
     if not tables:
-        looks = [_look_into(folder) for folder in folders]
+        looks = [_scan_folder(folder) for folder in folders]
         inner = [table for look in looks for table in look.tables]
         named = [table for look in looks for table in look.others if _is_named_table(table)]
         beside = sorted([*beside, *named])
@@ -395,7 +395,7 @@ def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
                 source.left_out.add("image that the table does not name", where)
 
 
-class _Look(NamedTuple):
+class _FolderContent(NamedTuple):
     """The caption tables of a folder, preferred ones first; its subfolders; and all of its tables."""
 
     tables: list[str]
@@ -403,7 +403,7 @@ class _Look(NamedTuple):
     others: list[str]
 
 
-def _look_into(path: str) -> _Look:
+def _scan_folder(path: str) -> _FolderContent:
     """Return the tables and subfolders of a folder; raise DataError."""
     tables, folders, others = list[str](), list[str](), list[str]()
     try:
@@ -419,7 +419,7 @@ def _look_into(path: str) -> _Look:
         raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
     order = _METADATA_FILES.index
     tables.sort(key=lambda table: order(os.path.basename(table).lower()))
-    return _Look(tables, sorted(folders), sorted(others))
+    return _FolderContent(tables, sorted(folders), sorted(others))
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:

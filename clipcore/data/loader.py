@@ -28,7 +28,7 @@ from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostErro
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
-from clipcore.ranks.signals import DataWaitError, data_came, waiting_for_data
+from clipcore.ranks.signals import DataWaitError, data_arrived, waiting_for_data
 
 # Rows that a worker reads at once. One whole large batch per worker would fill the memory and arrive late.
 PART_ROWS = 256
@@ -269,7 +269,7 @@ class _Reader:
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
         """Return a sample with one caption drawn by ``rng``, or with all if it is None; raise BadSample with its key."""
-        data_came()  # the previous sample's data
+        data_arrived()  # the previous sample's data
         key = f"{self.source.name}, sample {index}"
         try:
             pair: Pair = self.source[index]
@@ -409,7 +409,7 @@ def _read(
             # A separate generator, so that the caller's random numbers do not depend on the workers.
             generator=torch.Generator(),
         )
-        read = _from_workers(_begin(loader))
+        read = _from_workers(_start_workers(loader))
     else:
         read = (_Guarded(parts)[key] for key in keys)
     parts_read = iter(read)
@@ -423,7 +423,7 @@ def _read(
         yield part
 
 
-def _begin(loader: DataLoader[Any]) -> Any:
+def _start_workers(loader: DataLoader[Any]) -> Any:
     """Start the workers of a loader; return torch's iterator over their results."""
     # torch's SIGCHLD handler raises at any point of this process's work. Without it, a worker's death is still noticed
     # within seconds, where this process waits for the worker's part, between two steps.
@@ -457,7 +457,7 @@ def _from_workers(parts: Any) -> Iterator[Batch | DataError]:
         ends = _ends(parts._workers)
         if not is_named and all(end is None for end in ends):
             raise
-        raise WorkerLostError(_how_lost(ends)) from None
+        raise WorkerLostError(_describe_loss(ends)) from None
     finally:
         # An error's traceback keeps the iterator alive; its workers must not wait for the garbage collector.
         parts._shutdown_workers()
@@ -473,7 +473,7 @@ def _ends(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int 
     return [process.exitcode for process in processes]
 
 
-def _how_lost(ends: Iterable[int | None]) -> str:
+def _describe_loss(ends: Iterable[int | None]) -> str:
     """Return what happened to the workers, given their exit statuses (None for live ones)."""
     number = next((-end for end in ends if end is not None and end < 0), None)
     remedy = "use fewer --workers, or give the machine more memory"

@@ -237,7 +237,7 @@ def _copy_of(table: Table) -> _Copy:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _making(place):
+            with _copy_lock(place):
                 # Another rank may have made it in the meantime.
                 if (copy := _read_index(place, state, num_rows)) is not None:
                     return copy
@@ -267,7 +267,7 @@ def _suffix_of(table: Table) -> str:
 
 
 @contextlib.contextmanager
-def _making(place: Path) -> Iterator[None]:
+def _copy_lock(place: Path) -> Iterator[None]:
     """Hold the lock for making a copy; wait while another process holds it.
 
     On file systems without locks several processes may make it, each under a different temporary name.

@@ -380,7 +380,7 @@ class _Pool:
         self._executor = ProcessPoolExecutor(
             workers,
             context,
-            initializer=_begin,
+            initializer=_initialise_process,
             initargs=(source, image_format, self._done, self._stop, os.getpid()),
         )
 
@@ -409,12 +409,14 @@ class _Pool:
             self._executor.shutdown(cancel_futures=True)
 
 
-def _begin(source: PairSource, image_format: ImageFormat, done: Any, stop: Any, main: int) -> None:
+def _initialise_process(
+    source: PairSource, image_format: ImageFormat, done: Any, stop: Any, main: int
+) -> None:
     """Initialise a process of the pool."""
     # Ctrl-C reaches all processes of a terminal; only the main one handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(main,), daemon=True).start()
     _process.update(source=source, image_format=image_format, done=done, stop=stop)
 
 
@@ -422,7 +424,7 @@ def _begin(source: PairSource, image_format: ImageFormat, done: Any, stop: Any, 
 _process: dict[str, Any] = {}
 
 
-def _end_with(main: int) -> None:
+def _end_with_parent(main: int) -> None:
     """End this process when the main one was killed."""
     while os.getppid() == main:
         time.sleep(0.5)

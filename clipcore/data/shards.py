@@ -144,7 +144,7 @@ def _members(
         suffix, caption = _caption(pair)
     except BadSample as error:
         raise BadSample(error.reason, pair.key) from None
-    key = _free(shard_key(source, row, pair.key), row, taken)
+    key = _unused_key(shard_key(source, row, pair.key), row, taken)
     members = [(f"{key}.{image_format.suffix}", image), (f"{key}.{suffix}", caption)]
     return members, was_transparent(pair.image)
 
@@ -186,7 +186,7 @@ def shard_key(source: PairSource, row: int, key: str) -> str:
     return f"key{key}" if key.startswith("__") else key
 
 
-def _free(key: str, row: int, taken: set[str]) -> str:
+def _unused_key(key: str, row: int, taken: set[str]) -> str:
     """Return the key, or the key and the row if another sample has the key (an image with several rows)."""
     while key in taken:
         key = f"{key}-{row}"

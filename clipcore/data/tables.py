@@ -173,7 +173,7 @@ class CsvSource:
         self._folder = os.path.dirname(path)
         self._decoder = decoder
         self.left_out, self.noted = LeftOut(), LeftOut()
-        image_names, caption_names = self._looked_for(img_key, caption_key)
+        image_names, caption_names = self._column_candidates(img_key, caption_key)
         if separator is None:
             columns = image_names, caption_names
             separator = _shown_separator(path, quotes, columns, self._header)
@@ -211,7 +211,7 @@ class CsvSource:
             raise DataError(f"{path} has a header line but no rows")
         self._check_images(header[image_column])
 
-    def _looked_for(
+    def _column_candidates(
         self, img_key: str | None, caption_key: str | None
     ) -> tuple[Sequence[str], Sequence[str]]:
         """Return the accepted names of the image and caption columns."""

@@ -167,7 +167,7 @@ def measure_bias(
 
     differences = list[dict[str, Any]]()
     if probe is not None:
-        given = _give_labels(features, groups, columns, probe, thresholds)
+        given = _assign_labels(features, groups, columns, probe, thresholds)
         tables += _category_tables(given, probe.names, groups, columns)
         differences = _difference_rows(given, probe.names.labels, notes)
         details |= {
@@ -332,7 +332,7 @@ class _ColumnCounts:
 
 
 @dataclass(frozen=True)
-class _Given:
+class _AssignedLabels:
     """The labels assigned to the images.
 
     Attributes:
@@ -346,13 +346,13 @@ class _Given:
     counts: dict[str, _ColumnCounts]
 
 
-def _give_labels(
+def _assign_labels(
     features: SplitFeatures,
     groups: Groups,
     columns: Sequence[str],
     probe: LabelProbe,
     thresholds: Sequence[float],
-) -> _Given:
+) -> _AssignedLabels:
     """Assign labels to all images, in blocks of rows."""
     num_labels, num_all = len(probe.names.labels), probe.classifier_EK.shape[1]
     assert num_all == num_labels + len(probe.names.added)
@@ -371,11 +371,11 @@ def _give_labels(
         for count in counts.values():
             count.add(probabilities_BK, first_row)
         first_row += len(block_BE)
-    return _Given(torch.cat(best), torch.cat(best_with_added), counts)
+    return _AssignedLabels(torch.cat(best), torch.cat(best_with_added), counts)
 
 
 def _category_tables(
-    given: _Given, names: LabelList, groups: Groups, columns: Sequence[str]
+    given: _AssignedLabels, names: LabelList, groups: Groups, columns: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return how often each group is classified into each category, without and with the added labels."""
     designs: list[tuple[Tensor, tuple[str, ...]]] = [(given.best_N, ())]
@@ -395,7 +395,7 @@ def _category_tables(
 
 
 def _difference_rows(
-    given: _Given, labels: Sequence[str], notes: list[str]
+    given: _AssignedLabels, labels: Sequence[str], notes: list[str]
 ) -> list[dict[str, Any]]:
     """Return the most unevenly assigned labels, by column and threshold; note what is left out."""
     rows = []

@@ -168,10 +168,10 @@ def _side(
     by_other_name = {
         Model(architecture, pretrained)
         for (architecture, other), pretrained in renamed.items()
-        if isinstance(model, str) and Model(architecture, other).is_called(model)
+        if isinstance(model, str) and Model(architecture, other).is_named(model)
     }
     scores = scores_of(found, chosen, left_out)
-    models = [name for name in scores if _is_meant(name, model) or name in by_other_name]
+    models = [name for name in scores if _is_selected(name, model) or name in by_other_name]
     if not models:
         raise DataError(
             f"{path} has no {TITLES[chosen]} of {printable(str(model))}; it has that of {listed(map(str, scores))}"
@@ -183,9 +183,9 @@ def _side(
     return Side(models[0], chosen, scores[models[0]])
 
 
-def _is_meant(model: Model, name: str | Model | None) -> bool:
+def _is_selected(model: Model, name: str | Model | None) -> bool:
     """Return whether a name selects a model: its architecture, its full name, or None."""
-    return name is None or name == model or (type(name) is str and model.is_called(name))
+    return name is None or name == model or (type(name) is str and model.is_named(name))
 
 
 def _differences(first: Side, second: Side, left_out: LeftOut) -> list[dict[str, Any]]:

@@ -52,10 +52,10 @@ from clipcore.evaluate.splits import (
     Names,
     Split,
     Task,
+    data_errors,
     keys_of,
     name_of,
     opened_once,
-    refusals_in_words,
 )
 from clipcore.evaluate.wds import open_wds, wds_splits
 
@@ -181,7 +181,7 @@ def open_set(
         return EMBEDDED[spec]()
     decoder = Decoder(max_pixels=max_pixels)
     path = Path(spec)
-    with refusals_in_words():
+    with data_errors():
         if os.path.isdir(spec):
             return _open_folder(path, decoder, img_key, label_key, group_columns)
         if os.path.exists(spec) and is_table(spec):

@@ -133,7 +133,7 @@ class _KeptBlocks:
             # A full disk raises here, not when the blocks are read.
             self._file.flush()
         except OSError as error:
-            self._give_up(error.strerror or str(error))
+            self._discard(error.strerror or str(error))
 
     def _open(self, width: int) -> BinaryIO:
         """Return an open file for all rows; raise OSError if the disk has no room for them."""
@@ -148,7 +148,7 @@ class _KeptBlocks:
         weakref.finalize(self, file.close)
         return cast(BinaryIO, file)
 
-    def _give_up(self, reason: str) -> None:
+    def _discard(self, reason: str) -> None:
         """Keep nothing."""
         if self._file is not None:
             # On a full disk, the buffered rest cannot be written.

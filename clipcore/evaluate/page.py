@@ -93,7 +93,7 @@ def render_page(data: PageData) -> str:
         parts = [(part, part.render(data)) for part in _SECTIONS]
     missing = [part for part, content in parts if not content]
     sections = [_summary(data), *(content for _, content in parts)]
-    sections += [_details(data), _left_out(data), _not_here(missing)]
+    sections += [_details(data), _left_out(data), _missing_sections(missing)]
     style = svg.STYLE + page_parts.STYLE
     return document("clipcore evaluation", _title(data), sections, style)
 
@@ -209,7 +209,7 @@ def _left_out(data: PageData) -> str:
     return section("Left out", paragraph(f"{data.left_out}.")) if data.left_out else ""
 
 
-def _not_here(missing: list[_Section]) -> str:
+def _missing_sections(missing: list[_Section]) -> str:
     """Return the list of evaluations without results, with their commands."""
     if not missing:
         return ""

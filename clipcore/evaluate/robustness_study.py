@@ -263,7 +263,7 @@ def _pair(
             lacking = names[0] if row.inside is None else names[1]
             left_out.add(f"{row.kind} without accuracy on {lacking}", str(row.model))
             continue
-        effective, closed = _beside_line(line, row.inside, row.outside)
+        effective, closed = _relative_to_line(line, row.inside, row.outside)
         # For its probe, the accuracy under the shift is enough.
         other = probe_outside.get(row.model) if row.kind == "zero-shot" else None
         relative = None if other is None else row.outside - other
@@ -291,7 +291,7 @@ def _pair(
     return {"in": names[0], "out": names[1], "baseline": baseline, "models": models}
 
 
-def _beside_line(
+def _relative_to_line(
     line: BaselineFit | None, inside: float, outside: float
 ) -> tuple[float | None, float | None]:
     """Return effective robustness and gap closed; None without a line, or if the line is undefined there."""

@@ -88,7 +88,7 @@ def run_measures(arguments: argparse.Namespace) -> int:
         del subject
 
     if results:
-        results, number = _finished(arguments, output, results)
+        results, number = _write_summaries(arguments, output, results)
         num_failed += number
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
@@ -123,38 +123,38 @@ def _evaluate(
         complain(_PROGRAM, f"error: {dataset.name}: {error}")
         return [], 1
 
-    found, num_failed, said_notes = list[Result](), 0, set(dataset.notes)
+    found, num_failed, printed_notes = list[Result](), 0, set(dataset.notes)
     if subject.training is not None and subject.training[1].num_read:
         # They were printed with an earlier data set.
-        said_notes.update(subject.training[1].notes())
+        printed_notes.update(subject.training[1].notes())
     for name in names:
         try:
             result = measure(name, subject, dataset, arguments)
-            _say_replaced(Path(arguments.output), result)
+            _print_replaced(Path(arguments.output), result)
             write_result(Path(arguments.output), result)
         except (ValueError, OSError) as error:
             # With the command ``all``, a measurement that does not suit a data set is not a mistake.
             is_skipped = arguments.command == "all" and isinstance(error, Unsuitable)
             num_failed += not is_skipped
-            said = error if str(error).startswith(dataset.name) else f"{dataset.name}: {error}"
-            complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {said}")
+            message = error if str(error).startswith(dataset.name) else f"{dataset.name}: {error}"
+            complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {message}")
             continue
         found.append(result)
         if not arguments.json:
             print(line_of(result), flush=True)
-        _say_notes(dataset.name, result.details["notes"], said_notes)
+        _print_notes(dataset.name, result.details["notes"], printed_notes)
     return found, num_failed
 
 
-def _say_notes(name: str, notes: Sequence[str], said: set[str]) -> None:
+def _print_notes(name: str, notes: Sequence[str], printed: set[str]) -> None:
     """Print notes on a data set or on its measurements that were not printed yet."""
     for note in notes:
-        if note not in said:
+        if note not in printed:
             complain(_PROGRAM, f"note: {name}: {note}")
-            said.add(note)
+            printed.add(note)
 
 
-def _say_replaced(output: Path, result: Result) -> None:
+def _print_replaced(output: Path, result: Result) -> None:
     """Print a note that a result replaces another one, and what differs."""
     before = find_result(output, result)
     changed = [] if before is None else changes(before, result)
@@ -261,7 +261,7 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
             num_failed += 1
             complain(_PROGRAM, f"error: {error}")
             continue
-        _say_notes(dataset.name, dataset.notes, set())
+        _print_notes(dataset.name, dataset.notes, set())
         sets.append(dataset)
     twice = [name for name, number in Counter(one.name for one in sets).items() if number > 1]
     if twice:
@@ -283,11 +283,11 @@ def _subject(
     """
     if kind == "none":
         return Subject(None, None)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         try:
             loaded = _loaded(arguments, kind, path)
         finally:
-            for warning in said:
+            for warning in caught:
                 complain(_PROGRAM, f"note: {warning.message}")
     store = FeatureStore(
         loaded.model,
@@ -322,7 +322,7 @@ def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:
     )
 
 
-def _finished(
+def _write_summaries(
     arguments: argparse.Namespace, output: Path, results: list[Result]
 ) -> tuple[list[Result], int]:
     """Write the summaries of all results in a folder; return this command's adjusted results, and how many failed.
@@ -334,7 +334,7 @@ def _finished(
     for result in there:
         if result.task == OVERLAP and result != adjusted[result.file_name]:
             write_result(output, adjusted[result.file_name])
-    _say_earlier(there)
+    _print_earlier(there)
     merged, _ = one_name_each(there, LeftOut())
     write_lines(output, merged)
     num_failed = 0
@@ -343,7 +343,7 @@ def _finished(
     return [adjusted.get(result.file_name, result) for result in results], num_failed
 
 
-def _say_earlier(there: Sequence[Result]) -> None:
+def _print_earlier(there: Sequence[Result]) -> None:
     """Print which results the page and the studies leave out, because their models have newer weights."""
     left_out = LeftOut()
     of_newest_weights(there, left_out)

@@ -27,7 +27,7 @@ class Model(NamedTuple):
     def __str__(self) -> str:
         return printable(f"{self.model} {self.pretrained}".strip())
 
-    def is_called(self, name: str) -> bool:
+    def is_named(self, name: str) -> bool:
         """Return whether a user's name selects this model: its architecture, its weights, or both."""
         return name in (self.model, self.pretrained, " ".join(self), ",".join(self))
 

@@ -116,7 +116,7 @@ class EvaluationSet:
 
 
 @contextlib.contextmanager
-def refusals_in_words() -> Iterator[None]:
+def data_errors() -> Iterator[None]:
     """Re-raise an OSError as a DataError, for example for a link to itself."""
     try:
         yield
@@ -133,7 +133,7 @@ def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
 
     @cache
     def open_it(name: str) -> Split:
-        with refusals_in_words():
+        with data_errors():
             split = open_split(name)
         return replace(split, fingerprint=cache(split.fingerprint), keys=cache(split.keys))
 

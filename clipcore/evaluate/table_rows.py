@@ -165,7 +165,7 @@ class Rows:
         layout = self._layout
         word = "test" if layout.split is None else texts.get(layout.split, "")
         split = split_called(word)
-        trouble = row.trouble or self._trouble(texts)
+        trouble = row.trouble or self._reason_unused(texts)
         if trouble:
             self.left_out.add(trouble, row.place)
         elif split is None:
@@ -183,7 +183,7 @@ class Rows:
             self.groups[name].add(used(column))
         return (used(layout.image) or "") if self.has_paths else ""
 
-    def _trouble(self, texts: dict[str, str]) -> str:
+    def _reason_unused(self, texts: dict[str, str]) -> str:
         """Return why a row cannot be used, nothing if it can."""
         layout = self._layout
         if self.has_paths and not texts[layout.image]:

@@ -22,7 +22,7 @@ from clipcore.kernels.contrastive import (
     plan,
 )
 from clipcore.kernels.contrastive.targets import TargetSide, even_targets
-from clipcore.loss.options import LossOptions, as_factor, check_pairs, say_once
+from clipcore.loss.options import LossOptions, as_factor, check_pairs, warn_once
 from clipcore.loss.shard import CompleteLse, CompleteSum, LogitShard, LossGroup, Side
 from clipcore.ranks.distributed import all_reduce_, gather_rows
 
@@ -73,7 +73,7 @@ class ClipLoss(nn.Module):
         if use_horovod:
             raise ValueError("use_horovod is not supported: start the ranks with torchrun")
         if local_loss or gather_with_grad:
-            say_once(
+            warn_once(
                 "ClipLoss ignores local_loss and gather_with_grad: it always computes the exact loss of the "
                 "global batch, as open_clip does with both"
             )

@@ -81,6 +81,6 @@ def as_factor(factor: Tensor | float, features: Tensor) -> Tensor | float:
 
 
 @functools.cache
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn, but only once per message."""
     warnings.warn(message, stacklevel=3)

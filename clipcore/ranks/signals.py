@@ -62,7 +62,7 @@ def waiting_for_data() -> Iterator[None]:
         _waiting_since = None
 
 
-def data_came() -> None:
+def data_arrived() -> None:
     """Restart the time limit of the wait, because some of the data have arrived."""
     global _waiting_since
     if _waiting_since is not None:
