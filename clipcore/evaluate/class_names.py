@@ -108,7 +108,7 @@ def check_several(names: Names, origin: str) -> None:
     if len(names) < 2:
         shown = "".join(f", {printable(name)!r}" for those in names for name in those[:1])
         raise DataError(
-            f"{origin} has one class{shown} for all images; a classification needs two or more"
+            f"{origin} has one class{shown}, for all images; a classification needs two or more"
         )
 
 
