@@ -219,7 +219,7 @@ def test_lone_surrogates_of_json_are_replaced(tmp_path):
         ({"label": True}, "holds no text or whole number but bool"),
         ({"label": 0.5}, "holds no text or whole number but float"),
         ({"label": 1 << 64}, "holds no text or whole number but int"),
-        ({"label": "x" * 1001}, "1,001 characters in the column 'label' are no name"),
+        ({"label": "x" * 1001}, "1,001 characters in the column 'label' are not a name"),
         ({"label": "a", "split": "holdout"}, "the split 'holdout' is none of train, val, test"),
         ({"label": None}, "has no row with an image and a label; found 1 x row without a label"),
         (
@@ -293,7 +293,7 @@ def test_tables_that_are_none(tmp_path, suffix):
     put(path, "")
     refuse(path, "no column|has no lines|cannot read the table")
     put(path, b"\xff\xfe\0" * 10)
-    refuse(path, "not UTF-8|no JSON|cannot read the table")
+    refuse(path, "not UTF-8|not JSON|cannot read the table")
     with open(path, "wb") as file:
         file.truncate(1 << 34)
     refuse(path, "more than 1048576|cannot read the table")
