@@ -128,7 +128,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help=f"pixels of a picture, of which more are not read [{MAX_PIXELS}]",
+        help=f"most pixels of a picture; larger ones are not read [{MAX_PIXELS}]",
     )
     data.add_argument(
         "--max-bad-fraction",

@@ -34,7 +34,7 @@ def bias(data: PageData) -> str:
         return ""
     parts = [
         paragraph(
-            "The classes are the choice of whoever asks, and decide much of this. Outlined: the worst of the groups of "
+            "The user chose the classes, and that choice decides much of this. Outlined: the worst of the groups of "
             f"{SMALL_GROUP} images or more. Smaller ones, in grey, are not compared."
         )
     ]

@@ -115,7 +115,7 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ) from error
     except RuntimeError as error:
         raise ConversionError(
-            f"the weights have names of transformers' CLIPModel and shapes of none: {first_line(error)}"
+            f"the weights have names of transformers' CLIPModel, but other shapes: {first_line(error)}"
         ) from error
     if left:
         raise ConversionError(
@@ -174,7 +174,7 @@ def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> Model
             f"the weights have no {error}: not a CLIP of OpenAI or open_clip"
         ) from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ConversionError("the weights have names of a CLIP and shapes of none") from error
+        raise ConversionError("the weights have names of a CLIP, but other shapes") from error
 
 
 def _infer_text(state: Mapping[str, Tensor]) -> TextConfig:

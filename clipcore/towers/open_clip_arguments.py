@@ -31,7 +31,7 @@ _ARGUMENTS = {
     "pretrained_hf": _Accepted(
         (True, False, None), "give the weights of a whole CLIP as pretrained"
     ),
-    "return_transform": _Accepted((True, None), "take the first of what is returned"),
+    "return_transform": _Accepted((True, None), "use only the first returned value"),
     "weights_only": _Accepted((True, None), "leave it out: no code in a file of weights is run"),
     "image_interpolation": _Accepted((None, "bicubic"), "leave it out: images are resized bicubic"),
 }
