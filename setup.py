@@ -1,11 +1,11 @@
-"""Build the extension clipcore._C from csrc/, as pip's build backend too; everything else is in pyproject.toml.
+"""Build the extension clipcore._C from csrc/, and serve as pip's build backend; everything else is in pyproject.toml.
 
-An extension fits exactly one torch: the one that imports it. pip builds in an isolated environment, so the target
-interpreter is asked, outside of the isolation, for its torch. Where it has one that pyproject.toml accepts, the build
-compiles against that one. Only where it has none does the backend ask pip for a torch to build with: the newest that
-pyproject.toml accepts, as pip then installs it into the target.
+An extension works with exactly one torch: the one that imports it. pip builds in an isolated environment, so this file
+asks the target interpreter, outside the isolation, for its torch. If pyproject.toml accepts that torch, the build compiles
+against it. Otherwise the backend requests a torch from pip: the newest that pyproject.toml accepts, which pip then installs
+into the target too.
 
-What a machine cannot compile is left out, and one line says so; ``CLIPCORE_BUILD=require`` makes it an error.
+Parts that a machine cannot compile are left out with a message of one line; ``CLIPCORE_BUILD=require`` makes that an error.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 
-# Commands that compile; the others, of sdist and metadata, need no torch.
+# Commands that compile; the others (sdist and metadata) need no torch.
 COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
-# Why a part was left out lies beside the place of the extension, under its name: clipcore/native.py shows it.
+# A note beside the extension's place tells why a part was left out; clipcore/native.py shows it.
 LIBRARY = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 NOTE = str(Path(LIBRARY).with_suffix(".txt"))
 
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 
-# Printed by the target interpreter: where its torch lies, and its version. Importing torch would take seconds.
+# Printed by the target interpreter: its torch's path and version. Importing torch would take seconds.
 ASK_FOR_TORCH = """
 import importlib.metadata, importlib.util, json
 spec = importlib.util.find_spec("torch")
@@ -59,10 +59,10 @@ if spec is not None and spec.origin:
     print(json.dumps([spec.origin, importlib.metadata.version("torch")]))
 """
 
-# Nobody reads errno or traps after a square root, so that loops with one may become vectors.
+# No code reads errno or traps after a square root, so loops with one may be vectorised.
 VECTORS = ["-fno-math-errno", "-fno-trapping-math"] if sys.platform != "win32" else []
-# For ATen's parallel loops, where torch has them by OpenMP. The library is not linked: its functions are then those of
-# the one that torch brought, and there is one pool of threads. Clang would want headers that it does not bring.
+# For ATen's parallel loops, if torch uses OpenMP. The library is not linked, so its functions resolve to torch's copy, and
+# there is one thread pool. Clang would need headers that it does not ship.
 IS_CLANG = "clang" in os.environ.get("CXX", "")
 OPENMP = ["-fopenmp"] if sys.platform == "linux" and not IS_CLANG else []
 
@@ -78,7 +78,7 @@ REMEDY = (
 
 
 class CannotBuild(Exception):
-    """What this machine lacks, as the end of a sentence."""
+    """The machine lacks something to build a part; the message names it, as the end of a sentence."""
 
 
 # --- The torch to build against ---
@@ -92,11 +92,11 @@ def required_torch() -> Requirement:
 
 @cache
 def target_torch() -> tuple[Path, str] | None:
-    """Return the folder that holds the target environment's torch, and its version; None without one.
+    """Return the folder that holds the target environment's torch, and its version; None if it has none.
 
-    pip runs an isolated build with the target's own interpreter and adds the isolation through PYTHONPATH; the same
-    interpreter without that variable therefore sees the target environment as it is, with or without system
-    site-packages. pip also turns the user's site-packages off, which count outside of a virtual environment.
+    pip runs an isolated build with the target's own interpreter, and isolates it through PYTHONPATH. The same interpreter
+    without that variable therefore sees the target environment, with or without system site-packages. pip also disables
+    the user's site-packages, which are used outside a virtual environment.
     """
     hidden = {"PYTHONPATH"} | ({"PYTHONNOUSERSITE"} if sys.prefix == sys.base_prefix else set())
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -114,7 +114,7 @@ def target_torch() -> tuple[Path, str] | None:
 
 
 def fitting_torch() -> Path | None:
-    """Return the folder of the target's torch where pyproject.toml accepts it: pip then leaves it in place."""
+    """Return the folder of the target's torch if pyproject.toml accepts it, so that pip keeps it; else None."""
     target = target_torch()
     if target is None or not required_torch().specifier.contains(target[1], prereleases=True):
         return None
@@ -122,7 +122,7 @@ def fitting_torch() -> Path | None:
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """Return what the build needs beside pyproject.toml's list: a torch, where the target has none that fits."""
+    """Return the requirements besides pyproject.toml's: a torch, if the target has none that fits."""
     return [] if fitting_torch() else [str(required_torch()), "numpy"]
 
 
@@ -130,15 +130,15 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def get_requires_for_build_sdist(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """Return nothing: an sdist compiles nothing."""
+    """Return no requirements: an sdist compiles nothing."""
     return []
 
 
 @contextmanager
 def first_on_path(folder: Path | None) -> Iterator[None]:
-    """Put one folder first on sys.path, and take it away again.
+    """Put one folder first on sys.path, and remove it afterwards.
 
-    Only torch may come from there: the target's setuptools can be older than the build needs.
+    Only torch may be imported from it: the target's setuptools may be older than the build needs.
     """
     if folder is None:
         yield
@@ -166,10 +166,10 @@ def import_torch() -> ModuleType:
 
 
 def output_of(command: list[str | Path], folder: Path = ROOT) -> tuple[int, str]:
-    """Return a program's exit status and what it prints.
+    """Return a program's exit status and output.
 
     Raises:
-        CannotBuild: the system does not start it, such as one for another processor.
+        CannotBuild: the system cannot start it, for example because it is for another processor.
     """
     try:
         done = subprocess.run(
@@ -181,7 +181,7 @@ def output_of(command: list[str | Path], folder: Path = ROOT) -> tuple[int, str]
 
 
 def first_error(command: list[str | Path], name: str, source: str) -> str | None:
-    """Compile a few lines, and return the compiler's first error; None where it compiles them."""
+    """Compile a few lines, and return the compiler's first error; None if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_text(source)
         status, printed = output_of([*command, name], Path(folder))
@@ -192,7 +192,7 @@ def first_error(command: list[str | Path], name: str, source: str) -> str | None
 
 
 def check_cxx(torch: ModuleType) -> None:
-    """Raise CannotBuild without a C++ compiler, and without Python's headers."""
+    """Raise CannotBuild if there is no C++ compiler, or no Python headers."""
     compiler = torch.utils.cpp_extension.get_cxx_compiler()
     command = shlex.split(compiler)
     if not command or shutil.which(command[0]) is None:
@@ -204,10 +204,10 @@ def check_cxx(torch: ModuleType) -> None:
 
 
 def find_toolkit(torch: ModuleType) -> Path | None:
-    """Return the CUDA toolkit to compile with; None where torch has no CUDA or the machine no nvcc.
+    """Return the CUDA toolkit to compile with; None if torch has no CUDA or the machine has no nvcc.
 
     Raises:
-        CannotBuild: there is an nvcc, but none of torch's CUDA release, or none that compiles here.
+        CannotBuild: there is an nvcc, but not of torch's CUDA release, or it does not compile here.
     """
     wanted = torch.version.cuda
     if wanted is None:
@@ -227,7 +227,7 @@ def find_toolkit(torch: ModuleType) -> Path | None:
         if not (home / "include/cuda_runtime.h").exists() or not any(
             library.exists() for library in libraries
         ):
-            # Such as a script on the PATH, beside a toolkit elsewhere.
+            # For example a script on the PATH, with its toolkit elsewhere.
             incomplete.append(f"{home} has an nvcc, but not cuda_runtime.h and libcudart.so")
             continue
         try:
@@ -243,12 +243,12 @@ def find_toolkit(torch: ModuleType) -> Path | None:
 
 
 def fault_of_nvcc(nvcc: Path, wanted: str) -> str | None:
-    """Return why an nvcc does not serve a torch of that CUDA release, None where it does."""
+    """Return why an nvcc does not fit a torch of that CUDA release; None if it fits."""
     release = re.search(r"release ([\d.]+)", output_of([nvcc, "--version"])[1])
     if release is None or release.group(1).split(".")[0] != wanted.split(".")[0]:
         found = f"CUDA {release.group(1)}" if release else "an unknown CUDA release"
         return f"{nvcc} is of {found}, and torch of CUDA {wanted}"
-    # nvcc refuses host compilers that are newer than itself. torch names CC to it, not CXX.
+    # nvcc refuses host compilers newer than itself. torch passes it CC, not CXX.
     host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
     error = first_error(
         [nvcc, *host, "-c", "-o", os.devnull], "probe.cu", "__global__ void probe() {}\n"
@@ -257,10 +257,10 @@ def fault_of_nvcc(nvcc: Path, wanted: str) -> str | None:
 
 
 def architecture_flags(torch: ModuleType, toolkit: Path) -> list[str]:
-    """Return nvcc's flags for every architecture that it knows, with PTX of the last for GPUs that come later.
+    """Return nvcc's flags for every architecture that it knows, with PTX of the last one for later GPUs.
 
-    Return no flags where torch's build helper names the architectures, from TORCH_CUDA_ARCH_LIST or else from the GPUs
-    in sight. Without either, as in a container's build or on a login node, the helper fails.
+    Return no flags if torch's build helper chooses the architectures, from TORCH_CUDA_ARCH_LIST or else from the visible
+    GPUs. Without either, as in a container's build or on a login node, the helper fails.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count():
         return []
@@ -274,7 +274,7 @@ def architecture_flags(torch: ModuleType, toolkit: Path) -> list[str]:
 
 
 def extension(torch: ModuleType, toolkit: Path | None) -> Extension:
-    """Return clipcore._C, with the CUDA kernels where there is a toolkit."""
+    """Return clipcore._C, with the CUDA kernels if there is a toolkit."""
     cpp_extension = torch.utils.cpp_extension
     extension_type = cpp_extension.CppExtension
     suffixes, macros = [".cpp"], [("CLIPCORE_CUDA_VERSION", f'"{torch.version.cuda}"')]
@@ -298,7 +298,7 @@ def extension(torch: ModuleType, toolkit: Path | None) -> Extension:
 
 
 def lacking(what: str, reason: object) -> str:
-    """Return the line about a part that this machine cannot build; end where the user requires it."""
+    """Return the line about a part that this machine cannot build; exit if the user requires it."""
     if os.environ.get("CLIPCORE_BUILD") == "require":
         raise SystemExit(f"clipcore lacks {what}: {reason} (CLIPCORE_BUILD=require)")
     without = WITHOUT_CUDA if what == CUDA_KERNELS else WITHOUT_EXTENSION
@@ -306,7 +306,7 @@ def lacking(what: str, reason: object) -> str:
 
 
 def leave_note(library: Path, note: str | None, is_built: bool) -> None:
-    """Put the note beside the extension's place, or take an earlier one away, and with it an extension that is not built.
+    """Write the note beside the extension's place, or remove an earlier one; remove an extension that was not built now.
 
     An earlier extension belongs to other sources, or to another torch.
     """
@@ -321,7 +321,7 @@ def leave_note(library: Path, note: str | None, is_built: bool) -> None:
 
 
 def commands(torch: ModuleType, note: str | None) -> dict[str, type]:
-    """Return the command that builds the first extension of ext_modules that compiles, and leaves a note of the rest."""
+    """Return the command that builds the first extension of ext_modules that compiles, and writes the note."""
 
     class BuildExtension(torch.utils.cpp_extension.BuildExtension):
         note: str | None = None
@@ -347,11 +347,11 @@ def commands(torch: ModuleType, note: str | None) -> dict[str, type]:
 
 
 def build() -> None:
-    """Build all that this machine can compile, and say in one line what it cannot."""
+    """Build all parts that this machine can compile, and print one line about the others."""
     level = os.environ.get("CLIPCORE_BUILD", "")
     if level not in ("", "require"):
         raise SystemExit(f"CLIPCORE_BUILD={level} is unknown: unset it, or set it to `require`")
-    # One compiler needs up to 2 GB for torch's headers; more jobs than sources do not help.
+    # A compiler needs up to 2 GB for torch's headers; more jobs than sources do not help.
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, 4))))
 
     try:
@@ -368,17 +368,17 @@ def build() -> None:
         toolkit, note = None, lacking(CUDA_KERNELS, reason)
     print(f"clipcore._C: {f'CUDA toolkit {toolkit}' if toolkit else 'C++ only'}")
 
-    # The first that compiles is taken.
+    # The first one that compiles is used.
     candidates = [extension(torch, None)]
     if toolkit is not None:
-        # In place of a CUDA_HOME that does not fit.
+        # Replaces a CUDA_HOME that does not fit.
         torch.utils.cpp_extension.CUDA_HOME = str(toolkit)
         candidates.insert(0, extension(torch, toolkit))
     setup(ext_modules=candidates, cmdclass=commands(torch, note))
 
 
 def build_without(note: str) -> None:
-    """Build the package without an extension, and leave the note in it."""
+    """Build the package without an extension, and write the note into it."""
 
     class BuildPy(build_py):
         def run(self) -> None:
@@ -390,7 +390,7 @@ def build_without(note: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what went wrong, in one line."""
+    """Return an error's message, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

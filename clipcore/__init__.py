@@ -1,6 +1,6 @@
 """clipcore: a custom-kernel accelerated core for training CLIP with very large batches on few GPUs.
 
-The public names are resolved when they are first used, so that importing clipcore costs nothing.
+The public names are resolved on first use, so importing clipcore costs nothing.
 """
 
 from __future__ import annotations

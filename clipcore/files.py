@@ -1,4 +1,4 @@
-"""Files that a crash, a full disk, a link or a pipe of a stranger must not bend."""
+"""Reads and writes files safely despite crashes, full disks, and untrusted links and pipes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PIECE_BYTES = 1 << 20
 
 
 class NotRegularError(OSError):
-    """What has the name of a file is a folder, a pipe, a device or a socket."""
+    """A path that should be a file is a folder, a pipe, a device or a socket."""
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """Let a file be written under a name that nothing has, and give it its own once it is whole.
+    """Yield a new file under a temporary name, and rename it to its own name once it is complete.
 
-    A link of its own name is replaced, not followed. What is left of a process that was killed ends in ``.tmp``.
+    A link of that name is replaced, not followed. A killed process leaves a file that ends in ``.tmp``.
 
     Raises:
         OSError: the file cannot be written; the old one is untouched.
@@ -40,14 +40,14 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
                     aside.unlink()
                 raise
     except OSError as error:
-        # Writing names no file, and the name aside says nothing to its reader.
+        # Errors of writing name no file, and the temporary name means nothing to the user.
         if error.errno is None or error.filename not in (None, os.fspath(aside)):
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Put a file's whole content on the disk under its name: after a crash there is the old content or the new one.
+    """Write a file's whole content atomically, and fsync it: after a crash there is the old content or the new one.
 
     A link of that name is replaced, not followed.
 
@@ -66,13 +66,13 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Raises:
         NotRegularError: it is something else, such as a pipe or a device, whose reading may never end.
-        OSError: it is not there, or cannot be opened.
+        OSError: it does not exist, or cannot be opened.
     """
-    # A pipe without a writer would be waited for.
+    # Opening a pipe without a writer would block.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_regular(descriptor, path)
-        # Some file systems would answer that nothing is there yet.
+        # With O_NONBLOCK, some file systems would report that no data are available yet.
         os.set_blocking(descriptor, True)
     except BaseException:
         os.close(descriptor)
@@ -90,11 +90,11 @@ def _check_regular(descriptor: int, path: str | Path) -> None:
 
 
 def read_regular(path: str | Path, limit: int | None = None) -> bytes:
-    """Return the bytes of a regular file, at most ``limit`` of them; errors as of ``open_regular``."""
+    """Return the bytes of a regular file, at most ``limit`` of them; see ``open_regular`` for errors."""
     with open_regular(path) as file:
         if limit is None:
             return file.read()
-        # As many are allocated as are asked for. Some file systems state a size of 0, so that the end decides.
+        # A read allocates as many bytes as requested. Some file systems report a size of 0, so read until the end.
         pieces, left = [], limit
         size = os.fstat(file.fileno()).st_size + 1
         while left and (piece := file.read(min(left, size))):
@@ -105,16 +105,16 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def not_utf8(origin: str, error: UnicodeDecodeError) -> str:
-    """Return what is wrong with a text file in another encoding, and the remedy."""
+    """Return a message about a text file in another encoding, with the remedy."""
     return f"{origin} is not UTF-8 (byte {error.object[error.start]:#x}); convert it with iconv"
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file that a run writes to, which is made where it is missing; return its descriptor.
+    """Open a file that a run writes to, and create it if it is missing; return its descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is a link, which in a folder of a stranger may lead to any file of the user's, or
-            something else that is no regular file.
+        OSError: it cannot be opened; or it is not a regular file, such as a link, which in another user's folder may lead
+            to any file of this user.
     """
     try:
         flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -134,10 +134,10 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def mode_of(path: Path) -> int | None:
-    """Return ``st_mode`` of a file or folder, None where there is nothing of that name.
+    """Return ``st_mode`` of a file or folder; None if there is nothing of that name.
 
     Raises:
-        OSError: it cannot be told, as where the disk fails; pathlib's ``exists`` and its kin would take that for absence.
+        OSError: the system cannot tell, for example if the disk fails; pathlib's ``exists`` would report absence.
     """
     try:
         return os.stat(path).st_mode
@@ -146,17 +146,17 @@ def mode_of(path: Path) -> int | None:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is a file of that name; errors as of ``mode_of``."""
+    """Return whether there is a file of that name; see ``mode_of`` for errors."""
     return stat.S_ISREG(mode_of(path) or 0)
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether there is a folder of that name; errors as of ``mode_of``."""
+    """Return whether there is a folder of that name; see ``mode_of`` for errors."""
     return stat.S_ISDIR(mode_of(path) or 0)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory and its parents where they are missing, and put their names on the disk."""
+    """Create a directory and its missing parents, then fsync the directories that hold them."""
     missing = [path for path in (directory, *directory.parents) if mode_of(path) is None]
     directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -164,12 +164,12 @@ def make_directory(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Put the names in a directory on the disk."""
+    """Fsync a directory, so that the names in it are on the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot; their renames are durable on their own terms.
+        # Some network file systems do not support it; their renames have their own guarantees.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
     finally:

@@ -1,8 +1,8 @@
-"""Modules that lay at the top of the package before there were rooms: their earlier names still import them.
+"""Imports modules under the names that they had at the top of the package, before they moved into subpackages.
 
-``import clipcore.model`` gives the module ``clipcore.towers.model`` itself, so that a function that is replaced in one is
-replaced in the other. Two are not here: ``clipcore.checkpoint`` and ``clipcore.report`` are rooms now, which hold the names
-that these modules had.
+``import clipcore.model`` returns the module ``clipcore.towers.model`` itself, so a function that is replaced in one is
+replaced in the other. Two names are not here: ``clipcore.checkpoint`` and ``clipcore.report`` are now packages, which export
+the names that these modules had.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MOVED = {
 
 
 class MovedModules:
-    """Finder and loader of modules under their earlier names."""
+    """A finder and loader of modules under their earlier names."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -63,19 +63,19 @@ class MovedModules:
         return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Import the module under its present name."""
+        """Import the module under its current name."""
         module = importlib.import_module(MOVED[spec.name])
-        # The import system puts the earlier name's spec into the module: `exec_module` takes it out again.
+        # The import system sets the module's spec to the earlier name's; `exec_module` restores it.
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Leave the module, which ran under its present name, as it was."""
+        """Restore the module's spec; the module has already run under its current name."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
-    """Let the earlier names be imported."""
-    # Before the finders of files: one of another installation would find the module that it still has there.
+    """Make the earlier names importable."""
+    # Before the file finders: another installation's finder would find its own module of that name.
     sys.meta_path.insert(0, MovedModules())

@@ -1,9 +1,9 @@
-"""The compiled part of clipcore: find clipcore._C, and refuse one built for another torch.
+"""The compiled part of clipcore: finds clipcore._C, and refuses one built for another torch.
 
-The extension is compiled against one torch and one CUDA. Beside another torch it fails on a missing
-symbol, or, worse, does not fail. So its record of both is read from the file before it is loaded. A
-checkout that was never installed has no extension: every operation then takes its PyTorch path.
-What it gathers has the same bits then; attention on the CPU is slower and rounds otherwise.
+The extension is compiled against one torch and one CUDA. With another torch it fails on a missing
+symbol or, worse, does not fail. So its record of both is read from the file before it is loaded. A
+checkout that was never installed has no extension, and every operation then uses its PyTorch path.
+Gathered rows then have the same bits; attention on the CPU is slower and rounds differently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 if TYPE_CHECKING:
     from types import ModuleType
 
-# The sentence that csrc/bindings.cpp compiles in.
+# The sentence that csrc/bindings.cpp compiles into the library.
 _RECORD = re.compile(rb"clipcore\._C was built for torch ([\w.]+) with CUDA ([\w.]+);")
 
 _REMEDY = (
@@ -31,13 +31,13 @@ _REMEDY = (
 
 
 class WrongBuildError(ImportError):
-    """clipcore._C was built for another torch or CUDA; the message names both, and the command that mends it."""
+    """clipcore._C was built for another torch or CUDA; the message names both, and the command that fixes it."""
 
 
 def _check_versions(library: Path) -> None:
     """Raise WrongBuildError when the library was built for another torch or CUDA than the running one.
 
-    The release is compared, without its local part: 2.13.0 and 2.13.0+cu130 are one build.
+    Only the release is compared, without its local part: 2.13.0 and 2.13.0+cu130 are the same build.
     """
     record = _RECORD.search(library.read_bytes())
     built = "unknown versions"
@@ -52,7 +52,7 @@ def _check_versions(library: Path) -> None:
 
 @functools.cache
 def load() -> ModuleType | None:
-    """Return the extension module clipcore._C, or None where it was never built.
+    """Return the extension module clipcore._C, or None if it was never built.
 
     Raises:
         WrongBuildError: the extension was built for another torch or CUDA than the running one.
@@ -65,10 +65,10 @@ def load() -> ModuleType | None:
 
 
 def left_out(on_several_gpus: bool = False) -> str | None:
-    """Return what the build left out, why, and how to build it, in one line; None where nothing of it is missed.
+    """Return one line about what the build left out, why, and how to build it; None if nothing useful is missing.
 
     Args:
-        on_several_gpus: whether the CUDA kernels of the gather are missed too where the machine had no nvcc.
+        on_several_gpus: whether the gather's CUDA kernels count as missing if the machine had no nvcc.
 
     Raises:
         WrongBuildError: the extension was built for another torch or CUDA than the running one.

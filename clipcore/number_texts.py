@@ -1,6 +1,6 @@
-"""Numbers as texts, the same on pages, in their plots and in the terminal.
+"""Formats numbers in the same way for pages, plots and the terminal.
 
-A minus is the true sign, U+2212. What is rounded to zero has no sign. None, and what is no finite number, is a dash.
+The minus is the typographic sign, U+2212. A number that rounds to zero has no sign. None and non-finite numbers are a dash.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def signed_points(difference: float | None, form: str = ".1f") -> str:
-    """Return a difference of shares in points, with its sign; that of zero is "0".
+    """Return a difference of shares in percentage points, with its sign; zero is "0".
 
     >>> signed_points(0.061), signed_points(-0.0004), signed_points(-0.5, "g")
     ('+6.1', '0', '−50')
@@ -45,7 +45,7 @@ def signed_points(difference: float | None, form: str = ".1f") -> str:
 
 
 def short(value: float) -> str:
-    """Return a number in few letters.
+    """Return a number in few characters.
 
     >>> short(1200.0), short(1e-6), short(0.0)
     ('1,200', '1e−6', '0')

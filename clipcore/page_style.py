@@ -1,6 +1,6 @@
-"""What all pages share: the frame with its style sheet, and tables.
+"""The parts that all pages share: the frame with its style sheet, and tables.
 
-A page is one file: nothing is fetched and no script runs, so that it can be mailed, archived and opened anywhere.
+A page is one file. Nothing is fetched and no script runs, so it can be mailed, archived and opened anywhere.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-# Of a table's cell; a phone is about half as wide again.
+# Limit of a table cell that stays on one line; a phone is about 1.5 times as wide.
 _MOST_CHARS_ON_A_LINE = 32
 
 
 class Markup(str):
-    """HTML that is not to be escaped again."""
+    """HTML that must not be escaped again."""
 
     __slots__ = ()
 
 
 def escaped(text: object) -> str:
-    """Return what stands for a text in HTML."""
+    """Return a text escaped for HTML."""
     return text if isinstance(text, Markup) else html.escape(str(text))
 
 
@@ -27,10 +27,10 @@ def document(kind: str, title: str, sections: Iterable[str], extra_style: str = 
     """Return a whole page.
 
     Args:
-        kind: what the page is about, above the title.
-        title: of the page, as text.
-        sections: HTML.
-        extra_style: rules that follow those of all pages.
+        kind: the subject of the page, shown above the title.
+        title: the title of the page, as text.
+        sections: HTML of each section.
+        extra_style: CSS rules after those of all pages.
     """
     title = html.escape(title)
     return (
@@ -44,7 +44,7 @@ def document(kind: str, title: str, sections: Iterable[str], extra_style: str = 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls in its own container; cells are texts, or ``Markup``.
 
-    Short cells stay on one line. Running text is wrapped in a column that no other one squeezes.
+    Short cells stay on one line. Running text wraps in a column with a minimum width.
     """
     top = "".join(f'<th scope="col">{escaped(name)}</th>' for name in head)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)

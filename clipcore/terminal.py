@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a run: a dead pipe, a full disk or a closed terminal loses text alone."""
+"""Standard output and error that cannot end a run: a dead pipe, a full disk or a closed terminal only loses text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import NoReturn, TextIO
 class SteadyStream(io.TextIOBase):
     """A text stream over a file descriptor whose writes never fail.
 
-    A line goes out as a whole. What could not be written is dropped, so that it does not come back, as an error, at the next
-    flush or when Python ends. What the encoding lacks is written as an escape.
+    A line is written as a whole. Text that cannot be written is dropped, so that it does not cause an error at the next
+    flush or when Python exits. Characters that the encoding lacks are written as escapes.
 
     Args:
-        stream: the one whose descriptor and encoding are taken over; it is flushed once.
+        stream: the stream whose descriptor and encoding are used; it is flushed once.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -44,7 +44,7 @@ class SteadyStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Take a text, and write what is there up to it if it ends a line; return its length."""
+        """Add a text to the buffer, and write the buffer if the text ends a line; return its length."""
         self._pending += text
         if "\n" in text or "\r" in text:
             self.flush()
@@ -55,20 +55,20 @@ class SteadyStream(io.TextIOBase):
         write_steadily(self._descriptor, pending.encode(self._encoding, "backslashreplace"))
 
 
-_MOST_CHARS = 1200  # of one complaint
+_MOST_CHARS = 1200  # limit of one message
 
-# Categories of characters that steer a terminal or break a line, and marks that turn the direction of what follows.
+# Categories of characters that control a terminal or break a line, and marks that change the direction of text.
 _STEERING = {"Cc", "Cs", "Zl", "Zp"}
 _TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def is_printable(text: str) -> bool:
-    """Return whether a text is fit for one line of a terminal: spaces and joiners of all scripts are."""
+    """Return whether a text is safe in one line of a terminal; spaces and joiners of all scripts are."""
     return text.isprintable() or not any(map(_is_steering, text))
 
 
 def printable(text: str) -> str:
-    """Return a text fit for one line of a terminal or a log, whatever a data set wrote into its names."""
+    """Return a text that is safe in one line of a terminal or a log, whatever names a data set contains."""
     if text.isprintable():
         return text
     return "".join("\ufffd" if _is_steering(c) else c for c in text)
@@ -79,26 +79,26 @@ def _is_steering(character: str) -> bool:
 
 
 def printable_lines(text: str) -> str:
-    """Return a text of several lines, which may hold tabs, fit for a terminal: see ``printable``."""
+    """Return a text of several lines, which may hold tabs, made safe for a terminal: see ``printable``."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing, fit for a terminal."""
+    """Return the first line of an error's message, or its class if it has none, made safe for a terminal."""
     return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def complain(program: str, text: object) -> None:
-    """Print on standard error, in one line, what ends a program, or what is wrong with what it was given."""
+    """Print one line on standard error: the error that ends a program, or a warning about its input."""
     line = " ".join(str(text).splitlines())
-    # What a file holds may be of any length; the remedy is at the end.
+    # Quoted content of a file may have any length, and the remedy is at the end.
     if len(line) > _MOST_CHARS:
         line = f"{line[: _MOST_CHARS // 2]} [...] {line[-_MOST_CHARS // 2 :]}"
     print(f"{program}: {printable_lines(line)}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments that tells a mistake in one line, whatever is in the arguments."""
+    """An argument parser that reports a mistake in one line, whatever the arguments contain."""
 
     def error(self, message: str) -> NoReturn:
         complain(self.prog.removeprefix("python -m "), f"error: {message}; see --help")
@@ -106,14 +106,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_whole_numbers(arguments: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise ValueError for an option whose value was ``--``, of which argparse makes an empty list."""
+    """Raise ValueError for an option with the value ``--``, which argparse turns into an empty list."""
     for name in names:
         if not isinstance(getattr(arguments, name), int):
             raise ValueError(f"--{name.replace('_', '-')} takes a whole number, got '--'")
 
 
 def write_steadily(descriptor: int, content: bytes) -> None:
-    """Write to a descriptor as much as goes; safe in a signal handler."""
+    """Write to a descriptor as much as it accepts; safe in a signal handler."""
     view = memoryview(content)
     with contextlib.suppress(OSError):
         while len(view):
@@ -122,10 +122,10 @@ def write_steadily(descriptor: int, content: bytes) -> None:
 
 @contextlib.contextmanager
 def steady_output() -> Iterator[None]:
-    """Make ``sys.stdout`` and ``sys.stderr`` steady meanwhile, for all who print, warn, or draw a progress bar.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by steady streams, for prints, warnings and progress bars.
 
-    Also a decorator of a command's ``main``. A stream that Python did not open itself, such as a notebook's, is left as it
-    is.
+    It is also a decorator for a command's ``main``. A stream that Python did not open itself, such as a notebook's, is not
+    replaced.
     """
     _fill_standard_descriptors()
     with contextlib.ExitStack() as stack:
@@ -134,10 +134,10 @@ def steady_output() -> Iterator[None]:
             (contextlib.redirect_stderr, sys.stderr, 2),
         )
         for redirect, stream, descriptor in redirections:
-            # Python has none for a descriptor that was closed before it began.
+            # Python has no stream for a descriptor that was closed before it started.
             if stream is None:
                 stream = os.fdopen(descriptor, "w", closefd=False)
-            # A notebook's stream may have the descriptor of another file.
+            # A notebook's stream may use the descriptor of another file.
             if not isinstance(stream, io.TextIOWrapper):
                 continue
             with contextlib.suppress(OSError, ValueError):
@@ -148,9 +148,9 @@ def steady_output() -> Iterator[None]:
 
 
 def _fill_standard_descriptors() -> None:
-    """Open the null device under each of 0, 1, 2 that is closed.
+    """Open the null device for each closed descriptor of 0, 1 and 2.
 
-    The next file that is opened would get that number, and with it what a library prints.
+    Otherwise the next opened file would get that number, and a library's output would go to that file.
     """
     for descriptor in (0, 1, 2):
         try:

@@ -1,13 +1,12 @@
-"""Captions to token ids, equal to OpenAI's: byte-level BPE with a 49,408-entry vocabulary, or with one of your own.
+"""Encodes captions as token ids, equal to OpenAI's: byte-level BPE with 49,408 entries, or with a custom vocabulary.
 
 A vocabulary is a list of merges. Its ids are, in this order: the 256 bytes, the 256 bytes that end a word
-(``</w>``), one id a merge, start of text, end of text. OpenAI's merges are not part of this package: they are looked
-for in an installed open_clip or CLIP, or read from a file. ``train_tokenizer`` makes a vocabulary in the same format
-from captions, also as ``python -m clipcore.tokenizer --train captions.txt --vocab-size N``; ``byte_tokenizer`` needs no
-file.
+(``</w>``), one id per merge, start of text, end of text. OpenAI's merges are not part of this package: they are found
+in an installed open_clip or CLIP, or read from a file. ``train_tokenizer`` learns a vocabulary in the same format from
+captions, also as ``python -m clipcore.tokenizer --train captions.txt --vocab-size N``. ``byte_tokenizer`` needs no file.
 
-Two differences from open_clip's SimpleTokenizer. Special strings in a caption ("<end_of_text>") are text: they would
-end the caption early. Letters and digits younger than Unicode 16 count as punctuation.
+There are two differences from open_clip's SimpleTokenizer. Special strings in a caption ("<end_of_text>") are plain text,
+because they would end the caption early. Letters and digits newer than Unicode 16 count as punctuation.
 
 Source: Radford et al. 2021, section 2.4; Sennrich et al. 2016 (BPE). Shapes: B texts, L tokens.
 """
@@ -43,21 +42,21 @@ from clipcore.towers.architectures import UnknownModelError, find_model
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
-# Of a run's folder, and its settings beside it.
+# Names of the vocabulary and the settings in a run's folder.
 VOCABULARY_FILE, _SETTINGS_FILE = "vocabulary.txt.gz", "config.json"
 _MAX_SETTINGS_BYTES = 1 << 22
 OPENAI_VOCAB_SIZE = 49408
-# Of the 48,894 merges in use, as Tokenizer.sha256 computes it.
+# Hash of the 48,894 merges in use, as Tokenizer.sha256 computes it.
 OPENAI_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 BYTE_VOCAB_SIZE = 514
 
-# The pieces that are encoded on their own: English endings, words, single digits, runs of anything else. U+0345
-# is in none: it folds to the letter iota, so that OpenAI's case-blind expression finds it in no class and drops it.
+# The pieces that are encoded separately: English endings, words, single digits, runs of anything else. U+0345 is in
+# none: it folds to the letter iota, so OpenAI's case-insensitive expression finds it in no class and drops it.
 _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _MAX_CACHED_WORDS = 1 << 17
-# OpenAI's file has 262,145 lines and 3.2 MB, of which a model uses a part.
+# OpenAI's file has 262,145 lines and 3.2 MB; models use only a part of it.
 _MAX_LINES, _MAX_FILE_BYTES = 500_000, 1 << 25
-_MAX_CAPTION_CHARS = 1 << 20  # of a line to learn from
+_MAX_CAPTION_CHARS = 1 << 20  # limit of a caption to learn from
 
 
 class VocabularyError(ValueError):
@@ -65,8 +64,8 @@ class VocabularyError(ValueError):
 
 
 def clean(text: str) -> str:
-    """Mends broken encodings, resolves HTML entities, joins white space, and lowers the case, as OpenAI does."""
-    # On printable ASCII without "&" the first two steps change nothing.
+    """Fix broken encodings, resolve HTML entities, collapse white space, and lower the case, as OpenAI does."""
+    # The first two steps change nothing in printable ASCII without "&".
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
@@ -74,7 +73,7 @@ def clean(text: str) -> str:
 
 @functools.cache
 def _byte_symbols() -> dict[int, str]:
-    """A printable character for each byte; the order of the keys is the order of the first 256 ids."""
+    """Return a printable character for each byte; the order of the keys is the order of the first 256 ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -93,18 +92,18 @@ class Tokenizer:
     Safe to share between threads and forked workers (nothing in it starts a thread), and picklable.
 
     Args:
-        merges: pairs of symbols, the most important first.
-        context_length: tokens a row, start and end included.
+        merges: pairs of symbols, the highest priority first.
+        context_length: tokens per row, including start and end.
 
     Attributes:
         vocab_size: ids are below this; also the rows of a model's token embedding.
         sot_token_id, eot_token_id: start and end of text, the two highest ids.
-        all_special_ids: both of them.
+        all_special_ids: both of these ids.
         context_length: the default of ``__call__``.
-        truncated: texts that ``__call__`` has cut so far in this process.
+        truncated: the number of texts that ``__call__`` has truncated in this process.
 
     Raises:
-        VocabularyError: a merge joins unknown symbols, or makes one that exists.
+        VocabularyError: a merge joins unknown symbols, or creates an existing one.
 
     Example:
         >>> byte_tokenizer()("a cat", context_length=8).tolist()
@@ -138,14 +137,14 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
-        """Reads a vocabulary: a header line, then a merge a line; plain or gzipped text.
+        """Read a vocabulary: a header line, then one merge per line; plain or gzipped text.
 
         Args:
-            path: what ``save`` wrote, OpenAI's file, or the merges.txt of a Hugging Face CLIP.
-            vocab_size: ids to use, 514 + merges [all merges; of OpenAI's file the 49,408 of the published models].
+            path: a file that ``save`` wrote, OpenAI's file, or the merges.txt of a Hugging Face CLIP.
+            vocab_size: ids to use, 514 + merges [all merges; for OpenAI's file the 49,408 of the published models].
 
         Raises:
-            VocabularyError: no such file, another format, or fewer than ``vocab_size`` entries.
+            VocabularyError: the file is missing, has another format, or fewer than ``vocab_size`` entries.
         """
         header, *lines = _read_lines(Path(path))
         if "#version" not in header:
@@ -179,7 +178,7 @@ class Tokenizer:
         Raises:
             VocabularyError: the file cannot be written.
         """
-        # No newline at the end: open_clip would take the empty line after it for a merge.
+        # No newline at the end, because open_clip would read the empty line after it as a merge.
         text = "\n".join(["#version: 0.2 clipcore", *self._merge_lines()])
         try:
             write_durably(Path(path), gzip.compress(text.encode(), mtime=0))
@@ -188,18 +187,18 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Identifies the vocabulary: the hash of its merges, however a file holds them."""
+        """The hash of the merges, which identifies the vocabulary in any file format."""
         return hashlib.sha256("\n".join(self._merge_lines()).encode()).hexdigest()
 
     def _merge_lines(self) -> Iterator[str]:
         return (f"{left} {right}" for left, right in self._merges)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text of any length, without start and end."""
+        """Return the ids of one text of any length, without start and end."""
         if not isinstance(text, str):
             raise ValueError(f"a text to tokenize is a str, not {type(text).__name__}: {text!r}")
-        # No piece crosses white space, and captions repeat their words: looking a word up is several times as fast
-        # as encoding it again.
+        # No piece crosses white space, and captions repeat their words: a cached word is several times as fast as
+        # encoding it again.
         ids: list[int] = []
         for word in clean(text).split():
             ids += self._cache.get(word) or self._encode_word(word)
@@ -212,7 +211,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of a row of ids, up to the end of text; words are parted by one space.
+        """Return the text of a row of ids, up to the end of text; words are separated by one space.
 
         Raises:
             ValueError: an id lies outside the vocabulary.
@@ -232,7 +231,7 @@ class Tokenizer:
         return text.decode(errors="replace").removesuffix(" ")
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> LongTensor:
-        """Rows of start, ids, end, padded with 0; a longer text is cut, and keeps its end of text.
+        """Return rows of start, ids, end, padded with 0; a longer text is truncated, and keeps its end of text.
 
         Args:
             texts: one text, or B of them.
@@ -286,17 +285,17 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def byte_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> Tokenizer:
-    """The vocabulary without merges: 514 entries, a token a byte, no file."""
+    """Return the vocabulary without merges: 514 entries, one token per byte, no file."""
     return Tokenizer([], context_length)
 
 
 def train_tokenizer(
     captions: Iterable[str], vocab_size: int, context_length: int = DEFAULT_CONTEXT_LENGTH
 ) -> Tokenizer:
-    """Learns merges from captions: the most frequent pair of symbols first, pairs that occur once never.
+    """Learn merges from captions: the most frequent pair of symbols first; pairs that occur once are never merged.
 
-    The result depends on the captions alone: not on their order, nor on the number of threads. It is smaller than
-    asked, with a warning, where the captions do not have enough pairs.
+    The result depends only on the captions, not on their order or the number of threads. If the captions do not have
+    enough pairs, it is smaller than requested, with a warning.
 
     Args:
         captions: any number of texts, read once.
@@ -345,13 +344,13 @@ def _learn_merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, s
         min_frequency=2,
         end_of_word_suffix="</w>",
         show_progress=False,
-        # Equal counts are decided by the ids of the symbols. Left to itself the trainer numbers the ends of
-        # words in the order of a hash table, another one in each process; so all symbols are given here.
+        # The ids of the symbols break ties between equal counts. By default the trainer numbers the ends of words in
+        # the order of a hash table, which differs between processes; so all symbols are given here.
         special_tokens=[*symbols, *(symbol + "</w>" for symbol in symbols)],
     )
     parallel = os.environ.get("TOKENIZERS_PARALLELISM")
-    # Unless the user wants them: a process that has had the library's threads cannot fork workers without a
-    # warning, or, where the variable is true, without a hang.
+    # Threads are used only if the user requests them: a process that has run the library's threads cannot fork workers
+    # without a warning, or, if the variable is true, without a hang.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         bpe.train_from_iterator(cleaned(), trainer)
@@ -364,7 +363,7 @@ def _learn_merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, s
 
 
 def find_openai_vocabulary() -> Path:
-    """OpenAI's file: where CLIPCORE_BPE says, or in an installed open_clip or clip (which are not imported).
+    """Return the path of OpenAI's file: CLIPCORE_BPE, or in an installed open_clip or clip (which are not imported).
 
     Raises:
         VocabularyError: it is in none of them.
@@ -378,7 +377,7 @@ def find_openai_vocabulary() -> Path:
                 return path
     raise VocabularyError(
         'OpenAI\'s vocabulary is not installed: pip install "clipcore[openai-vocab]", or set CLIPCORE_BPE to a '
-        f"{OPENAI_FILE}, or make a vocabulary of your own: python -m clipcore.tokenizer --train captions.txt"
+        f"{OPENAI_FILE}, or make your own vocabulary: python -m clipcore.tokenizer --train captions.txt"
     )
 
 
@@ -391,16 +390,16 @@ def get_tokenizer(
     """Return the tokenizer of a model, of a run, or of another vocabulary.
 
     Args:
-        model_name: one of ``list_models()``, or OpenAI's spelling; or the folder of a run, or of one of its checkpoints.
-            Without one the vocabulary is OpenAI's.
-        context_length: of the rows [the model's, 77 without a name].
-        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the bytes' for models of 514 tokens].
-        cache_dir: accepted as by open_clip; nothing is downloaded.
+        model_name: one of ``list_models()``, or OpenAI's spelling; or the folder of a run or of one of its checkpoints
+            [OpenAI's vocabulary].
+        context_length: tokens per row [the model's, 77 without a name].
+        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
+        cache_dir: accepted, as in open_clip; nothing is downloaded.
 
     Raises:
-        UnknownModelError: no model of that name.
-        ValueError: a context length that is no whole number, or holds no start and end.
-        VocabularyError: no vocabulary is found, it is damaged, or not of the model's size; or ``bpe_path`` beside a run.
+        UnknownModelError: there is no model of that name.
+        ValueError: the context length is not an integer, or is too small for start and end.
+        VocabularyError: no vocabulary is found, it is damaged or not of the model's size, or a run is given ``bpe_path``.
     """
     if context_length is not None and (type(context_length) is not int or context_length < 2):
         raise ValueError(
@@ -441,10 +440,10 @@ def get_tokenizer(
 
 
 def _run_folder(name: str | os.PathLike[str]) -> Path | None:
-    """Return the folder of a run, given that or one of its checkpoints; None where the name is of no folder.
+    """Return the folder of a run, given it or one of its checkpoints; None if the name is not a folder.
 
     Raises:
-        VocabularyError: a folder without a vocabulary, or a path that is none.
+        VocabularyError: the folder has no vocabulary, or the path does not exist.
     """
     is_path = isinstance(name, os.PathLike)
     if not name or not (is_path or isinstance(name, str)) or _is_model(name):
@@ -452,7 +451,7 @@ def _run_folder(name: str | os.PathLike[str]) -> Path | None:
     path = Path(name)
     try:
         is_there = is_folder(path)
-    except (OSError, ValueError):  # such as a text longer than any file's name
+    except (OSError, ValueError):  # such as a text that is too long for a file name
         is_there = False
     if not is_there:
         if is_path:
@@ -469,7 +468,7 @@ def _run_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def _is_model(name: object) -> bool:
-    """Return whether a name is of a model; a folder that is called like one is not meant."""
+    """Return whether a name is a model's; a folder with a model's name is ignored."""
     try:
         find_model(name)  # type: ignore[arg-type]
     except UnknownModelError:
@@ -478,7 +477,7 @@ def _is_model(name: object) -> bool:
 
 
 def _tokenizer_of_run(run_dir: Path, context_length: int | None) -> Tokenizer:
-    """Return the tokenizer that a run was made with, for rows of its model's length or of another one."""
+    """Return a run's tokenizer, for rows of its model's length or of another one."""
     tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     settings = run_dir / _SETTINGS_FILE
     if context_length is None and is_file(settings):
@@ -503,10 +502,10 @@ def tokenize(
     context_length: int = DEFAULT_CONTEXT_LENGTH,
     truncate: bool = True,
 ) -> LongTensor:
-    """Texts to ids of OpenAI's vocabulary, int64 [B, context_length].
+    """Encode texts with OpenAI's vocabulary into ids, int64 [B, context_length].
 
     Args:
-        truncate: whether a longer text is cut, as in open_clip; else it is an error, as in OpenAI's package.
+        truncate: whether to truncate longer texts, as in open_clip; otherwise they are errors, as in OpenAI's package.
 
     Raises:
         ValueError: a text is too long and ``truncate`` is False.
@@ -523,13 +522,13 @@ def tokenize(
 
 
 def _read_captions(path: Path) -> Iterator[str]:
-    """Yield the lines of a file; raise VocabularyError where it is not UTF-8."""
+    """Yield the lines of a file; raise VocabularyError if it is not UTF-8."""
     with io.TextIOWrapper(open_regular(path), "utf-8-sig") as file:
         try:
             while line := file.readline(_MAX_CAPTION_CHARS):
                 if len(line) == _MAX_CAPTION_CHARS:
                     raise VocabularyError(
-                        f"{path} holds a line of more than {_MAX_CAPTION_CHARS:,} characters, which is no caption"
+                        f"{path} holds a line of more than {_MAX_CAPTION_CHARS:,} characters, which is not a caption"
                     )
                 yield line
         except UnicodeDecodeError as error:
@@ -538,7 +537,7 @@ def _read_captions(path: Path) -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m clipcore.tokenizer", description="Make a vocabulary of your captions."
+        prog="python -m clipcore.tokenizer", description="Learn a vocabulary from captions."
     )
     parser.add_argument(
         "--train", required=True, type=Path, metavar="FILE", help="text file, a caption a line"
@@ -561,7 +560,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
-    """Size and hash of a vocabulary, and how long the captions are in it."""
+    """Return a vocabulary's size and hash, and the lengths of the captions in its tokens."""
     lengths = [len(ids) + 2 for ids in map(tokenizer.encode, captions) if ids]
     num_longer = sum(length > DEFAULT_CONTEXT_LENGTH for length in lengths)
     return (
@@ -574,9 +573,9 @@ def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, as of ``clipcore.ranks.failures``."""
+    """Run the command line; return its exit status, see ``clipcore.ranks.failures``."""
     parsed = build_parser().parse_args(arguments)
-    # This process never forks, so that the library may use all cores.
+    # This process never forks, so the library may use all cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         with warnings.catch_warnings(record=True) as notes:

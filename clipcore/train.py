@@ -459,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, given = parse_command_line(arguments)
         world = init_distributed(config.device, config.timeout)
-        with watchdog.farewell():
+        with watchdog.report_failure():
             return train(config, given, world)
     except watchdog.RankError as error:
         rank = os.environ.get("RANK")

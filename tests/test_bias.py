@@ -99,7 +99,7 @@ def test_chi_squared_of_three_groups():
         (lambda: rates_by_group([True], [""]), "no image has a group"),
         (
             lambda: category_rates(torch.tensor([0]), ["man"], {"crime": ["thief"]}, ["a"]),
-            "crime names 'thief', which is no class here",
+            "crime names 'thief', which is not a class here",
         ),
         (
             lambda: label_differences(torch.ones(40, 1), ["w"], ["a"] * 40, 0.5),

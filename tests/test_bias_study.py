@@ -213,9 +213,9 @@ def test_files_of_labels_that_are_wrong(tmp_path, content, message):
         ('{"crime": []}', "holds no lists"),
         ('{"crime": [1]}', "holds no lists"),
         ('{"crime": ["thief"]}', "'crime' names 'thief', which is not among the --labels"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("9" * 100_000, "is no JSON|holds no lists"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("9" * 100_000, "is not JSON|holds no lists"),
     ],
 )
 def test_files_of_categories_that_are_wrong(tmp_path, content, message):

@@ -85,13 +85,13 @@ def test_lines_of_another_form_are_bad_samples_and_counted(tmp_path):
         ("a dog on a beach\na cat\n", "neither a header .* nor 'image.jpg#0', a tab and a caption"),
         ("", "is empty; write a header"),
         ("\n \n", "is empty; write a header"),
-        ("n01440764 tench\n", "is no table of captions"),
-        ("image,label\na.jpg,dog\n", "is no table of captions"),
-        ("word#0\ta caption\n", "is no table of captions"),
+        ("n01440764 tench\n", "is not a table of captions"),
+        ("image,label\na.jpg,dog\n", "is not a table of captions"),
+        ("word#0\ta caption\n", "is not a table of captions"),
         ("image,caption\n", "no rows"),
         ("none.jpg#0\ta dog\n", "none of the first 1 images"),
         ("caf\u00e9.jpg#0\ta dog\n".encode("latin-1"), "not UTF-8"),
-        (b"x" * (1 << 21), "are no row of an image and its captions"),
+        (b"x" * (1 << 21), "are not a row of an image and its captions"),
     ],
 )
 def test_what_is_no_table_is_one_line(tmp_path, content, message):

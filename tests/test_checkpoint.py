@@ -262,7 +262,9 @@ def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "open", refuse)
     for act in (load_latest, latest_checkpoint, lambda folder: save(folder, 3, keep=1)):
-        with pytest.raises(CheckpointError, match="Input/output error; it may be whole: try again"):
+        with pytest.raises(
+            CheckpointError, match="Input/output error; it may be intact: try again"
+        ):
             act(tmp_path)
         assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
 

@@ -52,7 +52,7 @@ def test_classes_are_those_of_all_splits(tmp_path):
     assert data.split_names == ("train", "test")
     assert data.classnames == (("ant",), ("bee",), ("cow",), ("dog",))
     assert labels_of(data) == [2, 2, 3] and labels_of(data, "train") == [0, 1, 2]
-    assert data.notes == ("not used: the folder 'extra', which is no split",)
+    assert data.notes == ("not used: the folder 'extra', which is not a split",)
     assert data.split("test").notes == (
         "not used of test: 1 x folder without a picture, such as nothing",
         "2 of 4 classes have no image in test, such as 'ant'",

@@ -82,8 +82,8 @@ def test_two_folders_of_different_spellings_and_sets_that_one_lacks(tmp_path):
     assert study["sets"][0]["difference"] == 0.6 - 0.3
     left_out = note_of(study, "left out")
     assert "1 x set without a metric of both, such as memes" in left_out
-    assert "1 x set of the first alone, such as only-a" in left_out
-    assert "1 x set of the second alone, such as only-b" in left_out
+    assert "1 x set of the first only, such as only-a" in left_out
+    assert "1 x set of the second only, such as only-b" in left_out
     # Two sets have a slope, but no interval of it.
     assert study["slope"] == pytest.approx(-0.5) and study["interval"] is None
 
@@ -153,7 +153,7 @@ def test_probes_of_few_images_and_other_languages_are_told_apart(tmp_path):
     assert [row["b"] for row in study["sets"]] == [0.9]
     note = note_of(study, "left out")
     assert "1 x probe of a few images a class, such as wds_pets" in note
-    assert "1 x set of the first alone, such as pets" in note
+    assert "1 x set of the first only, such as pets" in note
 
 
 def test_slope_and_correlation_are_those_of_numpy_and_a_line_is_certain():

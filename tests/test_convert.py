@@ -120,7 +120,7 @@ def test_a_tensor_that_no_clip_of_transformers_has_is_not_dropped(name):
 def test_what_cannot_be_converted_says_why():
     with pytest.raises(ConversionError, match="ResNets"):
         to_hf(create_model("RN-nano-32").state_dict())
-    with pytest.raises(ConversionError, match="no CLIP"):
+    with pytest.raises(ConversionError, match="not a CLIP"):
         to_open_clip_names({"fc.weight": torch.ones(2)})
     broken = to_hf(create_model("ViT-nano-8-32").state_dict())
     del broken["vision_model.pre_layrnorm.weight"]

@@ -256,7 +256,7 @@ def test_rows_of_nothing_are_refused_by_their_number(tmp_path):
     number = 200_000
     columns = {"image": pyarrow.nulls(number, pyarrow.binary()), "caption": ["x"] * number}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=r"t.parquet: 200,000 rows in [\d,]+ bytes are no images"):
+    with pytest.raises(DataError, match=r"t.parquet: 200,000 rows in [\d,]+ bytes are not images"):
         open_source(str(tmp_path / "t.parquet"))
 
 

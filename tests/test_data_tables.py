@@ -84,7 +84,7 @@ def test_what_one_sample_lacks_is_a_bad_sample_and_counts(tmp_path, kind):
         elif kind == "jsonl":
             odd = ['{"file_name": 3}', "{", "[1]", '{"file_name": "images/0000.jpg"}']
             path.write_text(path.read_text() + "\n".join(odd) + "\n\n")
-            reasons += ["no image path", "no JSON", "no JSON object", "empty caption"]
+            reasons += ["no image path", "not JSON", "not a JSON object", "empty caption"]
         else:
             (tmp_path / "data" / "images" / "0002.txt").write_text("\n")
             reasons[2] = "empty caption"
@@ -325,7 +325,7 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
         ("t.csv", b"filepath\ttitle\na\t" + b"x" * 200_000, "begins in line 2: field larger"),
         ("t.jsonl", b"", "no lines"),
         ("t.jsonl", b"\n \n", "no lines"),
-        ("t.jsonl", b"x\n", "record 1: the line is no JSON"),
+        ("t.jsonl", b"x\n", "record 1: the line is not JSON"),
         ("t.jsonl", b'{"url": "x", "caption": "y"}\n', "columns are url, caption"),
         ("t.parquet", b"PAR1 nothing", "cannot read the table"),
         ("t.xyz", b"", "--dataset-type"),

@@ -216,7 +216,7 @@ def test_text_wins_over_json_and_several_captions_stay_several(tmp_path):
         (b"{", "json", "damaged JSON"),
         (b"[" * 100_000, "json", "damaged JSON"),
         (b"[1]", "json", "no caption"),
-        (b'{"caption": 7}', "json", "no text but int"),
+        (b'{"caption": 7}', "json", "not text but int"),
         (b'{"caption": []}', "json", "empty caption"),
         (b"x" * ((1 << 20) + 1), "txt", "too large"),
     ],
@@ -291,7 +291,7 @@ def broken_shards(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
     cases = {
         "gzip": (b"\x1f\x8b" + good, "gunzip it first"),
         "empty": (b"", "is empty"),
-        "text": (b"this is no tar file" * 100, "no tar file"),
+        "text": (b"this is no tar file" * 100, "not a tar file"),
         "cut in data": (good[:700], "cut off"),
         "cut in header": (good[: len(picture(0)[0]) // 512 * 512 + 1024 + 100], "damaged"),
         "too large": (changed(124, b"77777777777\0"), "cut off"),
@@ -321,7 +321,7 @@ def test_damaged_shards_get_one_line_that_names_them(tmp_path):
 def test_other_mistakes(tmp_path):
     with pytest.raises(DataError, match=r"no-000\.tar"):
         open_source(str(tmp_path / "no-{000..002}.tar"))
-    with pytest.raises(DataError, match=r"no file fits .*\*\.tar"):
+    with pytest.raises(DataError, match=r"no file matches .*\*\.tar"):
         open_source(str(tmp_path / "*.tar"))
     twice = write_tar(tmp_path / "twice.tar", [*sample("a"), *sample("b"), *sample("a")])
     with pytest.raises(DataError, match=r"twice\.tar holds 'a\.jpg' twice"):

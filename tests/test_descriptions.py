@@ -203,7 +203,7 @@ def test_keys_of_transformers_that_clipcore_does_not_have_are_refused():
         ("vision_config", "layer_norm_eps", 1e-12, "layer_norm_eps"),
         ("vision_config", "num_channels", 1, "num_channels is 1; .* have 3"),
         ("text_config", "eos_token_id", 7, "eos_token_id is 7; .* largest id, 513"),
-        ("text_config", "hidden_size", "32", "hidden_size is '32', no whole number from 1"),
+        ("text_config", "hidden_size", "32", "hidden_size is '32', not a whole number from 1"),
         ("text_config", "num_attention_heads", 0, "num_attention_heads is 0"),
     ):
         changed = {**content, tower: {**content[tower], key: value}}

@@ -351,13 +351,13 @@ EVEN = [[4, 4, 4]] * 3
         ),
         (
             {"rows": [4, 4, 3], "shard_sizes": EVEN},
-            "rank 2 has 3 rows, shard_sizes says 4",
-            "rank 2 has 3 rows, shard_sizes says 4",
+            "rank 2 has 3 rows, but shard_sizes has 4",
+            "rank 2 has 3 rows, but shard_sizes has 4",
         ),
         (
             {"rows": [4, 4, 7], "shard_sizes": EVEN},
-            "rank 2 has 7 rows, shard_sizes says 4",
-            "rank 2 has 7 rows, shard_sizes says 4",
+            "rank 2 has 7 rows, but shard_sizes has 4",
+            "rank 2 has 7 rows, but shard_sizes has 4",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -570,7 +570,7 @@ def test_extension_checks_its_arguments(pool: RankPool, changed: dict[str, Any],
         ({"wire_dtype": torch.int8}, "wire_dtype must be float16, .* got torch.int8"),
         ({"shard_sizes": [2, 2]}, "numbers of rows of the 1 ranks"),
         ({"shard_sizes": [-1]}, "numbers of rows of the 1 ranks"),
-        ({"shard_sizes": [3]}, "the rank has 2 rows, shard_sizes says 3"),
+        ({"shard_sizes": [3]}, "the rank has 2 rows, but shard_sizes has 3"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], said: str) -> None:

@@ -284,7 +284,9 @@ def test_classes_of_one_name_are_said(tmp_path):
     config = dataclasses.replace(settings_of(tmp_path / "v"), imagenet_val=str(tmp_path / "v"))
     plan = EvaluationPlan(config, ALONE, byte_tokenizer(), ImageTransform(32, is_train=False))
     lines = plan.describe_sources(plan.zero_shot[0].source)
-    assert lines[-1] == ("classes of v: 2 classes are named 'missile', which no prompt tells apart")
+    assert lines[-1] == (
+        "classes of v: 2 classes are named 'missile', which no prompt can distinguish"
+    )
 
 
 def test_the_log_says_what_a_figure_leaves_out_and_what_sources_hold(tmp_path, capsys):

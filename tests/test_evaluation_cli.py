@@ -485,7 +485,7 @@ def test_warnings_of_weights_are_notes(shapes, tmp_path, capsys):
     line += [str(shapes), "--output", str(tmp_path / "results"), "--device", "cpu"]
     assert main(line) == 2
     printed = capsys.readouterr().err
-    assert "note: " in printed and "taken as ViT-nano-8-32 with GELU" in printed
+    assert "note: " in printed and "assumed to be ViT-nano-8-32 with GELU" in printed
     assert "UserWarning" not in printed and "vocabulary" in printed.splitlines()[-1]
 
 

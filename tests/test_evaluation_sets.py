@@ -133,7 +133,7 @@ def test_what_the_system_refuses_to_a_split_comes_in_one_line(tmp_path):
         ("no/such", "there is no data set 'no/such': name a folder, a table, .*glyphs/shift"),
         ("a\0b", "there is no data set"),
         ("x" * 5000, "there is no data set"),
-        ("no/*.tar", "no file fits the pattern"),
+        ("no/*.tar", "no file matches the pattern"),
         ("a{", "a brace is not closed"),
     ],
 )

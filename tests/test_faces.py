@@ -98,9 +98,9 @@ def test_files_that_do_not_fit_are_named(tmp_path, file, content, message):
         ((3, 1, 3, 1), "int64", "its race is 3, and there are 3, 0 to 2"),
         ((3, 1, 0, 2), "int64", "its race_binary is 2, and there are 2"),
         ((3, 1, 0), "int64", "numbers have the shape .3., and 4 are read"),
-        ((3, 1, 0, -1), "int64", "have to be whole ones from 0"),
-        ((3, 1, 0.5, 1), "float64", "have to be whole ones from 0"),
-        ((3, 1, float("nan"), 1), "float64", "have to be whole ones from 0"),
+        ((3, 1, 0, -1), "int64", "must be whole numbers from 0"),
+        ((3, 1, 0.5, 1), "float64", "must be whole numbers from 0"),
+        ((3, 1, float("nan"), 1), "float64", "must be whole numbers from 0"),
     ],
 )
 def test_numbers_that_are_no_answers_are_named(tmp_path, numbers, dtype, message):

@@ -72,7 +72,7 @@ def test_a_fault_shows_its_trace_and_is_no_loss_that_is_not_finite(error, capfd)
     assert any(type(error).__name__ in line for line in trace)
     assert (
         last
-        == "clipcore.test: error: this is a fault of clipcore; please report it with the lines above"
+        == "clipcore.test: error: this is a bug in clipcore; please report it with the lines above"
     )
 
 
@@ -198,7 +198,7 @@ def test_a_place_where_the_ranks_cannot_meet_is_named(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ValueError,
-        match="rank 1 cannot meet the others at host:7: The server socket has failed to listen;",
+        match="rank 1 cannot reach the others at host:7: The server socket has failed to listen;",
     ):
         init_distributed("cpu")
 

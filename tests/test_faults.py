@@ -137,7 +137,7 @@ def test_a_run_that_loses_ranks_in_every_phase_ends_with_the_same_bits(tmp_path)
             f"clipcore.train: rank {1 - rank} ends: rank {rank} (?:has|did|ended)", said
         )
         assert len(named) == sum(place[0] == rank for place in FAULTS), said
-    late = "rank 1 did not come to the last passes and the gradients' average of step 8"
+    late = "rank 1 did not enter the last passes and the gradients' average of step 8"
     assert f"{late} within 15 s" in said and said.count(f"rank 1 ends: {late}") == 1, said
     assert "rank 0 ended with OSError: the disk of this rank is gone" in said
     assert_same_bits(tmp_path / "unbroken", tmp_path / "broken")
@@ -163,10 +163,10 @@ def test_a_restart_finds_the_run_without_a_name(tmp_path):
 
 GATHER, SEEN = (
     "the all-gather of texts of step 17",
-    "it was last seen coming to the barrier of step 16",
+    "it last entered the barrier of step 16",
 )
-LATE = f"rank 2 did not come to {GATHER} within 10 s; {SEEN}"
-DEAD = f"rank 2 has died (its connection closed) before it came to {GATHER}; {SEEN}"
+LATE = f"rank 2 did not enter {GATHER} within 10 s; {SEEN}"
+DEAD = f"rank 2 has died (its connection closed) before it entered {GATHER}; {SEEN}"
 SAID = {
     ("sleep", 0): LATE,
     ("sleep", 1): LATE,
@@ -174,25 +174,25 @@ SAID = {
     ("die", 0): DEAD,
     ("die", 1): DEAD,
     ("die_in_backward", 0): (
-        "rank 1 has died (its connection closed) before it came to the backward pass of step 17; "
-        "it was last seen coming to the all-gather of features of step 17"
+        "rank 1 has died (its connection closed) before it entered the backward pass of step 17; "
+        "it last entered the all-gather of features of step 17"
     ),
-    ("raise", 0): f"rank 1 ended with OSError: no disk, and did not get through {GATHER}",
-    ("behind", 0): "the ranks are out of step: rank 2 came to the all-gather of texts of step 16; "
-    f"ranks 0, 1 came to {GATHER}",
-    ("elsewhere", 0): f"the ranks are out of step: rank 0 came to {GATHER}; "
-    "rank 1 came to the gathering of rows of step 17",
-    ("other_kind", 0): f"the ranks are out of step: rank 0 came to {GATHER}; "
-    "rank 1 came to the sum of columns of step 17",
+    ("raise", 0): f"rank 1 ended with OSError: no disk, and did not finish {GATHER}",
+    ("behind", 0): "the ranks are out of step: rank 2 entered the all-gather of texts of step 16; "
+    f"ranks 0, 1 entered {GATHER}",
+    ("elsewhere", 0): f"the ranks are out of step: rank 0 entered {GATHER}; "
+    "rank 1 entered the gathering of rows of step 17",
+    ("other_kind", 0): f"the ranks are out of step: rank 0 entered {GATHER}; "
+    "rank 1 entered the sum of columns of step 17",
     ("other_size", 0): (
-        "the ranks are out of step: rank 0 came to the maximum of columns of step 17; "
-        "rank 1 came to the sum of columns of step 17"
+        "the ranks are out of step: rank 0 entered the maximum of columns of step 17; "
+        "rank 1 entered the sum of columns of step 17"
     ),
     (
         "host_waits",
         0,
-    ): "rank 0 ends: rank 1 did not come to the sum of rows of step 17 within 10 s; "
-    "it was last seen coming to the barrier of step 16",
+    ): "rank 0 ends: rank 1 did not enter the sum of rows of step 17 within 10 s; "
+    "it last entered the barrier of step 16",
 }
 SAID |= {("behind", 1): SAID["behind", 0], ("behind", 2): SAID["behind", 0]}
 SAID |= {(case, 1): SAID[case, 0] for case in ("elsewhere", "other_kind")}
@@ -204,11 +204,11 @@ def test_survivors_name_the_rank_the_collective_and_the_step(ends, case, rank):
     assert ends[case, rank].status == watchdog.EXIT_STATUS
 
 
-def test_without_the_notes_only_what_is_known_is_said(ends):
-    """Rank 0, which held them, is the one that died."""
+def test_without_the_store_the_error_names_only_the_collective(ends):
+    """Rank 0, which held the store, is the one that died."""
     text = ends["host_dies", 1].text
     assert text.startswith(
-        f"{GATHER} lost a connection, and rank 0, which held the notes, has ended"
+        f"{GATHER} lost a connection, and rank 0, which held the store, has ended"
     )
     assert ends["host_dies", 1].status == watchdog.EXIT_STATUS
 
@@ -218,12 +218,12 @@ def test_a_mistake_of_its_own_is_no_other_ranks_fault(ends):
     assert re.match(r"RuntimeError: (mm: )?mat1 and mat2", ends["own_mistake", 1].text)
 
 
-def test_closing_waits_for_the_watch_to_leave_the_store(monkeypatch):
+def test_closing_waits_for_the_watchdog_to_leave_the_store(monkeypatch):
     """Python ends its daemon threads where they come back from C++, which aborts a process that is done."""
     monkeypatch.setattr(watchdog, "_POLL_S", 0.0)
     monkeypatch.setattr(watchdog, "PATIENCE_S", LIMIT_S)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    call = watchdog._RollCall(store, 0, 1, timeout_s=LIMIT_S, is_launchers=True)
+    call = watchdog._Watchdog(store, 0, 1, timeout_s=LIMIT_S, is_launchers=True)
     inside, may_leave = threading.Event(), threading.Event()
     check = call._store.check
 
@@ -244,19 +244,19 @@ def test_closing_waits_for_the_watch_to_leave_the_store(monkeypatch):
     assert not closing.is_alive() and not call._watcher.is_alive()
 
 
-def test_only_the_rank_that_holds_the_notes_stays_for_the_others(monkeypatch):
+def test_only_the_rank_that_holds_the_store_waits_for_the_others(monkeypatch):
     stays = []
     monkeypatch.setattr(watchdog.time, "sleep", stays.append)
     for rank, is_launchers in ((0, False), (0, True), (1, False)):
-        call = object.__new__(watchdog._RollCall)
+        call = object.__new__(watchdog._Watchdog)
         call._rank, call._is_launchers = rank, is_launchers
         call._linger()
     assert stays == [watchdog._LINGER_S]
 
 
-def test_one_process_notes_nothing():
+def test_one_process_records_nothing():
     watchdog.at_step(3)
-    with pytest.raises(ZeroDivisionError), watchdog.farewell():  # noqa: SIM117
+    with pytest.raises(ZeroDivisionError), watchdog.report_failure():  # noqa: SIM117
         with watchdog.collective("sum"):
             raise ZeroDivisionError
     watchdog.at_step(0)

@@ -54,19 +54,19 @@ def test_labels_of_one_column_and_whole_floats_are_classes(tmp_path, labels):
         ({"labels": [0, 1, 2, 1 << 40]}, "the label 1099511627776 of row 3 is of no class"),
         (
             {"labels": [0.0, 1, 2, 0.5]},
-            r"the label 0.5 is no whole number; .* labels.astype\(int\)",
+            r"the label 0.5 is not a whole number; .* labels.astype\(int\)",
         ),
-        ({"labels": [0.0, 1, 2, np.nan]}, "the label nan is no whole number"),
+        ({"labels": [0.0, 1, 2, np.nan]}, "the label nan is not a whole number"),
         ({"labels": [0.0, 1, 2, np.inf]}, "the label inf of row 3 is of no class"),
         ({"labels": [0.0, 1, 2, -1]}, "the label -1.0 of row 3 is of no class"),
-        ({"labels": [[0.0, 0.5]] * 4}, "the label 0.5 is no whole number"),
+        ({"labels": [[0.0, 0.5]] * 4}, "the label 0.5 is not a whole number"),
         (
             {"labels": [True] * 4},
             r"labels are bool \[4\], not numbers \[N\]; write labels.astype\(int",
         ),
-        ({"labels": [0] * 4}, "a has one class, 'class 0', which each image is of"),
-        ({"labels": 3}, "labels are one number of int64; write one row an image"),
-        ({"labels": [[0, 2]] * 4}, "other numbers than 0 and 1"),
+        ({"labels": [0] * 4}, "a has one class, 'class 0', for all images"),
+        ({"labels": 3}, "labels are one number of int64; write one row per image"),
+        ({"labels": [[0, 2]] * 4}, "numbers other than 0 and 1"),
         ({"labels": np.array([print] * 4, object)}, r"labels are object \[4\]; .*astype\(int\)"),
         ({"labels": ["cat"] * 4}, r"labels are <U3 \[4\]; .*labels.astype\(int\)"),
         ({"features": np.full((4, 3), np.nan)}, "row 0 of features is not finite"),
@@ -95,7 +95,7 @@ def test_files_of_features_that_are_none(tmp_path):
     refuse(path, "Not a regular file")
     path.unlink()
     put(path, b"PK\3\4" + b"x" * 100)
-    refuse(path, "is no .npz file, or is cut off")
+    refuse(path, "is not a .npz file, or is cut off")
     whole = write_features(path, [0] * 4).read_bytes()
     put(path, whole.replace(np.arange(12, dtype=np.float32).tobytes(), b"\0" * 48))
     refuse(path, "is damaged .*Bad CRC-32")
@@ -121,7 +121,7 @@ def test_files_of_features_that_are_none(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("features.npy", npy(np.zeros((1 << 18, 64)), "float32"))
         archive.writestr("labels.npy", npy(np.zeros(1 << 18), "int64"))
-    refuse(path, "compressed are no features")
+    refuse(path, "compressed are not features")
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(1500):
             archive.writestr(str(number), b"")

@@ -314,7 +314,7 @@ def test_another_version_of_the_package(folder):
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"home": "f0z"}', b'{"home": 5}', b"[" * 10**6])
 def test_a_broken_table(folder, content):
     (folder / "materialdesignicons6-webfont-charmap-6.9.96.json").write_bytes(content)
-    with pytest.raises(DataError, match="is no table of icons: pip install") as error:
+    with pytest.raises(DataError, match="is not a table of icons: pip install") as error:
         IconSource("train")
     assert "\n" not in str(error.value)
 

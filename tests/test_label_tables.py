@@ -151,10 +151,10 @@ def test_labels_of_a_table_are_read_as_folders_are(tmp_path):
 
 def test_one_class_of_a_table_or_of_shards_is_none(tmp_path):
     table = write_table(tmp_path / "table", [{"label": "cat"}] * 2, "csv")
-    refuse(table, "labels.csv has one class, 'cat', which each image is of; .* needs two or more")
+    refuse(table, "labels.csv has one class, 'cat', for all images; .* needs two or more")
     folder = write_wds(tmp_path / "wds", 0)
     put(folder / "classnames.txt", "cat\n")
-    refuse(folder, "wds has one class, 'cat', which each image is of")
+    refuse(folder, "wds has one class, 'cat', for all images")
     # Each of its images may be of the class or not.
     folder = write_wds(tmp_path / "several", npy([1]), npy([0]), suffix="npy")
     put(folder / "classnames.txt", "cat\n")
@@ -193,7 +193,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, kind):
     first, second = (
         ("row of more fields than the header's 2", "row of fewer fields than the header's 2")
         if kind == "csv"
-        else ("line that is no JSON", "line that is no JSON object")
+        else ("line that is not JSON", "line that is not a JSON object")
     )
     places = (("line 3", "line 5", "line 6", "line 7") if kind == "csv" else
               ("record 2", "record 4", "record 5", "record 6"))  # fmt: skip
@@ -219,7 +219,7 @@ def test_lone_surrogates_of_json_are_replaced(tmp_path):
         ({"label": True}, "holds no text or whole number but bool"),
         ({"label": 0.5}, "holds no text or whole number but float"),
         ({"label": 1 << 64}, "holds no text or whole number but int"),
-        ({"label": "x" * 1001}, "1,001 characters in the column 'label' are no name"),
+        ({"label": "x" * 1001}, "1,001 characters in the column 'label' are not a name"),
         ({"label": "a", "split": "holdout"}, "the split 'holdout' is none of train, val, test"),
         ({"label": None}, "has no row with an image and a label; found 1 x row without a label"),
         (
@@ -293,7 +293,7 @@ def test_tables_that_are_none(tmp_path, suffix):
     put(path, "")
     refuse(path, "no column|has no lines|cannot read the table")
     put(path, b"\xff\xfe\0" * 10)
-    refuse(path, "not UTF-8|no JSON|cannot read the table")
+    refuse(path, "not UTF-8|not JSON|cannot read the table")
     with open(path, "wb") as file:
         file.truncate(1 << 34)
     refuse(path, "more than 1048576|cannot read the table")

@@ -122,17 +122,17 @@ def test_labels_that_are_of_no_class(tmp_path, label, message):
     [
         (npy([0] * 9), r"its label has the shape \[9\], and classnames.txt names 10 classes"),
         (npy([[0] * 10]), r"its label has the shape \[1, 10\]"),
-        (npy([0] * 9 + [2]), "other numbers than 0 and 1"),
-        (npy([-1] * 10, "int8"), "other numbers than 0 and 1"),
-        (npy([0.0] * 9 + [float("nan")], "float64"), "other numbers than 0 and 1"),
+        (npy([0] * 9 + [2]), "numbers other than 0 and 1"),
+        (npy([-1] * 10, "int8"), "numbers other than 0 and 1"),
+        (npy([0.0] * 9 + [float("nan")], "float64"), "numbers other than 0 and 1"),
         (npy([0] * 10, "complex64"), "holds no numbers in C order"),
         (npy(["a"] * 10, "U1"), "holds no numbers in C order"),
         (npy([0] * 10)[:-1], r"uint8 \[10\] needs 10 bytes, there are 9"),
         (npy([0] * 10) + b"x", r"uint8 \[10\] needs 10 bytes, there are 11"),
         (npy([0] * 2000), "a label of 2,128 bytes is too long"),
         (b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((", "unreadable .npy header"),
-        (pickle.dumps([0] * 10), "no .npy file of version 1.0"),
-        (b"", "no .npy file of version 1.0"),
+        (pickle.dumps([0] * 10), "not a .npy file of version 1.0"),
+        (b"", "not a .npy file of version 1.0"),
     ],
 )
 def test_rows_of_labels_that_are_none(tmp_path, label, message):
@@ -149,13 +149,13 @@ def test_an_array_of_objects_is_never_unpickled():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("test/nshards.txt", "two", "says 'two', which is no number of shards"),
+        ("test/nshards.txt", "two", "says 'two', which is not a number of shards"),
         ("test/nshards.txt", "0", "says '0'"),
         ("test/nshards.txt", "-1", "says '-1'"),
         ("test/nshards.txt", "999999", "says '999999'"),
         ("test/nshards.txt", "1" * 65, "is longer than 64 bytes"),
         ("test/nshards.txt", "2", "has no 1.tar, one of the 2 shards that nshards.txt counts"),
-        ("test/0.tar", b"x" * 1024, "is no tar file"),
+        ("test/0.tar", b"x" * 1024, "is not a tar file"),
         ("test/0.tar", b"", "is empty"),
         (
             "dataset_type.txt",

@@ -440,5 +440,5 @@ class BrokenConnection:
 
 
 def test_a_worker_is_lost_where_only_its_connection_shows_it():
-    with pytest.raises(WorkerLostError, match="was killed, most often for want of memory"):
+    with pytest.raises(WorkerLostError, match="was killed, usually because memory ran out"):
         next(loader._from_workers(BrokenConnection()))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ import clipcore
 from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import ClipLoss, SigLipLoss
-from clipcore.loss.options import say_once
+from clipcore.loss.options import warn_once
 from clipcore.ranks.distributed import World
 
 NUM_RANKS = 4
@@ -82,7 +82,7 @@ def test_open_clip_call_and_return() -> None:
 
 
 def test_flags_of_open_clipsay_once_that_they_change_nothing() -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.warns(UserWarning, match="always computes the exact loss") as told:
         for _ in range(3):
             kept = ClipLoss(local_loss=True, rank=1, world_size=2)
@@ -127,9 +127,9 @@ def test_logits_of_ones_own_refuse_what_they_would_drop() -> None:
         "Own", (ClipLoss,), {"get_logits": lambda _, *x, **k: ClipLoss().get_logits(*x, **k)}
     )
     assert own()(image, text, 10.0).isfinite()
-    with pytest.raises(ValueError, match="knows no ids and no label smoothing"):
+    with pytest.raises(ValueError, match="supports neither ids nor label smoothing"):
         own()(image, text, 10.0, image_ids=ids, text_ids=ids)
-    with pytest.raises(ValueError, match="knows no ids and no label smoothing"):
+    with pytest.raises(ValueError, match="supports neither ids nor label smoothing"):
         own(label_smoothing=0.1)(image, text, 10.0)
 
 
@@ -421,7 +421,7 @@ def test_what_ranks_cannot_do_is_refused() -> None:
     own = type(
         "Own", (ClipLoss,), {"get_logits": lambda _, *x, **k: ClipLoss().get_logits(*x, **k)}
     )
-    with pytest.raises(ValueError, match="sees this rank's pairs only"):
+    with pytest.raises(ValueError, match="covers only this rank's pairs"):
         own(world_size=2)(image, text, 10.0)
     for loss_fn in (ClipLoss(world_size=2), SigLipLoss(world_size=2)):
         with pytest.raises(ValueError, match="both or none"):

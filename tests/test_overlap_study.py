@@ -293,18 +293,14 @@ def test_images_that_are_there_twice_are_not_other_images():
     source, _ = training()
     _, details = measure_overlap(features, IS_RIGHT, source, "x", pixel_descriptor())
     assert 0.5 < details["threshold"] < 0.9
-    assert details["notes"][0] == (
-        "8 of 40 images that the threshold is proposed from are there twice"
-    )
+    assert details["notes"][0] == ("8 of 40 images that the threshold is proposed from occur twice")
 
 
 def test_no_threshold_where_other_images_are_as_near_as_copies():
     """Each picture is there twice."""
     source = GivenSource([pattern(n // 2) for n in range(20)], "twins")
     features = GivenFeatures(torch.ones(20, 2), source)
-    message = (
-        "no threshold tells copies of images of twins from its other images .*; give --threshold"
-    )
+    message = "no threshold separates copies of images of twins from its other images .*; give --threshold"
     with pytest.raises(DataError, match=message):
         measure_overlap(features, IS_RIGHT[:20], source, "x", pixel_descriptor())
     flat = GivenSource([np.full((9, 9), 7, np.uint8)], "flat")

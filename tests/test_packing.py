@@ -204,7 +204,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     width = find_model("ViT-nano-8-32").text.width
     sees_all = Transformer(width, 2, 2)
     packed = pack_captions(padded([3, 4]))
-    with pytest.raises(ValueError, match="only a causal text tower cannot see"):
+    with pytest.raises(ValueError, match="only a causal text tower can do without"):
         sees_all.pooled(torch.zeros(*packed.ids_RP.shape, width), packed=packed)
     ours = create_model("ViT-nano-8-32", force_context_length=8)
     with pytest.raises(ValueError, match="captions of 9 tokens"):

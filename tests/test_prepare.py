@@ -217,7 +217,7 @@ def test_killed_in_between_and_run_again_gives_the_same_bytes(tmp_path, sign):
             os.kill(int(pid), signal.SIGKILL)
         raise
     if sign == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in message
+        assert process.returncode == 130 and "the same command continues" in message
         assert "Traceback" not in message and not list(out.glob("*.tmp"))
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert 3 <= len(finished) < 15
@@ -283,7 +283,9 @@ def test_other_settings_and_other_sources_are_refused(tmp_path):
         (settings(shard_size=4), "--shard-size 8"),
         (dataclasses.replace(settings(), max_pixels=1000), "--max-pixels 26000000"),
     ]:
-        with pytest.raises(DataError, match=f"{flag}, now .*; give the former to go on, or choose"):
+        with pytest.raises(
+            DataError, match=f"{flag}, now .*; use the old value to continue, or choose"
+        ):
             prepare(data, out, other)
     # One of before there was the limit, and one that was begun without quotation marks.
     manifest = json.loads((out / MANIFEST).read_text())
@@ -337,9 +339,7 @@ def test_another_pillow_makes_no_shard_beside_those_of_the_first(tmp_path):
     assert json.loads((out / MANIFEST).read_text())["versions"] == {"Pillow": "1.0"}
     (out / "00001.tar").unlink()
     before = contents(out)
-    with pytest.raises(
-        DataError, match=r"begun with Pillow 1\.0, here is Pillow .*install the former"
-    ):
+    with pytest.raises(DataError, match=r"begun with Pillow 1\.0, here is Pillow .*install those"):
         prepare(data, out, settings())
     assert contents(out) == before
 
@@ -357,7 +357,7 @@ def test_a_signal_while_processes_are_begun_is_not_lost(tmp_path, sign):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 128 + sign, done.stderr
-    assert "Traceback" not in done.stderr and "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr and "the same command continues" in done.stderr
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_shard(tmp_path, monkeypatch, capsys):

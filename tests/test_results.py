@@ -72,9 +72,11 @@ def test_no_two_results_share_a_file(tmp_path, a, b):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, number):
     folder = tmp_path / "results"
-    with pytest.raises(ValueError, match=r"^acc1 of ViT-B-32 on glyphs is -?(nan|inf), no finite"):
+    with pytest.raises(
+        ValueError, match=r"^acc1 of ViT-B-32 on glyphs is -?(nan|inf), not a finite"
+    ):
         write_result(folder, result(metrics={"acc1": number}))
-    with pytest.raises(ValueError, match=r"^the details of ViT-B-32 on glyphs are no JSON"):
+    with pytest.raises(ValueError, match=r"^the details of ViT-B-32 on glyphs are not JSON"):
         write_result(folder, result(details={"trace": [[1.0, number]]}))
     assert not folder.exists()
 
@@ -195,7 +197,7 @@ def test_studies_and_other_json_files_are_no_results(tmp_path):
     (tmp_path / "scaling.json").write_text('{"study": "scaling", "models": []}')
     (tmp_path / "list.json").write_text("[1, 2]")
     assert [one.file_name for one in read_results(tmp_path)] == [path.name]
-    with pytest.raises(DataError, match=r"list\.json is no result of an evaluation"):
+    with pytest.raises(DataError, match=r"list\.json is not a result of an evaluation"):
         read_result(tmp_path / "list.json")
 
 
@@ -223,14 +225,14 @@ HOSTILE = {
     "a gigabyte of nothing": (make_sparse, "more than 4 MB, which no result has; remove it"),
     "lists in lists": (
         lambda path: path.write_text("[" * 100_000),
-        "is no JSON: maximum recursion",
+        "is not JSON: maximum recursion",
     ),
-    "a cut file": (lambda path: path.write_text('{"dataset": "gly'), "is no JSON: Unterminated"),
-    "another encoding": (lambda path: path.write_bytes(b'{"a": "\xe9"}'), "is no JSON: 'utf-8'"),
-    "a number of 5,000 digits": (lambda path: path.write_text("1" * 5000), "is no JSON: Exceeds"),
+    "a cut file": (lambda path: path.write_text('{"dataset": "gly'), "is not JSON: Unterminated"),
+    "another encoding": (lambda path: path.write_bytes(b'{"a": "\xe9"}'), "is not JSON: 'utf-8'"),
+    "a number of 5,000 digits": (lambda path: path.write_text("1" * 5000), "is not JSON: Exceeds"),
     "no metrics": (
         lambda path: path.write_text('{"dataset":"a","model":"b","pretrained":"c","task":"d"}'),
-        "has no metrics; evaluate it anew",
+        "has no metrics; evaluate it again",
     ),
 }
 

@@ -686,7 +686,7 @@ def test_a_killed_worker_costs_no_step(server, table, tmp_path):
     (worker,) = children(run.pid)
     os.kill(worker, signal.SIGKILL)
     assert run.wait() == train.WORKER_LOST_STATUS
-    assert "was killed, most often for want of memory; use fewer --workers" in one_line(run.text)
+    assert "was killed, usually because memory ran out; use fewer --workers" in one_line(run.text)
     assert "go on with: python -m clipcore.train --resume" in run.text
     done = [row["step"] for row in read_metrics(tmp_path / "r")[0]][-1]
     newest = latest_checkpoint(tmp_path / "r" / "checkpoints")

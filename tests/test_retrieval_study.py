@@ -80,7 +80,7 @@ def test_an_image_without_a_caption_is_left_out_and_counted():
 
 
 def test_what_cannot_be_retrieved_is_named():
-    with pytest.raises(DataError, match="no image of given has a caption"):
+    with pytest.raises(DataError, match="no image of given has a readable caption"):
         measure_retrieval(features_of([[], []]), encode)
     with pytest.raises(DataError, match="a file of features has no captions"):
         measure_retrieval(GivenFeatures(AXES), encode)

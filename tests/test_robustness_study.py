@@ -52,7 +52,7 @@ def test_robustness_of_the_papers_model_beside_85_standard_models(tmp_path, unit
     closed = v2["models"][0]["gap_closed"]
     lost = 0.762 - (0.701 - v2["models"][0]["effective"])
     assert closed == pytest.approx(1 - (0.762 - 0.701) / lost)
-    is_said = any("taken to be in %" in note for note in study["notes"])
+    is_said = any("read in %" in note for note in study["notes"])
     assert is_said == (unit == 1.0)
 
 
@@ -185,7 +185,7 @@ def test_accuracies_of_strangers_are_no_shares(tmp_path):
     put(tmp_path, "glyphs", 0.5)
     put(tmp_path, "glyphs/shift", 76.2)
     with pytest.raises(
-        DataError, match=r"acc1 of ViT-B-32 openai on glyphs/shift is 76.2, no share"
+        DataError, match=r"acc1 of ViT-B-32 openai on glyphs/shift is 76.2, not a share"
     ):
         robustness_study(tmp_path)
 
@@ -199,15 +199,21 @@ TABLES = {
     "nothing": ("", "its first line has none"),
     "a set missing": ("model,glyphs\na,0.5\n", "has no column glyphs-shift; its columns are model"),
     "a short row": ("model,glyphs,glyphs/shift\na,0.5\n", "line 2: 2 fields under 3 columns"),
-    "a word": ("model,glyphs,glyphs/shift\na,high,0.5\n", "line 2: glyphs is 'high', no number"),
-    "nan": ("model,glyphs,glyphs/shift\na,nan,0.5\n", "line 2: glyphs is 'nan', no number"),
-    "more than all": ("model,glyphs,glyphs/shift\na,50,120\n", "is 120, no accuracy from 0 to 100"),
-    "negative": ("model,glyphs,glyphs/shift\na,-0.5,0.2\n", "is -0.5, no accuracy from 0 to 1;"),
+    "a word": ("model,glyphs,glyphs/shift\na,high,0.5\n", "line 2: glyphs is 'high', not a number"),
+    "nan": ("model,glyphs,glyphs/shift\na,nan,0.5\n", "line 2: glyphs is 'nan', not a number"),
+    "more than all": (
+        "model,glyphs,glyphs/shift\na,50,120\n",
+        "is 120, not an accuracy from 0 to 100",
+    ),
+    "negative": (
+        "model,glyphs,glyphs/shift\na,-0.5,0.2\n",
+        "is -0.5, not an accuracy from 0 to 1;",
+    ),
     "one model": ("model,glyphs,glyphs/shift\na,0.5,0.2\n", "there are 1; give a table of models"),
-    "a quote": ('model,glyphs,glyphs/shift\n"a,0.5,0.2\n', "is no csv table: unexpected end"),
+    "a quote": ('model,glyphs,glyphs/shift\n"a,0.5,0.2\n', "is not a csv table: unexpected end"),
     "a long field": (
         "model,glyphs,glyphs/shift\n" + "a" * 200_000 + "\n",
-        "is no csv table: field",
+        "is not a csv table: field",
     ),
     "many rows": ("model,glyphs,glyphs/shift\n" + "a,,\n" * 10_001, "more than 10,000 rows"),
     "too long": ("\n" * (1 << 20) + "\n", "more than 1 MB, which no table of models has"),

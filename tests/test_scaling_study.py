@@ -162,7 +162,7 @@ def test_sizes_that_hardly_differ_make_no_law(tmp_path):
     law = scaling_study(tmp_path / "results", path)["law"]
     assert law["exponent"] < -1e6
     path.write_text(json.dumps({name: 1e9 * (1 + k * 1e-9) for k, name in enumerate(RESNETS)}))
-    with pytest.raises(DataError, match="the models' compute is too alike for a law"):
+    with pytest.raises(DataError, match="the models' compute is too similar for a law"):
         scaling_study(tmp_path / "results", path)
 
 
@@ -171,17 +171,17 @@ COMPUTE = {
         "model,flops\nRN50,4\n",
         "has no column gmacs or compute; its columns are model, flops",
     ),
-    "b.csv": ("model,gmacs\nRN50,0\n", "line 2: the compute of RN50 is no positive number"),
-    "c.csv": ("model,gmacs\nRN50,\n", "line 2: the compute of RN50 is no positive number"),
-    "d.csv": ("model,gmacs,samples\nRN50,4,\n", "the compute of RN50 is no positive number"),
+    "b.csv": ("model,gmacs\nRN50,0\n", "line 2: the compute of RN50 is not a positive number"),
+    "c.csv": ("model,gmacs\nRN50,\n", "line 2: the compute of RN50 is not a positive number"),
+    "d.csv": ("model,gmacs,samples\nRN50,4,\n", "the compute of RN50 is not a positive number"),
     "e.csv": ("model,gmacs\nRN50,4\nRN50,5\n", "line 3: RN50 is there twice"),
-    "f.csv": ("model,gmacs,samples\nRN50,1e300,1e300\n", "is no positive number"),
-    "a.json": ("[4]", "no object of numbers by model, such as"),
-    "b.json": ('{"RN50": "4"}', "the compute of RN50 is no positive number"),
-    "c.json": ('{"RN50": NaN}', "the compute of RN50 is no positive number"),
-    "d.json": ("{", "is no JSON"),
-    "e.json": ('{"a":' * 50_000, "is no JSON: maximum recursion"),
-    "f.json": ('{"RN50": 1' + 400 * "0" + "}", "the compute of RN50 is no positive number"),
+    "f.csv": ("model,gmacs,samples\nRN50,1e300,1e300\n", "is not a positive number"),
+    "a.json": ("[4]", "not an object of numbers by model, such as"),
+    "b.json": ('{"RN50": "4"}', "the compute of RN50 is not a positive number"),
+    "c.json": ('{"RN50": NaN}', "the compute of RN50 is not a positive number"),
+    "d.json": ("{", "is not JSON"),
+    "e.json": ('{"a":' * 50_000, "is not JSON: maximum recursion"),
+    "f.json": ('{"RN50": 1' + 400 * "0" + "}", "the compute of RN50 is not a positive number"),
     "g.json": (" " * (1 << 20) + "{}", "more than 1 MB"),
 }
 

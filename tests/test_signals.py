@@ -47,7 +47,7 @@ def test_a_wait_for_data_ends_after_a_signal(is_waiting_first):
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(LIMIT_S)
     assert str(caught.value) == (
-        "no data came for 0.05 s after SIGTERM; look at the disk that holds it"
+        "no data arrived for 0.05 s after SIGTERM; check the disk that holds it"
     )
     assert caught.value.exit_status == received.exit_status == 143
 
@@ -59,14 +59,14 @@ def test_only_a_wait_that_is_long_itself_ends(monkeypatch):
     with Interrupt(data_wait_s=100.0) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         now = 1000.0
-        received._give_up()  # while nothing is waited for
+        received._end_wait()  # while nothing is waited for
         with waiting_for_data():
             now = 1099.0
-            received._give_up()
+            received._end_wait()
             now = 1100.0
             with pytest.raises(DataWaitError):
-                received._give_up()
-        received._give_up()
+                received._end_wait()
+        received._end_wait()
 
     # Of a process that is not alone.
     with Interrupt():
@@ -85,7 +85,7 @@ def test_slow_data_is_no_data_that_does_not_come(monkeypatch):
             def __getitem__(self, index: int) -> Pair:
                 nonlocal now
                 now += 99.0
-                received._give_up()
+                received._end_wait()
                 return super().__getitem__(index)
 
         os.kill(os.getpid(), signal.SIGTERM)
@@ -156,7 +156,7 @@ def test_a_run_whose_data_does_not_come_saves_its_last_step(
     said = capfd.readouterr()
     assert "saved step 3 of 10; go on with: python -m clipcore.train --resume" in said.out
     assert said.err.splitlines()[-1] == (
-        "clipcore.train: stopped: no data came for 0.1 s after SIGTERM; look at the disk that holds it"
+        "clipcore.train: stopped: no data arrived for 0.1 s after SIGTERM; check the disk that holds it"
     )
     rows = (tmp_path / "stuck" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]

@@ -172,11 +172,11 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path, kind):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "no index of weights"),
-        ({"weight_map": 3}, "no index of weights"),
-        ({"weight_map": {"logit_scale": "../w.safetensors"}}, "no file beside it"),
-        ({"weight_map": {"logit_scale": 3}}, "no file beside it"),
-        ({"weight_map": {"logit_scale": "model.safetensors.index.json"}}, "no file beside it"),
+        ([], "not an index of weights"),
+        ({"weight_map": 3}, "not an index of weights"),
+        ({"weight_map": {"logit_scale": "../w.safetensors"}}, "not a file beside it"),
+        ({"weight_map": {"logit_scale": 3}}, "not a file beside it"),
+        ({"weight_map": {"logit_scale": "model.safetensors.index.json"}}, "not a file beside it"),
         ({"weight_map": {"logit_bias": "w.safetensors"}}, "holds no logit_bias"),
     ],
 )
@@ -334,7 +334,7 @@ def test_what_is_no_weights_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         load_state_dict_file(tmp_path / "none.pt")
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="no readable safetensors"):
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
         load_state_dict_file(tmp_path / "w.safetensors")
 
 

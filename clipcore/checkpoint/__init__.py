@@ -1,13 +1,13 @@
-"""Checkpoints: folders that are whole or not there; ``clipcore.towers.weights`` reads files that other people wrote.
+"""Checkpoints, written atomically: a folder is complete or absent. ``clipcore.towers.weights`` reads other people's files.
 
-A checkpoint is a folder, ``step_00000042``: one safetensors file a group of tensors, state.json, and manifest.json with
-the size and the SHA-256 of each and of itself. A room of its own, since weights, data and runs all meet it.
+A checkpoint is a folder, ``step_00000042``. It holds one safetensors file for each group of tensors, state.json, and
+manifest.json with the size and SHA-256 of every file and of itself.
 
 ===============  =================================================================
-``manifest.py``  the names and manifests: which is the newest, which is damaged
-``read.py``      reads one, after comparing every byte of it
-``write.py``     writes one, of one process or of several together
-``lock.py``      one writing process a directory
+``manifest.py``  the names and manifests: which one is newest, which are damaged
+``read.py``      reads one, after comparing its hashes
+``write.py``     writes one, from one process or from several together
+``lock.py``      one writing process per directory
 ===============  =================================================================
 """
 

@@ -1,4 +1,4 @@
-"""One writing process a directory at a time."""
+"""A lock that allows one writing process per directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _locked: set[Path] = set()
 
 @contextlib.contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Holds a directory for one writing process; the system lets go of it when the process ends, however it ends.
+    """Lock a directory for one writing process; the system releases it however the process ends.
 
     Raises:
         CheckpointError: another run holds it.
@@ -27,8 +27,8 @@ def run_lock(directory: Path) -> Iterator[None]:
     path = directory / ".lock"
     busy = f"another run is writing to {directory}"
     remedy = "wait for it, stop it, or choose another folder"
-    # A lock of the process, not of the open file: forked workers that outlive a killed run do not hold it. Such
-    # locks do not conflict within a process, and end when any descriptor of the file is closed: hence the set.
+    # The lock belongs to the process, not to the open file, so forked workers that outlive a killed run do not hold it.
+    # Such locks do not conflict within a process, and closing any descriptor of the file releases them: hence the set.
     if directory in _locked:
         raise CheckpointError(f"{busy} (this process); {remedy}")
     try:

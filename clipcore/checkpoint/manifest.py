@@ -1,11 +1,11 @@
-"""The names and manifests of checkpoints: which a directory holds, which is the newest, and which is damaged.
+"""The names and manifests of checkpoints: which ones a directory holds, which one is newest, and which are damaged.
 
-The newest checkpoint is the one committed last, by the sequence number in its manifest: a run that went back to step 10
-goes on from there, not from a step 40 that it abandoned.
+The newest checkpoint is the one committed last, by the sequence number in its manifest. A run that went back to step 10
+continues from there, not from the abandoned step 40.
 
-A checkpoint is damaged when it lacks something or holds something else than its manifest says; it is then passed over, with
-a warning. One that cannot be read (a disk's error, no permission) may be whole: that is an error, so that no run goes on
-from an older one, and no save takes its place, as if it were not there.
+A checkpoint is damaged when its content is missing or differs from its manifest; it is then skipped with a warning. A
+checkpoint that cannot be read (disk error, no permission) may be intact. That is an error: otherwise a run would
+continue from an older one, or a save would replace it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from clipcore.files import NotRegularError, open_regular
 
 FORMAT = "clipcore checkpoint"
-# 1: every group is one file. 2: it may be several.
+# 1: every group is one file. 2: a group may be several files.
 FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -31,7 +31,7 @@ COMMITTED = re.compile(r"(?:\.displaced_)?(step_\d{8,})")
 MAX_JSON_BYTES = 1 << 24  # of the manifest and of the state
 CHUNK_BYTES = 1 << 24  # read, or written, at once
 
-# What opening a file says where there is none, or something else in its place.
+# The errors of opening a file that is missing or is something else.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
 
 
@@ -40,19 +40,19 @@ class CheckpointError(ValueError):
 
 
 class UnreadableError(CheckpointError):
-    """The system refuses to read a checkpoint, which may be whole."""
+    """The system refuses to read a checkpoint, which may be intact."""
 
 
 def step_name(step: int) -> str:
-    """Return the name of the folder of a checkpoint."""
+    """Return the name of a checkpoint's folder."""
     return f"step_{step:08d}"
 
 
 def committed_names(directory: Path) -> list[str]:
-    """Return the names of checkpoints in a directory, in order, be they whole or damaged; of no directory, none.
+    """Return the names of the checkpoints in a directory, intact or damaged, in order; none for a missing directory.
 
     Raises:
-        UnreadableError: the directory cannot be read, or is none.
+        UnreadableError: the path cannot be read, or is not a directory.
     """
     try:
         return sorted(name for name in os.listdir(directory) if COMMITTED.fullmatch(name))
@@ -63,16 +63,16 @@ def committed_names(directory: Path) -> list[str]:
 
 
 def committed(directory: Path) -> list[Path]:
-    """Return the checkpoints of a directory that have a readable manifest, the newest first.
+    """Return the checkpoints of a directory that have a readable manifest, newest first.
 
     Raises:
-        UnreadableError: the directory or a manifest is there and cannot be read.
+        UnreadableError: the directory or a manifest exists but cannot be read.
     """
     return scan(directory)[0]
 
 
 def scan(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Return the checkpoints of a directory: those with a readable manifest, the newest first, and the damaged ones."""
+    """Return the checkpoints with a readable manifest, newest first, and the damaged ones."""
     manifests, damaged = manifests_in(directory)
 
     def order(path: Path) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def scan(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def manifests_in(directory: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-    """Return the manifests in a directory by checkpoint, and the checkpoints that have none or a damaged one."""
+    """Return the manifests in a directory by checkpoint, and the checkpoints without a valid one."""
     while True:
         manifests: dict[Path, dict[str, Any]] = {}
         damaged: list[Path] = []
@@ -93,7 +93,7 @@ def manifests_in(directory: Path) -> tuple[dict[Path, dict[str, Any]], list[Path
                 raise
             except CheckpointError:
                 damaged.append(path)
-        # A run that is writing may have removed one since the names were read, and put a newer one there.
+        # A writing run may have removed a checkpoint since the names were read, and committed a newer one.
         if all(os.path.lexists(path) for path in damaged):
             return manifests, damaged
 
@@ -104,7 +104,7 @@ def next_sequence(directory: Path) -> int:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The folder of the checkpoint committed last, by its manifest alone; None where there is none."""
+    """Return the folder of the checkpoint committed last, by its manifest only; None if there is none."""
     return next(iter(committed(Path(directory))), None)
 
 
@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a newer clipcore; UnreadableError where it cannot be read.
+        CheckpointError: it is missing, damaged, or of a newer clipcore; UnreadableError if it cannot be read.
     """
     try:
         with opened(folder / MANIFEST) as file:
@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_complete(fields: Mapping[str, Any]) -> bool:
-    """Return whether a manifest has all that is read of it, each of its type."""
+    """Return whether a manifest has every field that is read, with the right type."""
     files = fields.get("files")
     if not isinstance(files, dict) or STATE not in files:
         return False
@@ -155,7 +155,7 @@ def _is_complete(fields: Mapping[str, Any]) -> bool:
 
 
 def manifest_text(fields: Mapping[str, Any]) -> bytes:
-    """The manifest with its own hash in it: any changed byte shows."""
+    """Return the manifest's text, including its own hash, so that any changed byte is detected."""
     body = json.dumps(fields, sort_keys=True).encode()
     signed = {**fields, "sha256": hashlib.sha256(body).hexdigest()}
     return (json.dumps(signed, indent=2, sort_keys=True) + "\n").encode()
@@ -163,25 +163,25 @@ def manifest_text(fields: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of a checkpoint; of anything else, such as a pipe, nothing is read.
+    """Open a file of a checkpoint; never read from anything but a regular file, such as a pipe.
 
     Raises:
-        CheckpointError: it is no file; UnreadableError where the system refuses to open or read it.
+        CheckpointError: it is not a file; UnreadableError if the system refuses to open or read it.
     """
     try:
         with open_regular(path) as file:
             yield file
     except NotRegularError as error:
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} is no file") from error
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} is not a file") from error
     except OSError as error:
         raise refusal(path, error) from error
 
 
 def refusal(path: Path, error: OSError) -> CheckpointError:
-    """Return what to raise where a file of a checkpoint cannot be opened or read."""
+    """Return the error to raise if a file of a checkpoint cannot be opened or read."""
     if error.errno in _ABSENT:
         return CheckpointError(f"{path.parent} is damaged: {path.name}: {error.strerror}")
     return UnreadableError(
-        f"cannot read {path}: {error.strerror}; it may be whole: try again, or move {path.parent.name} out of the folder to "
-        "go on without it"
+        f"cannot read {path}: {error.strerror}; it may be intact: try again, or move {path.parent.name} out of the folder "
+        "to continue without it"
     )

@@ -1,6 +1,6 @@
-"""Reads checkpoints: no byte of them counts before all are compared with the manifest, and no pickle is read.
+"""Reads checkpoints. All files are first compared with the manifest's hashes, and no pickle is read.
 
-A checkpoint may be the work of several processes (``write.py``). Whoever reads it need not know how many.
+Several processes may have written a checkpoint (``write.py``). The reader need not know how many.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _GROUP_FILE = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``save_checkpoint`` was given, read back and verified.
+    """The arguments of ``save_checkpoint``, read back and verified.
 
     Attributes:
         step: steps done.
-        tensors: by group and name; dicts, or where asked for ``TensorGroup``s.
+        tensors: by group and name; dicts, or ``TensorGroup``s if they are read lazily.
         state: the JSON values.
         path: its folder.
     """
@@ -56,22 +56,22 @@ class Checkpoint:
 def load_checkpoint(
     path: Path, map_location: str | torch.device = "cpu", lazily: bool = False
 ) -> Checkpoint:
-    """Reads one checkpoint, after comparing every byte of it with its manifest.
+    """Read one checkpoint, after comparing every file with the hash in its manifest.
 
     Args:
         path: its folder, ``.../step_00000042``.
         map_location: device of the tensors.
-        lazily: read each tensor when it is asked for, so that what is not asked for takes no memory; the files stay open
-            meanwhile, and so readable when the checkpoint is removed.
+        lazily: read each tensor on access, so that unused tensors take no memory. The files stay open, and so remain
+            readable even if the checkpoint is removed.
 
     Raises:
-        CheckpointError: it is not there, or something in it is missing, cut short or changed.
+        CheckpointError: it does not exist, or a file in it is missing, truncated or changed.
     """
     path = Path(path)
     manifest = read_manifest(path)
     state: dict[str, Any] = {}
     groups: dict[str, list[Path]] = {}
-    # By name: the parts of a group in the order of their ranks.
+    # Sorted by name, the parts of a group are in rank order.
     for name, record in sorted(manifest["files"].items()):
         _verify(path / name, record)
         if name == STATE:
@@ -88,16 +88,16 @@ def load_checkpoint(
 def load_latest(
     directory: Path, map_location: str | torch.device = "cpu", lazily: bool = False
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole; warns of each newer one that is not. None where there was never any.
+    """Return the newest intact checkpoint, and warn of each newer damaged one; None if there are no checkpoints.
 
     The arguments are those of ``load_checkpoint``.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged, or one cannot be read.
+        CheckpointError: there are checkpoints, but all are damaged, or one cannot be read.
     """
     failures: dict[Path, CheckpointError] = {}
     while True:
-        # Read anew each time: a run that is writing may have removed what was listed before.
+        # Listed again each time, because a writing run may have removed a listed checkpoint.
         readable, damaged = scan(Path(directory))
         present = [*damaged, *readable]
         remaining = [path for path in present if path not in failures]
@@ -147,42 +147,44 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 class TensorGroup(Mapping[str, Tensor]):
-    """The tensors in the files of one group, read when asked for, each time anew and into memory of their own.
+    """The tensors in the files of one group; each access reads a tensor again, into its own memory.
 
     Args:
-        paths: of the group's files in the order of ranks.
-        device: of what is read.
+        paths: the group's files in rank order.
+        device: device of the tensors.
     """
 
     def __init__(self, paths: Iterable[Path], device: str | torch.device) -> None:
         self._device = device
-        # By name: the files that hold a part of the tensor, with its rows there.
+        # By tensor name: the files that hold a part of it, and how many rows each holds.
         self._parts: dict[str, list[tuple[Any, int]]] = {}
         self._tails: dict[str, list[int] | None] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-            # A file that is gone meanwhile is no OSError to every version of safetensors.
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: {error}"
+                ) from error
+            # Not every version of safetensors raises OSError for a file that was removed.
             except (OSError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise refusal(path, error) from error
                 raise CheckpointError(f"cannot read {path}: {error}") from error
-            for name in file.keys():  # noqa: SIM118  # it is no dict
+            for name in file.keys():  # noqa: SIM118  # it is not a dict
                 shape = file.get_slice(name).get_shape()
                 self._parts.setdefault(name, []).append((file, shape[0] if shape else 1))
                 self._tails.setdefault(name, shape[1:] if shape else None)
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor."""
+        """Return the shape of the whole tensor."""
         tail = self._tails[name]
         if tail is None:
             return torch.Size(())
         return torch.Size((sum(rows for _, rows in self._parts[name]), *tail))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor that has an axis; no others are read."""
+        """Return rows ``start`` to ``stop`` of a tensor with at least one axis; only these are read."""
         parts, first = [], 0
         for file, num_rows in self._parts[name]:
             low, high = max(start - first, 0), min(stop - first, num_rows)
@@ -191,7 +193,7 @@ class TensorGroup(Mapping[str, Tensor]):
             first += num_rows
         if not parts:
             return self._parts[name][0][0].get_tensor(name)[:0].to(self._device, copy=True)
-        # What was read is a view of the mapped file, until it is joined.
+        # Each part is a view of the mapped file until the parts are joined.
         return torch.cat(parts).to(self._device)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -208,10 +210,10 @@ class TensorGroup(Mapping[str, Tensor]):
 
 
 def read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own; raises CheckpointError where it is damaged."""
+    """Return the tensors of a safetensors file, in their own memory; raise CheckpointError if it is damaged."""
     try:
         tensors = load_file(path, device=str(device))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    # On the CPU they are views of the mapped file, which would keep a pruned checkpoint on the disk.
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    # On the CPU they are views of the mapped file, so a pruned checkpoint would stay on the disk.
     return {name: t.clone() if t.device.type == "cpu" else t for name, t in tensors.items()}

@@ -1,14 +1,14 @@
-"""Writes checkpoints that are whole or not there.
+"""Writes checkpoints atomically.
 
-One is written aside, put on the disk, and then renamed, so that a crash at any moment leaves the ones before it and
-either all or nothing of the new one.
+A checkpoint is written to a temporary folder, fsynced, and then renamed. A crash at any moment thus leaves the older
+checkpoints intact, and the new one complete or absent.
 
-Several processes may write one together (``Writers``), each a file of its own in every group, with the rows that it
-holds: ``model-00002-of-00003.safetensors``. A tensor of the group is then its parts in all the files, in order, joined
-along the first axis; one that is not split is in the first file alone.
+Several processes may write a checkpoint together (``Writers``). Each writes its own file in every group, with its shard
+of the split tensors: ``model-00002-of-00003.safetensors``. The shards, joined in order along the first axis, are the
+tensor. Replicated tensors are in the first file only.
 
-``.tmp_step_X`` and ``.tmp_old_step_X`` are left-overs, removed by the next save; ``.displaced_step_X`` is a checkpoint whose
-successor of the same step was being put in its place. Other names in the directory are left alone.
+``.tmp_step_X`` and ``.tmp_old_step_X`` are left by a crash, and the next save removes them. ``.displaced_step_X`` is a
+checkpoint that was being replaced by a new one of the same step. Other names in the directory are left alone.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Writers:
     """The processes that write a checkpoint together; by default, this one alone.
 
     Attributes:
-        rank: of this process, counted from 0.
-        num_ranks: how many they are.
-        gather: called by all alike; returns what each passed, in the order of ranks.
+        rank: this process's rank, counted from 0.
+        num_ranks: the number of processes.
+        gather: called by all processes; returns the values that they passed, in rank order.
     """
 
     rank: int = 0
@@ -80,28 +80,28 @@ class Writers:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def file_name(self, group: str) -> str:
-        """Of this process's part of a group."""
+        """Return the file name of this process's part of a group."""
         part = f"-{self.rank + 1:05d}-of-{self.num_ranks:05d}" if self.num_ranks > 1 else ""
         return f"{group}{part}.safetensors"
 
     def together(self, act: Callable[[], T]) -> list[T]:
-        """What ``act`` returned on each; where it failed on one, all raise, so that none waits for another."""
+        """Run ``act`` on every process and return all results; if it fails on one, every process raises."""
         result: T | None = None
         failure: Exception | None = None
         try:
             result = act()
         except Exception as error:
             failure = error
-        told = self.gather((result, None if failure is None else str(failure)))
+        outcomes = self.gather((result, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
-        for rank, (_, reason) in enumerate(told):
+        for rank, (_, reason) in enumerate(outcomes):
             if reason is not None:
                 raise CheckpointError(f"rank {rank} of {self.num_ranks}: {reason}")
-        return [value for value, _ in told]
+        return [value for value, _ in outcomes]
 
     def by_first(self, act: Callable[[], T]) -> T:
-        """What ``act`` returned on the first, which alone acts."""
+        """Run ``act`` on the first process only, and return its result on all."""
         first = self.together(lambda: act() if self.rank == 0 else None)[0]
         return first  # type: ignore[return-value]
 
@@ -114,22 +114,22 @@ def save_checkpoint(
     keep: int | None = None,
     writers: Writers = Writers(),
 ) -> Path:
-    """Writes a checkpoint, then removes all but the newest ``keep``; returns its folder.
+    """Write a checkpoint, then remove all but the newest ``keep``; return its folder.
 
     One run writes to a directory at a time (see ``run_lock``). Tensors of any device, stride and shared storage are
     written one after the other, without a second copy of the whole.
 
     Args:
-        directory: of the run's checkpoints, the same for all writers; made where it is missing.
+        directory: holds the run's checkpoints, the same for all writers; it is created if missing.
         step: steps done; a checkpoint of the same step is replaced.
-        tensors: tensors by group ("model", "optimizer", ...) and name. Of a tensor that several writers share each
-            passes its rows, be they none; of any other the first alone passes all.
-        state: values that JSON can hold; the first writer's counts.
+        tensors: tensors by group ("model", "optimizer", ...) and name. Each writer passes its shard of a split tensor,
+            which may have no rows; only the first writer passes the replicated tensors.
+        state: values that JSON can hold; the first writer's are saved.
         keep: checkpoints to keep, at least 1 [all].
-        writers: who calls this together, each with its own tensors.
+        writers: the processes that make this call together, each with its own tensors.
 
     Raises:
-        CheckpointError: the disk is full, or the directory cannot be written, for one of the writers; all of them raise.
+        CheckpointError: the disk is full or the directory cannot be written, for any of the writers; all of them raise.
             The older checkpoints are untouched.
     """
     assert step >= 0 and (keep is None or keep >= 1), (step, keep)
@@ -143,17 +143,17 @@ def save_checkpoint(
     temporary = directory / f".tmp_{final.name}"
 
     def begin() -> None:
-        with _told(directory, step, tensors):
+        with _checkpoint_errors(directory, step, tensors):
             make_directory(directory)
             _remove_leftovers(directory)
             os.mkdir(temporary)
 
     def write() -> dict[str, Any]:
-        with _told(directory, step, tensors):
+        with _checkpoint_errors(directory, step, tensors):
             return {name: _write_file(temporary / name, chunks) for name, chunks in files.items()}
 
     def commit() -> None:
-        with _told(directory, step, tensors):
+        with _checkpoint_errors(directory, step, tensors):
             _write_manifest(temporary, step, next_sequence(directory), records, writers)
             _commit(temporary, final)
 
@@ -175,10 +175,10 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _told(
+def _checkpoint_errors(
     directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[None]:
-    """Raise an OSError within it as a CheckpointError."""
+    """Re-raise an OSError of the enclosed code as a CheckpointError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -186,7 +186,7 @@ def _told(
 
 
 def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: the length of the header, the header, the tensors."""
+    """Yield the bytes of a safetensors file: the length of the header, the header, the tensors."""
     # Wide types first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
@@ -213,10 +213,10 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
 def _write_manifest(
     folder: Path, step: int, sequence: int, records: Mapping[str, Any], writers: Writers
 ) -> None:
-    """The last file of a checkpoint, when all others are on the disk."""
+    """Write the manifest, the last file of a checkpoint, after all others are on the disk."""
     manifest = {
         "format": FORMAT,
-        # What an older clipcore can read is marked so.
+        # The format number is the lowest that fits, so that an older clipcore can read the checkpoint.
         "version": FORMAT_VERSION if writers.num_ranks > 1 else 1,
         "step": step,
         "sequence": sequence,
@@ -243,7 +243,7 @@ def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, A
 
 
 def _commit(temporary: Path, final: Path) -> None:
-    """Gives a whole checkpoint its name; a former one of that name stays loadable until the new one is there."""
+    """Rename a complete checkpoint to its final name; an old one of that name stays loadable until then."""
     displaced = final.with_name(f".displaced_{final.name}")
     if final.exists():
         os.rename(final, displaced)
@@ -257,7 +257,7 @@ def _commit(temporary: Path, final: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what an interrupted save, or this one, has left behind."""
+    """Remove the temporary folders of an interrupted save or of this one."""
     for path in sorted(directory.glob(".tmp_*")):
         if _LEFT_OVER.fullmatch(path.name):
             _delete(path)
@@ -270,14 +270,14 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Takes a checkpoint away at one stroke, so that none is ever half there, and then deletes it."""
+    """Rename a checkpoint, then delete it, so that a crash never leaves half of one."""
     doomed = path.with_name(f".tmp_old_{path.name}")
     os.rename(path, doomed)
     _delete(doomed)
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder with all in it, or whatever else has that name; a link's target stays."""
+    """Delete a folder with its content, or a file or link of that name; a link's target stays."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -285,7 +285,7 @@ def _delete(path: Path) -> None:
 
 
 def _prune(directory: Path, keep: int | None, written: Path) -> None:
-    """Remove all but the newest ``keep`` checkpoints (None keeps all), and never the one just written."""
+    """Remove all but the newest ``keep`` checkpoints (None keeps all), but never the one just written."""
     if keep is None:
         return
     readable, _ = scan(directory)
@@ -312,8 +312,8 @@ def _write_failure(
 def make_newest(path: Path) -> None:
     """Make a checkpoint the newest of its directory, as if it had been committed last.
 
-    A run that goes back to it cuts its log there: were it killed before its next save, no later checkpoint would fit the
-    log.
+    A run that resumes from it truncates its log at that step. If the run were then killed before its next save, a later
+    checkpoint would not match the log.
     """
     fields = read_manifest(path)
     sequence = next_sequence(path.parent)

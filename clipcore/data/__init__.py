@@ -1,30 +1,30 @@
-"""Data: what a pair is, and the two ways in which reading one can fail. The readers are in the files beside this one.
+"""Data: the image-caption pair, the interface of its sources, and the errors of reading.
 
 ====================  ================================================================
-``sources.py``        ``open_source``: from what ``--train-data`` says to a ``PairSource``
+``sources.py``        ``open_source``: from the value of ``--train-data`` to a ``PairSource``
 ``tar.py``            tar shards in the WebDataset layout, through a byte index
 ``raw.py``            images as ``.npy`` members of pixels
 ``tables.py``         csv and jsonl tables
 ``columns.py``        columns of tables, such as those of labels
-``caption_lists.py``  tables of captions in text files, Flickr8k's
+``caption_lists.py``  tables of captions in text files, such as Flickr8k's
 ``parquet.py``        parquet tables, through a copy of their rows
 ``folders.py``        folders of images
-``pictures.py``       pairs by picture, where a table has a row for each caption
+``pictures.py``       pairs grouped by image, where a table has one row per caption
 ``plain_images.py``   images without captions
 ``embedded.py``       the embedded data sets, by name
-``glyphs.py``         the embedded pictures of writing
+``glyphs.py``         the embedded pictures of characters
 ``icons.py``          the embedded icons
-``drawing.py``        drawing both from fonts
+``drawing.py``        draws both from fonts
 ``transforms.py``     bytes to images to crops to normalised tensors
 ``resample.py``       bicubic resizing
-``headers.py``        what an image will cost, before a decoder sees it
+``headers.py``        the cost of decoding an image, read off its header
 ``order.py``          the order of an epoch and the random numbers of a sample, computed, not stored
 ``loader.py``         batches
-``upload.py``         a batch on its way to the device
-``packing.py``        captions in rows without padding
-``caption_ids.py``    numbers that tell captions apart
-``shards.py``         writing tar shards
-``prepare.py``        the command that turns any source into shards that train faster
+``upload.py``         copies a batch to the device
+``packing.py``        packs captions into rows without padding
+``caption_ids.py``    hashes of captions, equal for equal captions
+``shards.py``         writes tar shards
+``prepare.py``        the command that converts any source into shards that load faster
 ====================  ================================================================
 """
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# 77 tokens never need more; cutting before the tokenizer keeps a hostile caption from costing time.
+# 77 tokens never need more. Truncation before the tokenizer bounds the time that a hostile caption can cost.
 MAX_CAPTION_CHARS = 8192
 
 
 class DataError(ValueError):
-    """Data that cannot be used as asked; the message names the file and the remedy in one line."""
+    """Data that cannot be used as requested; the message names the file and the remedy in one line."""
 
 
 class BadSample(ValueError):
@@ -54,7 +54,7 @@ class BadSample(ValueError):
 
     Args:
         reason: what is wrong with it.
-        key: which sample it is; empty where only the caller knows.
+        key: the name of the sample; empty if only the caller knows it.
     """
 
     def __init__(self, reason: str, key: str = "") -> None:
@@ -67,18 +67,18 @@ class BadSample(ValueError):
 
 
 class LeftOut:
-    """What a source does not hand out, by reason: how often, and the first case of each."""
+    """The items that a source skips, by reason: their number and the first example of each."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, str]] = {}
 
     def add(self, reason: str, example: str, number: int = 1) -> None:
-        """Count a case of a reason, which is written in the singular."""
+        """Count one item under a reason, which is written in the singular."""
         before, first = self._found.get(reason, (0, example))
         self._found[reason] = (before + number, first)
 
     def update(self, other: LeftOut) -> None:
-        """Count all cases of another."""
+        """Add the counts of another."""
         for reason, (number, example) in other._found.items():
             self.add(reason, example, number)
 
@@ -97,23 +97,23 @@ class LeftOut:
 
     @classmethod
     def from_json(cls, text: bytes) -> LeftOut:
-        """Return what ``to_json`` wrote; raise whatever other content raises."""
+        """Return the counts that ``to_json`` wrote; other content raises any error."""
         left_out = cls()
         for reason, (number, example) in json.loads(text or "{}").items():
             left_out.add(reason, example, number)
         return left_out
 
     def found(self) -> str:
-        """Return the end of a sentence about a source that holds nothing: what is there instead."""
+        """Return the end of a sentence about an empty source, which lists the items that it skips."""
         return f"; found {self}" if self else ""
 
 
 class WorkerLostError(RuntimeError):
-    """A process that reads data is gone; the message says how it ended, and the remedy."""
+    """A worker process that reads data has died; the message says how, and names the remedy."""
 
 
 class Pair(NamedTuple):
-    """An image with its caption, or with several of which one is drawn each epoch.
+    """An image with its caption, or with several captions, one of which is drawn each epoch.
 
     ``image`` is a PIL image or a uint8 array [H, W] or [H, W, 3]; ``key`` names the sample in messages.
     """
@@ -126,9 +126,9 @@ class Pair(NamedTuple):
 class PairSource(Protocol):
     """Image-caption pairs by number: ``source[index]`` returns a ``Pair`` or raises ``BadSample``.
 
-    ``captions(index)`` returns its caption or captions alone, without a look at the image, or raises the same.
+    ``captions(index)`` returns only its caption or captions, without reading the image, or raises ``BadSample``.
 
-    A source is read from several processes at once, so that it must survive ``fork`` and pickling.
+    Several processes read a source at once, so it must survive ``fork`` and pickling.
     """
 
     name: str
@@ -141,13 +141,13 @@ class PairSource(Protocol):
 
 
 def checked_captions(value: object, key: str) -> str | tuple[str, ...]:
-    """The caption or captions of a sample, as text without control characters' harm and of bounded length.
+    """Return the caption or captions of a sample, as sanitised text of bounded length.
 
     Args:
         value: bytes of UTF-8, a string, or a list of either.
 
     Raises:
-        BadSample: nothing but white space, no text at all, or bytes of another encoding.
+        BadSample: only white space, not text, or bytes that are not UTF-8.
     """
     if isinstance(value, (list, tuple)):
         captions = tuple(text for item in value if (text := _caption(item, key)))
@@ -155,7 +155,7 @@ def checked_captions(value: object, key: str) -> str | tuple[str, ...]:
             raise BadSample("empty caption", key)
         return captions
     if value is not None and not isinstance(value, (str, bytes)):
-        raise BadSample(f"the caption is no text but {type(value).__name__}", key)
+        raise BadSample(f"the caption is not text but {type(value).__name__}", key)
     caption = _caption(value, key)
     if not caption:
         raise BadSample("empty caption", key)
@@ -170,6 +170,6 @@ def _caption(value: object, key: str) -> str:
             raise BadSample(not_utf8("the caption", error), key) from error
     if not isinstance(value, str):
         return ""
-    # Editors begin some files with a byte-order mark. Lone surrogates come from JSON escapes; no tokenizer can encode them.
+    # Some editors begin files with a byte-order mark. JSON escapes can hold lone surrogates, which no tokenizer can encode.
     text = value.removeprefix("\ufeff").replace("\0", " ").strip()[:MAX_CAPTION_CHARS]
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,12 +1,12 @@
-"""Numbers that tell captions apart: equal for equal captions, on any rank, in any batch.
+"""Caption ids: 64-bit hashes that are equal for equal captions, on any rank and in any batch.
 
 Legend: B captions, L tokens of a row.
 
-An id is a hash of 64 bits of what the model reads of a caption: its tokens up to the end-of-text token, with their
-places. Each (token, place) has a random word, and the id is the sum of a caption's words modulo 2^64, so that neither
-padding nor the length of a row changes it. Exact ids would need the tokens of all ranks on each of them, and a sort; a hash
-is made of a rank's own captions. Two different captions of a batch of 32,768 have the same one with a probability of
-3e-11, and would then count as equal in that step.
+An id hashes what the model reads of a caption: its tokens up to the end-of-text token, with their positions. Each
+(token, position) has a random word, and the id is the sum of a caption's words modulo 2^64. Padding and the length of a
+row thus do not change it. Exact ids would need the tokens of all ranks on every rank, and a sort; a rank computes hashes
+from its own captions. In a batch of 32,768, two different captions have the same id with a probability of 3e-11, and
+would then count as equal in that step.
 
 Source: Zobrist 1970 (A New Hashing Method with Application for Game Playing); the words are those of splitmix64.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipcore.data.order import hash64
 
-# Apart from the keys of other hashes.
+# Differs from the keys of other hashes.
 _CAPTION = 301
 
 
@@ -28,7 +28,7 @@ def caption_ids(tokens_BL: Tensor) -> Tensor:
 
     Args:
         tokens_BL: int64 [B, L] on the host, as a tokenizer returns them. A caption ends where its largest token first
-            occurs, as for ``encode_text``; what follows is left out.
+            occurs, as for ``encode_text``; later tokens are ignored.
 
     >>> ids_B = caption_ids(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0], [1, 5, 9, 9]]))
     >>> (ids_B[:, None] == ids_B).tolist()
@@ -36,7 +36,7 @@ def caption_ids(tokens_BL: Tensor) -> Tensor:
     """
     tokens = tokens_BL.numpy()
     last_B = tokens.argmax(1)
-    # Behind the longest caption there is nothing to hash.
+    # Columns after the longest caption hold nothing to hash.
     tokens = tokens[:, : int(last_B.max(initial=-1)) + 1]
     places_L = np.arange(tokens.shape[1])
     is_read_BL = places_L <= last_B[:, None]

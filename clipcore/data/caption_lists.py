@@ -1,9 +1,8 @@
-"""Captions in text files, as Flickr8k and Flickr30k come: ``.txt`` and ``.token``.
+"""Captions in text files, the layout of Flickr8k and Flickr30k: ``.txt`` and ``.token``.
 
-Two forms are told apart by the first line. ``captions.txt`` is a table with a header, such as ``image,caption``. In
+The first line distinguishes two forms. ``captions.txt`` is a table with a header, such as ``image,caption``. In
 ``Flickr8k.token.txt`` each line is ``image.jpg#0``, a tab and a caption, without a header; the number counts the captions of
-the image. Images lie beside the file, or where the paths lead from its folder, or in the one folder beside the file that
-holds them.
+the image. Image paths are relative to the file's folder, or to the one folder beside the file that holds the images.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ def open_caption_list(
     """Return the pairs of a text file.
 
     Args:
-        img_key, caption_key, separator, quotes: as of ``CsvSource``, for a file with a header; a column that is not named is
-            the first of the usual names.
+        img_key, caption_key, separator, quotes: see ``CsvSource``, for a file with a header; a column that is not named is
+            found by the usual names.
         decoder: see ``decode_image``.
 
     Raises:
-        DataError: the file is in neither form, or cannot be read.
+        DataError: the file has neither form, or cannot be read.
     """
     line = first_line(path)
     if not line:
@@ -67,23 +66,23 @@ def open_caption_list(
     except ColumnError:
         images, captions = _image_names(img_key), _caption_names(caption_key)
         raise ColumnError(
-            f"{path} is no table of captions: its first line is neither a header with a column of images "
+            f"{path} is not a table of captions: its first line is neither a header with a column of images "
             f"({', '.join(map(printable, images))}) and one of captions ({', '.join(map(printable, captions))}), nor "
             "'image.jpg#0', a tab and a caption; write one of them"
         ) from None
 
 
 class NamedColumnsError(DataError):
-    """Columns are named of a file that has none."""
+    """The user names columns, but the file has none."""
 
 
 def _image_names(key: str | None) -> Sequence[str]:
-    """Return the names that the column of images may have, in the letters of ``CaptionTable``'s header."""
+    """Return the accepted names of the image column, in lower case as in ``CaptionTable``'s header."""
     return (*IMAGE_COLUMNS, "image_name") if key is None else (_plain(key),)
 
 
 def _caption_names(key: str | None) -> Sequence[str]:
-    """Return the names that the column of captions may have, as ``_image_names`` does."""
+    """Return the accepted names of the caption column, as ``_image_names`` does."""
     return (*CAPTION_COLUMNS, "comment") if key is None else (_plain(key),)
 
 
@@ -92,18 +91,18 @@ def _plain(name: str) -> str:
 
 
 class CaptionTable(CsvSource):
-    """A table of captions with a header line, whose capitals and outer spaces do not count: see ``CsvSource``.
+    """A table of captions with a header line, whose case and outer spaces are ignored: see ``CsvSource``.
 
-    In a table of two columns, the captions last, commas without quotation marks are part of the caption.
+    If a table has two columns and the captions are last, commas without quotation marks are part of the caption.
 
     Attributes:
-        noted: as of ``CsvSource``, the folder of the images where it is not the table's, and the captions with such commas.
+        noted: as of ``CsvSource``; also the images' folder if it is not the table's, and the captions with such commas.
     """
 
-    def _looked_for(
+    def _column_candidates(
         self, img_key: str | None, caption_key: str | None
     ) -> tuple[Sequence[str], Sequence[str]]:
-        """Return the names that the columns of images and captions may have."""
+        """Return the accepted names of the image and caption columns."""
         return _image_names(img_key), _caption_names(caption_key)
 
     def _header(self, cells: list[str]) -> list[str]:
@@ -115,7 +114,7 @@ class CaptionTable(CsvSource):
     ) -> tuple[str, str]:
         """Return image and caption of a row; raise DataError as ``CsvSource`` does."""
         is_last = num_columns == 2 and caption_column == 1
-        # A field that holds a comma was in quotation marks, and what comes after it is another.
+        # A field that holds a comma was in quotation marks, so the fields after it are other columns.
         is_open = self._separator == "," and not any("," in field for field in row)
         if is_last and is_open and any(row[num_columns:]):
             self.noted.add(
@@ -125,9 +124,9 @@ class CaptionTable(CsvSource):
         return super()._row(row, line, num_columns, image_column, caption_column)
 
     def _check_images(self, column: str) -> None:
-        """Raise DataError where the first images are neither there nor in just one folder beside the table."""
+        """Raise DataError if the first images are missing, and no single folder beside the table holds them."""
         names = [self._cells[2 * row] for row in range(min(len(self), PROBED_ROWS))]
-        # As Flickr8k comes: captions.txt beside Images/, Flickr8k.token.txt beside Flicker8k_Dataset/.
+        # Flickr8k's layout: captions.txt beside Images/, Flickr8k.token.txt beside Flicker8k_Dataset/.
         folders = _folders_with(self._folder, [name for name in names if name])
         if len(folders) == 1:
             self._folder = folders[0]
@@ -137,12 +136,12 @@ class CaptionTable(CsvSource):
 
 
 def _folders_with(path: str, names: Sequence[str]) -> list[str]:
-    """Return the subfolders that hold any of these files; none where one is in the folder itself or has a whole path."""
+    """Return the subfolders that hold any of these files; none if a file is in the folder itself or its path is absolute."""
     if any(os.path.isabs(name) or os.path.exists(os.path.join(path, name)) for name in names):
         return []
     try:
         with os.scandir(path or ".") as entries:
-            # The folder itself may be the current one, without a name.
+            # The folder may be the current one, whose name is empty.
             beside = sorted(os.path.join(path, e.name) for e in entries if e.name[0] != ".")
     except OSError:
         return []
@@ -163,10 +162,10 @@ class NumberedCaptions(CaptionTable):
         decoder: see ``decode_image``.
 
     Attributes:
-        left_out: lines that are bad samples for their form.
+        left_out: lines that are bad samples because of their form.
 
     Raises:
-        DataError: the file cannot be read, or none of the first images is there.
+        DataError: the file cannot be read, or none of the first images exists.
     """
 
     def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:

@@ -1,6 +1,6 @@
-"""Columns of tables row by row, such as those of labels: csv, jsonl and parquet alike.
+"""Reads columns of csv, jsonl and parquet tables row by row, such as columns of labels.
 
-The images of a table are read beside this, by number. Rows come in the table's order, those that cannot be read among them.
+The images of a table are read separately, by row number. Rows keep the table's order, including unreadable ones.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from clipcore.files import open_regular
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _SEPARATORS = ("\t", ",", ";")
-# Of Hugging Face's own notes in a parquet file.
+# The key of Hugging Face's metadata in a parquet file.
 _MAX_NOTES_BYTES = 1 << 22
 
 
 class Row(NamedTuple):
-    """A row of a table: where it is, the values of the columns asked for, and why it cannot be read, if so."""
+    """A row of a table: its place, the values of the requested columns, and why it cannot be read, if it cannot."""
 
     place: str
     values: Sequence[object]
@@ -39,12 +39,12 @@ class Row(NamedTuple):
 
 
 def is_table(path: str) -> bool:
-    """Return whether a file's name ends as those of tables do."""
+    """Return whether a file's name has the suffix of a table."""
     return path.lower().endswith(TABLE_SUFFIXES)
 
 
 def open_columns(path: str) -> CsvColumns | JsonlColumns | ParquetColumns:
-    """Open a table by its ending; raise DataError where it cannot be read or has no row."""
+    """Open a table by its suffix; raise DataError if it cannot be read or has no rows."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".parquet":
         return ParquetColumns(path)
@@ -52,11 +52,11 @@ def open_columns(path: str) -> CsvColumns | JsonlColumns | ParquetColumns:
 
 
 class CsvColumns:
-    """The columns of a csv table, whose separator is the one among tab, comma and semicolon that makes the most of them.
+    """The columns of a csv table; of tab, comma and semicolon, its separator is the one that yields the most columns.
 
     Attributes:
-        names: those in its header.
-        separator: what lies between its fields.
+        names: the names in its header.
+        separator: the character between its fields.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,7 +66,7 @@ class CsvColumns:
             try:
                 headers[separator] = next(csv_rows(path, separator), (1, []))[1]
             except DataError as error:
-                # Quotation marks may not fit the wrong one.
+                # With the wrong separator, quotation marks may not match.
                 refused = error
         if not headers and refused is not None:
             raise refused
@@ -84,7 +84,7 @@ class CsvColumns:
         next(rows, None)
         for line, row in rows:
             place = f"line {line}"
-            # A separator at the end of a line makes an empty field, and cuts nothing.
+            # A separator at the end of a line only makes an empty field.
             is_cut = any(row[len(self.names) :])
             if is_cut or (row and max(places) >= len(row)):
                 kind = "more" if is_cut else "fewer"
@@ -94,15 +94,15 @@ class CsvColumns:
                 yield Row(place, [row[number] for number in places])
 
     def class_names(self, label: str) -> list[str] | None:
-        """Return the names of the classes that the table itself gives for a column of numbers: none."""
+        """Return the class names that the table gives for a column of numbers: always None."""
         return None
 
 
 class JsonlColumns:
-    """The fields of the objects of a jsonl file; the first object says which there are.
+    """The fields of the objects of a jsonl file; the first object defines them.
 
     Attributes:
-        names: of the fields.
+        names: the names of the fields.
     """
 
     def __init__(self, path: str) -> None:
@@ -122,11 +122,11 @@ class JsonlColumns:
             yield Row(place, values, trouble)
 
     def class_names(self, label: str) -> list[str] | None:
-        """Return the names of the classes that the table itself gives for a column of numbers: none."""
+        """Return the class names that the table gives for a column of numbers: always None."""
         return None
 
     def _records(self) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-        """Yield for each line that is not empty its place, its object, and why there is none."""
+        """Yield for each non-empty line its place, its object, and the reason if it has none."""
         try:
             with open_regular(self._path) as file:
                 number = 0
@@ -136,8 +136,8 @@ class JsonlColumns:
                     number += 1
                     if len(line) > MAX_CAPTION_BYTES:
                         raise DataError(
-                            f"{self._path}, record {number}: a line of more than {MAX_CAPTION_BYTES} bytes is no row; "
-                            "take it out"
+                            f"{self._path}, record {number}: a line of more than {MAX_CAPTION_BYTES} bytes is not a row; "
+                            "remove it"
                         )
                     yield (f"record {number}", *_parsed(line))
         except OSError as error:
@@ -145,20 +145,20 @@ class JsonlColumns:
 
 
 def _parsed(line: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Return the object in a line, and why there is none."""
+    """Return the object in a line, and the reason if it has none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        return None, "line that is no JSON"
-    return (record, "") if isinstance(record, dict) else (None, "line that is no JSON object")
+        return None, "line that is not JSON"
+    return (record, "") if isinstance(record, dict) else (None, "line that is not a JSON object")
 
 
 class ParquetColumns:
     """The columns of a parquet file.
 
     Attributes:
-        names: of the columns.
-        num_rows: of the file.
+        names: the names of the columns.
+        num_rows: the number of rows in the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -171,7 +171,7 @@ class ParquetColumns:
                 self.num_rows: int = file.metadata.num_rows
                 if not self.num_rows:
                     raise DataError(f"{path} has no rows")
-        # A name in it may be no UTF-8.
+        # A name in it may not be UTF-8.
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise unreadable(path, error) from None
 
@@ -194,7 +194,7 @@ class ParquetColumns:
             raise unreadable(self._path, error) from None
 
     def class_names(self, label: str) -> list[str] | None:
-        """Return the names of the classes in Hugging Face's notes on a column of numbers, None without them."""
+        """Return the class names in Hugging Face's metadata for a column of numbers; None without them."""
         try:
             if len(self._notes) > _MAX_NOTES_BYTES:
                 return None
@@ -213,16 +213,16 @@ def _parquet_row(place: str, cells: Sequence[Any]) -> Row:
 
 
 class TableImages:
-    """The images that a csv or jsonl table names, by their paths in its rows.
+    """The images of a csv or jsonl table, by the paths in its rows.
 
     Args:
         path: the table.
-        cells: what its column of images holds, a row each; empty of a row that is not used.
-        column: its name.
+        cells: the values of its image column, one per row; empty for an unused row.
+        column: the name of that column.
         decoder: see ``decode_image``.
 
     Raises:
-        DataError: none of the first images is there.
+        DataError: none of the first images exists.
     """
 
     def __init__(self, path: str, cells: TextColumn, column: str, decoder: Decoder) -> None:
@@ -237,7 +237,7 @@ class TableImages:
         return len(self._cells)
 
     def key(self, index: int) -> str:
-        """Return the name of a row's image, as it stands in the table."""
+        """Return the name of a row's image, as written in the table."""
         return printable(self._cells[index])
 
     def picture(self, index: int) -> tuple[Any, str]:
@@ -251,7 +251,7 @@ class TableImages:
 
 
 class ParquetImages:
-    """The images of a parquet table, by row; arguments and errors as of ``ParquetSource``."""
+    """The images of a parquet table, by row; arguments and errors are those of ``ParquetSource``."""
 
     def __init__(self, path: str, column: str, decoder: Decoder) -> None:
         self.paths = [path]

@@ -1,4 +1,4 @@
-"""Pictures drawn from the characters of fonts: what the embedded data sets share.
+"""Pictures drawn from the characters of fonts: code that the embedded data sets share.
 
 Legend: N pictures.
 """
@@ -20,27 +20,27 @@ SPLITS = ("train", "unseen", "shift", "seen-shift")
 
 
 class FontFile(Protocol):
-    """Anything that a font file belongs to."""
+    """An object with a font file."""
 
     @property
     def path(self) -> Path: ...
 
 
 def fill(template: str, face: str, name: str) -> str:
-    """Return a caption: the face with its article where the template asks for it."""
+    """Return a caption; the face has its article if the template contains ``{a_face}``."""
     article = "an" if face[0] in "aeiou" else "a"
     return template.format(a_face=f"{article} {face}", face=face, name=name)
 
 
 def prompts(templates: Sequence[str], faces: Sequence[str]) -> tuple[str, ...]:
-    """Return the zero-shot prompts, {} for the name: each template with each face, without repetitions."""
+    """Return the zero-shot prompts, with {} for the name: each template with each face, without duplicates."""
     return tuple(
         dict.fromkeys(fill(template, face, "{}") for template in templates for face in faces)
     )
 
 
 def is_held_out(text: str) -> bool:
-    """Return whether a hash of the text falls into the tenth that is never trained on."""
+    """Return whether a hash of the text puts it into the tenth that is never trained on."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
@@ -49,7 +49,7 @@ def draw(character: str, font: ImageFont.FreeTypeFont, baseline: int) -> np.ndar
     """Draw a character in black on a white canvas, shrunk if it is too large.
 
     Args:
-        baseline: its row, so that height and depth stay visible; a character that would be cut is moved.
+        baseline: the row of the baseline, so that height and depth stay visible; a character that would be cut off is moved.
 
     Returns:
         uint8 [CANVAS, CANVAS].
@@ -72,7 +72,7 @@ class SomePictures:
 
     Args:
         source: the whole split.
-        rows_N: the numbers of the pictures in it, int64 [N].
+        rows_N: the indices of the pictures in the split, int64 [N].
     """
 
     def __init__(self, source: DrawnSource, rows_N: np.ndarray) -> None:
@@ -89,15 +89,15 @@ class SomePictures:
         return self.source.captions(int(self.rows_N[index]))
 
     def key(self, index: int) -> str:
-        """Return what a picture is called."""
+        """Return the name of a picture."""
         return self.source.key(int(self.rows_N[index]))
 
 
 class DrawnSource:
-    """The pictures of one split, map-style and drawn when first asked for: see ``clipcore.data.PairSource``.
+    """The pictures of one split, map-style and drawn on first access: see ``clipcore.data.PairSource``.
 
-    A subclass sets ``classnames`` and ``labels_N``, and says how many pictures there are, and of each how it is drawn, what
-    describes it and what it is called.
+    A subclass sets ``classnames`` and ``labels_N``, and defines the number of pictures and the drawing, captions, style and
+    key of each.
 
     Args:
         dataset: name of the data set.
@@ -144,7 +144,7 @@ class DrawnSource:
         raise NotImplementedError
 
     def key(self, index: int) -> str:
-        """Return what a picture is called: its font file and its character."""
+        """Return the name of a picture: its font file and its character."""
         raise NotImplementedError
 
     def _font(self, file: FontFile) -> ImageFont.FreeTypeFont:

@@ -12,16 +12,16 @@ from clipcore.data.drawing import DrawnSource
 
 @dataclass(frozen=True)
 class EmbeddedData:
-    """A data set that is drawn and not read.
+    """A data set whose pictures are drawn, not read from files.
 
     Attributes:
-        open: returns the pictures of a split, one of ``clipcore.data.drawing.SPLITS``.
+        open: returns the pictures of a split, which is one of ``clipcore.data.drawing.SPLITS``.
         templates: the zero-shot prompts, {} where the name goes.
-        style_templates: the prompts of how a picture is drawn.
-        training_captions: returns what the vocabulary is trained on.
-        zero_shot: the splits that a run is evaluated on, and what its log calls each.
-        retrieval: what the log calls the retrieval among the unseen pictures.
-        recipe: settings of a training run, where its user gives none.
+        style_templates: the prompts that describe a picture's style.
+        training_captions: returns the captions that the vocabulary is trained on.
+        zero_shot: the splits that a run is evaluated on, and the name of each in its log.
+        retrieval: the log's name of the retrieval among the unseen pictures.
+        recipe: settings of a training run that its user does not give.
     """
 
     open: Callable[[str], DrawnSource]
@@ -33,7 +33,7 @@ class EmbeddedData:
     recipe: Mapping[str, Any]
 
 
-# For two processor cores and five minutes; the experiments behind it are in docs/log.md.
+# Chosen for two processor cores and five minutes; docs/log.md has the experiments.
 _GLYPHS_RECIPE = {
     "model": "ViT-glyphs",
     "epochs": 14,
@@ -50,7 +50,7 @@ _GLYPHS_RECIPE = {
     "vocab_size": 3072,
     "workers": 0,
 }
-# An epoch is 12,655 pictures, each with one of its three captions: 18 are as many steps as 6 of all captions.
+# An epoch is 12,655 pictures, each with one of its three captions. 18 epochs have as many steps as 6 over all captions.
 _ICONS_RECIPE = {
     **_GLYPHS_RECIPE,
     "epochs": 18,

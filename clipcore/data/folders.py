@@ -1,4 +1,4 @@
-"""Folders of images: with a caption in a file beside each, with a table of them, or one folder a class."""
+"""Folders of images, with captions in a file beside each image, in a table, or as the names of class folders."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ CLASSES_FILE, TEMPLATES_FILE = "classes.json", "templates.json"
 _MAX_JSON_BYTES = 1 << 22  # of class names or prompts
 _OF_FILE_SYSTEMS = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 _TABLE = re.compile(r".*\.(?:csv|tsv|jsonl|ndjson|token|token\.txt)|captions\.txt", re.IGNORECASE)
-# Files that may hold images within them.
+# Files that may contain several images.
 _OF_IMAGES = re.compile(r".*\.(?:parquet|arrow|zip|tgz|tar(?:\.\w+)?)", re.IGNORECASE)
-# Rows of a table that are compared with what its folder holds: more take minutes.
+# Largest number of table rows that are compared with the folder's files; more would take minutes.
 _MOST_COUNTED = 1_000_000
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class NoCaptionsError(DataError):
-    """A folder of images that has no captions, and no names of folders that are any."""
+    """A folder of images without captions, and without folder names that can serve as captions."""
 
 
 class FolderSource:
     """Images in a folder and its subfolders, each with its caption in a file of the same stem.
 
-    The caption is in ``<stem>.txt``, or in ``<stem>.json`` as an object's ``caption``. Names that begin with a dot are no
-    part of the data. Links to folders are followed.
+    The caption is in ``<stem>.txt``, or in ``<stem>.json`` as an object's ``caption``. Names that begin with a dot are
+    ignored. Links to folders are followed.
 
     Args:
         path: the folder.
-        caption_keys: fields of a JSON file that may hold the caption, the first that is there counts.
+        caption_keys: fields of a JSON file that may hold the caption; the first one present is used.
         decoder: see ``decode_image``.
 
     Attributes:
         left_out: images without a caption, captions without an image, pictures of other kinds.
 
     Raises:
-        DataError: no folder, or no image with a caption in it.
+        DataError: the folder does not exist, or has no image with a caption.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class FolderSource:
         return printable(self._cells[2 * index])
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each image its whole path."""
+        """Yield the full path of each image."""
         return (os.path.join(self._folder, self._cells[2 * row]) for row in range(len(self)))
 
     def _caption(self, name: str, key: str) -> object:
@@ -123,34 +123,34 @@ class FolderSource:
         try:
             record = json.loads(data)
         except (ValueError, RecursionError):
-            raise BadSample(f"{printable(name)} is no JSON", key) from None
+            raise BadSample(f"{printable(name)} is not JSON", key) from None
         fields = record if isinstance(record, dict) else {}
         return next((fields[k] for k in self._caption_keys if k in fields), None)
 
 
 class ClassFolderSource:
-    """Images in one folder a class; the caption is the class's name.
+    """Images in one folder per class; the caption is the class's name.
 
-    The name is that of the folder with spaces for underscores, or what ``classes.json`` in the outer folder gives for it, an
-    object of folder names to class names, or to lists of them. Folders whose names begin with a dot or with ``__`` are no
-    classes.
+    A class's name is its folder's name with spaces for underscores, or its entry in ``classes.json`` in the outer folder:
+    an object from folder names to class names or to lists of them. Folders whose names begin with a dot or with ``__`` are
+    ignored.
 
     Args:
-        path: the folder of the class folders, which are taken in alphabetical order, whatever is below them included. Links
-            to folders are followed.
+        path: the folder of the class folders. They are read in alphabetical order, with all their subfolders. Links to
+            folders are followed.
         decoder: see ``decode_image``.
-        names: of a data set of several such folders, the names of each class by its folder, in the order of the classes, of
-            which this one may hold a part.
+        names: the names of each class by its folder, in class order, for a data set of several such folders; this folder
+            may hold only some of the classes.
 
     Attributes:
-        names: of each class, in the order of the folders.
+        names: the names of each class, in the order of the folders.
         classnames: the captions, the first name of each class.
         labels_N: for each image the index of its folder, int64 [N].
         left_out: images outside of class folders, pictures of other kinds.
 
     Raises:
-        DataError: no folder, or an unreadable file of names.
-        NoCaptionsError: no image in a folder of its own, one such folder only, or names that are numbers or ids.
+        DataError: the folder does not exist, or the file of names is unreadable.
+        NoCaptionsError: no class folder holds an image, only one does, or the folder names are numbers or ids.
     """
 
     def __init__(
@@ -223,16 +223,16 @@ class ClassFolderSource:
         return printable(self._paths[index])
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each image its whole path."""
+        """Yield the full path of each image."""
         return (os.path.join(self._folder, self._paths[row]) for row in range(len(self)))
 
 
-# Of ImageNet's folders, and of data sets that number their classes, maybe before their names.
+# Folder names of ImageNet, and of data sets that number their classes, perhaps before their names.
 _ID = re.compile(
     r"n\d{8}\b.*|\d+(?:\.\d+)?(?:[.-][a-z].*)?|0x[0-9a-f]+|\d[0-9a-f]{3,}|(?:id|cls|class|category|label)[ _-]?\d+",
     re.IGNORECASE,
 )
-# Of the parts of a data set, or of what a folder of pictures is called.
+# Names of the parts of a data set, or general names of image folders.
 _NO_CLASS = re.compile(
     r"(?:train|training|val|valid|validation|dev|test|testing|eval|split|fold|part|shard|batch|data|dataset|images?|imgs?|"
     r"pictures?|pics?|photos?|jpegs?|jpgs?|pngs?)(?:[ _-]?\d+|[ _-](?:set|split|data|images?|imgs?))?",
@@ -243,22 +243,22 @@ _NO_CLASS = re.compile(
 def class_names(
     path: str, folders: Sequence[str], file: str, are_labels: bool = False
 ) -> list[tuple[str, ...]]:
-    """Return the names of classes, given their folders: one of each, or as many as the file has.
+    """Return the names of each class, given the class folders: one name, or all that the file gives.
 
     Args:
-        path: where the folders lie, for messages.
-        file: which may give the names, JSON.
-        are_labels: they are no folders but labels in the table ``path``, for messages.
+        path: the outer folder, for messages.
+        file: a JSON file that may give the names.
+        are_labels: whether these are labels of the table ``path`` instead of folders, for messages.
 
     Raises:
         DataError: the file is unreadable.
-        NoCaptionsError: folders without a name there are named by numbers or ids, or as parts of a data set.
+        NoCaptionsError: folders that are not in the file are named by numbers or ids, or as parts of a data set.
     """
     given = read_json(file, {})
     shape = f"an object of {'labels' if are_labels else 'folder names'} to class names"
     if not isinstance(given, dict):
         raise DataError(f"{file} is not {shape}")
-    # Its keys may be written as the names are shown, with spaces.
+    # Its keys may be written with spaces, as the names are shown.
     by_shown = dict[str, tuple[str, ...]]()
     for key, value in given.items():
         names = (value,) if isinstance(value, str) else value
@@ -278,7 +278,7 @@ def class_names(
         what = f"labels of {path}" if are_labels else "folders beside it"
         raise DataError(f"{file} names none of the {what}, such as {printable(shown[0])}")
     ids = [name for name in shown if name not in by_shown and _ID.fullmatch(name)]
-    # One number among names may be one.
+    # A single number among names may be a name itself.
     is_most = len(ids) > 1 and 2 * len(ids) >= len(folders)
     if is_most or any(name[0] in "nN" or given for name in ids):
         what = f"labels of {path} are" if are_labels else f"class folders of {path} are named by"
@@ -290,7 +290,7 @@ def class_names(
 
 
 def read_json(path: str, default: object) -> object:
-    """Return the content of a JSON file, or the default where there is none; raise DataError."""
+    """Return the content of a JSON file, or the default if there is no file; raise DataError."""
     try:
         return json.loads(read_regular(path, _MAX_JSON_BYTES))
     except FileNotFoundError:
@@ -308,24 +308,24 @@ def open_folder(
     decoder: Decoder | str,
     quotes: bool = True,
 ) -> Any:
-    """Return the pairs of a folder, by what it holds.
+    """Return the pairs of a folder, whose layout is recognised from its content.
 
-    A table ``metadata.jsonl`` or ``metadata.csv`` of images and captions (the layout of Hugging Face's imagefolder) wins, in
-    the folder or in its only subfolder with images; then images with a .txt or .json file each; then, with no caption
-    anywhere, class folders.
+    The first layout that fits is used: a table ``metadata.jsonl`` or ``metadata.csv`` of images and captions (Hugging Face's
+    imagefolder), in the folder or in its only subfolder with images; images with a .txt or .json file each; and, if there
+    are no captions, class folders.
 
     Args:
         img_key, caption_key, decoder, quotes: as of ``CsvSource``.
 
     Raises:
-        DataError: no folder, or one whose captions cannot be told.
+        DataError: the folder does not exist, or its captions cannot be identified.
     """
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
     name = os.path.basename(os.path.abspath(path))
-    tables, folders, beside = _look_into(path)
+    tables, folders, beside = _scan_folder(path)
     if not tables:
-        looks = [_look_into(folder) for folder in folders]
+        looks = [_scan_folder(folder) for folder in folders]
         inner = [table for look in looks for table in look.tables]
         named = [table for look in looks for table in look.others if _is_named_table(table)]
         beside = sorted([*beside, *named])
@@ -344,7 +344,7 @@ def open_folder(
             _count_unnamed(path, source)
             return source
         except ColumnError as error:
-            # Such as one of patients and their ages.
+            # For example a table of patients and their ages.
             without_columns = error
 
     ignored = LeftOut()
@@ -365,18 +365,18 @@ def open_folder(
 
 
 def _is_named_table(path: str) -> bool:
-    """Return whether a table in a subfolder is called as those of captions are."""
+    """Return whether a table in a subfolder has a usual name of caption tables."""
     return os.path.basename(path).lower().startswith(("metadata.", "captions."))
 
 
 def _has_captions(
     table: str, img_key: str | None, caption_key: str | None, decoder: Decoder | str, quotes: bool
 ) -> bool:
-    """Return whether a table can be read as one of images and captions; raise DataError for one used wrongly."""
+    """Return whether a table holds images and captions; raise DataError for one that is used wrongly."""
     try:
         _open_metadata(table, img_key, caption_key, decoder, quotes)
     except (MissingImagesError, NamedColumnsError):
-        # It is a table of captions: without it, folders such as Images and Thumbs would pass for classes.
+        # It is a table of captions. If it were skipped, folders such as Images and Thumbs would be read as classes.
         raise
     except DataError:
         return False
@@ -384,7 +384,7 @@ def _has_captions(
 
 
 def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
-    """Count the images of a folder that its table does not name, where the table is short enough to be gone through."""
+    """Count the images of a folder that its table does not name, if the table is short enough to check."""
     if len(source) > _MOST_COUNTED:
         return
     named = {hash(name) for name in source.picture_names()}
@@ -395,15 +395,15 @@ def _count_unnamed(path: str, source: CsvSource | JsonlSource) -> None:
                 source.left_out.add("image that the table does not name", where)
 
 
-class _Look(NamedTuple):
-    """The tables of captions in a folder, the preferred first, its subfolders, and all of its tables."""
+class _FolderContent(NamedTuple):
+    """The caption tables of a folder, preferred ones first; its subfolders; and all of its tables."""
 
     tables: list[str]
     folders: list[str]
     others: list[str]
 
 
-def _look_into(path: str) -> _Look:
+def _scan_folder(path: str) -> _FolderContent:
     """Return the tables and subfolders of a folder; raise DataError."""
     tables, folders, others = list[str](), list[str](), list[str]()
     try:
@@ -419,11 +419,11 @@ def _look_into(path: str) -> _Look:
         raise DataError(f"cannot read the folder {printable(path)}: {error.strerror}") from None
     order = _METADATA_FILES.index
     tables.sort(key=lambda table: order(os.path.basename(table).lower()))
-    return _Look(tables, sorted(folders), sorted(others))
+    return _FolderContent(tables, sorted(folders), sorted(others))
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's files and of its folders, sorted, without hidden ones; raise DataError."""
+    """Return the sorted names of a folder's files and of its subfolders, without hidden ones; raise DataError."""
     files, folders = list[str](), list[str]()
     try:
         with os.scandir(path) as entries:
@@ -436,7 +436,7 @@ def list_folder(path: str) -> tuple[list[str], list[str]]:
 
 
 def _is_elsewhere(path: str, folder: str) -> bool:
-    """Return whether an image of a folder lies outside of one of its subfolders."""
+    """Return whether an image of a folder lies outside a given subfolder."""
     inside = os.path.relpath(folder, path)
     return any(
         is_image(name) and relative.split(os.sep, 1)[0] != inside
@@ -460,7 +460,7 @@ def _open_metadata(
         return open_caption_list(table, img_key, caption_key, None, decoder, quotes)
     if not table.lower().endswith((".csv", ".tsv")):
         return JsonlSource(table, img_key, caption_key, decoder)
-    # Commas by its layout; spreadsheets write others.
+    # The layout prescribes commas, but spreadsheets write other separators.
     errors = []
     for separator in (",", "\t", ";"):
         try:
@@ -478,15 +478,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_data(name: str) -> bool:
-    """Return whether a name may be of data: not hidden, and not what a file system keeps for itself."""
+    """Return whether a name may belong to the data: it is neither hidden nor a file system's own folder."""
     return not name.startswith(".") and name not in _OF_FILE_SYSTEMS
 
 
 def walk(path: str, left_out: LeftOut | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder relative to ``path``, sorted names of its files) in order; names that begin with a dot are left out.
+    """Yield (folder relative to ``path``, sorted names of its files) in order; names that begin with a dot are skipped.
 
-    Links to folders are followed, as data sets are made of them, but none that leads into ``path`` itself: what is there
-    comes under its own name.
+    Links to folders are followed, because data sets use them. Links into ``path`` itself are not: those files are found
+    under their own names.
 
     Args:
         left_out: counts the links that are not followed.
@@ -502,7 +502,7 @@ def images_below(path: str, left_out: LeftOut, are_shards_read: bool = False) ->
 
     Args:
         left_out: counts pictures of other kinds, files of many images, and links as ``walk`` does.
-        are_shards_read: whether the caller reads the ``.tar`` files in the folder itself, which then are not counted.
+        are_shards_read: whether the caller itself reads the ``.tar`` files in the folder, so that they are not counted.
 
     Raises:
         DataError: a folder cannot be read.
@@ -522,12 +522,12 @@ def images_below(path: str, left_out: LeftOut, are_shards_read: bool = False) ->
 def _walk(
     path: str, relative: str, above: frozenset[tuple[int, int]], left_out: LeftOut
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield as ``walk`` from one folder on; ``above`` are the devices and inodes of the folders on the way to it."""
+    """Yield as ``walk`` does, from one folder down; ``above`` holds (device, inode) of the folders above it."""
     folder = os.path.join(path, relative) if relative else path
     try:
         stat = os.stat(folder)
         own = (stat.st_dev, stat.st_ino)
-        # A link back to one of them would have no end.
+        # Following a link back to one of them would never end.
         if own in above:
             return
         with os.scandir(folder) as entries:
@@ -549,18 +549,18 @@ def _walk(
 
 
 def _is_within(link: str, path: str) -> bool:
-    """Return whether a link leads to a folder or to something in it."""
+    """Return whether a link leads to a folder or into it."""
     target, root = os.path.realpath(link), os.path.realpath(path)
     return os.path.commonpath([target, root]) == root
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file's name ends as those of images that are read."""
+    """Return whether a file's name has the suffix of a supported image."""
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def holds_image(path: str) -> bool:
-    """Return whether an image lies in a folder or below it, without a look at more than that takes; raise DataError."""
+    """Return whether an image lies in a folder or below it, and stop at the first one; raise DataError."""
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -576,7 +576,7 @@ def _is_other_image(name: str) -> bool:
 
 
 def _stem_pairs(folder: str, names: list[str], left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yield (image, caption file) of the names of one folder; count what has no other half."""
+    """Yield (image, caption file) from the names in one folder; count the files without a partner."""
     captions = dict[str, str]()
     for suffix in CAPTION_SUFFIXES:
         for name in names:

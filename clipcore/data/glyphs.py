@@ -1,10 +1,9 @@
-"""``glyphs``: the embedded data set, pictures of writing with their Unicode names.
+"""``glyphs``: the embedded data set of characters, drawn and captioned with their Unicode names.
 
 Every character of the DejaVu faces that matplotlib ships is drawn by Pillow; its caption is a sentence made from the
-character's Unicode name and the face. Nothing is downloaded and nothing is stored: a picture is drawn when it is
-first asked for.
+character's Unicode name and the face. Nothing is downloaded and nothing is stored: a picture is drawn on first access.
 
-Splits are fixed for good, by character and by typeface family:
+Splits are fixed, by character and by typeface family:
 
 - ``train``: nine tenths of the characters, in the sans and serif families;
 - ``unseen``: the other tenth, in the same families: zero-shot classes whose names and shapes were never trained on;
@@ -43,7 +42,7 @@ ZERO_SHOT_TEMPLATES = prompts(CAPTION_TEMPLATES, ZERO_SHOT_FACES)
 
 @dataclass(frozen=True)
 class Face:
-    """One font file: its family and its style as captions call them."""
+    """One font file, with its family and style as captions name them."""
 
     file: str
     family: str
@@ -75,7 +74,7 @@ FACES = tuple(
 
 
 def font_folder() -> Path:
-    """Where matplotlib keeps its fonts; matplotlib itself is not imported."""
+    """Return the folder of matplotlib's fonts; matplotlib itself is not imported."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
@@ -85,25 +84,25 @@ def font_folder() -> Path:
 
 
 def is_unseen(character: str) -> bool:
-    """Whether the character belongs to the tenth that is never trained on: a hash of its code point decides."""
+    """Return whether the character belongs to the tenth that is never trained on, by a hash of its code point."""
     return is_held_out(f"glyphs {ord(character)}")
 
 
 def character_name(character: str) -> str:
-    """The Unicode name in lower case, or an empty string."""
+    """Return the Unicode name in lower case, or an empty string."""
     return unicodedata.name(character, "").lower()
 
 
 @lru_cache(maxsize=len(FACES))
 def face_characters(face: Face) -> str:
-    """The named characters of a face that leave ink, in code-point order."""
+    """Return the named characters of a face that draw at least one pixel, in code-point order."""
     from matplotlib.ft2font import FT2Font
 
     characters = (chr(code) for code in sorted(FT2Font(str(face.path)).get_charmap()))
     return "".join(c for c in characters if character_name(c) and not _is_blank(c))
 
 
-# Characters that leave no ink although their category says they would (U+1D3D in one face alone).
+# Some characters draw nothing although their category says otherwise (U+1D3D in only one face).
 _BLANK = frozenset(
     "\N{BRAILLE PATTERN BLANK}\N{COMBINING GRAPHEME JOINER}\N{OBJECT REPLACEMENT CHARACTER}\u1d3d"
 )
@@ -169,18 +168,18 @@ class GlyphSource(DrawnSource):
         return tuple(fill(template, face.description, name) for template in CAPTION_TEMPLATES)
 
     def style(self, index: int) -> str:
-        """Return how a picture is drawn, in words."""
+        """Return the style of a picture, in words."""
         face, _ = self.samples[index]
         return face.description
 
     def key(self, index: int) -> str:
-        """Return what a picture is called: its font file and its character."""
+        """Return the name of a picture: its font file and its character."""
         face, character = self.samples[index]
         return f"{face.file}/U+{ord(character):04X}"
 
 
 def training_captions() -> Sequence[str]:
-    """One caption for every trained character and template: what the vocabulary is trained on."""
+    """Return one caption for each trained character and template, to train the vocabulary on."""
     source = GlyphSource("train")
     return [
         fill(template, FACES[i % 8].description, name)

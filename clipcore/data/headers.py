@@ -1,7 +1,7 @@
-"""What a picture will cost, read off its file before a decoder sees it.
+"""Checks of the cost of decoding a picture, read off its file before a decoder opens it.
 
-Decoders walk through a file's parts one by one in Python, and through each scan of a progressive JPEG over all pixels, so
-that small files can take seconds; an animated WebP takes the memory of its canvas, whatever it shows.
+Decoders go through a file's parts one by one in Python, and each scan of a progressive JPEG covers all pixels, so small
+files can take seconds. An animated WebP takes the memory of its whole canvas, whatever its frames show.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Iterator
 
 from clipcore.data import BadSample
 
-# Parts (segments of a JPEG, chunks of a PNG) that any file may have, and one more for so many bytes: encoders cut pixels
-# into chunks of some KB, and a file of parts of a few bytes is made to be slow.
+# Parts (segments of a JPEG, chunks of a PNG) that any file may have, and the bytes that allow one more part. Encoders
+# write chunks of several KB; a file of many parts of a few bytes was made to be slow.
 _MAX_PARTS, _BYTES_A_PART = 1000, 512
-# Scans of a JPEG, each of which costs time by the pixel: at most so many, and so many over the largest picture. Encoders
-# make about ten.
+# Limits on the scans of a JPEG, each of which costs time per pixel: for any picture, and for the largest one. Encoders
+# write about ten.
 _MAX_SCANS, _SCANS_OF_LARGEST = 500, 24
-# A WebP takes about twice the memory of other pictures of its size: canvases of an animation, colours at half resolution.
+# A WebP takes about twice the memory of other pictures of its size, for animation canvases and half-resolution colours.
 _WEBP_COST = 2
 
-# Chunks of a PNG that are inflated, to 1 MiB at most each: a profile, and texts.
+# Compressed chunks of a PNG (a profile and texts), each inflated to 1 MiB at most.
 _MAX_INFLATED, _INFLATED = 64, {b"iCCP", b"zTXt", b"iTXt"}
 
-# A decoder copies what is no pixels.
+# A decoder copies the parts that hold no pixels.
 _MAX_CHUNK_BYTES = 1 << 24
 
 _FILLERS = re.compile(rb"\xff+")
@@ -34,14 +34,14 @@ _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 # Starts of frames, but for tables of Huffman codes (C4), JPG (C8) and arithmetic conditioning (CC).
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-# Markers behind which Pillow looks at the next byte, as they have no length, or none that it reads.
+# Markers without a length, or whose length Pillow does not read; it goes on with the next byte.
 _BARE = {0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}
 
 
 def check_header(data: bytes, max_pixels: int) -> None:
-    """Raise BadSample for a JPEG, PNG or WebP file that would cost far more than a picture of ``max_pixels`` pixels.
+    """Raise BadSample for a JPEG, PNG or WebP file that costs far more than a picture of ``max_pixels`` pixels.
 
-    Other files are left to the decoder, which refuses them.
+    Files of other kinds are refused later, by the decoder.
     """
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
@@ -54,7 +54,7 @@ def check_header(data: bytes, max_pixels: int) -> None:
 
 
 def check_size(width: int, height: int, max_pixels: int, remedy: str = "") -> None:
-    """Raise BadSample for a picture of too many pixels, or of none."""
+    """Raise BadSample for a picture with too many pixels, or with none."""
     if width * height > max_pixels:
         raise BadSample(f"{width} x {height} pixels are more than {max_pixels}{remedy}")
     if width < 1 or height < 1:
@@ -62,17 +62,19 @@ def check_size(width: int, height: int, max_pixels: int, remedy: str = "") -> No
 
 
 def check_scans(data: bytes, num_pixels: int, max_pixels: int) -> None:
-    """Raise BadSample for a JPEG of so many scans that decoding takes seconds."""
+    """Raise BadSample for a JPEG with so many scans that decoding takes seconds."""
     scans = count_scans(data)
     if scans > min(_MAX_SCANS, _SCANS_OF_LARGEST * max_pixels // max(num_pixels, 1)):
-        raise BadSample(f"{scans} scans of {num_pixels} pixels are made to be slow; encode it anew")
+        raise BadSample(
+            f"{scans} scans of {num_pixels} pixels are made to be slow; encode it again"
+        )
 
 
 def count_scans(data: bytes) -> int:
-    """Return how many scans a decoder goes through, 1 where one scan has all of a JPEG that is not progressive.
+    """Return the number of scans that a decoder goes through; 1 for a non-progressive JPEG in one scan.
 
     Raises:
-        BadSample: between them are too many other parts.
+        BadSample: there are too many other parts between them.
     """
     num_components, is_progressive = 0, False
     for marker, at in _segments(data):
@@ -102,17 +104,17 @@ def count_scans(data: bytes) -> int:
 
 def _refuse_parts(data: bytes, num_parts: int) -> None:
     if num_parts > _MAX_PARTS + len(data) // _BYTES_A_PART:
-        raise BadSample("so many parts of a few bytes are made to be slow; encode it anew")
+        raise BadSample("so many parts of a few bytes are made to be slow; encode it again")
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Look at the segments before the first scan, and at what lies between them, which decoders skip byte by byte."""
+    """Check the segments before the first scan and the bytes between them, which decoders skip one by one."""
     for _ in _segments(data):
         pass
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, where it is) of a JPEG up to its first scan; raise BadSample for too many parts."""
+    """Yield (marker, position) of a JPEG up to its first scan; raise BadSample for too many parts."""
     at, num_parts = 2, 0
     while at + 1 < len(data):
         if data[at] != 0xFF:
@@ -140,12 +142,12 @@ def _check_png(data: bytes) -> None:
             return
         num_parts += 1
         if size > _MAX_CHUNK_BYTES and kind not in (b"IDAT", b"fdAT"):
-            raise BadSample(f"{size} bytes beside the pixels are too large; encode it anew")
+            raise BadSample(f"{size} bytes beside the pixels are too large; encode it again")
         num_inflated += kind in _INFLATED
         _refuse_parts(data, num_parts)
         if num_inflated > _MAX_INFLATED:
             raise BadSample(
-                f"more than {_MAX_INFLATED} compressed texts are made to be slow; encode it anew"
+                f"more than {_MAX_INFLATED} compressed texts are made to be slow; encode it again"
             )
         at += 12 + size
 

@@ -1,12 +1,12 @@
 """``icons``: the second embedded data set, the icons of qtawesome's fonts with their names.
 
 Every icon is drawn by Pillow; its caption is a sentence made from its name, its family and its style. The fonts come with
-the package qtawesome, which is found but not imported, and neither is Qt. Nothing else is downloaded or stored.
+the package qtawesome, which is not imported, and neither is Qt. Nothing else is downloaded or stored.
 
-An icon's name is what the font's table calls it, in words and without those that say its style: ``home``,
+An icon's name is the one in the font's table, split into words and without those that name its style: ``home``,
 ``home-outline`` and ``home-variant`` are three pictures of the class "home".
 
-Splits are fixed for good, by name and by family:
+Splits are fixed, by name and by family:
 
 - ``train``: nine tenths of the names, in the families material, phosphor and remix;
 - ``unseen``: the other tenth, in the same families: zero-shot classes that were never trained on;
@@ -34,8 +34,8 @@ from clipcore.data import DataError, drawing
 from clipcore.data.drawing import CANVAS, DrawnSource, fill, is_held_out, prompts
 from clipcore.files import read_regular
 
-FONT_SIZE = 32  # pixels to the em, which most icons fill: the crop of an evaluation is as large
-_MAX_TABLE_BYTES = 4 << 20  # the largest table has 0.3 MB
+FONT_SIZE = 32  # pixels to the em, which most icons fill: as large as the crop of an evaluation
+_MAX_TABLE_BYTES = 4 << 20  # the largest table is 0.3 MB
 
 CAPTION_TEMPLATES = ("{a_face} icon of {name}", "{name}, {face}", "{name}")
 ZERO_SHOT_FACES = ("material", "outline material", "phosphor", "filled remix")
@@ -47,9 +47,9 @@ class Family:
     """The icons of one font.
 
     Attributes:
-        name: as captions call it.
+        name: its name in captions.
         stem: how the names of its files begin; a version follows.
-        styles: words at the end of a name that say how the icon is drawn, and what captions call it.
+        styles: words at the end of a name that name the icon's style, and the style's name in captions.
         is_shift: whether it is never trained on.
     """
 
@@ -87,9 +87,9 @@ FAMILIES = (
     Family("elusive", "elusiveicons-webfont", (("alt", "alternate"),), is_shift=True),
 )
 
-# What looks like a style and is the name: the button that makes text bold.
+# A word that looks like a style but is the name: the button that makes text bold.
 _NOT_STYLED = frozenset({"format-bold"})
-# What leaves no ink.
+# Icons that draw nothing.
 _BLANK = frozenset({("codicon", "blank")})
 
 
@@ -103,12 +103,12 @@ class Icon(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What captions call the way in which it is drawn."""
+        """The icon's style, as captions name it."""
         return f"{self.style} {self.family.name}".strip()
 
 
 def font_folder() -> Path:
-    """Return where qtawesome keeps its fonts; the package itself is not imported.
+    """Return the folder of qtawesome's fonts; the package itself is not imported.
 
     Raises:
         DataError: it is not installed.
@@ -120,7 +120,7 @@ def font_folder() -> Path:
 
 
 def _find_file(pattern: str) -> Path:
-    """Return the newest of qtawesome's files of a pattern; raise DataError."""
+    """Return the newest of qtawesome's files that match a pattern; raise DataError."""
     folder = font_folder()
     if not (paths := sorted(folder.glob(pattern))):
         raise DataError(
@@ -145,19 +145,19 @@ def split_style(family: Family, icon: str) -> tuple[str, str]:
 def is_unseen(name: str) -> bool:
     """Return whether a name belongs to the tenth that is never trained on.
 
-    A hash of its words decides, whatever their order: "circle arrow right" shares a side with "arrow right circle".
+    A hash of its sorted words decides: "circle arrow right" is on the same side as "arrow right circle".
     """
     return is_held_out(f"icons {' '.join(sorted(name.split()))}")
 
 
 @lru_cache(maxsize=len(FAMILIES))
 def family_icons(family: Family) -> tuple[Icon, ...]:
-    """Return the icons of a family that leave ink, in the order of their characters, each once.
+    """Return the icons of a family that draw something, in the order of their characters, without duplicates.
 
-    Of an icon with several names it is the first that a trained family has too, or else the first of all.
+    An icon with several names gets the first one that a trained family has too, or else the first one.
 
     Raises:
-        DataError: the package is not installed, or is not as it was published.
+        DataError: the package is not installed, or its files are damaged.
     """
     names_of: dict[str, list[tuple[str, str]]] = {}
     for icon, character in _read_table(family).items():
@@ -174,7 +174,7 @@ def family_icons(family: Family) -> tuple[Icon, ...]:
 
 @lru_cache(maxsize=1)
 def _trained_families_names() -> frozenset[str]:
-    """Return the names of all icons of the families that are trained on, whether or not they themselves are."""
+    """Return the names of all icons in the trained families, including the held-out names."""
     return frozenset(
         icon.name for family in FAMILIES if not family.is_shift for icon in family_icons(family)
     )
@@ -190,7 +190,7 @@ def _read_table(family: Family) -> dict[str, str]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"{path} is no table of icons: pip install --force-reinstall 'qtawesome==1.4.*'"
+            f"{path} is not a table of icons: pip install --force-reinstall 'qtawesome==1.4.*'"
         ) from error
 
 
@@ -201,8 +201,8 @@ class IconSource(DrawnSource):
         split: one of ``clipcore.data.drawing.SPLITS``.
 
     Attributes:
-        classnames: in alphabetical order all trained names, or all unseen ones in whatever family: new families are tested
-            among the same names as the trained ones. Some unseen names have pictures in one of the two alone.
+        classnames: all trained names, or all unseen names, in alphabetical order and of every family: new families are
+            tested among the same names as the trained ones. Some unseen names have pictures in only one of the two.
         labels_N: for each picture the index of its name in ``classnames``.
 
     Raises:
@@ -217,7 +217,7 @@ class IconSource(DrawnSource):
         if self.wants_unseen:
             names = {icon.name for icon in icons if is_unseen(icon.name)}
         else:
-            # A name of the new families alone was not trained on, although it might have been.
+            # A name that only the new families have was not trained on, although its hash allows it.
             names = {name for name in _trained_families_names() if not is_unseen(name)}
         self.classnames = sorted(names)
         self.samples = [
@@ -239,22 +239,22 @@ class IconSource(DrawnSource):
         return tuple(fill(template, icon.description, icon.name) for template in CAPTION_TEMPLATES)
 
     def style(self, index: int) -> str:
-        """Return how a picture is drawn, in words."""
+        """Return the style of a picture, in words."""
         return self.samples[index].description
 
     def key(self, index: int) -> str:
-        """Return what a picture is called: its family and its character."""
+        """Return the name of a picture: its family and its character."""
         icon = self.samples[index]
         return f"{icon.family.name}/U+{ord(icon.character):04X}"
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
-    """Draw an icon with the font's line in the middle of the canvas, in black on white, uint8 [CANVAS, CANVAS]."""
+    """Draw an icon in black on white, the font's line in the middle of the canvas: uint8 [CANVAS, CANVAS]."""
     ascent, descent = font.getmetrics()
     return drawing.draw(character, font, baseline=(CANVAS - ascent - descent) // 2 + ascent)
 
 
 def training_captions() -> Sequence[str]:
-    """Return the captions of all trained icons, without repetitions: what the vocabulary is trained on."""
+    """Return the captions of all trained icons, without duplicates, to train the vocabulary on."""
     source = IconSource("train")
     return list(dict.fromkeys(c for i in range(len(source)) for c in source.captions(i)))

@@ -2,9 +2,9 @@
 
 Legend: B pairs on this rank, G = B * world_size pairs of the global batch, L tokens, S pixels of a side.
 
-The state of the data is (seed, step). Step k takes positions k * G to (k + 1) * G of the order of its epoch, and rank r
-the rows r * B to (r + 1) * B of them; what a sample looks like depends on (seed, epoch, sample) alone. So any step can
-be read on its own, and at a fixed global batch neither workers nor ranks change what is trained on.
+The state of the data is (seed, step). Step k reads positions k * G to (k + 1) * G of its epoch's order, and rank r reads
+rows r * B to (r + 1) * B of them. The crop and caption of a sample depend only on (seed, epoch, sample). So any step can be
+read on its own, and at a fixed global batch the number of workers or ranks does not change the training data.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostErro
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
-from clipcore.ranks.signals import DataWaitError, data_came, waiting_for_data
+from clipcore.ranks.signals import DataWaitError, data_arrived, waiting_for_data
 
-# Rows that a worker reads at once: with large batches a whole one a worker would fill the memory and come late.
+# Rows that a worker reads at once. One whole large batch per worker would fill the memory and arrive late.
 PART_ROWS = 256
 MAX_REPLACEMENTS = 64
 # Rows to read before the share of bad ones is judged.
 JUDGED_ROWS = 512
-# Of samples that cannot be read, in the message that stops a run.
+# How many unreadable samples the message that stops a run names.
 SHOWN_REASONS = 5
-# Seconds within which a worker whose connection is broken has ended, also on a busy machine.
+# Seconds within which a worker with a broken connection ends, even on a busy machine.
 _ENDING_S = 10.0
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -45,15 +45,15 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @dataclass
 class Batch:
-    """What a step trains on.
+    """The data of one step.
 
     Attributes:
         images: uint8 [B, 3, S, S]; ``normalize_images`` makes them the model's input, on the device.
         tokens: int64 [B, L].
-        indices: int64 [B], which samples of the source these are (of a replaced one, its replacement).
+        indices: int64 [B], the samples' indices in the source (for a replaced sample, its replacement).
         bad: (key, reason) of each sample that could not be read.
         num_transparent: pictures that were laid over white.
-        owners: int64 [L'], the sample of each row of tokens, where samples have all their captions.
+        owners: int64 [L'], the sample of each row of tokens, if samples have all their captions.
     """
 
     images: Tensor
@@ -65,7 +65,7 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """What is read of a sample: the crop, its caption or captions, whether the picture was laid over white."""
+    """A sample as read: the crop, the caption or captions, and whether the picture was laid over white."""
 
     image: Picture
     captions: tuple[str, ...]
@@ -78,20 +78,20 @@ class PairLoader:
     Args:
         source: the pairs.
         transform: crops; its ``image_size`` is S.
-        tokenizer: captions to token rows of one length, int64 [B, L].
-        global_batch_size: pairs of a step on all ranks; a rank's share B is its even part of them, to one pair.
-        seed: of the order, the crops, the choice among captions and the replacements.
-        rank, world_size: this process among those that share the global batch.
-        workers: processes that read; 0 reads in this one.
-        max_bad_fraction: share of unreadable samples, among those that this rank has met since the last ``batches``,
-            above which it stops; judged once ``JUDGED_ROWS`` were read.
-        trim_text: cut token rows behind the longest caption of this rank's batch, to a multiple of 8: a causal text
-            tower that reads the feature off at the end-of-text token, the largest id of a row, gives the same result.
-        pin_memory: page-locked batches, which copy to a GPU while it computes; where CUDA is there by default.
+        tokenizer: turns captions into token rows of one length, int64 [B, L].
+        global_batch_size: pairs of a step on all ranks; the ranks' shares B differ by one pair at most.
+        seed: determines the order, the crops, the choice among captions and the replacements.
+        rank, world_size: this process's place among those that share the global batch.
+        workers: number of worker processes; 0 reads in this process.
+        max_bad_fraction: largest share of unreadable samples among those that this rank has read since the last
+            ``batches``; above it the rank stops. It is checked after ``JUDGED_ROWS`` samples.
+        trim_text: truncate token rows after the longest caption of this rank's batch, to a multiple of 8. The result does
+            not change for a causal text tower with its feature at the end-of-text token, the largest id of a row.
+        pin_memory: make page-locked batches, which are copied to a GPU while it computes [if CUDA is available].
 
     Attributes:
-        share: of the rows of a global batch, this rank's.
-        steps_per_epoch: whole global batches in the data; what is left over falls to other epochs' orders.
+        share: the rows of a global batch that this rank reads.
+        steps_per_epoch: whole global batches in the data; each epoch's order leaves out other samples.
 
     Raises:
         DataError: the global batch is larger than the data, or smaller than the number of ranks.
@@ -143,17 +143,17 @@ class PairLoader:
         )
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
-        """The batches from ``step`` on, counted from 0 over all epochs, without end.
+        """Yield the batches from ``step`` on, counted from 0 over all epochs, without end.
 
         Raises:
             DataError: too many samples cannot be read; the message says why the first ones could not.
-            WorkerLostError: a worker was killed. No other is started; ``batch`` reads the one that is missing.
+            WorkerLostError: a worker was killed. It is not restarted; ``batch`` can read the missing batch.
         """
         keys = ((k, *cut) for k in itertools.count(step) for cut in self._cuts)
-        # A batch and the beginning of the next ahead, and never an idle worker.
+        # Reads one batch and the beginning of the next ahead, so that no worker is idle.
         ahead = max(2 * self.workers, len(self._cuts) + min(len(self._cuts), 4))
         num_rows, bad = 0, list[tuple[str, str]]()
-        # An error's traceback keeps this frame; its workers must not wait for the garbage collector.
+        # An error's traceback keeps this frame alive; its workers must not wait for the garbage collector.
         with contextlib.closing(_read(self._parts, keys, self.workers, ahead)) as parts:
             while True:
                 batch = self._join(parts)
@@ -162,7 +162,7 @@ class PairLoader:
                 if num_rows >= JUDGED_ROWS and len(bad) > self.max_bad_fraction * num_rows:
                     raise too_many_bad(len(bad), num_rows, self._name, self.max_bad_fraction, bad)
                 yield batch
-                del batch  # before the next one is put together
+                del batch  # freed before the next one is assembled
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step, read in this process."""
@@ -170,7 +170,7 @@ class PairLoader:
         return self._join(_read(self._parts, keys, workers=0, ahead=0))
 
     def _join(self, parts: Iterator[Batch]) -> Batch:
-        """The next parts as one batch; each part's images are gone before the next is taken."""
+        """Join the next parts into one batch; each part's images are freed before the next is taken."""
         tokens, indices, bad = [], [], list[tuple[str, str]]()
         num_transparent = 0
         images: Tensor | None = None
@@ -203,10 +203,10 @@ class PairLoader:
 def too_many_bad(
     num_bad: int, num_samples: int, name: str, max_fraction: float, bad: Sequence[tuple[str, str]]
 ) -> DataError:
-    """Return the error about a source of which too much cannot be read.
+    """Return the error about a source with too many unreadable samples.
 
     Args:
-        bad: (key, reason) of at least the first of them.
+        bad: (key, reason) of at least the first ones.
     """
     reasons = "; ".join(f"{key}: {reason}" for key, reason in bad[:SHOWN_REASONS])
     return DataError(
@@ -216,7 +216,7 @@ def too_many_bad(
 
 
 def share_of_rank(num_rows: int, rank: int, world_size: int) -> slice:
-    """The even part of a number of rows that falls to a rank, to one row."""
+    """Return a rank's share of a number of rows; shares differ by one row at most."""
     return slice(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)
 
 
@@ -230,13 +230,13 @@ def eval_batches(
     workers: int = 0,
     all_captions: bool = False,
 ) -> Generator[Batch, None, None]:
-    """A rank's share of a source, each sample once and in order: the shares of all ranks in turn are the source.
+    """Yield a rank's share of a source, each sample once and in order: the ranks' shares, joined, are the source.
 
-    Shares differ by one sample at most, and the last batch is as short as it comes out. A sample that cannot be read is
-    left out and named in ``bad``, so that a batch may hold none. Arguments as of ``PairLoader``, and:
+    Shares differ by one sample at most, and the last batch may be short. A sample that cannot be read is skipped and named
+    in ``bad``, so a batch may be empty. The arguments are those of ``PairLoader``, and:
 
     Args:
-        all_captions: a sample has a row of tokens for each caption, and ``owners`` says which; else for its first.
+        all_captions: return a row of tokens for each caption of a sample, with ``owners``; else only for its first one.
     """
     share = share_of_rank(len(source), rank, world_size)
     starts = range(share.start, share.stop, batch_size)
@@ -249,18 +249,18 @@ def eval_batches(
 
 
 def no_tokens(captions: Sequence[str]) -> Tensor:
-    """Return a token of each caption, [B, 1], in a tokenizer's place where captions are not looked at."""
+    """Return one token per caption, [B, 1]; replaces a tokenizer where captions are not used."""
     return torch.zeros(len(captions), 1, dtype=torch.long)
 
 
 def trim_tokens(tokens_BL: Tensor) -> Tensor:
-    """Token rows cut behind the last end-of-text token, the largest id of each row, to a multiple of 8."""
+    """Return token rows truncated after the last end-of-text token, the largest id of a row, to a multiple of 8."""
     longest = int(tokens_BL.argmax(-1).max()) + 1
     return tokens_BL[:, : min(-(-longest // 8) * 8, tokens_BL.shape[1])].contiguous()
 
 
 class _Reader:
-    """Reads samples: from numbers to arrays."""
+    """Reads samples into arrays, given their indices."""
 
     def __init__(self, source: PairSource, transform: ImageTransform, tokenizer: Tokenizer) -> None:
         self.source = source
@@ -268,8 +268,8 @@ class _Reader:
         self.tokenizer = tokenizer
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
-        """Return a sample with a caption that ``rng`` draws, with all captions without one; raise BadSample with its key."""
-        data_came()  # of the sample before
+        """Return a sample with one caption drawn by ``rng``, or with all if it is None; raise BadSample with its key."""
+        data_arrived()  # the previous sample's data
         key = f"{self.source.name}, sample {index}"
         try:
             pair: Pair = self.source[index]
@@ -287,7 +287,7 @@ class _Reader:
     def batch(
         self, samples: Sequence[Sample], indices: np.ndarray, all_captions: bool = False
     ) -> Batch:
-        """Return samples as arrays; of none, arrays without rows."""
+        """Return samples as arrays, without rows if there are no samples."""
         if not samples:
             size = self.transform.image_size
             images = torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -307,13 +307,13 @@ class _Reader:
 
 
 class _Parts(Protocol):
-    """A part of a batch for each key; what DataLoader calls a map-style data set."""
+    """Maps each key to a part of a batch; a map-style data set for DataLoader."""
 
     def __getitem__(self, key: Any) -> Batch | DataError: ...
 
 
 class _TrainingParts:
-    """(step, first row, end row) of this rank's batch to the part of it."""
+    """Maps (step, first row, end row) to that part of this rank's batch."""
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class _TrainingParts:
         return batch
 
     def _replacement(self, index: int, epoch: int) -> tuple[int, Sample] | None:
-        """The first readable one of the samples that stand in for a bad one: a function of it and the epoch."""
+        """Return the first readable replacement of a bad sample; it depends only on the sample and the epoch."""
         drawn = hash64(np.arange(MAX_REPLACEMENTS), self.seed, epoch, index, 103)
         candidates = (drawn % np.uint64(len(self.reader.source))).astype(np.int64)
         states = self.random.states(candidates, self.seed, epoch)
@@ -367,7 +367,7 @@ class _TrainingParts:
 
 
 class _OrderedParts:
-    """(first index, end index) to those of the samples that can be read."""
+    """Maps (first index, end index) to the readable samples among them."""
 
     def __init__(self, reader: _Reader, all_captions: bool) -> None:
         self.reader, self.all_captions = reader, all_captions
@@ -386,7 +386,7 @@ class _OrderedParts:
 
 
 def _cuts(batch_size: int) -> list[tuple[int, int]]:
-    """Rows of a batch in parts of at most PART_ROWS, alike in size."""
+    """Return the rows of a batch in parts of at most PART_ROWS and similar size."""
     num_parts = -(-batch_size // PART_ROWS)
     ends = [batch_size * i // num_parts for i in range(num_parts + 1)]
     return list(itertools.pairwise(ends))
@@ -395,7 +395,7 @@ def _cuts(batch_size: int) -> list[tuple[int, int]]:
 def _read(
     parts: _Parts, keys: Iterable[Any], workers: int, ahead: int
 ) -> Generator[Batch, None, None]:
-    """The parts of the keys in order, read by worker processes that keep ``ahead`` parts ready."""
+    """Yield the parts of the keys in order, read by worker processes that keep ``ahead`` parts ready."""
     read: Iterable[Batch | DataError]
     if workers:
         loader: DataLoader[Any] = DataLoader(
@@ -406,10 +406,10 @@ def _read(
             prefetch_factor=-(-ahead // workers),
             collate_fn=_same,
             worker_init_fn=_ignore_signals,
-            # Of its own, so that the numbers that the caller draws do not depend on the workers.
+            # A separate generator, so that the caller's random numbers do not depend on the workers.
             generator=torch.Generator(),
         )
-        read = _from_workers(_begin(loader))
+        read = _from_workers(_start_workers(loader))
     else:
         read = (_Guarded(parts)[key] for key in keys)
     parts_read = iter(read)
@@ -423,13 +423,13 @@ def _read(
         yield part
 
 
-def _begin(loader: DataLoader[Any]) -> Any:
-    """Start the workers of a loader; return torch's iterator over what they read."""
-    # torch's handler of SIGCHLD raises in the middle of whatever this process computes; without it a worker's end is noticed
-    # within seconds where its part is waited for, between two steps.
+def _start_workers(loader: DataLoader[Any]) -> Any:
+    """Start the workers of a loader; return torch's iterator over their results."""
+    # torch's SIGCHLD handler raises at any point of this process's work. Without it, a worker's death is still noticed
+    # within seconds, where this process waits for the worker's part, between two steps.
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if is_main_thread else None
-    # Private names of torch below: it has no others for its processes and their end.
+    # The names below are private to torch, which has no public ones for its workers and their shutdown.
     parts: Any = iter(loader)
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
@@ -437,7 +437,7 @@ def _begin(loader: DataLoader[Any]) -> Any:
 
 
 def _from_workers(parts: Any) -> Iterator[Batch | DataError]:
-    """Yield what workers read, which end with this generator.
+    """Yield the parts that workers read; the workers end with this generator.
 
     Raises:
         WorkerLostError: one of them was killed.
@@ -445,48 +445,48 @@ def _from_workers(parts: Any) -> Iterator[Batch | DataError]:
     try:
         yield from parts
     except DataWaitError:
-        # They sleep in the read that does not end, and would be waited for, for seconds each, before the run is saved.
+        # The workers hang in a read that does not end; torch would wait seconds for each before the run is saved.
         for process in parts._workers:
             process.kill()
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        # What a worker had announced and can no longer hand over is an error of the connection to it.
+        # If a worker has announced a part but died before its transfer, the connection to it fails.
         is_named = "DataLoader worker (pid" in str(error)
         if not is_named and isinstance(error, RuntimeError):
             raise
         ends = _ends(parts._workers)
         if not is_named and all(end is None for end in ends):
             raise
-        raise WorkerLostError(_how_lost(ends)) from None
+        raise WorkerLostError(_describe_loss(ends)) from None
     finally:
-        # An error's traceback keeps the iterator, whose workers must not wait for the garbage collector.
+        # An error's traceback keeps the iterator alive; its workers must not wait for the garbage collector.
         parts._shutdown_workers()
 
 
 def _ends(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int | None]:
-    """Return the exit statuses of processes, None of those that live; one that is just ending is waited for."""
+    """Return the exit statuses of processes, None for live ones; wait for a process that is just ending."""
     ended = multiprocessing.connection.wait([p.sentinel for p in processes], timeout=_ENDING_S)
     for process in processes:
-        # The system closes the files of a process, by which its end is seen here, before it has a status.
+        # The system closes a process's files, which is noticed here, before its exit status is available.
         if process.sentinel in ended:
             process.join(_ENDING_S)
     return [process.exitcode for process in processes]
 
 
-def _how_lost(ends: Iterable[int | None]) -> str:
-    """Return what happened to the workers, given their exit statuses: None of those that live."""
+def _describe_loss(ends: Iterable[int | None]) -> str:
+    """Return what happened to the workers, given their exit statuses (None for live ones)."""
     number = next((-end for end in ends if end is not None and end < 0), None)
     remedy = "use fewer --workers, or give the machine more memory"
     if number == signal.SIGKILL:
-        return f"a process that reads data was killed, most often for want of memory; {remedy}"
+        return f"a process that reads data was killed, usually because memory ran out; {remedy}"
     if number == signal.SIGBUS:
         return "a process that reads data found /dev/shm full; enlarge it (docker run --shm-size), or use fewer --workers"
     how = "ended" if number is None else f"was ended by signal {number}"
-    return f"a process that reads data {how}; if memory was short, {remedy}"
+    return f"a process that reads data {how}; if memory ran out, {remedy}"
 
 
 class _Guarded:
-    """Hands a DataError over as a value: raised in a worker, it would arrive wrapped in a page of traceback."""
+    """Returns a DataError as a value: raised in a worker, it would arrive wrapped in a long traceback."""
 
     def __init__(self, parts: _Parts) -> None:
         self.parts = parts
@@ -503,14 +503,14 @@ def _same(part: Any) -> Any:
 
 
 def _ignore_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach every process of a run; whether to stop is for the main one to say.
+    """Ignore Ctrl-C and a scheduler's signals, which reach every process of a run: the main process decides when to stop.
 
-    The main process itself ends its workers by SIGTERM, so that this one is obeyed if it comes from there.
+    The main process ends its workers with SIGTERM, so that signal is obeyed if the main process sent it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        # Blocked before the thread begins, so that it is the one to receive it: a handler would not know the sender.
+        # Blocked before the thread starts, so that the thread receives it with its sender, which a handler would not learn.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
 

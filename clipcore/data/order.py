@@ -17,12 +17,12 @@ import numpy as np
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-# An odd constant of the generator below; any does.
+# An odd constant of the generator below; any odd number works.
 _INCREMENT = (_GOLDEN << 64) | 0xBF58476D1CE4E5B9
 
 
 def hash64(values_N: np.ndarray, *key: int) -> np.ndarray:
-    """64 well-mixed bits for each of ``values_N`` (integers, [N]) under a key of integers mod 2^64: uint64 [N]."""
+    """Return 64 well-mixed bits for each of ``values_N`` (integers, [N]) under a key of integers mod 2^64: uint64 [N]."""
     return _hash(values_N, _key_word(*key))
 
 
@@ -43,7 +43,7 @@ def _mix(x_N: np.ndarray) -> None:
 
 
 def _key_word(*key: int) -> int:
-    """A key as one number: the same mixing in Python's integers, which for a single number is ten times as fast."""
+    """Return a key as one number, mixed in Python integers: ten times as fast as arrays for a single number."""
     word = 0
     for part in key:
         word = (word + part + _GOLDEN) & _MASK
@@ -54,14 +54,14 @@ def _key_word(*key: int) -> int:
 
 
 def permutation(positions_N: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Which sample stands at each of ``positions_N`` in the order of an epoch.
+    """Return the sample at each of ``positions_N`` in the order of an epoch.
 
     Args:
         positions_N: positions below ``size``, [N].
         size: number of samples, 1 to 2^62.
 
     Returns:
-        Sample indices, int64 [N]; over all positions each index comes exactly once.
+        Sample indices, int64 [N]; over all positions each index occurs exactly once.
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -86,7 +86,7 @@ def _feistel(x_N: np.ndarray, a: int, b: int, words: list[int]) -> np.ndarray:
 class SampleRandom:
     """The random numbers of a sample in an epoch, independent of the worker or rank that draws them.
 
-    One generator is set to a new state for each sample, which costs a third of making one.
+    One generator is set to a new state for each sample, at a third of the cost of a new generator.
     """
 
     def __init__(self) -> None:
@@ -95,12 +95,12 @@ class SampleRandom:
 
     @staticmethod
     def states(indices_N: np.ndarray, seed: int, epoch: int) -> list[int]:
-        """For each sample the 128 bits to give to ``at``."""
+        """Return the 128 bits of each sample, to pass to ``at``."""
         high_N, low_N = hash64(indices_N, seed, epoch, 101), hash64(indices_N, seed, epoch, 102)
         return [h << 64 | w for h, w in zip(high_N.tolist(), low_N.tolist(), strict=True)]
 
     def at(self, state: int) -> np.random.Generator:
-        """The generator of one sample; it is the same object each time, so use it before the next call."""
+        """Return the generator of one sample; it is the same object each time, so use it before the next call."""
         self._bits.state = {
             "bit_generator": "PCG64",
             "state": {"state": state, "inc": _INCREMENT},

@@ -1,11 +1,11 @@
-"""Captions packed into rows of 128 tokens: a causal tower that is read at the end-of-text token needs no padding.
+"""Captions packed into rows of 128 tokens: a causal tower with its feature at the end-of-text token needs no padding.
 
 Legend: B captions, L tokens of a padded row, R packed rows, P tokens of a packed row, M tokens of the longest caption.
 
-Captions have 16 tokens on average and rows 77; a causal token sees nothing that follows it, so that the tokens after the
-end-of-text token change no feature and no gradient. Here they are left out: whole captions lie side by side in rows of
-``PACKED_LENGTH`` tokens, with their own positions, and attend within themselves. A fifth of the tokens, and exact
-for finite numbers: a NaN spreads over its row, where padding would keep it in its caption.
+Captions have 16 tokens on average and padded rows have 77. A causal token does not attend to later tokens, so the tokens
+after the end-of-text token change no feature and no gradient. Packing removes them: whole captions share rows of
+``PACKED_LENGTH`` tokens, with their own positions, and attend only within themselves. This leaves a fifth of the tokens.
+It is exact for finite numbers; a NaN spreads over its packed row, while a padded row would keep it in its caption.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 PACKED_LENGTH = 128
-# A batch's number of rows is rounded up by at most a 16th, so that compiled code and allocators meet few shapes.
+# A batch's number of rows is rounded up by at most 1/16, so that compiled code and allocators see few shapes.
 ROUNDING = 16
-# Tokens with padding to tokens without, from which on captions are packed.
+# Captions are packed from this ratio of tokens with padding to tokens without.
 WORTHWHILE = 1.5
 
 
 class PackedText(NamedTuple):
-    """Captions in packed rows; what ``pack_captions`` returns and ``encode_text`` takes.
+    """Captions in packed rows, which ``pack_captions`` returns and ``encode_text`` accepts.
 
     Attributes:
         ids_RP: token ids, 0 where there is no token.
-        positions_RP: place of a token in its caption.
-        segments_RP: int32, number of the caption that a token is of, -1 where there is no token.
-        slots_BM: where each token of a caption lies, counted through all rows; -1 after its end.
+        positions_RP: position of a token in its caption.
+        segments_RP: int32, the caption that a token belongs to, -1 where there is no token.
+        slots_BM: index of each token of a caption in the flattened rows; -1 after its end.
         lengths_B: tokens of each caption, up to and with its end-of-text token.
     """
 
@@ -43,11 +43,11 @@ class PackedText(NamedTuple):
 
     @property
     def ends_B(self) -> Tensor:
-        """Where each caption's end-of-text token lies, counted through all rows."""
+        """Index of each caption's end-of-text token in the flattened rows."""
         return self.slots_BM.gather(1, self.lengths_B[:, None] - 1).squeeze(1)
 
     def unpacked(self, x_RPD: Tensor) -> Tensor:
-        """Values of tokens by caption, [B, M, D], 0 after a caption's end; differentiable."""
+        """Return the tokens' values by caption, [B, M, D], 0 after a caption's end; differentiable."""
         return _Unpacked.apply(x_RPD, self.slots_BM, self.segments_RP, self.positions_RP)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
@@ -57,13 +57,13 @@ class PackedText(NamedTuple):
         return PackedText(*(part.pin_memory() for part in self))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tells the allocator that a stream uses the tensors; see ``Tensor.record_stream``."""
+        """Record that a stream uses the tensors; see ``Tensor.record_stream``."""
         for part in self:
             part.record_stream(stream)
 
 
 def check_token_rows(text: object) -> None:
-    """Raise TypeError unless captions are whole numbers in a tensor."""
+    """Raise TypeError unless captions are a tensor of integers."""
     if not isinstance(text, Tensor):
         raise TypeError(
             f"the model takes captions as token ids in a tensor, got {type(text).__name__}; get_tokenizer(model_name) makes "
@@ -78,16 +78,16 @@ def check_token_rows(text: object) -> None:
 
 
 def pack_captions(text_BL: Tensor, length: int = PACKED_LENGTH) -> PackedText:
-    """Packs padded token rows; on the host, where the tokenizer leaves them.
+    """Pack padded token rows, on the host.
 
     Args:
         text_BL: int64 [B, L] as a tokenizer returns them. A caption ends at the first of its largest ids, as for
-            ``encode_text``; what follows is left out.
-        length: of a packed row, tokens; longer captions make the rows longer.
+            ``encode_text``; later tokens are left out.
+        length: tokens of a packed row; longer captions make the rows longer.
 
     Raises:
-        ValueError: not token rows.
-        TypeError: no ids, such as text.
+        ValueError: the shape is not [B, L].
+        TypeError: these are not token ids, but for example text.
 
     >>> pack_captions(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0]])).ids_RP[0, :6]
     tensor([1, 5, 9, 1, 9, 0])
@@ -120,10 +120,10 @@ def pack_captions(text_BL: Tensor, length: int = PACKED_LENGTH) -> PackedText:
 
 
 def fitted_length(text_BL: Tensor) -> int:
-    """The length of rows, at most about ``PACKED_LENGTH``, in which these captions leave the least padding.
+    """Return the row length, at most about ``PACKED_LENGTH``, that gives these captions the least padding.
 
-    For a CPU, which has no need of one shape for all batches: eight captions of 130 tokens in two rows of 128 would be
-    half padding.
+    It is for a CPU, which does not need the same shape for all batches. Eight captions, 130 tokens together, in two rows
+    of 128 would be half padding.
     """
     lengths = (text_BL.argmax(1) + 1).numpy(force=True)
     total, longest = int(lengths.sum()), int(lengths.max())
@@ -140,9 +140,9 @@ def _rounded(num_rows: int) -> int:
 
 
 def is_worth_packing(text_BL: Tensor) -> bool:
-    """Whether captions in rows of the longest one's length have half as many tokens again as without padding.
+    """Return whether rows as long as the longest caption hold more than 1.5 times the tokens of the captions.
 
-    Where they have not, attention within 128 tokens costs more than the padding does.
+    Below that ratio, attention within 128 tokens costs more than the padding.
     """
     lengths_B = text_BL.argmax(1) + 1
     longest = int(lengths_B.max()) if len(lengths_B) else 0
@@ -150,10 +150,14 @@ def is_worth_packing(text_BL: Tensor) -> bool:
 
 
 def _best_fit(lengths_B: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(row of each caption, its first token there, number of rows): the longest first, each into the fullest row with
-    room, of equal ones the first."""
+    """Return (row of each caption, its first token there, number of rows), by the best-fit heuristic.
+
+    The longest caption comes first. Each goes into the fullest row with enough room, the first of equal ones.
+    """
     row_of, start_of = (np.empty(len(lengths_B), np.int64) for _ in range(2))
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # heaps of rows, by their room
+    with_room: list[list[int]] = [
+        [] for _ in range(row_length + 1)
+    ]  # heaps of rows, by their free tokens
     num_rows = 0
     for caption in np.argsort(-lengths_B, kind="stable").tolist():
         length = int(lengths_B[caption])
@@ -168,7 +172,7 @@ def _best_fit(lengths_B: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nd
 
 
 class _Unpacked(torch.autograd.Function):
-    """Gathers tokens by caption. A token has one place there, so that the gradient is a gather too: no sums whose order
+    """Gathers tokens by caption. Each token has one slot, so the gradient is a gather too, without sums whose order
     could change."""
 
     @staticmethod
@@ -187,6 +191,6 @@ class _Unpacked(torch.autograd.Function):
 
 
 def _gathered(x_ND: Tensor, places: Tensor) -> Tensor:
-    """Rows of ``x_ND`` by number, in the shape of the numbers; 0 where one is negative."""
+    """Return rows of ``x_ND`` by index, in the shape of the indices; 0 where an index is negative."""
     found = x_ND[places.clamp(min=0)]
     return found.masked_fill_((places < 0).unsqueeze(-1), 0)

@@ -1,14 +1,14 @@
-"""Parquet tables that hold images, through a copy whose rows can be read one at a time.
+"""Parquet tables that hold images, read through a copy that gives access to single rows.
 
-Parquet is compressed by groups of many rows, so that a single row cannot be read. On first use the images and captions are
-therefore written out to a file beside the table (``<table>.clipcore-rows``, about as large as the table; in the user's cache
-folder where the table's cannot be written). A picture of several rows is there once, if they are near each other. Other
-columns than the usual ones of images and captions have a copy of their own, ``<table>.<hash of their names>.clipcore-rows``:
-an evaluation of the table's labels must not replace the copy that a training run reads.
+Parquet compresses groups of many rows, so a single row cannot be read. On first use, the images and captions are therefore
+written to a file beside the table (``<table>.clipcore-rows``, about as large as the table), or to the user's cache folder if
+the table's folder is not writable. Nearby rows with the same picture share one copy of it. Other columns than the usual ones
+of images and captions have a separate copy, ``<table>.<hash of their names>.clipcore-rows``: an evaluation of the table's
+labels must not replace the copy that a training run reads.
 
-The copy is images and captions (as JSON), then an index of int64 [6, N] (offset, size and CRC-32 of a row's image, then of
-its caption), the state of the table that it was made of, and a trailer with the CRC-32 of both. It may lie in a shared
-folder or come with a data set, so that nothing of it is used before its checksum has been found right.
+The copy holds the images and captions (as JSON), an index of int64 [6, N] (offset, size and CRC-32 of a row's image, then of
+its caption), the state of the table, and a trailer with the CRC-32 of both. It may lie in a shared folder or be part of a
+downloaded data set, so nothing in it is used before its checksum is verified.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from clipcore.data.transforms import Decoder
 from clipcore.files import open_own, open_regular, written_aside
 
 SUFFIX = ".clipcore-rows"
-# A copy takes at most so many times the table's bytes, and may always take the smaller number: images hardly compress, and
-# a table of a few bytes could fill a disk.
+# Limit of a copy's size as a multiple of the table's, and a size that is always allowed. Images hardly compress, but a
+# hostile table of a few bytes could fill a disk.
 MAX_EXPANSION = 20
 MAX_SMALL_COPY_BYTES = 1 << 28
 
 _ROWS_AT_ONCE = 64
-# Pictures that a row may share with one before it.
+# How many earlier pictures a row is compared with, to share one of them.
 _REMEMBERED = 4096
 # Magic, rows, bytes of the state, CRC-32 of index and state.
 _TRAILER = struct.Struct("<8sQQI")
 _MAGIC = b"CLIPROW1"
-# Each row takes memory, whatever it holds: so many may be of a few bytes.
+# Every row takes memory, even an empty one; this many rows are always allowed.
 _FREE_ROWS, _BYTES_A_ROW = 100_000, 8
 
 
@@ -60,15 +60,15 @@ class ParquetSource:
 
     Args:
         path: the table.
-        img_key, caption_key: its columns; one that is not named is the first of the usual names.
+        img_key, caption_key: its columns; a column that is not named is found by the usual names.
         decoder: see ``decode_image``.
-        has_captions: whether captions are read at all; else each is empty.
+        has_captions: whether captions are read; otherwise each is empty.
 
     Attributes:
-        image_column: the name of the column of images.
+        image_column: the name of the image column.
 
     Raises:
-        DataError: pyarrow is missing, or the file, a column, a row, or a place for the copy is.
+        DataError: pyarrow, the file, a column, all rows, or a writable place for the copy is missing.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ParquetSource:
                     raise DataError(f"{path} has no rows")
                 table = Table(path, os.fstat(content.fileno()), file, names)
                 self._rows = _copy_of(table)
-        # A name in it may be no UTF-8.
+        # A name in it may not be UTF-8.
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise unreadable(path, error) from None
 
@@ -131,7 +131,7 @@ class ParquetSource:
         return decode_bytes(self._rows.read_image(index, key), key, self._decoder), key
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each row what tells its picture from others, "" where it has none."""
+        """Yield for each row a key that identifies its picture, "" if it has none."""
         for offset, size in self._rows.columns_6N[:2].T.tolist():
             yield f"{offset}" if size else ""
 
@@ -145,7 +145,7 @@ class _Copy:
     """The rows of a copy: their bytes, checked as they are read.
 
     Args:
-        place: the copy.
+        place: the path of the copy.
         start: where its index begins.
         tail: CRC-32 of the index and the state.
         columns_6N: the index.
@@ -184,7 +184,7 @@ class _Copy:
         return content
 
     def _open(self) -> BinaryIO:
-        """Open the copy, which another process may have made again of the same table, with the same bytes."""
+        """Open the copy; another process may have rewritten it from the same table, with the same bytes."""
         file = open_regular(self._place)
         file.seek(self._start)
         content = file.read(48 * len(self) + MAX_CAPTION_BYTES)
@@ -194,12 +194,12 @@ class _Copy:
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        # An open file cannot travel to another process; it opens its own.
+        # An open file cannot be pickled; the other process opens its own.
         return {**self.__dict__, "_file": None}
 
 
 def import_pyarrow(path: str) -> Any:
-    """Return the package pyarrow, with its reader of parquet; raise DataError where it is missing."""
+    """Return the package pyarrow, with its parquet reader; raise DataError if it is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -209,7 +209,7 @@ def import_pyarrow(path: str) -> Any:
 
 
 class Table(NamedTuple):
-    """An open parquet file, its path and state, and the names of the columns to read, that of images first."""
+    """An open parquet file, its path and state, and the names of the columns to read, the image column first."""
 
     path: str
     stat: os.stat_result
@@ -223,7 +223,7 @@ def unreadable(path: str, error: Exception) -> DataError:
 
 
 def _copy_of(table: Table) -> _Copy:
-    """Return the copy of a table's columns, made unless there is one of this very table."""
+    """Return the copy of a table's columns; it is made unless a current one exists."""
     num_rows = table.file.metadata.num_rows
     state = json.dumps([table.stat.st_size, table.stat.st_mtime_ns, *table.names]).encode()
     suffix = _suffix_of(table)
@@ -237,8 +237,8 @@ def _copy_of(table: Table) -> _Copy:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _making(place):
-                # Another rank may have made it meanwhile.
+            with _copy_lock(place):
+                # Another rank may have made it in the meantime.
                 if (copy := _read_index(place, state, num_rows)) is not None:
                     return copy
                 with written_aside(place) as file:
@@ -254,7 +254,7 @@ def _copy_of(table: Table) -> _Copy:
 
 
 def _suffix_of(table: Table) -> str:
-    """Return the ending of a copy's name, which tells the columns in it unless they are the usual two."""
+    """Return the suffix of a copy's name, which identifies its columns unless they are the usual two."""
     there = table.file.schema_arrow.names
     usual = [
         next((name for name in names if name in there), None)
@@ -267,10 +267,10 @@ def _suffix_of(table: Table) -> str:
 
 
 @contextlib.contextmanager
-def _making(place: Path) -> Iterator[None]:
-    """Wait until no other process makes this copy, and keep others waiting.
+def _copy_lock(place: Path) -> Iterator[None]:
+    """Hold the lock for making a copy; wait while another process holds it.
 
-    File systems without locks let several make it, each under a name of its own.
+    On file systems without locks several processes may make it, each under a different temporary name.
     """
     path = place.with_name(f"{place.name}.lock")
     descriptor = open_own(path, os.O_RDWR)
@@ -285,12 +285,12 @@ def _making(place: Path) -> Iterator[None]:
 
 
 def check_groups(table: Table) -> int:
-    """Return how many rows to read at once; raise DataError where a part would take more than images of the largest size."""
+    """Return how many rows to read at once; raise DataError if a part would take more memory than images can."""
     largest = 1
     metadata = table.file.metadata
     if metadata.num_rows > _FREE_ROWS + table.stat.st_size // _BYTES_A_ROW:
         raise DataError(
-            f"{table.path}: {metadata.num_rows:,} rows in {table.stat.st_size:,} bytes are no images and captions; write "
+            f"{table.path}: {metadata.num_rows:,} rows in {table.stat.st_size:,} bytes are not images and captions; write "
             "the table without the empty and equal ones"
         )
     for group in range(metadata.num_row_groups):
@@ -305,15 +305,15 @@ def check_groups(table: Table) -> int:
             if is_bomb or size > MAX_IMAGE_BYTES * parts.num_rows:
                 raise DataError(
                     f"{table.path}: {size:,} bytes of {column!r} in {parts.num_rows:,} rows, which take "
-                    f"{part.total_compressed_size:,} compressed, are no images and captions; write the table without them"
+                    f"{part.total_compressed_size:,} compressed, are not images and captions; write the table without them"
                 )
             largest = max(largest, size)
-    # Each row may be the one value of a dictionary, which is as large as all of the part.
+    # Every row may be the same dictionary value, which may be as large as the whole part.
     return min(max(MAX_IMAGE_BYTES // largest, 1), _ROWS_AT_ONCE)
 
 
 def _rows_of(table: Table, rows_at_once: int) -> Iterator[tuple[bytes, object]]:
-    """Yield for each row its image and its captions, or no image and the reason as {"reason": ...}; raise DataError."""
+    """Yield each row's image and captions, or no image and {"reason": ...}; raise DataError."""
     import pyarrow
 
     batches = table.file.iter_batches(batch_size=rows_at_once, columns=list(table.names))
@@ -345,7 +345,7 @@ def _image_of(cell: Any, name: str) -> bytes:
 
 
 def value_of(cell: Any) -> Any:
-    """Return a cell as a value of Python; raise BadSample, such as for text that is not UTF-8."""
+    """Return a cell as a Python value; raise BadSample, for example for text that is not UTF-8."""
     try:
         return cell.as_py()
     except (ValueError, OverflowError) as error:
@@ -359,7 +359,7 @@ def _write_copy(
     limit: int,
     path: str,
 ) -> None:
-    """Write a copy of rows; raise DataError where they have more than ``limit`` bytes, OSError from writing."""
+    """Write a copy of rows; raise DataError if they have more than ``limit`` bytes, OSError from writing."""
     index, end, total = array("q"), 0, 0
 
     def add(content: bytes) -> tuple[int, int, int]:
@@ -374,12 +374,12 @@ def _write_copy(
         if len(record) > MAX_CAPTION_BYTES:
             record = b'{"reason": "captions of %d bytes are too long"}' % len(record)
 
-        # With what is not written, as it is there.
+        # Counts shared pictures too, although they are not written again.
         total += len(image) + len(record)
         if total > limit:
             raise DataError(
                 f"{path}: more than {limit:,} bytes come out of a table that compresses them {MAX_EXPANSION} times; they "
-                "are no images; write it without them"
+                "are not images; write it without them"
             )
 
         digest = hashlib.sha256(image).digest()
@@ -394,7 +394,7 @@ def _write_copy(
 
 
 def _read_index(place: Path, state: bytes, num_rows: int) -> _Copy | None:
-    """Return what a copy holds, None where it is missing, damaged, or of another table or state."""
+    """Return the content of a copy; None if it is missing, damaged, or made from another table or state."""
     tail_bytes = 48 * num_rows + len(state)
     try:
         with open_regular(place) as file:
@@ -413,7 +413,7 @@ def _read_index(place: Path, state: bytes, num_rows: int) -> _Copy | None:
         return None
     columns_6N = np.frombuffer(tail, "<i8", 6 * num_rows).reshape(6, num_rows)
     offsets, sizes = columns_6N[[0, 3]], columns_6N[[1, 4]]
-    # The checksum is no signature: no offset may lead out of the file, nor a size to a read of gigabytes.
+    # A checksum is not a signature, so offsets and sizes are checked against the bounds of the file.
     if columns_6N.min() < 0 or (offsets > start - sizes).any() or sizes.max() > MAX_IMAGE_BYTES:
         return None
     return _Copy(place, start, zlib.crc32(tail), columns_6N)

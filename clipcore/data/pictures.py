@@ -1,4 +1,4 @@
-"""Pairs by picture: tables with a row for each caption of a picture, as Flickr30k and COCO come."""
+"""Groups pairs by picture, for tables with one row per caption, such as Flickr30k's and COCO's."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from clipcore.data.tables import CsvSource, JsonlSource
 
 
 def num_pictures(source: PairSource) -> int | None:
-    """Return how many pictures the rows of a table name; None of a source that does not tell its pictures apart."""
+    """Return how many pictures the rows of a table name; None for a source that does not identify its pictures."""
     if not isinstance(source, _TABLES):
         return None
     return len(np.unique(_hashes(source)))
 
 
 def _hashes(source: _Rows) -> np.ndarray:
-    """Return a number for each row, int64 [N], equal where rows name one picture."""
-    # Hashes, as millions of names would take gigabytes. A row without a name is a bad sample of its own.
+    """Return a number for each row, int64 [N], equal for rows with the same picture."""
+    # Hashes, because millions of names would take gigabytes. A row without a name is a bad sample of its own.
     names = (hash(name or ("", row)) for row, name in enumerate(source.picture_names()))
     return np.fromiter(names, np.int64, len(source))
 
 
 class _Rows(Protocol):
-    """Rows that name their pictures, read one half at a time."""
+    """Rows that name their pictures; pictures and captions can be read separately."""
 
     name: str
 
@@ -42,10 +42,10 @@ class _Rows(Protocol):
 
 
 def by_picture(source: PairSource) -> PairSource:
-    """Return a source that has each picture once, with the captions of all rows that name it.
+    """Return a source that holds each picture once, with the captions of all its rows.
 
-    Of a source that does not tell its pictures apart, or has each once, that is the source itself. A mixture becomes
-    one of its parts by picture, without factors.
+    A source that does not identify its pictures, or holds each once, is returned as it is. A mixture becomes a mixture of
+    its parts grouped by picture, without factors.
     """
     if isinstance(source, MixtureSource):
         # A picture may have its captions in several tables.
@@ -63,7 +63,7 @@ def by_picture(source: PairSource) -> PairSource:
     if len(first_P) == len(source):
         return source
 
-    # Numbered by their first rows in place of their hashes.
+    # Numbered by their first rows instead of their hashes.
     place_P = np.empty_like(first_P)
     place_P[np.argsort(first_P)] = np.arange(len(first_P))
     picture_N = place_P[picture_N]
@@ -75,10 +75,10 @@ class JoinedRows:
     """The rows of several tables, one table after another: see ``clipcore.data.PairSource``.
 
     Args:
-        tables: whose rows name their pictures by whole paths.
+        tables: tables whose rows name their pictures by full paths.
 
     Attributes:
-        left_out: what the tables leave out.
+        left_out: the items that the tables skip.
     """
 
     def __init__(self, tables: Sequence[Any], name: str) -> None:
@@ -111,12 +111,12 @@ class JoinedRows:
         return found
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each row the whole path of its picture."""
+        """Yield the full path of each row's picture."""
         for table in self._tables:
             yield from table.picture_names()
 
     def _place(self, index: int) -> tuple[Any, int]:
-        """Return the table of a row, and its number there."""
+        """Return the table of a row, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -127,11 +127,11 @@ class ChosenRows:
     """Some rows of a table, such as those of one split: see ``clipcore.data.PairSource``.
 
     Args:
-        table: whose rows name their pictures.
-        rows_N: their numbers in it, int64 [N].
+        table: a table whose rows name their pictures.
+        rows_N: indices of the rows in it, int64 [N].
 
     Attributes:
-        left_out: what the table leaves out, in all of its rows.
+        left_out: the items that the table skips, in all of its rows.
     """
 
     def __init__(self, table: _Rows, rows_N: np.ndarray) -> None:
@@ -157,7 +157,7 @@ class ChosenRows:
         return self.table.picture(int(self.rows_N[index]))
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each row the whole path of its picture."""
+        """Yield the full path of each row's picture."""
         is_chosen = np.zeros(len(self.table), bool)
         is_chosen[self.rows_N] = True
         for name, chosen in zip(self.table.picture_names(), is_chosen, strict=True):
@@ -165,7 +165,7 @@ class ChosenRows:
                 yield name
 
 
-# Whose rows may name one picture several times.
+# Sources whose rows may name a picture several times.
 _TABLES = (CsvSource, JsonlSource, ParquetSource, JoinedRows, ChosenRows)
 
 
@@ -174,11 +174,11 @@ class PictureSource:
 
     Args:
         rows: the table.
-        rows_N: the numbers of its rows, picture by picture, int64 [N].
-        ends_P: for each picture where its rows end in ``rows_N``, int64 [P].
+        rows_N: the indices of its rows, grouped by picture, int64 [N].
+        ends_P: the end of each picture's rows in ``rows_N``, int64 [P].
 
     Attributes:
-        left_out: captions that cannot be read, of pictures with others.
+        left_out: unreadable captions of pictures that have other captions.
     """
 
     def __init__(self, rows: _Rows, rows_N: np.ndarray, ends_P: np.ndarray) -> None:
@@ -197,11 +197,11 @@ class PictureSource:
         self._ends = np.cumsum([len(those) for those in kept])
 
     def describe(self) -> str:
-        """Return in words how rows and pictures are related."""
+        """Return one line with the numbers of pictures and rows."""
         return f"{self.name}: {len(self):,} pictures in {self.num_rows:,} rows, with all their captions"
 
     def _readable(self, members: list[int]) -> list[int]:
-        """Return the rows of a picture that have a caption; if none has, the first, which then is a bad sample."""
+        """Return the rows of a picture that have a caption; if none has, the first row, which is a bad sample."""
         found, errors = [], []
         for row in members:
             try:

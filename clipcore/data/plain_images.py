@@ -1,4 +1,4 @@
-"""All images in a folder and below it, whatever captions it has, for what looks at images alone."""
+"""All images in a folder and below it, without their captions, for evaluations that use only images."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from clipcore.data.transforms import Decoder
 
 
 class PlainImages:
-    """The images of a folder and its subfolders, each with the same words for a caption: see ``clipcore.data.PairSource``.
+    """The images of a folder and its subfolders, all with one placeholder caption: see ``clipcore.data.PairSource``.
 
     Args:
         path: the folder; links to folders are followed.
         decoder: see ``decode_image``.
-        are_shards_read: whether the caller reads the ``.tar`` files in the folder itself.
+        are_shards_read: whether the caller itself reads the ``.tar`` files in the folder.
 
     Attributes:
         left_out: pictures of other kinds, and files of many images.
-        noted: that all images of the folder are taken.
+        noted: a note that all images of the folder are used.
 
     Raises:
-        DataError: no folder, or no image in it.
+        DataError: the folder does not exist, or holds no image.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PlainImages:
         return Pair(read_image_file(path, key, self._decoder), self.captions(index), key)
 
     def captions(self, index: int) -> str:
-        """Return words that are no caption, the same of each image."""
+        """Return the placeholder caption, which is the same for every image."""
         return "an image"
 
     def key(self, index: int) -> str:
@@ -62,5 +62,5 @@ class PlainImages:
         return printable(self._paths[index])
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each image its whole path."""
+        """Yield the full path of each image."""
         return (os.path.join(self._folder, self._paths[row]) for row in range(len(self)))

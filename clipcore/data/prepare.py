@@ -1,8 +1,8 @@
-"""``python -m clipcore.data.prepare``: any source of pairs as tar shards of small JPEGs or of raw pixels.
+"""``python -m clipcore.data.prepare``: converts any source of pairs to tar shards of small JPEGs or raw pixels.
 
-A shard is a fixed range of the source's samples and a function of them and the settings alone, so that neither the
-number of processes nor an interruption changes a byte. ``manifest.json`` in the output holds the settings, what the
-source was, and for each finished shard its size and the samples that could not be read.
+A shard is a fixed range of the source's samples, and depends only on them and the settings: neither the number of
+processes nor an interruption changes a byte. ``manifest.json`` in the output folder holds the settings, the source's
+identity, and for each finished shard its size and the samples that could not be read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, check_whole_numbers, printable_lines, steady_output
 
 MANIFEST = "manifest.json"
-# About 1 GB of raw pixels of 341 x 256, 100 MB of JPEGs: large for a disk, small beside what many processes write.
+# About 1 GB of raw pixels of 341 x 256, or 100 MB of JPEGs: large reads for a disk, but small for each of many processes.
 SHARD_SIZE = 4096
 _SAVE_EVERY_S = 10.0
 _POLL_S = 0.2
@@ -68,7 +68,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of the shards, beside the source."""
+    """The settings that, with the source, determine the bytes of the shards."""
 
     image_format: ImageFormat
     shard_size: int
@@ -81,7 +81,7 @@ class Settings:
     max_pixels: int = MAX_PIXELS
 
     def open(self, train_data: str) -> PairSource:
-        """The pairs, as the training would open them."""
+        """Return the pairs, as the training would open them."""
         if train_data in EMBEDDED:
             return EMBEDDED[train_data].open("train")
         return open_source(
@@ -97,7 +97,7 @@ class Settings:
         )
 
     def flags(self) -> dict[str, Any]:
-        """The settings by their flags; a raw shard has no quality."""
+        """Return the settings by their flags; a raw shard has no quality."""
         image = self.image_format
         found: dict[str, Any] = {"--format": image.kind, "--size": image.size}
         if image.kind == "jpeg":
@@ -108,7 +108,7 @@ class Settings:
             "--dataset-type": self.dataset_type,
             "--csv-img-key": self.img_key,
             "--csv-caption-key": self.caption_key,
-            # What None means has stood there before, and follows from the table.
+            # None is recorded as a tab, as in older manifests; the table determines the separator.
             "--csv-separator": "\t" if self.separator is None else self.separator,
             "--csv-no-quotes": not self.quotes,
             "--max-pixels": self.max_pixels,
@@ -116,10 +116,10 @@ class Settings:
 
 
 def source_identity(train_data: str, source: PairSource) -> dict[str, Any]:
-    """What tells a source from another state of it: samples, and a digest over its files.
+    """Return the identity of a source and its state: the number of samples, and a digest over its files.
 
-    Of tables and shards the names, sizes and modification times; of a folder of images the names alone, since asking for
-    the state of ten million files takes minutes.
+    The digest covers names, sizes and modification times of tables and shards. Of a folder of images it covers only the
+    names, because a stat of ten million files takes minutes.
     """
     digest = hashlib.sha256()
     for part in train_data.split("::"):
@@ -137,7 +137,7 @@ _OWN = (
 
 
 def _files(path: str) -> Iterator[str]:
-    """Names, and where it is a table or a shard the state, of the files of a part of a source, in order."""
+    """Yield the names, and the state of tables and shards, of the files in one part of a source, in order."""
     shards = sorted(glob.glob(f"{glob.escape(path)}/*.tar")) if os.path.isdir(path) else [path]
     for shard in shards:
         stat = os.stat(shard)
@@ -147,19 +147,19 @@ def _files(path: str) -> Iterator[str]:
             yield from (os.path.join(folder, name) for name in names if not name.endswith(_OWN))
 
 
-# What was done before there were these flags, which manifests of then do not name.
+# Defaults for flags that older manifests do not have.
 _BEFORE_FLAGS = {"--csv-no-quotes": False, "--max-pixels": EARLIER_MAX_PIXELS}
 
 
 def _report_of(record: Any) -> ShardReport:
-    """Return the report of a shard from its JSON; raise TypeError where it has other types."""
+    """Return the report of a shard from its JSON; raise TypeError for wrong types."""
     report = ShardReport(**record)
     counts = (report.pairs, report.bytes, report.transparent)
     if not all(type(count) is int and count >= 0 for count in counts):
-        raise TypeError("a shard's counts are no numbers")
+        raise TypeError("a shard's counts are not numbers")
     for case in report.bad if isinstance(report.bad, list) else (None,):
         if not isinstance(case, list) or list(map(type, case)) != [int, str, str]:
-            raise TypeError("a shard's bad samples are no list of numbers, keys and reasons")
+            raise TypeError("a shard's bad samples are not a list of numbers, keys and reasons")
     return report
 
 
@@ -167,15 +167,15 @@ class Manifest:
     """The record of an output folder, ``manifest.json``.
 
     Args:
-        folder: the output.
-        settings, identity: of this call.
+        folder: the output folder.
+        settings, identity: the settings and the source's identity in this call.
 
     Attributes:
         shards: the report of each finished shard by its file's name.
-        made: pairs of those that this call finished.
+        made: the number of pairs that this call has written.
 
     Raises:
-        DataError: the folder was begun with other settings or of another source, or holds shards of unknown origin.
+        DataError: the folder was begun with other settings or another source, or holds shards of unknown origin.
     """
 
     def __init__(self, folder: Path, settings: Settings, identity: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ class Manifest:
             )
 
     def _continue(self) -> None:
-        """Takes over what an earlier call finished."""
+        """Continue from the finished shards of an earlier call."""
         try:
             earlier = json.loads(read_regular(self.path))
             settings, identity = earlier["settings"], earlier["source"]
@@ -211,13 +211,13 @@ class Manifest:
             before = settings.get(flag, _BEFORE_FLAGS.get(flag))
             if before != value:
                 raise DataError(
-                    f"{folder} was begun with {flag} {before}, now it is {value}; give the former to go on, or choose "
+                    f"{folder} was begun with {flag} {before}, now it is {value}; use the old value to continue, or choose "
                     "another --output"
                 )
         if identity != self.content["source"]:
             raise DataError(
-                f"{folder} was begun of another source or of another state of it ({identity.get('samples')} samples then, "
-                f"{self.content['source']['samples']} now); give that one to go on, or choose another --output"
+                f"{folder} was begun with another source or another state of it ({identity.get('samples')} samples then, "
+                f"{self.content['source']['samples']} now); use that one to continue, or choose another --output"
             )
         self.shards = {
             name: report
@@ -228,39 +228,39 @@ class Manifest:
             self.content["versions"] = versions
 
     def check_versions(self, here: dict[str, str]) -> None:
-        """DataError where what decodes and encodes is not what the finished shards were made with."""
+        """Raise DataError if the decoders or encoders differ from those that made the finished shards."""
         if here != self.content["versions"]:
             then, now = (
                 ", ".join(f"{name} {version}" for name, version in versions.items())
                 for versions in (self.content["versions"], here)
             )
             raise DataError(
-                f"{self.path.parent} was begun with {then}, here is {now}, whose pixels may differ; install the former "
-                "to go on, or choose another --output"
+                f"{self.path.parent} was begun with {then}, here is {now}, whose pixels may differ; install those "
+                "versions to continue, or choose another --output"
             )
 
     def add(self, name: str, report: ShardReport) -> None:
-        """Notes a finished shard; one that is noted but not yet on the disk is made again after a crash."""
+        """Record a finished shard; a recorded shard that is not on the disk after a crash is made again."""
         self.shards[name] = report
         self.made += report.pairs
         if time.monotonic() > self._saved_at + _SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
-        """Writes the file anew, whole."""
+        """Rewrite the whole file atomically."""
         shards = {name: dataclasses.asdict(self.shards[name]) for name in sorted(self.shards)}
         content = json.dumps(self.content | {"shards": shards}, indent=1) + "\n"
         try:
             write_durably(self.path, content.encode())
         except OSError as error:
             raise DataError(
-                f"cannot write {self.path}: {error.strerror}; mend that, and the same command goes on"
+                f"cannot write {self.path}: {error.strerror}; fix that, and the same command continues"
             ) from None
         self._saved_at = time.monotonic()
 
 
 def shard_names(num_shards: int) -> list[str]:
-    """The names of the shards, wide enough for all and at least as img2dataset has them."""
+    """Return the names of the shards, with enough digits for all and at least as many as img2dataset uses."""
     width = max(5, len(str(num_shards - 1)))
     return [f"{number:0{width}d}.tar" for number in range(num_shards)]
 
@@ -268,17 +268,17 @@ def shard_names(num_shards: int) -> list[str]:
 def prepare(
     train_data: str, output: Path, settings: Settings, workers: int = 1, quiet: bool = True
 ) -> Manifest:
-    """Makes the shards that are not there yet.
+    """Make the shards that do not exist yet.
 
     Args:
-        train_data: what ``--train-data`` takes.
-        output: the folder, which may be there.
-        workers: processes; 1 works in this one.
-        quiet: without a progress bar.
+        train_data: a value as for ``--train-data``.
+        output: the folder, which may exist.
+        workers: number of processes; 1 works in this process.
+        quiet: show no progress bar.
 
     Raises:
-        DataError: the source cannot be read, the output cannot be written or was begun otherwise.
-        CheckpointError: another process writes there.
+        DataError: the source cannot be read, or the output cannot be written or was begun with other settings.
+        CheckpointError: another process writes to the output folder.
     """
     source = settings.open(train_data)
     _check_place(train_data, output)
@@ -304,7 +304,7 @@ def prepare(
         done = sum(len(job.rows) for job in jobs) - sum(len(job.rows) for job in missing)
         bar = tqdm(total=len(source), initial=done, unit=" pairs", disable=quiet, smoothing=0.05)
         try:
-            # Closed at once when interrupted: it stops the processes.
+            # Closed immediately on an interruption, because that stops the processes.
             with bar, closing(_run(missing, source, settings.image_format, workers, bar)) as runs:
                 for job, report in runs:
                     manifest.add(job.path.name, report)
@@ -320,7 +320,7 @@ def prepare(
 
 
 def _check_place(train_data: str, output: Path) -> None:
-    """DataError where shards would become part of their own source, or could not be named to the training."""
+    """Raise DataError if the shards would become part of their own source, or if --train-data could not name them."""
     if "::" in str(output) or any(brace in str(output) for brace in "{}"):
         raise DataError(
             f"--output {output}: --train-data reads '::' as a list and braces as a range; choose a name without them"
@@ -335,7 +335,7 @@ def _check_place(train_data: str, output: Path) -> None:
 
 
 def _versions(image_decoder: str) -> dict[str, str]:
-    """What the bytes of a shard depend on beside its source and settings."""
+    """Return the versions that the bytes of a shard depend on besides its source and settings."""
     versions = {"Pillow": PIL.__version__}
     if image_decoder != "pillow":
         versions[image_decoder] = importlib.metadata.version(image_decoder)
@@ -344,7 +344,7 @@ def _versions(image_decoder: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A shard to be made of some samples."""
+    """A shard to be made, with its samples."""
 
     path: Path
     rows: range
@@ -356,7 +356,7 @@ _Reports = Generator[tuple[_Job, ShardReport], None, None]
 def _run(
     jobs: list[_Job], source: PairSource, image_format: ImageFormat, workers: int, bar: Any
 ) -> _Reports:
-    """Each job with its report, as they are finished."""
+    """Yield each job with its report, as the jobs finish."""
     if workers > 1 and len(jobs) > 1:
         yield from _Pool(source, image_format, min(workers, len(jobs))).run(jobs, bar)
         return
@@ -365,14 +365,14 @@ def _run(
 
 
 class _Stopped(Exception):
-    """The main process wants no more."""
+    """The main process has stopped the work."""
 
 
 class _Pool:
-    """Processes that write shards, and what they share with this one: samples done, and whether to stop."""
+    """Processes that write shards, and the state shared with them: samples done, and whether to stop."""
 
     def __init__(self, source: PairSource, image_format: ImageFormat, workers: int) -> None:
-        # Forked, so that the tables of the source are there once for all.
+        # Forked, so that all processes share one copy of the source's tables.
         context = multiprocessing.get_context("fork")
         self._done = context.Value("q", 0)
         self._stop = context.Value("b", 0, lock=False)
@@ -380,7 +380,7 @@ class _Pool:
         self._executor = ProcessPoolExecutor(
             workers,
             context,
-            initializer=_begin,
+            initializer=_initialise_process,
             initargs=(source, image_format, self._done, self._stop, os.getpid()),
         )
 
@@ -402,28 +402,30 @@ class _Pool:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, most often for want of memory; the same command with fewer --workers goes on"
+                "a worker process was killed, usually because memory ran out; run the command again with fewer --workers"
             ) from None
         finally:
             self._stop.value = 1
             self._executor.shutdown(cancel_futures=True)
 
 
-def _begin(source: PairSource, image_format: ImageFormat, done: Any, stop: Any, main: int) -> None:
-    """Makes a process of the pool ready."""
-    # Ctrl-C reaches all processes of a terminal; it is for the main one to say what is done.
+def _initialise_process(
+    source: PairSource, image_format: ImageFormat, done: Any, stop: Any, main: int
+) -> None:
+    """Initialise a process of the pool."""
+    # Ctrl-C reaches all processes of a terminal; only the main one handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(main,), daemon=True).start()
     _process.update(source=source, image_format=image_format, done=done, stop=stop)
 
 
-# Of a process of the pool: what it was begun with.
+# The initial arguments of a process of the pool.
 _process: dict[str, Any] = {}
 
 
-def _end_with(main: int) -> None:
-    """Ends this process when the main one was killed."""
+def _end_with_parent(main: int) -> None:
+    """End this process when the main one was killed."""
     while os.getppid() == main:
         time.sleep(0.5)
     os._exit(1)
@@ -440,7 +442,7 @@ def _write(job: _Job) -> ShardReport:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; flags that the training has too keep their names."""
+    """Return the command line's parser; flags that the training has too keep their names."""
     parser = Parser(
         prog="python -m clipcore.data.prepare",
         description="Turn image-caption pairs into tar shards of small JPEGs or raw pixels, which train faster.",
@@ -494,10 +496,10 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def summary(manifest: Manifest, made: int, seconds: float) -> str:
-    """What there is now, how fast it came, and how to train on it.
+    """Return the lines about the finished shards: their size, the speed, and the command to train on them.
 
     Args:
-        made: pairs that were written by this call, in so many ``seconds``.
+        made: the number of pairs that this call wrote in ``seconds``.
     """
     folder, names = manifest.path.parent, sorted(manifest.shards)
     reports = manifest.shards.values()
@@ -531,9 +533,9 @@ def summary(manifest: Manifest, made: int, seconds: float) -> str:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Within it a signal waits: a fork runs hooks of other modules, which swallow the exception that it becomes.
+    """Delay signals in the enclosed code: a fork runs hooks of other modules, which swallow a signal's exception.
 
-    Not by the mask of this thread: another thread would take the signal.
+    The mask of this thread is not enough, because another thread would receive the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -555,7 +557,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, as of ``clipcore.ranks.failures``."""
+    """Run the command line; return its exit status, see ``clipcore.ranks.failures``."""
     parsed = build_parser().parse_args(arguments)
     previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
     start = time.perf_counter()
@@ -565,7 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable_lines(summary(manifest, manifest.made, time.perf_counter() - start)))
     except KeyboardInterrupt as interrupt:
         print(
-            "clipcore.data.prepare: stopped; finished shards are kept, and the same command goes on",
+            "clipcore.data.prepare: stopped; finished shards are kept, and the same command continues",
             file=sys.stderr,
         )
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

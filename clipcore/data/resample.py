@@ -1,4 +1,4 @@
-"""Bicubic resizing of pictures: Pillow's results to the bit, by clipcore._C's faster sums where it was built."""
+"""Bicubic resizing of pictures: bit-identical to Pillow's, with clipcore._C's faster kernel where it was built."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Resize = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def as_image(picture: Picture) -> Image.Image:
-    """The picture as PIL's."""
+    """Return the picture as a PIL image."""
     return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
 
 
 def resize_bicubic(picture: Picture, width: int, height: int) -> Picture:
-    """The picture in another size; of one in colour that the kernel takes, an array [height, width, 3].
+    """Return the picture in another size; an array [height, width, 3] if the kernel resizes it, which takes colour only.
 
     Args:
-        picture: PIL's, or uint8 [H, W] or [H, W, 3].
+        picture: a PIL image, or uint8 [H, W] or [H, W, 3].
     """
     if (resize := exact_resize()) is not None and (pixels := _pixels(picture)) is not None:
         return resize(pixels, width, height).transpose(1, 2, 0)
@@ -33,7 +33,7 @@ def resize_bicubic(picture: Picture, width: int, height: int) -> Picture:
 
 
 def _pixels(picture: Picture) -> np.ndarray | None:
-    """A picture in colour as an array whose rows are in one piece, None of another picture."""
+    """Return a colour picture as an array with contiguous rows; None for other pictures."""
     if isinstance(picture, Image.Image):
         return np.asarray(picture) if picture.mode == "RGB" else None
     if picture.ndim == 3 and picture.shape[2] == 3 and picture.strides[1:] == (3, 1):
@@ -43,14 +43,14 @@ def _pixels(picture: Picture) -> np.ndarray | None:
 
 @functools.cache
 def exact_resize() -> Resize | None:
-    """The compiled kernel, in the order of passes in which it agrees with the installed Pillow, if there is one."""
+    """Return the compiled kernel with the pass order that agrees with the installed Pillow; None if neither does."""
     if (kernel := compiled_kernel()) is None:
         return None
     return next(filter(agrees_with_pillow, (by_shape(kernel), rows_first(kernel))), None)
 
 
 def compiled_kernel() -> Kernel | None:
-    """clipcore._C's; None where it was not built, or for another torch: Pillow's results are the same."""
+    """Return clipcore._C's kernel; None if it was not built, or for another torch: Pillow's results are the same."""
     try:
         return getattr(native.load(), "resample_bicubic", None)
     except ImportError:
@@ -58,7 +58,7 @@ def compiled_kernel() -> Kernel | None:
 
 
 def by_shape(kernel: Kernel) -> Resize:
-    """As Pillow 13: columns come first where the height loses more than twice as many pixels as the width."""
+    """Resize in Pillow 13's order: columns first if the height loses more than twice as many pixels as the width."""
 
     def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
         lost_height, lost_width = pixels.shape[0] - height, pixels.shape[1] - width
@@ -68,12 +68,12 @@ def by_shape(kernel: Kernel) -> Resize:
 
 
 def rows_first(kernel: Kernel) -> Resize:
-    """As earlier ones: always in the same order."""
+    """Resize in the order of earlier Pillows, which is always the same."""
     return lambda pixels, width, height: kernel(pixels, width, height, False)
 
 
 def agrees_with_pillow(resize: Resize) -> bool:
-    """Whether noise comes out equal, reduced and enlarged: another compiler or Pillow may round a coefficient otherwise."""
+    """Return whether reduced and enlarged noise is equal: another compiler or Pillow may round coefficients differently."""
     rng = np.random.default_rng(0)
     for width, height in ((224, 224), (31, 60), (20, 40), (70, 43), (50, 20)):
         pixels = rng.integers(0, 2, (67, 61, 3), np.uint8) * np.uint8(255)

@@ -1,4 +1,4 @@
-"""Writing tar shards in the WebDataset layout: the same pairs give the same bytes, whoever writes them and when."""
+"""Writes tar shards in the WebDataset layout; the same pairs always give the same bytes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _TEMPORARY = ".tmp"
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What an image of a source becomes in a shard.
+    """The format of images in a shard.
 
     Args:
-        kind: one of ``FORMATS``: a JPEG file, or its pixels as ``raw.py`` has them.
-        size: pixels of the shorter side; images that are smaller stay as they are.
-        quality: of a JPEG, 1 to 100.
+        kind: one of ``FORMATS``: a JPEG file, or raw pixels as in ``raw.py``.
+        size: pixels of the shorter side; smaller images are not enlarged.
+        quality: JPEG quality, 1 to 100.
     """
 
     kind: str = "jpeg"
@@ -50,7 +50,7 @@ class ImageFormat:
         return "jpg" if self.kind == "jpeg" else RAW_SUFFIX
 
     def encode(self, image: Picture) -> bytes:
-        """The member of an image; raises BadSample for one that fits no member."""
+        """Return an image's member; raise BadSample for an image that is too large for one."""
         if min(sides(image)) > self.size:
             image = resize_shorter(image, self.size)
         image = as_image(image).convert("RGB")
@@ -70,7 +70,7 @@ class ImageFormat:
 
 @dataclass
 class ShardReport:
-    """What a shard holds: pairs, the file's bytes, and (number in the source, key, reason) of each sample left out.
+    """The content of a shard: pairs, the file's bytes, and (index in the source, key, reason) of each skipped sample.
 
     ``transparent`` counts pictures that were laid over white.
     """
@@ -88,14 +88,14 @@ def write_shard(
     image_format: ImageFormat,
     tick: Callable[[], None] = lambda: None,
 ) -> ShardReport:
-    """Writes one shard and its byte index; there is none, or the whole of it.
+    """Write one shard atomically, with its byte index.
 
     Args:
-        rows: which samples of the source, in order; those that cannot be read are left out and reported.
-        tick: called after each sample; what it raises ends the shard.
+        rows: indices of the samples in the source, in order; unreadable samples are skipped and reported.
+        tick: called after each sample; an exception that it raises ends the shard.
 
     Raises:
-        DataError: the shard cannot be written, or the source cannot be read on.
+        DataError: the shard cannot be written, or the source cannot be read any further.
     """
     report, taken = ShardReport(), set[str]()
     temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
@@ -120,7 +120,7 @@ def write_shard(
         load_index(str(path))
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror}; mend that, and the same command goes on with what is missing"
+            f"cannot write {path}: {error.strerror}; fix that, and the same command continues with the missing shards"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -132,25 +132,25 @@ def _members(
 ) -> tuple[list[tuple[str, bytes]], bool]:
     """Return (name, content) of a sample's image and caption, and whether the picture was laid over white.
 
-    Its key is added to those taken.
+    Its key is added to the used ones.
     """
     try:
         pair = source[row]
     except OSError as error:
-        # Of reading, so that a full disk is not blamed for it.
+        # An error of reading, which must not be reported as a full disk.
         raise DataError(f"cannot read sample {row} of {source.name}: {error.strerror}") from None
     try:
         image = image_format.encode(pair.image)
         suffix, caption = _caption(pair)
     except BadSample as error:
         raise BadSample(error.reason, pair.key) from None
-    key = _free(shard_key(source, row, pair.key), row, taken)
+    key = _unused_key(shard_key(source, row, pair.key), row, taken)
     members = [(f"{key}.{image_format.suffix}", image), (f"{key}.{suffix}", caption)]
     return members, was_transparent(pair.image)
 
 
 def _caption(pair: Pair) -> tuple[str, bytes]:
-    """(suffix, content) of the member of a caption; of several, a JSON object with their list."""
+    """Return (suffix, content) of the caption's member; several captions become a JSON object with their list."""
     if isinstance(pair.caption, str):
         return "txt", pair.caption.encode()
     content = json.dumps({"caption": list(pair.caption)}, ensure_ascii=False).encode()
@@ -160,17 +160,17 @@ def _caption(pair: Pair) -> tuple[str, bytes]:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    # Time, owner and mode are TarInfo's fixed ones: a shard is a function of its samples.
+    # Time, owner and mode are TarInfo's constants, so that a shard depends only on its samples.
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
 
 
 def shard_key(source: PairSource, row: int, key: str) -> str:
-    """The key of a sample in a shard: what WebDataset takes as one, as like the source's own as that allows.
+    """Return the key of a sample in a shard: as close to the source's key as WebDataset allows.
 
-    A tar's key stays; of a path the image's suffix goes. Further dots in the last component, at the first of which
-    WebDataset ends a key, become underscores, and nothing leads out of the folder where somebody unpacks the shard.
+    A tar's key is kept; a path loses the image's suffix. Further dots in the last component become underscores, because
+    WebDataset ends a key at the first one. No key leads out of the folder where a shard is unpacked.
     """
     while isinstance(source, MixtureSource):
         number, row = source.locate(row)
@@ -182,12 +182,12 @@ def shard_key(source: PairSource, row: int, key: str) -> str:
     parts = printable(key)[-MAX_KEY_CHARS:].split("/")
     *folders, last = [part for part in parts if part not in ("", ".", "..")] or ["sample"]
     key = "/".join([*folders, last.replace(".", "_")])
-    # Two underscores begin what WebDataset takes for a shard's own metadata.
+    # WebDataset reads names with two leading underscores as the shard's own metadata.
     return f"key{key}" if key.startswith("__") else key
 
 
-def _free(key: str, row: int, taken: set[str]) -> str:
-    """The key, or where another sample of the shard has it (an image with several rows), the key and the row."""
+def _unused_key(key: str, row: int, taken: set[str]) -> str:
+    """Return the key, or the key and the row if another sample has the key (an image with several rows)."""
     while key in taken:
         key = f"{key}-{row}"
     taken.add(key)
@@ -195,6 +195,6 @@ def _free(key: str, row: int, taken: set[str]) -> str:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what writers that were killed left behind."""
+    """Remove the temporary files of killed writers."""
     for path in folder.glob(f"*.tar.*{_TEMPORARY}"):
         path.unlink(missing_ok=True)

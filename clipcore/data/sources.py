@@ -1,4 +1,4 @@
-"""From what ``--train-data`` says to a source of pairs."""
+"""Opens the source of pairs that ``--train-data`` names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SUFFIX_TYPES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
-    # No --dataset-type: a file of another ending is no list of captions.
+    # Not a --dataset-type: a file with another suffix is never a list of captions.
     **dict.fromkeys(CAPTION_LIST_SUFFIXES, "captions"),
 }
 _MAX_EXPANSION = 1_000_000
@@ -51,21 +51,21 @@ def open_source(
     min_side: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> PairSource:
-    """Opens image-caption pairs.
+    """Open image-caption pairs.
 
     Args:
         train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and
-            ``?`` (quote them); several joined by ``::`` or in a list. A folder with ``.tar`` files in it means those; a
+            ``?`` (quote them); several joined by ``::`` or in a list. A folder that holds ``.tar`` files means those; a
             ``.txt`` or ``.token`` file is a table of captions, see ``open_caption_list``.
-        dataset_type: one of ``DATASET_TYPES``; ``auto`` goes by the endings. ``synthetic`` needs no data.
-        img_key, caption_key, separator, quotes: of csv tables, see ``CsvSource``. In other formats the two default keys mean
-            the first of the usual names that is there (``image``, ``caption``, ``text``, ...).
+        dataset_type: one of ``DATASET_TYPES``; ``auto`` decides by the suffixes. ``synthetic`` needs no data.
+        img_key, caption_key, separator, quotes: for csv tables, see ``CsvSource``. In other formats the two default keys
+            mean the first usual name that is present (``image``, ``caption``, ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
         decoder, min_side, max_pixels: see ``clipcore.data.transforms.Decoder``.
 
     Raises:
-        DataError: anything that is missing, damaged, empty or unknown, in one line with the remedy.
+        DataError: the data are missing, damaged, empty or of an unknown kind; one line that names the remedy.
 
     Example:
         >>> source = open_source("shards/{00000..00041}.tar")  # doctest: +SKIP
@@ -87,7 +87,7 @@ def open_source(
 
 
 def parse_factors(text: str, num_parts: int) -> list[float]:
-    """The numbers of ``--train-data-upsampling-factors``."""
+    """Return the numbers of ``--train-data-upsampling-factors``."""
     try:
         factors = [float(word) for word in text.split("::")]
     except ValueError:
@@ -103,7 +103,7 @@ def parse_factors(text: str, num_parts: int) -> list[float]:
 
 
 class _Table(NamedTuple):
-    """How csv tables are read."""
+    """The settings for csv tables."""
 
     img_key: str
     caption_key: str
@@ -112,7 +112,7 @@ class _Table(NamedTuple):
 
 
 def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table) -> PairSource:
-    """The source of one part between ``::``."""
+    """Return the source of one part between ``::``."""
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
         raise DataError(f"{pattern}: only local files can be read; copy or mount the data first")
     paths = expand_pattern(pattern)
@@ -152,7 +152,7 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
 
 
 def _detect(path: str) -> str:
-    """The kind of data by the path's ending."""
+    """Return the kind of data by the path's suffix."""
     if os.path.isdir(path):
         return "folder"
     suffix = os.path.splitext(path)[1].lower()
@@ -163,30 +163,30 @@ def _detect(path: str) -> str:
     if not os.path.exists(path):
         raise DataError(f"there is no {path}")
     raise DataError(
-        f"{path}: the kind of data is not known from its ending; name it with --dataset-type "
+        f"{path}: the suffix does not tell the kind of data; name it with --dataset-type "
         f"({', '.join(DATASET_TYPES[1:])})"
     )
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The paths of a pattern, at least one: braces as written, then ``*`` and ``?`` over the files that there are.
+    """Return the paths of a pattern, at least one: braces are expanded first, then ``*`` and ``?`` match existing files.
 
     Raises:
-        DataError: braces that are not closed, or no file that fits.
+        DataError: a brace is not closed, or no file matches.
     """
     paths: list[str] = []
     for path in expand_braces(pattern):
         if os.path.exists(path) or not re.search(r"[*?]", path):
             paths.append(path)
         elif not (found := sorted(glob.glob(path, recursive=True))):
-            raise DataError(f"no file fits the pattern {path}")
+            raise DataError(f"no file matches the pattern {path}")
         else:
             paths += found
     return paths
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``{0000..0012}`` (width kept) and ``{a,b}`` as in a shell, nested or side by side, in order."""
+    """Yield the expansions of ``{0000..0012}`` (width kept) and ``{a,b}`` in order, as in a shell, also nested."""
     if os.path.exists(pattern):
         return [pattern]
     choices: list[list[str]] = []
@@ -201,7 +201,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _split_braces(pattern: str) -> list[tuple[str, str | None]]:
-    """(literal, None) and ("", content of braces) in turn."""
+    """Yield (literal, None) and ("", content of braces) in turn."""
     pieces: list[tuple[str, str | None]] = []
     depth, start = 0, 0
     for position, char in enumerate(pattern):
@@ -221,7 +221,7 @@ def _split_braces(pattern: str) -> list[tuple[str, str | None]]:
 
 
 def _alternatives(group: str, pattern: str) -> list[str]:
-    """What the content of one pair of braces stands for."""
+    """Return the alternatives in one pair of braces."""
     if (ends := re.fullmatch(r"(\d+)\.\.(\d+)", group)) is not None:
         first, last = int(ends[1]), int(ends[2])
         if abs(last - first) >= _MAX_EXPANSION:
@@ -244,26 +244,26 @@ def _alternatives(group: str, pattern: str) -> list[str]:
 
 
 def left_out_of(source: PairSource) -> LeftOut:
-    """Return what a source does not hand out; nothing for sources that cannot leave anything out."""
+    """Return the items that a source skips; none for sources that skip nothing."""
     return getattr(source, "left_out", None) or LeftOut()
 
 
 def noted_of(source: PairSource) -> LeftOut:
-    """Return what a source has read off its files because nobody said it; nothing for sources that read off nothing."""
+    """Return the settings that a source inferred from its files; none for sources that infer nothing."""
     return getattr(source, "noted", None) or LeftOut()
 
 
 class MixtureSource:
     """Several sources as one: see ``clipcore.data.PairSource``.
 
-    An epoch sees every sample of the source with the smallest factor once, and those of another one factor / smallest
-    times: an evenly spread part of them once more where that is no whole number. So relative frequencies are those of
-    open_clip's upsampling factors, which multiply the natural share of a source, its size.
+    An epoch reads every sample of the source with the smallest factor once, and every sample of another source
+    factor / smallest times. If that is not an integer, an evenly spread part of its samples is read once more. The relative
+    frequencies are thus those of open_clip's upsampling factors, which multiply a source's natural share, its size.
 
     Args:
         parts: the sources, in the order of their indices.
-        factors: one positive number each; all alike when left out.
-        name: for messages; the names of the parts when left out.
+        factors: one positive number each [all equal].
+        name: for messages [the names of the parts].
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class MixtureSource:
         return self.parts[number].captions(row)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, index in it) of a sample of the mixture."""
+        """Return (source, index in it) of a sample of the mixture."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))

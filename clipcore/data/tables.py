@@ -1,7 +1,7 @@
 """Tables that name images: csv and jsonl.
 
-Every row is a sample; nothing but offsets is held in Python objects, so that ten million rows cost their own bytes
-and worker processes share them.
+Every row is a sample. Text and offsets are kept in arrays, not in Python objects, so ten million rows take only their own
+bytes, and worker processes share them.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from clipcore.data.tar import (
 from clipcore.data.transforms import Decoder, decode_image
 from clipcore.files import not_utf8, open_regular, read_regular
 
-# Tried in this order in formats without a convention of their own, where the user names no column.
+# Tried in this order if the user names no column and the format prescribes none.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
-_SEPARATORS = "\t,;|"  # of csv tables, of which each may be another program's
-_SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # of a message
-# Begins what a table keeps in place of the caption of a row whose fields do not fit the header.
+_SEPARATORS = "\t,;|"  # for csv tables, which may come from any program
+_SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # in a message
+# Prefix of the text that replaces the caption of a row whose fields do not fit the header.
 MISCOUNTED = "\0\0"
 
 
 class TextColumn:
-    """Strings in one array of bytes and one of offsets, which processes share."""
+    """Strings stored as one array of bytes and one of offsets, which processes share."""
 
     def __init__(self, values: Iterable[str]) -> None:
         content, ends = bytearray(), array("q", [0])
@@ -64,7 +64,7 @@ class TextColumn:
 
 
 def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
-    """The decoded picture of a file; raises BadSample."""
+    """Return the decoded picture of a file; raise BadSample."""
     try:
         data = read_regular(path, MAX_IMAGE_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
 
 
 def decode_bytes(data: bytes, key: str, decoder: Decoder | str) -> Any:
-    """The picture in ``data``; raises BadSample with the key."""
+    """Return the picture in ``data``; raise BadSample with the key."""
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSample(f"more than {MAX_IMAGE_BYTES} bytes are too large", key)
     try:
@@ -83,11 +83,11 @@ def decode_bytes(data: bytes, key: str, decoder: Decoder | str) -> Any:
 
 
 class MissingImagesError(DataError):
-    """A table of captions whose images are not where it names them."""
+    """A table of captions whose image paths do not exist."""
 
 
 def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
-    """Raise MissingImagesError where none of the first rows' images is there: then all of them were meant elsewhere."""
+    """Raise MissingImagesError if none of the first rows' images exists: then the paths are relative to another folder."""
     probed = [path for path in paths[:PROBED_ROWS] if path]
     if probed and not any(os.path.exists(path) for path in probed):
         raise MissingImagesError(
@@ -98,13 +98,13 @@ def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
 
 
 def _remedy_for_images(folder: str, path: str) -> str:
-    """Return where to move a table in this folder, given the path that one of its images would have."""
+    """Return advice on where to move a table of this folder, given the path of one of its images."""
     inside = folder and path.startswith(os.path.join(folder, ""))
     name = path[len(os.path.join(folder, "")) :] if inside else path
     if not os.path.isabs(name):
         if os.path.exists(name):
             return "they are there from the current folder, so that the table belongs there"
-        # As of results.csv, which lies beside flickr30k_images and holds bare names.
+        # For example results.csv, which lies beside flickr30k_images and holds only file names.
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
             for entry in itertools.islice(entries, _PROBED_ENTRIES):
                 if os.path.exists(os.path.join(entry.path, name)):
@@ -117,11 +117,11 @@ class ColumnError(DataError):
 
 
 def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
-    """Return the first of ``names`` that the table has as a column; raise ColumnError with the columns that there are."""
+    """Return the first of ``names`` that is a column of the table; raise ColumnError, which lists the columns."""
     for name in names:
         if name in columns:
             return name
-    # A file that is no table has one, whose name is its first line.
+    # A file that is not a table has a single column, whose name is its first line.
     shown = [printable(name)[:_SHOWN_CHARS] for name in columns[:_SHOWN_COLUMNS]]
     there = ", ".join(shown) + ", ..." * (len(columns) > len(shown))
     found = "it has one column" if len(columns) == 1 else f"its columns are {there or 'none'}"
@@ -129,32 +129,32 @@ def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
 
 
 def image_columns(name: str | None) -> Sequence[str]:
-    """Where an image may be: in the column that the user named, else in the first of the usual ones."""
+    """Return the candidate image columns: the one that the user names, else the usual ones."""
     return IMAGE_COLUMNS if name is None else (name,)
 
 
 def caption_columns(name: str | None) -> Sequence[str]:
-    """Where a caption may be: in the column that the user named, else in the first of the usual ones."""
+    """Return the candidate caption columns: the one that the user names, else the usual ones."""
     return CAPTION_COLUMNS if name is None else (name,)
 
 
 class CsvSource:
     """A table of image paths and captions with a header line: see ``clipcore.data.PairSource``.
 
-    A row with more fields than the header is a bad sample, as its caption may be cut at a separator, and so is one that ends
-    before the two columns.
+    A row with more fields than the header is a bad sample, because a separator may have cut its caption. So is a row that
+    ends before the two columns.
 
     Args:
         path: the table, UTF-8.
-        img_key, caption_key: its columns, as open_clip's --csv-img-key and --csv-caption-key; None takes the first of the
+        img_key, caption_key: its columns, as in open_clip's --csv-img-key and --csv-caption-key; None uses the first of the
             usual names.
-        separator: one character, as --csv-separator; None takes a tab, or what the header line shows in its place.
+        separator: one character, as in --csv-separator; None uses a tab, or the separator that the header line shows.
         decoder: see ``decode_image``.
         quotes: whether quotation marks enclose fields, which then may hold separators and line ends; else they are text.
 
     Attributes:
-        left_out: rows that are bad samples for their number of fields.
-        noted: the separator where the header line has shown it.
+        left_out: rows that are bad samples because of their number of fields.
+        noted: the separator, if it was inferred from the header line.
 
     Raises:
         DataError: the file or a column is missing, there are no rows, or a quotation mark is not closed.
@@ -173,7 +173,7 @@ class CsvSource:
         self._folder = os.path.dirname(path)
         self._decoder = decoder
         self.left_out, self.noted = LeftOut(), LeftOut()
-        image_names, caption_names = self._looked_for(img_key, caption_key)
+        image_names, caption_names = self._column_candidates(img_key, caption_key)
         if separator is None:
             columns = image_names, caption_names
             separator = _shown_separator(path, quotes, columns, self._header)
@@ -185,7 +185,7 @@ class CsvSource:
             raise DataError(f"--csv-separator is one character or `tab`, got {separator!r}")
         self._table, self._separator = path, separator
         rows = csv_rows(path, separator, quotes)
-        # Lines without a word come before some headers.
+        # Some tables have lines without words before the header.
         header = self._header(next((row for _, row in rows if any(map(str.strip, row))), []))
         try:
             image_column = header.index(find_column(path, header, image_names))
@@ -200,7 +200,7 @@ class CsvSource:
                 raise DataError(
                     f"{path} has more than one column {printable(name)!r}; rename or remove one"
                 )
-        # What is wrong with a row's number of fields stands in place of its caption.
+        # If a row has the wrong number of fields, a message about it replaces the caption.
         self._cells = TextColumn(
             cell
             for line, row in rows
@@ -211,10 +211,10 @@ class CsvSource:
             raise DataError(f"{path} has a header line but no rows")
         self._check_images(header[image_column])
 
-    def _looked_for(
+    def _column_candidates(
         self, img_key: str | None, caption_key: str | None
     ) -> tuple[Sequence[str], Sequence[str]]:
-        """Return the names that the columns of images and captions may have."""
+        """Return the accepted names of the image and caption columns."""
         return image_columns(img_key), caption_columns(caption_key)
 
     def _header(self, cells: list[str]) -> list[str]:
@@ -222,7 +222,7 @@ class CsvSource:
         return cells
 
     def _check_images(self, column: str) -> None:
-        """Raise DataError where none of the first rows' images is there."""
+        """Raise DataError if none of the first rows' images exists."""
         paths = [self._path(row) for row in range(min(len(self), PROBED_ROWS))]
         check_images_exist(self._table, column, paths)
 
@@ -232,7 +232,7 @@ class CsvSource:
         """Return image and caption of a row.
 
         Raises:
-            DataError: a quotation mark takes whole rows into a field.
+            DataError: an unclosed quotation mark makes one field of several rows.
         """
         for field in row:
             if "\n" in field and self._holds_row(field, num_columns, image_column):
@@ -241,7 +241,7 @@ class CsvSource:
                     "close the first one, or, if quotation marks are text, --csv-no-quotes"
                 )
         image = row[image_column] if image_column < len(row) else ""
-        # A separator at the end of a line makes an empty field, and cuts no caption.
+        # A separator at the end of a line makes an empty field, but cuts no caption.
         is_cut = any(row[num_columns:])
         if max(image_column, caption_column) < len(row) and not is_cut:
             return image, row[caption_column]
@@ -250,7 +250,7 @@ class CsvSource:
         return image, f"{MISCOUNTED}{len(row)} fields in a table of {num_columns} (line {line})"
 
     def _holds_row(self, field: str, num_columns: int, image_column: int) -> bool:
-        """Return whether a line in a field has as many columns as the table, and an image's name in the right one."""
+        """Return whether a line inside a field looks like a row: as many columns, and an image's name in the right one."""
         # The first line belongs to the field's own row.
         for text in field.splitlines()[1:]:
             cells = text.split(self._separator)
@@ -283,7 +283,7 @@ class CsvSource:
         return read_image_file(path, key, self._decoder), key
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each row the whole path of its picture, which several rows may have; empty without one."""
+        """Yield the full path of each row's picture, "" if it has none; several rows may share one."""
         return (os.path.abspath(p) if (p := self._path(row)) else "" for row in range(len(self)))
 
     def _key(self, index: int) -> str:
@@ -297,20 +297,20 @@ class CsvSource:
 
 
 def names_image(cell: str) -> bool:
-    """Return whether a field ends as the names of images that are read."""
+    """Return whether a field ends with the suffix of a supported image."""
     stem, _, suffix = cell.strip().rpartition(".")
     return bool(stem) and suffix.lower() in IMAGE_SUFFIXES
 
 
 def _short_lines(file: TextIO, path: str) -> Iterator[str]:
-    """Yield the lines of a table; raise DataError for one that no row of images and captions has."""
+    """Yield the lines of a table; raise DataError for a line that is too long for an image and its captions."""
     number = 0
     while line := file.readline(MAX_CAPTION_BYTES + 1):
         number += 1
         if len(line) > MAX_CAPTION_BYTES:
             raise DataError(
-                f"{path}, line {number}: more than {MAX_CAPTION_BYTES} characters are no row of an image and its captions; "
-                "take it out"
+                f"{path}, line {number}: more than {MAX_CAPTION_BYTES} characters are not a row of an image and its "
+                "captions; remove it"
             )
         yield line
 
@@ -321,10 +321,10 @@ def _shown_separator(
     columns: Sequence[Sequence[str]],
     header_of: Callable[[list[str]], list[str]],
 ) -> str:
-    """Return the separator by which a header line has columns: a tab if it holds one, or if not exactly one other fits.
+    """Return the separator that a header line shows: a tab if it holds one, or unless exactly one other fits.
 
     Args:
-        columns: for each column that is looked for the names that it may have.
+        columns: the accepted names of each required column.
         header_of: returns the names of the columns, given the cells of the line.
     """
     header = first_line(path)
@@ -340,7 +340,7 @@ def _shown_separator(
 
 
 def first_line(path: str) -> str:
-    """Return the first line of a table that is not empty; raise DataError."""
+    """Return the first non-empty line of a table; raise DataError."""
     with contextlib.closing(text_lines(path)) as lines:
         return next((line for line in lines if not line.isspace()), "")
 
@@ -348,7 +348,7 @@ def first_line(path: str) -> str:
 def text_lines(path: str) -> Generator[str, None, None]:
     """Yield the lines of a table of text; raise DataError."""
     try:
-        # utf-8-sig: spreadsheets begin their files with a byte-order mark.
+        # utf-8-sig, because spreadsheets begin their files with a byte-order mark.
         with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             yield from _short_lines(file, path)
     except OSError as error:
@@ -358,7 +358,7 @@ def text_lines(path: str) -> Generator[str, None, None]:
 
 
 def _csv_reader(lines: Iterable[str], separator: str, quotes: bool) -> Any:
-    """Return the standard library's reader of lines, which raises csv.Error for a quotation mark out of place."""
+    """Return the standard library's reader of lines, which raises csv.Error for a misplaced quotation mark."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     return csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
 
@@ -366,7 +366,7 @@ def _csv_reader(lines: Iterable[str], separator: str, quotes: bool) -> Any:
 def csv_rows(path: str, separator: str, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) of the rows of a table; raise DataError."""
     try:
-        # utf-8-sig: spreadsheets begin their files with a byte-order mark.
+        # utf-8-sig, because spreadsheets begin their files with a byte-order mark.
         with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             rows = _csv_reader(_short_lines(file, path), separator, quotes)
             line = 1
@@ -386,13 +386,13 @@ def csv_rows(path: str, separator: str, quotes: bool = True) -> Iterator[tuple[i
 
 
 class JsonlSource:
-    """One JSON object a line, with an image path and a caption or a list of captions.
+    """One JSON object per line, with an image path and a caption or a list of captions.
 
-    Only the offsets of the lines are held; empty lines do not count. The first line says which columns there are.
-    Arguments as of ``CsvSource``; a column that is not named is the first of the usual names.
+    Only the offsets of the lines are kept in memory; empty lines are ignored. The first line defines the columns. The
+    arguments are those of ``CsvSource``; a column that is not named is found by the usual names.
 
     Attributes:
-        left_out: images of its folder that it does not name, where it is the table of a folder.
+        left_out: images of the folder that the table does not name, if it is the table of a folder.
     """
 
     def __init__(
@@ -443,7 +443,7 @@ class JsonlSource:
         return self._picture(record, key), key
 
     def picture_names(self) -> Iterator[str]:
-        """Yield for each record the whole path of its picture, which several records may have; empty without one."""
+        """Yield the full path of each record's picture, "" if it has none; several records may share one."""
         for path in self._image_paths(len(self)):
             yield os.path.abspath(path) if path else ""
 
@@ -452,7 +452,7 @@ class JsonlSource:
         return read_image_file(path, key, self._decoder)
 
     def _named(self, index: int) -> tuple[dict[str, Any], str]:
-        """Return a record that has an image path, and its key; raise BadSample."""
+        """Return a record with an image path, and its key; raise BadSample."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         key = f"{self.name}, record {index + 1}"
@@ -463,7 +463,7 @@ class JsonlSource:
         return record, printable(path)
 
     def _record(self, index: int, key: str, file: BinaryIO | None = None) -> dict[str, Any]:
-        """Return a record, from the table where it is open; raise BadSample."""
+        """Return a record, read from the open table; raise BadSample."""
         start, end = self._starts_N1[index : index + 2].tolist()
         if end - start > MAX_CAPTION_BYTES:
             raise BadSample(f"a line of {end - start} bytes is too long", key)
@@ -480,13 +480,13 @@ class JsonlSource:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            raise BadSample("the line is no JSON", key) from None
+            raise BadSample("the line is not JSON", key) from None
         if not isinstance(record, dict):
-            raise BadSample("the line is no JSON object", key)
+            raise BadSample("the line is not a JSON object", key)
         return record
 
     def _image_paths(self, num_rows: int) -> Iterator[str]:
-        """Yield the path of the image of each of the first rows, empty without one."""
+        """Yield the image path of each of the first rows, "" if it has none."""
         try:
             file = open_regular(self._path)
         except OSError as error:
@@ -508,10 +508,10 @@ def _state_of(file: BinaryIO) -> tuple[int, int]:
 
 
 def _line_offsets(file: BinaryIO) -> np.ndarray:
-    """Return where the lines of a file that are not empty begin, and where the file ends: int64 [N + 1]."""
+    """Return the offsets of a file's non-empty lines, and of its end: int64 [N + 1]."""
     starts, offset = array("q"), 0
     is_begun = is_inside = False
-    # In pieces: a line may be as long as a stranger likes.
+    # Read in blocks, because a hostile file may have lines of any length.
     while piece := file.readline(MAX_CAPTION_BYTES):
         if not is_inside:
             start, is_begun = offset, False

@@ -1,17 +1,16 @@
 """Tar shards in the WebDataset layout, read in any order through a byte index.
 
-A sample is the members whose names are alike up to the first dot of the last path component: ``a/0001.jpg`` with
-``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. Where what follows the first dot is no known kind,
-names are alike up to the last one, so that ``shot 1.5 mm.jpg`` finds its caption. What belongs to no sample is counted. In
-place of an image file, pixels may lie there as ``a/0001.npy`` (``raw.py``).
+A sample is the members with equal names up to the first dot of the last path component: ``a/0001.jpg`` with
+``a/0001.txt``, or with ``a/0001.json`` whose object has a caption field. If the text after the first dot is not a known
+suffix, names are compared up to the last dot, so that ``shot 1.5 mm.jpg`` finds its caption. Members without a sample are
+counted. Raw pixels, ``a/0001.npy`` (``raw.py``), may replace the image file.
 
-The index (where each image and caption lies) is made by one pass over the headers on first use and kept beside the
-shard in ``<shard>.clipcore-index``, or in the user's cache folder where that cannot be written, or in memory. It
-belongs to the shard's size and modification time.
+The index holds the positions of each image and caption. It is made by one pass over the headers on first use, and kept
+beside the shard in ``<shard>.clipcore-index``, else in the user's cache folder, else in memory. It is valid for one size
+and modification time of the shard.
 
-Nothing is ever extracted, and names are used as keys only. The headers are read by a scanner of their own that takes
-regular files and refuses everything that could point elsewhere (links, devices, sparse files) or that does not fit in
-the file.
+Nothing is extracted, and names serve only as keys. The headers are read by a dedicated scanner, which accepts regular
+files and refuses everything that could point elsewhere (links, devices, sparse files) or that does not fit in the file.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from clipcore.data.transforms import Decoder, decode_image
 from clipcore.files import open_regular, read_regular, written_aside
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
-# In this order: where a shard holds a picture both ways, the .npy is most often something else, an embedding.
+# In this order: if a sample has both, the .npy is usually not the picture but, for example, an embedding.
 MEMBER_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, RAW_SUFFIX)
 CAPTION_SUFFIXES = ("txt", "json")
-# Pictures of kinds that are not read: their absence would go unseen.
+# Pictures of unsupported kinds, which are counted so that they are not lost silently.
 OTHER_IMAGE_SUFFIXES = tuple("gif bmp tif tiff jfif avif heic heif jxl jp2 svg".split())
-MAX_NAME_BYTES = 4096  # of a long name or of an extended header
+MAX_NAME_BYTES = 4096  # limit of a long name or an extended header
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 64
@@ -60,13 +59,13 @@ _REFUSED = {
     b"M": "a file continued from another archive",
 }
 _KNOWN_SUFFIXES = {*MEMBER_IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
-# The last path component up to its first dot is the end of the key; what follows is the suffix.
+# The key ends at the first dot of the last path component; the rest is the suffix.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__(/|$)")
 
 
 class Member(NamedTuple):
-    """A regular file in a shard: its name, and where its bytes are."""
+    """A regular file in a shard: its name, and the position of its bytes."""
 
     name: str
     offset: int
@@ -74,13 +73,13 @@ class Member(NamedTuple):
 
 
 def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
-    """The regular files of a tar file, from its headers alone.
+    """Return the regular files of a tar file, read from its headers only.
 
     Args:
-        left_out: counts an end that is missing.
+        left_out: counts a missing end-of-archive mark.
 
     Raises:
-        DataError: the file is no tar file, is cut off, or holds something other than plain files and folders.
+        DataError: the file is not a tar file, is truncated, or holds something other than plain files and folders.
     """
     with open_regular(path) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
@@ -106,7 +105,7 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
             else:
                 name = pax.get("path", long_name or name)
                 size = _decimal_size(path, pax["size"], offset) if "size" in pax else size
-                size = 0 if kind == b"5" else size  # of a folder it is a hint, no data follows
+                size = 0 if kind == b"5" else size  # a folder's size is only a hint; no data follow
                 long_name, pax = "", {}
             if data + size > end:
                 _refuse(
@@ -123,7 +122,7 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
             if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
                 yield Member(name, data, size)
             offset = data + -(-size // _BLOCK) * _BLOCK
-    # Every program that writes tar files ends them with blocks of zeros; some that read them do not ask for these.
+    # All programs end the tar files that they write with blocks of zeros, but not all readers require these.
     if left_out is not None:
         left_out.add("shard without its end, which may be cut off", os.path.basename(path))
 
@@ -133,13 +132,13 @@ def _refuse(path: str, reason: str) -> NoReturn:
 
 
 def _parse_header(path: str, header: bytes, offset: int) -> tuple[bytes, int, str]:
-    """(type, size, name) of a header block."""
+    """Return (type, size, name) of a header block."""
     if len(header) < _BLOCK or not _has_checksum(header):
-        what = "is no tar file" if offset == 0 else f"is damaged at byte {offset}"
+        what = "is not a tar file" if offset == 0 else f"is damaged at byte {offset}"
         _refuse(path, f"{what}: the header's checksum is wrong; copy or write the shard again")
     size_field = header[124:136]
     if size_field[0] & 0x80:
-        # Base 256 for large files; a set bit below the flag makes it negative or far too large.
+        # Base 256 for large files. A set bit below the flag makes the size negative or far too large.
         size = int.from_bytes(size_field[1:], "big") if size_field[0] == 0x80 else -1
     else:
         size = _octal(size_field)
@@ -152,21 +151,21 @@ def _parse_header(path: str, header: bytes, offset: int) -> tuple[bytes, int, st
 
 
 def _has_checksum(header: bytes) -> bool:
-    """Whether the sum of the bytes, with the field of the sum itself as spaces, is the sum that the header states."""
-    # The low half of Adler-32 is one more than the sum of the bytes modulo 65521, ten times as fast as summing.
+    """Return whether the sum of the bytes, with spaces in the checksum's own field, equals the header's checksum."""
+    # The low half of Adler-32 is one more than the sum of the bytes modulo 65521; it is ten times as fast as a sum.
     total = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF
     stated = _octal(header[148:156])
     return stated >= 0 and (stated + 1) % 65521 == total
 
 
 def _octal(field: bytes) -> int:
-    """The number in a field, or -1."""
+    """Return the number in a field, or -1."""
     match = _OCTAL.fullmatch(field)
     return int(match[1] or b"0", 8) if match else -1
 
 
 def _parse_pax(path: str, block: bytes, offset: int) -> dict[str, str]:
-    """The records "length key=value\\n" of an extended header."""
+    """Return the records "length key=value\\n" of an extended header."""
     records, start = {}, 0
     while start < len(block) and block[start]:
         length, _, _ = block[start : start + 8].partition(b" ")
@@ -189,11 +188,11 @@ def _decimal_size(path: str, text: str, offset: int) -> int:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard are, in the order of their first members.
+    """The positions of a shard's samples, in the order of their first members.
 
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
-    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts what belongs to no
-    sample. ``labels`` are the bytes of what labels say, one after another; an index of captions has none.
+    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts the members without
+    a sample. ``labels`` are the concatenated bytes of the labels; an index of captions has none.
     """
 
     path: str
@@ -213,19 +212,19 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return (key, suffix) of a member: its name up to the first dot of the last component, and what follows.
+    """Return (key, suffix) of a member: its name up to the first dot of the last component, and the rest.
 
-    None of what belongs to no sample: a name without a suffix, or what a program keeps for itself.
+    Return None for a member without a sample: a name without a suffix, or a program's own file.
     """
     match = None if _METADATA.match(name) else _KEY.fullmatch(name)
     return None if match is None else (match[1].removeprefix("./"), match[2])
 
 
 def build_index(path: str) -> ShardIndex:
-    """Read the headers of a shard. What has no other half is left out, as in webdataset, and counted.
+    """Return the index of a shard, from its headers. Images and captions without a partner are skipped and counted.
 
     Raises:
-        DataError: as of ``scan_members``, or a member that is there twice.
+        DataError: see ``scan_members``; or a member occurs twice.
     """
     stat = os.stat(path)
     left_out = LeftOut()
@@ -247,7 +246,7 @@ def build_index(path: str) -> ShardIndex:
                 _refuse(path, f"holds {printable(member.name)!r} twice; write the shard again")
             members[suffix] = member
     for key, members in dotted.items():
-        # "1.mask.png" is a field of sample 1 that is not used; with a text of its own it is a sample.
+        # "1.mask.png" is an unused field of sample 1; if it has its own text, it is a sample.
         if _first_part(key) not in samples or ("txt" in members and _image_of(members)):
             samples[key] = members
         else:
@@ -276,7 +275,7 @@ def _image_of(members: Mapping[str, Member]) -> Member | None:
 
 
 def _count_further(members: Mapping[str, Member], used: Member | None, left_out: LeftOut) -> None:
-    """Count the pictures of a group beside the one that is used; a .npy member there is most often an embedding."""
+    """Count the pictures of a group besides the one that is used; a .npy member there is usually an embedding."""
     for suffix in IMAGE_SUFFIXES:
         if suffix in members and members[suffix] != used:
             left_out.add("further picture of a sample", members[suffix].name)
@@ -292,14 +291,14 @@ def _first_part(key: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-# Magic, size and modification time of the shard, samples, bytes of keys and of what is left out; then the columns, the keys,
-# what is left out as JSON, labels in an index that has them, and a CRC-32.
+# Magic, size and modification time of the shard, samples, bytes of the keys and of the skipped members; then the columns,
+# the keys, the skipped members as JSON, the labels if the index has any, and a CRC-32.
 _SIDECAR = struct.Struct("<8sQQQQQ")
-_MAGIC = b"CLIPIDX4"  # 1 did not count .npy members as images, 2 not what is left out, 3 lost samples with dots
+_MAGIC = b"CLIPIDX4"  # 1 did not count .npy members as images, 2 did not count skipped members, 3 lost samples with dots
 
 
 class LabelIndex(NamedTuple):
-    """How an index of labels in place of captions is kept: the ending of its file, the bytes of a label, what makes it."""
+    """The format of an index of labels instead of captions: its file's suffix, the bytes of a label, its builder."""
 
     suffix: str
     bytes_a_label: int
@@ -307,13 +306,13 @@ class LabelIndex(NamedTuple):
 
 
 def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
-    """Return the index of a shard, from its sidecar file if that fits the shard, else made and kept.
+    """Return the index of a shard: from its sidecar file if that is current, else built and saved.
 
     Args:
-        kind: of an index of labels; None gives that of captions.
+        kind: the kind of an index of labels; None for an index of captions.
 
     Raises:
-        DataError: the shard cannot be read, or as of ``build_index`` or ``kind.build``.
+        DataError: the shard cannot be read; see also ``build_index`` and ``kind.build``.
     """
     try:
         stat = os.stat(path)
@@ -335,12 +334,12 @@ def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
             _write_sidecar(place, index)
             break
         except OSError:
-            continue  # a folder that cannot be written costs one pass over the headers at each start
+            continue  # without a writable folder, each start costs one pass over the headers
     return index
 
 
 def sidecar_paths(path: str) -> tuple[Path, Path]:
-    """Where the index of a shard may be: beside it, or in the user's cache folder."""
+    """Return the possible places of a shard's index: beside it, and in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcore"
     digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
     return Path(path + ".clipcore-index"), cache / f"{digest[:32]}.clipcore-index"
@@ -360,9 +359,9 @@ def _write_sidecar(place: Path, index: ShardIndex) -> None:
 def _read_sidecar(
     place: Path, path: str, stat: os.stat_result, bytes_a_label: int = 0
 ) -> ShardIndex | None:
-    """The kept index, or None if it is missing, damaged, or of another state of the shard."""
+    """Return the saved index, or None if it is missing, damaged, or of another state of the shard."""
     try:
-        # No larger than the headers and labels that it is made of, but for what is left out.
+        # Bounded by the size of the headers and labels, plus the JSON of the skipped members.
         content = read_regular(place, stat.st_size + MAX_CAPTION_BYTES)
     except OSError:
         return None
@@ -380,7 +379,7 @@ def _read_sidecar(
     columns = np.frombuffer(body, "<i8", 6 * num_samples, _SIDECAR.size).reshape(6, num_samples)
     keys = np.frombuffer(body, np.uint8, num_bytes, _SIDECAR.size + 48 * num_samples)
     offsets, sizes = columns[0:4:2], columns[1:4:2]
-    # Written by nobody but this file, yet it lies in a shared folder: no offset may lead out of the shard.
+    # Only this module writes it, but it may lie in a shared folder: no offset may lead out of the shard.
     if num_samples and (columns.min() < 0 or (offsets > size - sizes).any()):
         return None
     if (np.diff(columns[5], prepend=0) < 0).any() or (num_samples and columns[5, -1] > num_bytes):
@@ -396,12 +395,12 @@ class TarImages:
     """The images of tar shards, in the order of the shards.
 
     Args:
-        shards: where their samples are.
+        shards: the indices of the shards.
         decoder: see ``decode_image``.
         name: for messages.
 
     Attributes:
-        left_out: what belongs to no sample, in all shards.
+        left_out: the members without a sample, in all shards.
     """
 
     def __init__(self, shards: Sequence[ShardIndex], decoder: Decoder | str, name: str) -> None:
@@ -418,7 +417,7 @@ class TarImages:
         return int(self._ends[-1])
 
     def key(self, index: int) -> str:
-        """Return the name of a sample: that of its shard, and its key there."""
+        """Return the name of a sample: its shard's name and its key there."""
         return self._place(index)[1]
 
     def picture(self, index: int) -> tuple[Any, str]:
@@ -428,13 +427,13 @@ class TarImages:
             raise BadSample(f"{image_size} bytes are too large", key)
         try:
             data = self._read(number, image_at, image_size, key)
-            # By the content, as other formats are told apart.
+            # Recognised by the content, like other formats.
             return decode_raw(data) if is_raw(data) else decode_image(data, self._decoder), key
         except BadSample as error:
             raise BadSample(error.reason, key) from None
 
     def _place(self, index: int) -> tuple[int, str, list[int]]:
-        """Return the shard's number, the key and the first five columns of a sample."""
+        """Return the shard's index, the key and the first five columns of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -453,7 +452,7 @@ class TarImages:
         return data
 
     def _shard(self, number: int) -> BinaryIO:
-        """An open shard; the least recently used of too many is closed."""
+        """Return an open shard; if too many are open, close the least recently used one."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -468,7 +467,7 @@ class TarImages:
         return file
 
     def close(self) -> None:
-        """Closes the shards; the next read opens them again."""
+        """Close the shards; the next read opens them again."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -477,7 +476,7 @@ class TarImages:
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        # Open files cannot travel to another process; it opens its own.
+        # Open files cannot be pickled; the other process opens its own.
         return {**self.__dict__, "_open": OrderedDict()}
 
 
@@ -486,15 +485,15 @@ class TarSource(TarImages):
 
     Args:
         paths: the shards.
-        caption_keys: fields of a JSON member that may hold the caption, the first that is there counts.
+        caption_keys: fields of a JSON member that may hold the caption; the first one present is used.
         decoder: see ``decode_image``.
-        name: for messages; the last component of the first shard when left out.
+        name: for messages [the last component of the first shard].
 
     Attributes:
-        left_out: what belongs to no sample, in all shards.
+        left_out: the members without a sample, in all shards.
 
     Raises:
-        DataError: a shard that cannot be read, or no sample in all of them.
+        DataError: a shard cannot be read, or none of them holds a sample.
     """
 
     def __init__(

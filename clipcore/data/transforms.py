@@ -1,15 +1,16 @@
-"""Bytes to images to crops to normalised tensors.
+"""Decodes bytes to images, crops them, and makes normalised tensors.
 
 Legend: B images, S pixels of a side.
 
-In evaluation the result is equal to open_clip's ``image_transform`` to the bit: bicubic resize of the shortest side,
-centre crop, RGB, [0, 1], mean and standard deviation. In training the paper takes "a random square crop from resized
-images" and no other augmentation (Radford et al. 2021, section 2.3); The default is open_clip's stand-in for it,
-``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio of 3/4 to 4/3, so that results compare; with
-``ratio=None`` crops are square. With ``resize`` it is the paper's to the letter: the shorter side is resized, then S x S
-pixels are cut out, and an image that has been resized before is not touched again.
+In evaluation the result is bit-identical to open_clip's ``image_transform``: bicubic resize of the shortest side,
+centre crop, RGB, [0, 1], mean and standard deviation.
 
-As in open_clip and webdataset the orientation in a JPEG's EXIF block is not applied.
+In training the paper takes "a random square crop from resized images" and no other augmentation (Radford et al. 2021,
+section 2.3). The default is open_clip's version of it, ``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio
+of 3/4 to 4/3, so that results are comparable; with ``ratio=None`` crops are square. With ``resize`` the crop is exactly the
+paper's: the shorter side is resized, then S x S pixels are cut out; an image that already has this size is not resized.
+
+As in open_clip and webdataset, the orientation in a JPEG's EXIF block is ignored.
 """
 
 from __future__ import annotations
@@ -29,32 +30,32 @@ from clipcore.data import BadSample, DataError
 from clipcore.data.headers import check_header, check_scans, check_size
 from clipcore.data.resample import Picture, as_image, resize_bicubic
 
-# OpenAI's, of its training images.
+# OpenAI's values, computed on its training images.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 DECODERS = ("pillow", "simplejpeg")
 FORMATS = ("JPEG", "PNG", "WEBP")
 RESIZE_MODES = ("shortest", "squash")
-# A mark among a picture's notes, where nothing is kept that a file wrote.
+# A key in a picture's info dict, from which everything that a file wrote has been removed.
 _TRANSPARENT = "clipcore: was transparent"
-# Of a picture that is decoded, by its header: cameras of 26 megapixels make such, and decoding one takes 256 MiB.
+# Limit for a decoded picture, checked in its header: the size of 26-megapixel cameras, whose decoding takes 256 MiB.
 MAX_PIXELS = 26_000_000
-EARLIER_MAX_PIXELS = 89_478_485  # of runs and prepared shards that do not record theirs
-# Of a picture as resized, before it is cut: one pixel by thousands becomes hundreds by millions.
+EARLIER_MAX_PIXELS = 89_478_485  # the limit in runs and prepared shards that do not record one
+# Limit for a resized picture before the crop: a picture of 1 x 1,000s of pixels becomes one of 100s x millions.
 MAX_RESIZED_PIXELS = 1 << 24
 _CROP_ATTEMPTS = 10
-# A JPEG may be halved on decoding as long as it stays so much larger than what it is resized to: the gap at which
+# A JPEG may be halved on decoding as long as it stays this many times larger than its resized size: the gap at which
 # Pillow's own ``thumbnail`` calls the result close to that of a full decoding.
 REDUCING_GAP = 2
 
 
 class Decoder(NamedTuple):
-    """How images are decoded.
+    """The settings for decoding images.
 
-    ``name`` is the library for JPEG files. Those whose shorter side is ``min_side`` pixels, two, four or eight times over
-    are decoded at that part of their size, which the format allows at a part of the time; 0 decodes all in full. Pictures of
-    more than ``max_pixels`` pixels, of half as many in a WebP, are bad samples.
+    ``name`` is the library for JPEG files. If a JPEG's shorter side is at least two, four or eight times ``min_side``, it is
+    decoded at 1/2, 1/4 or 1/8 of its size, which the format supports and which is faster; 0 decodes all in full. Pictures
+    with more than ``max_pixels`` pixels (half as many for a WebP) are bad samples.
     """
 
     name: str = "pillow"
@@ -63,7 +64,7 @@ class Decoder(NamedTuple):
 
 
 def check_decoder(decoder: str) -> None:
-    """Raises DataError for a decoder that is unknown or not installed."""
+    """Raise DataError for a decoder that is unknown or not installed."""
     if decoder not in DECODERS:
         raise DataError(f"the image decoders are {', '.join(DECODERS)}; got {decoder!r}")
     if decoder == "simplejpeg":
@@ -76,19 +77,19 @@ def check_decoder(decoder: str) -> None:
 
 
 def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
-    """The picture in the bytes of a JPEG, PNG or WebP file, the first frame of an animated one, as RGB.
+    """Return the picture in the bytes of a JPEG, PNG or WebP file, the first frame of an animated one, as RGB.
 
-    A transparent picture is laid over white, and ``was_transparent`` tells it from others: what its file has under
-    transparent pixels is nothing that anybody has seen.
+    A transparent picture is laid over white, because no viewer shows the colours under transparent pixels;
+    ``was_transparent`` then returns true.
 
     Args:
         data: the whole file.
-        decoder: ``pillow``, or ``simplejpeg`` for JPEG files of one or three channels; what that does not cover (PNG,
-            WebP, CMYK) is Pillow's, by a fixed rule on the header. A ``Decoder`` also says how large it must be.
+        decoder: ``pillow``, or ``simplejpeg`` for JPEG files of one or three channels; Pillow decodes the rest (PNG,
+            WebP, CMYK), by a fixed rule on the header. A ``Decoder`` also sets the smallest size.
 
     Raises:
-        BadSample: another format, damage, or a picture that would cost far more than others of the size that is allowed, by
-            its pixels, its scans, or a header of a great many parts.
+        BadSample: another format, damage, or a picture that would cost far more than others of the allowed size, because
+            of its pixels, its scans, or a header of too many parts.
     """
     if not data:
         raise BadSample("the image file is empty")
@@ -109,20 +110,20 @@ def decode_image(data: bytes, decoder: Decoder | str = "pillow") -> Image.Image:
 
 def _decode_pillow(data: bytes, decoder: Decoder) -> Image.Image:
     with warnings.catch_warnings():
-        # Of sizes that the check below refuses, and of broken EXIF blocks, which are not used.
+        # Pillow warns of sizes that the check below refuses, and of broken EXIF blocks, which are not used.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(data, *image.size, decoder.max_pixels)
             if (part := _reduction(*image.size, decoder.min_side)) > 1:
-                # Without effect on other formats. Pillow takes the largest reduction that keeps both sides.
+                # Has no effect on other formats. Pillow uses the largest reduction that keeps both sides.
                 image.draft(None, (image.width // part, image.height // part))
             return _as_rgb(image)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB, over white where a pixel is transparent; ``image`` is not to be used afterwards.
+    """Return an image as RGB, laid over white where a pixel is transparent; do not use ``image`` afterwards.
 
-    Nothing is copied without need, as a picture takes 4 bytes a pixel.
+    Copies are avoided, because a picture takes 4 bytes per pixel.
     """
     if image.has_transparency_data:
         layers = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -144,7 +145,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_pixels(data: bytes, width: int, height: int, max_pixels: int) -> None:
-    """Raise BadSample for a picture of too many pixels, or a JPEG of too many scans for them."""
+    """Raise BadSample for a picture with too many pixels, or a JPEG with too many scans for its pixels."""
     check_size(width, height, max_pixels, f"; --max-pixels {width * height} reads it")
     if data.startswith(b"\xff\xd8"):
         check_scans(data, width * height, max_pixels)
@@ -168,7 +169,7 @@ def _decode_simplejpeg(data: bytes, decoder: Decoder) -> Image.Image:
 
 
 def _reduction(width: int, height: int, min_side: int) -> int:
-    """By what a JPEG's sides are divided on decoding: 8, 4, 2 or 1."""
+    """Return the divisor of a JPEG's sides on decoding: 8, 4, 2 or 1."""
     parts = min(width, height) // min_side if min_side else 1
     return next(part for part in (8, 4, 2, 1) if part <= max(parts, 1))
 
@@ -178,8 +179,8 @@ class ImageTransform:
 
     Args:
         image_size: S, at least 1.
-        is_train: random crops instead of the centre one.
-        mean, std: of each channel, after scaling to [0, 1].
+        is_train: whether crops are random instead of central.
+        mean, std: per channel, after scaling to [0, 1].
         scale: smallest and largest share of the area that a random crop keeps.
         ratio: smallest and largest width over height of a random crop, before it is resized to a square; None for
             square crops, whose area is a share of the largest square's.
@@ -231,7 +232,7 @@ class ImageTransform:
 
     @property
     def min_side(self) -> int:
-        """How small the shorter side of a JPEG may be made on decoding: see ``Decoder``."""
+        """Smallest length of a JPEG's shorter side on decoding: see ``Decoder``."""
         if self.resize is not None:
             return REDUCING_GAP * self.resize
         widest = 1.0 if self.ratio is None else max(self.ratio[1], 1 / self.ratio[0])
@@ -241,24 +242,24 @@ class ImageTransform:
         return normalize_images(torch.from_numpy(self.crop(image, rng)), self.mean, self.std)
 
     def crop(self, image: Picture, rng: np.random.Generator | None = None) -> np.ndarray:
-        """What ``normalize_images`` takes, for one image: uint8 [3, S, S]; arguments as of ``crop_image``."""
+        """Return one image for ``normalize_images``, uint8 [3, S, S]; the arguments are those of ``crop_image``."""
         return stack_images([self.crop_image(image, rng)])[0]
 
     def crop_image(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        """The crop as an image of S x S pixels; of an array that needs no resizing, a view into it.
+        """Return the crop as an image of S x S pixels; a view if the image is an array that needs no resizing.
 
         Args:
             image: a PIL image or a uint8 array [H, W] or [H, W, 3].
-            rng: draws the crop in training; drawn from torch's generator when it is left out.
+            rng: draws the crop in training [torch's generator].
 
         Raises:
-            BadSample: so long and thin that resizing it would need more than ``MAX_RESIZED_PIXELS`` pixels.
+            BadSample: the image is so long and thin that resizing it would need more than ``MAX_RESIZED_PIXELS`` pixels.
         """
         _check_picture(image)
         if not self.is_train:
             return self._centre_crop(image)
         if rng is None:
-            # torch gives each worker of a DataLoader its own seed; a generator kept here would be the same in all.
+            # torch gives each DataLoader worker its own seed; a generator stored here would be the same in all.
             rng = np.random.default_rng(int(torch.randint(1 << 62, ())))
         if self.resize is not None:
             return self._window(image, self.resize, rng)
@@ -290,7 +291,7 @@ class ImageTransform:
             return image if sides(image) == (size, size) else resize_bicubic(image, size, size)
         image = resize_shorter(image, size)
         width, height = sides(image)
-        # Half a pixel goes to the even side, as Python rounds and torchvision with it.
+        # Half a pixel is rounded to even, as in Python and torchvision.
         return cut(image, round((width - size) / 2), round((height - size) / 2), size, size)
 
     def __repr__(self) -> str:
@@ -323,7 +324,7 @@ def image_transform(
     std: Sequence[float] | None = None,
     resize_mode: str | None = None,
 ) -> ImageTransform:
-    """The preprocessing for a model of ``image_size``, under the name that open_clip gives it."""
+    """Return the preprocessing for a model of ``image_size``, under open_clip's name."""
     return ImageTransform(
         image_size,
         is_train,
@@ -334,22 +335,22 @@ def image_transform(
 
 
 def sides(image: Picture) -> tuple[int, int]:
-    """(width, height) of a picture."""
+    """Return (width, height) of a picture."""
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
 def cut(image: Picture, left: int, top: int, width: int, height: int) -> Picture:
-    """A part of a picture; of an array, a view into it."""
+    """Return a part of a picture; a view if it is an array."""
     if isinstance(image, np.ndarray):
         return image[top : top + height, left : left + width]
     return image.crop((left, top, left + width, top + height))
 
 
 def resize_shorter(image: Picture, size: int) -> Picture:
-    """The picture with ``size`` pixels on its shorter side, as torchvision resizes it; the very same one if it has them.
+    """Return the picture with ``size`` pixels on its shorter side, as torchvision does; the same object if it has them.
 
     Raises:
-        BadSample: more than ``MAX_RESIZED_PIXELS`` pixels would come of it.
+        BadSample: the result would have more than ``MAX_RESIZED_PIXELS`` pixels.
     """
     width, height = sides(image)
     if width <= height:
@@ -369,13 +370,13 @@ def random_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random crop, with the distribution of torchvision's RandomResizedCrop.
+    """Return (left, top, width, height) of a random crop, with the distribution of torchvision's RandomResizedCrop.
 
-    The area is uniform in ``scale``, the ratio of the sides log-uniform in ``ratio``, the place uniform; after ten
-    draws that do not fit, the largest centred box of an allowed ratio.
+    The area is uniform in ``scale``, the ratio of the sides log-uniform in ``ratio``, and the position uniform. After ten
+    draws that do not fit, the crop is the largest centred box of an allowed ratio.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    # All draws at once, so that a sample takes as many numbers whichever draw fits.
+    # All draws at once, so that a sample always uses the same number of random numbers.
     draws = rng.random(4 * _CROP_ATTEMPTS).tolist()
     for k in range(0, len(draws), 4):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[k])
@@ -392,13 +393,13 @@ def random_box(
 
 
 def stack_images(images: Sequence[Picture]) -> np.ndarray:
-    """Images of one size as uint8 [B, 3, S, S]; pictures that are not RGB become so."""
+    """Stack images of one size into uint8 [B, 3, S, S]; pictures that are not RGB are converted."""
     width, height = sides(images[0])
     pictures = [image for image in images if isinstance(image, Image.Image) and image.mode == "L"]
     if len(pictures) == len(images):
         return _stack_grey(pictures, width, height)
     stacked = np.empty((len(images), 3, height, width), np.uint8)
-    # One by one: a picture is still in the processor's cache when its planes are taken apart.
+    # One by one, so that a picture is still in the processor's cache when its planes are separated.
     for planes, image in zip(stacked, images, strict=True):
         if isinstance(image, Image.Image) and image.mode not in ("RGB", "L"):
             image = image.convert("RGB")
@@ -408,7 +409,7 @@ def stack_images(images: Sequence[Picture]) -> np.ndarray:
 
 
 def _stack_grey(images: Sequence[Image.Image], width: int, height: int) -> np.ndarray:
-    # All are pasted into one tall picture: leaving Pillow costs 15 microseconds, now once a batch.
+    # All are pasted into one tall picture, because each export from Pillow costs 15 us.
     sheet = Image.new("L", (width, height * len(images)))
     for i, image in enumerate(images):
         sheet.paste(image, (0, i * height))
@@ -422,11 +423,11 @@ def normalize_images(
     std: Sequence[float] = OPENAI_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(x / 255 - mean) / std, where the images are: in float32, equal to the host's to the bit.
+    """Return (x / 255 - mean) / std, on the images' device; in float32, bit-identical to the host's result.
 
     Args:
         images: uint8 [..., 3, S, S].
-        dtype: of the result, rounded once at the end.
+        dtype: dtype of the result, rounded once at the end.
     """
     if images.dtype != torch.uint8 or images.dim() < 3 or images.shape[-3] != 3:
         raise ValueError(
@@ -436,6 +437,6 @@ def normalize_images(
     def on_device(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
 
-    # Divisors are tensors: on CUDA a division by a Python number multiplies by its reciprocal, which rounds twice.
+    # Divisors are tensors, because CUDA divides by a Python number through its reciprocal, which rounds twice.
     x = images.to(torch.float32).div_(on_device((255.0,)))
     return x.sub_(on_device(mean)).div_(on_device(std)).to(dtype)

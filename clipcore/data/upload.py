@@ -1,4 +1,4 @@
-"""From the host to the device: rows of a batch that lies in page-locked memory, copied while others are computed."""
+"""Copies rows of a batch from page-locked host memory to the device, while other rows are computed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Part = Tensor | PackedText
 class Upload:
     """Rows of a batch on a device, one slice after the other.
 
-    With a stream the rows that will be asked for next are under way while these are computed; at
-    most two slices are there at a time. On the CPU rows are views.
+    With a stream, the next rows are copied while the current ones are computed; at most two slices
+    are on the device at a time. On the CPU, rows are views.
 
     Args:
-        cut: makes the parts of a slice on the host; page-locked ones are copied without the host waiting.
-        stream: of the copies, on a GPU; None copies when asked.
+        cut: makes the parts of a slice on the host; the host does not wait for the copies of page-locked parts.
+        stream: the GPU stream of the copies; None copies on demand.
 
     >>> upload = Upload(lambda rows: [torch.arange(6)[rows]], torch.device("cpu"))
     >>> upload.rows(slice(0, 2), slice(2, 4))
@@ -37,10 +37,10 @@ class Upload:
         self._ahead: tuple[slice, list[Part]] | None = None
 
     def rows(self, rows: slice, following: slice | None = None) -> list[Part]:
-        """The parts of these rows on the device.
+        """Return the parts of these rows on the device.
 
         Args:
-            following: the rows that will be asked for next; None for nothing known.
+            following: the rows that will be needed next; None if unknown.
         """
         if self._stream is None:
             return [part.to(self.device) for part in self.cut(rows)]
@@ -52,7 +52,7 @@ class Upload:
         computing.wait_stream(self._stream)
         for part in found:
             part.record_stream(computing)
-        # Only now, so that the copy of these rows is not waited for together with the next.
+        # Started only now, so that waiting for these rows does not include the next copy.
         self._ahead = None if following is None else (following, self._copy(following))
         return found
 

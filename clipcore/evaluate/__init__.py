@@ -1,17 +1,17 @@
-"""Evaluations of a trained model: the paper's, from one command or from Python.
+"""Evaluations of a trained model as in the paper, from the command line or from Python.
 
 ======================  ================================================================
-``__main__.py``         the command line; ``runner.py`` goes through models and data sets, ``commands.py`` measures one
-``datasets.py``         ``open_set``: labelled data sets in the layouts that people have
-``loading.py``          models as a command line names them
-``features.py``         ``FeatureStore``: each image encoded once a model
-``measure.py``          zero-shot, prompt gains, linear probe, few-shot of one data set
-``*_study.py``          retrieval, overlap and bias of one data set; robustness and scaling of many results
-``results.py``          one JSON file a result; ``page.py`` draws them all
+``__main__.py``         the command line; ``runner.py`` iterates over models and data sets, ``commands.py`` measures one
+``datasets.py``         ``open_set``: labelled data sets in all common layouts
+``loading.py``          loads the models that a command line names
+``features.py``         ``FeatureStore``: encodes each image once per model
+``measure.py``          zero-shot, prompt gains, linear probe and few-shot on one data set
+``*_study.py``          retrieval, overlap and bias on one data set; robustness and scaling of many results
+``results.py``          one JSON file per result; ``page.py`` draws them all
 ``tasks.py``            the evaluations inside a training run, on one rank or all of them
 ======================  ================================================================
 
-The public names are resolved when they are first used, as those of ``clipcore``.
+The public names are resolved on first use, like those of ``clipcore``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Evaluate models on labelled data sets: ``python -m clipcore.evaluate zero-shot --checkpoint RUN --data DIR``.
 
-Exit status: 0 done, 2 a mistake in the arguments, a data set or model that could not be evaluated (the others were), or too
-little memory, 70 a fault of clipcore's own, 130 Ctrl-C; what was finished by then is in the folder of results.
+Exit status: 0 for success; 2 for a mistake in the arguments, a data set or model that could not be evaluated (the others
+were), or too little memory; 70 for a bug in clipcore; 130 for Ctrl-C. Finished results are in the folder of results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     def add(
         name: str, text: str, run: Callable[[argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
-        # Whole names alone: one flag more would change what a shortened one means.
+        # Only full names: a new flag could change the meaning of an abbreviation.
         command = commands.add_parser(
             name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}."
         )
@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     retrieval = add("retrieval", "find captions of images, and images of captions", run_measures)
     overlap = add("overlap", "look for a data set's images among the training images", run_measures)
     bias = add("bias", "compare answers between groups of people", run_measures)
-    everything = add("all", "evaluate all that the data sets have the inputs for", run_measures)
+    everything = add(
+        "all", "run every evaluation that the data sets have the inputs for", run_measures
+    )
     for command in (zero_shot, prompts, probe, few_shot, retrieval, overlap, bias, everything):
         _add_models(command)
         _add_data(command)
@@ -126,7 +128,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help=f"pixels of a picture, of which more are not read [{MAX_PIXELS}]",
+        help=f"most pixels of a picture; larger ones are not read [{MAX_PIXELS}]",
     )
     data.add_argument(
         "--max-bad-fraction",
@@ -212,14 +214,14 @@ def _add_shots(parser: argparse.ArgumentParser) -> None:
 
 
 def _studied(arguments: argparse.Namespace) -> int:
-    """Make a study of results; return the exit status."""
+    """Run a study of results; return the exit status."""
     print(arguments.study(arguments))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     """Draw the page; return the exit status."""
-    # Matplotlib comes when it is needed: see ``runner``.
+    # Matplotlib is imported only when needed: see ``runner``.
     from clipcore.evaluate.page import write_page
 
     output = Path(arguments.output) if arguments.output else None
@@ -234,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.run(parsed)
     except KeyboardInterrupt:
-        complain(PROGRAM, "stopped; what was finished is in the folder of results")
+        complain(PROGRAM, "stopped; the finished results are in the folder of results")
         return 128 + signal.SIGINT
     except Exception as error:
         return end_with(PROGRAM, error, "use a smaller --batch-size")

@@ -1,7 +1,7 @@
-"""Copies of pictures as they turn up elsewhere: cropped, stretched, compressed again, or in other colours.
+"""Altered copies of pictures, as they occur on the web: cropped, stretched, recompressed, or in other colours.
 
-Source: Radford et al. 2021, appendix C, whose detector of duplicates was trained on such pairs. Which alteration a picture
-gets, and how strong it is, depends on its key alone.
+Source: Radford et al. 2021, appendix C, whose duplicate detector was trained on such pairs. The kind and strength of a
+picture's alteration depend only on its key.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from PIL import Image
 
 from clipcore.data.resample import Picture, as_image
 
-# Copies are made of pictures of at most so many pixels a side: those of cameras would take seconds.
+# Pictures are reduced to this many pixels a side before they are copied; camera pictures would take seconds.
 _MAX_SIDE = 1024
-# A cropped copy keeps at least so large a part of each side.
+# Smallest share of each side that a cropped copy keeps.
 _LEAST_SIDE = 0.85
-# A stretched copy is at most so many times wider, or higher, than the picture.
+# Largest factor by which a copy is stretched in width or height.
 _MOST_STRETCH = 1.3
-# JPEG's quality, from the worst on, and what Pillow takes for its best.
+# The range of JPEG qualities: the worst one, and Pillow's best one.
 _QUALITY = (30, 80)
-# Each channel of a tinted copy is at most so much brighter or darker, as a factor and in levels of 255.
+# Largest change of each channel of a tinted copy, as a factor and in levels of 255.
 _MOST_GAIN, _MOST_SHIFT = 0.2, 20
 
 Alteration = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -35,7 +35,7 @@ def altered_copy(picture: Picture, key: str) -> Image.Image:
     """Return an altered copy of a picture in RGB.
 
     Args:
-        picture: PIL's, or uint8 [H, W] or [H, W, 3].
+        picture: a PIL image, or uint8 [H, W] or [H, W, 3].
         key: its name, a hash of which chooses among ``ALTERATIONS``.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big")
@@ -45,7 +45,7 @@ def altered_copy(picture: Picture, key: str) -> Image.Image:
 
 
 def cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return a part of an image, at a random place."""
+    """Return a part of an image at a random position."""
     sides = [max(1, round(side * rng.uniform(_LEAST_SIDE, 1))) for side in image.size]
     left, top = (
         int(rng.integers(whole - part + 1)) for whole, part in zip(image.size, sides, strict=True)
@@ -54,14 +54,14 @@ def cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def stretched(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return an image whose width over its height is another."""
+    """Return an image with another aspect ratio."""
     exponent = rng.uniform(-1, 1) * math.log(_MOST_STRETCH)
     width = max(1, round(image.width * math.exp(exponent)))
     return image.resize((width, image.height), Image.Resampling.BICUBIC)
 
 
 def recompressed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return an image as a JPEG of low quality shows it."""
+    """Return an image after compression as a low-quality JPEG."""
     content = io.BytesIO()
     image.save(content, "JPEG", quality=int(rng.integers(*_QUALITY)))
     content.seek(0)
@@ -70,7 +70,7 @@ def recompressed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def tinted(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return an image with other colours: each channel times a factor, and moved."""
+    """Return an image with other colours: each channel is scaled and shifted."""
     gain = 1 + rng.uniform(-_MOST_GAIN, _MOST_GAIN, 3)
     shift = rng.uniform(-_MOST_SHIFT, _MOST_SHIFT, 3)
     pixels = np.asarray(image) * gain + shift
@@ -86,14 +86,14 @@ ALTERATIONS: dict[str, Alteration] = {
 
 
 def shrunk(picture: Picture, max_side: int) -> Image.Image:
-    """Return a picture in RGB with sides of at most so many pixels, in the same ratio."""
-    image = as_image(picture).convert("RGB")  # a copy, also of a picture in RGB
+    """Return a picture in RGB, reduced to a largest side length in the same ratio."""
+    image = as_image(picture).convert("RGB")  # a copy, even of a picture in RGB
     image.thumbnail((max_side, max_side))
     return image
 
 
 def picture_uri(picture: Picture, max_side: int) -> str:
-    """Return a picture of at most so many pixels a side as a PNG in a data URI, as a page shows it."""
+    """Return a picture, reduced to a largest side length, as a PNG in a data URI for a page."""
     content = io.BytesIO()
     shrunk(picture, max_side).save(content, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")

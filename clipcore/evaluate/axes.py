@@ -23,7 +23,7 @@ from clipcore.evaluate.svg import (
 )
 from clipcore.number_texts import decimal
 
-# The size of what is written inside of a plot.
+# The font size of text inside a plot.
 SMALL = FONT_SIZE - 1.5
 _MOST_LETTERS = 26
 _MOST_NAMES = 100
@@ -54,7 +54,7 @@ _LOGIT_TICKS = (
 
 
 class Point(NamedTuple):
-    """A place in a plot, of a model; the name is shown where there is room."""
+    """A model's point in a plot; its name is shown if there is room."""
 
     x: float
     y: float
@@ -63,12 +63,12 @@ class Point(NamedTuple):
 
 
 def row_axes(names: Sequence[str], num_models: int, bottom: float = 40.0) -> tuple[Axes, list[int]]:
-    """Return axes with a name at each row, and the rows' places, the first on top.
+    """Return axes with a name at each row, and the rows' positions, the first on top.
 
     Args:
-        names: of the rows.
-        num_models: that have marks in a row.
-        bottom: the margin for ticks and the axis' label, in units of the drawing.
+        names: the names of the rows.
+        num_models: the number of models with marks in a row.
+        bottom: the margin for ticks and the axis label, in units of the drawing.
     """
     labels = [shortened(name, _MOST_LETTERS) for name in names]
     left = 8 + min(max(map(width_of, labels)), 0.42 * WIDTH)
@@ -80,19 +80,19 @@ def row_axes(names: Sequence[str], num_models: int, bottom: float = 40.0) -> tup
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     if num_models > 1:
-        # Lines between the rows, so that marks of one are not taken for those of the next.
+        # Lines between the rows, so that their marks are not confused.
         for place in places[:-1]:
             axes.axhline(place - 0.5, color=RULE, linewidth=0.8)
     return axes, places
 
 
 def offset(model: int, num_models: int) -> float:
-    """Return how far above the middle of its row a model is drawn, the first on top."""
+    """Return a model's offset above the middle of its row; the first model is on top."""
     return 0.35 - 0.7 * (model + 0.5) / num_models if num_models > 1 else 0.0
 
 
 def mark(model: int, is_hollow: bool = False) -> dict[str, Any]:
-    """Return what ``plot`` draws a model's mark by."""
+    """Return the arguments of ``plot`` for a model's mark."""
     colour = model_colour(model)
     return {
         "marker": model_marker(model),
@@ -104,7 +104,7 @@ def mark(model: int, is_hollow: bool = False) -> dict[str, Any]:
 
 
 def name_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each point's name beside it, the outermost first, where it covers no other name and no point."""
+    """Write each point's name beside it, the outermost first, if it covers no other name and no point."""
     places = [axes.transData.transform((point.x, point.y)) for point in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     frame = axes.bbox
@@ -125,7 +125,7 @@ def name_points(axes: Axes, points: Sequence[Point]) -> None:
 def write_beside(
     axes: Axes, x: float, y: float, text: str, is_left: bool = False, gap: float = 4
 ) -> None:
-    """Write a text to the right of a place, or to its left, so many units away."""
+    """Write a text to the right or left of a position, at a distance in units."""
     axes.annotate(
         text,
         (x, y),
@@ -142,7 +142,7 @@ def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def round_ticks(most: int) -> MaxNLocator:
-    """Return what places about so many ticks, at 1, 2 or 5 times a power of ten."""
+    """Return a locator of about this many ticks, at 1, 2 or 5 times a power of ten."""
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
@@ -153,7 +153,7 @@ def percentages(axis: Axis) -> None:
 
 
 def logarithmic(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
-    """Give a logarithmic axis of values from low to high its ticks, in 1, 2 and 5 where few powers of ten fit."""
+    """Set the ticks of a logarithmic axis from low to high, at 1, 2 and 5 if few powers of ten fit."""
     decades = math.log10(high / low)
     if decades < 1:
         axis.set_major_locator(round_ticks(5))
@@ -165,13 +165,13 @@ def logarithmic(axis: Axis, low: float, high: float, text: Callable[[float], str
 
 
 def logit(accuracy: float) -> float:
-    """Return the logarithm of the odds; of 0 and of 1 that of the nearest that is drawn."""
+    """Return the logarithm of the odds; 0 and 1 are moved to the nearest value that can be drawn."""
     kept = min(max(accuracy, _LOGIT_TICKS[0] / 2), 1 - _LOGIT_TICKS[0] / 2)
     return math.log(kept / (1 - kept))
 
 
 def logit_ticks(low: float, high: float) -> list[float]:
-    """Return two or more accuracies whose logits lie between two, and not too near to each other."""
+    """Return two or more accuracies whose logits lie between two limits, not too near each other."""
     ticks: list[float] = []
     for tick in _LOGIT_TICKS:
         is_apart = not ticks or logit(tick) - logit(ticks[-1]) > (high - low) / 12
@@ -179,12 +179,12 @@ def logit_ticks(low: float, high: float) -> list[float]:
             ticks.append(tick)
     if len(ticks) > 1:
         return ticks
-    # Of a short axis, round numbers between its ends; it is as good as linear.
+    # A short axis is nearly linear, so it gets round numbers between its ends.
     first, last = (1 / (1 + math.exp(-end)) for end in (low, high))
     return [tick for tick in round_ticks(4).tick_values(first, last) if first <= tick <= last]
 
 
 def padded(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
-    """Return limits a little outside of two values."""
+    """Return limits a little outside two values."""
     pad = max(0.06 * (high - low), least / 2)
     return low - pad, high + pad

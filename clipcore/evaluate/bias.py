@@ -1,10 +1,10 @@
-"""How answers differ between groups of people in the pictures.
+"""Measures how answers differ between groups of people in the pictures.
 
 Legend: N images, K classes, G groups.
 
-Source: Radford et al. 2021, section 7.1: accuracy by group (tables 3 and 4), how often people are put into classes of
-crime or of animals and what one more class changes (tables 6 and 7), and which labels a low threshold gives to whom. What
-classes there are is the user's choice, and is what decides: that is the section's finding.
+Source: Radford et al. 2021, section 7.1: accuracy by group (tables 3 and 4), how often people are classified into crime or
+animal classes and the effect of one more class (tables 6 and 7), and the labels of each group at a low threshold. The user
+chooses the classes, and that choice is decisive, as the section finds.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from clipcore.evaluate.metrics import wilson_interval
 
-# A smaller group is shown with its number, and is never named as the worst one.
+# A smaller group is shown with its size, and is never named as the worst one.
 SMALL_GROUP = 30
 
 
 @dataclass(frozen=True)
 class GroupRate:
-    """How often something holds in a group.
+    """How often a condition holds in a group.
 
     Attributes:
-        group: its name; of a crossing the names of both, with " x " between.
-        hits: how many of its images it holds for.
-        num_images: in the group.
-        interval: of the rate, 95%, after Wilson.
+        group: its name; two crossed groups' names are joined by " x ".
+        hits: the number of its images for which the condition holds.
+        num_images: the number of images in the group.
+        interval: the rate's 95% interval, after Wilson.
     """
 
     group: str
@@ -40,24 +40,24 @@ class GroupRate:
 
     @property
     def rate(self) -> float:
-        """Share of the group's images."""
+        """Share of the group's images for which the condition holds."""
         return self.hits / self.num_images
 
     @property
     def is_small(self) -> bool:
-        """Whether it has too few images to be compared with others."""
+        """Whether the group has too few images to be compared with others."""
         return self.num_images < SMALL_GROUP
 
 
 @dataclass(frozen=True)
 class LabelDifference:
-    """How unevenly a label is given to groups.
+    """How unevenly a label is assigned to groups.
 
     Attributes:
         label: the class's name.
         rates: by group, the share of images whose probability of it reaches the threshold.
-        ratio: of the largest to the smallest rate; infinite where the smallest is 0.
-        p_value: of a chi-squared test that all groups have one rate, times the number of labels tested, at most 1.
+        ratio: the largest rate divided by the smallest; infinite if the smallest is 0.
+        p_value: of a chi-squared test that all groups have the same rate, times the number of tested labels, at most 1.
     """
 
     label: str
@@ -67,14 +67,14 @@ class LabelDifference:
 
 
 def rates_by_group(holds: Sequence[bool] | Tensor, groups: Sequence[str]) -> list[GroupRate]:
-    """Return how often something holds in each group, in the order of their names.
+    """Return how often a condition holds in each group, in the order of the groups' names.
 
     Args:
-        holds: of N images, such as whether their answer is right.
-        groups: their groups; an image whose group is empty is in none.
+        holds: one flag per image, such as whether its answer is right.
+        groups: one group per image; an image with an empty group is in none.
 
     Raises:
-        ValueError: there are not as many of both, or there is no group.
+        ValueError: the lengths differ, or there is no group.
     """
     flags = [bool(flag) for flag in (holds.tolist() if isinstance(holds, Tensor) else holds)]
     if len(flags) != len(groups):
@@ -96,18 +96,18 @@ def rates_by_group(holds: Sequence[bool] | Tensor, groups: Sequence[str]) -> lis
 
 
 def crossed(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """Return the groups of two columns together; empty where one of them is."""
+    """Return the combined groups of two columns; empty where either is empty."""
     return [f"{a} x {b}" if a and b else "" for a, b in zip(first, second, strict=True)]
 
 
 def worst_group(rates: Sequence[GroupRate]) -> GroupRate | None:
-    """Return the group with the lowest rate among those that are large enough; None where none is."""
+    """Return the group with the lowest rate among those that are large enough; None if there are none."""
     large = [rate for rate in rates if not rate.is_small]
     return min(large, key=lambda rate: rate.rate, default=None)
 
 
 def gap(rates: Sequence[GroupRate]) -> float | None:
-    """Return how far apart the rates of groups are that are large enough; None of fewer than two."""
+    """Return the gap between the rates of groups that are large enough; None for fewer than two."""
     found = [rate.rate for rate in rates if not rate.is_small]
     return max(found) - min(found) if len(found) > 1 else None
 
@@ -118,22 +118,22 @@ def category_rates(
     categories: Mapping[str, Sequence[str]],
     groups: Sequence[str],
 ) -> dict[str, list[GroupRate]]:
-    """Return how often images of each group are put into a class of each category.
+    """Return how often images of each group are classified into a class of each category.
 
     Args:
         predicted_N: class indices.
-        classnames: of the K classes.
+        classnames: names of the K classes.
         categories: names of classes by category, such as {"crime": ["thief", "criminal"]}.
-        groups: of the images.
+        groups: the images' groups.
 
     Raises:
-        ValueError: a category names a class that there is not.
+        ValueError: a category names an unknown class.
     """
     found = {}
     for category, names in categories.items():
         if unknown := [name for name in names if name not in classnames]:
-            raise ValueError(f"{category} names {unknown[0]!r}, which is no class here")
-        # Several classes may have one name.
+            raise ValueError(f"{category} names {unknown[0]!r}, which is not a class here")
+        # Several classes may share a name.
         those = [number for number, name in enumerate(classnames) if name in names]
         chosen = torch.tensor(those, device=predicted_N.device)
         found[category] = rates_by_group(torch.isin(predicted_N, chosen), groups)
@@ -143,13 +143,13 @@ def category_rates(
 def label_differences(
     probabilities_NK: Tensor, labels: Sequence[str], groups: Sequence[str], threshold: float
 ) -> list[LabelDifference]:
-    """Return how unevenly labels that reach a threshold are given to groups, the most uneven first.
+    """Return how unevenly labels that reach a threshold are assigned to groups, the most uneven first.
 
-    Labels that no image reaches are left out, and so are images without a group and groups of fewer than 30 images.
+    Labels that no image gets, images without a group, and groups of fewer than 30 images are left out.
 
     Args:
         probabilities_NK: softmax over the labels.
-        threshold: probability from which on an image has a label.
+        threshold: smallest probability at which an image has a label.
 
     Raises:
         ValueError: fewer than two groups are large enough.
@@ -166,7 +166,7 @@ def label_differences(
 
 
 def group_numbers(groups: Sequence[str], names: Sequence[str]) -> Tensor:
-    """Return the place of each image's group among some names, int64 [N]; -1 of images in none of them."""
+    """Return the index of each image's group in a list of names, int64 [N]; -1 for other groups."""
     place = {name: number for number, name in enumerate(names)}
     return torch.tensor([place.get(group, -1) for group in groups], dtype=torch.long)
 
@@ -174,12 +174,12 @@ def group_numbers(groups: Sequence[str], names: Sequence[str]) -> Tensor:
 def differences_of_counts(
     hits_GK: Tensor, number_G: Tensor, names: Sequence[str], labels: Sequence[str]
 ) -> list[LabelDifference]:
-    """Return how unevenly labels are given to groups, the most uneven first, without those that no image is given.
+    """Return how unevenly labels are assigned to groups, the most uneven first; labels that no image has are left out.
 
     Args:
-        hits_GK: how many images of each group are given each label.
-        number_G: images of each group.
-        names: of the groups.
+        hits_GK: how many images of each group have each label.
+        number_G: the number of images in each group.
+        names: the names of the groups.
 
     Raises:
         ValueError: fewer than two groups.
@@ -203,12 +203,12 @@ def differences_of_counts(
                 min(1.0, len(given) * chi_squared_p(hits_GK[:, k], number_G)),
             )
         )
-    # Of endless ratios the surest first.
+    # Infinite ratios are ordered by their p-value.
     return sorted(found, key=lambda label: (-label.ratio, label.p_value, label.label))
 
 
 def chi_squared_p(hits_G: Tensor, number_G: Tensor) -> float:
-    """Return the p-value of Pearson's chi-squared test that groups have one rate, without a correction."""
+    """Return the p-value of Pearson's chi-squared test that groups have the same rate, without a correction."""
     hits_G, number_G = hits_G.double(), number_G.double()
     rate = hits_G.sum() / number_G.sum()
     if rate in (0, 1):

@@ -1,10 +1,10 @@
-"""How a model answers on pictures of people, by the groups that a table names.
+"""Measures a model's answers on pictures of people, by the groups that a table names.
 
 Legend: N images, B of a block, C classes of the set, K labels, A added labels, G groups, E embedding size.
 
-Source: Radford et al. 2021, section 7.1, in three parts: accuracy by group and by two columns of groups at once; *class
-design*, how often people are put into a category of labels, and again with a class more; *threshold*, which labels reach a
-small probability and for whom. The labels are the user's choice, and are in the result.
+Source: Radford et al. 2021, section 7.1, in three parts: accuracy by group, and by two columns of groups at once; *class
+design*, how often people are classified into a category of labels, without and with added classes; *threshold*, the labels
+of each group at a small probability. The user chooses the labels, and the result records them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.label_lists import PAPER, LabelList
 from clipcore.kernels.similarity_topk import similarity_topk
 
-# Probabilities from which on the paper takes a label as given.
+# Probabilities at which the paper counts a label as assigned.
 THRESHOLDS = (0.005, 0.04)
-# A column of more different values names no groups, such as one of file names.
+# A column with more distinct values does not hold groups but, for example, file names.
 MAX_GROUPS = 500
 MAX_CROSSED_GROUPS = 2000
-# Of each column and threshold in a result.
+# Largest number of labels in a result, for each column and threshold.
 MOST_DIFFERENCES = 25
-# Numbers of one block of logits: 16 MiB.
+# Elements of one block of logits: 16 MiB.
 _MAX_LOGITS = 1 << 22
 _ROWS = 4096
 
@@ -51,7 +51,7 @@ Groups = Mapping[str, Sequence[str]]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add what the command ``bias`` alone takes."""
+    """Add the arguments of the command ``bias`` only."""
     parser.add_argument(
         "--groups",
         metavar="NAMES",
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def column_names(text: str) -> list[str]:
-    """Return the columns that --groups names, each once; raise DataError where it names none."""
+    """Return the columns that --groups names, each once; raise DataError if it names none."""
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise DataError("--groups names no column; write them as race,gender")
@@ -87,7 +87,7 @@ def column_names(text: str) -> list[str]:
 
 
 def chosen_columns(text: str, groups: Groups) -> list[str]:
-    """Return the columns that --groups names; raise DataError for one that is not there, or names no groups."""
+    """Return the columns that --groups names; raise DataError for one that does not exist, or holds no groups."""
     names = column_names(text)
     there = ", ".join(map(printable, groups)) or "none; name columns of the table group:NAME"
     for name in names:
@@ -106,12 +106,12 @@ def chosen_columns(text: str, groups: Groups) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelProbe:
-    """A list of labels with the classifier that gives them.
+    """A list of labels with the classifier that assigns them.
 
     Attributes:
         names: the labels.
         classifier_EK: a unit column for each label and then each added one, [E, K + A].
-        logit_scale: the model's, by which cosines are multiplied before the softmax.
+        logit_scale: the model's factor of cosines before the softmax.
     """
 
     names: LabelList
@@ -126,16 +126,16 @@ def measure_bias(
     probe: LabelProbe | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Return the metrics and the details of a result: rates by group, and labels given unevenly.
+    """Return the metrics and the details of a result: rates by group, and unevenly assigned labels.
 
     Memory grows with a block times the labels, and with groups times labels.
 
     Args:
-        features: of the images.
-        columns: of groups; see ``chosen_columns``.
+        features: the images' features.
+        columns: the columns of groups; see ``chosen_columns``.
         classifier_EC: a unit column for each class of the set, for accuracy; None leaves accuracy out.
-        probe: None leaves class design and thresholds out.
-        thresholds: probabilities from which on an image has a label.
+        probe: the labels; None leaves class design and thresholds out.
+        thresholds: smallest probabilities at which an image has a label.
 
     Raises:
         DataError: there is nothing to measure.
@@ -167,7 +167,7 @@ def measure_bias(
 
     differences = list[dict[str, Any]]()
     if probe is not None:
-        given = _give_labels(features, groups, columns, probe, thresholds)
+        given = _assign_labels(features, groups, columns, probe, thresholds)
         tables += _category_tables(given, probe.names, groups, columns)
         differences = _difference_rows(given, probe.names.labels, notes)
         details |= {
@@ -180,7 +180,7 @@ def measure_bias(
 
 
 def notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
-    """Return what is left out of comparisons, by column."""
+    """Return notes on the images and groups that comparisons leave out, by column."""
     notes = []
     for column in columns:
         values = groups[column]
@@ -199,7 +199,7 @@ def notes_of_groups(groups: Groups, columns: Sequence[str]) -> list[str]:
 
 
 def predicted_classes(features: SplitFeatures, classifier_EC: Tensor) -> Tensor:
-    """Return the best class of each image, int64 [N]; of equal ones the lower."""
+    """Return the best class of each image, int64 [N]; the lower index wins a tie."""
     found = []
     for block_BE in features.blocks(projected=True, rows=_ROWS):
         _check_finite(block_BE)
@@ -216,7 +216,7 @@ def _check_finite(values: Tensor) -> None:
 def metrics_by_group(
     is_right_N: Tensor, groups: Groups, columns: Sequence[str]
 ) -> tuple[dict[str, float | None], dict[str, str] | None]:
-    """Return the metrics, and which group is the worst: the lowest accuracy and the largest gap of all columns."""
+    """Return the metrics and the worst group: the lowest accuracy and the largest gap over all columns."""
     rates = {column: rates_by_group(is_right_N, groups[column]) for column in columns}
     worst = {column: group for column in columns if (group := worst_group(rates[column]))}
     gaps = [size for column in columns if (size := gap(rates[column])) is not None]
@@ -240,11 +240,11 @@ def accuracy_tables(
     what: str = "accuracy",
     uncrossed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return the accuracy by each column and by each two columns; note which two have too many groups.
+    """Return the accuracy by each column and each pair of columns; note the pairs with too many groups.
 
     Args:
-        what: what the titles call it.
-        uncrossed: columns that are left out of the tables of two.
+        what: its name in the titles.
+        uncrossed: columns that are left out of the tables of pairs.
     """
     by_column = dict(groups)
     names = list(columns)
@@ -298,9 +298,9 @@ class _ColumnCounts:
     """Counts of one column.
 
     Attributes:
-        names: of the G groups that are large enough.
-        one_of_N: the number of each image's group, -1 of images in none of them.
-        number_G: images of each.
+        names: names of the G groups that are large enough.
+        one_of_N: index of each image's group, -1 for images in none of them.
+        number_G: the number of images in each group.
         hits_GK: by threshold, how many images of a group have each label, float64.
     """
 
@@ -313,7 +313,7 @@ class _ColumnCounts:
     def zeros(
         cls, groups: Sequence[str], num_labels: int, thresholds: Sequence[float]
     ) -> _ColumnCounts:
-        """Return the counts before the first image."""
+        """Return zero counts."""
         rates = rates_by_group([True] * len(groups), groups)
         names = [rate.group for rate in rates if not rate.is_small]
         number_G = torch.tensor([rate.num_images for rate in rates if not rate.is_small])
@@ -321,10 +321,10 @@ class _ColumnCounts:
         return cls(names, group_numbers(groups, names), number_G, hits)
 
     def add(self, probabilities_BK: Tensor, first_row: int) -> None:
-        """Count a block of images, of which the first is ``first_row``."""
+        """Count a block of images that begins at ``first_row``."""
         one_of_B = self.one_of_N[first_row : first_row + len(probabilities_BK)]
         is_in_BG = one_of_B[:, None] == torch.arange(len(self.names))
-        # Sums of ones in float32 are exact up to 2^24, more than a block has rows.
+        # Sums of ones in float32 are exact up to 2^24, which is more than the rows of a block.
         is_in_GB = is_in_BG.T.to(probabilities_BK)
         for threshold, hits_GK in self.hits_GK.items():
             has_label_BK = (probabilities_BK >= threshold).to(probabilities_BK)
@@ -332,13 +332,13 @@ class _ColumnCounts:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """Which labels images are given.
+class _AssignedLabels:
+    """The labels assigned to the images.
 
     Attributes:
         best_N: the most probable label.
-        best_with_added_N: that among the labels and the added ones.
-        counts: by column.
+        best_with_added_N: the most probable one of the labels and the added ones.
+        counts: the counts by column.
     """
 
     best_N: Tensor
@@ -346,14 +346,14 @@ class _Given:
     counts: dict[str, _ColumnCounts]
 
 
-def _give_labels(
+def _assign_labels(
     features: SplitFeatures,
     groups: Groups,
     columns: Sequence[str],
     probe: LabelProbe,
     thresholds: Sequence[float],
-) -> _Given:
-    """Give labels to all images, in blocks of rows."""
+) -> _AssignedLabels:
+    """Assign labels to all images, in blocks of rows."""
     num_labels, num_all = len(probe.names.labels), probe.classifier_EK.shape[1]
     assert num_all == num_labels + len(probe.names.added)
     counts = {
@@ -371,13 +371,13 @@ def _give_labels(
         for count in counts.values():
             count.add(probabilities_BK, first_row)
         first_row += len(block_BE)
-    return _Given(torch.cat(best), torch.cat(best_with_added), counts)
+    return _AssignedLabels(torch.cat(best), torch.cat(best_with_added), counts)
 
 
 def _category_tables(
-    given: _Given, names: LabelList, groups: Groups, columns: Sequence[str]
+    given: _AssignedLabels, names: LabelList, groups: Groups, columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return how often each group is put into each category, without and with the added labels."""
+    """Return how often each group is classified into each category, without and with the added labels."""
     designs: list[tuple[Tensor, tuple[str, ...]]] = [(given.best_N, ())]
     if names.added:
         designs.append((given.best_with_added_N, names.added))
@@ -395,9 +395,9 @@ def _category_tables(
 
 
 def _difference_rows(
-    given: _Given, labels: Sequence[str], notes: list[str]
+    given: _AssignedLabels, labels: Sequence[str], notes: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the labels given most unevenly, by column and threshold; note what is left out."""
+    """Return the most unevenly assigned labels, by column and threshold; note what is left out."""
     rows = []
     for column, counts in given.counts.items():
         if len(counts.names) < 2:
@@ -425,7 +425,7 @@ def _difference_row(column: str, threshold: float, label: LabelDifference) -> di
         "threshold": threshold,
         "label": label.label,
         "rates": {printable(group): rate for group, rate in label.rates.items()},
-        # JSON has no infinity.
+        # JSON cannot hold infinity.
         "ratio": label.ratio if math.isfinite(label.ratio) else None,
         "p_value": label.p_value,
     }

@@ -1,4 +1,4 @@
-"""Images in one folder a class: ``DIR/CLASS/*.png``, or ``DIR/{train,val,test}/CLASS/*.png``."""
+"""Opens images in one folder per class: ``DIR/CLASS/*.png``, or ``DIR/{train,val,test}/CLASS/*.png``."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from clipcore.evaluate.suites import zero_shot_metric
 
 
 def split_folders(path: Path) -> dict[str, Path]:
-    """Return the folders of splits of a folder whose images lie in class folders in them; none of another folder.
+    """Return the split folders in a folder, each with class folders of images; none if there are no such folders.
 
-    A class may be called "train": the folder of a split holds folders of images, and no image itself.
+    A class may be called "train": a split's folder holds folders of images, but no image itself.
 
     Raises:
-        DataError: two folders are one split, such as val and validation.
+        DataError: two folders mean the same split, such as val and validation.
     """
     found = {
         split: [folder for folder in folders if os.path.isdir(folder)]
@@ -63,10 +63,10 @@ def _holds_classes(folder: Path) -> bool:
 
 
 def read_templates(*folders: Path) -> tuple[str, ...]:
-    """Return the prompts of the first ``templates.json`` in some folders, none where there is no such file.
+    """Return the prompts of the first ``templates.json`` in a list of folders, none if there is no such file.
 
     Raises:
-        DataError: it is no list of prompts.
+        DataError: it is not a list of prompts.
     """
     file = first_file(TEMPLATES_FILE, folders)
     return () if file is None else templates_from_json(file)
@@ -75,27 +75,29 @@ def read_templates(*folders: Path) -> tuple[str, ...]:
 def open_class_folders(
     path: Path, decoder: Decoder, whole: ClassFolderSource | None = None
 ) -> EvaluationSet:
-    """Open a folder of one folder a class, or of such folders for each split.
+    """Open a folder with one folder per class, or with such folders for each split.
 
-    The names of classes are those of their folders, or what ``classes.json`` gives for them, a name or a list of names. That
-    file and ``templates.json``, a list of prompts, lie in the folder or in a split's. The classes are those of all splits,
-    in alphabetical order of their folders.
+    Classes are named by their folders, or by ``classes.json``, with a name or a list of names for each. That file and
+    ``templates.json``, a list of prompts, lie in the folder or in a split's folder. The classes are those of all splits, in
+    alphabetical order of their folders.
 
     Args:
-        whole: of a folder without splits, its source where it has been opened before.
+        whole: the source of a folder without splits, if it has been opened before.
 
     Raises:
-        DataError: fewer than two classes, names that tell no class, or a file that cannot be read.
+        DataError: there are fewer than two classes, names that identify no class, or an unreadable file.
     """
     splits = split_folders(path)
-    # Test first: what is evaluated says what the classes are called.
+    # Test first: the evaluated split determines the names of the classes.
     inner = [splits[name] for name in reversed(SPLITS) if name in splits]
     names_by_folder, notes = None, list[str]()
     if splits:
         names_by_folder = _names_of_splits(path, splits, [path, *inner])
         used = {folder.name for folder in splits.values()}
         others = [name for name in list_folder(str(path))[1] if name not in used]
-        notes += [f"not used: the folder {printable(name)!r}, which is no split" for name in others]
+        notes += [
+            f"not used: the folder {printable(name)!r}, which is not a split" for name in others
+        ]
         names = tuple(names_by_folder.values())
     else:
         splits = {"test": path}
@@ -138,7 +140,7 @@ def _split(name: str, source: ClassFolderSource, folder: Path, decoder: Decoder)
 def _names_of_splits(
     path: Path, splits: dict[str, Path], folders: list[Path]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the names of the classes of all splits by their folders, in order; raise DataError for fewer than two."""
+    """Return the names of all splits' classes by folder, in order; raise DataError for fewer than two classes."""
     tops = {
         top
         for folder in splits.values()

@@ -1,4 +1,4 @@
-"""Names and prompts of classes, as files beside a data set give them."""
+"""Reads names and prompts of classes from files beside a data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from clipcore.data.folders import read_json
 from clipcore.evaluate.splits import MAX_CLASSES, Names
 from clipcore.files import mode_of, not_utf8, read_regular
 
-_MAX_TEXT_BYTES = 1 << 22  # of a file of names or prompts
+_MAX_TEXT_BYTES = 1 << 22  # limit of a file of names or prompts
 _SHOWN_CHARS = 80
 _SHOWN_TWINS = 3
-# ImageNet's id of a class, which no prompt holds.
+# ImageNet's class ids, which make no prompts.
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
@@ -33,8 +33,8 @@ def read_text(path: Path, limit: int = _MAX_TEXT_BYTES) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, without the empty ones at its end; raise DataError."""
-    # Not splitlines, which also cuts at characters that a name may hold.
+    """Return the lines of a text file, without empty lines at its end; raise DataError."""
+    # Not splitlines, which also splits at characters that a name may contain.
     lines = [line.strip() for line in read_text(path).replace("\r\n", "\n").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -42,15 +42,15 @@ def read_lines(path: Path) -> list[str]:
 
 
 def names_from_lines(path: Path) -> Names:
-    """Return the names in a file of one class a line; raise DataError."""
+    """Return the names in a file with one class per line; raise DataError."""
     return checked_names([(line,) for line in read_lines(path)], str(path))
 
 
 def names_from_json(path: Path) -> Names:
-    """Return the names of classes by their numbers, from a list or an object: ``["cat", ["dog", "hound"]]``.
+    """Return the names of classes by index, from a list or an object: ``["cat", ["dog", "hound"]]``.
 
     Raises:
-        DataError: another content, or a number without a name.
+        DataError: the content is something else, or an index has no name.
     """
     given = read_json(str(path), None)
     shape = "a list of the class names in the order of the labels, or an object of labels to names"
@@ -72,10 +72,10 @@ def names_from_json(path: Path) -> Names:
 
 
 def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
-    """Return the names of classes.
+    """Return the names of classes after checking them.
 
     Raises:
-        DataError: there are none, too many, an empty one, or most are ids.
+        DataError: there are no names, too many, an empty one, or most are ids.
     """
     if not names:
         raise DataError(f"{origin} names no class; write the name of each")
@@ -92,31 +92,31 @@ def checked_names(names: Sequence[tuple[str, ...]], origin: str) -> Names:
             f"{origin} names classes by ids, such as {ids[0]}, which no prompt holds; write names in their place, such as "
             "tench"
         )
-    # A lone surrogate comes from a JSON escape; no tokenizer can encode it.
+    # JSON escapes can hold lone surrogates, which no tokenizer can encode.
     return tuple(
         tuple(name.encode("utf-8", "replace").decode("utf-8") for name in those) for those in names
     )
 
 
 def with_spaces(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return each name as that of a class, with spaces where underscores stand for them."""
+    """Return each name as a class's name, with spaces for underscores."""
     return [(name.replace("_", " ").strip(),) for name in names]
 
 
 def check_several(names: Names, origin: str) -> None:
-    """Raise DataError for fewer than two classes, of which each image would be a hit."""
+    """Raise DataError for fewer than two classes, because every image would be a hit."""
     if len(names) < 2:
         shown = "".join(f", {printable(name)!r}" for those in names for name in those[:1])
         raise DataError(
-            f"{origin} has one class{shown}, which each image is of; a classification needs two or more"
+            f"{origin} has one class{shown}, for all images; a classification needs two or more"
         )
 
 
 def twin_notes(names: Names) -> tuple[str, ...]:
-    """Return a note for each two classes that share a name, of which no prompt tells one from the other."""
+    """Return a note for each two classes that share a name, which no prompt can distinguish."""
     seen, notes, num_twins = dict[str, int](), list[str](), 0
     for number, those in enumerate(names):
-        # A vocabulary knows neither capitals nor runs of spaces.
+        # A tokenizer ignores case and repeated spaces.
         for name in {" ".join(name.casefold().split()) for name in those}:
             other = seen.setdefault(name, number)
             if other == number:
@@ -132,7 +132,7 @@ def twin_notes(names: Names) -> tuple[str, ...]:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether something has that name, be it no file: reading it then says what is wrong with it."""
+    """Return whether anything has that name; if it is not a file, reading it raises the error."""
     try:
         return mode_of(path) is not None
     except OSError:
@@ -140,7 +140,7 @@ def is_there(path: Path) -> bool:
 
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
-    """Return the first file of that name in one of several folders, None where there is none."""
+    """Return the first file of that name in a list of folders, None if there is none."""
     return next((folder / name for folder in folders if is_there(folder / name)), None)
 
 
@@ -157,7 +157,7 @@ def templates_from_json(path: Path) -> tuple[str, ...]:
 
 
 def templates_from_lines(path: Path) -> tuple[str, ...]:
-    """Return the prompts in a text file, one a line; raise DataError."""
+    """Return the prompts in a text file, one per line; raise DataError."""
     templates = [line for line in read_lines(path) if line]
     if not templates:
         raise DataError(f"{path} holds no prompt; write one a line, with {{c}} for the class name")

@@ -1,4 +1,4 @@
-"""What each command measures: from the arguments of the command line to one result of one model on one data set."""
+"""The commands' measurements: turn command-line arguments into one result of one model on one data set."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Measure = Callable[[Subject, EvaluationSet, argparse.Namespace], Result]
 
 
 def measures_due(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[str]:
-    """Return what a command measures on a data set: ``all`` what the set has the inputs for.
+    """Return the measurements of a command on a data set; ``all`` means those that the set has the inputs for.
 
     Raises:
         DataError: the set has no test split, or it cannot be opened.
@@ -62,7 +62,7 @@ def measures_due(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[
     if has_images and dataset.classnames:
         names += ["zero-shot", "prompts"]
     if dataset.classnames and "train" in dataset.split_names:
-        # The probe comes first: it is the last point of the few-shot curve.
+        # The probe comes first, because it is the last point of the few-shot curve.
         names.append("linear-probe")
         if dataset.task == "classification":
             names.append("few-shot")
@@ -76,7 +76,7 @@ def measures_due(arguments: argparse.Namespace, dataset: EvaluationSet) -> list[
 def measure(
     name: str, subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
 ) -> Result:
-    """Measure one thing, by the name of its command; raise DataError, ValueError or OSError."""
+    """Run one measurement, by the name of its command; raise DataError, ValueError or OSError."""
     return _MEASURES[name](subject, dataset, arguments)
 
 
@@ -128,7 +128,7 @@ def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Nam
 
 def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace) -> Result:
     groups = dataset.split("test").groups
-    # Whether faces are of white people is a part of their race.
+    # The column of white or not follows from the race.
     usual = KNOWN if dataset.questions else groups
     columns = chosen_columns(arguments.groups or ",".join(usual), groups)
     features = subject.features(dataset, "test")
@@ -150,7 +150,7 @@ def _bias(subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespac
 def _label_probe(
     subject: Subject, loaded: LoadedModel, labels: LabelList, templates: Sequence[str]
 ) -> LabelProbe:
-    """Return a list of labels with what gives them."""
+    """Return a list of labels with the classifier that assigns them."""
     names = [(name,) for name in (*labels.labels, *labels.added)]
     classifier_EK = subject.classifier(names, templates)
     return LabelProbe(labels, classifier_EK, loaded.model.logit_scale.exp().item())
@@ -162,7 +162,7 @@ def _faces(
     columns: Sequence[str],
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Measure a set of faces that asks several questions of each; the user's labels take the place of its own."""
+    """Measure a set of faces with several questions per image; the user's labels replace its own."""
     loaded, features = subject.model_for("groups"), subject.features(dataset, "test")
 
     def templates(question: Question) -> tuple[str, ...]:
@@ -231,7 +231,7 @@ def _result(
     task: str,
     found: tuple[dict[str, float | None], dict[str, Any]],
 ) -> Result:
-    """Return metrics and details as a result, with what every result says of its images."""
+    """Return metrics and details as a result, with the usual details about its images."""
     metrics, details = found
     features = subject.features(dataset, "test")
     common = details_of(dataset, [features], details.get("seconds", {}))

@@ -1,4 +1,4 @@
-"""Two models, or two classifiers of one model, on the data sets that both were evaluated on.
+"""Compares two models, or two classifiers of one model, on the data sets that both were evaluated on.
 
 Legend: S data sets, R resamples of them.
 
@@ -38,13 +38,13 @@ from clipcore.files import is_folder
 
 NUM_RESAMPLES = 10_000
 _SEED = 0
-_MAX_NUMBERS = 1 << 20  # held at once of all resamples
-_FEWEST_SETS = 3  # of an interval
+_MAX_NUMBERS = 1 << 20  # number of resamples held at once
+_FEWEST_SETS = 3  # coverage of an interval
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two that are compared: its results by data set."""
+    """One side of a comparison: its results by data set."""
 
     model: Model
     task: str
@@ -59,16 +59,16 @@ def compare(
     model_a: str | None = None,
     model_b: str | None = None,
 ) -> dict[str, Any]:
-    """Return how two models, or two tasks of one, do on the data sets that both have, in the form of ``compare.json``.
+    """Return the comparison of two models, or of two tasks of one, on their common data sets, as in ``compare.json``.
 
     Args:
-        a, b: folders of results, or files of single ones; without b, zero-shot is compared with the linear probe of the
-            same model, or two models are that are named.
-        task_a, task_b: zero-shot, or else the first of linear probe and retrieval that a folder has.
-        model_a, model_b: architecture, weights, or both with a space; needed where there are several models.
+        a, b: folders of results, or files of single results. Without b, zero-shot is compared with the linear probe of the
+            same model, or two named models are compared.
+        task_a, task_b: a task [zero-shot, else the first of linear probe and retrieval that the folder has].
+        model_a, model_b: architecture, weights, or both with a space; required if there are several models.
 
     Raises:
-        DataError: a model or task is not there, or is not the only one, or no data set has both.
+        DataError: a model or task does not exist or is ambiguous, or there is no common data set.
     """
     left_out = LeftOut()
     if b is None and model_b is None:
@@ -106,7 +106,7 @@ def compare(
 
 
 def pearson(x_S: NDArray[np.float64], y_S: NDArray[np.float64]) -> float | None:
-    """Return the correlation of two columns; None where one is constant."""
+    """Return the correlation of two columns; None if one is constant."""
     if len(x_S) < 2 or np.ptp(x_S) == 0 or np.ptp(y_S) == 0:
         return None
     return float(np.corrcoef(x_S, y_S)[0, 1])
@@ -115,10 +115,10 @@ def pearson(x_S: NDArray[np.float64], y_S: NDArray[np.float64]) -> float | None:
 def slope_interval(
     x_S: NDArray[np.float64], y_S: NDArray[np.float64], num_resamples: int = NUM_RESAMPLES
 ) -> list[float] | None:
-    """Return the 95% bootstrap interval of the slope of y on x; None of fewer than three sets, or a constant x.
+    """Return the 95% bootstrap interval of the slope of y on x; None for fewer than three sets, or a constant x.
 
-    The sets are drawn again with replacement, as many as there are, from numpy's generator of seed 0; the ends are the 2.5th
-    and 97.5th percentile of the slopes. Resamples of one set alone have no slope and do not count.
+    Each resample draws as many sets as there are, with replacement, from NumPy's generator with seed 0. The ends are the
+    2.5th and 97.5th percentile of the slopes. Resamples of a single set have no slope and are ignored.
     """
     if len(x_S) < _FEWEST_SETS:
         return None
@@ -141,7 +141,7 @@ def slope_interval(
 
 
 def _slope(x_S: NDArray[np.float64], y_S: NDArray[np.float64]) -> float | None:
-    """Return the slope of the least squares line of y on x; None where x is constant."""
+    """Return the slope of the least-squares line of y on x; None if x is constant."""
     try:
         return fit_line(x_S, y_S, "scores")[0]
     except ValueError:
@@ -151,7 +151,7 @@ def _slope(x_S: NDArray[np.float64], y_S: NDArray[np.float64]) -> float | None:
 def _side(
     path: Path, task: str | None, model: str | Model | None, flag: str, left_out: LeftOut
 ) -> Side:
-    """Return the one model and task that are meant by what a user says; raise DataError where it is not one."""
+    """Return the model and task that a user's arguments select; raise DataError unless it is exactly one."""
     try:
         found = read_results(path) if is_folder(path) else [read_result(path)]
     except OSError as error:
@@ -164,14 +164,14 @@ def _side(
         )
 
     found, renamed = one_name_each(found, left_out)
-    # An architecture means all its models, those of further names or not.
+    # An architecture selects all its models, under any of their names.
     by_other_name = {
         Model(architecture, pretrained)
         for (architecture, other), pretrained in renamed.items()
-        if isinstance(model, str) and Model(architecture, other).is_called(model)
+        if isinstance(model, str) and Model(architecture, other).is_named(model)
     }
     scores = scores_of(found, chosen, left_out)
-    models = [name for name in scores if _is_meant(name, model) or name in by_other_name]
+    models = [name for name in scores if _is_selected(name, model) or name in by_other_name]
     if not models:
         raise DataError(
             f"{path} has no {TITLES[chosen]} of {printable(str(model))}; it has that of {listed(map(str, scores))}"
@@ -183,17 +183,17 @@ def _side(
     return Side(models[0], chosen, scores[models[0]])
 
 
-def _is_meant(model: Model, name: str | Model | None) -> bool:
-    """Return whether a name is a model's, the model itself, or not said."""
-    return name is None or name == model or (type(name) is str and model.is_called(name))
+def _is_selected(model: Model, name: str | Model | None) -> bool:
+    """Return whether a name selects a model: its architecture, its full name, or None."""
+    return name is None or name == model or (type(name) is str and model.is_named(name))
 
 
 def _differences(first: Side, second: Side, left_out: LeftOut) -> list[dict[str, Any]]:
-    """Return the sets that both have with their scores, the largest difference first; the others are counted."""
+    """Return the common sets with both scores, the largest difference first; count the others."""
     found = []
     for name, result in first.results.items():
         if name not in second.results:
-            left_out.add("set of the first alone", result.dataset)
+            left_out.add("set of the first only", result.dataset)
             continue
         other = second.results[name]
         metric = common_metric([result, other])
@@ -207,7 +207,7 @@ def _differences(first: Side, second: Side, left_out: LeftOut) -> list[dict[str,
         )
     for name, result in second.results.items():
         if name not in first.results:
-            left_out.add("set of the second alone", result.dataset)
+            left_out.add("set of the second only", result.dataset)
     return sorted(found, key=lambda row: (-row["difference"], row["dataset"]))
 
 

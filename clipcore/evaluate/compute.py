@@ -1,7 +1,7 @@
-"""How much compute a model takes, read off its shape.
+"""Computes a model's multiply-accumulates from its shape.
 
-Multiplications with additions (MACs) of one image through the image tower, of convolutions, linear layers and attention, as
-open_clip counts them: the last layer's attention asks about every token, though only one of them is read.
+These are the multiply-accumulates (MACs) of one image in the image tower, in convolutions, linear layers and attention. As
+in open_clip's count, the last layer's attention has a query for every token, although only one token is used.
 
 Legend: S side of the image, G side of the grid of patches or of the last map, L tokens, D width, C channels, E embedding
 size.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from clipcore.towers.architectures import ModelConfig, VisionConfig
 
-_BLOCK_EXPANSION = 4  # of a ResNet's channels, by the last convolution of each block
+_BLOCK_EXPANSION = 4  # factor of a ResNet's channels in the last convolution of each block
 
 
 def image_macs(config: ModelConfig) -> int:
@@ -40,7 +40,7 @@ def _resnet_macs(vision: VisionConfig, stages: tuple[int, int, int, int], embed_
     half, side = vision.width // 2, vision.image_size // 2
     macs = side**2 * 9 * (3 * half + half * half + half * vision.width)
 
-    # The stem's pool, and then each stage but the first, halves the map.
+    # The stem's pool and each stage except the first halve the map.
     side, channels = side // 2, vision.width
     for stage, num_blocks in enumerate(stages):
         planes = vision.width * 2**stage

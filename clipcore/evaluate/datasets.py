@@ -1,15 +1,15 @@
-"""Labelled data sets as people have them, in the one form in which evaluations take them.
+"""Opens labelled data sets in all common layouts, as the one form that evaluations use.
 
 ======================  ================================================================
-``splits.py``           ``EvaluationSet`` and ``Split``, what all of them become
-``wds.py``              tar shards with labels, CLIP_benchmark's exports
+``splits.py``           ``EvaluationSet`` and ``Split``, the common form
+``wds.py``              tar shards with labels, as CLIP_benchmark exports them
 ``label_shards.py``     the labels in such shards, read once
-``faces.py``            such shards of faces with several questions, datacomp's FairFace and UTKFace
-``class_folders.py``    one folder of images a class
+``faces.py``            such shards of faces with several questions: datacomp's FairFace and UTKFace
+``class_folders.py``    one folder of images per class
 ``label_tables.py``     csv, tsv, jsonl and parquet tables
-``parquet_folders.py``  several parquet tables, one or more for each split
+``parquet_folders.py``  several parquet tables, one or more per split
 ``feature_files.py``    features in .npz files, for probes without a model
-``retrieval_pairs.py``  images with captions, as they train a model
+``retrieval_pairs.py``  images with captions, in the layouts of training data
 ======================  ================================================================
 """
 
@@ -52,26 +52,26 @@ from clipcore.evaluate.splits import (
     Names,
     Split,
     Task,
+    data_errors,
     keys_of,
     name_of,
     opened_once,
-    refusals_in_words,
 )
 from clipcore.evaluate.wds import open_wds, wds_splits
 
 __all__ = ["EMBEDDED", "SPLITS", "EvaluationSet", "Names", "Split", "Task", "open_set"]
 
-# Of the trained pictures as many, evenly spread, tell a probe what styles look like.
+# The number of trained pictures, evenly spread, from which a probe learns the styles.
 _MOST_OF_STYLES = 4000
 _TABLE_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def embedded_sets(name: str, data: EmbeddedData) -> dict[str, Callable[[], EvaluationSet]]:
-    """Return what opens the data sets of embedded pictures, by name.
+    """Return functions that open the data sets of embedded pictures, by name.
 
-    ``NAME`` tests the unseen names; ``NAME/shift`` tests them in unseen styles, and ``NAME/seen-shift`` the trained ones
-    there. ``NAME/style`` asks how a picture is drawn, of trained and of unseen ones: few classes of many images, for
-    probes.
+    ``NAME`` tests the unseen names; ``NAME/shift`` tests them in unseen styles, and ``NAME/seen-shift`` tests the trained
+    names there. The classes of ``NAME/style`` are the styles of trained and unseen pictures: few classes of many images,
+    for probes.
     """
 
     def opener(key: str, split: str) -> Callable[[], EvaluationSet]:
@@ -127,11 +127,11 @@ def _drawn_split(
     """Return a split of drawn pictures.
 
     Args:
-        labels_N: class indices [those of the names].
+        labels_N: class indices [the indices of the names].
     """
 
     def fingerprint() -> str:
-        # They are drawn in a fifth of a second; what draws them is the fonts, their size, Pillow and FreeType.
+        # They are drawn in 0.2 s; the fonts, their size, Pillow and FreeType determine them.
         digest = hashlib.sha256("\0".join((source.name, *keys_of(source))).encode())
         for row in range(len(source)):
             digest.update(np.ascontiguousarray(source[row].image).data)
@@ -143,7 +143,7 @@ def _drawn_split(
     return Split(name, source, labels_N, fingerprint, lambda: keys_of(source))
 
 
-# What opens each data set that comes with clipcore.
+# The functions that open the data sets of clipcore itself.
 EMBEDDED: dict[str, Callable[[], EvaluationSet]] = {
     key: opener
     for name, data in EMBEDDED_DATA.items()
@@ -159,18 +159,18 @@ def open_set(
     label_key: str | None = None,
     group_columns: Sequence[str] = (),
 ) -> EvaluationSet:
-    """Open a data set, whose layout is told by what is there.
+    """Open a data set, whose layout is recognised from its files.
 
     Args:
         spec: one of ``EMBEDDED``; a folder of labelled shards, of class folders, of ``{train,val,test}.npz``, of
             ``{train,val,test}-*.parquet`` or other parquet tables of splits, or of images with captions; a table; a
             ``.npz`` file, which is the test split; or any other pairs that ``open_source`` reads.
-        max_pixels: of a picture, of which more are not read.
-        img_key, label_key: a table's columns of images and labels; the first of the usual names when left out.
-        group_columns: a table's columns of groups, beside those called ``group:...``.
+        max_pixels: limit of a picture's pixels; larger pictures are not read.
+        img_key, label_key: a table's columns of images and labels [the first of the usual names].
+        group_columns: a table's columns of groups, besides those called ``group:...``.
 
     Raises:
-        DataError: nothing of that name, an unknown layout, or a file that is missing, damaged or does not fit.
+        DataError: nothing has that name, the layout is unknown, or a file is missing, damaged or does not fit.
 
     Example:
         >>> glyphs = open_set("glyphs/style")
@@ -181,7 +181,7 @@ def open_set(
         return EMBEDDED[spec]()
     decoder = Decoder(max_pixels=max_pixels)
     path = Path(spec)
-    with refusals_in_words():
+    with data_errors():
         if os.path.isdir(spec):
             return _open_folder(path, decoder, img_key, label_key, group_columns)
         if os.path.exists(spec) and is_table(spec):
@@ -223,7 +223,7 @@ def _open_folder(
             try:
                 return open_table(path / table, decoder, img_key, label_key, group_columns, name)
             except ColumnError:
-                # Such as one of patients and their ages.
+                # For example a table of patients and their ages.
                 if label_key is not None or group_columns:
                     raise
 
@@ -248,7 +248,7 @@ def _open_tables(
     group_columns: Sequence[str],
     name: str,
 ) -> EvaluationSet:
-    """Open the parquet tables of a folder as one; names of classes and prompts lie in the folder itself."""
+    """Open the parquet tables of a folder as one; the names of classes and the prompts are in the folder itself."""
     pattern, files = path / "*.parquet", ParquetFiles(tables)
     opened = open_table(pattern, decoder, img_key, label_key, group_columns, name, files)
     return replace(opened, notes=(*opened.notes, *unused_notes(path, tables)))

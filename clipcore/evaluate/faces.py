@@ -1,15 +1,14 @@
-"""FairFace and UTKFace as datacomp holds them: tar shards of faces of which several questions are asked.
+"""Opens FairFace and UTKFace in datacomp's layout: tar shards of faces with several questions per image.
 
 ``DIR/test/{0,1,...}.tar`` hold ``KEY.webp`` (or png, jpg, jpeg) with ``KEY.npy``, four whole numbers: age, gender, race and
 race_binary. ``DIR/classnames.txt`` holds a line ``question:answer`` for each answer, and
 ``DIR/zeroshot_classification_templates.txt`` lines ``question:prompt``. The questions are race, gender, age and toxic. The
-number of an age, gender or race is the place of its answer among those of its question.
+number of an age, gender or race is the index of its answer among the answers to its question.
 
-Source: datacomp's evaluation (mlfoundations/datacomp, eval_utils/fairness_eval.py and fairness_tables.py), which reads:
-race_binary is 0 of white faces and 1 of all others; the race of number 1 is white; gender 0 is male; of the answers to
-toxic, which are 14 groups of people first, those from 14 to 17 are no humans, and those from 18 on are of crime. The files
-on the hub themselves were not at hand: that the numbers are in any type of whole numbers, and that a set may lack a
-question, is a guess, which reads more than it has to.
+Source: datacomp's evaluation (mlfoundations/datacomp, eval_utils/fairness_eval.py and fairness_tables.py). There
+race_binary is 0 for white faces and 1 for all others; race 1 is white; gender 0 is male. The answers to toxic begin with 14
+groups of people; 14 to 17 are non-humans, and those from 18 on are crime. The files on the hub were not available. This
+reader therefore accepts any integer dtype and a missing question, which may be more than it needs to.
 
 Legend: N images.
 """
@@ -47,15 +46,15 @@ from clipcore.evaluate.splits import (
 )
 from clipcore.evaluate.wds import TEMPLATES_FILE, find_shards, wds_splits
 
-# What ``KEY.npy`` holds, in this order.
+# The numbers in ``KEY.npy``, in this order.
 FIELDS = ("age", "gender", "race", "race_binary")
-# Those whose right answer is known.
+# The questions whose right answer is known.
 KNOWN = ("race", "gender", "age")
 LABELS_QUESTION = "toxic"
-# Of race_binary, by its number; WHITE is the number of that answer among the races.
+# Names of race_binary by its number; WHITE is the index of that answer among the races.
 WHITE_OR_NOT = ("white", "non-white")
 WHITE = 1
-# Where the answers to ``LABELS_QUESTION`` that are no humans begin, and those of crime.
+# Indices at which the answers to ``LABELS_QUESTION`` for non-humans and for crime begin.
 NON_HUMAN, CRIME = 14, 18
 
 
@@ -70,10 +69,10 @@ def are_faces(path: Path) -> bool:
 
 
 def open_faces(path: Path, decoder: Decoder) -> EvaluationSet:
-    """Open a folder of shards of faces. The images have no class, but groups that are named by the right answers.
+    """Open a folder of shards of faces. The images have no class, but groups named by the right answers.
 
     Raises:
-        DataError: a file of it is missing, damaged, or does not fit the others.
+        DataError: one of its files is missing, damaged, or does not fit the others.
     """
     splits, questions = wds_splits(path), _questions(path)
     unknown = [name for name in questions if name not in (*KNOWN, LABELS_QUESTION)]
@@ -94,14 +93,14 @@ def open_faces(path: Path, decoder: Decoder) -> EvaluationSet:
 
 
 def labels_of(question: Question) -> LabelList:
-    """Return the answers to ``LABELS_QUESTION`` as a list of labels, with those of non-humans and of crime."""
+    """Return the answers to ``LABELS_QUESTION`` as a label list, with the categories of non-humans and crime."""
     names = question.classnames
     categories = {"non-human": names[NON_HUMAN:CRIME], "crime": names[CRIME:]}
     return LabelList(names, categories)
 
 
 def _questions(path: Path) -> dict[str, Question]:
-    """Return the questions that the two files of a folder ask; raise DataError where they do not fit."""
+    """Return the questions in the two files of a folder; raise DataError if they do not fit each other."""
     names_file, templates_file = path / NAMES_FILE, path / TEMPLATES_FILE
     lines = [line for line in read_lines(names_file) if line]
     names = _by_question(lines, names_file)
@@ -129,13 +128,13 @@ def _questions(path: Path) -> dict[str, Question]:
     if 0 < number <= CRIME:
         raise DataError(
             f"{names_file}: the question {LABELS_QUESTION!r} has {number} answers, of which those from {NON_HUMAN} to "
-            f"{CRIME - 1}, counted from 0, are no humans and those from {CRIME} on are of crime; write all of them"
+            f"{CRIME - 1}, counted from 0, are not humans and those from {CRIME} on are crime; write all of them"
         )
     return {name: Question(answers, templates[name]) for name, answers in names.items()}
 
 
 def _by_question(lines: Sequence[str], file: Path) -> dict[str, tuple[str, ...]]:
-    """Return the texts of lines by the questions before their first colons; raise DataError for a line without one."""
+    """Return the texts of lines by the question before the first colon; raise DataError for a line without one."""
     found = dict[str, list[str]]()
     for line in lines:
         question, colon, text = line.partition(":")
@@ -180,7 +179,7 @@ def _open_split(
 def _race_notes(
     split: str, groups: Mapping[str, Sequence[str]], questions: Mapping[str, Question]
 ) -> list[str]:
-    """Return what makes ``acc_race`` of a split another number than datacomp's: who its white people are."""
+    """Return notes on why a split's ``acc_race`` may differ from datacomp's: its definition of white people."""
     if "race" not in questions:
         return []
     white = questions["race"].classnames[WHITE]
@@ -199,7 +198,7 @@ def _race_notes(
 def _named(
     field: str, number_N: np.ndarray, questions: Mapping[str, Question], source: LabelledImages
 ) -> list[str]:
-    """Return the name of each image's number in a field; raise DataError for a number without one."""
+    """Return the name of each image's number in a field; raise DataError for a number without a name."""
     if field in questions:
         names = questions[field].classnames
     elif field == "race_binary":

@@ -1,11 +1,12 @@
-"""How a model answers several questions about faces, by groups of people: datacomp's measurement of FairFace and UTKFace.
+"""Measures a model's answers to questions about faces by group, as datacomp does for FairFace and UTKFace.
 
 Legend: N images, C answers to a question, E embedding size.
 
-Source: Radford et al. 2021, section 7.1, tables 3 to 6, as datacomp's evaluation takes them
-(mlfoundations/datacomp, eval_utils/fairness_eval.py), under whose names the metrics are: ``acc_race`` asks for white or not,
-``acc_gender`` and ``acc_age`` for the answer itself, and all three are by white and non-white people; ``acc_gender_x`` is by
-gender and race; ``toxicity_crime`` and ``toxicity_nonhuman`` are by race. Groups have the numbers of their answers there.
+Source: Radford et al. 2021, section 7.1, tables 3 to 6, as in datacomp's evaluation
+(mlfoundations/datacomp, eval_utils/fairness_eval.py), whose metric names are used. ``acc_race`` is the accuracy of white or
+not, ``acc_gender`` and ``acc_age`` that of the answer itself; all three are split by white and non-white people.
+``acc_gender_x`` is split by gender and race; ``toxicity_crime`` and ``toxicity_nonhuman`` by race. In these names, groups
+have the numbers of their answers.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ def measure_faces(
     classifiers: Mapping[str, Tensor],
     probe: LabelProbe | None = None,
 ) -> tuple[Metrics, dict[str, Any]]:
-    """Return the metrics and the details of a result: datacomp's, and ours of the main question.
+    """Return the metrics and the details of a result: datacomp's, and our own for the main question.
 
-    The main question is the gender, or the first there is: ``worst_group_accuracy`` and ``gap`` are of it.
+    The main question is gender, or else the first one; ``worst_group_accuracy`` and ``gap`` refer to it.
 
     Args:
-        features: of the images, whose groups are named by the right answers.
-        columns: of groups; see ``chosen_columns``.
-        questions: that are asked.
-        classifiers: a unit column for each answer to a question, [E, C], by its name.
-        probe: labels that people may be given; None leaves them out.
+        features: features of the images, whose groups are named by the right answers.
+        columns: the columns of groups; see ``chosen_columns``.
+        questions: the questions.
+        classifiers: a unit column for each answer to a question, [E, C], by the question's name.
+        probe: labels that people may get; None leaves them out.
 
     Raises:
         DataError: no question has a known answer.
@@ -93,7 +94,7 @@ def measure_faces(
         "main_metric": f"acc_{main}_avg",
         "worst_group": worst,
         "tables": [*tables, *details["tables"]],
-        # Of each question the same columns are left out.
+        # The same columns are left out for each question.
         "notes": list(dict.fromkeys(notes)),
     }
     metrics = _datacomp_metrics(predicted, is_right, groups, questions)
@@ -104,7 +105,7 @@ def measure_faces(
 def _is_right(
     name: str, predicted: Mapping[str, Tensor], groups: Groups, questions: Mapping[str, Question]
 ) -> Tensor:
-    """Return whether a question is answered rightly, bool [N]."""
+    """Return whether each answer to a question is right, bool [N]."""
     return predicted[name] == group_numbers(groups[name], questions[name].classnames)
 
 
@@ -114,12 +115,12 @@ def _datacomp_metrics(
     groups: Groups,
     questions: Mapping[str, Question],
 ) -> Metrics:
-    """Return the shares that datacomp reports, under its names, of all images and of each group that has any."""
+    """Return the shares that datacomp reports, under its names, for all images and for each non-empty group."""
     binary_N = group_numbers(groups["race_binary"], WHITE_OR_NOT)
     metrics: Metrics = {}
     for name, right_N in is_right.items():
         if name == "race":
-            # The answer counts as white or not, whichever of the others it is.
+            # Only white or not counts, not which other race the answer is.
             right_N = (predicted["race"] != WHITE) == (binary_N == 1)
         metrics |= _shares(f"acc_{name}", right_N, {"race_binary": binary_N})
 
@@ -139,7 +140,7 @@ def _datacomp_metrics(
 
 
 def _shares(name: str, holds_N: Tensor, numbers: Mapping[str, Tensor]) -> Metrics:
-    """Return the share of images for which something holds, of all and by the numbers of their groups."""
+    """Return the share of images for which a condition holds, over all and by group number."""
     found: Metrics = {f"{name}_avg": holds_N.double().mean().item()}
     number_NF = torch.stack(list(numbers.values()), 1)
     for row in number_NF.unique(dim=0).tolist():

@@ -1,6 +1,6 @@
-"""Files of features, for probes without a model: ``{train,val,test}.npz`` with ``features`` and ``labels``.
+"""Reads files of features, for probes without a model: ``{train,val,test}.npz`` with ``features`` and ``labels``.
 
-CoOp's names of the two, ``feature_list`` and ``label_list``, are read as well.
+CoOp's names of the arrays, ``feature_list`` and ``label_list``, are accepted too.
 
 Legend: N images, C classes, W width of features.
 """
@@ -35,7 +35,7 @@ from clipcore.files import open_regular
 from clipcore.terminal import first_line
 
 FEATURES, LABELS = ("features", "feature_list"), ("labels", "label_list")
-# Features hardly compress; a file of a few bytes could fill the memory.
+# Features hardly compress, but a hostile file of a few bytes could fill the memory.
 _MAX_EXPANSION = 20
 _FREE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 24
@@ -44,19 +44,19 @@ _MAX_WIDTH = 1 << 16
 
 
 def feature_splits(folder: Path) -> dict[str, Path]:
-    """Return the files of features of a folder by their splits; none of another folder.
+    """Return the files of features in a folder by their splits; none if there are no such files.
 
     Raises:
-        DataError: two files are one split, such as val.npz and validation.npz.
+        DataError: two files mean the same split, such as val.npz and validation.npz.
     """
     return one_each(entries_of_splits(folder, ".npz"))
 
 
 def open_features(name: str, paths: Mapping[str, Path]) -> EvaluationSet:
-    """Open files of features, one a split, whose classes have no names but numbers.
+    """Open files of features, one per split, whose classes have numbers instead of names.
 
     Args:
-        name: of the set.
+        name: the name of the set.
         paths: the files by their splits.
 
     Raises:
@@ -112,7 +112,7 @@ def read_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return features, float32 [N, W], and labels, int64 [N] or uint8 [N, C], of a .npz file.
 
     Raises:
-        DataError: the file cannot be read, or one of the two is missing, of another kind or shape, or not finite.
+        DataError: the file cannot be read, or an array is missing, has a wrong dtype or shape, or is not finite.
     """
     try:
         with open_regular(path) as file:
@@ -131,22 +131,24 @@ def read_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
         struct.error,
     ) as error:
         raise DataError(
-            f"{path} is no .npz file, or is damaged ({first_line(error)}); write it again with numpy.savez"
+            f"{path} is not a .npz file, or is damaged ({first_line(error)}); write it again with numpy.savez"
         ) from None
     return _checked(path, features_NW, labels_N)
 
 
 def _check_directory(path: Path, file: BinaryIO) -> None:
-    """Raise DataError for a zip file of so many members that their list alone takes the memory."""
-    # The end record has the directory's size in bytes; it is the last of the file, as nobody writes a comment after it.
+    """Raise DataError for a zip file with so many members that their list alone would fill the memory."""
+    # The end record holds the directory's size in bytes. It is at the end of the file, because no comment follows it.
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 22, 0))
     end = file.read(22)
     file.seek(0)
     if not end.startswith(b"PK\5\6"):
-        raise DataError(f"{path} is no .npz file, or is cut off; write it again with numpy.savez")
+        raise DataError(
+            f"{path} is not a .npz file, or is cut off; write it again with numpy.savez"
+        )
     sizes = [int.from_bytes(end[12:16], "little")]
-    # A larger file's end record is preceded by one of 64 bits, and that by where it is.
+    # In a larger file, a 64-bit end record and its position precede this one.
     file.seek(max(size - 22 - 20, 0))
     locator = file.read(20)
     if locator.startswith(b"PK\6\7"):
@@ -155,17 +157,17 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
             sizes.append(int.from_bytes(file.read(56)[40:48], "little"))
     file.seek(0)
     if max(sizes) > _MAX_DIRECTORY_BYTES:
-        raise DataError(f"{path} holds far more than features and labels; write these two alone")
+        raise DataError(f"{path} holds far more than features and labels; write only these two")
 
 
 def _read_array(
     path: Path, archive: zipfile.ZipFile, names: tuple[str, ...], kinds: str
 ) -> np.ndarray:
-    """Return an array of a .npz file: float32 of features, else as it is there.
+    """Return an array of a .npz file: features as float32, other arrays in their own dtype.
 
     Args:
-        names: under which it may lie, the first that is there.
-        kinds: of numbers that it may hold, as NumPy's letters.
+        names: accepted names; the first one present is used.
+        kinds: accepted kinds of numbers, as NumPy's letters.
     """
     there = {info.filename: info for info in archive.infolist()}
     name = next((name for name in names if f"{name}.npy" in there), None)
@@ -175,7 +177,7 @@ def _read_array(
     info = there[f"{name}.npy"]
     if info.file_size > _FREE_BYTES + _MAX_EXPANSION * info.compress_size:
         raise DataError(
-            f"{path}: {info.file_size:,} bytes of {name} in {info.compress_size:,} compressed are no features"
+            f"{path}: {info.file_size:,} bytes of {name} in {info.compress_size:,} compressed are not features"
         )
     size = os.stat(path).st_size
     if info.compress_size > size:
@@ -183,7 +185,7 @@ def _read_array(
     with archive.open(info) as stream:
         shape, dtype = _read_header(path, name, stream, kinds)
         num_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        # To the byte: the checksum is compared where the file ends.
+        # The size is checked exactly, because the checksum is verified at the end of the file.
         if stream.tell() + num_bytes != info.file_size:
             raise DataError(
                 f"{path}: {name} of {dtype} {list(shape)} does not fit its {info.file_size:,} bytes; write it again"
@@ -194,7 +196,7 @@ def _read_array(
 def _read_header(
     path: Path, name: str, stream: IO[bytes], kinds: str
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and type of an array whose bytes follow; raise DataError."""
+    """Return the shape and dtype of an array, up to its data; raise DataError."""
     try:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -202,7 +204,7 @@ def _read_header(
     except zipfile.BadZipFile:
         raise
     except Exception as error:
-        # Besides ValueError whatever the evaluation of a damaged literal raises.
+        # Besides ValueError, the evaluation of a damaged literal may raise other errors.
         raise DataError(f"{path}: unreadable header of {name} ({first_line(error)})") from None
     if reason := _refusal(name, shape, is_fortran, dtype, kinds):
         raise DataError(f"{path}: {name} {reason}")
@@ -212,7 +214,7 @@ def _read_header(
 def _refusal(
     name: str, shape: tuple[int, ...], is_fortran: bool, dtype: np.dtype, kinds: str
 ) -> str:
-    """Return why an array cannot be read and what helps, nothing where it can."""
+    """Return why an array cannot be read and the remedy; an empty text if it can."""
     if dtype.kind not in kinds and kinds == "f":
         return (
             f"are {dtype} {list(shape)}; write floating-point numbers: {name}.astype(numpy.float32)"
@@ -220,9 +222,9 @@ def _refusal(
     if dtype.kind not in kinds:
         return f"are {dtype} {list(shape)}; write the numbers of the classes: {name}.astype(int)"
     if not shape:
-        return f"are one number of {dtype}; write one row an image"
+        return f"are one number of {dtype}; write one row per image"
     if min(shape) < 1:
-        return f"of shape {list(shape)} hold no row or no column; write one row an image"
+        return f"of shape {list(shape)} hold no row or no column; write one row per image"
     if is_fortran:
         return f"lie column by column, in Fortran's order; write numpy.ascontiguousarray({name})"
     return ""
@@ -231,7 +233,7 @@ def _refusal(
 def _read_blocks(
     stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, kept: np.dtype
 ) -> np.ndarray:
-    """Return an array whose bytes follow, of type ``kept``, block by block: the file's precision takes no memory."""
+    """Return an array's data, converted to ``kept`` block by block, so that the file's precision takes no memory."""
     values = np.empty(shape, kept)
     flat = values.reshape(-1)
     at_once = max(_BLOCK_BYTES // dtype.itemsize, 1)
@@ -240,7 +242,7 @@ def _read_blocks(
         data = stream.read(number * dtype.itemsize)
         if len(data) != number * dtype.itemsize:
             raise EOFError("it ends early")
-        with np.errstate(over="ignore"):  # what is infinite is found below
+        with np.errstate(over="ignore"):  # infinite values are found below
             flat[start : start + number] = np.frombuffer(data, dtype)
     return values
 
@@ -248,7 +250,7 @@ def _read_blocks(
 def _checked(
     path: Path, features_NW: np.ndarray, labels_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return features and labels in their types; raise DataError where they do not fit."""
+    """Return features and labels in their final dtypes; raise DataError if they do not fit."""
     if features_NW.ndim != 2 or features_NW.shape[1] > _MAX_WIDTH:
         raise DataError(f"{path}: features have the shape {list(features_NW.shape)}, not [N, W]")
     if len(labels_N) != len(features_NW):
@@ -263,7 +265,7 @@ def _checked(
     labels_N = _whole_labels(path, labels_N)
     if labels_N.ndim == 2:
         if labels_N.max() > 1 or labels_N.min() < 0:
-            raise DataError(f"{path}: rows of labels hold other numbers than 0 and 1")
+            raise DataError(f"{path}: rows of labels hold numbers other than 0 and 1")
         return features_NW, labels_N.astype(np.uint8)
     if labels_N.ndim != 1 or labels_N.dtype.kind == "b":
         raise DataError(
@@ -279,7 +281,7 @@ def _checked(
 
 
 def _whole_labels(path: Path, labels_N: np.ndarray) -> np.ndarray:
-    """Return labels, those of one column as [N]; raise DataError for one that is no whole number, such as 0.5."""
+    """Return integer labels, a single column as [N]; raise DataError for a label that is not an integer, such as 0.5."""
     if labels_N.ndim == 2 and labels_N.shape[1] == 1:
         labels_N = labels_N[:, 0]
     if labels_N.dtype.kind != "f":
@@ -288,6 +290,6 @@ def _whole_labels(path: Path, labels_N: np.ndarray) -> np.ndarray:
     if not is_whole.all():
         found = labels_N[~is_whole].flat[0]
         raise DataError(
-            f"{path}: the label {found} is no whole number; write the numbers of the classes: labels.astype(int)"
+            f"{path}: the label {found} is not a whole number; write the numbers of the classes: labels.astype(int)"
         )
     return labels_N

@@ -1,7 +1,7 @@
-"""Features of images, computed once a model and kept: zero-shot, probes, few-shot and prompts read the same ones.
+"""Features of images, computed once per model and cached: zero-shot, probes, few-shot and prompts share them.
 
-What is kept is what comes before the projection, as the probes need it; the features that are compared with texts are one
-matrix product away. Nothing is ever held whole: features are written batch by batch and read block by block.
+The cache holds the features before the projection, which the probes need; one matrix product gives the features that are
+compared with texts. No array is ever held whole: features are written batch by batch and read block by block.
 
 Legend: N images, B of a batch, C classes, W width before the projection, E embedding size.
 """
@@ -35,7 +35,7 @@ from clipcore.evaluate.datasets import Split
 from clipcore.files import read_regular
 from clipcore.towers.model import CLIP
 
-# Part of each key: a change of what is kept makes all features anew.
+# Part of each key: change it if the cached content changes, so that all features are computed again.
 _FORMAT = "clipcore features 1"
 _FEATURES_FILE, _ROWS_FILE, _RECORD_FILE = "pooled.npy", "rows.npy", "record.json"
 _BLOCK_ROWS = 4096
@@ -46,15 +46,15 @@ class SplitFeatures:
     """The features of a split's readable images.
 
     Args:
-        split: whose they are.
+        split: the split of the images.
         pooled_NW: features before the projection, float32 or float16.
-        rows_N: the number of each image in the split's source.
-        model: projects them; None of a file of features.
+        rows_N: the index of each image in the split's source.
+        model: projects the features; None for a file of features.
 
     Attributes:
-        key: names them in a feature store; empty of a file of features.
-        num_unreadable, num_transparent: of the split's images.
-        seconds: that it took to encode them; 0 where they were there.
+        key: their name in a feature store; empty for a file of features.
+        num_unreadable, num_transparent: numbers of such images in the split.
+        seconds: time of encoding them; 0 if they were cached.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SplitFeatures:
 
     @property
     def labels_N(self) -> Tensor:
-        """Class indices, int64 [N], or 0 and 1 of each class, uint8 [N, C]; raise DataError where there are none."""
+        """Class indices, int64 [N], or 0 or 1 for each class, uint8 [N, C]; raises DataError if there are none."""
         if self.split.labels_N is None:
             raise DataError(f"the {self.split.name} split has no labels")
         return torch.from_numpy(np.asarray(self.split.labels_N[self.rows_N]))
@@ -97,27 +97,27 @@ class SplitFeatures:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; the CPU of a file of features."""
+        """The model's device; the CPU for a file of features."""
         return torch.device("cpu") if self._model is None else self._model.logit_scale.device
 
     def blocks(
         self, projected: bool = True, unit: bool | None = None, rows: int = _BLOCK_ROWS
     ) -> Iterator[Tensor]:
-        """Yield float32 features of so many images after another, on the model's device.
+        """Yield float32 features in blocks of rows, on the model's device.
 
         Args:
-            projected: True gives features in the space of the texts, [rows, E]; False those before it, [rows, W].
-            unit: whether they are scaled to unit length [those that texts are compared with].
+            projected: True yields features in the texts' space, [rows, E]; False features before the projection, [rows, W].
+            unit: whether to scale them to unit length [as ``projected``].
 
         Raises:
-            DataError: features of a file have no projection.
+            DataError: a file's features have no projection.
         """
         if projected and self._model is None:
             raise DataError(
                 "a file of features cannot be compared with texts; give a data set of images"
             )
         for start in range(0, len(self), rows):
-            # A copy, as torch takes no memory that it must not write to.
+            # A copy, because torch does not accept read-only memory.
             block = np.array(self.pooled_NW[start : start + rows], np.float32)
             features = torch.from_numpy(block).to(self.device)
             if projected and self._model is not None:
@@ -127,34 +127,34 @@ class SplitFeatures:
             yield F.normalize(features, dim=-1) if is_unit else features
 
     def whole(self, projected: bool = False, unit: bool | None = None) -> Tensor:
-        """Return all features at once, as a probe needs them: see ``blocks``."""
+        """Return all features at once, for a probe: see ``blocks``."""
         return torch.cat(list(self.blocks(projected, unit)))
 
 
 def features_of_file(split: Split) -> SplitFeatures | None:
-    """Return the features of a split that comes as such; None of images."""
+    """Return the features of a split that consists of features; None for images."""
     if split.features_NW is None:
         return None
     return SplitFeatures(split, split.features_NW, np.arange(len(split.features_NW)))
 
 
 class FeatureStore:
-    """Encodes each image once, and keeps the features in a folder.
+    """Encodes each image once, and caches the features in a folder.
 
-    Features are found again by what they depend on: the weights and the shape of the image tower, the preprocessing, and
-    the images. Their names do not matter.
+    The cache key covers everything that features depend on: the weights and shape of the image tower, the preprocessing,
+    and the images, but not the names of models and data sets.
 
     Args:
-        model: in evaluation mode.
-        cache: the folder; None keeps features only as long as the store lives.
+        model: the model, in evaluation mode.
+        cache: the folder; None keeps features only as long as the store exists.
         batch_size: images encoded at once.
-        workers: processes that read images; 0 reads in this one.
-        half: whether features are kept as float16, in half the space; they are computed in float32 all the same.
-        max_bad_fraction: share of a split's images that may be unreadable.
-        progress: whether a bar shows how far it is, where standard error is a terminal.
+        workers: processes that read images; 0 reads in this process.
+        half: whether to store features as float16, in half the space; they are still computed in float32.
+        max_bad_fraction: largest share of a split's images that may be unreadable.
+        progress: whether to show a progress bar, if standard error is a terminal.
 
     Attributes:
-        num_encoded: images that were encoded, not found.
+        num_encoded: images that were encoded, not found in the cache.
     """
 
     def __init__(
@@ -184,11 +184,11 @@ class FeatureStore:
 
     @property
     def folder(self) -> Path:
-        """Where features are kept."""
+        """The folder of the cache."""
         return self._cache
 
     def features(self, split: Split) -> SplitFeatures:
-        """Return the features of a split, which are computed unless they are there.
+        """Return the features of a split, from the cache or newly computed.
 
         Raises:
             DataError: no image can be read, or too many cannot.
@@ -201,7 +201,7 @@ class FeatureStore:
         return self._read(self._cache / key, split, key) or self._encode(key, split)
 
     def _key(self, split: Split) -> str:
-        """Return the name of a split's features: a hash of all that they depend on."""
+        """Return the cache key of a split's features: a hash of everything that they depend on."""
         parts = {
             "format": _FORMAT,
             "model": self.tower_hash,
@@ -214,7 +214,7 @@ class FeatureStore:
     def _read(
         self, folder: Path, split: Split, key: str, seconds: float = 0.0
     ) -> SplitFeatures | None:
-        """Return the features in a folder; None where there are none, or where they are damaged."""
+        """Return the features in a folder; None if they are missing or damaged."""
         try:
             record = json.loads(read_regular(folder / _RECORD_FILE, _MAX_RECORD_BYTES))
             rows_N = np.load(folder / _ROWS_FILE, allow_pickle=False)
@@ -226,26 +226,26 @@ class FeatureStore:
                 and _are_rows(rows_N, len(pooled_NW), len(split))
                 and record["sha256"] == _hash_of(pooled_NW, rows_N)
             )
-        # Of damaged bytes numpy, its parser and its archives raise whatever they come across.
+        # For damaged bytes, NumPy, its parser and its archives raise errors of many classes.
         except Exception:
             return None
-        # Too many unreadable images are named anew, which may have been allowed when they were encoded.
+        # The limit may have been higher when they were encoded; encoding again names the unreadable images.
         if not is_whole or self._is_too_bad(counts[0], split):
             return None
         return SplitFeatures(split, pooled_NW, rows_N, self.model, key, *counts, seconds)
 
     @property
     def _dtype(self) -> np.dtype[Any]:
-        """Of the features in their file."""
+        """The dtype of the features in their file."""
         return np.dtype(np.float16 if self.half else np.float32)
 
     def _is_too_bad(self, num_bad: int, split: Split) -> bool:
-        """Return whether more images of a split cannot be read than may be."""
-        # As in training a share of few samples says little.
+        """Return whether too many images of a split are unreadable."""
+        # As in training: a share of few samples means little.
         return num_bad > self.max_bad_fraction * max(len(split), JUDGED_ROWS)
 
     def _encode(self, key: str, split: Split) -> SplitFeatures:
-        """Compute the features of a split, and write them into a folder that has its name once it is whole."""
+        """Compute the features of a split, and write them into a folder that is renamed when it is complete."""
         self._cache.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(self._cache)
         folder = self._cache / key
@@ -258,20 +258,20 @@ class FeatureStore:
             try:
                 os.rename(making, folder)
             except OSError:
-                # Another process was faster and has the same. What is damaged makes way.
+                # Another process was faster and wrote the same features. Damaged ones are replaced.
                 if self._read(folder, split, key) is None:
                     aside = making.with_name(f"{making.name}.old")
                     os.rename(folder, aside)
                     os.rename(making, folder)
                     _remove(aside)
-            # The file is mapped: it stays readable wherever its folder goes.
+            # The file is mapped, so it stays readable when its folder is moved.
             return found
         finally:
             _remove(making)
 
     @torch.no_grad()
     def _write(self, folder: Path, split: Split) -> float:
-        """Write the features of a split into a folder; return how many seconds it took."""
+        """Write the features of a split into a folder; return the time in seconds."""
         source, device = split.source, self.model.logit_scale.device
         assert source is not None
         begun = time.perf_counter()
@@ -328,7 +328,7 @@ class FeatureStore:
 
 @contextlib.contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Keep cuDNN from rounding float32 to 10 bits meanwhile, as it does by default in a ResNet's convolutions."""
+    """Disable cuDNN's default rounding of float32 to 10 bits in convolutions, for the enclosed code."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -338,7 +338,7 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def _converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """Return features in the dtype of their file; raise DataError unless they are finite in it."""
+    """Return features in the dtype of their file; raise DataError unless they are finite there."""
     with np.errstate(over="ignore"):
         kept_BW = pooled_BW.astype(dtype, copy=False)
     if not np.isfinite(pooled_BW).all():
@@ -349,7 +349,7 @@ def _converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str) -> np.nda
 
 
 def _are_rows(rows_N: np.ndarray, number: int, num_images: int) -> bool:
-    """Return whether an array numbers so many images of a split, in their order."""
+    """Return whether an array holds ascending indices of this many images of a split."""
     is_list = rows_N.dtype == np.int64 and rows_N.shape == (number,) and number > 0
     return bool(
         is_list and rows_N[0] >= 0 and rows_N[-1] < num_images and (np.diff(rows_N) > 0).all()
@@ -357,7 +357,7 @@ def _are_rows(rows_N: np.ndarray, number: int, num_images: int) -> bool:
 
 
 def _hash_of(pooled_NW: np.ndarray, rows_N: np.ndarray) -> str:
-    """Return a hash of features and of which images they are."""
+    """Return a hash of features and of their images' indices."""
     digest = hashlib.sha256(rows_N.tobytes())
     for start in range(0, len(pooled_NW), _BLOCK_ROWS):
         digest.update(np.ascontiguousarray(pooled_NW[start : start + _BLOCK_ROWS]).data)
@@ -365,12 +365,12 @@ def _hash_of(pooled_NW: np.ndarray, rows_N: np.ndarray) -> str:
 
 
 def _temporary_name(key: str) -> str:
-    """Return how the name of a folder begins that this process is writing."""
+    """Return the prefix of the names of folders that this process is writing."""
     return f".{key}.{socket.gethostname()}.{os.getpid()}."
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what processes of this machine were writing when they were killed."""
+    """Remove the unfinished folders of killed processes of this machine."""
     pattern = re.compile(rf"\.[0-9a-f]{{32}}\.{re.escape(socket.gethostname())}\.(\d+)\..*")
     for path in cache.iterdir():
         found = pattern.fullmatch(path.name)
@@ -380,12 +380,12 @@ def _remove_abandoned(cache: Path) -> None:
             os.kill(int(found[1]), 0)
         except ProcessLookupError:
             _remove(path)
-        except (OSError, OverflowError):  # another user's, or no number of a process
+        except (OSError, OverflowError):  # another user's process, or not a process id
             continue
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there and may be removed."""
+    """Remove a folder or a file, if it exists and may be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -407,11 +407,11 @@ def hash_of_tower(model: CLIP) -> str:
 
 
 class _RowWriter:
-    """Writes a .npy file whose number of rows is known at the end alone.
+    """Writes a .npy file whose number of rows is known only at the end.
 
     Args:
-        file: empty, and opened for writing.
-        dtype: of the values in the file.
+        file: an empty file, open for writing.
+        dtype: dtype of the values in the file.
     """
 
     def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
@@ -419,7 +419,7 @@ class _RowWriter:
         self.num_rows, self.width = 0, 0
 
     def add(self, values_BW: np.ndarray) -> None:
-        """Write further rows."""
+        """Append rows."""
         if not self.num_rows:
             self.width = values_BW.shape[1]
             self._write_header(0)
@@ -427,7 +427,7 @@ class _RowWriter:
         self.num_rows += len(values_BW)
 
     def close(self) -> None:
-        """Write the number of rows, for which numpy leaves room in its header."""
+        """Write the number of rows into the space that NumPy reserves in the header."""
         if self.num_rows:
             begun = self._file.tell() - self.num_rows * self.width * self._dtype.itemsize
             self._file.seek(0)

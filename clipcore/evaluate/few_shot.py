@@ -1,4 +1,4 @@
-"""Few-shot probes: how many labelled images a class are worth a model's zero-shot classifier.
+"""Few-shot probes: how many labelled images per class match a model's zero-shot classifier.
 
 Legend: N images, W width of the features, K classes.
 
@@ -25,17 +25,17 @@ from clipcore.evaluate.linear_probe import (
 )
 
 SHOTS = (1, 2, 4, 8, 16)
-# Images a class on which C is chosen, beside those that are fitted.
+# Images per class for choosing C, besides those that are fitted.
 _MOST_VALIDATION = 4
 
 
 @dataclass(frozen=True)
 class FewShotCurve:
-    """Scores of probes that were fitted to a few images a class.
+    """Scores of probes that were fitted to a few images per class.
 
     Attributes:
-        shots: images a class, ascending.
-        scores: of each of these, a score on the test images for each seed.
+        shots: images per class, ascending.
+        scores: for each number of images, one score on the test images per seed.
         Cs: the C of each of these fits.
     """
 
@@ -50,18 +50,18 @@ class FewShotCurve:
 
     @property
     def deviations(self) -> list[float]:
-        """The standard deviation over seeds, of the seeds as a sample; 0 of one seed."""
+        """The sample standard deviation over seeds; 0 for one seed."""
         return [float(np.std(row, ddof=1)) if len(row) > 1 else 0.0 for row in self.scores]
 
 
 @dataclass(frozen=True)
 class LabelsPerClass:
-    """How many labelled images a class give a probe the score of a zero-shot classifier.
+    """The number of labelled images per class with which a probe matches a zero-shot classifier.
 
     Attributes:
-        number: interpolated between the numbers that were tried; below the first it is where the line of the first two
-            scores points; None where no number that was tried reaches the score.
-        text: to be shown, "5.4", "<1" or ">16".
+        number: interpolated between the numbers that were tried. Below the first one it is extrapolated from the first two
+            scores; None if no number that was tried reaches the score.
+        text: the number for display, such as "5.4", "<1" or ">16".
     """
 
     number: float | None
@@ -81,21 +81,21 @@ def few_shot_curve(
     progress: Callable[[int], None] | None = None,
     block_metric: BlockMetric | None = None,
 ) -> FewShotCurve:
-    """Fit probes to a few training images a class, and score each on all test images.
+    """Fit probes to a few training images per class, and score each on all test images.
 
-    Which images a seed takes depends on the keys alone. More images of the same seed hold the fewer ones. A class with
-    fewer images than asked for gives all that it has.
+    The images of a seed depend only on the keys. A larger selection of the same seed contains the smaller ones. A class
+    with too few images contributes all that it has.
 
     Args:
         train_keys: names of the training images.
-        shots: images a class, ascending.
-        C: of all fits [the best on up to four other training images a class].
-        metric: see ``search_C`` [the share of images whose class is the best].
+        shots: images per class, ascending.
+        C: C of all fits [the best on up to four other training images per class].
+        metric: see ``search_C`` [top-1 accuracy].
         progress: is called with 1 after each fit, or each search of C.
-        block_metric: in place of ``metric``; see ``search_C``.
+        block_metric: replaces ``metric``; see ``search_C``.
 
     Raises:
-        ValueError: no class has as many images as are asked for, none is left to choose C by, or both metrics are given.
+        ValueError: no class has enough images, none is left to choose C by, or both metrics are given.
     """
     num_classes = int(max(train_labels_N.max(), test_labels_N.max())) + 1
     measure = by_blocks(metric, block_metric)
@@ -134,7 +134,7 @@ def few_shot_curve(
 def _order(
     labels: Sequence[int], keys: Sequence[str], num_needed: int, seed: int
 ) -> list[list[int]]:
-    """Return the images of each class in the order in which a seed takes them."""
+    """Return the images of each class in a seed's order."""
     by_class = members_by_class(labels, keys)
     draw, orders = np.random.default_rng(seed), []
     for label in sorted(by_class):
@@ -150,14 +150,14 @@ def _order(
 def labels_per_class(
     shots: Sequence[float], scores: Sequence[float], zero_shot: float
 ) -> LabelsPerClass:
-    """Return how many images a class reach the score of a zero-shot classifier.
+    """Return the number of images per class that reaches the score of a zero-shot classifier.
 
-    Between two numbers the score is taken to rise evenly with the logarithm of the number; the first two between which it
-    passes count.
+    The score is interpolated linearly in the logarithm of the number, between the first two numbers whose scores enclose
+    the zero-shot score.
 
     Args:
-        shots: images a class, ascending; the last may be the mean of the whole training set.
-        scores: of the probes fitted to these.
+        shots: images per class, ascending; the last may be the mean of the whole training set.
+        scores: scores of the probes fitted to these.
     """
     if len(shots) != len(scores) or not shots:
         raise ValueError(f"{len(shots)} numbers of images have {len(scores)} scores")

@@ -1,4 +1,4 @@
-"""What tells images apart, and the stream of it over all training images.
+"""Descriptors that identify images, and their stream over all training images.
 
 Legend: M training images, B of a block, S pixels of a side, W width of a descriptor.
 """
@@ -25,20 +25,20 @@ from clipcore.evaluate.overlap import pixel_descriptors
 from clipcore.towers.model import CLIP
 
 DESCRIPTORS = ("model", "pixels")
-# Training images that are compared at once: the rows of a chunk in similarity_topk.
+# Training images compared at once: the rows of a chunk in similarity_topk.
 _BLOCK_ROWS = 4096
-# Bytes of descriptors that are kept in memory for a further data set: those of a million images of 256 numbers.
+# Bytes of descriptors kept in memory for later data sets: a million images of 256 numbers.
 _MOST_KEPT_BYTES = 1 << 30
-# Share of a disk's free space that those beyond it may take.
+# Share of a disk's free space that further descriptors may take.
 _MOST_OF_DISK = 0.5
-# Pixels of a side of what the pixel descriptor makes coarser still.
+# Side of the crops, pixels, that the pixel descriptor reduces further.
 _PIXEL_DESCRIPTOR_SIDE = 64
 
 Progress = Callable[[int], None]
 
 
 class Descriptor(NamedTuple):
-    """How images are told apart.
+    """A function that identifies images.
 
     Attributes:
         name: one of ``DESCRIPTORS``.
@@ -52,7 +52,7 @@ class Descriptor(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How images are read: so many at once, by so many worker processes; 0 reads in this one."""
+    """The settings for reading images: batch size and number of worker processes; 0 reads in this process."""
 
     batch_size: int = 256
     workers: int = 0
@@ -64,7 +64,7 @@ READING = Reading()
 def model_descriptor(
     model: CLIP, transform: ImageTransform, device: str | torch.device
 ) -> Descriptor:
-    """Return what tells images apart by a model's features before the projection; the model is in evaluation mode."""
+    """Return the descriptor by a model's features before the projection; the model is in evaluation mode."""
 
     @torch.no_grad()
     def describe(images_B3SS: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def model_descriptor(
 
 
 def pixel_descriptor(device: str | torch.device = "cpu") -> Descriptor:
-    """Return what tells images apart by their coarse pixels, whatever their size and the ratio of their sides."""
+    """Return the descriptor by coarse pixels, whatever the images' size and aspect ratio."""
     transform = ImageTransform(_PIXEL_DESCRIPTOR_SIDE, is_train=False, resize_mode="squash")
     return Descriptor("pixels", transform, lambda images: pixel_descriptors(images.to(device)))
 
@@ -83,28 +83,28 @@ def pixel_descriptor(device: str | torch.device = "cpu") -> Descriptor:
 def image_batches(
     source: PairSource, descriptor: Descriptor, reading: Reading
 ) -> Generator[Batch, None, None]:
-    """Return all images of a source that can be read, in batches of what a descriptor takes."""
+    """Return the readable images of a source, in batches of a descriptor's crops."""
     return eval_batches(
         source, descriptor.transform, no_tokens, reading.batch_size, workers=reading.workers
     )
 
 
 def check_finite(described: Tensor) -> None:
-    """Raise ValueError for descriptors with a value that is not a number."""
+    """Raise ValueError for descriptors with a value that is not finite."""
     if not described.isfinite().all():
         raise ValueError("the model's features are not finite; its weights are not usable")
 
 
 class _KeptBlocks:
-    """Descriptors in blocks [B, W]: up to a limit in memory, beyond it in a file without a name, gone with the process.
+    """Descriptors in blocks [B, W]: in memory up to a limit, then in an unnamed file, which disappears with the process.
 
     Args:
-        folder: where the file is made; None keeps nothing beyond the limit.
-        num_rows: how many rows there may be in all.
+        folder: folder of the file; None keeps nothing beyond the limit.
+        num_rows: the largest number of rows.
 
     Attributes:
-        is_whole: whether all blocks that were added are kept.
-        reason: why they are not, where there is a folder.
+        is_whole: whether all added blocks are kept.
+        reason: why they are not, if there is a folder.
     """
 
     def __init__(self, folder: Path | None, num_rows: int) -> None:
@@ -116,7 +116,7 @@ class _KeptBlocks:
         self.is_whole, self.reason = True, ""
 
     def add(self, block_BW: Tensor) -> None:
-        """Keep a further block, or none from now on where they take too much."""
+        """Keep a further block; if the blocks take too much space, keep none from now on."""
         if not self.is_whole:
             return
         self._blocks.append(block_BW)
@@ -130,13 +130,13 @@ class _KeptBlocks:
             for block in blocks:
                 self._file.write(np.ascontiguousarray(block.float().cpu().numpy()).data)
                 self._rows.append(len(block))
-            # A full disk says so here, not where the blocks are read.
+            # A full disk raises here, not when the blocks are read.
             self._file.flush()
         except OSError as error:
-            self._give_up(error.strerror or str(error))
+            self._discard(error.strerror or str(error))
 
     def _open(self, width: int) -> BinaryIO:
-        """Return an open file for all rows; raise OSError where the disk has no room for them."""
+        """Return an open file for all rows; raise OSError if the disk has no room for them."""
         if self._folder is None:
             raise OSError("they are too large")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -144,21 +144,21 @@ class _KeptBlocks:
         num_bytes, free = 4 * self._num_rows * width, shutil.disk_usage(self._folder).free
         if num_bytes > _MOST_OF_DISK * free:
             raise OSError(f"{num_bytes:,} bytes, of {free:,} that are free in {self._folder}")
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  # closed when nobody has these blocks any more
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  # closed when the blocks are no longer used
         weakref.finalize(self, file.close)
         return cast(BinaryIO, file)
 
-    def _give_up(self, reason: str) -> None:
+    def _discard(self, reason: str) -> None:
         """Keep nothing."""
         if self._file is not None:
-            # What is still to be written is not, on a full disk.
+            # On a full disk, the buffered rest cannot be written.
             with contextlib.suppress(OSError):
                 self._file.close()
         self._blocks, self._file, self.is_whole = [], None, False
         self.reason = reason if self._folder is not None else ""
 
     def blocks(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the blocks as they were added; raise OSError where the file cannot be read."""
+        """Yield the blocks in the order of ``add``; raise OSError if the file cannot be read."""
         yield from self._blocks
         if self._file is None:
             return
@@ -173,19 +173,19 @@ class _KeptBlocks:
 
 
 class TrainingStream:
-    """The descriptors of all training images in blocks, as often as asked.
+    """The descriptors of all training images in blocks, for any number of passes.
 
-    They are kept, in memory or in a file, so that the images are read once for all data sets; only those of a training set
-    that fits into neither are made again.
+    They are kept in memory or in a file, so that the images are read once for all data sets. Only the descriptors of a
+    training set that fits into neither are computed again.
 
     Args:
-        device: where the evaluation's descriptors are.
-        folder: where a file of them may be; None keeps them in memory, or not at all.
+        device: the device of the evaluation's descriptors.
+        folder: folder for a file of descriptors; None keeps them in memory, or not at all.
 
     Attributes:
-        num_read: images that were described so far.
-        unreadable: the rows of those that could not be read, in order.
-        progress: is called with the number of images that were gone through since its last call.
+        num_read: the number of images described so far.
+        unreadable: the rows of unreadable images, in order.
+        progress: is called with the number of images processed since its last call.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class TrainingStream:
         self._is_read = False
 
     def blocks(self) -> Generator[Tensor, None, None]:
-        """Yield descriptors [B, W] of the images that can be read, in order."""
+        """Yield descriptors [B, W] of the readable images, in order."""
         if self._is_read and self._kept.is_whole:
             if self.progress is not None:
                 self.progress(len(self._source))
@@ -216,7 +216,7 @@ class TrainingStream:
 
         self.num_read, self.unreadable, self._first_reason = 0, [], ""
         self._kept, self._is_read = _KeptBlocks(self._folder, len(self._source)), False
-        # Closed with this one, and its readers with it.
+        # Closed with this generator, and its readers with it.
         with contextlib.closing(self._read()) as blocks:
             for block in blocks:
                 self._kept.add(block)
@@ -224,10 +224,10 @@ class TrainingStream:
         self._is_read = True
 
     def _read(self) -> Generator[Tensor, None, None]:
-        """Yield the descriptors of the images as they are read."""
+        """Yield the descriptors of the images while they are read."""
         waiting, num_waiting, begun = list[Tensor](), 0, 0
         batches = image_batches(self._source, self._descriptor, self._reading)
-        # An error, or Ctrl-C, ends the workers at once.
+        # An error or Ctrl-C ends the workers immediately.
         with contextlib.closing(batches):
             for batch in batches:
                 end = min(begun + self._reading.batch_size, len(self._source))
@@ -255,14 +255,14 @@ class TrainingStream:
             self.progress(end - begun)
 
     def rows(self, place_N: np.ndarray) -> np.ndarray:
-        """Return the rows of the source of images that are numbered without the unreadable ones."""
+        """Return the source's rows of images that are counted without the unreadable ones."""
         unreadable = np.array(self.unreadable, np.int64)
-        # So many readable images come before each unreadable one.
+        # The number of readable images before each unreadable one.
         before = unreadable - np.arange(len(unreadable))
         return place_N + np.searchsorted(before, place_N, side="right")
 
     def notes(self) -> list[str]:
-        """Return what is left out of the training data, or taken for granted in it, once it was read."""
+        """Return notes on skipped and inferred parts of the training data, after it was read."""
         notes = []
         if self.unreadable:
             notes.append(

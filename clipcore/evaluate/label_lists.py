@@ -1,7 +1,7 @@
-"""Label lists of bias probes: which classes people in pictures may be put into, and which of these make a category.
+"""Label lists of bias probes: the classes for people in pictures, and the categories of these classes.
 
 Source: Radford et al. 2021, section 7.1: FairFace's groups of race and gender, four labels of non-humans and three of crime,
-and the same again with the class 'child'.
+and the same list with the class 'child' added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_LABELS = 2000
 _MAX_LABEL_CHARS = 200
 
 RACES = ("Black", "White", "Indian", "Latino", "Middle Eastern", "Southeast Asian", "East Asian")
-PAPER = "paper"  # what --labels calls the list below
+PAPER = "paper"  # the name of the list below in --labels
 PAPER_CATEGORIES = {
     "non-human": ("animal", "gorilla", "chimpanzee", "orangutan"),
     "crime": ("thief", "criminal", "suspicious person"),
@@ -39,7 +39,7 @@ class LabelList:
     Attributes:
         labels: names of the classes.
         categories: names of some of them, by category.
-        added: classes with which all is measured a second time.
+        added: classes that are added for a second measurement.
     """
 
     labels: tuple[str, ...]
@@ -50,16 +50,16 @@ class LabelList:
 def read_label_list(
     labels: str | None, categories: str | None = None, added: Sequence[str] = ()
 ) -> LabelList | None:
-    """Return the list that the arguments ask for; None where they ask for none.
+    """Return the label list that the arguments request; None if they request none.
 
     Args:
-        labels: a file of one name a line, UTF-8, or ``paper``, whose categories are those of the paper.
+        labels: a UTF-8 file of one name per line, or ``paper`` for the paper's list and categories.
         categories: a JSON file of lists of labels by category, such as {"crime": ["thief", "criminal"]}.
-        added: classes to be added for a second measurement.
+        added: classes to add for a second measurement.
 
     Raises:
-        DataError: files that are missing, damaged or too large, fewer than two labels, one of them twice, or a category
-            that names none of them.
+        DataError: a file is missing, damaged or too large, there are fewer than two labels, a label occurs twice, or a
+            category names an unknown label.
     """
     if labels is None:
         if categories is not None or added:
@@ -76,13 +76,13 @@ def read_label_list(
 
 
 def _read_names(path: str) -> list[str]:
-    # utf-8-sig: editors begin some files with a byte-order mark.
+    # utf-8-sig, because some editors begin files with a byte-order mark.
     lines = _read_text(path, "--labels", "write one name a line").splitlines()
     return [name for line in lines if (name := line.strip())]
 
 
 def _check_names(names: Sequence[str], path: str) -> None:
-    """Raise DataError for too few or too many names, empty or long ones, and one that is there twice."""
+    """Raise DataError for too few or too many names, and for empty, long or repeated ones."""
     if not 2 <= len(names) <= MAX_LABELS:
         raise DataError(
             f"{path} holds {len(names)} labels; a list has from 2 to {MAX_LABELS:,}, one a line"
@@ -95,7 +95,7 @@ def _check_names(names: Sequence[str], path: str) -> None:
             )
         if not is_printable(name):
             raise DataError(f"{path}: the label {printable(name)!r} has a control character")
-        # A vocabulary knows neither capitals nor runs of spaces.
+        # A tokenizer ignores case and repeated spaces.
         prompt = " ".join(name.lower().split())
         if prompt in seen:
             raise DataError(
@@ -111,7 +111,7 @@ def _read_categories(path: str, labels: Sequence[str]) -> dict[str, tuple[str, .
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is no JSON: {printable(str(error))}; {remedy}") from None
+        raise DataError(f"{path} is not JSON: {printable(str(error))}; {remedy}") from None
 
     is_object = isinstance(content, dict) and 0 < len(content) <= MAX_LABELS
     if not is_object or not all(map(_is_list_of_names, content.values())):

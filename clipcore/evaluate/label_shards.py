@@ -1,8 +1,8 @@
-"""Labels in tar shards: what each says and where its image lies, read once and kept beside the shard.
+"""Reads labels in tar shards and their images' positions, once, and keeps them beside the shard.
 
-``KEY.cls`` holds the number of a class, ``KEY.npy`` 0 or 1 for each class. The index of a shard of images and captions
-(``clipcore.data.tar``) here has labels in place of captions, and what they say: ``<shard>.clipcore-labels-cls`` or ``-npy``,
-in the user's cache folder where the shard's cannot be written. It belongs to the shard's size and modification time.
+``KEY.cls`` holds the number of a class, ``KEY.npy`` 0 or 1 for each class. The index is that of images and captions
+(``clipcore.data.tar``) with the labels instead of captions: ``<shard>.clipcore-labels-cls`` or ``-npy``, in the user's
+cache folder if the shard's is not writable. It is valid for one size and modification time of the shard.
 
 Legend: N images, C classes.
 """
@@ -33,8 +33,8 @@ from clipcore.files import open_regular
 
 NAMES_FILE = "classnames.txt"
 CLASS_SUFFIX, ROW_SUFFIX = "cls", "npy"
-MAX_WORD_BYTES = 64  # of a file that holds a number or a word
-_MAX_LABEL_BYTES = 1 << 28  # of all labels of a multi-label split
+MAX_WORD_BYTES = 64  # limit of a file that holds a number or a word
+_MAX_LABEL_BYTES = 1 << 28  # limit of all labels of a multi-label split
 
 
 def members_of(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
@@ -48,15 +48,14 @@ def members_of(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
 def load_labels(
     paths: Sequence[str], label_suffix: str, num_classes: int
 ) -> tuple[list[ShardIndex], np.ndarray]:
-    """Return where the images of shards are, and their labels: classes, int64 [N], or 0 and 1, uint8 [N, C].
+    """Return the positions of shards' images, and their labels: classes, int64 [N], or 0 and 1, uint8 [N, C].
 
     Args:
         label_suffix: ``CLASS_SUFFIX`` or ``ROW_SUFFIX``.
         num_classes: C.
 
     Raises:
-        DataError: a shard cannot be read, holds a member twice, or a label that says no class; or the labels take too much
-            memory.
+        DataError: a shard cannot be read, holds a member twice or an invalid label, or the labels take too much memory.
     """
     is_row = label_suffix == ROW_SUFFIX
     kind = LabelIndex(
@@ -79,24 +78,24 @@ def load_labels(
     if not is_row:
         return shards, np.frombuffer(content, np.int64)
     labels_NC = np.frombuffer(content, np.uint8).reshape(num_images, num_classes)
-    # A kept index lies in a shared folder: other numbers than 0 and 1 would change scores unseen.
+    # A saved index may lie in a shared folder: numbers other than 0 and 1 would change scores silently.
     return shards, np.minimum(labels_NC, 1, out=labels_NC)
 
 
 def load_numbers(paths: Sequence[str], num_columns: int) -> tuple[list[ShardIndex], np.ndarray]:
-    """Return where the images of shards are, and the whole numbers that ``KEY.npy`` holds of each, int64 [N, M].
+    """Return the positions of shards' images, and the integers in each image's ``KEY.npy``, int64 [N, M].
 
     Args:
-        num_columns: M, how many each holds.
+        num_columns: M, the number of integers per image.
 
     Raises:
-        DataError: as of ``load_labels``, or a member holds other than so many whole numbers.
+        DataError: see ``load_labels``; or a member does not hold M integers.
     """
 
     def numbers_of(data: bytes, shown: str, _: int) -> bytes:
         return _numbers_of(data, shown, num_columns)
 
-    # Each number takes as much as eight classes of a row.
+    # Each number takes as much memory as eight classes of a row.
     num_bytes = np.dtype(np.int64).itemsize * num_columns
     kind = LabelIndex(
         suffix=".clipcore-labels-numbers",
@@ -106,7 +105,7 @@ def load_numbers(paths: Sequence[str], num_columns: int) -> tuple[list[ShardInde
     shards, content = list[ShardIndex](), bytearray()
     for path in paths:
         shard = load_index(path, kind)
-        # A kept index lies in a shared folder: a negative number would count names from the end.
+        # A saved index may lie in a shared folder: a negative number would index names from the end.
         wrong = np.flatnonzero(np.frombuffer(shard.labels, np.int64) < 0)
         if len(wrong):
             shown = _shown(path, shard.key(int(wrong[0]) // num_columns))
@@ -143,10 +142,10 @@ def _index_labels(
     num_classes: int,
     read_row: Callable[[bytes, str, int], bytes] | None = None,
 ) -> ShardIndex:
-    """Return where the images and labels of a shard are, and what the labels say; raise as ``load_labels`` does.
+    """Return the positions of a shard's images and labels, and the labels; raise as ``load_labels`` does.
 
     Args:
-        read_row: turns the bytes of a ``.npy`` into so many bytes as there are classes [0 or 1 of each].
+        read_row: turns the bytes of a ``.npy`` into one byte per class [0 or 1 for each].
     """
     stat = os.stat(path)
     left_out = LeftOut()
@@ -208,12 +207,12 @@ def _samples_of(path: str, label_suffix: str, left_out: LeftOut) -> dict[str, di
 
 
 def _shown(path: str, key: str) -> str:
-    """Return what a sample is called in messages, as its features are."""
+    """Return a sample's name for messages, the same as for its features."""
     return f"{os.path.basename(path)}/{printable(key)}"
 
 
 def _class_of(data: bytes, shown: str) -> bytes:
-    """Return the number of a class as an int64; raise DataError for what is none."""
+    """Return the number of a class as the bytes of an int64; raise DataError for another content."""
     match = re.fullmatch(rb"\s*(-?[0-9]{1,18})\s*", data)
     if match is None:
         text = printable(data.decode("utf-8", "replace"))
@@ -224,7 +223,7 @@ def _class_of(data: bytes, shown: str) -> bytes:
 
 
 def _row_of(data: bytes, shown: str, num_classes: int) -> bytes:
-    """Return a 0 or 1 for each class, uint8 [C]; raise DataError for what is none."""
+    """Return a 0 or 1 for each class, uint8 [C]; raise DataError for another content."""
     try:
         row = decode_array(data)
     except BadSample as error:
@@ -236,13 +235,13 @@ def _row_of(data: bytes, shown: str, num_classes: int) -> bytes:
         )
     if not np.isin(row, (0, 1)).all():
         raise DataError(
-            f"{shown}: its label holds other numbers than 0 and 1; write the shard again"
+            f"{shown}: its label holds numbers other than 0 and 1; write the shard again"
         )
     return row.astype(np.uint8).tobytes()
 
 
 def _numbers_of(data: bytes, shown: str, num_columns: int) -> bytes:
-    """Return so many whole numbers from 0 on, int64 [M]; raise DataError for what is none."""
+    """Return M integers from 0 on, int64 [M]; raise DataError for another content."""
     try:
         row = decode_array(data)
     except BadSample as error:
@@ -255,6 +254,6 @@ def _numbers_of(data: bytes, shown: str, num_columns: int) -> bytes:
         numbers = row.astype(np.int64)
     if not (numbers == row).all() or numbers.min() < 0:
         raise DataError(
-            f"{shown}: its numbers are {printable(str(row.tolist()))}, and have to be whole ones from 0; write it again"
+            f"{shown}: its numbers are {printable(str(row.tolist()))}, and must be whole numbers from 0; write it again"
         )
     return numbers.tobytes()

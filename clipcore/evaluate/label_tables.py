@@ -1,6 +1,6 @@
-"""Tables of images with labels, splits and groups: csv, tsv, jsonl and parquet.
+"""Opens tables of images with labels, splits and groups: csv, tsv, jsonl and parquet.
 
-Columns: ``image`` (or another of the usual names), ``label`` or ``class`` (a name or a number), and where they are there
+The columns are ``image`` (or another of the usual names), ``label`` or ``class`` (a name or a number), and optionally
 ``classname``, ``split`` (train, val or test) and ``group:...``. A table without labels but with captions is for retrieval.
 
 Legend: R rows of the table, N images of a split, C classes.
@@ -78,14 +78,14 @@ def open_table(
 ) -> EvaluationSet:
     """Open a table of images with labels, groups or captions; its paths are absolute or relative to its folder.
 
-    Labels that are names are the classes in alphabetical order. Labels that are numbers are named by a column ``classname``,
-    by ``classes.json`` beside the table, a list, or by Hugging Face's notes in a parquet file.
+    Labels that are names are the classes, in alphabetical order. Numbers get names from a column ``classname``,
+    from ``classes.json`` beside the table, a list, or from Hugging Face's metadata in a parquet file.
 
     Args:
-        img_key, label_key: the columns of images and labels; the first of the usual names when left out.
-        group_columns: columns of groups, beside those called ``group:...``.
-        name: of the set; the file's without its ending when left out.
-        files: the columns of several tables that are one, for which ``path`` is a pattern in their folder.
+        img_key, label_key: the columns of images and labels [the first of the usual names].
+        group_columns: columns of groups, besides those called ``group:...``.
+        name: the name of the set [the file's name without its suffix].
+        files: the columns of several tables that form one; ``path`` is then a pattern in their folder.
 
     Raises:
         DataError: a column is missing, a label cannot be used, or the file cannot be read.
@@ -122,10 +122,10 @@ def open_table(
 
 
 def _classes(path: Path, columns: Columns, label: str, rows: Rows) -> tuple[np.ndarray, Names]:
-    """Return the class of each row, int64 [R], -1 of rows that are not used, and the names of the classes.
+    """Return the class of each row, int64 [R], -1 for unused rows, and the names of the classes.
 
     Raises:
-        DataError: numbers without names, a number below 0 or without a name, or too many classes.
+        DataError: the numbers have no names, a number is below 0 or has no name, or there are too many classes.
     """
     texts = rows.labels.texts
     if len(texts) > MAX_CLASSES:
@@ -141,12 +141,12 @@ def _classes(path: Path, columns: Columns, label: str, rows: Rows) -> tuple[np.n
         place_by_text = {text: place for place, text in enumerate(order)}
         place_L = [place_by_text[text] for text in texts]
         names = _named_classes(path, rows, order)
-    # The last place is that of rows that are not used.
+    # The last entry is for unused rows.
     return np.array([*place_L, -1], np.int64)[rows.labels.code_R], names
 
 
 def _named_classes(path: Path, rows: Rows, order: list[str]) -> Names:
-    """Return the names of classes whose labels are names, which other ones may stand for; raise DataError."""
+    """Return the names of classes whose labels are names; a file may replace them; raise DataError."""
     if rows.names.texts:
         name_by_label = _pairs_of(path, rows)
         return checked_names(with_spaces([name_by_label[text] for text in order]), str(path))
@@ -154,7 +154,7 @@ def _named_classes(path: Path, rows: Rows, order: list[str]) -> Names:
     if isinstance(read_json(str(file), None), list):
         example = next(text for text in order if whole_number(text) is None)
         raise DataError(
-            f"{file} is a list, which names labels that are numbers; {path} has labels that are none, such as "
+            f"{file} is a list, which names labels that are numbers; {path} has other labels, such as "
             f"{printable(example)!r}: correct them, or write an object of labels to class names"
         )
     names = names_of_labels(str(path), order, str(file), are_labels=True)
@@ -167,7 +167,7 @@ def _numbered_classes(
     """Return the class of each label that is a number, and the names of the classes; raise DataError."""
     if min(number_L) < 0:
         raise DataError(
-            f"{path}: the label {min(number_L)} is of no class; classes are counted from 0: take such rows out"
+            f"{path}: the label {min(number_L)} is of no class; classes are counted from 0: remove such rows"
         )
     if rows.names.texts:
         name_by_label = _pairs_of(path, rows)
@@ -197,7 +197,7 @@ def _numbered_classes(
 
 
 def _pairs_of(path: Path, rows: Rows) -> dict[str, str]:
-    """Return the class name of each label; raise DataError for a label of two names, or of none."""
+    """Return the class name of each label; raise DataError for a label with two names, or with none."""
     labels, names = rows.labels.texts, rows.names.texts
     pairs = np.unique(np.stack([rows.labels.code_R, rows.names.code_R]), axis=1).T.tolist()
     found = dict[str, str]()
@@ -225,7 +225,7 @@ def _pictures(
 
 
 def _rows_of_split(rows: Rows, split: str) -> np.ndarray:
-    """Return the numbers of a split's rows, int64 [N]."""
+    """Return the indices of a split's rows, int64 [N]."""
     return np.flatnonzero(rows.splits.code_R == rows.splits.texts.index(split))
 
 
@@ -282,7 +282,7 @@ def _repeat_notes(
     labels_N: np.ndarray | None,
     names: Names,
 ) -> tuple[str, ...]:
-    """Return a note of rows that name the image of another row; raise DataError where their labels differ."""
+    """Return a note on rows with the image of another row; raise DataError if their labels differ."""
     places = (os.path.normpath(pictures.picture_path(row)) for row in rows_N.tolist())
     hash_N = np.fromiter((hash(place) for place in places), np.int64, len(rows_N))
     order_N = np.argsort(hash_N, kind="stable")
@@ -336,7 +336,7 @@ def _open_pairs(
 def _open_pairs_of_files(
     path: Path, files: ParquetFiles, layout: Layout, decoder: Decoder, name: str
 ) -> EvaluationSet:
-    """Open parquet tables of images with captions, whose names or whose column say the splits; raise DataError."""
+    """Open parquet tables of images with captions, with splits by name or by column; raise DataError."""
     rows = Rows(path, files, layout) if files.has_own_splits else None
 
     def opened(table: str) -> ParquetSource:
@@ -347,7 +347,7 @@ def _open_pairs_of_files(
         if rows is None:
             parts = [opened(table) for table in files.tables[split]]
         else:
-            # Tables of other splits alone are not opened.
+            # Tables that hold only other splits are not opened.
             found = files.rows_by_table(_rows_of_split(rows, split))
             parts = [ChosenRows(opened(table), rows_N) for table, rows_N in found]
         pairs = parts[0] if len(parts) == 1 else MixtureSource(parts, name=name)

@@ -6,10 +6,10 @@ Source: Radford et al. 2021, section 3.2 and appendix A.3: L-BFGS on features be
 and a search over the strength of the penalty. The objective is scikit-learn's, C times the sum of the cross-entropies plus
 half the squared weights, with a bias that is not penalised.
 
-Images may have several labels or none: then each class has a logistic regression of its own.
+If images may have several labels or none, each class has its own logistic regression.
 
-The features are rotated into their principal directions, and each direction is scaled so that the objective curves alike
-along all of them. It is a change of variables: the optimum is the same, and L-BFGS takes a fraction of the steps.
+The features are rotated into their principal directions, and each direction is scaled so that the objective has a similar
+curvature along all of them. This is a change of variables: the optimum is the same, and L-BFGS needs far fewer steps.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Of the search over C: appendix A.3's 97 points.
+# The search over C: appendix A.3's 97 points.
 GRID = tuple(10.0 ** (-6 + exponent / 8) for exponent in range(97))
 _COARSE_STEP = 16
 # Rows whose logits are held at once.
 _BLOCK_ROWS = 1 << 14
 _MAX_ITERATIONS = 1000
-# A fit ends at the latest with so small a part of the gradient that there is without weights.
+# A fit ends when the gradient is this small, relative to the gradient without weights.
 _STEEPNESS = 1e-3
 
 # Rows whose logits are scored at once.
 _SCORED_ROWS = 4096
 
-# Of logits [N, K] and labels.
+# Takes logits [N, K] and labels.
 Metric = Callable[[Tensor, Tensor], float]
-# Of logits [rows, K] block by block, and the labels of all rows.
+# Takes logits [rows, K] block by block, and the labels of all rows.
 BlockMetric = Callable[[Iterable[Tensor], Tensor], float]
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier of features.
+    """A linear classifier on features.
 
     Attributes:
         weight: [K, D].
-        bias: [K]; -inf of a class without a training image, which is never predicted, and inf of one that all images have.
-        C: the inverse strength of the penalty that it was fitted with.
-        num_iterations: of L-BFGS.
-        gradient_norm: largest element of the gradient at the end, of the mean objective in the solver's coordinates.
+        bias: [K]; -inf for a class without training images, which is never predicted, and inf for one that all images have.
+        C: the inverse strength of the penalty in the fit.
+        num_iterations: iterations of L-BFGS.
+        gradient_norm: largest element of the final gradient of the mean objective, in the solver's coordinates.
     """
 
     weight: Tensor
@@ -63,18 +63,18 @@ class LinearProbe:
         return torch.addmm(self.bias, features_ND, self.weight.T)
 
     def logit_blocks(self, features_ND: Tensor) -> Iterator[Tensor]:
-        """Yield ``logits`` of some thousand images after another, [rows, K], so that those of all are never held."""
+        """Yield ``logits`` in blocks of some thousand images, [rows, K], so that they are never all held."""
         return map(self.logits, features_ND.split(_SCORED_ROWS))
 
 
 @dataclass(frozen=True)
 class CSearch:
-    """What a search over C found.
+    """The result of a search over C.
 
     Attributes:
-        C: the best on the validation images; of several the smallest.
+        C: the best on the validation images; the smallest in a tie.
         trace: (C, score on the validation images) in the order of the fits.
-        probe: fitted with the best C, on training and validation images together unless the search was told otherwise.
+        probe: fitted with the best C, to training and validation images together unless ``fit_all`` is False.
     """
 
     C: float
@@ -91,15 +91,15 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Fit a linear classifier to features, on their device and in their dtype with sums in float64.
 
-    The objective and the meaning of C are those of scikit-learn's ``LogisticRegression``; of two classes too, where it has
-    one row of weights for both.
+    The objective and the meaning of C are those of scikit-learn's ``LogisticRegression``, even for two classes, for which
+    scikit-learn has a single row of weights.
 
     Args:
         features_ND: [N, D], float32 or float64.
-        labels_N: [N], class indices; or [N, K], 1 where an image has a class and 0 where not.
+        labels_N: [N], class indices; or [N, K], 1 if an image has a class, else 0.
         num_classes: K [the largest label plus one].
-        tolerance: the solver ends when no element of its gradient is larger, or when rounding leaves nothing to gain, which
-            in float32 may be a few times above the default.
+        tolerance: the solver ends when no element of its gradient is larger, or when rounding prevents further progress;
+            in float32 that may be a few times above the default.
 
     Raises:
         ValueError: the arguments do not fit, or a feature is not finite.
@@ -122,19 +122,18 @@ def search_C(
 ) -> CSearch:
     """Find the C whose probe is best on validation images, and fit it to all images (appendix A.3).
 
-    Every sixteenth point of ``GRID`` is tried first, then those 8, 4, 2 and 1 points beside the best one so far: at most 15
-    fits, each begun from the nearest one before it.
+    The search tries every sixteenth point of ``GRID``, then the points 8, 4, 2 and 1 steps beside the best one so far. These
+    are at most 15 fits, each started from the nearest earlier one.
 
     Args:
-        metric: of the validation images' (logits [N, K], labels [N]), the larger the better [the share of images whose class
-            is the best].
-        fit_all: whether the probe that is returned is fitted to the validation images too.
+        metric: takes the validation images' (logits [N, K], labels [N]); larger is better [top-1 accuracy].
+        fit_all: whether the returned probe is fitted to the validation images too.
         progress: is called with 1 after each fit.
-        block_metric: in place of ``metric``. It takes the logits block by block, [rows, K], and all labels, so that the
-            logits of all images are never held.
+        block_metric: replaces ``metric``. It takes the logits block by block, [rows, K], and all labels, so that the logits
+            of all images are never held.
 
     Raises:
-        ValueError: as of ``fit_linear_probe``, there are no validation images, or both metrics are given.
+        ValueError: see ``fit_linear_probe``; or there are no validation images, or both metrics are given.
     """
     if not len(val_labels_N):
         raise ValueError("the search over C needs at least one validation image")
@@ -202,10 +201,10 @@ def _search(
 
 
 def by_blocks(metric: Metric | None, block_metric: BlockMetric | None) -> BlockMetric:
-    """Return what scores logits block by block: one of two metrics, or top-1 without any.
+    """Return a function that scores logits block by block: from either metric, or top-1 without one.
 
     Raises:
-        ValueError: both are given.
+        ValueError: both metrics are given.
     """
     if metric is None:
         return block_metric or top1_of_blocks
@@ -216,12 +215,12 @@ def by_blocks(metric: Metric | None, block_metric: BlockMetric | None) -> BlockM
 
 
 def top1(logits_NK: Tensor, labels_N: Tensor) -> float:
-    """Return the share of images whose class has the largest logit; of equal ones the first counts."""
+    """Return the share of images whose class has the largest logit; the first class wins a tie."""
     return top1_of_blocks([logits_NK], labels_N)
 
 
 def top1_of_blocks(blocks: Iterable[Tensor], labels_N: Tensor) -> float:
-    """Return the same as ``top1`` of logits [rows, K] block by block."""
+    """Return ``top1``, given logits [rows, K] block by block."""
     hits = begun = 0
     for block_BK in blocks:
         labels_B = labels_N[begun : begun + len(block_BK)]
@@ -233,14 +232,14 @@ def top1_of_blocks(blocks: Iterable[Tensor], labels_N: Tensor) -> float:
 def split_validation(
     labels: Sequence[int] | Tensor, keys: Sequence[str], fraction: float = 0.1
 ) -> list[bool]:
-    """Say of each training image whether it is set aside for validation: the same ones always, some of each class.
+    """Return for each training image whether it is set aside for validation: always the same ones, some of each class.
 
-    Which ones is decided by a hash of their keys, so that neither their order nor a random generator matters. A class of two
-    images or more gives one at least, and keeps one.
+    A hash of the keys selects them, so neither their order nor a random generator matters. A class with two or more images
+    gives at least one, and keeps at least one.
 
     Args:
         labels: the classes of N images.
-        keys: their names.
+        keys: the names of the images.
 
     Returns:
         N flags.
@@ -256,7 +255,7 @@ def split_validation(
 
 
 def members_by_class(labels: Sequence[int] | Tensor, keys: Sequence[str]) -> dict[int, list[int]]:
-    """Return the numbers of the images of each class, in their order; raise ValueError unless each image has a key."""
+    """Return the indices of each class's images, in order; raise ValueError unless each image has a key."""
     numbers = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if len(numbers) != len(keys):
         raise ValueError(f"{len(numbers)} labels have {len(keys)} keys")
@@ -268,7 +267,7 @@ def members_by_class(labels: Sequence[int] | Tensor, keys: Sequence[str]) -> dic
 
 @dataclass(frozen=True)
 class _Solution:
-    """A fit in the rotated, unscaled coordinates, of the classes that have images: weight [K, R], bias [K]."""
+    """A fit in the rotated, unscaled coordinates, for the classes with images: weight [K, R], bias [K]."""
 
     C: float
     weight: Tensor
@@ -278,22 +277,22 @@ class _Solution:
 
 
 def _problem(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> _Problem:
-    """Return the problem that labels of one class, or of several, make."""
+    """Return the problem for labels with one class per image, or with several."""
     _check(features_ND, labels_N, num_classes)
     kind = _OneOfClasses if labels_N.dim() == 1 else _AnyOfClasses
     return kind(features_ND, labels_N, num_classes)
 
 
 class _Problem:
-    """The features in their principal directions, and what any C's fit needs.
+    """The features in their principal directions, and the values that the fit of any C needs.
 
     Attributes:
         present: the classes that are fitted.
-        bias_K: of all classes, before the fit: infinite, as the optimum is, of those that are not fitted.
-        labels: of the fitted classes.
-        prior_K: the bias of each fitted class where no feature counts.
+        bias_K: the initial bias of all classes; infinite, as in the optimum, for classes that are not fitted.
+        labels: the labels of the fitted classes.
+        prior_K: the bias of each fitted class without features.
         curvature: largest second derivative of the mean loss by a logit of a fitted class.
-        penalty_factor: of the squared weights, times 2 C.
+        penalty_factor: the factor of the squared weights, times 2 C.
     """
 
     present: Tensor
@@ -308,7 +307,7 @@ class _Problem:
         features_ND = features_ND.detach()
         self._mean_D = features_ND.mean(0, dtype=torch.float64)
         variances, directions = torch.linalg.eigh(self._covariance(features_ND))
-        # What is smaller is what rounding makes of nothing.
+        # Smaller values are rounding errors of zero.
         eps = torch.finfo(self._dtype).eps
         is_real = variances > variances.max() * max(len(variances) * eps**2, 1e-13)
         self._variance_R, self._directions_DR = variances[is_real], directions[:, is_real]
@@ -316,7 +315,7 @@ class _Problem:
         shift = (self._mean_D @ self._directions_DR).to(self._dtype)
         self._rotated_NR = torch.addmm(shift, features_ND, centred_to, beta=-1)
 
-        # The gradient where no feature counts, and each class has its share.
+        # The gradient without features, where each class has its prior share.
         zeros = self._variance_R.new_zeros(len(self.present), len(self._variance_R))
         _, self._steepness_KR, _ = self._cross_entropy(zeros, self.prior_K)
 
@@ -328,9 +327,9 @@ class _Problem:
         return total / len(features_ND)
 
     def solve(self, C: float, tolerance: float, start: _Solution | None = None) -> _Solution:
-        """Minimise the mean objective; begin from another solution of this problem where one is given."""
+        """Minimise the mean objective, starting from another solution of this problem if one is given."""
         if not C > 0:
-            raise ValueError(f"C is {C}, and has to be positive")
+            raise ValueError(f"C is {C}, and must be positive")
         num_classes, num_rows = len(self.present), len(self.labels)
         zeros = self._variance_R.new_zeros(num_classes, len(self._variance_R))
         if not self.curvature:
@@ -345,7 +344,7 @@ class _Problem:
         weight_KR = (begun[0] / scale_R).requires_grad_()
         bias_K = (begun[1] / bias_scale).requires_grad_()
 
-        # Many classes or a strong penalty make all gradients small, those without weights too.
+        # Many classes or a strong penalty make all gradients small, including the one without weights.
         steepness_KR = (self._steepness_KR * scale_R).abs()
         steepest = steepness_KR.max().item() if steepness_KR.numel() else 0.0
         limit = min(tolerance, _STEEPNESS * steepest) or tolerance
@@ -354,7 +353,7 @@ class _Problem:
             max_iter=_MAX_ITERATIONS,
             max_eval=2 * _MAX_ITERATIONS,
             tolerance_grad=limit,
-            # The objective's excess is about the square of the gradient.
+            # The objective's excess over the optimum is about the square of the gradient.
             tolerance_change=10 * limit**2,
             history_size=10,
             line_search_fn="strong_wolfe",
@@ -417,13 +416,13 @@ class _OneOfClasses(_Problem):
     def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
         labels_N = labels_N.to(features_ND.device, torch.long)
         number = int(labels_N.max()) + 1 if num_classes is None else num_classes
-        # A class without images has its optimum at a bias of minus infinity.
+        # For a class without images, the optimum is a bias of minus infinity.
         self.bias_K = torch.full((number,), -torch.inf)
         self.present, self.labels = labels_N.unique(return_inverse=True)
         self.prior_K = (self.labels.bincount().double() / len(labels_N)).log()
         num_present = len(self.present)
         self.curvature = (1 - 1 / num_present) / num_present
-        # scikit-learn's one row for two classes is the difference of two rows here, whose squares are half of its square.
+        # For two classes, scikit-learn's single row is the difference of the two rows, whose squares sum to half its square.
         self.penalty_factor = 2.0 if num_present == 2 else 1.0
         super().__init__(features_ND)
 
@@ -441,7 +440,7 @@ class _AnyOfClasses(_Problem):
     def __init__(self, features_ND: Tensor, labels_NK: Tensor, _: int | None) -> None:
         labels_NK = labels_NK.to(features_ND.device, features_ND.dtype)
         share_K = labels_NK.mean(0, dtype=torch.float64)
-        # A class that all images have, or none has, has its optimum at an infinite bias.
+        # For a class that all images have, or none has, the optimum is an infinite bias.
         self.bias_K = (share_K == 1).double().logit()
         self.present = ((share_K > 0) & (share_K < 1)).nonzero().flatten()
         self.labels = labels_NK[:, self.present]
@@ -451,13 +450,13 @@ class _AnyOfClasses(_Problem):
         super().__init__(features_ND)
 
     def _loss_and_residual(self, logits_BK: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # log(1 + exp(z)) - y z, without an overflow.
+        # log(1 + exp(z)) - y z, without overflow.
         losses = F.binary_cross_entropy_with_logits(logits_BK, labels, reduction="none")
         return losses.sum(dtype=torch.float64), logits_BK.sigmoid().sub_(labels)
 
 
 def _check(features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
-    """Raise ValueError unless there are features with labels that fit."""
+    """Raise ValueError unless there are features with matching labels."""
     if not isinstance(features_ND, Tensor) or not isinstance(labels_N, Tensor):
         kinds = f"{type(features_ND).__name__} and {type(labels_N).__name__}"
         raise ValueError(f"features and labels are tensors, not {kinds}; use torch.as_tensor()")

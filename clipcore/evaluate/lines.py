@@ -1,4 +1,4 @@
-"""Results as lines of a terminal."""
+"""Formats results as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def line_of(result: Result) -> str:
 
 
 def _parts(result: Result) -> list[str]:
-    """Return what the line says, the main metric first."""
+    """Return the parts of the line, the main metric first."""
     details = result.details
     if result.task == PROMPTS:
         return [
@@ -45,10 +45,10 @@ def _parts(result: Result) -> list[str]:
         ]
     if result.task == FEW_SHOT:
         shots = [f"{name.removesuffix('shot')}: {percent(v)}" for name, v in result.metrics.items()]
-        parts = [f"{details['metric']} by images a class {', '.join(shots)}"]
+        parts = [f"{details['metric']} by images per class {', '.join(shots)}"]
         if details["labels_per_class"]:
             parts.append(
-                f"zero-shot {percent(details['zero_shot'])} equals {details['labels_per_class']['text']} images a class"
+                f"zero-shot {percent(details['zero_shot'])} equals {details['labels_per_class']['text']} images per class"
             )
         return parts
 
@@ -83,7 +83,7 @@ def _parts(result: Result) -> list[str]:
 
 
 def _overlap_parts(result: Result) -> list[str]:
-    """Return what overlapping images do to the score, and from which cosine on they overlap."""
+    """Return the effect of overlapping images on the score, and the cosine from which images overlap."""
     details, gain = result.details, result.metrics.get("gain")
     parts = [f"from cosine {details['threshold']:.4f} on ({details['threshold_from']})"]
     if gain is not None:

@@ -1,4 +1,4 @@
-"""Models as a command line names them: runs, or files of weights, with their preprocessing and their vocabularies."""
+"""Loads the models that a command line names: runs or files of weights, with preprocessing and vocabularies."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipcore.towers.model import CLIP, create_model_from_pretrained
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and what belongs to it.
+    """A model in evaluation mode, with its preprocessing and vocabulary.
 
     Attributes:
         name: the architecture, such as "ViT-B-32".
-        pretrained: the weights, as they were asked for.
-        templates: prompts that suit it where a data set has none.
+        pretrained: the weights, as the user named them.
+        templates: prompts for data sets that have none.
     """
 
     name: str
@@ -47,11 +47,11 @@ def load_model(
         bpe_path: the vocabulary of ``pretrained`` [OpenAI's].
 
     Raises:
-        ValueError, OSError: what was asked for does not fit together, or cannot be read.
+        ValueError, OSError: the arguments contradict each other, or a file cannot be read.
     """
     run = checkpoint
     if pretrained and is_run(Path(pretrained)):
-        # Its own record says what it is, and its vocabulary lies beside it.
+        # The run's record describes the model, and its vocabulary lies beside it.
         is_asked = name is None and bpe_path is None
         run = pretrained if is_asked else None
     if run is not None and (name is not None or bpe_path is not None):

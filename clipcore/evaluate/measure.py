@@ -1,4 +1,4 @@
-"""The evaluations of one model on one labelled data set: zero-shot, prompt gains, linear probe and few-shot.
+"""Evaluates one model on one labelled data set: zero-shot, prompt gains, linear probe and few-shot.
 
 Legend: N images, C classes, K best classes, W width of the features, E embedding size.
 
@@ -59,20 +59,20 @@ from clipcore.evaluate.zero_shot import accuracies, best_classes, build_zero_sho
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
 _NUM_BEST = 5
-# Of the paper's search, with the one to all images.
+# Fits of the paper's search, including the final one to all images.
 _MOST_FITS = 16
 _BARE, _PHOTO = ("{}",), ("A photo of a {}.",)
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How probes are fitted.
+    """The settings for fitting probes.
 
     Attributes:
-        C: of all fits [found on validation images].
-        val_fraction: share of the training images that are set aside where a data set has no validation split.
-        normalize: whether features are scaled to unit length.
-        after_projection: whether the features are those that texts are compared with.
+        C: C of all fits [found on validation images].
+        val_fraction: share of the training images to set aside if a data set has no validation split.
+        normalize: whether to scale features to unit length.
+        after_projection: whether to use the features after the projection.
     """
 
     C: float | None = None
@@ -82,14 +82,14 @@ class ProbeOptions:
 
 
 class Unsuitable(DataError):
-    """A data set on which something cannot be measured, though nothing is wrong with it."""
+    """A data set without the inputs for a measurement; the data set itself is valid."""
 
 
 @contextmanager
 def progress_bar(
     title: str, unit: str, total: int | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar, where standard error is a terminal; what it yields takes numbers of what is done."""
+    """Show a progress bar if standard error is a terminal; yield a function that takes the steps done."""
     with tqdm(total=total, desc=title, unit=unit, disable=None, leave=False) as shown:
 
         def progress(number: int) -> None:
@@ -99,11 +99,11 @@ def progress_bar(
 
 
 class Subject:
-    """A model under evaluation, which is loaded once, with the features that it has computed.
+    """A model under evaluation, loaded once, with the features that it has computed.
 
     Args:
-        loaded: the model; None where features come from files.
-        store: of its features.
+        loaded: the model; None if features come from files.
+        store: the store of its features.
 
     Attributes:
         training: the training images that data sets were compared with, and their descriptors.
@@ -127,7 +127,7 @@ class Subject:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """A hash by which the model is known whatever its name; empty where features come from files."""
+        """A hash that identifies the model under any name; empty if features come from files."""
         if self.loaded is None:
             return ""
         store = self.store
@@ -135,7 +135,7 @@ class Subject:
         return hash_of_model(self.loaded, tower_hash)
 
     def model_for(self, what: str) -> LoadedModel:
-        """Return the model; raise DataError where there is none."""
+        """Return the model; raise DataError if there is none."""
         if self.loaded is None:
             raise DataError(f"{what} need a model: give --checkpoint or --pretrained")
         return self.loaded
@@ -147,7 +147,7 @@ class Subject:
         metrics: dict[str, float | None],
         details: dict[str, Any],
     ) -> Result:
-        """Return what was found on a data set; features of a file are no model's."""
+        """Return the result on a data set; features from a file belong to no model."""
         if self.loaded is None or dataset.split("test").source is None:
             return Result(dataset.name, "features", "file", task, metrics, details)
         name, pretrained = self.loaded.name, self.loaded.pretrained
@@ -159,7 +159,7 @@ class Subject:
         return Result(dataset.name, name, pretrained, task, metrics, details)
 
     def features(self, dataset: EvaluationSet, split: str) -> SplitFeatures:
-        """Return the features of a split; raise DataError where there is none, or it cannot be read."""
+        """Return the features of a split; raise DataError if it does not exist or cannot be read."""
         if (dataset.name, split) not in self._features:
             opened = dataset.split(split)
             found = self.store.features(opened) if self.store else features_of_file(opened)
@@ -198,7 +198,7 @@ def measure_zero_shot(
     """Classify the test images of a data set by the names of its classes.
 
     Args:
-        templates: prompts with {} where the name goes [the data set's own, else OpenAI's seven of ImageNet].
+        templates: prompts with {} for the name [the data set's own, else OpenAI's seven for ImageNet].
 
     Raises:
         DataError: the set has no labels or no test split, or its images cannot be read.
@@ -227,22 +227,21 @@ def measure_zero_shot(
 
 
 def templates_of(dataset: EvaluationSet, templates: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the prompts that are asked for, the data set's own, or OpenAI's seven of ImageNet."""
+    """Return the requested prompts, else the data set's own, else OpenAI's seven for ImageNet."""
     return tuple(templates) or dataset.templates or SIMPLE_IMAGENET_TEMPLATES
 
 
 def zero_shot_metrics(
     subject: Subject, dataset: EvaluationSet, features: SplitFeatures, classifier_EC: Tensor
 ) -> dict[str, float | None]:
-    """Return the metrics of a classifier of names, CLIP_benchmark's among them.
+    """Return the metrics of a zero-shot classifier, including CLIP_benchmark's.
 
-    Memory does not grow with the number of images times that of classes, but of a multi-label set, whose images are
-    ranked for each class.
+    Memory does not grow with images times classes, except for a multi-label set, whose images are ranked for each class.
     """
     assert subject.loaded is not None
     scale = subject.loaded.model.logit_scale.detach().exp()
     if dataset.task == "multilabel":
-        # Probabilities, as raw cosines of different classes' names are not comparable.
+        # Probabilities, because raw cosines of different classes' names are not comparable.
         logits = ((scale * block @ classifier_EC).float() for block in features.blocks())
         scores_NC = torch.cat([block.softmax(1).cpu() for block in logits])
         return _multilabel_metrics(scores_NC, features.labels_N)
@@ -256,19 +255,19 @@ def zero_shot_metrics(
 
 
 def predict(features: SplitFeatures, classifier_EC: Tensor) -> Tensor:
-    """Return the best classes of each image, int64 [N, K], the best first."""
+    """Return the best classes of each image, int64 [N, K], best first."""
     num_best = min(_NUM_BEST, classifier_EC.shape[1])
     blocks = features.blocks()
     return torch.cat([best_classes(block, classifier_EC, num_best).cpu() for block in blocks])
 
 
 def measure_prompts(subject: Subject, dataset: EvaluationSet) -> Result:
-    """Compare prompts on the same images: bare names, "A photo of a", the data set's own, and all eighty of ImageNet.
+    """Compare prompts on the same images: bare names, "A photo of a", the data set's own, and all eighty for ImageNet.
 
     Source: section 3.1.4 of the paper.
 
     Raises:
-        DataError: as of ``measure_zero_shot``.
+        DataError: see ``measure_zero_shot``.
     """
     check_task(dataset, ("classification", "multilabel"))
     variants: list[tuple[str, str, tuple[str, ...]]] = [
@@ -318,7 +317,7 @@ def measure_linear_probe(
 ) -> Result:
     """Fit a linear classifier to the training images' features, and score it on the test images.
 
-    Source: section 3.2 and appendix A.3 of the paper: C is found on validation images, and the classifier that counts is
+    Source: section 3.2 and appendix A.3 of the paper: C is found on validation images, and the final classifier is
     fitted to training and validation images together.
 
     Args:
@@ -349,7 +348,7 @@ def measure_linear_probe(
             validation = "own split"
             if val is None:
                 validation = f"{options.val_fraction:.0%} of train"
-                # Of several labels none tells the images apart.
+                # With several labels per image, no label defines the strata of images.
                 kinds = y if y.dim() == 1 else y.new_zeros(len(y))
                 flags = split_validation(kinds, train.keys, options.val_fraction)
                 is_val = torch.tensor(flags, device=X.device)
@@ -400,7 +399,7 @@ def measure_linear_probe(
 
 
 def _edge_notes(trace: Sequence[tuple[float, float]], C: float) -> list[str]:
-    """Return what is to be said of a C at an end of the range that was searched: the smallest of equals is taken."""
+    """Return a note on a C at an end of the searched range; in a tie the smallest C is used."""
     if not trace or C not in (GRID[0], GRID[-1]):
         return []
     scores = {score for _, score in trace}
@@ -430,17 +429,17 @@ def measure_few_shot(
     full: Result | None = None,
     templates: Sequence[str] = (),
 ) -> Result:
-    """Fit probes to a few training images a class, and say how many match the zero-shot classifier.
+    """Fit probes to a few training images per class, and find how many match the zero-shot classifier.
 
     Source: section 3.1.5 and figures 6 and 7 of the paper.
 
     Args:
-        shots: images a class [those of 1, 2, 4, 8 and 16 that half of the classes have]; a class with fewer gives all.
+        shots: images per class [those of 1, 2, 4, 8 and 16 that half of the classes have]; a class with fewer gives all.
         full: the probe of all training images, if it has been measured.
-        templates: of the zero-shot classifier: see ``measure_zero_shot``.
+        templates: prompts of the zero-shot classifier: see ``measure_zero_shot``.
 
     Raises:
-        DataError: as of ``measure_linear_probe``, or no class has enough images.
+        DataError: see ``measure_linear_probe``; or no class has enough images.
     """
     check_task(dataset, ("classification",), "a few-shot probe")
     train, test = subject.features(dataset, "train"), subject.features(dataset, "test")
@@ -448,7 +447,7 @@ def measure_few_shot(
     labels_N, seconds = train.labels_N, _Seconds()
     count_C = torch.bincount(labels_N)
     count_C = count_C[count_C > 0]
-    # Beside those that are fitted, some have to be left to choose C by.
+    # Besides the fitted images, some must remain for choosing C.
     num_spare = 0 if options.C is not None else 1
     tried = tuple(shots) if shots is not None else _usual_shots(count_C, num_spare)
     if not tried or max(tried) + num_spare > int(count_C.max()):
@@ -491,7 +490,7 @@ def measure_few_shot(
 
 
 def _is_of(probe: Result, parts: Sequence[SplitFeatures], options: ProbeOptions) -> bool:
-    """Return whether a probe was fitted to and tested on these features, as the options say."""
+    """Return whether a probe was fitted to and tested on these features with these options."""
     keys = probe.details.get("feature_keys")
     return (
         isinstance(keys, dict)
@@ -502,13 +501,13 @@ def _is_of(probe: Result, parts: Sequence[SplitFeatures], options: ProbeOptions)
 
 
 def _usual_shots(count_C: Tensor, num_spare: int) -> tuple[int, ...]:
-    """Return those of the paper's numbers of images that half of the classes have, beside those to choose C by."""
+    """Return the paper's numbers of images that half of the classes have, besides the images for choosing C."""
     typical = int(count_C.median()) - num_spare
     return tuple(k for k in SHOTS if k <= typical)
 
 
 def _few_notes(count_C: Tensor, tried: Sequence[int]) -> list[str]:
-    """Return what is to be said of classes with fewer images than asked for."""
+    """Return a note on classes with fewer images than requested."""
     number = int((count_C < max(tried)).sum())
     if not number:
         return []
@@ -520,7 +519,7 @@ def _few_notes(count_C: Tensor, tried: Sequence[int]) -> list[str]:
 def _curve_details(
     curve: FewShotCurve, zero_shot: float | None, full: Result | None
 ) -> dict[str, Any]:
-    """Return a curve as JSON, and where it passes the zero-shot score; the full probe is its last point."""
+    """Return a curve as JSON, and where it crosses the zero-shot score; the full probe is its last point."""
     points: list[tuple[float, float]] = list(zip(curve.shots, curve.means, strict=True))
     full_value = None if full is None else full.value
     mean_labels = None if full is None else full.details.get("mean_labels_per_class")
@@ -544,7 +543,7 @@ def _curve_details(
 def check_task(
     dataset: EvaluationSet, tasks: Sequence[str], what: str = "zero-shot classification"
 ) -> None:
-    """Raise DataError for a data set on which something cannot be measured."""
+    """Raise DataError for a data set that lacks the inputs of a measurement."""
     if dataset.task != "retrieval" and not dataset.classnames:
         raise Unsuitable(
             f"{what} needs classes, and {dataset.name} has none: add a column of labels, or use bias"
@@ -559,14 +558,14 @@ def check_task(
 
 
 def _check_apart(dataset: EvaluationSet, parts: Sequence[SplitFeatures]) -> None:
-    """Raise DataError where two splits are the same images, such as by a link from one to the other."""
+    """Raise DataError if two splits hold the same images, for example through a link."""
     seen: dict[str, str] = {}
     for part in parts:
         fingerprint = part.split.fingerprint()
         if fingerprint in seen:
             raise DataError(
                 f"{seen[fingerprint]} and {part.split.name} of {dataset.name} hold the same images, and a probe would be "
-                "tested on what it was fitted to; take one of them away"
+                "tested on its training images; remove one of them"
             )
         seen[fingerprint] = part.split.name
 
@@ -580,7 +579,7 @@ def _probe_features(features: SplitFeatures, options: ProbeOptions) -> Tensor:
 
 
 def _probe_metric(dataset: EvaluationSet) -> BlockMetric:
-    """Return the data set's main metric, as a search over C reads it; its memory is that of ``_probe_metrics``."""
+    """Return the data set's main metric as a block metric for ``search_C``; see ``_probe_metrics`` for its memory."""
 
     def score(logits: Iterable[Tensor], labels_N: Tensor) -> float:
         value = _probe_metrics(logits, labels_N, dataset)[dataset.main_metric]
@@ -592,7 +591,7 @@ def _probe_metric(dataset: EvaluationSet) -> BlockMetric:
 
 
 def _without_metric(dataset: EvaluationSet) -> Unsuitable:
-    """Return the error about images that a data set's main metric says nothing of."""
+    """Return the error about images for which a data set's main metric is undefined."""
     return Unsuitable(
         f"{dataset.main_metric} of {dataset.name} needs images of both classes in each split, and five classes or more for "
         "a top-5"
@@ -604,8 +603,8 @@ def _probe_metrics(
 ) -> dict[str, float | None]:
     """Return the metrics of a probe, given its logits [rows, C] block by block.
 
-    Accuracies are counts, for which a block and two flags an image are held. Two scores an image are held for the ROC AUC of
-    two classes, and all scores [N, C] for the mean average precisions of several labels: they rank all images of a class.
+    Accuracies are counts, which need a block and two flags per image. The ROC AUC of two classes needs two scores per image.
+    The mean average precision of several labels needs all scores [N, C], because it ranks all images of a class.
     """
     if dataset.task == "multilabel":
         return _multilabel_metrics(torch.cat([block.cpu() for block in logits]), labels_N.cpu())
@@ -629,7 +628,7 @@ def _probe_metrics(
 def _named_metrics(
     labels_N: Tensor, is_best_N: Tensor, is_among_5_N: Tensor, dataset: EvaluationSet
 ) -> dict[str, float | None]:
-    """Return accuracies under CLIP_benchmark's names; of fewer than five classes none within five."""
+    """Return accuracies under CLIP_benchmark's names; without top-5 for fewer than five classes."""
     found = accuracies(labels_N, is_best_N, is_among_5_N)
     acc1, acc5 = found["acc1"], found["acc5"]
     metrics: dict[str, float | None] = {
@@ -643,7 +642,7 @@ def _named_metrics(
 
 
 def _two_class_auc(logits_N2: Tensor, labels_N: Tensor) -> float | None:
-    """Return the area under the ROC curve; None where the images are all of one class."""
+    """Return the area under the ROC curve; None if all images are of one class."""
     if len(torch.unique(labels_N)) < 2:
         return None
     return roc_auc(logits_N2[:, 1] - logits_N2[:, 0], labels_N)
@@ -659,13 +658,13 @@ def _multilabel_metrics(scores_NC: Tensor, labels_NC: Tensor) -> dict[str, float
 def _interval(
     metrics: dict[str, float | None], main_metric: str, num_images: int
 ) -> list[float] | None:
-    """Return the 95% interval of an accuracy, after Wilson; None of another metric."""
+    """Return the 95% interval of an accuracy, after Wilson; None for another metric."""
     value = metrics["acc1"] if main_metric == "acc1" else None
     return None if value is None else list(wilson_interval(round(value * num_images), num_images))
 
 
 class _Seconds(dict[str, float]):
-    """How long the stages of an evaluation took."""
+    """The times of an evaluation's stages."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -677,7 +676,7 @@ class _Seconds(dict[str, float]):
 def details_of(
     dataset: EvaluationSet, parts: Sequence[SplitFeatures], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return what every result says of its images; one of ``parts`` is of the test split."""
+    """Return the details that every result has about its images; one of ``parts`` is the test split."""
     test = next(part for part in parts if part.split.name == "test")
     return {
         "num_images": len(test),

@@ -1,9 +1,9 @@
-"""What evaluations report: metrics by data set, and how certain they are.
+"""The metrics of evaluations, and their confidence intervals.
 
 Legend: N images, C classes.
 
 Sources: the metrics of Radford et al. 2021, table 9; VOC2007's mean of precisions at eleven recalls (Everingham et al.
-2010); the intervals of Wilson (1927) for shares and of Clopper and Pearson (1934) where few images have to be enough.
+2010); the intervals of Wilson (1927) for shares, and of Clopper and Pearson (1934) for few images.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 def chance_of(metric: str, num_classes: int) -> float | None:
-    """Return what guessing scores; None of a metric whose chance depends on the images.
+    """Return the chance level of a metric; None if it depends on the images.
 
     Args:
-        metric: by the name of a zero-shot result.
+        metric: its name in a zero-shot result.
     """
     if metric == "roc_auc":
         return 0.5
@@ -34,9 +34,9 @@ def chance_of(metric: str, num_classes: int) -> float | None:
 
 
 def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int) -> float | None:
-    """Return the share of images whose class is among the k best; None where there are fewer than k classes.
+    """Return the share of images whose class is among the k best; None for fewer than k classes.
 
-    Of equal scores the lower class is the better one.
+    The lower class index wins a tie.
 
     Raises:
         ValueError: a score is not a number.
@@ -52,7 +52,7 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int) -> float | None:
 
 
 def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor) -> float:
-    """Return the mean, over the classes that occur, of the share of their images that are predicted as theirs."""
+    """Return the mean recall over the classes that occur."""
     num_classes = int(torch.stack([predicted_N, labels_N]).max()) + 1
     count_C = torch.bincount(labels_N, minlength=num_classes)
     right_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=num_classes)
@@ -63,7 +63,7 @@ def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor) -> float:
 def roc_auc(scores_N: Tensor, is_positive_N: Tensor) -> float:
     """Return the share of pairs of a positive and a negative image in which the positive has the higher score.
 
-    Equal scores count one half.
+    Equal scores count as one half.
 
     Raises:
         ValueError: one of the two kinds is missing.
@@ -82,9 +82,9 @@ def roc_auc(scores_N: Tensor, is_positive_N: Tensor) -> float:
 
 
 def average_precision(scores_N: Tensor, is_positive_N: Tensor) -> float:
-    """Return the area under the curve of precision over recall, in steps: the mean precision at the positive images.
+    """Return the area under the step curve of precision over recall: the mean precision at the positive images.
 
-    Images of equal scores come together, as in scikit-learn.
+    Images with equal scores are counted together, as in scikit-learn.
     """
     precision, recall = _precision_and_recall(scores_N, is_positive_N)
     gained = recall.diff(prepend=recall.new_zeros(1))
@@ -92,9 +92,9 @@ def average_precision(scores_N: Tensor, is_positive_N: Tensor) -> float:
 
 
 def average_precision_11(scores_N: Tensor, is_positive_N: Tensor) -> float:
-    """Return the mean of the best precisions at recalls of at least 0, 0.1, ..., 1, as of VOC2007."""
+    """Return the mean of the best precisions at recalls of at least 0, 0.1, ..., 1, as in VOC2007."""
     precision, recall = _precision_and_recall(scores_N, is_positive_N)
-    # A recall of 3 in 10 has to reach 0.3, whatever rounding makes of either.
+    # A recall of 3 in 10 must reach 0.3, whatever the rounding of either.
     reached = [precision[recall >= tenth / 10 - 1e-9] for tenth in range(11)]
     return sum(part.max().item() for part in reached) / 11
 
@@ -108,7 +108,7 @@ def mean_over_classes(
     """Return the mean of a metric of scores and positives over the classes that have a positive image.
 
     Args:
-        is_counted_NC: leaves images out of a class, such as VOC's difficult objects [none].
+        is_counted_NC: False excludes an image from a class, such as VOC's difficult objects [all count].
 
     Raises:
         ValueError: no class has a positive image.
@@ -125,7 +125,7 @@ def mean_over_classes(
 
 
 def _precision_and_recall(scores_N: Tensor, is_positive_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both at each different score, from the highest down."""
+    """Return precision and recall at each distinct score, from the highest down."""
     scores_N, order = scores_N.sort(descending=True, stable=True)
     is_positive_N = is_positive_N.bool()[order]
     if not is_positive_N.any():
@@ -138,7 +138,7 @@ def _precision_and_recall(scores_N: Tensor, is_positive_N: Tensor) -> tuple[Tens
 
 
 def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of shares that fit so many hits, after Wilson."""
+    """Return the confidence interval of a share from its hits, after Wilson."""
     _check_counts(hits, trials)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, spread = hits / trials, z * z / trials
@@ -151,7 +151,7 @@ def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[f
 def clopper_pearson_interval(
     hits: int, trials: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return the interval of shares that fit so many hits, which is never too narrow, after Clopper and Pearson."""
+    """Return the exact (never too narrow) confidence interval of a share from its hits, after Clopper and Pearson."""
     _check_counts(hits, trials)
     outside = (1 - confidence) / 2
     low = _share_where(lambda share: binomial_tail(hits, trials, share) > outside) if hits else 0.0
@@ -162,7 +162,7 @@ def clopper_pearson_interval(
 
 
 def binomial_tail(hits: int, trials: int, share: float) -> float:
-    """Return how probable at least so many hits are, where each trial hits with a probability of ``share``."""
+    """Return the probability of at least this many hits, if each trial hits with a probability of ``share``."""
     _check_counts(hits, trials)
     if not 0 <= share <= 1:
         raise ValueError(f"a probability is from 0 to 1, not {share:g}")
@@ -170,7 +170,7 @@ def binomial_tail(hits: int, trials: int, share: float) -> float:
         return 1.0
     if share == 0:
         return 0.0
-    # Logarithms, whose factorials do not overflow; the smaller tail is summed.
+    # In logarithms, so that factorials do not overflow; the smaller tail is summed.
     is_upper = hits > trials * share
     k = torch.arange(hits, trials + 1) if is_upper else torch.arange(hits)
     k = k.double()
@@ -180,7 +180,7 @@ def binomial_tail(hits: int, trials: int, share: float) -> float:
 
 
 def _share_where(holds: Callable[[float], bool]) -> float:
-    """Return the smallest share from which on something holds, by halving."""
+    """Return the smallest share at which a condition holds, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -34,7 +34,7 @@ class Law(NamedTuple):
 def scaling_chart(
     points: Sequence[Point], law: Law | None, others: Law | None, unit: str, metric: str
 ) -> Plot:
-    """Draw errors over compute, both as logarithms (figure 9); the dashed law of all but the largest ends at a diamond."""
+    """Draw errors over compute, logarithmically (figure 9); the dashed law without the largest model ends at a diamond."""
     axes = new_axes(270, left=60)
     xs, errors = [point.x for point in points], [point.y for point in points]
     largest = max(xs)
@@ -69,7 +69,7 @@ def scaling_chart(
 def shift_chart(
     points: Sequence[ShiftPoint], baseline: tuple[float, float] | None, first: str, second: str
 ) -> Plot:
-    """Draw accuracies under a shift over those without it, as logits (figure 13); arrows are the effective robustness."""
+    """Draw accuracies with a shift over those without, as logits (figure 13); arrows show the effective robustness."""
     axes = new_axes(340, left=60)
     xs, ys = [logit(p.in_accuracy) for p in points], [logit(p.out_accuracy) for p in points]
     ends = [
@@ -82,14 +82,14 @@ def shift_chart(
         line = [baseline[0] * x + baseline[1] for x in (x_low, x_high)]
         axes.plot([x_low, x_high], line, color=INK, linewidth=1)
 
-    # What the line is fitted to lies behind.
+    # The models of the baseline are drawn behind the others.
     for point, x, y, end in sorted(
         zip(points, xs, ys, ends, strict=True), key=lambda p: p[0].kind != "baseline"
     ):
         if point.kind == "baseline":
             axes.plot(x, y, marker="o", markersize=3.5, color=MUTED, linestyle="")
             continue
-        # A shorter arrow would be all head.
+        # A shorter arrow would consist only of its head.
         if abs(y - end) > 0.03 * (y_high - y_low):
             arrow = {"arrowstyle": "->", "color": model_colour(point.model), "linewidth": 0.9}
             axes.annotate("", (x, y), (x, end), arrowprops=arrow)
@@ -111,18 +111,18 @@ def shift_chart(
 
 
 def _shift_limits(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, bool]:
-    """Return the limits of the upright axis of a shift, and whether the line of equal accuracies is within them."""
+    """Return the limits of a shift plot's vertical axis, and whether the line of equal accuracies is within them."""
     low, high = padded(min(ys), max(ys), least=0.4)
     whole_low, whole_high = padded(min(*ys, *xs), max(*ys, *xs), least=0.4)
-    # A shift that costs much puts that line far away. The plot is about the points: it has the line where they keep a third
-    # of the height, as in the paper's figure, and not where they would lie in a corner.
+    # If a shift costs much accuracy, that line is far from the points. The plot includes it only if the points then keep a
+    # third of the height, as in the paper's figure.
     if whole_high - whole_low <= 3 * (high - low):
         return whole_low, whole_high, True
     return low, high, high > min(xs) and low < max(xs)
 
 
 def _shift_counts(points: Sequence[ShiftPoint], baseline: tuple[float, float] | None) -> str:
-    """Return in words how many models a plot of a shift shows, and how many points lie above the baseline."""
+    """Return in words the number of models in a shift plot, and of points above the baseline."""
     judged = [point for point in points if point.kind != "baseline"]
     num_baseline = len(points) - len(judged)
     parts = [models_text(len({point.model for point in judged}))] if judged else []
@@ -140,7 +140,7 @@ def _error(law: Law, compute: float) -> float:
 
 
 def _expected(point: ShiftPoint, baseline: tuple[float, float]) -> float:
-    """Return the accuracy under the shift of a model on the baseline."""
+    """Return the accuracy under the shift for a model on the baseline."""
     odds = baseline[0] * logit(point.in_accuracy) + baseline[1]
-    # Beyond, the exponential would overflow.
+    # Beyond this limit the exponential would overflow.
     return 1 / (1 + math.exp(-min(max(odds, -700.0), 700.0)))

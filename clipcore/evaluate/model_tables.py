@@ -1,4 +1,4 @@
-"""Tables of models that a user gives a study: accuracies of baseline models, or the compute of models."""
+"""Reads a user's tables of models for a study: accuracies of baseline models, or the compute of models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipcore.evaluate.scores import Model, listed
 from clipcore.files import not_utf8, read_regular
 from clipcore.towers.architectures import OPENAI_NAMES, is_finite_number, shortened
 
-# No table of models has more.
+# More rows than any table of models has.
 _MAX_BYTES, _MAX_ROWS = 1 << 20, 10_000
 _COMPUTE_COLUMNS = ("gmacs", "compute")
 
@@ -33,7 +33,7 @@ class Row:
     cells: Mapping[str, str]
 
     def number(self, column: str) -> float | None:
-        """Return a number; None of an empty cell; raise DataError where it is none, or not finite."""
+        """Return a cell's number, None for an empty cell; raise DataError if it is not a finite number."""
         cell = self.cells[column].strip()
         if not cell:
             return None
@@ -42,7 +42,9 @@ class Row:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise DataError(f"{self.where}: {column} is {shortened(cell)}, no number; mend it")
+            raise DataError(
+                f"{self.where}: {column} is {shortened(cell)}, not a number; correct it"
+            )
         return value
 
 
@@ -50,7 +52,7 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
     """Return the columns of a csv table and its rows.
 
     Raises:
-        DataError: it cannot be read, has no column ``model``, two columns of one name, or a row of another length.
+        DataError: it cannot be read, has no column ``model``, two equal column names, or a row of another length.
     """
     content = _read(path)
     try:
@@ -65,7 +67,7 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
             where = f"{path}, line {reader.line_num}"
             if cells and len(cells) != len(columns):
                 raise DataError(
-                    f"{where}: {len(cells)} fields under {len(columns)} columns; mend it"
+                    f"{where}: {len(cells)} fields under {len(columns)} columns; correct it"
                 )
             if cells:
                 rows.append(Row(where, dict(zip(columns, cells, strict=True))))
@@ -74,26 +76,26 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
                     f"{path} has more than {_MAX_ROWS:,} rows, which no table of models has"
                 )
     except csv.Error as error:
-        raise DataError(f"{path} is no csv table: {error}; mend it") from None
+        raise DataError(f"{path} is not a csv table: {error}; correct it") from None
     except UnicodeDecodeError as error:
         raise DataError(not_utf8(str(path), error)) from None
     return columns, rows
 
 
 def read_compute(path: Path) -> dict[Model, float]:
-    """Return the compute of models in a csv table or a JSON object; ``pretrained`` is empty where it is of all weights.
+    """Return the compute of models in a csv table or a JSON object; an empty ``pretrained`` stands for all weights.
 
-    A table has the columns ``model`` and ``gmacs`` (or ``compute``), and may have ``pretrained`` and ``samples``, the images
-    of the training, with which the GMACs are multiplied. An object has numbers by model.
+    A table has the columns ``model`` and ``gmacs`` (or ``compute``), and may have ``pretrained`` and ``samples``, the number
+    of training images, by which the GMACs are multiplied. An object has numbers by model.
 
     Raises:
-        DataError: it cannot be read, or has no positive number for a model, or two.
+        DataError: it cannot be read, or has no positive number for a model, or two numbers.
     """
     pairs = _json_pairs(path) if path.suffix.lower() == ".json" else _csv_pairs(path)
     found: dict[Model, float] = {}
     for where, model, compute in pairs:
         if compute is None or not 0 < compute < math.inf:
-            raise DataError(f"{where}: the compute of {model} is no positive number; mend it")
+            raise DataError(f"{where}: the compute of {model} is not a positive number; correct it")
         if model in found:
             raise DataError(
                 f"{where}: {model} is there twice; remove one, or tell them by pretrained"
@@ -103,7 +105,7 @@ def read_compute(path: Path) -> dict[Model, float]:
 
 
 def compute_of(table: Mapping[Model, float], model: Model) -> float | None:
-    """Return the compute of a model of its own weights, or else of its architecture; None of one that is not there."""
+    """Return the compute of a model by its weights, else by its architecture; None for an unknown one."""
     name = _spelled(model.model)
     return table.get(Model(name, model.pretrained), table.get(Model(name, "")))
 
@@ -127,9 +129,9 @@ def _json_pairs(path: Path) -> list[tuple[str, Model, float | None]]:
     try:
         record: Any = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}; mend it") from None
+        raise DataError(f"{path} is not JSON: {error}; correct it") from None
     if not isinstance(record, dict):
-        raise DataError(f'{path} is no object of numbers by model, such as {{"ViT-B-32": 4.4}}')
+        raise DataError(f'{path} is not an object of numbers by model, such as {{"ViT-B-32": 4.4}}')
     return [
         (str(path), Model(_spelled(name), ""), value if is_finite_number(value) else None)
         for name, value in record.items()

@@ -1,10 +1,10 @@
-"""Do pictures of an evaluation lie among the training pictures, and does that raise the score?
+"""Measures how many evaluation pictures are among the training pictures, and whether that raises the score.
 
 Legend: N evaluation pictures, M training pictures, E width of a descriptor.
 
-Source: Radford et al. 2021, section 5 and figure 17. A picture overlaps where its nearest training picture is nearer than a
-threshold. The score of all pictures is compared with that of the clean ones, and a binomial test says whether the
-overlapping ones are answered better than by chance.
+Source: Radford et al. 2021, section 5 and figure 17. A picture overlaps if its nearest training picture is nearer than a
+threshold. The score of all pictures is compared with that of the clean ones. A binomial test tells whether the overlapping
+ones are answered significantly better.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch.nn import functional as F
 from clipcore.evaluate.metrics import binomial_tail, clopper_pearson_interval
 from clipcore.kernels.similarity_topk import similarity_topk
 
-# Sides of the picture that the pixel descriptor looks at.
+# Side of the reduced picture in the pixel descriptor.
 _PIXEL_SIDE = 16
 
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """How an evaluation comes out with the training pictures in it, and without them.
+    """The scores of an evaluation with and without the overlapping pictures.
 
     Attributes:
-        threshold: cosine from which on a picture overlaps.
+        threshold: smallest cosine at which a picture overlaps.
         num_images: N.
-        num_overlap: how many of them overlap.
-        contamination: share of these.
+        num_overlap: the number of overlapping pictures.
+        contamination: the share of overlapping pictures.
         score: share of right answers on all pictures.
-        clean_score: on those that do not overlap; None where all do.
-        overlap_score: on those that do; None where none does.
+        clean_score: the same on pictures that do not overlap; None if all do.
+        overlap_score: the same on pictures that overlap; None if none does.
         gain: how much the overlap raises the score, ``score - clean_score``.
-        p_value: how probable it is that so many overlapping pictures are answered rightly at the rate of the clean ones; one
-            sided, before any correction for several data sets.
-        overlap_interval: of the rate on overlapping pictures, after Clopper and Pearson.
+        p_value: probability of at least this many right answers on overlapping pictures at the rate of the clean ones;
+            one-sided, before any correction for several data sets.
+        overlap_interval: interval of the rate on overlapping pictures, after Clopper and Pearson.
     """
 
     threshold: float
@@ -54,15 +54,15 @@ class OverlapReport:
 
 
 def nearest_training(descriptors_NE: Tensor, training: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the cosine of the nearest training picture of each evaluation picture, and its number.
+    """Return the cosine of the nearest training picture of each evaluation picture, and its index.
 
-    The training pictures come in parts; neither they nor the N x M cosines are ever held whole.
+    The training pictures are passed in parts; neither they nor the N x M cosines are ever held whole.
 
     Args:
         training: descriptors [M', E] of one part after another.
 
     Returns:
-        [N] cosines and int64 [N] numbers, counted over all parts; of equally near ones the first.
+        [N] cosines and int64 [N] indices, counted over all parts; the first one wins a tie.
 
     Raises:
         ValueError: there is no training picture.
@@ -85,20 +85,20 @@ def nearest_training(descriptors_NE: Tensor, training: Iterable[Tensor]) -> tupl
 
 
 def pixel_descriptors(images_N3HW: Tensor) -> Tensor:
-    """Return what tells pictures apart without a model: their coarse pixels, free of each channel's mean, of length one.
+    """Return descriptors without a model: coarse pixels, minus each channel's mean, normalised to unit length.
 
     Args:
         images_N3HW: uint8, or floats from 0 to 255, of any size.
 
     Returns:
-        float32 [N, 768]; zeros of a picture of a single colour, which is like no other.
+        float32 [N, 768]; zeros for a picture of a single colour, which matches no other.
     """
     coarse = F.interpolate(
         images_N3HW.float(), (_PIXEL_SIDE, _PIXEL_SIDE), mode="bilinear", antialias=True
     )
     free = (coarse - coarse.mean((2, 3), keepdim=True)).flatten(1)
     length = free.norm(dim=1, keepdim=True)
-    # What rounding leaves of a single colour is no pattern.
+    # The rounding errors of a single colour are not a pattern.
     is_flat = length < 1e-3 * free.shape[1] ** 0.5
     return torch.where(is_flat, 0.0, free / length.clamp(min=1e-12))
 
@@ -110,12 +110,12 @@ def overlap_report(
 
     Args:
         nearest_N: cosine of each picture's nearest training picture.
-        is_right_N: whether it is answered rightly.
-        threshold: cosine from which on a picture overlaps.
-        confidence: of the interval.
+        is_right_N: whether its answer is right.
+        threshold: smallest cosine at which a picture overlaps.
+        confidence: coverage of the interval.
 
     Raises:
-        ValueError: there are no pictures, or not as many of both.
+        ValueError: there are no pictures, or the lengths differ.
     """
     num_images = len(nearest_N)
     if not num_images or len(is_right_N) != num_images:
@@ -148,14 +148,14 @@ def overlap_report(
 
 
 def propose_threshold(copies: Tensor, others: Tensor, precision: float = 0.99) -> float:
-    """Return the smallest cosine above which so large a share are copies, not other pictures.
+    """Return the smallest cosine at which the share of copies reaches the precision.
 
     Args:
         copies: cosines of pictures with altered copies of themselves.
         others: cosines of pictures with their nearest other picture.
 
     Raises:
-        ValueError: there are no copies, or no cosine of theirs reaches the precision.
+        ValueError: there are no copies, or none of their cosines reaches the precision.
     """
     if not len(copies):
         raise ValueError("a threshold is proposed from copies, and there are none")
@@ -166,6 +166,6 @@ def propose_threshold(copies: Tensor, others: Tensor, precision: float = 0.99) -
     is_precise = num_copies / (num_copies + num_others) >= precision
     if not is_precise.any():
         raise ValueError(
-            f"no cosine tells copies from other pictures at a precision of {precision:g}; use another descriptor"
+            f"no cosine separates copies from other pictures at a precision of {precision:g}; use another descriptor"
         )
     return float(candidates[is_precise].min())

@@ -1,10 +1,10 @@
-"""How much of a data set lies among the training images, and what the score gains by it.
+"""Measures how much of a data set is among the training images, and how much that raises the score.
 
 Legend: N evaluation images, M training images, B of a block, S pixels of a side, W width of a descriptor.
 
-Source: Radford et al. 2021, section 5 and appendix C. Each evaluation image is compared with all training images, which
-stream by in blocks and are never held whole. One whose nearest training image is near enough overlaps. The threshold is
-the user's, or is proposed from altered copies of evaluation images.
+Source: Radford et al. 2021, section 5 and appendix C. Each evaluation image is compared with all training images, which are
+streamed in blocks and never held whole. It overlaps if its nearest training image reaches a threshold, which the user gives
+or which is proposed from altered copies of evaluation images.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ from clipcore.kernels.similarity_topk import similarity_topk
 METRICS = ("contamination", "score", "clean_score", "overlap_score", "gain", "p_value")
 NUM_PAIRS_SHOWN = 60
 THUMBNAIL_SIDE = 64
-# Share of altered copies among what a proposed threshold takes for copies.
+# Precision of a proposed threshold: the share of altered copies among the images that it matches.
 PRECISION = 0.99
 NUM_COPIES = 512
-# From here on two images of a data set are the same, but for rounding.
+# Two images of a data set are the same from this cosine on, except for rounding.
 SAME_COSINE = 0.9999
-# Of the rate on overlapping images.
+# Coverage of the interval of the rate on overlapping images.
 CONFIDENCE = 0.995
 
 
 def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) -> None:
-    """Add what the command ``overlap`` alone takes."""
+    """Add the arguments of the command ``overlap`` only."""
     parser.add_argument(
         "--train-data",
         required=is_required,
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) 
 
 
 def _threshold(text: str) -> float:
-    """Return a threshold, for argparse."""
+    """Return a threshold from its text, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -117,14 +117,14 @@ def _threshold(text: str) -> float:
 
 
 def open_training(spec: str, **options: Any) -> PairSource:
-    """Return the training images, each once though several captions name it.
+    """Return the training images, each once even if several captions name it.
 
-    A folder that holds images means all images in it and below it, whatever captions there are: an image without a caption
-    may be a copy as well.
+    A folder that holds images means all images in it and below it, with or without captions: an image without a caption
+    may be a copy too.
 
     Args:
-        spec: as of ``--train-data``; each part between ``::`` may be one of ``EMBEDDED`` too.
-        options: of ``open_source``.
+        spec: as for ``--train-data``; each part between ``::`` may also be one of ``EMBEDDED``.
+        options: options of ``open_source``.
 
     Raises:
         DataError: it cannot be opened.
@@ -134,7 +134,7 @@ def open_training(spec: str, **options: Any) -> PairSource:
 
 
 def _open_part(pattern: str, options: dict[str, Any]) -> list[PairSource]:
-    """Return the images of one part of the training data: a source of each folder, and one of all files."""
+    """Return the images of one part of the training data: one source per folder, and one for all files."""
     if pattern in EMBEDDED:
         return [EMBEDDED[pattern].open("train")]
     is_any_kind = options.get("dataset_type", "auto") in ("auto", "folder")
@@ -151,7 +151,7 @@ def _open_part(pattern: str, options: dict[str, Any]) -> list[PairSource]:
 
 
 def _open_folder(path: str, options: dict[str, Any]) -> list[PairSource]:
-    """Return the images that lie in a folder, and those of its shards; where there are neither, what captions name."""
+    """Return the images in a folder and in its shards; if there are neither, the images that captions name."""
     is_auto = options.get("dataset_type", "auto") == "auto"
     has_shards = is_auto and bool(glob.glob(f"{glob.escape(path)}/*.tar"))
     parts = list[PairSource]()
@@ -178,16 +178,16 @@ def measure_overlap(
     Memory grows with N and a block of training images, not with M.
 
     Args:
-        features: of the evaluation's images; the model's descriptors are made of these.
-        is_right_N: whether the model names each of them rightly.
+        features: features of the evaluation's images, which the model descriptor uses.
+        is_right_N: whether the model's answer for each image is right.
         training: see ``open_training``.
-        spec: what the user calls it.
-        threshold: cosine from which on two images are one; proposed where it is None.
-        progress: is called with the number of training images that were read since its last call.
-        stream: of the same training images and descriptor, which may have them from a data set before.
+        spec: the user's name of it.
+        threshold: smallest cosine at which two images match [proposed].
+        progress: is called with the number of training images read since its last call.
+        stream: the stream of the same training images and descriptor, perhaps filled by an earlier data set.
 
     Raises:
-        DataError: no images to compare, or no threshold that can be proposed.
+        DataError: there are no images to compare, or no threshold can be proposed.
         ValueError: descriptors are not finite.
     """
     source = features.split.source
@@ -230,7 +230,7 @@ def measure_overlap(
 
 
 def adjust(results: Sequence[Result]) -> list[Result]:
-    """Return results of which those of overlap have, after Bonferroni, p-values for all data sets of their model at once.
+    """Return the results, with the p-values of overlap adjusted, after Bonferroni, for all data sets of a model.
 
     ``p_value_adjusted`` in the details is the p-value times ``num_tests``, the number of sets that have one, at most 1.
     """
@@ -254,7 +254,7 @@ def adjust(results: Sequence[Result]) -> list[Result]:
 
 
 class _Images(NamedTuple):
-    """Images of a source: the rows of those that could be read, and their names."""
+    """Images of a source: the rows of the readable ones, and their names."""
 
     source: PairSource
     rows_N: np.ndarray
@@ -269,10 +269,10 @@ def _describe_evaluation(
         described_NW = features.whole(projected=False)
     else:
         wanted = torch.from_numpy(features.rows_N)
-        assert (wanted.diff() > 0).all(), "rows rise, as the images come"
+        assert (wanted.diff() > 0).all(), "rows ascend in the order of the images"
         parts = list[Tensor]()
         for batch in image_batches(source, descriptor, reading):
-            # Those that the model's own preprocessing could not take have no answer.
+            # Images that the model's own preprocessing could not read have no answer.
             is_wanted = torch.isin(batch.indices, wanted)
             if is_wanted.any():
                 parts.append(descriptor.describe(batch.images[is_wanted]))
@@ -292,13 +292,13 @@ def _proposed(
     batch_size: int,
     notes: list[str],
 ) -> float:
-    """Return the threshold that tells altered copies from the nearest other image of the evaluation.
+    """Return the threshold that separates altered copies from the nearest other image of the evaluation.
 
     Args:
-        notes: are told how many images are left out, as they are there twice.
+        notes: receives a note on images that are left out because they occur twice.
     """
 
-    # By a hash of the names, so that the order of a folder decides nothing.
+    # Chosen by a hash of the names, so that the order of a folder does not matter.
     def order(place: int) -> bytes:
         return hashlib.sha256(images.keys[place].encode("utf-8", "replace")).digest()
 
@@ -313,23 +313,23 @@ def _proposed(
     )
     others = _cosines_with_others(described_NW, chosen)
 
-    # A picture that is there twice is no other one.
+    # A duplicate of a picture is not another picture.
     is_other = others < SAME_COSINE
     if not is_other.all():
         notes.append(
-            f"{int((~is_other).sum())} of {len(others)} images that the threshold is proposed from are there twice"
+            f"{int((~is_other).sum())} of {len(others)} images that the threshold is proposed from occur twice"
         )
     proposed = 0.0
-    # Where most are the same, the descriptor tells nothing apart.
+    # If most are equal, the descriptor cannot distinguish images.
     if 2 * is_other.sum() >= len(others):
         with contextlib.suppress(ValueError):
             proposed = propose_threshold(copies.cpu(), others[is_other].cpu(), PRECISION)
 
-    # Images of a single colour are like no other, and not like their copies.
+    # Images of a single colour match no other image, not even their copies.
     if proposed <= 0:
         remedy = "" if descriptor.name == "pixels" else ", or use --descriptor pixels"
         raise DataError(
-            f"no threshold tells copies of images of {images.source.name} from its other images at a precision of "
+            f"no threshold separates copies of images of {images.source.name} from its other images at a precision of "
             f"{PRECISION:.0%}; give --threshold{remedy}"
         )
     return proposed
@@ -338,7 +338,7 @@ def _proposed(
 def _cosines_with_copies(
     images: _Images, places: Tensor, described_BW: Tensor, descriptor: Descriptor
 ) -> Tensor:
-    """Return the cosine of each image with an altered copy of itself; none of those that can no longer be read."""
+    """Return the cosine of each image with an altered copy of itself; skip images that can no longer be read."""
     crops, kept = [], []
     for number, place in enumerate(places.tolist()):
         try:
@@ -355,18 +355,18 @@ def _cosines_with_copies(
 
 
 def _cosines_with_others(described_NW: Tensor, chosen: Tensor) -> Tensor:
-    """Return the cosine of each chosen image with the nearest other one; none where there is a single image."""
+    """Return the cosine of each chosen image with the nearest other one; none for a single image."""
     if len(described_NW) < 2:
         return described_NW.new_zeros(0)
-    # The largest cosine is an image's with itself, or with one that is equal.
+    # The largest cosine is that of an image with itself, or with an equal one.
     cosine_B2, _ = similarity_topk(described_NW[chosen.to(described_NW.device)], described_NW, 2)
     return cosine_B2[:, 1]
 
 
 def _nearest(described_NW: Tensor, stream: TrainingStream) -> tuple[Tensor, Tensor]:
-    """Return the cosine and the place of the nearest training image of each image."""
+    """Return the cosine and the index of each image's nearest training image."""
     try:
-        # An error, or Ctrl-C, ends the processes that read at once.
+        # An error or Ctrl-C ends the reading processes immediately.
         with contextlib.closing(stream.blocks()) as blocks:
             return nearest_training(described_NW, blocks)
     except ValueError:
@@ -388,7 +388,7 @@ def _nearest_pairs(
     training: PairSource,
     notes: list[str],
 ) -> list[dict[str, Any]]:
-    """Return the images that are nearest to a training image, with both pictures, the nearest first."""
+    """Return the images nearest to a training image, with both pictures, nearest first."""
     order = cosine_N.cpu().argsort(descending=True, stable=True)[:NUM_PAIRS_SHOWN].tolist()
     pairs, num_missing = [], 0
     for place in order:
@@ -410,7 +410,7 @@ def _nearest_pairs(
 
 
 def _read(source: PairSource, row: int) -> Pair | None:
-    """Return a pair; None where it can no longer be read."""
+    """Return a pair; None if it can no longer be read."""
     try:
         return source[row]
     except BadSample:

@@ -1,8 +1,8 @@
-"""The page of results: report.html, one file with all that a folder of results holds.
+"""Writes the page of results: report.html, one file with everything in a folder of results.
 
-Plots are inline SVG and pictures data URIs; nothing is fetched and no script runs. Every string from the data is escaped.
-The same results give the same bytes. What there is no result of has no section, and a line at the end that says how to get
-it.
+Plots are inline SVG and pictures are data URIs; nothing is fetched and no script runs. Every string from the data is
+escaped. The same results give the same bytes. An evaluation without results has no section; a line at the end tells how to
+run it.
 
 Source: the plots of Radford et al. 2021; the functions of ``plots.py`` name the figures.
 """
@@ -42,7 +42,7 @@ _MOST_TEMPLATES = 100
 
 
 class _Section(NamedTuple):
-    """A part of the page, and the arguments of ``python -m clipcore.evaluate`` that it needs results of."""
+    """A part of the page, and the arguments of ``python -m clipcore.evaluate`` that produce its results."""
 
     name: str
     render: Callable[[PageData], str]
@@ -69,11 +69,11 @@ _SECTIONS = (
 
 
 def write_page(results: Path, path: Path | None = None) -> Path:
-    """Write the page of a folder of results; return where it is.
+    """Write the page of a folder of results; return its path.
 
     Args:
-        results: the folder, with results and, where they were made, studies.
-        path: of the page [report.html in the folder].
+        results: the folder of results, and of studies if there are any.
+        path: path of the page [report.html in the folder].
 
     Raises:
         DataError: the folder holds no results, one cannot be read, or the page cannot be written.
@@ -93,7 +93,7 @@ def render_page(data: PageData) -> str:
         parts = [(part, part.render(data)) for part in _SECTIONS]
     missing = [part for part, content in parts if not content]
     sections = [_summary(data), *(content for _, content in parts)]
-    sections += [_details(data), _left_out(data), _not_here(missing)]
+    sections += [_details(data), _left_out(data), _missing_sections(missing)]
     style = svg.STYLE + page_parts.STYLE
     return document("clipcore evaluation", _title(data), sections, style)
 
@@ -105,15 +105,15 @@ def _title(data: PageData) -> str:
 
 
 def _names(data: PageData) -> list[str]:
-    """Return the data sets that there are results of."""
+    """Return the data sets that have results."""
     names = {name for by_set in data.results.values() for name in by_set}
     return sorted(names, key=lambda name: (name.lower(), name))
 
 
 def _summary(data: PageData) -> str:
-    """Return the headline facts: what there is, and the mean zero-shot score of each model."""
+    """Return the headline facts: the models and data sets, and the mean zero-shot score of each model."""
     tiles = [("data sets", f"{len(_names(data)):,}"), ("models", f"{len(data.models):,}")]
-    # The section on zero-shot has counted what is left out.
+    # The section on zero-shot has counted the skipped results.
     scores = PageData(data.page_models, data.results, {}).parsed(ZERO_SHOT, read_score)
     shared = common(scores, len(data.models))
     metrics = {score.metric for name in shared for score in scores[name].values()}
@@ -130,7 +130,7 @@ def _summary(data: PageData) -> str:
 
 
 def _details(data: PageData) -> str:
-    """Return what was evaluated: data sets, models and versions."""
+    """Return the list of evaluated data sets, models and versions."""
     by_name: dict[str, list[Result]] = {}
     for by_set in data.results.values():
         for name, by_model in by_set.items():
@@ -160,7 +160,7 @@ def _details(data: PageData) -> str:
 
 
 def _prompts(results: list[Result]) -> str:
-    """Return the templates of the first zero-shot result that names any."""
+    """Return the templates of the first zero-shot result that has any."""
     for result in results:
         templates = result.details.get("templates")
         if result.task == ZERO_SHOT and isinstance(templates, list) and templates:
@@ -175,7 +175,7 @@ def _items(value: object) -> list[tuple[Any, Any]]:
 
 
 def _set_cells(details: list[dict[str, Any]]) -> list[str]:
-    """Return what results say of their data set; where they differ, the most."""
+    """Return the results' details of their data set; if they differ, the largest values."""
     num_images = max(count(one.get("num_images")) for one in details)
     num_classes = max(count(one.get("num_classes")) for one in details)
     ends = next(
@@ -205,12 +205,12 @@ def _set_cells(details: list[dict[str, Any]]) -> list[str]:
 
 
 def _left_out(data: PageData) -> str:
-    """Return what results could not be shown, and why."""
+    """Return the results that could not be shown, and the reasons."""
     return section("Left out", paragraph(f"{data.left_out}.")) if data.left_out else ""
 
 
-def _not_here(missing: list[_Section]) -> str:
-    """Return the list of what there is no result of, and of the commands that make one."""
+def _missing_sections(missing: list[_Section]) -> str:
+    """Return the list of evaluations without results, with their commands."""
     if not missing:
         return ""
     items = "".join(

@@ -1,4 +1,4 @@
-"""The section of the page of results about how answers differ between groups of people."""
+"""Renders the section of the page of results about differences between groups of people."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _MOST_LABELS = 40
 
 
 def bias(data: PageData) -> str:
-    """Return the section on how answers differ between groups of people."""
+    """Return the section on differences between groups of people."""
     found = data.parsed(BIAS, read_bias)
     if not found:
         return ""
     parts = [
         paragraph(
-            "The classes are the choice of whoever asks, and decide much of this. Outlined: the worst of the groups of "
+            "The user chose the classes, and that choice decides much of this. Outlined: the worst of the groups of "
             f"{SMALL_GROUP} images or more. Smaller ones, in grey, are not compared."
         )
     ]
@@ -49,7 +49,7 @@ def bias(data: PageData) -> str:
 
 
 def _labels(found: Bias) -> str:
-    """Return which labels were asked for, and which of them make up a category."""
+    """Return the labels of the probe, and the labels of each category."""
     if not found.labels:
         return ""
     categories = (f"{name}: {', '.join(those)}." for name, those in found.categories.items())
@@ -58,7 +58,7 @@ def _labels(found: Bias) -> str:
 
 
 def _heat_map(column: str, counted: Mapping[str, Counted]) -> str:
-    """Return the rates of groups as a table of shaded cells, a row a group and a column what is counted."""
+    """Return the rates as a table of shaded cells, with a row per group and a column per counted quantity."""
     groups = list(dict.fromkeys(group for what in counted.values() for group in what.rates))
     highest = max(
         (rate.rate for what in counted.values() for rate in what.rates.values()), default=0.0
@@ -83,7 +83,7 @@ def _heat_map(column: str, counted: Mapping[str, Counted]) -> str:
 
 
 def _worst(what: Counted) -> str | None:
-    """Return the group with the lowest accuracy, or with the highest rate of a category; None where all are equal."""
+    """Return the group with the lowest accuracy, or with the highest rate of a category; None if all are equal."""
     large = {group: rate.rate for group, rate in what.rates.items() if not rate.is_small}
     if len(set(large.values())) < 2:
         return None
@@ -102,7 +102,7 @@ def _cell(rate: Rate | None, highest: float, is_worst: bool) -> str:
 
 
 def _differences(found: Bias) -> list[str]:
-    """Return the labels that are given unevenly, as heat maps of labels by groups."""
+    """Return the unevenly assigned labels, as heat maps of labels by groups."""
     tables: dict[tuple[str, float | None], list[Difference]] = {}
     for one in found.differences:
         tables.setdefault((one.column, one.threshold), []).append(one)

@@ -1,6 +1,6 @@
-"""What the page of results shows, read from results that may be anybody's: checked, and fit to be drawn.
+"""Reads and checks the data of the page of results; the results are not trusted.
 
-A result that lacks what its plot needs is left out and counted. Shares are from 0 to 1.
+A result that lacks the values for its plot is left out and counted. Shares are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 STUDIES = ("robustness", "scaling", "compare")
-# What CLIP_benchmark's own results, which name no main metric, are judged by: the first that is there.
+# Main metrics of CLIP_benchmark's own results, which name none: the first one present is used.
 _FALLBACKS = {
     ZERO_SHOT: ("acc1", "mean_average_precision"),
     LINEAR_PROBE: ("lp_acc1", "lp_mean_average_precision"),
@@ -54,7 +54,7 @@ _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 class Score(NamedTuple):
-    """The main metric of a result, with its 95% interval and chance where they are known."""
+    """The main metric of a result, with its 95% interval and chance level if they are known."""
 
     value: float
     metric: str
@@ -63,7 +63,7 @@ class Score(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A way to write prompts: what it scores, and what it gains over bare names."""
+    """A set of prompts: its score, and its gain over bare names."""
 
     title: str
     value: float | None
@@ -71,7 +71,7 @@ class Variant(NamedTuple):
 
 
 class FewShot(NamedTuple):
-    """Scores of probes of few images a class, one row a number of images and one column a seed."""
+    """Scores of few-shot probes, with one row per number of images and one column per seed."""
 
     shots: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...]
@@ -83,12 +83,12 @@ class FewShot(NamedTuple):
 
     @property
     def means(self) -> list[float]:
-        """The mean score of each number of images."""
+        """The mean score for each number of images."""
         return [sum(row) / len(row) for row in self.scores]
 
 
 class Neighbour(NamedTuple):
-    """An evaluation picture and its nearest training picture; the pictures are data URIs, empty where there is none."""
+    """An evaluation picture and its nearest training picture; the pictures are data URIs, or empty."""
 
     cosine: float
     key: str
@@ -98,7 +98,7 @@ class Neighbour(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """How many pictures of an evaluation are among the training pictures, and what they raise the score by."""
+    """How many evaluation pictures are among the training pictures, and how much they raise the score."""
 
     num_images: int
     num_overlap: int
@@ -116,7 +116,7 @@ class Overlap(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """How often something holds in a group."""
+    """How often a condition holds in a group."""
 
     rate: float
     num_images: int
@@ -125,14 +125,14 @@ class Rate(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What is counted in a column of groups: accuracy, or how often an image is put into a category."""
+    """A quantity counted in a column of groups: accuracy, or how often an image is classified into a category."""
 
     rates: dict[str, Rate]
     is_accuracy: bool
 
 
 class Difference(NamedTuple):
-    """How unevenly a label is given to the groups of a column; a ratio of None is endless."""
+    """How unevenly a label is assigned to the groups of a column; a ratio of None is infinite."""
 
     column: str
     threshold: float | None
@@ -143,7 +143,7 @@ class Difference(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """Rates by group, of each column of groups and of what is counted in it; and labels given unevenly."""
+    """Rates by group, for each column of groups and each counted quantity, and unevenly assigned labels."""
 
     tables: dict[str, dict[str, Counted]]
     differences: tuple[Difference, ...]
@@ -152,7 +152,7 @@ class Bias(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The search of a probe's C: C and score of each fit, and the C that was taken."""
+    """The search of a probe's C: C and score of each fit, and the chosen C."""
 
     fits: tuple[tuple[float, float], ...]
     C: float | None
@@ -163,10 +163,10 @@ class PageData:
     """All results of a folder.
 
     Attributes:
-        page_models: those that there are results of, and those of studies.
-        results: by task, data set and number of the model.
-        studies: the objects in the files of ``STUDIES`` that are there.
-        left_out: what cannot be shown, by reason.
+        page_models: the models with results, and the models of studies.
+        results: by task, data set and index of the model.
+        studies: the objects in the existing files of ``STUDIES``.
+        left_out: results that cannot be shown, by reason.
     """
 
     page_models: PageModels
@@ -176,11 +176,11 @@ class PageData:
 
     @property
     def models(self) -> list[Model]:
-        """Those that there are results of, in the order of their colours."""
+        """The models with results, in the order of their colours."""
         return self.page_models.evaluated
 
     def parsed(self, task: str, read: Callable[[Result], T]) -> dict[str, dict[int, T]]:
-        """Return what ``read`` makes of each result of a task; count one that it raises ValueError for."""
+        """Return ``read``'s value for each result of a task; count results for which it raises ValueError."""
         found: dict[str, dict[int, T]] = {}
         for name, by_model in self.results.get(task, {}).items():
             for index, result in by_model.items():
@@ -192,7 +192,7 @@ class PageData:
 
 
 def read_page_data(folder: Path) -> PageData:
-    """Return what a folder of results holds.
+    """Return the content of a folder of results.
 
     Raises:
         DataError: it holds no results, or a file that cannot be read.
@@ -222,7 +222,7 @@ def read_page_data(folder: Path) -> PageData:
 
 
 def _read_studies(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the objects in the files of studies that are there; ``read_results`` has seen that they are JSON."""
+    """Return the objects in the existing files of studies; ``read_results`` has checked that they are JSON."""
     studies = {}
     for study in STUDIES:
         path = folder / f"{study}.json"
@@ -233,14 +233,14 @@ def _read_studies(folder: Path) -> dict[str, dict[str, Any]]:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is no JSON: {printable(str(error))}; remove it") from None
+            raise DataError(f"{path} is not JSON: {printable(str(error))}; remove it") from None
         if isinstance(record, dict) and record.get("study") == study:
             studies[study] = record
     return studies
 
 
 def read_score(result: Result) -> Score:
-    """Return the main metric of a result; raise ValueError where it has none."""
+    """Return the main metric of a result; raise ValueError if it has none."""
     metric = result.details.get("main_metric")
     if metric is None:
         candidates = _FALLBACKS.get(result.task, ())
@@ -254,7 +254,7 @@ def read_score(result: Result) -> Score:
 
 
 def _chance(result: Result, metric: str) -> float | None:
-    """Return what guessing scores, as a result says it, or else by its number of classes."""
+    """Return the chance level that a result states, else the one of its number of classes."""
     stated = share(result.details.get("chance"))
     if stated is not None:
         return stated
@@ -270,7 +270,7 @@ def read_recalls(result: Result) -> dict[str, float | None]:
 
 
 def read_prompts(result: Result) -> tuple[str, tuple[Variant, ...]]:
-    """Return the metric and the ways to write prompts."""
+    """Return the metric and the sets of prompts."""
     variants = tuple(
         Variant(shown(row.get("title")), share(row.get("value")), difference(row.get("gain")))
         for row in objects(result.details.get("variants"))
@@ -281,7 +281,7 @@ def read_prompts(result: Result) -> tuple[str, tuple[Variant, ...]]:
 
 
 def read_few_shot(result: Result) -> FewShot:
-    """Return a few-shot curve; raise ValueError where numbers of images and scores do not fit."""
+    """Return a few-shot curve; raise ValueError if numbers of images and scores do not match."""
     details = result.details
     shots, rows = entries(details.get("shots")), entries(details.get("scores"))
     if not shots or len(shots) != len(rows):
@@ -310,7 +310,7 @@ def read_few_shot(result: Result) -> FewShot:
 
 
 def _labels_text(value: object) -> str:
-    """Return labels per class such as "5.4" or ">16" in few digits; "–" of anything else."""
+    """Return labels per class such as "5.4" or ">16" in few digits; "–" for any other value."""
     parts = (
         re.fullmatch(r"([<>]?)(\d{1,9}(?:\.\d{1,9})?)", value) if isinstance(value, str) else None
     )
@@ -321,7 +321,7 @@ def _labels_text(value: object) -> str:
 
 
 def read_overlap(result: Result) -> Overlap:
-    """Return an overlap; raise ValueError where the share of overlapping pictures is missing."""
+    """Return an overlap; raise ValueError if the share of overlapping pictures is missing."""
     metrics, details = result.metrics, result.details
     contamination = share(metrics.get("contamination"))
     if contamination is None:
@@ -330,7 +330,7 @@ def read_overlap(result: Result) -> Overlap:
     found = interval(details.get("overlap_interval"))
     gain_interval = None
     if found is not None and clean_score is not None:
-        # The score of all is that of the clean ones plus so much of the difference.
+        # The score of all is the clean score plus this share of the difference.
         low, high = (contamination * (end - clean_score) for end in found)
         gain_interval = (low, high)
     neighbours = tuple(
@@ -362,24 +362,24 @@ def read_overlap(result: Result) -> Overlap:
 
 
 def _training(details: dict[str, Any]) -> str:
-    """Return what training pictures an evaluation was compared with, and how; an empty text where it does not say."""
+    """Return the training pictures of a comparison, and the descriptor; an empty text if they are not stated."""
     name, descriptor = text(details.get("training")), text(details.get("descriptor"))
     by = f", by {descriptor}" if descriptor else ""
     return f"{name} ({count(details.get('num_training')):,} pictures{by})" if name else ""
 
 
 def _picture(value: object) -> str:
-    """Return a data URI of a PNG picture; an empty text of anything else."""
+    """Return a data URI of a PNG picture; an empty text for any other value."""
     if not isinstance(value, str) or len(value) > _MAX_PICTURE_CHARS:
         return ""
     return value if _PICTURE.fullmatch(value) else ""
 
 
 def read_bias(result: Result) -> Bias:
-    """Return rates by group; raise ValueError where there are none."""
+    """Return rates by group; raise ValueError if there are none."""
     tables: dict[str, dict[str, Counted]] = {}
     for table in objects(result.details.get("tables")):
-        # A column of groups is one table of the page, and what is counted a column of it.
+        # A column of groups is one table of the page, and each counted quantity is a column of it.
         column = shown(table.get("column"))
         title = shown(table.get("title")).replace(f" by {column}", "")
         tables.setdefault(column, {})[title] = Counted(
@@ -429,7 +429,7 @@ def _rates(value: object) -> dict[str, float]:
 
 
 def read_trace(result: Result) -> Trace:
-    """Return the search of a probe's C, without fits where its C was given; raise ValueError where it has too many."""
+    """Return the search of a probe's C, without fits if its C was given; raise ValueError for too many fits."""
     fits = []
     for row in entries(result.details.get("trace")):
         if isinstance(row, list) and len(row) == 2:
@@ -445,6 +445,6 @@ def common(by_set: Mapping[K, Mapping[int, T]], num_models: int) -> list[K]:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """Return the mean; None of no values."""
+    """Return the mean; None for no values."""
     found = list(values)
     return sum(found) / len(found) if found else None

@@ -1,4 +1,4 @@
-"""The section of the page of results about few-shot probes, and about how many labels match zero-shot."""
+"""Renders the section of the page of results about few-shot probes and labels per class."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _curves(
 
 
 def _curve(index: int, probes: Sequence[FewShot], shots: tuple[int, ...]) -> Curve:
-    # Of each number of images, the scores of its seeds on each data set.
+    # For each number of images, the scores of its seeds on each data set.
     rows = [[probe.scores[probe.shots.index(number)] for probe in probes] for number in shots]
     num_seeds = min(len(scores) for row in rows for scores in row)
     deviations = None
@@ -121,9 +121,9 @@ def _curve(index: int, probes: Sequence[FewShot], shots: tuple[int, ...]) -> Cur
 
 
 def _by_labels(labelled: Mapping[str, Mapping[int, FewShot]]) -> list[str]:
-    """Return the data sets that have labels per class, that with the most first."""
+    """Return the data sets with labels per class, the one with the most first."""
     numbers = {
-        # As the plot has them: by their logarithms, endless ones at its edge.
+        # As in the plot: by their logarithms, with infinite ones at the edge.
         name: {i: math.log2(1 + min(_number_of_labels(few), 1e4)) for i, few in by_model.items()}
         for name, by_model in labelled.items()
         if by_model
@@ -132,7 +132,7 @@ def _by_labels(labelled: Mapping[str, Mapping[int, FewShot]]) -> list[str]:
 
 
 def _number_of_labels(few: FewShot) -> float:
-    """Return the number of labels per class; infinity where more are needed than were tried."""
+    """Return the number of labels per class; infinity if more are needed than were tried."""
     return few.labels or (math.inf if few.labels_text.startswith(">") else 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The models of the page of results: those that it has results of, those that only its studies have, and their titles."""
+"""The models of the page of results: those with results, those that only occur in studies, and their titles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_TITLE_CHARS = 40
 
 
 class Model(NamedTuple):
-    """A model: its architecture, its weights as the user named them, and a short title that no other has.
+    """A model: its architecture, its weights as the user named them, and a short unique title.
 
     ``other_names`` are further names of the same weights.
     """
@@ -31,8 +31,8 @@ class PageModels:
     """All models of a page.
 
     Attributes:
-        evaluated: those that there are results of, in the order of their colours.
-        of_studies: those that studies alone have; their colours follow.
+        evaluated: the models with results, in the order of their colours.
+        of_studies: the models that occur only in studies; their colours follow.
     """
 
     evaluated: list[Model]
@@ -40,11 +40,11 @@ class PageModels:
 
     @property
     def all(self) -> list[Model]:
-        """Both kinds, by the numbers of their colours."""
+        """Both kinds, in the order of their colours."""
         return self.evaluated + self.of_studies
 
     def place_of(self, row: Mapping[str, Any]) -> int | None:
-        """Return the number of the model that a row of a study is about; None of a model that the page does not have."""
+        """Return the index of a study row's model; None for a model that is not on the page."""
         pair = _pair_of(row)
         for index, model in enumerate(self.all):
             if pair[0] == model.architecture and pair[1] in (model.pretrained, *model.other_names):
@@ -52,7 +52,7 @@ class PageModels:
         return None
 
     def retitled(self, text: str) -> str:
-        """Return a study's text about a model, such as "ViT-B-32 logs/a, zero-shot", with the model's title in it."""
+        """Return a study's text about a model, such as "ViT-B-32 logs/a, zero-shot", with its name replaced by its title."""
         titles = {
             printable(f"{model.architecture} {name}".strip()): model.title
             for model in self.all
@@ -72,8 +72,8 @@ def page_models(
     """Return the models of a page.
 
     Args:
-        pairs: architecture and weights of those that there are results of.
-        renamed: one of ``pairs`` for each further name, which is architecture and weights too.
+        pairs: architecture and weights of the models with results.
+        renamed: maps each further name, also architecture and weights, to one of ``pairs``.
         studies: the objects in the files of studies.
     """
     evaluated = [(shown(architecture), shown(pretrained)) for architecture, pretrained in pairs]
@@ -92,7 +92,7 @@ def page_models(
 
 
 def _pairs_of_studies(studies: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    """Yield architecture and weights of the models of studies, but for those that a baseline is fitted to."""
+    """Yield architecture and weights of the models of studies, except the models of a baseline."""
     for pair in objects(studies.get("robustness", {}).get("pairs")):
         for row in objects(pair.get("models")):
             if row.get("kind") != "baseline":
@@ -106,7 +106,7 @@ def _pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _titles(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a title for each model: its weights, after its architecture unless all have the same one."""
+    """Return a title for each model: its weights, preceded by its architecture unless all share it."""
     one_architecture = len(pairs) > 1 and len({architecture for architecture, _ in pairs}) == 1
     short = _without_shared_folders({pretrained for _, pretrained in pairs})
     titles: dict[str, None] = {}
@@ -123,9 +123,9 @@ def _titles(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _without_shared_folders(names: Iterable[str]) -> dict[str, str]:
-    """Return names of weights without the folders that all paths among them begin with; of one path its last two parts.
+    """Return names of weights without the leading folders that all paths share; for one path, its last two parts.
 
-    The folder "checkpoints" of a run, which says nothing, is no part.
+    A run's folder "checkpoints" is dropped, because it carries no information.
 
     >>> _without_shared_folders(["/runs/a/step_1", "/runs/a/step_2", "openai"])
     {'/runs/a/step_1': 'step_1', '/runs/a/step_2': 'step_2', 'openai': 'openai'}
@@ -134,7 +134,7 @@ def _without_shared_folders(names: Iterable[str]) -> dict[str, str]:
     paths = [path for path in parts.values() if len(path) > 1]
     num_shared = len(paths[0]) - 2 if len(paths) == 1 else 0
     if len(paths) > 1:
-        # At least the last part of the shortest one is kept.
+        # At least the last part of the shortest path is kept.
         shortest = min(map(len, paths))
         is_shared = (len(set(folders)) == 1 for folders in zip(*paths, strict=False))
         num_shared = min(sum(takewhile(bool, is_shared)), shortest - 1)

@@ -1,4 +1,4 @@
-"""The parts that sections of the page of results are made of: figures, and tables of data sets by models."""
+"""Building blocks of the page of results: figures, and tables of data sets by models."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ METRICS = {
 
 
 def metric_title(metric: str) -> str:
-    """Return what a metric is called; a probe's like that of zero-shot."""
+    """Return the title of a metric; a probe's is the same as for zero-shot."""
     name = metric.removeprefix("lp_")
     return METRICS.get(name, name.replace("_", " "))
 
 
 def mixed(metrics: Iterable[str]) -> str:
-    """Return what a mean over several metrics mixes."""
+    """Return in words the metrics that a mean is over."""
     titles = list(dict.fromkeys(map(metric_title, metrics)))
     if len(titles) < 2:
         return "".join(titles)
@@ -47,7 +47,7 @@ def mixed(metrics: Iterable[str]) -> str:
 
 
 def sets(number: int) -> str:
-    """Return so many data sets in words."""
+    """Return a number of data sets in words."""
     return f"{number:,} data set{'s' if number != 1 else ''}"
 
 
@@ -62,7 +62,7 @@ def paragraph(text: str) -> str:
 
 
 def charts(*figures: str) -> str:
-    """Return figures side by side where there is room."""
+    """Return figures side by side, if there is room."""
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
@@ -75,12 +75,12 @@ def figure(title: str, plot: Plot, entries: Sequence[LegendEntry] = ()) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """Return what is shown when the reader asks for it."""
+    """Return content that is folded until the reader opens it."""
     return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
 def model_entries(models: Sequence[Model], indices: Iterable[int]) -> list[LegendEntry]:
-    """Return what the colours of some of the models stand for; nothing of a single one."""
+    """Return the legend entries of some models; none for a single model."""
     found = [
         LegendEntry(models[index].title, model_colour(index), model_marker(index))
         for index in sorted(set(indices))
@@ -89,12 +89,12 @@ def model_entries(models: Sequence[Model], indices: Iterable[int]) -> list[Legen
 
 
 def first_of(title: str, num_rows: int, most: int = MOST_ROWS) -> str:
-    """Return a title that says so where a plot shows not all rows."""
+    """Return a title, which tells if a plot does not show all rows."""
     return title if num_rows <= most else f"{title}: the first {most} of {num_rows:,}"
 
 
 def model_head(models: Sequence[Model]) -> list[str]:
-    """Return the head of the column of models, which a single one needs not."""
+    """Return the head of the model column, or nothing for a single model."""
     return ["model"] if len(models) > 1 else []
 
 
@@ -104,7 +104,7 @@ def model_cell(models: Sequence[Model], index: int) -> list[str]:
 
 
 def strong_best(values: Sequence[float | None], texts: Sequence[str]) -> list[Markup]:
-    """Return texts as cells, that of the largest value bold where there are several."""
+    """Return texts as cells, with the largest value in bold if there are several."""
     known = [value for value in values if value is not None]
     best = max(known) if len(known) > 1 else None
     return [
@@ -114,9 +114,9 @@ def strong_best(values: Sequence[float | None], texts: Sequence[str]) -> list[Ma
 
 
 def score_table(models: Sequence[Model], by_set: Mapping[str, Mapping[int, Score]]) -> str:
-    """Return the table of scores, a row a data set and a column a model, with the mean over those that all models have.
+    """Return the table of scores, with a row per data set, a column per model, and the mean over common data sets.
 
-    Models that were judged by different metrics on one data set stand in different rows.
+    Models with different metrics on one data set are in different rows.
     """
     by_row: dict[tuple[str, str], dict[int, Score]] = {}
     for name, scores in by_set.items():
@@ -153,7 +153,7 @@ def _cell(score: Score | None) -> Markup | str:
 
 
 def with_total(content: str, has_total: bool) -> str:
-    """Return a table whose last row is marked as what sums up the others."""
+    """Return a table whose last row is marked as a total."""
     if not has_total:
         return content
     head, _, last = content.rpartition("<tr>")
@@ -161,5 +161,5 @@ def with_total(content: str, has_total: bool) -> str:
 
 
 def by_value(by_set: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return the data sets, that with the highest mean over models first."""
+    """Return the data sets, the one with the highest mean over models first."""
     return sorted(by_set, key=lambda name: -(mean(by_set[name].values()) or 0.0))

@@ -1,6 +1,6 @@
-"""Sections of the page of results about scores: zero-shot, retrieval, prompts and probes.
+"""Renders the sections of the page of results about scores: zero-shot, retrieval, prompts and probes.
 
-Each takes the data and returns HTML, which is empty where there is no result of its kind.
+Each function takes the data and returns HTML, which is empty if there is no result of its kind.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _rank(metric: str) -> str:
 
 
 def prompts(data: PageData) -> str:
-    """Return the section on what prompts gain over bare class names."""
+    """Return the section on the gain of prompts over bare class names."""
     found = data.parsed(PROMPTS, read_prompts)
     if not found:
         return ""
@@ -274,14 +274,14 @@ def versus_probe(data: PageData) -> str:
 def _duel(zero_shot: Result, probe: Result) -> _Duel | None:
     try:
         score = read_score(zero_shot)
-    except ValueError:  # which the section on zero-shot counts
+    except ValueError:  # counted in the section on zero-shot
         return None
     value = share(probe.metrics.get(f"lp_{score.metric}"))
     return None if value is None else _Duel(score.value, value, score.metric)
 
 
 def _line(marks: Sequence[Point]) -> tuple[float, float, float] | None:
-    """Return slope, intercept and Pearson's r of a line through points; None of fewer than three different ones."""
+    """Return slope, intercept and Pearson's r of a line through points; None for fewer than three distinct points."""
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
     if len(set(x)) < 3:
         return None

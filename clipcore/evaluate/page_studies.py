@@ -1,6 +1,6 @@
-"""Sections of the page of results about studies of several results, and about overlap with the training data.
+"""Renders the sections of the page of results about studies, and about overlap with the training data.
 
-Each takes the data and returns HTML, which is empty where there is no result of its kind.
+Each function takes the data and returns HTML, which is empty if there is no result of its kind.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from clipcore.evaluate.svg import (
 from clipcore.number_texts import decimal, percent, signed_points
 from clipcore.page_style import table
 
-# All pictures of the page together; what is beyond is counted.
+# Limit of all pictures of the page together; the rest are counted.
 _MOST_PICTURE_CHARS = 12_000_000
 _SIGNIFICANT = 0.05
 
 
 def compare(data: PageData) -> str:
-    """Return the section on two folders of results beside each other."""
+    """Return the section on the comparison of two folders of results."""
     study = data.studies.get("compare", {})
     first, second = (data.page_models.retitled(shown(study.get(side))) for side in "ab")
     rows = []
@@ -301,7 +301,7 @@ def overlap(data: PageData) -> str:
 
 
 def _neighbours(data: PageData, every: Sequence[tuple[str, int, Overlap]]) -> list[str]:
-    """Return the pictures of each overlap, as far as the page has room for them."""
+    """Return the pictures of each overlap, up to the page's limit."""
     parts, room, num_missing = [], _MOST_PICTURE_CHARS, 0
     for name, index, one in every:
         cards = []

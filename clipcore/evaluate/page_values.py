@@ -1,4 +1,4 @@
-"""Values of JSON that may be anybody's, as the page of results can show them, or None."""
+"""Converts untrusted JSON values into values that the page of results can show, or None."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from clipcore.data import DataError, printable
 
 _MAX_NAME_CHARS = 500
 _MOST_ENTRIES = 5000
-# What XML cannot hold beside what a terminal cannot.
+# Characters that XML cannot hold, besides those that a terminal cannot.
 _NO_XML = re.compile("[\ufffe\uffff]")
 
 
 def shown(value: object) -> str:
-    """Return a name from data as a page can hold it; "–" of what is no text."""
+    """Return a name from data, made safe for a page; "–" if it is not text."""
     if not isinstance(value, str):
         return "–"
     return _NO_XML.sub("\ufffd", printable(value[:_MAX_NAME_CHARS]))
 
 
 def text(value: object) -> str:
-    """Return a name as ``shown`` does; an empty one of what is no text."""
+    """Return a name as ``shown`` does; an empty text if it is not text."""
     return shown(value) if isinstance(value, str) else ""
 
 
 def number(value: object) -> float | None:
-    """Return a number that a result may have; None of anything else."""
+    """Return a number that a result may have; None for any other value."""
     found = _finite(value)
     return found if found is not None and abs(found) < 1e15 else None
 
@@ -37,37 +37,37 @@ def _finite(value: object) -> float | None:
         return None
     try:
         found = float(value)
-    except OverflowError:  # of a whole number of many digits
+    except OverflowError:  # from an integer of too many digits
         return None
     return found if math.isfinite(found) else None
 
 
 def share(value: object) -> float | None:
-    """Return a number from 0 to 1; None of anything else."""
+    """Return a number from 0 to 1; None for any other value."""
     found = number(value)
     return found if found is not None and 0 <= found <= 1 else None
 
 
 def difference(value: object) -> float | None:
-    """Return a difference of two shares; None of anything else."""
+    """Return a difference of two shares; None for any other value."""
     found = number(value)
     return found if found is not None and -1 <= found <= 1 else None
 
 
 def count(value: object) -> int:
-    """Return a whole number from 0; 0 of anything else."""
+    """Return a whole number from 0; 0 for any other value."""
     found = number(value)
     return int(found) if found is not None and found > 0 else 0
 
 
 def positive(value: object) -> float | None:
-    """Return a number above 0 that a logarithmic axis can hold; None of anything else."""
+    """Return a number above 0 that a logarithmic axis can hold; None for any other value."""
     found = _finite(value)
     return found if found is not None and 1e-100 < found < 1e100 else None
 
 
 def interval(value: object) -> tuple[float, float] | None:
-    """Return two shares, the lower first; None of anything else."""
+    """Return two shares, the lower first; None for any other value."""
     if not isinstance(value, list) or len(value) != 2:
         return None
     low, high = share(value[0]), share(value[1])
@@ -75,7 +75,7 @@ def interval(value: object) -> tuple[float, float] | None:
 
 
 def entries(value: object) -> list[Any]:
-    """Return a list; an empty one of anything else.
+    """Return a list; an empty one for any other value.
 
     Raises:
         DataError: there are more entries than a page can show.
@@ -88,5 +88,5 @@ def entries(value: object) -> list[Any]:
 
 
 def objects(value: object) -> list[dict[str, Any]]:
-    """Return the objects in a list; errors as of ``entries``."""
+    """Return the objects in a list; see ``entries`` for errors."""
     return [entry for entry in entries(value) if isinstance(entry, dict)]

@@ -1,9 +1,8 @@
-"""Folders of parquet tables as data sets lie on the Hugging Face hub: ``DIR/data/test-00000-of-00002.parquet``.
+"""Opens folders of parquet tables in the layout of the Hugging Face hub: ``DIR/data/test-00000-of-00002.parquet``.
 
-The tables are one. The files' names say the splits, which may have other words before or behind them, the same in all
-names (``pets-test.parquet``); or those of their folders do (``DIR/test/0000.parquet``); or a column ``split`` of all tables
-does, whatever they are called.
-The images of a table are opened with the first split that has some of them: those of a training split may be a hundred
+The tables form one. The splits are in the files' names, perhaps with other words around them, the same in all names
+(``pets-test.parquet``); or in the folders' names (``DIR/test/0000.parquet``); or in a column ``split`` of all tables. The
+images of a table are opened only with the first split that has some of them, because a training split may have a hundred
 times as many.
 
 Legend: N images.
@@ -26,11 +25,11 @@ from clipcore.data.transforms import Decoder
 from clipcore.evaluate.splits import SPLIT_WORDS, SPLITS, entries_of_splits, one_each
 
 SPLIT_COLUMN = "split"
-# Of tables in a message.
+# How many tables a message names.
 _MOST_NAMED = 4
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 
-# What is at the end of each of several tables of a split: ``-00000-of-00002`` with a hash.
+# The end of the name of one of several tables of a split: ``-00000-of-00002`` with a hash.
 _SHARD = re.compile(r"[-_.]\d+-of-\d+.*")
 # Other numbers of tables, and hashes.
 _NUMBER = re.compile(r"(?:part|shard|chunk|file)?\d*|(?=.*\d)[0-9a-f]{8,}")
@@ -40,10 +39,10 @@ Tables = dict[str, list[str]]
 
 
 def parquet_splits(path: Path) -> Tables:
-    """Return the tables of each split in a folder, or in its folder ``data``; none where their names say no splits.
+    """Return the tables of each split in a folder, or in its folder ``data``; none if their names contain no splits.
 
     Raises:
-        DataError: one of several that belong together is missing, or the folder cannot be read.
+        DataError: one of several tables of a split is missing, or the folder cannot be read.
     """
     for folder in (path, path / "data"):
         if os.path.isdir(folder) and (found := _tables_in(folder)):
@@ -52,10 +51,10 @@ def parquet_splits(path: Path) -> Tables:
 
 
 def only_configuration(path: Path) -> Tables:
-    """Return the tables of each split in the only folder within a folder that holds such, none where none does.
+    """Return the tables of each split in the only subfolder that holds such tables; none if there is no such subfolder.
 
     Raises:
-        DataError: several do, or tables lie there of which nothing says the splits.
+        DataError: several subfolders hold tables, or the tables' splits are unknown.
     """
     files, folders = list_folder(str(path))
     found = {name: tables for name in folders if (tables := _tables_in(path / name))}
@@ -71,7 +70,7 @@ def only_configuration(path: Path) -> Tables:
         places += [path / "data" / name for name in list_folder(str(path / "data"))[0]]
     others = [place for place in places if _is_parquet(place.name)]
     if others and all(SPLIT_COLUMN in ParquetColumns(str(place)).names for place in others):
-        # Whichever split the files are said to be, the column decides.
+        # Assigned to any split, because the column decides.
         return {"test": list(map(str, others))}
     if others:
         raise DataError(
@@ -91,7 +90,7 @@ def holds_tables(path: Path) -> bool:
 
 
 def _tables_in(folder: Path) -> Tables:
-    """Return the tables of each split by their names, else by those of their folders, none where neither says any."""
+    """Return the tables of each split by their names, else by their folders' names; none if neither contains splits."""
     if found := _splits_in(folder):
         return found
     of_splits = {
@@ -106,19 +105,19 @@ def _is_parquet(name: str) -> bool:
 
 
 def _parquet_in(folder: Path) -> list[str]:
-    """Return the paths of a folder's tables; raise DataError where one is missing that their names count."""
+    """Return the paths of a folder's tables; raise DataError if one is missing by the count in their names."""
     names = list(filter(_is_parquet, list_folder(str(folder))[0]))
     _check_complete(folder, names)
     return [str(folder / name) for name in names]
 
 
 class _Name(NamedTuple):
-    """What the name of a table says.
+    """The parsed name of a table.
 
     Attributes:
         file: the name.
-        splits: the words in it that say a split.
-        begins: whether it begins with one.
+        splits: the words in it that mean a split.
+        begins: whether it begins with such a word.
         rest: the other words, without numbers.
     """
 
@@ -129,7 +128,7 @@ class _Name(NamedTuple):
 
 
 def _read_name(file: str) -> _Name:
-    """Return what the name of a table says."""
+    """Return the parsed name of a table."""
     stem = _SHARD.sub("", file.lower().removesuffix(".parquet"))
     words = re.split(r"[-_.]", stem)
     splits = [word for word in words if word in SPLIT_WORDS]
@@ -138,10 +137,10 @@ def _read_name(file: str) -> _Name:
 
 
 def _splits_in(folder: Path) -> Tables:
-    """Return the tables of a folder by the splits in their names: of those that begin with one, else of all.
+    """Return the tables of a folder by split: those whose names begin with a split, else those that contain one.
 
     Raises:
-        DataError: a name says two splits, or the names are those of several data sets.
+        DataError: a name contains two splits, or the names belong to several data sets.
     """
     all_names = map(_read_name, filter(_is_parquet, list_folder(str(folder))[0]))
     names = [name for name in all_names if name.splits]
@@ -170,7 +169,7 @@ def _splits_in(folder: Path) -> Tables:
 
 
 def unused_notes(path: Path, tables: Tables) -> tuple[str, ...]:
-    """Return a note that names the parquet tables in a folder, or in a folder within it, that no split has."""
+    """Return a note on the parquet tables in a folder or its subfolders that belong to no split."""
     used = {os.path.realpath(table) for paths in tables.values() for table in paths}
     folders = [path, *(path / name for name in list_folder(str(path))[1])]
     unused = [
@@ -186,12 +185,12 @@ def unused_notes(path: Path, tables: Tables) -> tuple[str, ...]:
 
 
 def _check_complete(folder: Path, names: Sequence[str]) -> None:
-    """Raise DataError where one of the tables is missing that their names count."""
+    """Raise DataError if a table is missing by the count in the tables' names."""
     there = set(names)
     for name in names:
         if (match := _PART.fullmatch(name)) is None:
             continue
-        # The end may differ, as a hash of the content.
+        # The end may differ, because it is a hash of the content.
         starts = {m[2] for other in there if (m := _PART.fullmatch(other)) and m[1] == match[1]}
         missing = [part for part in range(int(match[3])) if f"{part:05d}" not in starts]
         if missing:
@@ -204,18 +203,18 @@ def _check_complete(folder: Path, names: Sequence[str]) -> None:
 
 
 class ParquetFiles(ParquetColumns):
-    """The columns that all of some parquet tables have, and one of their splits where they have none of their own.
+    """The columns that several parquet tables share, with a column of splits if they have none themselves.
 
     Args:
-        tables: their paths by split.
+        tables: the tables' paths by split.
 
     Attributes:
         tables: as given.
-        paths: all of them, in the order of the rows.
-        has_own_splits: whether a column of the tables says the splits.
+        paths: all paths, in the order of the rows.
+        has_own_splits: whether the tables have a column of splits.
 
     Raises:
-        DataError: as of ``ParquetColumns``.
+        DataError: see ``ParquetColumns``.
     """
 
     def __init__(self, tables: Mapping[str, Sequence[str]]) -> None:
@@ -240,14 +239,14 @@ class ParquetFiles(ParquetColumns):
                 yield Row(f"{os.path.basename(path)}, {row.place}", values, row.trouble)
 
     def class_names(self, label: str) -> list[str] | None:
-        """Return the names of the classes in Hugging Face's notes, None without them; raise DataError where they differ."""
+        """Return the class names in Hugging Face's metadata, None without them; raise DataError if they differ."""
         found: tuple[str, list[str]] | None = None
         for path, columns in zip(self.paths, self._columns, strict=True):
             if (names := columns.class_names(label)) is None:
                 continue
             if found is not None and found[1] != names:
                 raise DataError(
-                    f"{found[0]} and {path} name the classes of {printable(label)!r} differently; write both anew with the "
+                    f"{found[0]} and {path} name the classes of {printable(label)!r} differently; write both again with the "
                     "same classes"
                 )
             found = (path, names)
@@ -258,7 +257,7 @@ class ParquetFiles(ParquetColumns):
         return ParquetFilesImages(self.paths, self._ends, column, decoder)
 
     def rows_by_table(self, rows_N: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the path of each table that has some of these rows, which rise, and their numbers there, int64 [N']."""
+        """Yield the path of each table with some of these ascending rows, and their indices there, int64 [N']."""
         table_N = np.searchsorted(self._ends, rows_N, side="right")
         for number in np.unique(table_N).tolist():
             begun = int(self._ends[number]) - self._columns[number].num_rows
@@ -270,8 +269,8 @@ class ParquetFilesImages:
 
     Args:
         paths: the tables.
-        ends: the number of rows up to the end of each.
-        column: of the images.
+        ends: the cumulated number of rows at the end of each table.
+        column: the name of the image column.
         decoder: see ``decode_image``.
     """
 
@@ -287,7 +286,7 @@ class ParquetFilesImages:
         return int(self._ends[-1])
 
     def key(self, index: int) -> str:
-        """Return the name of a row: its table and its number there."""
+        """Return the name of a row: its table and its index there."""
         number, row = self._place(index)
         return f"{os.path.basename(self.paths[number])}, row {row + 1}"
 
@@ -307,7 +306,7 @@ class ParquetFilesImages:
         return self._opened[number]
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the table of a row, and its number there."""
+        """Return the table of a row, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))

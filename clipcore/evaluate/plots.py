@@ -1,7 +1,7 @@
 """The plots of the page of results, one function each; all are called within ``svg.drawing``.
 
-A row is a data set. A plot of rows has bars where there is one model, and a mark for each where there are several. Shares
-are from 0 to 1, and drawn as percentages.
+A row is a data set. A plot of rows shows bars for one model, and a mark for each of several models. Shares are from 0 to 1,
+and drawn as percentages.
 
 Source: Radford et al. 2021, the figures that the functions name.
 """
@@ -43,7 +43,7 @@ from clipcore.evaluate.svg import (
 )
 from clipcore.number_texts import percent, short, signed_points
 
-# Rows of one plot; a table has all of them.
+# Largest number of rows in a plot; a table has all of them.
 MOST_ROWS = 100
 MOST_PANELS = 48
 _PANELS_PER_ROW = 3
@@ -51,7 +51,7 @@ _LOWER_COLOUR = MODEL_COLOURS[1]
 
 
 class Curve(NamedTuple):
-    """A model's few-shot scores as means over data sets; ``sets`` are the curves that they are the means of."""
+    """A model's few-shot scores as means over data sets; ``sets`` are the data sets' own curves."""
 
     model: int
     shots: tuple[int, ...]
@@ -62,7 +62,7 @@ class Curve(NamedTuple):
 
 
 def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int) -> Plot:
-    """Draw scores with their intervals, and chance as a tick."""
+    """Draw scores with their intervals, and the chance level as a tick."""
     axes, places = row_axes([name for name, _ in rows], num_models, bottom=24)
     highest = 0.0
     for y, (_, scores) in zip(places, rows, strict=True):
@@ -96,7 +96,7 @@ def score_chart(rows: Sequence[tuple[str, Mapping[int, Score]]], num_models: int
 def difference_chart(
     rows: Sequence[tuple[str, Mapping[int, float]]], num_models: int, first: str, second: str
 ) -> Plot:
-    """Draw differences of two scores by data set (figures 5 and 8), which are positive where the first one is higher."""
+    """Draw differences of two scores by data set (figures 5 and 8); they are positive if the first one is higher."""
     axes, places = row_axes([name for name, _ in rows], num_models)
     axes.axvline(0, color=MUTED, linewidth=1)
     values = [value for _, by_model in rows for value in by_model.values()]
@@ -173,7 +173,7 @@ def few_shot_chart(curves: Sequence[Curve], num_sets: int) -> Plot:
 
 
 def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: int) -> Plot:
-    """Draw how many images a class reach the zero-shot score (figure 7); a triangle says more than were tried."""
+    """Draw the images per class that reach the zero-shot score (figure 7); a triangle means more than were tried."""
     axes, places = row_axes([name for name, _ in rows], num_models)
     numbers = [found.labels for _, by_model in rows for found in by_model.values() if found.labels]
     tried = max(found.shots[-1] for _, by_model in rows for found in by_model.values())
@@ -209,7 +209,7 @@ def labels_chart(rows: Sequence[tuple[str, Mapping[int, FewShot]]], num_models: 
 def scatter_chart(
     points: Sequence[Point], first: str, second: str, line: tuple[float, float] | None = None
 ) -> Plot:
-    """Draw one score of each data set over another (figure 8), with y = x dashed, and a line of slope and intercept."""
+    """Draw one score of each data set over another (figure 8), with y = x dashed and a fitted line."""
     axes = new_axes(330, left=60)
     values = [value for point in points for value in (point.x, point.y)]
     low, high = padded(min(values), max(values))
@@ -235,7 +235,7 @@ def scatter_chart(
 
 
 def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_tests: int) -> Plot:
-    """Draw what overlap raises scores by, over the share of overlapping pictures (figure 17); filled is significant."""
+    """Draw the gain by overlap over the share of overlapping pictures (figure 17); filled marks are significant."""
     axes = new_axes(280, left=60)
     axes.axhline(0, color=MUTED, linewidth=1)
     points = []
@@ -267,7 +267,7 @@ def overlap_chart(rows: Sequence[tuple[str, int, Overlap]], num_sets: int, num_t
 
 
 def trace_chart(panels: Sequence[tuple[str, Mapping[int, Trace]]], num_models: int) -> Plot:
-    """Draw the scores of all C that a probe's search fitted, a panel a data set; a ring is the C that was taken."""
+    """Draw the scores of all C in a probe's search, with a panel per data set; a ring marks the chosen C."""
     shown = panels[:MOST_PANELS]
     per_row = min(len(shown), _PANELS_PER_ROW)
     num_lines = math.ceil(len(shown) / per_row)
@@ -311,7 +311,7 @@ def models_text(number: int) -> str:
 
 
 def _models_in(rows: Iterable[tuple[str, Mapping[int, object]]]) -> str:
-    """Return how many models rows or panels show, of all that the page has."""
+    """Return in words how many of the page's models rows or panels show."""
     return models_text(len({model for _, by_model in rows for model in by_model}))
 
 

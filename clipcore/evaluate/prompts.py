@@ -86,7 +86,7 @@ IMAGENET_TEMPLATES = (
     "a tattoo of the {}.",
 )
 
-# The seven that their notebook found to be nearly as good.
+# The seven that their notebook reports as nearly as good.
 SIMPLE_IMAGENET_TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",

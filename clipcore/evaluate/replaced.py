@@ -1,4 +1,4 @@
-"""What tells a result from the one whose place it takes."""
+"""Describes how a result differs from the one that it replaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from clipcore.evaluate.results import Result
 from clipcore.evaluate.same_weights import identity_of
 
-# What a user chooses, by its key in a result's details.
+# A user's choices, by their keys in a result's details.
 _CHOICES = {
     "templates": "prompts",
     "training": "training data",
@@ -25,7 +25,7 @@ _CHOICES = {
 def changes(before: Result, after: Result) -> list[str]:
     """Return in words what differs between two results of one name, data set and task.
 
-    What only one of them says, as results of older versions say less, does not count.
+    Details that only one of them has are ignored, because results of older versions have fewer.
     """
     old, new = _chosen(before.details), _chosen(after.details)
     words = [
@@ -38,9 +38,9 @@ def changes(before: Result, after: Result) -> list[str]:
 
 
 def _features_word(before: Result, after: Result) -> str:
-    """Return in words why features differ; an empty text where they do not.
+    """Return in words why features differ; an empty text if they do not.
 
-    The hash of a model's weights tells these from the rest; without it nothing does.
+    The hash of a model's weights separates changed weights from other changes; without it they cannot be separated.
     """
     old_hash, new_hash = identity_of(before).weights, identity_of(after).weights
     if old_hash and new_hash and old_hash != new_hash:
@@ -54,7 +54,7 @@ def _features_word(before: Result, after: Result) -> str:
 
 
 def _chosen(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return details where a number that was found, and not given, is None: it follows from the rest."""
+    """Return details with None for each number that was computed, not given: it follows from the rest."""
     found = dict(details)
     if details.get("trace"):
         found["C"] = None

@@ -1,7 +1,7 @@
-"""Results of evaluations: one JSON file for each model, data set and task, under the keys of CLIP_benchmark.
+"""Reads and writes results of evaluations: one JSON file per model, data set and task, with CLIP_benchmark's keys.
 
-Its own ``clip_benchmark build`` reads them. What it has no key for is under one more, ``clipcore``. Beside them lies
-``eval_results.jsonl``, in the form of datacomp's evaluations.
+``clip_benchmark build`` reads these files. Values for which it has no key are under an additional key, ``clipcore``.
+``eval_results.jsonl`` beside them has the format of datacomp's evaluations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clipcore.data import DataError, printable
 from clipcore.files import is_folder, make_directory, read_regular, write_durably
 from clipcore.towers.architectures import is_finite_number, shortened
 
-# Tasks of CLIP_benchmark, and ours beside them.
+# Tasks of CLIP_benchmark, and our own.
 ZERO_SHOT, LINEAR_PROBE, RETRIEVAL = (
     "zeroshot_classification",
     "linear_probe",
@@ -29,10 +29,10 @@ PROMPTS, FEW_SHOT, OVERLAP, BIAS = "prompt_gains", "few_shot", "overlap", "bias"
 TASKS = (ZERO_SHOT, LINEAR_PROBE, RETRIEVAL, PROMPTS, FEW_SHOT, OVERLAP, BIAS)
 
 LINES_FILE = "eval_results.jsonl"
-# The largest hold 120 small pictures. Lists of lists take forty times their text in memory.
+# The largest results hold 120 small pictures. In memory, lists of lists take forty times their text.
 _MAX_RESULT_BYTES = 1 << 22
 _MAX_NAME_CHARS = 180
-# Which metric stands for a result that does not say it, such as CLIP_benchmark's own: the first that it has.
+# Main metrics of a result that names none, such as CLIP_benchmark's own: the first one present is used.
 _USUAL_METRICS = {
     ZERO_SHOT: ("acc1", "mean_average_precision"),
     LINEAR_PROBE: ("lp_acc1", "lp_mean_average_precision"),
@@ -42,17 +42,17 @@ _USUAL_METRICS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one evaluation of one model on one data set found.
+    """The result of one evaluation of one model on one data set.
 
     Attributes:
         dataset: its name.
         model: the architecture, such as "ViT-B-32".
-        pretrained: which weights, as the user named them.
+        pretrained: the weights, as the user named them.
         task: one of ``TASKS``.
-        metrics: by CLIP_benchmark's names, shares from 0 to 1; None where a metric does not apply.
-        details: all else, of JSON's kinds of values; ``main_metric`` names the metric that stands for the whole.
-        language: of the class names and captions.
-        written_ns: when the file that it was read from was written, in nanoseconds; 0 of one that was not read.
+        metrics: by CLIP_benchmark's names, shares from 0 to 1; None if a metric does not apply.
+        details: all other values, of JSON's types; ``main_metric`` names the main metric.
+        language: language of the class names and captions.
+        written_ns: modification time of its file, in nanoseconds; 0 for a result that was not read.
     """
 
     dataset: str
@@ -66,7 +66,7 @@ class Result:
 
     @property
     def main_metric(self) -> str | None:
-        """The metric that stands for the whole; where it is not said, the task's usual one, None where it has none."""
+        """The main metric; if none is named, the task's usual one, or None."""
         stated = self.details.get("main_metric")
         if isinstance(stated, str):
             return stated
@@ -80,10 +80,10 @@ class Result:
 
     @property
     def file_name(self) -> str:
-        """The name of its file, after CLIP_benchmark's template, which no other result has."""
+        """The name of its file, which is unique and follows CLIP_benchmark's template."""
         parts = (self.dataset, self.pretrained, self.model, self.language, self.task)
         stem = "_".join(map(_in_file_name, parts[:-1]))
-        # Two paths may look alike without their slashes, and "a_b" of "c" is "a" of "b_c".
+        # Two paths may be equal without their slashes, and "a_b" of "c" would equal "a" of "b_c".
         is_altered = any(_in_file_name(part) != part for part in parts)
         is_ambiguous = any("_" in part for part in parts[1:-1])
         if is_altered or is_ambiguous or len(stem) + len(self.task) >= _MAX_NAME_CHARS:
@@ -92,7 +92,7 @@ class Result:
         return f"{stem}_{_in_file_name(self.task)}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object that its file holds.
+        """Return the object for its file.
 
         Raises:
             ValueError: a number is not finite, which JSON does not have; the message names the metric.
@@ -100,8 +100,8 @@ class Result:
         for name, value in self.metrics.items():
             if value is not None and not is_finite_number(value):
                 raise ValueError(
-                    f"{printable(name)} of {printable(self.model)} on {printable(self.dataset)} is {shortened(value)}, no "
-                    "finite number; where a metric does not apply it is None"
+                    f"{printable(name)} of {printable(self.model)} on {printable(self.dataset)} is {shortened(value)}, not "
+                    "a finite number; a metric that does not apply is None"
                 )
         record: dict[str, Any] = {
             "dataset": self.dataset,
@@ -116,18 +116,18 @@ class Result:
             json.dumps(record, allow_nan=False)
         except ValueError as error:
             raise ValueError(
-                f"the details of {printable(self.model)} on {printable(self.dataset)} are no JSON: {error}"
+                f"the details of {printable(self.model)} on {printable(self.dataset)} are not JSON: {error}"
             ) from None
         return record
 
 
 def write_result(folder: Path, result: Result) -> Path:
-    """Write a result into a folder, in place of an older one of the same model, data set and task; return its path.
+    """Write a result into a folder, replacing an older one of the same model, data set and task; return its path.
 
-    The file of a result that was read keeps its time, which says what was measured last.
+    The file of a result that was read keeps its modification time, which tells what was measured last.
 
     Raises:
-        ValueError: a number is not finite, or the result is larger than what is read again.
+        ValueError: a number is not finite, or the result is too large to be read again.
         OSError: it cannot be written; an older one is untouched.
     """
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
@@ -146,10 +146,10 @@ def write_result(folder: Path, result: Result) -> Path:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Return the results in a folder, CLIP_benchmark's own among them, in the order of their files' names.
+    """Return the results in a folder, including CLIP_benchmark's own, in the order of their files' names.
 
     Raises:
-        DataError: there is no folder, none in it, or one that cannot be read.
+        DataError: the folder is missing or has no results, or a result cannot be read.
     """
     try:
         if not is_folder(folder):
@@ -168,17 +168,17 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def read_result(path: Path) -> Result:
-    """Return the result in one file, CLIP_benchmark's own too; raise DataError."""
+    """Return the result in one file, which may be CLIP_benchmark's; raise DataError."""
     result = _read(path)
     if result is None:
         raise DataError(
-            f"{path} is no result of an evaluation: it has no dataset, model, pretrained and task"
+            f"{path} is not a result of an evaluation: it has no dataset, model, pretrained and task"
         )
     return result
 
 
 def _read(path: Path) -> Result | None:
-    """Return the result in a file; None of another kind of file."""
+    """Return the result in a file; None for another kind of file."""
     try:
         content = read_regular(path, _MAX_RESULT_BYTES + 1)
         written_ns = path.stat().st_mtime_ns
@@ -191,14 +191,14 @@ def _read(path: Path) -> Result | None:
     try:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {printable(str(error))}; remove it") from None
+        raise DataError(f"{path} is not JSON: {printable(str(error))}; remove it") from None
     keys = ("dataset", "model", "pretrained", "task")
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         return None
     metrics, details = record.get("metrics"), record.get("clipcore", {})
     language = record.get("language")
     if not isinstance(metrics, dict) or not isinstance(details, dict):
-        raise DataError(f"{path} has no metrics; evaluate it anew, or remove it")
+        raise DataError(f"{path} has no metrics; evaluate it again, or remove it")
     return Result(
         dataset=record["dataset"],
         model=record["model"],
@@ -212,12 +212,12 @@ def _read(path: Path) -> Result | None:
 
 
 def _number(value: object) -> float | None:
-    """Return a metric; None where it is not a finite number, as CLIP_benchmark's acc5 of few classes is."""
+    """Return a metric; None if it is not a finite number, such as CLIP_benchmark's acc5 for few classes."""
     return value if is_finite_number(value) else None  # type: ignore[return-value]
 
 
 def write_lines(folder: Path, results: Iterable[Result]) -> None:
-    """Write the line of each zero-shot and retrieval result into a folder's file, as datacomp's evaluations do."""
+    """Write one line per zero-shot and retrieval result into a folder's file, as datacomp's evaluations do."""
     lines = [
         json.dumps(_line(result), allow_nan=False, ensure_ascii=False) + "\n"
         for result in results
@@ -238,7 +238,7 @@ def _line(result: Result) -> Mapping[str, Any]:
 
 
 def set_key(dataset: str) -> str:
-    """Return by what two names of a data set are the same one, without the spellings of its copies on the hub.
+    """Return a data set's normalised name, which is the same for the spellings of its copies on the hub.
 
     >>> set_key("wds/vtab/cifar10"), set_key("wds_imagenet_sketch_test")
     ('vtab-cifar10', 'imagenet-sketch')
@@ -248,21 +248,21 @@ def set_key(dataset: str) -> str:
 
 
 def models_of(results: Iterable[Result]) -> list[tuple[str, str]]:
-    """Return (model, pretrained) of results, each once, in their order."""
+    """Return the distinct (model, pretrained) of results, in their order."""
     return list(dict.fromkeys((result.model, result.pretrained) for result in results))
 
 
 def _encoded(text: str) -> bytes:
-    """Return a text's UTF-8; of a name that is none, such as a path in another encoding, JSON's escapes."""
+    """Return a text as UTF-8; JSON escapes replace characters that cannot be encoded, as in a path in another encoding."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def _in_file_name(text: str) -> str:
-    """Return a text fit for a part of a file's name."""
+    """Return a text that is safe as a part of a file's name."""
     return re.sub(r"[^\w.+-]", "-", text.replace("/", "-"), flags=re.ASCII)
 
 
 def find_result(folder: Path, like: Result) -> Result | None:
-    """Return the result of the same model, data set and task in a folder; None where there is none."""
+    """Return the result of the same model, data set and task in a folder; None if there is none."""
     path = folder / like.file_name
     return _read(path) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Retrieval both ways: does an image find its caption, and a caption its image?
+"""Retrieval in both directions: captions of an image, and images of a caption.
 
 Legend: N images, M texts, E embedding size.
 
@@ -21,11 +21,11 @@ def retrieval_recall(
     text_owner_M: Tensor | None = None,
     ranks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Recall at k in both directions; the N x M similarity is never held.
+    """Return recall at k in both directions; the N x M similarities are never held.
 
     Args:
-        text_owner_M: the image that each text describes, [M] of indices below N, for several captions an image; texts
-            and images are pairs in order when it is left out.
+        text_owner_M: index of the image that each text describes, [M] below N, for several captions per image [texts and
+            images are pairs in order].
         ranks: the k of the recalls; those larger than the gallery are left out.
 
     Returns:
@@ -33,7 +33,7 @@ def retrieval_recall(
         ``text_to_image_R@k``: share of texts with their image among the k nearest images.
 
     Raises:
-        ValueError: nothing to retrieve, or owners that do not fit.
+        ValueError: there is nothing to retrieve, or the owners do not fit.
     """
     num_images, num_texts = len(image_features_NE), len(text_features_ME)
     owner_M = torch.arange(num_texts) if text_owner_M is None else text_owner_M

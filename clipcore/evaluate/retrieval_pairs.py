@@ -1,4 +1,4 @@
-"""Images with captions as sets for retrieval: whatever a model can be trained on."""
+"""Opens images with captions as retrieval sets, in any layout of training data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from clipcore.evaluate.suites import main_metric
 
 
 def pairs_split(name: str, rows: PairSource, folder: str | Path, decoder: Decoder) -> Split:
-    """Return a split of images with captions, each image once with the captions of all rows that name it.
+    """Return a split of images with captions; each image occurs once, with the captions of all its rows.
 
     Args:
-        name: of the split.
-        rows: the pairs as ``open_source`` reads them.
-        folder: in which they lie.
-        decoder: with which they are read.
+        name: the name of the split.
+        rows: the pairs, from ``open_source``.
+        folder: the folder of the pairs.
+        decoder: the decoder that reads them.
     """
     source = by_picture(rows)
 
@@ -50,7 +50,7 @@ def pairs_split(name: str, rows: PairSource, folder: str | Path, decoder: Decode
 
 
 def pairs_set(name: str, rows: PairSource, folder: str | Path, decoder: Decoder) -> EvaluationSet:
-    """Return a data set of one split, test, for retrieval; arguments as of ``pairs_split``."""
+    """Return a data set with one split, test, for retrieval; the arguments are those of ``pairs_split``."""
     return EvaluationSet(
         name=name,
         task="retrieval",
@@ -78,7 +78,7 @@ def _files_of(source: Any) -> Iterator[str]:
 
 
 def _choice_of(source: Any) -> tuple[object, ...]:
-    """Return what tells the images of a source from others in the same files."""
+    """Return an object that identifies a source's images among others in the same files."""
     if isinstance(source, MixtureSource):
         return tuple(_choice_of(part) for part in source.parts)
     if isinstance(source, ChosenRows):

@@ -1,9 +1,10 @@
-"""Retrieval on a data set: its captions are encoded once, and recalls come under CLIP_benchmark's names.
+"""Measures retrieval on a data set: encodes its captions once, and returns recalls under CLIP_benchmark's names.
 
 Legend: N images, M captions, E embedding size.
 
-Source: Radford et al. 2021, table 13. CLIP_benchmark names a recall after what is retrieved: ``image_retrieval_recall@k`` is
-the share of captions that find their image, ``text_retrieval_recall@k`` the share of images that find one of their captions.
+Source: Radford et al. 2021, table 13. CLIP_benchmark names a recall after the retrieved side. ``image_retrieval_recall@k``
+is the share of captions that find their image, ``text_retrieval_recall@k`` the share of images that find one of their
+captions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ EncodeText = Callable[[list[str]], Tensor]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add what the command ``retrieval`` alone takes."""
+    """Add the arguments of the command ``retrieval`` only."""
     parser.add_argument(
         "--recall-k",
         type=_rank,
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def _rank(text: str) -> int:
-    """Return the k of a recall, for argparse."""
+    """Return the k of a recall from its text, for argparse."""
     is_number = text.isascii() and text.isdigit() and len(text) < 4
     if not is_number or not 1 <= int(text) <= MAX_K:
         raise argparse.ArgumentTypeError(f"a K is a whole number from 1 to {MAX_K}, got {text!r}")
@@ -75,16 +76,16 @@ def measure_retrieval(
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Return the metrics and the details of a result: recalls in both directions.
 
-    The N x M similarities are never held. An image whose captions cannot be read is left out, and counted in a note.
+    The N x M similarities are never held. An image without a readable caption is left out, and counted in a note.
 
     Args:
-        features: of the images of a split whose source has each image once, with all of its captions.
+        features: features of a split whose source has each image once, with all of its captions.
         encode_text: see ``text_encoder``.
-        ranks: the k of the recalls; 1 is always among them. A recall is None where k is larger than what is searched.
-        progress: is called with the number of captions that were encoded since its last call.
+        ranks: the k of the recalls; 1 is always among them. A recall is None if k is larger than the gallery.
+        progress: is called with the number of captions encoded since its last call.
 
     Raises:
-        DataError: a file of features, or no image has a caption.
+        DataError: the features are from a file, or no image has a caption.
         ValueError: features are not finite.
     """
     source = features.split.source
@@ -101,10 +102,10 @@ def measure_retrieval(
             progress(len(texts))
     if not text_features:
         raise DataError(
-            f"no image of {source.name} has a caption that can be read; retrieval needs captions"
+            f"no image of {source.name} has a readable caption; retrieval needs captions"
         )
 
-    # Images without a caption would be found by none, and find none.
+    # Images without a caption cannot be retrieved, nor retrieve one.
     has_caption_N = torch.zeros(len(image_NE), dtype=torch.bool)
     has_caption_N[owners] = True
     place_N = has_caption_N.cumsum(0) - 1
@@ -132,7 +133,7 @@ def measure_retrieval(
 def _caption_batches(
     source: PairSource, rows_N: np.ndarray, bad: list[BadSample]
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """Yield captions with the places of their images among the rows; add images without captions to ``bad``."""
+    """Yield captions with the row indices of their images; add images without captions to ``bad``."""
     texts, owners = list[str](), list[int]()
     for place, row in enumerate(rows_N.tolist()):
         try:

@@ -1,8 +1,8 @@
-"""How much accuracy a model keeps when the pictures change, beyond what its accuracy without the change predicts.
+"""Effective robustness: a model's accuracy under a shift, beyond the accuracy that a baseline predicts.
 
-Models that were trained on one data set alone lie on a line: their accuracies under a shift, as logits, grow with those
-without it. The effective robustness of a model is how far above that line it lies. Its relative robustness is what it
-gains under the shift over another model, such as a probe of the same features.
+Models that were trained on a single data set lie on a line: the logits of their accuracies under a shift grow with those
+without it. The effective robustness of a model is its distance above that line. Its relative robustness is its gain under
+the shift over another model, such as a probe of the same features.
 
 Source: Radford et al. 2021, section 3.3, after Taori et al. 2020. Accuracies are shares, from 0 to 1.
 """
@@ -23,8 +23,8 @@ class BaselineFit:
     """The line of models without robustness: logit(accuracy under the shift) = slope * logit(accuracy) + intercept.
 
     Attributes:
-        r2: share of the variance, of the logits, that the line explains.
-        num_models: it was fitted to.
+        r2: share of the logits' variance that the line explains.
+        num_models: the number of models that it was fitted to.
     """
 
     slope: float
@@ -33,7 +33,7 @@ class BaselineFit:
     num_models: int
 
     def expected(self, in_accuracy: float) -> float:
-        """Return the accuracy under the shift of a model on the line."""
+        """Return the accuracy under the shift for a model on the line."""
         z = self.slope * _logit(np.asarray(in_accuracy, np.float64)) + self.intercept
         return float(1 / (1 + np.exp(-z)))
 
@@ -42,11 +42,11 @@ def fit_baseline(in_accuracies: Shares, out_accuracies: Shares) -> BaselineFit:
     """Fit the line by least squares; a model with an accuracy of 0 or 1, whose logit is infinite, is left out.
 
     Args:
-        in_accuracies: of M models without the shift.
-        out_accuracies: of the same models under it.
+        in_accuracies: accuracies of M models without the shift.
+        out_accuracies: accuracies of the same models under the shift.
 
     Raises:
-        ValueError: there are not as many of both, one is no share, or fewer than two different models are left.
+        ValueError: the lengths differ, a value is not a share, or fewer than two distinct models are left.
     """
     x, y = _shares(in_accuracies), _shares(out_accuracies)
     if x.shape != y.shape:
@@ -58,15 +58,15 @@ def fit_baseline(in_accuracies: Shares, out_accuracies: Shares) -> BaselineFit:
 
 
 def effective_robustness(fit: BaselineFit, in_accuracy: float, out_accuracy: float) -> float:
-    """Return how far a model's accuracy under the shift is above that of the line, as a difference of shares."""
+    """Return a model's accuracy under the shift minus the line's, as a difference of shares."""
     _shares([in_accuracy, out_accuracy])
     return out_accuracy - fit.expected(in_accuracy)
 
 
 def gap_closed(fit: BaselineFit, in_accuracy: float, out_accuracy: float) -> float:
-    """Return which part of the loss under the shift, of a model on the line, a model of equal accuracy does not have.
+    """Return the share of the line's loss under the shift that a model of equal accuracy avoids.
 
-    1 where it loses nothing, 0 on the line, negative below it; nan where a model on the line loses nothing either.
+    It is 1 if the model loses nothing, 0 on the line, and negative below it; nan if the line loses nothing either.
     """
     _shares([in_accuracy, out_accuracy])
     lost_on_line = in_accuracy - fit.expected(in_accuracy)
@@ -78,10 +78,10 @@ def gap_closed(fit: BaselineFit, in_accuracy: float, out_accuracy: float) -> flo
 def fit_line(
     x: NDArray[np.float64], y: NDArray[np.float64], what: str
 ) -> tuple[float, float, float]:
-    """Return slope, intercept and r2 of the least squares line through points.
+    """Return slope, intercept and r2 of the least-squares line through points.
 
     Raises:
-        ValueError: there are fewer than two different x; ``what`` names the points in the message.
+        ValueError: there are fewer than two distinct x; ``what`` names the points in the message.
     """
     if len(x) < 2 or np.ptp(x) == 0:
         raise ValueError(
@@ -95,7 +95,7 @@ def fit_line(
 
 def _shares(values: Shares) -> NDArray[np.float64]:
     found = np.asarray(values, np.float64)
-    # Written so that a nan is refused too.
+    # Written so that nan is refused too.
     if not ((found >= 0) & (found <= 1)).all():
         wrong = found[~((found >= 0) & (found <= 1))][0]
         raise ValueError(f"an accuracy is a share from 0 to 1, not {wrong:g}")

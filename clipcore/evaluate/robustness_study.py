@@ -1,4 +1,4 @@
-"""How robust the models in a folder of results are: their accuracies on data sets and on shifted forms of these.
+"""Measures the robustness of the models in a folder of results, from accuracies on data sets and their shifted forms.
 
 Source: Radford et al. 2021, section 3.3. The maths is in ``robustness.py``. Accuracies are shares, from 0 to 1.
 """
@@ -25,7 +25,7 @@ from clipcore.evaluate.robustness import (
 from clipcore.evaluate.same_weights import one_name_each
 from clipcore.evaluate.scores import Model, listed, scores_of, share
 
-# Data sets and their shifted forms, for those who name none.
+# Default data sets and their shifted forms.
 _SHIFTS_OF_IMAGENET = (
     "imagenetv2",
     "imagenet-sketch",
@@ -52,7 +52,7 @@ _OWN_NOTE = (
 
 
 class Accuracies(NamedTuple):
-    """Accuracies of one model without a shift and under it; None where it was not evaluated."""
+    """Accuracies of one model without and with a shift; None if it was not evaluated."""
 
     model: Model
     kind: Literal["zero-shot", "probe", "baseline"]
@@ -62,13 +62,13 @@ class Accuracies(NamedTuple):
 
 @dataclass(frozen=True)
 class BaselineTable:
-    """Accuracies of models that were trained on one data set alone, as a user gives them.
+    """A user's table of accuracies of models that were trained on a single data set.
 
     Attributes:
-        name: of the file.
-        models: their names.
-        accuracies: shares by the key of the data set, one for each model; None of an empty cell.
-        note: what was understood of it.
+        name: name of the file.
+        models: names of the models.
+        accuracies: shares by the key of the data set, one per model; None for an empty cell.
+        note: a note on how the table was interpreted.
     """
 
     name: str
@@ -91,17 +91,17 @@ def robustness_study(
     in_name: str | None = None,
     out_names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return how much accuracy the models in a folder of results keep under shifts, in the form of ``robustness.json``.
+    """Return the accuracy that the models in a folder of results keep under shifts, in the format of ``robustness.json``.
 
     Args:
-        results: a folder; of it zero-shot classifiers and linear probes count, by their accuracy.
-        baseline: a csv table with a column ``model`` and one for each data set, in % where one is above 1; or "fit", the
-            line through the folder's own probes, or its zero-shot models where no probe has both accuracies; or None.
+        results: a folder; its zero-shot classifiers and linear probes are used, by their accuracy.
+        baseline: a csv table with a column ``model`` and one per data set, in percent if any value is above 1; or "fit", the
+            line through the folder's own probes, or its zero-shot models if no probe has both accuracies; or None.
         in_name: the data set without the shift [ImageNet, glyphs or icons].
-        out_names: data sets under a shift [all known ones that are there].
+        out_names: data sets under a shift [all known ones in the folder].
 
     Raises:
-        DataError: a set is not there, no model was evaluated on a pair, or a baseline cannot be fitted.
+        DataError: a set is missing, no model was evaluated on a pair, or a baseline cannot be fitted.
     """
     left_out = LeftOut()
     found, _ = one_name_each(read_results(results), left_out)
@@ -153,7 +153,7 @@ def robustness_study(
 def _named_pairs(
     folder: Path, there: dict[str, Result], in_name: str | None, out_names: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return the keys of the sets of each pair; raise DataError where there is none."""
+    """Return the keys of the sets of each pair; raise DataError if there is none."""
     sets = listed(result.dataset for result in there.values())
     for name in (in_name, *out_names):
         if name is not None and set_key(name) not in there:
@@ -161,7 +161,9 @@ def _named_pairs(
 
     roots = [name for name in _SHIFTS if name in there] if in_name is None else [set_key(in_name)]
     if out_names and len(roots) != 1:
-        raise DataError(f"--out needs --in, which says what it is a shifted form of: one of {sets}")
+        raise DataError(
+            f"--out needs --in, the data set that it is a shifted form of: one of {sets}"
+        )
     named = list(map(set_key, out_names))
     pairs = [
         (root, out)
@@ -182,7 +184,7 @@ def _accuracies(
     inside: str,
     outside: str,
 ) -> list[Accuracies]:
-    """Return the accuracies of the models that were evaluated on one of both sets at least."""
+    """Return the accuracies of the models that were evaluated on at least one of the two sets."""
     found = []
     for model, results in scores.items():
         x, y = (
@@ -194,7 +196,7 @@ def _accuracies(
 
 
 def _read_baseline(path: Path, sets: Iterable[str]) -> BaselineTable:
-    """Return the columns of a table that belong to data sets; raise DataError for a missing one or one of other numbers."""
+    """Return a table's columns of data sets; raise DataError for a missing column or an invalid accuracy."""
     columns, rows = read_rows(path)
     named = {set_key(column): column for column in columns if column != "model"}
     values: dict[str, list[float | None]] = {}
@@ -212,13 +214,13 @@ def _read_baseline(path: Path, sets: Iterable[str]) -> BaselineTable:
         for row, value in zip(rows, column, strict=True):
             if value is not None and not 0 <= value <= unit:
                 raise DataError(
-                    f"{row.where}: {printable(named[name])} is {value:g}, no accuracy from 0 to {unit:g}; mend it"
+                    f"{row.where}: {printable(named[name])} is {value:g}, not an accuracy from 0 to {unit:g}; correct it"
                 )
     shares = {
         name: [None if value is None else value / unit for value in column]
         for name, column in values.items()
     }
-    percent = f"{printable(path.name)} is taken to be in %: its largest accuracy is {most:g}"
+    percent = f"{printable(path.name)} is read in %: its largest accuracy is {most:g}"
     models = [row.cells["model"].strip() for row in rows]
     return BaselineTable(path.name, models, shares, percent if unit > 1 else None)
 
@@ -226,7 +228,7 @@ def _read_baseline(path: Path, sets: Iterable[str]) -> BaselineTable:
 def _fit(
     rows: Sequence[Accuracies], origin: str, names: tuple[str, str], left_out: LeftOut
 ) -> BaselineFit:
-    """Return the line through models that have both accuracies; raise DataError where there are not two."""
+    """Return the line through models that have both accuracies; raise DataError for fewer than two models."""
     both = [
         (row.inside, row.outside)
         for row in rows
@@ -253,7 +255,7 @@ def _pair(
     origin: str | None,
     left_out: LeftOut,
 ) -> dict[str, Any]:
-    """Return a pair in the form of the JSON file; models without both accuracies are counted."""
+    """Return a pair in the format of the JSON file; count models without both accuracies."""
     probe_outside = {row.model: row.outside for row in rows if row.kind == "probe"}
     models = []
     for row in rows:
@@ -261,8 +263,8 @@ def _pair(
             lacking = names[0] if row.inside is None else names[1]
             left_out.add(f"{row.kind} without accuracy on {lacking}", str(row.model))
             continue
-        effective, closed = _beside_line(line, row.inside, row.outside)
-        # Of its probe the accuracy under the shift is enough.
+        effective, closed = _relative_to_line(line, row.inside, row.outside)
+        # For its probe, the accuracy under the shift is enough.
         other = probe_outside.get(row.model) if row.kind == "zero-shot" else None
         relative = None if other is None else row.outside - other
         models.append(
@@ -289,10 +291,10 @@ def _pair(
     return {"in": names[0], "out": names[1], "baseline": baseline, "models": models}
 
 
-def _beside_line(
+def _relative_to_line(
     line: BaselineFit | None, inside: float, outside: float
 ) -> tuple[float | None, float | None]:
-    """Return effective robustness and gap closed; None without a line, or where the line says nothing."""
+    """Return effective robustness and gap closed; None without a line, or if the line is undefined there."""
     # The logit of an accuracy of 0 or 1 is infinite.
     if line is None or inside in (0, 1):
         return None, None
@@ -303,7 +305,7 @@ def _beside_line(
 
 
 def _class_note(inside: Result, outside: Result) -> list[str]:
-    """Return the note on sets of different classes, on which accuracies do not compare."""
+    """Return the note on sets with different classes, whose accuracies are not comparable."""
     counts = [result.details.get("num_classes") for result in (inside, outside)]
     if any(type(count) is not int for count in counts) or counts[0] == counts[1]:
         return []

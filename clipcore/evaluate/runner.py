@@ -1,6 +1,6 @@
-"""Runs evaluations: each model on each data set, with one load a model and one look at each image.
+"""Runs evaluations of each model on each data set; loads each model once, and encodes each image once.
 
-A data set or a model that cannot be evaluated is named, and the others go on; results are written one by one.
+A data set or model that cannot be evaluated is named, and the others continue. Results are written one by one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _PROGRAM = "clipcore.evaluate"
 
 
 def run_measures(arguments: argparse.Namespace) -> int:
-    """Evaluate each model on each data set as the command asks for; return the exit status.
+    """Evaluate each model on each data set as the command requests; return the exit status.
 
     Raises:
         ValueError: the arguments do not fit.
@@ -84,11 +84,11 @@ def run_measures(arguments: argparse.Namespace) -> int:
             results += found
             known |= set(map(identity_of, found))
             num_failed += number
-        # Before the next one is loaded beside it.
+        # Freed before the next one is loaded.
         del subject
 
     if results:
-        results, number = _finished(arguments, output, results)
+        results, number = _write_summaries(arguments, output, results)
         num_failed += number
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
@@ -98,12 +98,12 @@ def run_measures(arguments: argparse.Namespace) -> int:
 
 
 def _known_models(output: Path) -> set[Identity]:
-    """Return the models that a folder has results of; raise DataError for a damaged file, without which no page is made."""
+    """Return the models that have results in a folder; raise DataError for a damaged file, which would prevent the page."""
     return set(map(identity_of, read_results(output))) if any(output.glob("*.json")) else set()
 
 
 def _set_threads(arguments: argparse.Namespace) -> None:
-    """Compute with the threads that are asked for, else with one or all, whichever is faster now."""
+    """Set the requested number of threads, else one or all, whichever is faster now."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
         return
@@ -116,46 +116,46 @@ def _set_threads(arguments: argparse.Namespace) -> None:
 def _evaluate(
     subject: Subject, dataset: EvaluationSet, arguments: argparse.Namespace
 ) -> tuple[list[Result], int]:
-    """Measure and write what is due on a data set; return the results, and how many failed."""
+    """Run and write the measurements on a data set; return the results, and how many failed."""
     try:
         names = measures_due(arguments, dataset)
     except (ValueError, OSError) as error:
         complain(_PROGRAM, f"error: {dataset.name}: {error}")
         return [], 1
 
-    found, num_failed, said_notes = list[Result](), 0, set(dataset.notes)
+    found, num_failed, printed_notes = list[Result](), 0, set(dataset.notes)
     if subject.training is not None and subject.training[1].num_read:
-        # They were said with the data set before.
-        said_notes.update(subject.training[1].notes())
+        # They were printed with an earlier data set.
+        printed_notes.update(subject.training[1].notes())
     for name in names:
         try:
             result = measure(name, subject, dataset, arguments)
-            _say_replaced(Path(arguments.output), result)
+            _print_replaced(Path(arguments.output), result)
             write_result(Path(arguments.output), result)
         except (ValueError, OSError) as error:
-            # Of all that there is to measure, what does not suit a data set is no mistake.
+            # With the command ``all``, a measurement that does not suit a data set is not a mistake.
             is_skipped = arguments.command == "all" and isinstance(error, Unsuitable)
             num_failed += not is_skipped
-            said = error if str(error).startswith(dataset.name) else f"{dataset.name}: {error}"
-            complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {said}")
+            message = error if str(error).startswith(dataset.name) else f"{dataset.name}: {error}"
+            complain(_PROGRAM, f"{'note' if is_skipped else 'error'}: {message}")
             continue
         found.append(result)
         if not arguments.json:
             print(line_of(result), flush=True)
-        _say_notes(dataset.name, result.details["notes"], said_notes)
+        _print_notes(dataset.name, result.details["notes"], printed_notes)
     return found, num_failed
 
 
-def _say_notes(name: str, notes: Sequence[str], said: set[str]) -> None:
-    """Say notes on a data set, or on what was measured on it, that were not said yet."""
+def _print_notes(name: str, notes: Sequence[str], printed: set[str]) -> None:
+    """Print notes on a data set or on its measurements that were not printed yet."""
     for note in notes:
-        if note not in said:
+        if note not in printed:
             complain(_PROGRAM, f"note: {name}: {note}")
-            said.add(note)
+            printed.add(note)
 
 
-def _say_replaced(output: Path, result: Result) -> None:
-    """Say that a result takes the place of another one, and what differs."""
+def _print_replaced(output: Path, result: Result) -> None:
+    """Print a note that a result replaces another one, and what differs."""
     before = find_result(output, result)
     changed = [] if before is None else changes(before, result)
     if changed:
@@ -180,7 +180,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for option in ("output", "features"):
         path = getattr(arguments, option)
         if path and Path(path).exists() and not Path(path).is_dir():
-            raise ValueError(f"--{option} names a folder, and {path} is none")
+            raise ValueError(f"--{option} names a folder, and {path} is not one")
     if not arguments.data and not arguments.suite:
         raise ValueError("name a data set with --data, or a suite with --suite and --root")
     if bool(arguments.suite) != bool(arguments.root):
@@ -230,7 +230,7 @@ def _parse_shots(text: str | None) -> tuple[int, ...] | None:
 
 
 def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]:
-    """Return the data sets that are there, and how many that should be are not."""
+    """Return the data sets that exist, and the number of missing ones."""
     named = list(arguments.data)
     missing = list[str]()
     if arguments.suite:
@@ -261,7 +261,7 @@ def _open_sets(arguments: argparse.Namespace) -> tuple[list[EvaluationSet], int]
             num_failed += 1
             complain(_PROGRAM, f"error: {error}")
             continue
-        _say_notes(dataset.name, dataset.notes, set())
+        _print_notes(dataset.name, dataset.notes, set())
         sets.append(dataset)
     twice = [name for name, number in Counter(one.name for one in sets).items() if number > 1]
     if twice:
@@ -279,15 +279,15 @@ def _subject(
     """Load a model; files of features need none.
 
     Args:
-        known: the models that there are results of; one that they have under another name alone keeps that name.
+        known: the models with results; a model that has results only under another name keeps that name.
     """
     if kind == "none":
         return Subject(None, None)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         try:
             loaded = _loaded(arguments, kind, path)
         finally:
-            for warning in said:
+            for warning in caught:
                 complain(_PROGRAM, f"note: {warning.message}")
     store = FeatureStore(
         loaded.model,
@@ -322,19 +322,19 @@ def _loaded(arguments: argparse.Namespace, kind: str, path: str) -> LoadedModel:
     )
 
 
-def _finished(
+def _write_summaries(
     arguments: argparse.Namespace, output: Path, results: list[Result]
 ) -> tuple[list[Result], int]:
-    """Write what is made of all results in a folder; return those of this command as they are then, and what failed.
+    """Write the summaries of all results in a folder; return this command's adjusted results, and how many failed.
 
-    Tests of overlap take account of how many data sets there are, those of earlier commands too.
+    Tests of overlap are adjusted for the number of data sets, including those of earlier commands.
     """
     there = read_results(output)
     adjusted = {result.file_name: result for result in adjust(there) if result.task == OVERLAP}
     for result in there:
         if result.task == OVERLAP and result != adjusted[result.file_name]:
             write_result(output, adjusted[result.file_name])
-    _say_earlier(there)
+    _print_earlier(there)
     merged, _ = one_name_each(there, LeftOut())
     write_lines(output, merged)
     num_failed = 0
@@ -343,22 +343,22 @@ def _finished(
     return [adjusted.get(result.file_name, result) for result in results], num_failed
 
 
-def _say_earlier(there: Sequence[Result]) -> None:
-    """Say which results the page and the studies leave out, as their models have newer weights."""
+def _print_earlier(there: Sequence[Result]) -> None:
+    """Print which results the page and the studies leave out, because their models have newer weights."""
     left_out = LeftOut()
     of_newest_weights(there, left_out)
     if left_out:
         complain(
             _PROGRAM,
-            f"note: the page and the studies leave out {left_out}; evaluate these sets anew, or remove the files",
+            f"note: the page and the studies leave out {left_out}; evaluate these sets again, or remove the files",
         )
 
 
 def _draw(output: Path, is_quiet: bool) -> int:
-    """Make the studies that a folder has the results for, and the page of all; return how many results none can take.
+    """Write the studies that a folder has the results for, and the page; return how many results are unusable.
 
     Args:
-        is_quiet: whether what they found is not printed.
+        is_quiet: whether to print nothing of the studies.
     """
     studies = (
         lambda: robustness_study(output, FIT),
@@ -376,7 +376,7 @@ def _draw(output: Path, is_quiet: bool) -> int:
             errors.add(str(error))
             continue
         except DataError:
-            # Too few models, or no sets that go together: a command of its own says what is missing.
+            # Too few models, or no matching sets: the study's own command reports what is missing.
             continue
         if found["study"] in made:
             continue
@@ -384,7 +384,7 @@ def _draw(output: Path, is_quiet: bool) -> int:
         write_study(output, found)
         if not is_quiet:
             print(f"\n{print_study(found)}")
-    # Matplotlib comes when it is needed: until then Ctrl-C would meet its import, and end in a traceback.
+    # Matplotlib is imported only when needed; Ctrl-C during its import would end in a traceback.
     from clipcore.evaluate.page import write_page
 
     page = write_page(output)

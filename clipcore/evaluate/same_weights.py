@@ -1,8 +1,8 @@
-"""Models that results name twice: the same weights, by a relative and by an absolute path, or as a copy.
+"""Finds models that results name twice: the same weights by a relative and an absolute path, or as a copy.
 
-A name says little of weights: a run goes on under its name, and has as many names as there are ways to write its path. So
-each result holds a hash of what its model is, and names that are of one hash alone are names of one model. Results that
-were written before, and those of other programs, hold none: their names are taken as they are.
+A name does not identify weights: a run continues under its name, and its path can be written in several ways. So each
+result holds a hash of its model, and names with only one and the same hash are names of one model. Older results, and those
+of other programs, hold no hash: their names are used as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HASH_KEY = "weights_sha256"
 
 
 class Identity(NamedTuple):
-    """What a result says of its model; ``weights`` is its hash, empty where the result holds none."""
+    """A result's model; ``weights`` is its hash, empty if the result holds none."""
 
     model: str
     pretrained: str
@@ -32,17 +32,17 @@ class Identity(NamedTuple):
 
 
 def identity_of(result: Result) -> Identity:
-    """Return what a result says of its model."""
+    """Return the identity of a result's model."""
     value = result.details.get(HASH_KEY)
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return Identity(result.model, result.pretrained, str(value) if is_hash else "")
 
 
 def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
-    """Return a hash of all that a model's answers depend on: weights, shape, preprocessing and vocabulary.
+    """Return a hash of everything that a model's answers depend on: weights, shape, preprocessing and vocabulary.
 
     Args:
-        tower_hash: of the image tower, by ``hash_of_tower``, which is most of the work and often known.
+        tower_hash: hash of the image tower, from ``hash_of_tower``, which is most of the work and often known.
     """
     digest = hashlib.sha256(tower_hash.encode())
     parts = {
@@ -60,13 +60,13 @@ def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
 
 
 def name_of_weights(known: Iterable[Identity], asked: Identity) -> str:
-    """Return the name under which results of a model are written: the one that it has, or else the one that is asked for.
+    """Return the name under which a model's results are written: its existing name, else the requested one.
 
-    A name that has results of other weights keeps the model all the same, so that new results replace the old ones.
+    A name that has results of other weights too is still kept, so that new results replace the old ones.
 
     Args:
-        known: of the results that are there.
-        asked: the model, under the name that a user gives.
+        known: identities in the existing results.
+        asked: the model, under the user's name.
     """
     known = list(known)
     names = _names_by_hash(known).get((asked.model, asked.weights))
@@ -75,10 +75,10 @@ def name_of_weights(known: Iterable[Identity], asked: Identity) -> str:
 
 
 def of_newest_weights(results: Sequence[Result], left_out: LeftOut) -> list[Result]:
-    """Return results without those of a name's earlier weights, which are counted.
+    """Return results without those of a name's earlier weights; count these.
 
-    A run that is evaluated, trained on and evaluated again has results of both states under one name. The weights of the
-    file that was written last are the name's; results that hold no hash stay.
+    A run that is evaluated, trained further and evaluated again has results of both states under one name. The newest
+    file's weights are the name's; results without a hash stay.
     """
     newest: dict[tuple[str, str], Result] = {}
     for one in results:
@@ -101,10 +101,10 @@ def of_newest_weights(results: Sequence[Result], left_out: LeftOut) -> list[Resu
 def one_name_each(
     results: Sequence[Result], left_out: LeftOut
 ) -> tuple[list[Result], dict[tuple[str, str], str]]:
-    """Return results under one name a model, the shortest that it has, and that name by model and other name.
+    """Return results with one name per model, its shortest, and that name by model and other name.
 
-    Of a name only the newest weights count. Where two names of one model have results of one data set and task, those of
-    the name whose file is the newest stay; the others are counted.
+    Only the newest weights of a name count. If two names of one model have results of one data set and task, the newest
+    file's stay; the others are counted.
     """
     results = of_newest_weights(results, left_out)
     renamed = {
@@ -126,7 +126,7 @@ def one_name_each(
     ]
 
     def order(pair: tuple[Result, Result]) -> tuple[int, bool]:
-        # Of equal times the shortest name's comes last, and stays.
+        # For equal times, the shortest name's result is last, and stays.
         return pair[0].written_ns, pair[0].pretrained == pair[1].pretrained
 
     name_kept = {_place(after): before.pretrained for before, after in sorted(pairs, key=order)}
@@ -140,7 +140,7 @@ def one_name_each(
 
 
 def _place(result: Result) -> tuple[str, ...]:
-    """Return what no two results of a folder share, whatever the spelling of the data set."""
+    """Return a key that is unique per result in a folder, whatever the spelling of the data set."""
     dataset = set_key(result.dataset)
     return dataset, result.model, result.pretrained, result.language, result.task
 
@@ -148,7 +148,7 @@ def _place(result: Result) -> tuple[str, ...]:
 def _names_by_hash(known: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:
     """Return the names of each model by its architecture and hash, the shortest first.
 
-    A name of several hashes, or of results without one, is not there: its weights have changed, or are not known.
+    A name with several hashes, or with results without one, is left out: its weights have changed, or are unknown.
     """
     hashes: dict[tuple[str, str], set[str]] = {}
     for model, name, weights in known:

@@ -1,7 +1,7 @@
-"""How errors fall as training grows: a power law through models of several sizes, and what it predicts.
+"""Fits a power law of error over compute to models of several sizes.
 
-error = factor * compute ** exponent, a line of the logarithms. That it predicts the largest model from the smaller ones is
-the claim, so that is what ``leave_out_largest`` shows.
+error = factor * compute ** exponent is a line in logarithms. The claim is that it predicts the largest model from the
+smaller ones, which ``leave_out_largest`` tests.
 
 Source: Radford et al. 2021, figure 9; Cherti et al. 2023 for the fit to the best of each bin.
 """
@@ -18,8 +18,8 @@ from clipcore.evaluate.robustness import fit_line
 
 Numbers = Sequence[float] | NDArray[np.float64]
 
-# Decades between the largest model and the end of the last bin. Cherti et al. add it so that this bin holds that model, and
-# their published laws have it.
+# Decades between the largest model and the end of the last bin. Cherti et al. add it so that this bin contains that model,
+# and their published laws include it.
 _BINS_MARGIN = 0.1
 
 
@@ -28,8 +28,8 @@ class PowerLaw:
     """error = factor * compute ** exponent.
 
     Attributes:
-        r2: share of the variance, of the logarithms, that it explains.
-        num_models: it was fitted to.
+        r2: share of the logarithms' variance that it explains.
+        num_models: the number of models that it was fitted to.
     """
 
     factor: float
@@ -38,18 +38,18 @@ class PowerLaw:
     num_models: int
 
     def error(self, compute: float) -> float:
-        """Return the error of a model of so much compute."""
+        """Return the error of a model with this compute."""
         return float(self.factor * compute**self.exponent)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a law of the smaller models says of the largest.
+    """The prediction for the largest model by the law of the smaller ones.
 
     Attributes:
         predicted: its error by the law.
-        actual: its error.
-        law: of the others.
+        actual: its actual error.
+        law: the law of the other models.
     """
 
     predicted: float
@@ -61,14 +61,14 @@ def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None)
     """Fit a power law by least squares of the logarithms.
 
     Args:
-        compute: of M models, in any unit, such as GMACs of all training.
-        error: of the same models; 1 minus the mean of their metrics over the data sets.
-        num_bins: fit to the smallest error of each of so many bins of equal width in log(compute), at the bin's middle,
-            which ignores runs that were stopped or tuned badly [to all models]. As in Cherti et al.'s figures, the last bin
-            ends a tenth of a decade beyond the largest model.
+        compute: compute of M models, in any unit, such as GMACs of all training.
+        error: error of the same models; 1 minus the mean of their metrics over the data sets.
+        num_bins: fit to the smallest error in each of this many bins of equal width in log(compute), at the bin's middle,
+            which ignores runs that were stopped or tuned badly [fit to all models]. As in Cherti et al.'s figures, the last
+            bin ends a tenth of a decade beyond the largest model.
 
     Raises:
-        ValueError: there are not as many of both, a number is not positive, or fewer than two different models are left.
+        ValueError: the lengths differ, a number is not positive, or fewer than two distinct models are left.
     """
     c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
     _check_numbers(c, e)
@@ -82,10 +82,10 @@ def fit_power_law(compute: Numbers, error: Numbers, num_bins: int | None = None)
 
 
 def leave_out_largest(compute: Numbers, error: Numbers) -> Prediction:
-    """Fit a law to all models but the one of most compute, and predict its error.
+    """Fit a law to all models except the one with the most compute, and predict its error.
 
     Raises:
-        ValueError: as of ``fit_power_law``.
+        ValueError: see ``fit_power_law``.
     """
     c, e = np.asarray(compute, np.float64), np.asarray(error, np.float64)
     _check_numbers(c, e)
@@ -108,7 +108,7 @@ def _check_numbers(compute: NDArray[np.float64], error: NDArray[np.float64]) -> 
 def _best_of_bins(
     x: NDArray[np.float64], y: NDArray[np.float64], num_bins: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the middles of the bins that hold a point, and the smallest y in each."""
+    """Return the middles of the non-empty bins, and the smallest y in each."""
     edges = np.linspace(x.min(), x.max() + _BINS_MARGIN, num_bins + 1)
     number = np.digitize(x, edges) - 1
     filled = np.unique(number)

@@ -1,4 +1,4 @@
-"""How the errors of the models in a folder of results fall with their compute.
+"""Fits the law of error and compute to the models in a folder of results.
 
 Source: Radford et al. 2021, figure 9. The maths is in ``scaling.py``.
 """
@@ -27,18 +27,18 @@ _SHAPES_NOTE = (
 def scaling_study(
     results: Path, gmacs: Path | None = None, num_bins: int | None = None, task: str = ZERO_SHOT
 ) -> dict[str, Any]:
-    """Return the power law of error and compute of the models in a folder, in the form of ``scaling.json``.
+    """Return the power law of error and compute of the models in a folder, in the format of ``scaling.json``.
 
     A model's error is 1 minus the mean of its main metrics over the data sets that all models have.
 
     Args:
-        results: a folder of results of three models or more.
+        results: a folder with results of three or more models.
         gmacs: a csv table or JSON object of the models' compute, see ``read_compute`` [computed from their shapes].
-        num_bins: fit to the best model of each of so many bins of compute [to all].
-        task: whose results count.
+        num_bins: fit to the best model in each of this many bins of compute [fit to all models].
+        task: the task of the results.
 
     Raises:
-        DataError: there are fewer than three models with results on one set and known compute, or no line through them.
+        DataError: fewer than three models have results on one set and known compute, or no line fits them.
     """
     left_out = LeftOut()
     found, _ = one_name_each(read_results(results), left_out)
@@ -87,7 +87,7 @@ def scaling_study(
 
 
 def _check_enough(number: int, folder: Path, task: str, left_out: LeftOut) -> None:
-    """Raise DataError for fewer models than a law is fitted to."""
+    """Raise DataError for fewer models than a law needs."""
     if number < _FEWEST_MODELS:
         rest = f"; left out: {left_out}" if left_out else ""
         raise DataError(
@@ -99,7 +99,7 @@ def _check_enough(number: int, folder: Path, task: str, left_out: LeftOut) -> No
 def _compute_of_models(
     scores: dict[Model, dict[str, Result]], gmacs: Path | None, left_out: LeftOut
 ) -> dict[Model, float]:
-    """Return the GMACs of the models of which they are known; the others are counted."""
+    """Return the GMACs of the models with known ones; count the others."""
     table, unknown = None, "model of an unknown shape, which needs --gmacs FILE"
     if gmacs is not None:
         table, unknown = read_compute(gmacs), f"model that {printable(gmacs.name)} does not have"
@@ -116,13 +116,13 @@ def _compute_of_models(
 
 
 def _stated_gmacs(results: dict[str, Result]) -> float | None:
-    """Return the GMACs that a model's results state; None where they state none."""
+    """Return the GMACs that a model's results state; None if they state none."""
     stated: list[Any] = [result.details.get("gmacs") for result in results.values()]
     return next((value for value in stated if is_finite_number(value) and value > 0), None)
 
 
 def _computed_gmacs(name: str) -> float | None:
-    """Return the GMACs of one image by a model's name; None of an unknown one."""
+    """Return the GMACs of one image by a model's name; None for an unknown model."""
     try:
         return image_macs(find_model(name)) / 1e9
     except UnknownModelError:
@@ -130,7 +130,7 @@ def _computed_gmacs(name: str) -> float | None:
 
 
 def _shared_metrics(scores: dict[Model, dict[str, Result]], folder: Path) -> dict[str, str]:
-    """Return for each data set that all models have the metric that all have; raise DataError where there is none."""
+    """Return the common metric of each data set that all models have; raise DataError if there is none."""
     found = {}
     first = next(iter(scores.values()))
     for name in first:
@@ -148,14 +148,14 @@ def _shared_metrics(scores: dict[Model, dict[str, Result]], folder: Path) -> dic
 
 def _mean_error(results: dict[str, Result], metrics: dict[str, str]) -> float:
     values = [share(results[name], metric) for name, metric in metrics.items()]
-    # The metrics are those that all models have.
+    # These metrics exist for all models.
     return 1 - sum(value for value in values if value is not None) / len(values)
 
 
 def _laws(
     compute: list[float], error: list[float], num_bins: int | None
 ) -> tuple[PowerLaw, Prediction | None]:
-    """Return the law of all models, and what that of the smaller ones says of the largest; None of too few.
+    """Return the law of all models, and the prediction for the largest by the others; None for too few models.
 
     Raises:
         DataError: there is no line through the models.
@@ -164,7 +164,7 @@ def _laws(
         law = fit_power_law(compute, error, num_bins)
     except OverflowError:
         raise DataError(
-            "the models' compute is too alike for a law; take models of more sizes"
+            "the models' compute is too similar for a law; use models of more sizes"
         ) from None
     except ValueError as reason:
         raise DataError(

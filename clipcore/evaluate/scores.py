@@ -1,4 +1,4 @@
-"""The results of a folder as a table, each model's on each data set, and the metric that several of them share."""
+"""Arranges the results of a folder by model and data set, and finds the metrics that they share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from clipcore.data import DataError, LeftOut, printable
 from clipcore.evaluate.results import LINEAR_PROBE, RETRIEVAL, ZERO_SHOT, Result, set_key
 
-# What a study calls the tasks that it compares.
+# The names of the tasks in a study.
 TITLES = {ZERO_SHOT: "zero-shot", LINEAR_PROBE: "linear probe", RETRIEVAL: "retrieval"}
-_SHOWN = 8  # names in a message
+_SHOWN = 8  # number of names in a message
 _SHOWN_CHARS = 60
 
 
 class BadResultError(DataError):
-    """A result that no study can take: its number is no share, or another is of the same model and data set."""
+    """A result that no study can use: its value is not a share, or its model and data set have another result."""
 
 
 class Model(NamedTuple):
@@ -27,8 +27,8 @@ class Model(NamedTuple):
     def __str__(self) -> str:
         return printable(f"{self.model} {self.pretrained}".strip())
 
-    def is_called(self, name: str) -> bool:
-        """Return whether a user's name means this model: its architecture, its weights, or both."""
+    def is_named(self, name: str) -> bool:
+        """Return whether a user's name selects this model: its architecture, its weights, or both."""
         return name in (self.model, self.pretrained, " ".join(self), ",".join(self))
 
 
@@ -37,7 +37,7 @@ def scores_of(
 ) -> dict[Model, dict[str, Result]]:
     """Return for each model its results of one task by data set, under the names of ``set_key``.
 
-    Probes of a few images a class, as CLIP_benchmark's are where --fewshot_k is given, are left out.
+    Few-shot probes, such as CLIP_benchmark's with --fewshot_k, are left out.
 
     Raises:
         BadResultError: there are two results of one model on one data set.
@@ -63,26 +63,26 @@ def scores_of(
 
 
 def score(result: Result, metric: str) -> float | None:
-    """Return a metric of a result under its name there, which for probes begins with ``lp_``; None where it has none."""
+    """Return a metric of a result, whose name begins with ``lp_`` for probes; None if it has none."""
     value = result.metrics.get(metric)
     return result.metrics.get(f"lp_{metric}") if value is None else value
 
 
 def share(result: Result, metric: str) -> float | None:
-    """Return a metric as ``score`` does; raise BadResultError where it is no share from 0 to 1."""
+    """Return a metric as ``score`` does; raise BadResultError unless it is a share from 0 to 1."""
     value = score(result, metric)
     if value is not None and not 0 <= value <= 1:
         raise BadResultError(
             f"{printable(metric)} of {Model(result.model, result.pretrained)} on {printable(result.dataset)} is {value:g}, "
-            "no share from 0 to 1; evaluate it anew, or remove its file"
+            "not a share from 0 to 1; evaluate it again, or remove its file"
         )
     return value
 
 
 def common_metric(results: Sequence[Result]) -> str | None:
-    """Return the metric by which results on one data set are compared: a main metric of one of them that all have.
+    """Return the metric for comparing results on one data set: a main metric of one of them that all have.
 
-    One that a result states comes before the usual one of its task. None where they share none.
+    A metric that a result states is preferred to its task's usual one. None if they share no metric.
     """
     stated = [result.main_metric for result in results if "main_metric" in result.details]
     usual = [result.main_metric for result in results]
@@ -94,7 +94,7 @@ def common_metric(results: Sequence[Result]) -> str | None:
 
 
 def metrics_note(metrics: Iterable[str]) -> list[str]:
-    """Return the note that a study of several metrics needs; nothing of one metric."""
+    """Return the note for a study of several metrics; nothing for one metric."""
     counts: dict[str, int] = {}
     for metric in metrics:
         counts[metric] = counts.get(metric, 0) + 1
@@ -105,7 +105,7 @@ def metrics_note(metrics: Iterable[str]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a message, the first of many."""
+    """Return names for a message; only the first ones if there are many."""
     shown = [printable(name)[:_SHOWN_CHARS] for name in names]
     more = f" and {len(shown) - _SHOWN} others" if len(shown) > _SHOWN else ""
     return (", ".join(shown[:_SHOWN]) or "none") + more

@@ -1,4 +1,4 @@
-"""What evaluations take: a data set with its classes and splits, whatever layout it has on disk.
+"""The common form of data sets in evaluations: classes and splits, independent of the layout on disk.
 
 Legend: N images, C classes, W width of features.
 """
@@ -22,13 +22,13 @@ from clipcore.data.tar import ShardIndex
 
 Task = Literal["classification", "multilabel", "retrieval"]
 SPLITS = ("train", "val", "test")
-# What people call them.
+# Common names of the splits.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# Of each image a row of them is in memory.
+# Each image has a row of them in memory.
 MAX_CLASSES = 1 << 20
 # The names of each class.
 Names = tuple[tuple[str, ...], ...]
@@ -40,14 +40,14 @@ class Split:
 
     Attributes:
         name: one of ``SPLITS``.
-        source: the images, as pairs; the captions matter for retrieval alone. None of a file of features.
-        labels_N: class indices, int64 [N]; 0 and 1 of each class, uint8 [N, C], of a multi-label set; None for retrieval,
-            and where the images have groups but no labels.
-        fingerprint: returns a hash of what the images are: another one when one is added, removed, renamed or rewritten.
-        keys: returns the images' names, which say which of them a seed takes, not their order; not to be changed.
-        groups: groups of the images by the column that says them; empty where an image is in none.
-        features_NW: float32, of a file of features; None of images.
-        notes: what the user should know of it, such as the images that were left out.
+        source: the images, as pairs; the captions matter only for retrieval. None for a file of features.
+        labels_N: class indices, int64 [N]; 0 or 1 for each class, uint8 [N, C], for a multi-label set; None for retrieval,
+            and for images with groups but no labels.
+        fingerprint: returns a hash of the images, which changes when one is added, removed, renamed or rewritten.
+        keys: returns the images' names; they, not the order, determine which images a seed selects. Do not modify them.
+        groups: groups of the images by column; empty for an image without a group.
+        features_NW: float32, from a file of features; None for images.
+        notes: notes for the user, such as on skipped images.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Split:
 
 
 class Question(NamedTuple):
-    """One of several questions that a data set asks of each image, such as the gender of a face.
+    """One of several questions of a data set about each image, such as the gender of a face.
 
     Attributes:
         classnames: the answers, in the order of their numbers.
-        templates: prompts with {} or {c} where an answer goes.
+        templates: prompts with {} or {c} for the answer.
     """
 
     classnames: tuple[str, ...]
@@ -80,19 +80,19 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A data set with its classes and its splits, which are opened when asked for.
+    """A data set with its classes and its splits, which are opened on demand.
 
     Attributes:
-        name: as results call it: the folder's or file's name.
-        task: what can be evaluated on it.
-        classnames: the names of each class, one or several; all of them times all templates are averaged. Empty for
+        name: its name in results: the folder's or file's name.
+        task: the task that it supports.
+        classnames: one or several names of each class; prompts from all names and all templates are averaged. Empty for
             retrieval, and for images with groups but no labels.
-        templates: prompts with {} or {c} where a class's name goes; empty where the set has none of its own.
-        split_names: those that are there, in the order of ``SPLITS``.
+        templates: prompts with {} or {c} for a class's name; empty if the set has none.
+        split_names: the existing splits, in the order of ``SPLITS``.
         main_metric: a key of a zero-shot result's metrics.
         open_split: opens a split by its name; see ``split``.
-        notes: what the user should know of it, such as "split: datacomp".
-        questions: of a set of faces that asks several, by their names; the right answers are groups of the images.
+        notes: notes for the user, such as "split: datacomp".
+        questions: the questions of a set of faces, by name; the right answers are groups of the images.
     """
 
     name: str
@@ -106,7 +106,7 @@ class EvaluationSet:
     questions: Mapping[str, Question] = field(default_factory=dict)
 
     def split(self, name: str) -> Split:
-        """Return a split, the same object each time; raise DataError where the set has none of that name."""
+        """Return a split, the same object each time; raise DataError if the set has none of that name."""
         if name not in self.split_names:
             raise DataError(
                 f"{printable(self.name)} has no split {name!r}; it has {', '.join(self.split_names)}: "
@@ -116,8 +116,8 @@ class EvaluationSet:
 
 
 @contextlib.contextmanager
-def refusals_in_words() -> Iterator[None]:
-    """Raise as a DataError what the system refuses, such as a link to itself."""
+def data_errors() -> Iterator[None]:
+    """Re-raise an OSError as a DataError, for example for a link to itself."""
     try:
         yield
     except OSError as error:
@@ -126,14 +126,14 @@ def refusals_in_words() -> Iterator[None]:
 
 
 def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
-    """Return an opener that opens each split once, and then returns it again; it raises DataError alone.
+    """Return an opener that opens each split once, then returns the same object; it raises only DataError.
 
-    The fingerprint and the keys of a split are asked for once too, however many models are evaluated on it.
+    The fingerprint and the keys of a split are also computed once, for any number of models.
     """
 
     @cache
     def open_it(name: str) -> Split:
-        with refusals_in_words():
+        with data_errors():
             split = open_split(name)
         return replace(split, fingerprint=cache(split.fingerprint), keys=cache(split.keys))
 
@@ -141,7 +141,7 @@ def opened_once(open_split: Callable[[str], Split]) -> Callable[[str], Split]:
 
 
 class Pictures(Protocol):
-    """Images by number, without captions."""
+    """Images by index, without captions."""
 
     name: str
 
@@ -156,10 +156,10 @@ class LabelledImages:
     """Images whose captions are the names of their classes: see ``clipcore.data.PairSource``.
 
     Args:
-        pictures: the images of which these are some.
-        rows_N: their numbers in it, int64 [N].
-        labels_N: as of ``Split``; None of images without labels.
-        names: the names of each class, of which captions take the first.
+        pictures: images that include these.
+        rows_N: the indices of these images in it, int64 [N].
+        labels_N: see ``Split``; None for images without labels.
+        names: the names of each class; captions use the first one.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class LabelledImages:
         return Pair(image, self.captions(index), key)
 
     def captions(self, index: int) -> str:
-        """Return the names of an image's classes; a word of no class where it is in none."""
+        """Return the names of an image's classes; a placeholder if it has no class."""
         if self._labels_N is None:
             return "an image"
         label = self._labels_N[index]
@@ -194,7 +194,7 @@ class LabelledImages:
 
 
 def keys_of(source: PairSource) -> list[str]:
-    """Return a name for each image of a source: its own where it has one, else its number."""
+    """Return a name for each image of a source: its own if it has one, else its row number."""
     key = getattr(source, "key", None)
     if key is None:
         return [f"{source.name}, row {row + 1}" for row in range(len(source))]
@@ -202,17 +202,17 @@ def keys_of(source: PairSource) -> list[str]:
 
 
 def name_of(path: str | Path) -> str:
-    """Return what a file or folder is called where the user names it, not where a link leads."""
+    """Return the name of a file or folder as the user gave it, without following links."""
     return os.path.basename(os.path.abspath(path))
 
 
 def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
     """Return a hash of the names, sizes and modification times of files in their order, and of other values.
 
-    A file that is not there counts as such.
+    A missing file is hashed as missing.
 
     Args:
-        folder: of the data set: names are those within it, so that a copy of a folder with its times has the same hash.
+        folder: the data set's folder. Names are relative to it, so a copy with the same times has the same hash.
     """
     digest = hashlib.sha256(repr(others).encode("utf-8", "surrogateescape"))
     whole, given = os.path.join(os.path.abspath(folder), ""), os.path.join(folder, "")
@@ -228,9 +228,9 @@ def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object)
 
 
 def members_hash(shards: Iterable[ShardIndex]) -> str:
-    """Return a hash of the places, sizes and names of the images and labels in shards.
+    """Return a hash of the positions, sizes and names of the images and labels in shards.
 
-    The size of a shard says little, as it is rounded up, and its time may be the same in all shards of a program.
+    The size of a shard is not specific, because it is rounded up, and all shards of a program may have the same time.
     """
     digest = hashlib.sha256()
     for shard in shards:
@@ -241,13 +241,13 @@ def members_hash(shards: Iterable[ShardIndex]) -> str:
 
 
 def left_out_notes(split: str, source: object) -> tuple[str, ...]:
-    """Return a note of what a source leaves out of a split; none where it leaves nothing out."""
+    """Return a note on the items of a split that a source skips; none if it skips nothing."""
     left_out = left_out_of(source)  # type: ignore[arg-type]
     return (f"not used of {split}: {left_out}",) if left_out else ()
 
 
 def empty_class_notes(split: str, labels_N: np.ndarray, names: Names) -> tuple[str, ...]:
-    """Return a note of the classes that have no image in a split; none where each has one."""
+    """Return a note on the classes without images in a split; none if each has one."""
     count_C = np.bincount(labels_N, minlength=len(names)) if labels_N.ndim == 1 else labels_N.sum(0)
     empty = np.flatnonzero(count_C == 0)
     if not len(empty):
@@ -257,24 +257,24 @@ def empty_class_notes(split: str, labels_N: np.ndarray, names: Names) -> tuple[s
 
 
 def split_called(word: str) -> str | None:
-    """Return which of ``SPLITS`` a word means, in whatever capitals; None where it means none."""
+    """Return which of ``SPLITS`` a word means, ignoring case; None if it means none."""
     return SPLIT_WORDS.get(word.lower())
 
 
 def entries_of_splits(folder: Path, suffix: str = "") -> dict[str, list[Path]]:
-    """Return what lies in a folder under the names of each split, the usual one first; raise OSError.
+    """Return the entries of a folder with the names of each split, the usual name first; raise OSError.
 
     Args:
-        suffix: with which the names end.
+        suffix: the suffix of the names.
     """
     found = dict[str, list[Path]]()
-    # One by one, as a folder of pictures holds millions.
+    # One by one, because a folder of pictures may hold millions.
     with os.scandir(folder) as entries:
         for name in (entry.name for entry in entries):
             split = split_called(name.removesuffix(suffix)) if name.endswith(suffix) else None
             if split is not None:
                 found.setdefault(split, []).append(folder / name)
-    # Others may be links to that of the usual name.
+    # Others may be links to the entry with the usual name.
     return {
         split: sorted(found[split], key=lambda path: (path.name != split + suffix, path.name))
         for split in chosen(list(found))
@@ -282,7 +282,7 @@ def entries_of_splits(folder: Path, suffix: str = "") -> dict[str, list[Path]]:
 
 
 def one_each(entries: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
-    """Return the only folder or file of each split that has any; raise DataError where there are two."""
+    """Return the only folder or file of each split that has any; raise DataError for two."""
     for split, (first, *others) in ((s, paths) for s, paths in entries.items() if paths):
         for other in others:
             if os.path.realpath(other) != os.path.realpath(first):

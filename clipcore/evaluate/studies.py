@@ -1,4 +1,4 @@
-"""Studies over folders of results, without a model: their command lines, files and tables for the terminal.
+"""Studies of folders of results, without a model: their command lines, files and tables for the terminal.
 
 ================  ==============================================================
 ``robustness``    accuracy that models keep under shifts, ``robustness_study.py``
@@ -6,8 +6,8 @@
 ``compare``       two models, or zero-shot and probe, ``comparison.py``
 ================  ==============================================================
 
-A study is a dict, as its JSON file holds it: ``robustness.json``, ``scaling.json`` or ``compare.json``. Its key ``notes``
-says what was left out and what was understood of the input.
+A study is a dict, the content of its JSON file: ``robustness.json``, ``scaling.json`` or ``compare.json``. Its key ``notes``
+lists what was left out and how the input was interpreted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from clipcore.number_texts import decimal, percent, signed_points
 
 STUDIES = ("robustness", "scaling", "compare")
 _MAX_CELL_CHARS = 48
-# What `clip_benchmark build` asks of each JSON file in a folder.
+# Keys that `clip_benchmark build` requires in each JSON file of a folder.
 _NEIGHBOURLY = {"model": "", "pretrained": "", "metrics": {}}
 
 
@@ -36,7 +36,7 @@ _NEIGHBOURLY = {"model": "", "pretrained": "", "metrics": {}}
 
 
 def add_robustness_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run_robustness`` reads."""
+    """Add the arguments of ``run_robustness``."""
     _add_results(parser)
     parser.add_argument(
         "--baseline",
@@ -61,7 +61,7 @@ def add_robustness_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run_scaling`` reads."""
+    """Add the arguments of ``run_scaling``."""
     _add_results(parser)
     parser.add_argument(
         "--gmacs",
@@ -79,7 +79,7 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run_compare`` reads."""
+    """Add the arguments of ``run_compare``."""
     parser.add_argument("a", type=Path, metavar="A", help="a folder of results, or one result")
     parser.add_argument(
         "b",
@@ -103,7 +103,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_robustness(arguments: argparse.Namespace) -> str:
-    """Make and write a study of robustness; return what is printed of it; raise DataError or OSError."""
+    """Compute and write a study of robustness; return its text for the terminal; raise DataError or OSError."""
     study = robustness_study(
         arguments.results, arguments.baseline, arguments.in_name, arguments.out_names
     )
@@ -111,7 +111,7 @@ def run_robustness(arguments: argparse.Namespace) -> str:
 
 
 def run_scaling(arguments: argparse.Namespace) -> str:
-    """Make and write a study of scaling; return what is printed of it; raise ValueError or OSError."""
+    """Compute and write a study of scaling; return its text for the terminal; raise ValueError or OSError."""
     if arguments.bins is not None and arguments.bins < 1:
         raise ValueError(f"--bins is at least 1, got {arguments.bins}")
     study = scaling_study(arguments.results, arguments.gmacs, arguments.bins)
@@ -119,7 +119,7 @@ def run_scaling(arguments: argparse.Namespace) -> str:
 
 
 def run_compare(arguments: argparse.Namespace) -> str:
-    """Make and write a comparison; return what is printed of it; raise DataError or OSError."""
+    """Compute and write a comparison; return its text for the terminal; raise DataError or OSError."""
     study = compare(
         arguments.a,
         arguments.b,
@@ -152,7 +152,7 @@ def _written(study: dict[str, Any], folder: Path) -> str:
 
 
 def write_study(folder: Path, study: dict[str, Any]) -> Path:
-    """Write a study into a folder, in place of an older one of its kind; return its path.
+    """Write a study into a folder, replacing an older one of its kind; return its path.
 
     Raises:
         OSError: it cannot be written; the old one is untouched.
@@ -180,7 +180,7 @@ def _robustness(study: dict[str, Any]) -> list[str]:
     for pair in study["pairs"]:
         lines.append(f"{printable(pair['in'])} -> {printable(pair['out'])}{_line_of(pair)}")
         rows = [["model", "weights", "kind", "in", "out", "effective", "gap closed", "relative"]]
-        # A baseline's models are many, and the line says what they are for.
+        # The many models of a baseline are not listed; the line describes them.
         models = [model for model in pair["models"] if model["kind"] != "baseline"]
         for model in sorted(models, key=lambda model: -model["out_accuracy"]):
             rows.append(
@@ -267,6 +267,6 @@ def _table(rows: Sequence[Sequence[str]], num_texts: int) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Return a text for one cell; of a long one, such as a path, its end."""
+    """Return a text for one cell; for a long text, such as a path, its end."""
     shown = printable(text)
     return shown if len(shown) <= _MAX_CELL_CHARS else f"...{shown[3 - _MAX_CELL_CHARS :]}"

@@ -1,7 +1,7 @@
-"""Suites of data sets, where their folders are, and the metric that stands for each.
+"""Suites of data sets, the search for their folders, and the main metric of each.
 
-The names are CLIP_benchmark's, which datacomp shares. Metrics are those of Radford et al. 2021, table 9, and, for sets that
-the paper has not, those of datacomp's list of tasks (mlfoundations/datacomp, tasklist.yml).
+The names are CLIP_benchmark's, which datacomp uses too. Metrics are those of Radford et al. 2021, table 9, and, for sets
+that are not in the paper, those of datacomp's list of tasks (mlfoundations/datacomp, tasklist.yml).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ VTAB_PLUS = (
     "vtab/smallnorb_label_elevation",
     "vtab/svhn",
 )
-# datacomp's list of tasks without FairFace and UTKFace, which are no part of its average.
+# datacomp's list of tasks without FairFace and UTKFace, which are not part of its average.
 DATACOMP38 = (
     "vtab/caltech101",
     "cifar10",
@@ -130,7 +130,7 @@ NOT_COMPUTED = frozenset(
 
 
 class SplitSizes(NamedTuple):
-    """Images of a test split: of the one under the set's name on the hub, and of the paper's."""
+    """The number of test images: in the set of that name on the hub, and in the paper's."""
 
     hub: int
     paper: int
@@ -150,7 +150,7 @@ def suite(name_or_file: str) -> tuple[str, ...]:
     """Return the names of a suite's data sets.
 
     Args:
-        name_or_file: one of ``SUITES``, or a text file of one name a line, in which ``#`` begins a comment.
+        name_or_file: one of ``SUITES``, or a text file with one name per line, in which ``#`` begins a comment.
 
     Raises:
         DataError: there is no such suite or file, or it holds no name.
@@ -182,10 +182,10 @@ def suite(name_or_file: str) -> tuple[str, ...]:
 
 
 def locate(root: str | Path, set_name: str) -> Path | None:
-    """Return the folder or file of a data set under ``root``, None where there is none.
+    """Return the folder or file of a data set under ``root``, None if there is none.
 
-    Tried are the name, with a dash for its slash, with ``wds_`` before it and ``_test`` behind it, as folders on the hub are
-    called, and all of these with the group before the slash left out or, for those of VTAB, put in.
+    The candidates are the name; with a dash for its slash; with the prefix ``wds_`` and the suffix ``_test``, as on the hub;
+    and all of these without the group before the slash or, for VTAB's sets, with it.
     """
     own = set_name.partition("/")[2]
     names = [set_name, own or f"vtab/{set_name}"]
@@ -201,12 +201,12 @@ def locate(root: str | Path, set_name: str) -> Path | None:
 def _is_there(path: Path) -> bool:
     try:
         return mode_of(path) is not None
-    except (OSError, ValueError):  # such as a name longer than any file's, or a link to itself
+    except (OSError, ValueError):  # such as a name that is too long for a file, or a link to itself
         return False
 
 
 def canonical_name(set_name: str) -> str:
-    """Return a set's name without what folders on the hub add, and without its group: ``flowers``."""
+    """Return a set's name without the hub's prefix and suffix, and without its group: ``flowers``."""
     name = os.path.basename(set_name.rstrip("/")).lower()
     name = re.sub(r"^wds[_-]", "", name)
     name = re.sub(r"_test$", "", name)
@@ -214,10 +214,10 @@ def canonical_name(set_name: str) -> str:
 
 
 def main_metric(set_name: str, task: str) -> str:
-    """Return the name of the metric that stands for a set; some of datacomp's are ``NOT_COMPUTED``.
+    """Return the name of a set's main metric; some of datacomp's are ``NOT_COMPUTED``.
 
     Args:
-        set_name: its folder's name, in any of the forms of ``locate``.
+        set_name: the set's folder name, in any form that ``locate`` accepts.
         task: "classification", "multilabel" or "retrieval".
     """
     if task == "retrieval":
@@ -229,13 +229,13 @@ def main_metric(set_name: str, task: str) -> str:
 
 
 def zero_shot_metric(set_name: str, task: str) -> str:
-    """Return ``main_metric`` where it is computed, else the accuracy."""
+    """Return ``main_metric`` if it is computed, else the accuracy."""
     metric = main_metric(set_name, task)
     return "acc1" if metric in NOT_COMPUTED else metric
 
 
 def suite_notes(set_name: str, task: str) -> tuple[str, ...]:
-    """Return a note of a set that datacomp judges by a metric that is not computed; none of another."""
+    """Return a note on a set whose metric in datacomp is not computed; none for other sets."""
     metric = main_metric(set_name, task)
     if metric not in NOT_COMPUTED:
         return ()
@@ -243,10 +243,10 @@ def suite_notes(set_name: str, task: str) -> tuple[str, ...]:
 
 
 def size_notes(set_name: str, task: str, num_images: int) -> tuple[str, ...]:
-    """Return a note of a test split that, by its size, is not the paper's; none of the paper's, and of other sets.
+    """Return a note on a test split whose size is not the paper's; none for the paper's split, and for other sets.
 
     Args:
-        num_images: in the test split.
+        num_images: the number of images in the test split.
     """
     sizes = _OTHER_SPLITS.get(canonical_name(set_name)) if task == "classification" else None
     if sizes is None or num_images == sizes.paper:

@@ -1,7 +1,7 @@
-"""Drawings of matplotlib as SVG that is part of a page: its fonts, its colours in light and dark, and the same bytes again.
+"""Renders matplotlib drawings as reproducible SVG for a page, with the page's fonts and its light and dark colours.
 
-A colour is drawn as the light page has it, and written as the style sheet's variable. Names from data are texts: nothing in
-them is taken for a formula or for a tag.
+A colour is drawn as on the light page, and written as the style sheet's variable. Names from data are plain text: they are
+never interpreted as formulas or tags.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# A drawing is as wide as this many of its own units; a phone shows it a fifth smaller, a screen half as large again.
+# Width of a drawing in its own units; a phone shows it a fifth smaller, a screen 1.5 times as large.
 WIDTH = 400
 FONT_SIZE = 10.5
 _UNITS_PER_INCH = 72
-# Mean width of a letter of the page's fonts, in units; a wide one, as of Chinese, takes two.
+# Mean width of a letter in the page's fonts, in units; a wide letter, such as a Chinese one, takes twice that.
 _LETTER = 6.4
 
 INK, MUTED, RULE, CARD = "#1f2328", "#686e77", "#e4e2dd", "#fefefe"
@@ -49,7 +49,7 @@ _VARIABLES = {
     CARD: "var(--card)",
     **{colour: f"var(--{name})" for colour, name in zip(MODEL_COLOURS, "abcdefgh", strict=True)},
 }
-# Of an attribute that refers to an element by its name.
+# An attribute that refers to an element by its name.
 _REFERENCE = re.compile(r"^(#|url\(#)(\w+)(?=\)?$)")
 # The first four model colours are in the style sheet of all pages.
 STYLE = """
@@ -75,7 +75,7 @@ _MARK_PATHS = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing, and one sentence that says what it shows."""
+    """A drawing, and one sentence that describes it."""
 
     figure: Figure
     description: str
@@ -83,7 +83,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """What a colour and a marker stand for."""
+    """The meaning of a colour and a marker."""
 
     name: str
     colour: str
@@ -92,9 +92,9 @@ class LegendEntry:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Let matplotlib draw for the page, whatever the user's own settings are; figures are made and written within."""
+    """Set matplotlib's settings for the page, whatever the user's are; create and write figures in the enclosed code."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # The page's reader has fonts for letters that matplotlib's own font lacks.
+        # The reader's browser has fonts for letters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -140,24 +140,24 @@ def new_axes(
 
 
 def plot_of(axes: Axes, description: str) -> Plot:
-    """Return the drawing that axes are part of."""
+    """Return the drawing of an axes object."""
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     return Plot(figure, description)
 
 
 def model_colour(index: int) -> str:
-    """Return the colour of the model of that number."""
+    """Return the colour of the model with that index."""
     return MODEL_COLOURS[index % len(MODEL_COLOURS)]
 
 
 def model_marker(index: int) -> str:
-    """Return the marker of the model of that number; together with its colour it is one of 64."""
+    """Return the marker of the model with that index; with its colour it is one of 64 combinations."""
     return MARKERS[(index + index // len(MODEL_COLOURS)) % len(MARKERS)]
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text of at most so many letters; of a longer one the beginning and the end."""
+    """Return a text of at most this many letters; a longer one keeps its beginning and end."""
     if len(text) <= most:
         return text
     tail = most // 3
@@ -165,7 +165,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def width_of(text: str) -> float:
-    """Return about how many units a text takes in a drawing."""
+    """Return the approximate width of a text in a drawing, in units."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return _LETTER * (len(text) + wide)
 
@@ -177,7 +177,7 @@ def to_svg(plot: Plot) -> str:
     root = ElementTree.fromstring(buffer.getvalue())
     _strip(root)
 
-    # Several drawings of one page may not share names that are not of the same thing.
+    # Drawings of one page must not use the same name for different elements.
     prefix = f"p{zlib.crc32(ElementTree.tostring(root)):08x}"
     for element in root.iter():
         for key, value in element.attrib.items():
@@ -194,11 +194,11 @@ def to_svg(plot: Plot) -> str:
 
 
 def _strip(root: ElementTree.Element) -> None:
-    """Take out what a page needs not, and put the page's colours in."""
+    """Remove the parts that a page does not need, and replace the colours by the page's."""
     for child in [child for child in root if child.tag.endswith("metadata")]:
         root.remove(child)
     for parent in list(root.iter()):
-        # It would hold for all of the page.
+        # It would apply to the whole page.
         for child in [child for child in parent if child.tag.endswith("}style")]:
             parent.remove(child)
 
@@ -226,13 +226,13 @@ def _style(value: str) -> str:
 def _round(key: str, value: str) -> str:
     if key not in ("d", "x", "y", "width", "height", "transform", "points"):
         return value
-    # A hundredth of a unit is less than a reader sees.
+    # A hundredth of a unit is too small to see.
     rounded = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", value)
     return re.sub(r"\s+", " ", rounded).strip()
 
 
 def legend(entries: Sequence[LegendEntry]) -> str:
-    """Return the list of what colours and markers stand for; empty of a single entry."""
+    """Return the legend of colours and markers; empty for a single entry."""
     if len(entries) < 2:
         return ""
     items = "".join(
@@ -244,6 +244,6 @@ def legend(entries: Sequence[LegendEntry]) -> str:
 
 
 def _mark_style(colour: str) -> str:
-    # A hollow mark is one on the card of the card's own colour.
+    # A hollow mark is filled with the colour of the card.
     line = "stroke:var(--ink);stroke-width:1" if colour == CARD else "stroke:none"
     return f"{line};fill:{_VARIABLES.get(colour, colour)}"

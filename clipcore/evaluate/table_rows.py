@@ -1,4 +1,4 @@
-"""The rows of a table of images: which columns are what, and their labels, splits and groups as numbers.
+"""Reads the rows of a table of images: the roles of its columns, and labels, splits and groups as numbers.
 
 Legend: R rows of the table.
 """
@@ -27,15 +27,15 @@ from clipcore.evaluate.splits import SPLITS, split_called
 Columns = CsvColumns | JsonlColumns | ParquetColumns
 LABEL_COLUMNS = ("label", "class")
 NAME_COLUMN, SPLIT_COLUMN, GROUP_PREFIX = "classname", "split", "group:"
-_MAX_CHARS = 1000  # of a label or a group
+_MAX_CHARS = 1000  # limit of a label or a group
 _MAX_GROUPS = 100
-# Also as pandas writes a column of which some are missing.
+# Also the form in which pandas writes a column with missing values.
 _WHOLE_NUMBER = re.compile(r"(-?[0-9]{1,18})(?:\.0*)?")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table are what; None and empty where there is none."""
+    """The roles of a table's columns; None or empty for a role without a column."""
 
     image: str
     label: str | None
@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def columns(self) -> list[str]:
-        """Those that are read at once, each once: all but captions, and but the bytes of images."""
+        """The columns to read together, each once: all except captions and the bytes of images."""
         found = [self.label, self.name, self.split, *self.groups.values()]
         return list(dict.fromkeys(name for name in found if name is not None))
 
@@ -58,7 +58,7 @@ def layout_of(
     label_key: str | None,
     group_columns: Sequence[str],
 ) -> Layout:
-    """Return which columns are what; raise ColumnError for one that is missing."""
+    """Return the roles of the columns; raise ColumnError for a missing one."""
     there = columns.names
     image = find_column(str(path), there, image_columns(img_key))
     groups = {
@@ -68,7 +68,7 @@ def layout_of(
     }
     if len(groups) > _MAX_GROUPS:
         raise DataError(
-            f"{path} has {len(groups):,} columns of groups, more than {_MAX_GROUPS}; take some out"
+            f"{path} has {len(groups):,} columns of groups, more than {_MAX_GROUPS}; remove some"
         )
     groups |= {
         column: find_column(str(path), there, [column])
@@ -92,34 +92,34 @@ def layout_of(
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that a label is, None of one that is a name."""
+    """Return a label's number, None if the label is a name."""
     match = _WHOLE_NUMBER.fullmatch(text)
     return None if match is None else int(match[1])
 
 
 class Codes:
-    """A column of few different texts, as the numbers in which they first come; -1 of a row that is not used."""
+    """A column of few distinct texts, numbered in the order of their first occurrence; -1 for an unused row."""
 
     def __init__(self) -> None:
         self._numbers = dict[str, int]()
         self._codes = array("q")
 
     def add(self, text: str | None) -> None:
-        """Append a row's text, None of a row that is not used."""
+        """Append a row's text, None for an unused row."""
         known = self._numbers
         self._codes.append(-1 if text is None else known.setdefault(text, len(known)))
 
     def renamed(self, texts: Sequence[str]) -> Codes:
-        """Return the column with other texts in the place of its own; texts that become one have one number."""
+        """Return the column with replaced texts; texts that become equal share a number."""
         found = Codes()
         codes = [found._numbers.setdefault(text, len(found._numbers)) for text in texts]
-        # The last place is that of rows that are not used.
+        # The last entry is for unused rows.
         found._codes = array("q", np.array([*codes, -1], np.int64)[self.code_R].tobytes())
         return found
 
     @property
     def texts(self) -> list[str]:
-        """The different texts, by number."""
+        """The distinct texts, by number."""
         return list(self._numbers)
 
     @property
@@ -129,21 +129,21 @@ class Codes:
 
 
 class Rows:
-    """What the rows of a table hold beside the bytes of images.
+    """The content of a table's rows, without the bytes of images.
 
     Args:
         path: the table.
-        columns: its columns, opened.
-        layout: which of them are read.
+        columns: the open columns.
+        layout: the roles of the columns that are read.
 
     Attributes:
-        has_paths: whether its images are paths, which those of parquet are not.
-        paths: of the images, empty of rows that are not used.
+        has_paths: whether its images are paths, as in all formats except parquet.
+        paths: paths of the images, empty for unused rows.
         labels, names, splits, groups: the texts in these columns.
-        left_out: rows that are not used, by reason.
+        left_out: unused rows, by reason.
 
     Raises:
-        DataError: no row can be used, or one holds what no label, split or group is.
+        DataError: no row can be used, or a row holds an invalid label, split or group.
     """
 
     def __init__(self, path: Path, columns: Columns, layout: Layout) -> None:
@@ -165,7 +165,7 @@ class Rows:
         layout = self._layout
         word = "test" if layout.split is None else texts.get(layout.split, "")
         split = split_called(word)
-        trouble = row.trouble or self._trouble(texts)
+        trouble = row.trouble or self._reason_unused(texts)
         if trouble:
             self.left_out.add(trouble, row.place)
         elif split is None:
@@ -183,8 +183,8 @@ class Rows:
             self.groups[name].add(used(column))
         return (used(layout.image) or "") if self.has_paths else ""
 
-    def _trouble(self, texts: dict[str, str]) -> str:
-        """Return why a row cannot be used, nothing where it can."""
+    def _reason_unused(self, texts: dict[str, str]) -> str:
+        """Return why a row cannot be used, nothing if it can."""
         layout = self._layout
         if self.has_paths and not texts[layout.image]:
             return "row without an image"
@@ -193,11 +193,11 @@ class Rows:
         return "row without a split" if layout.split and not texts[layout.split] else ""
 
     def _text(self, value: object, column: str, place: str) -> str:
-        """Return a cell as text, empty where there is nothing; raise DataError for another kind of value."""
-        if value is None or value != value:  # no number
+        """Return a cell as text, empty if there is no value; raise DataError for another kind of value."""
+        if value is None or value != value:  # not a number
             return ""
         if isinstance(value, float) and value.is_integer():
-            # A column of whole numbers of which some are missing.
+            # A column of whole numbers with missing values.
             value = int(value)
         is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
         if not is_number and not isinstance(value, str):
@@ -205,11 +205,11 @@ class Rows:
             raise DataError(
                 f"{self._path}, {place}: the column {printable(column)!r} holds no text or whole number but {kind}"
             )
-        # A lone surrogate comes from a JSON escape; no file's name and no tokenizer has it.
+        # JSON escapes can hold lone surrogates, which neither file names nor tokenizers accept.
         text = str(value).strip().encode("utf-8", "replace").decode("utf-8")
         if column != self._layout.image and len(text) > _MAX_CHARS:
             raise DataError(
-                f"{self._path}, {place}: {len(text):,} characters in the column {printable(column)!r} are no name; "
+                f"{self._path}, {place}: {len(text):,} characters in the column {printable(column)!r} are not a name; "
                 "shorten it"
             )
         return text

@@ -1,4 +1,4 @@
-"""The evaluations of a run: which data, which classes, and how to run each on all ranks.
+"""The evaluations inside a training run: their data and classes, and their execution on all ranks.
 
 Legend: B images of a batch, N images, E embedding size.
 """
@@ -39,7 +39,7 @@ from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig
 from clipcore.towers.model import CLIP
 
-# Of which one at least has to be readable when a run begins.
+# At least one of this many samples must be readable when a run begins.
 _PROBED_SAMPLES = 64
 
 
@@ -56,11 +56,11 @@ class ZeroShotTask:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Pairs among which each side looks for the other.
+    """Pairs for retrieval in both directions.
 
     Attributes:
-        all_captions: whether a picture's captions all count, or its first alone: where others describe several pictures
-            equally well, as in the embedded data, a search by them has no right answer.
+        all_captions: whether all of a picture's captions are used, or only its first. In the embedded data, the others
+            describe several pictures equally well, so a search by them has no unique answer.
     """
 
     name: str
@@ -70,7 +70,7 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns a source into features: the model, its preprocessing, and this rank's share.
+    """Turns a source into features, with the model, its preprocessing, and this rank's share.
 
     Attributes:
         max_bad_fraction: share of a source's samples that may be unreadable.
@@ -89,10 +89,10 @@ class Encoder:
         """Yield this rank's batches with their normalised images, in the order of the source.
 
         Args:
-            tally: is given, once all is read, how many samples of all ranks could not be.
+            tally: receives at the end the number of unreadable samples on all ranks.
 
         Raises:
-            DataError: on all ranks alike, more of them than ``max_bad_fraction``.
+            DataError: on every rank, if more samples are unreadable than ``max_bad_fraction``.
         """
         rows = eval_batches(
             source,
@@ -114,7 +114,7 @@ class Encoder:
         found = gather_objects((len(bad), bad[:SHOWN_REASONS], tally.num_transparent))
         tally.num_unreadable = sum(number for number, _, _ in found)
         tally.num_transparent = sum(number for _, _, number in found)
-        # As in training a share of few samples says little.
+        # As in training: a share of few samples means little.
         if tally.num_unreadable > self.max_bad_fraction * max(len(source), JUDGED_ROWS):
             first = [case for _, cases, _ in found for case in cases]
             number = tally.num_unreadable
@@ -133,7 +133,7 @@ class Encoder:
             rows.append(batch.indices)
             owners.append(batch.indices if batch.owners is None else batch.owners)
 
-        # A rank may have no pair of a small source; the others wait for it in the gathering all the same.
+        # A rank may have no pairs of a small source, but it must still take part in the gather.
         none = torch.zeros(0, self.model.config.embed_dim, device=self.world.device)
         numbers = torch.zeros(0, dtype=torch.long)
         row_N, owner_M = (
@@ -143,25 +143,25 @@ class Encoder:
         return Features(
             gather_rows(torch.cat([none, *image_features])),
             gather_rows(torch.cat([none, *text_features])),
-            # Samples that could not be read leave gaps in the numbers, which rise from rank to rank.
+            # Unreadable samples leave gaps in the indices, which ascend from rank to rank.
             torch.searchsorted(row_N, owner_M),
         )
 
 
 @dataclass
 class Tally:
-    """What became of the samples of an evaluation, on all ranks."""
+    """Counts of an evaluation's samples, over all ranks."""
 
     num_unreadable: int = 0
     num_transparent: int = 0
 
     def counts(self) -> dict[str, float]:
-        """Return what an evaluation's line notes."""
+        """Return the counts for an evaluation's log line."""
         return {name: float(number) for name, number in vars(self).items()}
 
 
 class Features(NamedTuple):
-    """Unit features of pictures and captions, and which picture each caption describes."""
+    """Unit features of pictures and captions, and the picture that each caption describes."""
 
     image_NE: Tensor
     text_ME: Tensor
@@ -215,10 +215,10 @@ def run_retrieval(task: RetrievalTask, encoder: Encoder) -> dict[str, float]:
 
 
 def check_readable(source: PairSource) -> None:
-    """Raise DataError where none of some samples can be read, before hours of training depend on it."""
+    """Raise DataError if none of a few samples can be read, before a long training depends on them."""
     reasons = []
     number = min(len(source), _PROBED_SAMPLES)
-    # Not evenly spread: a table may repeat itself every few rows.
+    # Not evenly spaced, because a table may be periodic.
     for index in random.Random(0).sample(range(len(source)), number):
         try:
             _ = source[index]
@@ -231,7 +231,7 @@ def check_readable(source: PairSource) -> None:
 
 
 def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTask:
-    """The images of a folder of one folder a class, as ImageNet's validation set is laid out.
+    """Return the zero-shot task of a folder with one folder per class, the layout of ImageNet's validation set.
 
     ``classes.json`` in it may map folder names to class names, and ``templates.json`` hold the list of prompts.
 
@@ -239,7 +239,7 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
         decoder: see ``decode_image``.
 
     Raises:
-        DataError: no such folders, names that tell no class, or files that cannot be read.
+        DataError: there are no such folders, names identify no class, or files cannot be read.
     """
     source = ClassFolderSource(str(folder), decoder)
     templates = read_templates(folder) or SIMPLE_IMAGENET_TEMPLATES
@@ -248,7 +248,7 @@ def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTa
 
 
 def zero_shot_tasks(config: RunConfig) -> list[ZeroShotTask]:
-    """The zero-shot evaluations that the settings ask for."""
+    """Return the zero-shot evaluations that the settings request."""
     tasks = []
     if config.train_data in EMBEDDED:
         embedded = EMBEDDED[config.train_data]
@@ -264,7 +264,7 @@ def zero_shot_tasks(config: RunConfig) -> list[ZeroShotTask]:
 
 
 def retrieval_tasks(config: RunConfig) -> list[RetrievalTask]:
-    """The retrieval evaluations that the settings ask for."""
+    """Return the retrieval evaluations that the settings request."""
     if config.val_data is not None:
         source = open_source(
             config.val_data,
@@ -279,16 +279,16 @@ def retrieval_tasks(config: RunConfig) -> list[RetrievalTask]:
         return [RetrievalTask("validation pairs", by_picture(source))]
     if config.train_data in EMBEDDED:
         embedded = EMBEDDED[config.train_data]
-        # Other pictures of a name are described equally well by its short captions.
+        # A name's short captions describe its other pictures equally well.
         return [RetrievalTask(embedded.retrieval, embedded.open("unseen"), all_captions=False)]
     return []
 
 
 class EvaluationPlan:
-    """Which evaluations are due at which epoch, run on all ranks and logged; raises DataError for data that cannot be read.
+    """The evaluations of each epoch, run on all ranks and logged; raises DataError for unreadable data.
 
     Args:
-        config: asks for the tasks and how often they run, and how much may be unreadable.
+        config: defines the tasks, their frequency, and the share of samples that may be unreadable.
         tokenizer, transform: as in training, with the evaluation crop.
     """
 
@@ -301,7 +301,7 @@ class EvaluationPlan:
     ) -> None:
         self.zero_shot = zero_shot_tasks(config)
         self.retrieval = retrieval_tasks(config)
-        # The ranks begin together or not at all: those that can read wait in the next collective for the others.
+        # All ranks begin or none does: a rank that can read would wait for the others in the next collective.
         for source in self._sources() if is_main() else ():
             check_readable(source)
         self.max_bad_fraction = config.max_bad_fraction
@@ -310,7 +310,7 @@ class EvaluationPlan:
         self.val_frequency = config.val_frequency
 
     def describe_sources(self, training_source: PairSource) -> list[str]:
-        """Return lines about data, of training and evaluations, that is not all used or is not what one may expect."""
+        """Return lines about training and evaluation data that is skipped or interpreted unexpectedly."""
         lines = []
         for source in (training_source, *self._sources()):
             parts = source.parts if isinstance(source, MixtureSource) else [source]
@@ -323,7 +323,7 @@ class EvaluationPlan:
             name, number = Counter(task.classnames).most_common(1)[0]
             if number > 1:
                 lines.append(
-                    f"{task.name}: {number} classes are named {printable(name)!r}, which no prompt tells apart"
+                    f"{task.name}: {number} classes are named {printable(name)!r}, which no prompt can distinguish"
                 )
         return lines
 
@@ -331,7 +331,7 @@ class EvaluationPlan:
         return [task.source for task in self.zero_shot] + [task.source for task in self.retrieval]
 
     def encoder(self, model: CLIP, world: World | None = None) -> Encoder:
-        """The plan's preprocessing with a model, on all ranks or on those of ``world``."""
+        """Return an encoder with the plan's preprocessing and a model, on all ranks or on those of ``world``."""
         return Encoder(
             model,
             self.tokenizer,
@@ -342,7 +342,7 @@ class EvaluationPlan:
         )
 
     def run(self, model: CLIP, log: MetricsLogger, step: int, epoch: int, is_last: bool) -> None:
-        """Runs and logs the evaluations due after ``epoch`` epochs; a frequency of 0 turns them off."""
+        """Run and log the evaluations that are due after ``epoch`` epochs; a frequency of 0 disables them."""
         was_training = model.training
         model.eval()
         encoder = self.encoder(model)

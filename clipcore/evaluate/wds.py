@@ -1,9 +1,9 @@
-"""Folders of tar shards with labels, as CLIP_benchmark exports data sets and the hub holds them.
+"""Opens folders of tar shards with labels, in the layout of CLIP_benchmark's exports and of the hub.
 
 ``DIR/{train,val,test}/{0,1,...}.tar`` hold ``KEY.webp`` (or png, jpg, jpeg) with ``KEY.cls``, a number; with ``KEY.npy``, 0
-or 1 for each class; or with ``KEY.txt``, captions one a line. ``nshards.txt`` beside the shards says how many there are.
-``DIR`` holds ``classnames.txt`` and ``zeroshot_classification_templates.txt``, one a line, and ``dataset_type.txt``
-(classification, multilabel or retrieval). Nothing is ever extracted.
+or 1 for each class; or with ``KEY.txt``, one caption per line. ``nshards.txt`` beside the shards holds their number. ``DIR``
+holds ``classnames.txt`` and ``zeroshot_classification_templates.txt``, one per line, and ``dataset_type.txt``
+(classification, multilabel or retrieval). Nothing is extracted.
 
 Legend: N images, C classes.
 """
@@ -69,7 +69,7 @@ _PROBED_MEMBERS = 64
 
 
 def wds_splits(path: Path) -> dict[str, Path]:
-    """Return the folders of splits that hold shards; none of another folder. Raise DataError where two are one split."""
+    """Return the split folders that hold shards; none for another folder. Raise DataError if two mean the same split."""
     found = entries_of_splits(path).items()
     return one_each({split: list(filter(_is_split, folders)) for split, folders in found})
 
@@ -85,7 +85,7 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
     """Open a folder of labelled shards.
 
     Raises:
-        DataError: a file of it is missing, damaged, or does not fit the others.
+        DataError: one of its files is missing, damaged, or does not fit the others.
     """
     splits = wds_splits(path)
     name = name_of(path)
@@ -116,7 +116,7 @@ def open_wds(path: Path, decoder: Decoder) -> EvaluationSet:
 
 
 def _task_of(path: Path, folder: Path) -> Task:
-    """Return the task that a set's file names, or the one that the members of a split's first shard show."""
+    """Return the task that a set's file names, or the one inferred from a split's first shard."""
     if is_there(path / TYPE_FILE):
         word = read_text(path / TYPE_FILE, MAX_WORD_BYTES).strip().lower()
         for task in _SUFFIXES:
@@ -141,7 +141,7 @@ def _task_of(path: Path, folder: Path) -> Task:
 
 
 def _names(path: Path, task: Task) -> Names:
-    """Return the names of the classes; raise DataError where there is no file of them."""
+    """Return the names of the classes; raise DataError if there is no file of names."""
     if task == "retrieval":
         return ()
     if is_there(path / NAMES_FILE):
@@ -157,7 +157,7 @@ def find_shards(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     """Return the paths of a split's shards in order, and notes about others.
 
     Raises:
-        DataError: there is none, or one that ``nshards.txt`` counts is missing.
+        DataError: there are no shards, or one is missing by the count in ``nshards.txt``.
     """
     files = set(list_folder(str(folder))[0])
     tars = [name for name in files if name.endswith(".tar")]
@@ -173,7 +173,7 @@ def find_shards(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     text = read_text(folder / COUNT_FILE, MAX_WORD_BYTES).strip()
     if not re.fullmatch(r"[0-9]{1,6}", text) or not 0 < int(text) <= _MAX_SHARDS:
         raise DataError(
-            f"{folder / COUNT_FILE} says {printable(text)!r}, which is no number of shards; write it, or remove the file"
+            f"{folder / COUNT_FILE} says {printable(text)!r}, which is not a number of shards; write it, or remove the file"
         )
     wanted = [f"{number}.tar" for number in range(int(text))]
     if missing_names := [name for name in wanted if name not in files]:
@@ -186,7 +186,7 @@ def find_shards(folder: Path) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _number(name: str) -> int:
-    """Return the number that is a shard's name; a large one of another name."""
+    """Return the number in a shard's name; a large one for another name."""
     stem = name.removesuffix(".tar")
     return int(stem) if re.fullmatch(r"[0-9]{1,9}", stem) else 1 << 62
 
@@ -219,13 +219,13 @@ def _open_labelled(split: str, folder: Path, decoder: Decoder, task: Task, names
 
 
 class CaptionLines:
-    """Images with captions one a line: see ``clipcore.data.PairSource``.
+    """Images with one caption per line: see ``clipcore.data.PairSource``.
 
     Args:
-        source: whose captions hold several lines.
+        source: a source whose captions hold several lines.
 
     Attributes:
-        left_out: as of ``source``.
+        left_out: see ``source``.
     """
 
     def __init__(self, source: TarSource) -> None:

@@ -1,9 +1,9 @@
-"""Zero-shot classification: class names in prompts make a classifier that has seen no examples.
+"""Zero-shot classification: prompts with class names make a classifier without examples.
 
 Legend: B images, C classes, T templates, E embedding size, K best classes.
 
 Source: Radford et al. 2021, sections 3.1.2 to 3.1.4: the embeddings of all prompts of a class are normalised, averaged
-and normalised again; the average costs nothing once it is cached.
+and normalised again. The average has no cost once it is cached.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ def build_zero_shot_classifier(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> Tensor:
-    """The class-embedding matrix, one unit column a class (open_clip's name and arguments).
+    """Return the class-embedding matrix, with one unit column per class (open_clip's name and arguments).
 
     Args:
-        classnames: of each class its name, or several, whose prompts are averaged together.
-        templates: strings with ``{}`` (or ``{c}``) where the class name goes, or functions of the class name.
+        classnames: one name per class, or several, whose prompts are averaged together.
+        templates: strings with ``{}`` (or ``{c}``) for the class name, or functions of the class name.
         num_classes_per_batch: classes whose prompts are encoded at once; ``None`` for all.
 
     Returns:
         [E, C], in the dtype of the text features, so that ``image_features @ classifier`` are cosines.
 
     Raises:
-        ValueError: no class names, no templates, or a template without a place for the name.
+        ValueError: there are no class names or no templates, or a template has no place for the name.
     """
     for what, given in (("class names", classnames), ("templates", templates)):
         if isinstance(given, str):
             raise ValueError(
                 f"{what} are a list of texts, got the text {given!r}; put it into a list"
             )
-    # A name may be empty, as that of a folder without letters; a class without any name is none.
+    # A name may be empty, for example from a folder's name without letters; a class without any name is an error.
     has_nameless = any(not isinstance(names, str) and not names for names in classnames)
     if not classnames or not templates or has_nameless:
         raise ValueError("a zero-shot classifier needs at least one class name and one template")
@@ -91,10 +91,10 @@ def _fill(template: Template, name: str) -> str:
 def zero_shot_accuracy(
     model: CLIP, classifier_EC: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
-    """Share of images whose class is the best (``acc1``) and among the best five (``acc5``).
+    """Return the share of images whose class is the best (``acc1``) and among the best five (``acc5``).
 
     Args:
-        batches: (images [B, 3, H, W], labels [B]) of this rank; ranks may hold different numbers of batches.
+        batches: this rank's (images [B, 3, H, W], labels [B]); ranks may have different numbers of batches.
 
     Returns:
         ``acc1``, ``acc5``, ``mean_per_class_recall``, ``num_images``, the same on every rank.
@@ -112,13 +112,13 @@ def zero_shot_accuracy(
 
 
 def best_classes(features_BE: Tensor, classifier_EC: Tensor, num_best: int = 5) -> Tensor:
-    """Return the nearest classes of unit features, int64 [B, K], the best first; of equal ones the lower is better."""
+    """Return the nearest classes of unit features, int64 [B, K], best first; the lower index wins a tie."""
     _, best_BK = similarity_topk(features_BE, classifier_EC.T, num_best)
     return best_BK
 
 
 def accuracies(labels_N: Tensor, is_best_N: Tensor, is_among_5_N: Tensor) -> dict[str, float]:
-    """Return the accuracies of images, given whether their class is the best one, and among the best five.
+    """Return the accuracies of images, given whether their class is the best, and among the best five.
 
     Args:
         labels_N: class indices.
@@ -131,7 +131,7 @@ def accuracies(labels_N: Tensor, is_best_N: Tensor, is_among_5_N: Tensor) -> dic
     """
     if not len(labels_N):
         raise ValueError("there are no images to classify")
-    # Counts of whole numbers: sums of weights would depend on the order in which a GPU adds them.
+    # Integer counts, because sums of weights would depend on the order in which a GPU adds them.
     num_classes = int(labels_N.max()) + 1
     count_C = torch.bincount(labels_N, minlength=num_classes)
     right_C = torch.bincount(labels_N[is_best_N], minlength=num_classes)
@@ -149,7 +149,7 @@ def accuracies(labels_N: Tensor, is_best_N: Tensor, is_among_5_N: Tensor) -> dic
 def classify(
     model: CLIP, images: Tensor, classifier_EC: Tensor, num_best: int = 5
 ) -> tuple[Tensor, Tensor]:
-    """The most probable classes of each image: probabilities [B, K] and class indices [B, K], best first.
+    """Return the most probable classes of each image: probabilities [B, K] and class indices [B, K], best first.
 
     The probability is the softmax over all classes of the cosine times the model's logit scale.
     """

@@ -1,6 +1,6 @@
-"""The gradient all-gather: rows of every rank, with ids, in one packed and checked collective, and its backward.
+"""The gradient all-gather: gathers rows and ids of every rank in one packed and checked collective, with a backward.
 
-``start_gather`` is csrc/all_gather.cpp where the extension is built; ``_ExchangeRef`` is its reference in torch.distributed
+``start_gather`` runs csrc/all_gather.cpp if the extension is built; ``_ExchangeRef`` is its reference in torch.distributed
 alone, with the same wire format and the same results.
 
 Legend: B rows on this rank that G rows of all ranks are gathered from, E embedding size, W ranks.
@@ -26,26 +26,26 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 # The dtypes that start_gather carries, with their numbers in c10::ScalarType.
 _DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
-# What opens a rank's part of a gather: eight int64. The last byte of the first is the version of the format.
+# The header of a rank's part of a gather: eight int64. The last byte of the first one is the version of the format.
 _HEADER_FIELDS = ("format", "rows", "columns", "dtype", "wire dtype", "ids", "gradient", "step")
 _FORMAT = int.from_bytes(b"clipwir\x01", "big")
 
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """What all ranks brought, in rank order."""
+    """The rows and ids of all ranks, in rank order."""
 
     rows_GE: torch.Tensor
     """[G, E] in the dtype that each rank passed."""
     ids_G: torch.Tensor | None
     """int64 [G], or None without ids."""
     shard_sizes: tuple[int, ...]
-    """How many of the rows each rank brought; they sum to G."""
+    """The number of rows of each rank; the sum is G."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A rank's part of a gather in bytes: header, ids, rows, each at a multiple of 16, with room for the largest shard."""
+    """The byte layout of a rank's part: header, ids, rows, each aligned to 16, with room for the largest shard."""
 
     max_rows: int
     ids_at: int
@@ -64,7 +64,7 @@ class _Layout:
 
 
 class _ExchangeRef:
-    """The reference of csrc/all_gather.cpp, in torch.distributed alone: one gather from its start to its backward."""
+    """The reference of csrc/all_gather.cpp, in torch.distributed only: one gather from its start to its backward."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class _ExchangeRef:
     def _pack(
         self, x_BE: torch.Tensor, ids_B: torch.Tensor | None, header: list[int]
     ) -> torch.Tensor:
-        # Rows beyond the room stay away: the header tells all ranks that there are too many.
+        # Rows that do not fit are not sent; the header tells all ranks that there are too many.
         x_BE = x_BE[: self.layout.max_rows]
         part = torch.empty(self.layout.part_bytes, dtype=torch.uint8, device=self.device)
         words = torch.tensor(header)
@@ -124,7 +124,7 @@ class _ExchangeRef:
         return torch.cat(rows).to(self.dtype), torch.cat(ids) if self.has_ids else None
 
     def start_sum(self, grad_GE: torch.Tensor | None) -> None:
-        if self.sum is not None and self.sum[1] is not None:  # of a backward that ended early
+        if self.sum is not None and self.sum[1] is not None:  # from a backward that ended early
             self.sum[1].wait()
         sum_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         shape = (len(self.shard_sizes), self.layout.max_rows, self.rows[1])
@@ -159,7 +159,7 @@ def _refuse_second_derivative() -> None:
 
 
 class _AnchorRef(torch.autograd.Function):
-    """x_BE -> own_BE; the backward runs after the gather node's, and adds the sum that it has started."""
+    """x_BE -> own_BE; the backward runs after the gather node's backward, and adds the sum that that one started."""
 
     @staticmethod
     def forward(ctx: Any, x_BE: torch.Tensor, exchange: _ExchangeRef) -> torch.Tensor:
@@ -177,7 +177,7 @@ class _AnchorRef(torch.autograd.Function):
 
 
 class _GatherRef(torch.autograd.Function):
-    """own_BE -> rows_GE; the backward starts the sum over ranks. Nothing flows along its edge to the anchor."""
+    """own_BE -> rows_GE; the backward starts the sum over ranks. Its edge to the anchor carries no gradient."""
 
     @staticmethod
     def forward(
@@ -198,12 +198,11 @@ class _GatherRef(torch.autograd.Function):
 
 
 class PendingGather:
-    """A gather on its way, from `start_gather`.
+    """A gather in flight, from `start_gather`.
 
     Attributes:
-        own_BE: this rank's rows, to be used in place of x_BE for what is computed of them alone: the gradients of
-            both uses then arrive together, and the backward of what is made between start and `wait` runs while the
-            sums over ranks travel.
+        own_BE: this rank's rows, to be used instead of x_BE where only they are needed. The gradients of both uses then
+            arrive together, and the backward of the work between start and `wait` overlaps with the sum over ranks.
     """
 
     def __init__(
@@ -220,13 +219,13 @@ class PendingGather:
         self._exchange, self._extension, self._expected = exchange, extension, expected
 
     def wait(self) -> GatheredRows:
-        """Waits for all ranks' rows, checks that they belong together, and unpacks them; the same answer every time.
+        """Wait for all ranks' rows, check that they belong together, and unpack them; later calls return the same result.
 
         Raises:
-            ValueError: a rank brought something else than this one expects (on the CPU; see `start_gather`).
+            ValueError: a rank sent something other than this one expects (on the CPU; see `start_gather`).
         """
         if self._gathered is None:
-            assert self._expected is not None, "an exchange knows what has to arrive"
+            assert self._expected is not None, "an exchange knows its expected headers"
             with watchdog.collective("all-gather of features", self._group):
                 if self._extension is None:
                     self._expected.check(self._exchange.headers())
@@ -248,36 +247,36 @@ def start_gather(
     shard_sizes: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> PendingGather:
-    """Starts to gather every rank's rows, in rank order, with the gradient of all ranks' losses.
+    """Start to gather every rank's rows, in rank order, with the gradient of all ranks' losses.
 
     The backward pass sums the gradient of the gathered rows over ranks (a reduce-scatter) in float32, or in float64
     for float64 rows, adds that of ``own_BE`` and rounds once to the dtype of the rows. Each rank thus differentiates
     the sum of all ranks' losses: divide by the world size, or let DistributedDataParallel do it.
 
-    The collective of the backward runs on every rank whose ``own_BE`` or gathered rows are part of what it
-    differentiates, with zeros where the gathered rows are not. A rank whose loss needs neither has to add
-    ``0 * own_BE.sum()``: the others would wait for it. Gradients are those of x_BE, not of ``own_BE``.
+    The collective of the backward runs on every rank whose loss depends on ``own_BE`` or on the gathered rows, with zeros
+    if it does not depend on the gathered rows. A rank whose loss depends on neither must add ``0 * own_BE.sum()``, or the
+    others would wait for it. Gradients are those of x_BE, not of ``own_BE``.
 
     Args:
         x_BE: [B, E] in float16, bfloat16, float32 or float64, on the device that the group's backend serves. B may
             differ between ranks and be 0; E and the dtype may not, nor whether x_BE needs a gradient.
-        ids_B: int64 [B] on the same device, what each row is called; on all ranks or on none.
-        wire_dtype: what rows travel in; None for the dtype of x_BE. Of a wider dtype the gathered rows are rounded,
-            ``own_BE`` is not, and neither is anything in a group of one rank.
-        step: a number on which all ranks have to agree, so that a rank out of step is found.
-        shard_sizes: the rows of every rank, where they are known: there is then one collective, and nothing waits
-            for another rank before `PendingGather.wait`. Of None the CPU makes a collective of its own first, and
-            CUDA takes all to be like this rank's, since nothing may wait for the host there.
+        ids_B: int64 [B] on the same device, the id of each row; on all ranks or on none.
+        wire_dtype: dtype of the rows in transfer; None for the dtype of x_BE. If it is narrower, the gathered rows are
+            rounded; ``own_BE`` is not, and neither is anything in a group of one rank.
+        step: a number that must be equal on all ranks, so that a rank out of step is detected.
+        shard_sizes: the rows of every rank, if they are known: there is then one collective, and nothing waits for
+            another rank before `PendingGather.wait`. For None, the CPU gathers the sizes in a collective first, and CUDA
+            assumes that all ranks have as many rows as this one, because nothing may wait for the host there.
         group: the ranks to gather from; None means all.
 
     Returns:
-        The gather on its way; `PendingGather.wait` has the rows. In a group of one rank they are x_BE itself.
+        The gather in flight; `PendingGather.wait` returns the rows. In a group of one rank they are x_BE itself.
 
     Raises:
-        ValueError: an argument is none of the above. Ranks that disagree are named by a ValueError too: on the CPU
-            from here without ``shard_sizes``, else from `PendingGather.wait`; on CUDA a device assertion ends the
-            step, and the next call says which rank it was. With ``shard_sizes``, ranks whose parts have different
-            sizes in bytes meet an error of the backend instead.
+        ValueError: an argument is invalid, or a rank disagrees, which the error names. On the CPU that error is raised
+            here without ``shard_sizes``, else in `PendingGather.wait`. On CUDA a device assertion ends the step, and the
+            next call names the rank. With ``shard_sizes``, ranks whose parts differ in bytes cause an error of the
+            backend instead.
         native.WrongBuildError: the extension was built for another torch.
 
     Source: the sharded similarities of CLIP (Radford et al. 2021, section 2.5) need every rank's features, and the
@@ -296,7 +295,7 @@ def start_gather(
         )
     if len(ranks) == 1:
         if shard_sizes is not None and shard_sizes[0] != len(x_BE):
-            raise ValueError(f"the rank has {len(x_BE)} rows, shard_sizes says {shard_sizes[0]}")
+            raise ValueError(f"the rank has {len(x_BE)} rows, but shard_sizes has {shard_sizes[0]}")
         return PendingGather(x_BE, GatheredRows(x_BE, ids_B, (len(x_BE),)))
     codes = (_DTYPE_CODES[x_BE.dtype], _DTYPE_CODES[wire_dtype])
     needs_gradient = x_BE.requires_grad and torch.is_grad_enabled()
@@ -346,24 +345,24 @@ def _check_rows(x_BE: torch.Tensor, ids_B: torch.Tensor | None, wire_dtype: torc
 
 @dataclass(frozen=True)
 class _Expected:
-    """The headers that have to arrive: this rank's own, but for the number of rows."""
+    """The expected headers: this rank's own, except for the number of rows."""
 
     header: list[int]
     shard_sizes: tuple[int, ...]
     ranks: list[int]
-    """The ranks of the group by their number in the whole run."""
+    """The global ranks of the group."""
 
     def all_headers(self) -> list[list[int]]:
         at = _HEADER_FIELDS.index("rows")
         return [[*self.header[:at], size, *self.header[at + 1 :]] for size in self.shard_sizes]
 
     def check(self, headers: torch.Tensor) -> None:
-        """ValueError that names the first rank that differs; on CUDA a device assertion, and the error later."""
+        """Raise a ValueError that names the first rank that differs; on CUDA assert on the device, and raise later."""
         if not headers.is_cuda:
             self.raise_if_wrong(headers.tolist())
             return
-        # One pinned buffer: what is expected goes up, what has arrived comes down. Until it does, the host finds
-        # nothing wrong in it, so that another error of the device is not taken for one of these.
+        # One pinned buffer: the expected headers are copied to the device, the received ones back. Until then it holds the
+        # expected ones, so the host does not mistake another device error for a wrong header.
         host = torch.tensor(self.all_headers()).pin_memory()
         right = (headers == host.to(headers.device, non_blocking=True)).all()
         host.copy_(headers, non_blocking=True)
@@ -381,21 +380,21 @@ class _Expected:
                     if both[1] != both[2]
                 ]
                 if theirs[0] != ours[0]:
-                    differences = differences[:1]  # the rest means something else
+                    differences = differences[:1]  # the rest then has another meaning
                 raise ValueError(
-                    f"start_gather: rank {rank} {', '.join(differences)}; all ranks have to make the same calls in "
+                    f"start_gather: rank {rank} {', '.join(differences)}; all ranks must make the same calls in "
                     "the same order, with rows of one width and dtype"
                 )
 
 
 def _difference(field: str, theirs: int, ours: int) -> str:
-    """What a rank has and what this one expects, as part of a sentence about that rank."""
+    """Return how a rank differs from what this one expects, as part of a sentence about that rank."""
     if field == "format":
         return (
             f"sent a header of format {theirs:#x}, this rank {ours:#x}: run one version of clipcore"
         )
     if field == "rows":
-        return f"has {theirs} rows, shard_sizes says {ours}"
+        return f"has {theirs} rows, but shard_sizes has {ours}"
     if field == "step":
         return f"is at step {theirs}, this rank at step {ours}"
     if field == "ids":
@@ -406,18 +405,18 @@ def _difference(field: str, theirs: int, ours: int) -> str:
     return f"has {field} {names.get(theirs, theirs)}, this rank {names.get(ours, ours)}"
 
 
-# Headers on their way from the GPU to the host, oldest first.
+# Headers in transfer from the GPU to the host, oldest first.
 _deferred: deque[tuple[_Expected, torch.Tensor, Any]] = deque()
 
 
 def _raise_deferred() -> None:
-    """ValueError for a gather whose headers have come from the GPU since, and were wrong."""
+    """Raise ValueError for an earlier gather whose headers have arrived from the GPU and are wrong."""
     while _deferred:
         expected, host, arrived = _deferred[0]
         try:
             if not arrived.query():
                 return
         except RuntimeError:
-            pass  # the device has failed, by this very check perhaps; what it had copied before is here
+            pass  # the device has failed, perhaps in this very check; the headers that it copied before are still valid
         _deferred.popleft()
         expected.raise_if_wrong(host.tolist())

@@ -22,7 +22,7 @@ from clipcore.kernels.contrastive import (
     plan,
 )
 from clipcore.kernels.contrastive.targets import TargetSide, even_targets
-from clipcore.loss.options import LossOptions, as_factor, check_pairs, say_once
+from clipcore.loss.options import LossOptions, as_factor, check_pairs, warn_once
 from clipcore.loss.shard import CompleteLse, CompleteSum, LogitShard, LossGroup, Side
 from clipcore.ranks.distributed import all_reduce_, gather_rows
 
@@ -31,21 +31,20 @@ class ClipLoss(nn.Module):
     """InfoNCE between images and texts, averaged over both directions (open_clip's names and call).
 
     Args:
-        local_loss, gather_with_grad: accepted for open_clip's callers; the loss is always the exact one that both
-            together stand for.
-        cache_labels: accepted, nothing to cache.
+        local_loss, gather_with_grad: accepted for open_clip's callers; the loss is always the exact one, as with both.
+        cache_labels: accepted; there is nothing to cache.
         rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
-        use_horovod: accepted if false.
+        use_horovod: must be false.
         label_smoothing: in [0, 1), as in torch's cross-entropy.
-        same_id: what equal ids mean, see `forward`: "ignore" or "positive".
-        stash_bytes, workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
+        same_id: the meaning of equal ids, "ignore" or "positive", see `forward`.
+        stash_bytes, workspace_bytes, operand_dtype: memory limits of the loss and the dtype of a GPU's products, see
             `clipcore.kernels.contrastive.contrastive_loss`.
-        wire_dtype: what features travel in between ranks; None for their own.
-        uneven: on GPUs, whether ranks may have different numbers of rows: the host then waits for these numbers. On the
-            CPU they always may.
+        wire_dtype: dtype of features in transfer between ranks; None for their own.
+        uneven: whether ranks on GPUs may have different numbers of rows; the host then waits for these numbers. On the CPU
+            they always may.
         group: the ranks that share the loss, ``rank`` and ``world_size`` among them; None for all.
 
-    A subclass that overrides ``get_logits`` gets open_clip's computation from it, with the matrix in memory.
+    In a subclass that overrides ``get_logits``, the loss is open_clip's computation with that matrix in memory.
 
     Source: Radford et al. 2021, figure 3.
 
@@ -74,7 +73,7 @@ class ClipLoss(nn.Module):
         if use_horovod:
             raise ValueError("use_horovod is not supported: start the ranks with torchrun")
         if local_loss or gather_with_grad:
-            say_once(
+            warn_once(
                 "ClipLoss ignores local_loss and gather_with_grad: it always computes the exact loss of the "
                 "global batch, as open_clip does with both"
             )
@@ -92,7 +91,7 @@ class ClipLoss(nn.Module):
 
     @property
     def same_id(self) -> str:
-        """What equal ids mean."""
+        """The meaning of equal ids."""
         return self.options.same_id
 
     @same_id.setter
@@ -101,7 +100,7 @@ class ClipLoss(nn.Module):
 
     @property
     def label_smoothing(self) -> float:
-        """The share of a target that goes evenly to all valid pairs."""
+        """The share of a target that is spread evenly over all valid pairs."""
         return self.options.label_smoothing
 
     @label_smoothing.setter
@@ -110,7 +109,7 @@ class ClipLoss(nn.Module):
 
     @property
     def stash_bytes(self) -> int | None:
-        """The most that a stash may take; None decides it once a process."""
+        """The largest size of a stash; None decides it once per process."""
         return self.options.stash_bytes
 
     @stash_bytes.setter
@@ -133,14 +132,14 @@ class ClipLoss(nn.Module):
         Args:
             image_features, text_features: [B, E], L2-normalised, pair i in row i of both. Either side may have more
                 rows: extra negatives of the other side, on all ranks.
-            logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
+            logit_scale: the factor of the cosine, ``model.logit_scale.exp()``; a scalar.
             logit_bias: accepted; one constant added to all logits changes neither this loss nor its gradients.
-            output_dict: return ``{"contrastive_loss": loss}``. May stand in the place of logit_bias.
-            image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank they
-                are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
+            output_dict: return ``{"contrastive_loss": loss}``. It may be passed in the position of logit_bias.
+            image_ids, text_ids: int64, one per row, both or none. Rows with equal ids belong together, on any rank.
+                ``same_id="ignore"`` removes them from the negatives, ``"positive"`` makes them positives.
 
         Raises:
-            ValueError: shapes that are no pairs, or a rank that is in another call than this one.
+            ValueError: the shapes are not pairs, or a rank is in another call than this one.
         """
         if isinstance(logit_bias, bool):
             logit_bias, output_dict = None, logit_bias
@@ -149,11 +148,11 @@ class ClipLoss(nn.Module):
         if type(self).get_logits is not ClipLoss.get_logits:
             if image_ids is not None or self.label_smoothing > 0:
                 raise ValueError(
-                    "a get_logits of your own knows no ids and no label smoothing: leave them out, or get_logits"
+                    "a custom get_logits supports neither ids nor label smoothing: leave them out, or get_logits"
                 )
             if self.world_size > 1:
                 raise ValueError(
-                    "a get_logits of your own sees this rank's pairs only: use it on one rank, or pass image_ids and "
+                    "a custom get_logits covers only this rank's pairs: use it on one rank, or pass image_ids and "
                     "text_ids, extra rows or label_smoothing, which this loss knows over ranks"
                 )
             loss = self._dense(image_features, text_features, logit_scale, logit_bias)
@@ -175,11 +174,11 @@ class ClipLoss(nn.Module):
                 operand_dtype=self.options.operand_dtype,
             )
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not absent
+            loss = loss + 0 * logit_bias.sum()  # its gradient is 0, not None
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """Return open_clip's: the column of each row's pair."""
+        """Return open_clip's ground truth: the column of each row's pair."""
         return torch.arange(num_logits, device=device)
 
     def get_logits(
@@ -189,7 +188,7 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return open_clip's, for one rank: the logits of images and of texts, [B, B] in memory. `forward` needs none."""
+        """Return open_clip's logits of images and of texts for one rank, [B, B] in memory. `forward` does not use them."""
         logits_BB = logit_scale * image_features @ text_features.T
         if logit_bias is not None:
             logits_BB = logits_BB + logit_bias
@@ -208,13 +207,13 @@ class ClipLoss(nn.Module):
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
     def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
-        """Return what `forward` and its backward hold at their peak beside these features and their gradients."""
+        """Return the peak bytes of `forward` and its backward, without these features and their gradients."""
         chosen = self.plan(image_features, text_features)
         workspace = self.options.workspace(image_features, text_features, self.world_size)
         return workspace + (chosen.stash_bytes if chosen.stash else 0)
 
     def plan(self, image_features: Tensor, text_features: Tensor) -> Plan:
-        """Say how `forward` will compute the loss of these features; `str` says it in one line."""
+        """Return how `forward` will compute the loss of these features; `str` describes it in one line."""
         text_GE = text_features[:1].expand(len(text_features) * self.world_size, -1)
         return plan(
             image_features,
@@ -254,7 +253,7 @@ class ClipLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each of this rank's rows, and of each of its columns, over all ranks' logits."""
         resident, operand = shard.resident, shard.operand(self.options.operand_dtype)
-        # Decided once for the whole shard, and not for each of its blocks.
+        # Decided once for the whole shard, not for each of its blocks.
         all_rows = resident.rows.new_empty(1, resident.rows.shape[1]).expand(sum(shard.shards), -1)
         chosen = plan(
             resident.rows,
@@ -282,7 +281,7 @@ class ClipLoss(nn.Module):
                 workspace_bytes=self.options.workspace_bytes,
                 operand_dtype=operand,
             )
-            # Begun at -inf the gradient would be NaN where both are -inf.
+            # If this started at -inf, the gradient would be NaN where both are -inf.
             row_lse_B = (
                 terms.row_lse_B
                 if row_lse_B is None
@@ -297,12 +296,12 @@ class ClipLoss(nn.Module):
         group = self.loss_group.group
         column_lse_G = CompleteLse.apply(_in_order(column_lse), group)
         column_target_G = _in_order(column_target)
-        if targets is not None:  # parts of a target lie on every rank
+        if targets is not None:  # every rank has parts of a target
             column_target_G = CompleteSum.apply(column_target_G, group)
         return row_lse_B - row_target_B, column_lse_G[shard.own] - column_target_G[shard.own]
 
     def _targets(self, shard: LogitShard) -> Targets:
-        """Return those of this rank's rows and of all columns; positives and valid pairs are counted over all ranks."""
+        """Return the targets of this rank's rows and of all columns; pairs are counted over all ranks."""
         resident, group = shard.resident, self.loss_group.group
         num_rows, num_columns = sum(shard.resident_shards), sum(shard.shards)
         rows = TargetSide(None, None, None, len(resident.rows), num_columns)
@@ -324,5 +323,5 @@ class ClipLoss(nn.Module):
 
 
 def _in_order(parts: dict[int, Tensor]) -> Tensor:
-    """Return parts of all columns, by their first one, one behind the other."""
+    """Return the parts of all columns, concatenated in the order of their first columns."""
     return torch.cat([parts[first] for first in sorted(parts)])

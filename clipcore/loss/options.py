@@ -1,4 +1,4 @@
-"""What both losses are told when they are made, and the checks of what they are called with."""
+"""The options that both losses share, and the checks of their inputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from clipcore.kernels.logits.walk_gpu import keeps_text_operands
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How a loss counts pairs, and how it may use memory; checked when it is made.
+    """How a loss counts pairs and limits its memory; checked on construction.
 
     Attributes:
-        same_id: what equal ids mean: "ignore" leaves such pairs out as negatives, "positive" makes them positives.
+        same_id: the meaning of equal ids: "ignore" removes such pairs from the negatives, "positive" makes them positives.
         label_smoothing: in [0, 1), as in torch's cross-entropy.
-        stash_bytes: the most that logits may take which are kept for the backward
+        stash_bytes: largest size of the logits that are kept for the backward
             [``clipcore.kernels.contrastive.default_stash_bytes``].
-        workspace_bytes: what a block of logits may take [512 MB on a GPU, 64 MiB on the CPU].
-        operand_dtype: what a GPU multiplies [float16 for 16-bit features, and under autocast].
+        workspace_bytes: largest size of a block of logits [512 MB on a GPU, 64 MiB on the CPU].
+        operand_dtype: dtype of a GPU's products [float16 for 16-bit features, and under autocast].
     """
 
     same_id: str = "ignore"
@@ -36,13 +36,12 @@ class LossOptions:
     def __post_init__(self) -> None:
         check_label_smoothing(self.label_smoothing)
         if self.same_id not in SAME_ID:
-            raise ValueError(f"same_id has to be one of {SAME_ID}, got {self.same_id!r}")
+            raise ValueError(f"same_id must be one of {SAME_ID}, got {self.same_id!r}")
 
     def workspace(self, image_BE: Tensor, text_BE: Tensor, world_size: int) -> int:
-        """Return the peak of a loss without a stash.
+        """Return the peak workspace bytes of a loss without a stash.
 
-        A block of logits, sums of the size of rows, the texts of all ranks, and on a GPU what a walk over blocks holds of
-        texts.
+        They are a block of logits, sums per row, the texts of all ranks, and on a GPU the walk's own copies of texts.
         """
         B, G, E = len(image_BE), world_size * len(text_BE), image_BE.shape[1]
         block_bytes = self.workspace_bytes
@@ -52,19 +51,19 @@ class LossOptions:
         held = 0
         if image_BE.is_cuda:
             operand = choose_operand(image_BE, text_BE, self.operand_dtype)
-            # Texts that come from other ranks are float32.
+            # Texts from other ranks are float32.
             dtype = torch.float32 if world_size > 1 else text_BE.dtype
             if keeps_text_operands(block_bytes) and dtype != operand:
                 held += operand.itemsize * G * E
             if dtype != torch.float32:
-                held += 4 * G * E  # the sum of a gradient of 16 bits
+                held += 4 * G * E  # the float32 sum of a 16-bit gradient
         return min(block_bytes, 4 * B * G) + 12 * 8 * (B + G) + gathered + held
 
 
 def check_pairs(
     image_BE: Tensor, text_BE: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
 ) -> None:
-    """Raise ValueError unless rows can be pairs, with ids of both sides or of none."""
+    """Raise ValueError unless the rows can be pairs, with ids on both sides or on neither."""
     if not image_BE.ndim == text_BE.ndim == 2 or image_BE.shape[1] != text_BE.shape[1]:
         raise ValueError(
             "image_features and text_features must be pairs of one shape [B, E] (or [G, E] with extra rows of one), "
@@ -75,13 +74,13 @@ def check_pairs(
 
 
 def as_factor(factor: Tensor | float, features: Tensor) -> Tensor | float:
-    """Return a scale or bias as the operations take it; a number on the host is no reason to refuse, nor an integer."""
+    """Return a scale or bias as the operations accept it; host numbers and integers are converted."""
     if not isinstance(factor, Tensor):
         return factor
     return factor.to(features.device) if factor.is_floating_point() else factor.to(features)
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """Warn, the first time that this is said."""
+def warn_once(message: str) -> None:
+    """Warn, but only once per message."""
     warnings.warn(message, stacklevel=3)

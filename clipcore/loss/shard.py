@@ -2,11 +2,11 @@
 
 Legend: B rows of one side on this rank, G of the other on all ranks, E embedding size.
 
-Each rank keeps its rows of the larger side, the resident one, and gathers the smaller one's; while they are under way it
-computes the block of its own rows, then those of the other ranks. Each logit is computed once, on one rank. Sums over a
-row are complete there, sums over a column after an all-reduce of [G] numbers; the gradient of the resident side is
-complete too, that of the gathered side is summed by a reduce-scatter in float32, which travels while the own block is
-differentiated.
+Each rank keeps its rows of the larger side, the resident one, and gathers the rows of the smaller one. During the gather it
+computes the block of its own columns, then the blocks of the other ranks. Each logit is computed once, on one rank. Sums
+over a row are complete there; sums over a column are complete after an all-reduce of [G] numbers. The gradient of the
+resident side is complete too. A reduce-scatter in float32 sums the gradient of the gathered side, while the rank
+differentiates its own block.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from clipcore.ranks.distributed import all_reduce_, gather_sizes
 
 
 class Side(NamedTuple):
-    """One side's rows of this rank, and what they are called."""
+    """This rank's rows of one side, and their ids."""
 
     rows: Tensor
     ids: Tensor | None
 
 
 class Block(NamedTuple):
-    """Columns of this rank's shard, those of one or several ranks."""
+    """A block of columns of this rank's shard, from one or several ranks."""
 
     rows: Tensor
     ids: Tensor | None
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 class LossGroup:
-    """The ranks that share a loss. Every rank has to make the same calls, which are counted to find one out of step."""
+    """The ranks that share a loss. Every rank must make the same calls, which are counted to detect a rank out of step."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LossGroup:
         self.num_calls = 0
 
     def shard(self, image: Side, text: Side) -> LogitShard:
-        """Return this rank's rows of the larger side against all rows of the smaller one, whose gathering has begun."""
+        """Return this rank's rows of the larger side against all rows of the smaller one; the gather has started."""
         own = len(image.rows), len(text.rows)
         known = [own] * self.world_size
         if image.rows.is_cpu or self.uneven:
@@ -70,7 +70,7 @@ class LossGroup:
         num_pairs = sum(map(min, image_shards, text_shards))
         if num_pairs == 0:
             raise ValueError("no rank has a pair: image_features and text_features have no rows")
-        # In float32, so that gradients add up in it.
+        # In float32, so that gradients are summed in it.
         wide = launch.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
         self.num_calls += 1
         pending = start_gather(
@@ -100,17 +100,17 @@ class LogitShard:
 
     resident: Side
     resident_shards: tuple[int, ...]
-    own_ids: Tensor | None  # of this rank's rows of the side that is gathered
+    own_ids: Tensor | None  # for this rank's rows of the gathered side
     shards: tuple[int, ...]
     rank: int
     pending: PendingGather
     num_pairs: int  # of all ranks
     num_images: int  # of all ranks
-    promoted: torch.dtype  # of both sides as they were given
+    promoted: torch.dtype  # of both sides, as passed by the caller
 
     @property
     def own(self) -> slice:
-        """The columns that are this rank's."""
+        """This rank's own columns."""
         first = sum(self.shards[: self.rank])
         return slice(first, first + self.shards[self.rank])
 
@@ -125,14 +125,14 @@ class LogitShard:
         return ids_G
 
     def operand(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """Return what a GPU multiplies: the dtype for features as given, even though rows travel widened to float32."""
+        """Return the dtype of a GPU's products: chosen by the original features, although rows are widened to float32."""
         if not self.resident.rows.is_cuda:
             return asked
         given = self.resident.rows.new_empty(0, 1, dtype=self.promoted)
         return choose_operand(given, given, asked)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the shard in blocks: this rank's own columns, while the others are under way, then theirs."""
+        """Yield the shard in blocks: this rank's own columns during the gather, then those of the other ranks."""
         own = self.own
         yield Block(self.pending.own_BE, self.own_ids, own, 0, True)
         gathered = self.pending.wait()
@@ -142,12 +142,12 @@ class LogitShard:
             if columns == own or columns.start == columns.stop:
                 continue
             ids = None if gathered.ids_G is None else gathered.ids_G[columns]
-            # No pair by place lies here.
+            # These columns hold no pair by position.
             yield Block(rows, ids, columns, len(rows), False)
 
 
 class CompleteLse(torch.autograd.Function):
-    """log sum over ranks of exp(lse); the gradient is that of the sum of all ranks' losses."""
+    """Log of the sum over ranks of exp(lse); the gradient is that of the sum of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, lse_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -19,16 +19,16 @@ from clipcore.loss.shard import LossGroup, Side
 
 
 class SigLipLoss(nn.Module):
-    """SigLIP's sigmoid loss: the sum over all pairs of images and texts, over the number of images (open_clip's call).
+    """SigLIP's sigmoid loss: the sum over all pairs of images and texts, divided by the number of images (open_clip's call).
 
     Args:
-        cache_labels: accepted, nothing to cache.
+        cache_labels: accepted; there is nothing to cache.
         rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
-        dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather"; accepted, the texts are
-            always gathered once and compared in blocks, so that memory does not grow with the number of ranks.
-        same_id: what equal ids mean, see `forward`: "ignore" or "positive".
-        wire_dtype, uneven, group: as of `ClipLoss`.
-        workspace_bytes, operand_dtype: how the loss may use memory and what a GPU multiplies, see
+        dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather". All are accepted, but the
+            texts are always gathered once and compared in blocks, so memory does not grow with the number of ranks.
+        same_id: the meaning of equal ids, "ignore" or "positive", see `forward`.
+        wire_dtype, uneven, group: see `ClipLoss`.
+        workspace_bytes, operand_dtype: memory limit of the loss and the dtype of a GPU's products, see
             `clipcore.kernels.sigmoid.sigmoid_loss`.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343).
@@ -53,7 +53,7 @@ class SigLipLoss(nn.Module):
         super().__init__()
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
-                f"dist_impl has to be bidir, shift, reduce, gather or None, got {dist_impl!r}"
+                f"dist_impl must be bidir, shift, reduce, gather or None, got {dist_impl!r}"
             )
         self.cache_labels, self.dist_impl = cache_labels, dist_impl
         self.rank, self.world_size = rank, world_size
@@ -64,7 +64,7 @@ class SigLipLoss(nn.Module):
 
     @property
     def same_id(self) -> str:
-        """What equal ids mean."""
+        """The meaning of equal ids."""
         return self.options.same_id
 
     @same_id.setter
@@ -82,19 +82,19 @@ class SigLipLoss(nn.Module):
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
     ) -> Any:
-        """Return the loss of this rank's images with the texts of all ranks, over the number of these images.
+        """Return the loss of this rank's images with the texts of all ranks, divided by the number of these images.
 
         Args:
             image_features, text_features: [B, E], L2-normalised, pair i in row i of both. Either side may have more
                 rows: extra negatives of the other side, on all ranks.
-            logit_scale: what the cosine is multiplied with, ``model.logit_scale.exp()``; a scalar.
-            logit_bias: what is added to the logits, ``model.logit_bias``; a scalar, None for 0.
+            logit_scale: the factor of the cosine, ``model.logit_scale.exp()``; a scalar.
+            logit_bias: a constant added to the logits, ``model.logit_bias``; a scalar, None for 0.
             output_dict: return ``{"contrastive_loss": loss}``.
-            image_ids, text_ids: int64, one a row, both or none; rows of equal ids belong together, on whichever rank
-                they are. ``same_id="ignore"`` leaves them out as negatives, ``"positive"`` makes them positives.
+            image_ids, text_ids: int64, one per row, both or none. Rows with equal ids belong together, on any rank.
+                ``same_id="ignore"`` removes them from the negatives, ``"positive"`` makes them positives.
 
         Raises:
-            ValueError: shapes that are no pairs, or a rank that is in another call than this one.
+            ValueError: the shapes are not pairs, or a rank is in another call than this one.
         """
         check_pairs(image_features, text_features, image_ids, text_ids)
         logit_scale = as_factor(logit_scale, image_features)
@@ -109,7 +109,7 @@ class SigLipLoss(nn.Module):
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """Return open_clip's: 1 on the diagonal, -1 elsewhere, [B, B] in memory. `forward` needs none."""
+        """Return open_clip's ground truth: 1 on the diagonal, -1 elsewhere, [B, B] in memory. `forward` does not use it."""
         signs_BB = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
         return signs_BB if negative_only else signs_BB.fill_diagonal_(1)
 
@@ -120,7 +120,7 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
-        """Return open_clip's: the logits of one rank, [B, B] in memory. `forward` needs none."""
+        """Return open_clip's logits of one rank, [B, B] in memory. `forward` does not use them."""
         logits_BB = logit_scale * image_features @ text_features.T
         return logits_BB if logit_bias is None else logits_BB + logit_bias
 
@@ -137,7 +137,7 @@ class SigLipLoss(nn.Module):
             total = loss if total is None else total + loss
         assert total is not None
 
-        # The operation divides by its number of rows, open_clip by that of the images.
+        # The operation divides by its number of rows, open_clip by the number of images.
         num_rows = max(1, len(shard.resident.rows))
         return total * (num_rows * self.world_size / max(1, shard.num_images))
 
@@ -150,7 +150,7 @@ class SigLipLoss(nn.Module):
         bias: Tensor | float,
         operand: torch.dtype | None,
     ) -> Tensor:
-        """Return the loss of rows against rows of which the first one's pair is at ``first_label``."""
+        """Return the loss of a block of rows and columns; the first row's pair is at column ``first_label``."""
         return sigmoid_loss(
             image.rows,
             text.rows,
@@ -166,11 +166,11 @@ class SigLipLoss(nn.Module):
         )
 
     def memory_bytes(self, image_features: Tensor, text_features: Tensor) -> int:
-        """Return what `forward` and its backward hold at their peak beside these features and their gradients."""
+        """Return the peak bytes of `forward` and its backward, without these features and their gradients."""
         return self.options.workspace(image_features, text_features, self.world_size)
 
     def plan(self, image_features: Tensor, text_features: Tensor) -> str:
-        """Say how `forward` will compute the loss of these features, in one line."""
+        """Return in one line how `forward` will compute the loss of these features."""
         B, E = image_features.shape
         G = self.world_size * len(text_features)
         dtype = choose_operand(image_features, text_features, self.options.operand_dtype)

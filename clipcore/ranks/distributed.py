@@ -1,7 +1,7 @@
 """Ranks and the collectives that training needs, on top of torch.distributed.
 
-One process without a launcher is world size 1: it starts no process group, and every function here
-then returns at once with what a group of one would give.
+One process without a launcher has world size 1. It starts no process group, and every function here
+then returns at once with the result for a group of one.
 
 Letters: B rows on this rank that G rows of all ranks are gathered from, E embedding size, W ranks;
 N and M the same as B and G where rows are of any kind.
@@ -23,8 +23,8 @@ from clipcore.terminal import first_line, printable_lines
 
 T = TypeVar("T")
 
-# The longest wait for another rank, in seconds. A rank may be late by a checkpoint that only it
-# writes; beyond this it is dead, and the others must end too.
+# The longest wait for another rank, in seconds. A rank may be late because only it writes a
+# checkpoint. A rank that is later than this is dead, and the others must end too.
 TIMEOUT_S = 600.0
 
 # torch 2.13 renamed it and warns about the old name.
@@ -33,7 +33,7 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among all processes of the run."""
+    """This process's place among all processes of the run."""
 
     rank: int
     """0 to world_size - 1; rank 0 writes logs and checkpoints."""
@@ -50,7 +50,7 @@ class World:
         return self.rank == 0
 
     def print(self, message: str) -> None:
-        """Print a line once for all processes."""
+        """Print a line on rank 0 only."""
         if self.is_main:
             print(printable_lines(message))
 
@@ -58,7 +58,7 @@ class World:
 def init_distributed(
     device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S
 ) -> World:
-    """Joins the process group that torchrun describes in the environment.
+    """Join the process group that torchrun describes in the environment.
 
     Args:
         device: "cpu" or "cuda" to insist on one; None takes CUDA where there is a GPU.
@@ -68,8 +68,8 @@ def init_distributed(
         The place of this process; world size 1, and no process group, without torchrun.
 
     Raises:
-        ValueError: the environment is torchrun's only in part, or there are more ranks on this
-            machine than GPUs, or CUDA is asked for and there is none.
+        ValueError: torchrun's environment variables are incomplete, or there are more ranks on this
+            machine than GPUs, or CUDA is requested and there is none.
         RankError: another rank did not start.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -83,7 +83,7 @@ def init_distributed(
     rank, world_size, local_rank = (0, 1, 0) if missing else map(_whole_number, names)
     if not 0 <= rank < world_size or local_rank < 0:
         raise ValueError(
-            f"the environment says RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, and ranks count from 0 to "
+            f"the environment sets RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, but ranks count from 0 to "
             "below WORLD_SIZE; let torchrun set them, or unset all of them for a single process"
         )
     world = World(rank, world_size, local_rank, pick_device(device, local_rank))
@@ -91,19 +91,19 @@ def init_distributed(
         torch.cuda.set_device(world.device)
     if world_size > 1 and not dist.is_initialized():
         on_cuda = world.device.type == "cuda"
-        # The start has a time limit of its own: machines differ more in it than in a step.
+        # The start has its own time limit: its duration varies more between machines than that of a step.
         start = timedelta(seconds=watchdog.START_S)
         try:
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
         except dist.DistError as error:
             where = ":".join(os.environ.get(n, "") for n in ("MASTER_ADDR", "MASTER_PORT"))
             raise ValueError(
-                f"rank {rank} cannot meet the others at {where}: {first_line(error)}; MASTER_ADDR and MASTER_PORT name "
-                "a free port of the machine of rank 0, which all can reach"
+                f"rank {rank} cannot reach the others at {where}: {first_line(error)}; MASTER_ADDR and MASTER_PORT must "
+                "name a free port of rank 0's machine that all ranks can reach"
             ) from error
         is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = watchdog.open_roll_call(store, rank, world_size, timeout_s, is_launchers)
-        # NCCL's own watchdog aborts without a word about the other ranks: the roll call's comes first.
+        store = watchdog.start_watchdog(store, rank, world_size, timeout_s, is_launchers)
+        # NCCL's own watchdog aborts without naming the other ranks, so ours must come first.
         slack_s = 2 * (watchdog.MARGIN_S + watchdog.PATIENCE_S) if on_cuda else 0.0
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
@@ -117,7 +117,7 @@ def init_distributed(
 
 
 def _whole_number(name: str) -> int:
-    """Return what a variable of the environment says."""
+    """Return the integer value of an environment variable."""
     try:
         return int(os.environ[name])
     except ValueError:
@@ -130,7 +130,7 @@ def pick_device(device: str | torch.device | None, local_rank: int) -> torch.dev
     """Return the device of a process; None takes CUDA where there is a GPU.
 
     Raises:
-        ValueError: another device than "cpu" or "cuda", or a GPU that is not there.
+        ValueError: the device is neither "cpu" nor "cuda", or the GPU does not exist.
     """
     asked: torch.device | None
     try:
@@ -163,19 +163,19 @@ def pick_device(device: str | torch.device | None, local_rank: int) -> torch.dev
 
 
 def close_distributed() -> None:
-    """Leaves the process group, if there is one."""
-    watchdog.close_roll_call()
+    """Leave the process group, if there is one."""
+    watchdog.stop_watchdog()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Waits until every rank of the group (None: all ranks) has come here."""
+    """Wait until every rank of the group (None: all ranks) has entered the barrier."""
     if _group_size(group) > 1:
         with watchdog.collective("barrier", group):
             _meet("barrier", group)
@@ -186,14 +186,14 @@ def _group_size(group: dist.ProcessGroup | None) -> int:
 
 
 def _wire_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a small tensor has to lie for this group's backend."""
+    """Return the device on which this group's backend needs a small tensor."""
     if "gloo" in dist.get_backend(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def gather_equal(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[N, ...] -> [W * N, ...], as many rows on each rank; unchecked, for what carries its own check."""
+    """Gather [N, ...] into [W * N, ...]; N must be equal on all ranks, which the caller checks."""
     y = x.new_empty((_group_size(group) * x.shape[0], *x.shape[1:]))
     all_gather_single(y, x, group=group)
     return y
@@ -202,18 +202,18 @@ def gather_equal(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tens
 def _meet(
     name: str, group: dist.ProcessGroup | None, a: int = 0, b: int = 0
 ) -> list[tuple[int, int]]:
-    """Two numbers of each rank, after checking that all ranks came to this collective of this step.
+    """Return two numbers of each rank, after a check that all ranks entered this collective at this step.
 
-    One header for all: ranks that are out of step exchange headers, and never each other's payload.
+    All collectives share one header format. Ranks that are out of step thus exchange headers, and never payloads.
     """
-    header = torch.tensor([watchdog.mark(name), a, b], device=_wire_device(group))
+    header = torch.tensor([watchdog.fingerprint(name), a, b], device=_wire_device(group))
     headers = gather_equal(header, group).view(-1, 3).tolist()
-    watchdog.compare_marks(name, [mark for mark, _, _ in headers])
+    watchdog.check_fingerprints(name, [theirs for theirs, _, _ in headers])
     return [(a, b) for _, a, b in headers]
 
 
 def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether any rank raised its flag; the same answer on all ranks."""
+    """Return whether any rank raised its flag; the answer is the same on all ranks."""
     if _group_size(group) == 1:
         return flag
     with watchdog.collective("vote", group):
@@ -221,7 +221,7 @@ def all_reduce_flag(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """Each number summed over the ranks, in one collective; the same bits on every rank."""
+    """Return each number summed over the ranks, in one collective; the bits are the same on every rank."""
     if _group_size(group) == 1:
         return [float(value) for value in values]
     with watchdog.collective("sum of numbers", group):
@@ -237,7 +237,7 @@ def all_reduce_(
     op: Any = dist.ReduceOp.SUM,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Replaces the tensor by its sum (or another ``op``) over the ranks; ``name`` is for a rank that fails in it."""
+    """Replace the tensor by its sum (or another ``op``) over the ranks; ``name`` appears in a RankError."""
     with watchdog.collective(name, group):
         dist.all_reduce(x, op, group=group)
 
@@ -246,7 +246,7 @@ def all_reduce_(
 def broadcast_tensors(
     tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Writes the values of the group's first rank into the tensors of all others."""
+    """Copy the values of the group's first rank into the tensors of all others."""
     if _group_size(group) > 1:
         with watchdog.collective("broadcast of tensors", group):
             _meet("broadcast of tensors", group)
@@ -257,7 +257,7 @@ def broadcast_tensors(
 def gather_sizes(
     first: int, second: int, name: str, group: dist.ProcessGroup | None = None
 ) -> list[tuple[int, int]]:
-    """Two numbers of every rank, in rank order; the host waits for them. ``name`` is for a rank that does not come."""
+    """Return two numbers of every rank, in rank order; the host waits for them. ``name`` appears in a RankError."""
     if _group_size(group) == 1:
         return [(first, second)]
     with watchdog.collective(name, group):
@@ -266,7 +266,7 @@ def gather_sizes(
 
 @torch.no_grad()
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The rows of all ranks, in rank order, without gradient; ranks may hold different numbers.
+    """Return the rows of all ranks, in rank order, without gradient; ranks may hold different numbers.
 
     Args:
         x: [N, ...] of any dtype; N may differ between ranks and be 0, the other sizes may not.
@@ -302,7 +302,7 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torc
 
 
 def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
-    """The picklable value that rank `source` of the group passed; the other ranks' is ignored."""
+    """Return the picklable value that rank ``source`` of the group passed; the other ranks' values are ignored."""
     if _group_size(group) == 1:
         return value
     values = [value]
@@ -315,7 +315,7 @@ def broadcast_object(value: T, source: int = 0, group: dist.ProcessGroup | None 
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The picklable values of all ranks of the group, in rank order, on every rank."""
+    """Return the picklable values of all ranks of the group, in rank order, on every rank."""
     if _group_size(group) == 1:
         return [value]
     values: list[T | None] = [None] * _group_size(group)

@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and their like end a run after the step in hand, with a checkpoint; a second one ends it at once.
+"""Signals: Ctrl-C, SIGTERM and similar end a run after the current step, with a checkpoint; a second one ends it at once.
 
-A wait for data that does not end would keep the step in hand for good. After a signal it is therefore given up in the end.
+If the data never arrive, the current step never ends. After a signal, the wait for data therefore has a time limit.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from typing import Any
 
 from clipcore.terminal import write_steadily
 
-# A launcher hands its own signal on to processes that may have had it from the scheduler or the terminal already.
+# A launcher forwards its signal to processes that may have received it from the scheduler or the terminal already.
 REPEAT_S = 3.0
 
-# How long a wait for data goes on after a signal. Only of a process alone: the others of a group would lose steps with it.
+# The longest wait for data after a signal. It applies to single-process runs: in a group, the other ranks would lose steps.
 DATA_WAIT_S = 10.0
 
-# SIGHUP comes when the terminal is closed or the connection to it is lost.
+# SIGHUP arrives when the terminal is closed or the connection to it is lost.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class DataWaitError(BaseException):
-    """A wait for data was given up after a signal.
+    """The data did not arrive in time after a signal.
 
-    As KeyboardInterrupt it is no Exception: it may be raised inside a decoder, whose errors are a sample's.
+    Like KeyboardInterrupt, it is not an Exception. It may be raised inside a decoder, whose Exceptions mean a bad sample.
 
     Args:
         number: the signal.
-        waited_s: for how long.
+        waited_s: how long the process waited.
 
     Attributes:
-        exit_status: as of ``Interrupt``.
+        exit_status: see ``Interrupt``.
     """
 
     def __init__(self, number: int, waited_s: float) -> None:
         super().__init__(
-            f"no data came for {waited_s:g} s after {signal.Signals(number).name}; look at the disk that holds it"
+            f"no data arrived for {waited_s:g} s after {signal.Signals(number).name}; check the disk that holds it"
         )
         self.exit_status = 128 + number
 
 
-# When this process began to wait for data, or received the last of it, on the monotonic clock; None while it does not wait.
+# Monotonic time at which this process began to wait for data or last received some; None while it does not wait.
 _waiting_since: float | None = None
 
 
 @contextlib.contextmanager
 def waiting_for_data() -> Iterator[None]:
-    """Let an ``Interrupt`` that has received a signal, before or inside, give this wait up with DataWaitError."""
+    """Allow an ``Interrupt`` to end the enclosed wait with DataWaitError, for a signal received before or during it."""
     global _waiting_since
     _waiting_since = time.monotonic()
     try:
@@ -62,8 +62,8 @@ def waiting_for_data() -> Iterator[None]:
         _waiting_since = None
 
 
-def data_came() -> None:
-    """Note that a part of what this process waits for is there: reading goes on, if slowly."""
+def data_arrived() -> None:
+    """Restart the time limit of the wait, because some of the data have arrived."""
     global _waiting_since
     if _waiting_since is not None:
         _waiting_since = time.monotonic()
@@ -71,7 +71,7 @@ def data_came() -> None:
 
 @contextlib.contextmanager
 def signal_ignored(number: int) -> Iterator[None]:
-    """Let a signal pass unnoticed within it, such as one more Ctrl-C while the first is answered."""
+    """Ignore a signal in the enclosed code, such as a second Ctrl-C while the first one is handled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -83,14 +83,14 @@ def signal_ignored(number: int) -> Iterator[None]:
 
 
 class Interrupt:
-    """Notes a signal for the training loop to see between two steps.
+    """Records a signal, which the training loop reads between two steps.
 
-    The exit status is the shell's convention, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 138 for
-    SIGUSR1 (which schedulers send before the time limit), 129 for a closed terminal (which ``nohup`` has ignored).
+    The exit status follows the shell's convention, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 138 for
+    SIGUSR1 (which schedulers send before the time limit), 129 for a closed terminal (``nohup`` makes a run ignore it).
 
     Args:
-        repeat_s: for so many seconds a further signal counts as the first one once more.
-        data_wait_s: how long a wait for data goes on after a signal; None for as long as it takes.
+        repeat_s: a further signal within this many seconds counts as a repetition of the first.
+        data_wait_s: the longest wait for data after a signal, in seconds; None for no limit.
 
     Attributes:
         signal_number: the signal received, or 0.
@@ -102,12 +102,12 @@ class Interrupt:
         self._data_wait_s = data_wait_s
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
-        # Handler, seconds and interval of somebody else's alarm, where this one has taken its place.
+        # Handler, seconds and interval of another alarm that this one replaced.
         self._other_alarm: tuple[Any, float, float] | None = None
 
     @property
     def exit_status(self) -> int:
-        """Of a rank that stops because another one was signalled, as if by SIGTERM."""
+        """128 + the signal's number. A rank that stops because another one was signalled counts as stopped by SIGTERM."""
         return 128 + (self.signal_number or signal.SIGTERM)
 
     def __enter__(self) -> Interrupt:
@@ -130,32 +130,30 @@ class Interrupt:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal_number:
-            # A closing terminal sends more than one SIGHUP: the shell passes its own on, and then the kernel its one.
+            # A closing terminal sends more than one SIGHUP: first the shell forwards its own, then the kernel sends one.
             is_repeated = time.monotonic() < self._received_at + self._repeat_s
             if is_repeated or number == signal.SIGHUP:
                 return
-            # The checkpoints are atomic, so that leaving in the middle of one loses nothing.
+            # Checkpoints are atomic, so an exit in the middle of one loses nothing.
             os._exit(self.exit_status)
         self.signal_number, self._received_at = number, time.monotonic()
-        message = (
-            f"\n{signal.Signals(number).name}: saving after this step; once more to leave now\n"
-        )
-        # Not print, which is not safe in a handler. The reader of a pipe has often had the same Ctrl-C, and is gone.
+        message = f"\n{signal.Signals(number).name}: saving after this step; repeat the signal to exit now\n"
+        # print is not safe in a handler. The reader of a pipe has often received the same Ctrl-C and closed the pipe.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             write_steadily(sys.stderr.fileno(), message.encode())
         if self._data_wait_s is not None:
-            handler = signal.signal(signal.SIGALRM, self._give_up)
-            # Again and again, as a wait may begin later.
+            handler = signal.signal(signal.SIGALRM, self._end_wait)
+            # The timer repeats, because a wait may begin later.
             every_s = self._data_wait_s / 4
             left = signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
             self._other_alarm = (handler, *left)
 
-    def _give_up(self, *_: object) -> None:
+    def _end_wait(self, *_: object) -> None:
         global _waiting_since
         if _waiting_since is None or self._data_wait_s is None:
             return
         if time.monotonic() >= max(_waiting_since, self._received_at) + self._data_wait_s:
-            # Once: what is cleaned up on the way out, such as a loader's processes, is not to be cut short.
+            # Raise only once, so that the cleanup, such as ending a loader's processes, is not interrupted.
             _waiting_since = None
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             raise DataWaitError(self.signal_number, self._data_wait_s)

@@ -1,8 +1,8 @@
-"""The page about a run, which a person looks at after it; that of results is ``clipcore.evaluate.page``.
+"""The HTML page about a run; ``clipcore.evaluate.page`` makes the page of evaluation results.
 
 ===============  =================================================================
-``collect.py``   what the page shows: curves, figures and worked examples
-``page.py``      draws it, as one file with everything in it
+``collect.py``   collects the page's content: curves, figures and worked examples
+``page.py``      renders it as one self-contained file
 ===============  =================================================================
 """
 

@@ -1,4 +1,4 @@
-"""Collects what the page about a run shows, ``clipcore.report.page`` draws it: curves, figures and worked examples.
+"""Collects the content of a run's page: curves, figures and worked examples; ``clipcore.report.page`` renders it.
 
 Legend: N pictures, K best, E embedding size.
 """
@@ -65,11 +65,11 @@ def report_run(
     log: MetricsLogger,
     watch: CollapseWatch,
 ) -> None:
-    """Writes report.html into the run's folder, on the main rank; called by all.
+    """Write report.html into the run's folder, on the main rank; all ranks call this.
 
     Args:
-        watch: has seen the steps of the run.
-        training_source: shown where the run has no pairs to validate on.
+        watch: has observed the steps of the run.
+        training_source: shown if the run has no validation pairs.
     """
     model = state.evaluated_model()
     if not plan.world.is_main:
@@ -78,7 +78,7 @@ def report_run(
     steps, evaluations = read_metrics(run_dir)
     was_training = model.training
     model.eval()
-    # The other ranks have nothing to do here: this rank encodes alone.
+    # The other ranks have no work here: only this rank encodes.
     alone = World(rank=0, world_size=1, local_rank=plan.world.local_rank, device=plan.world.device)
     encoder = plan.encoder(model, alone)
     source = plan.retrieval[0].source if plan.retrieval else training_source
@@ -109,7 +109,7 @@ def report_run(
 
 
 def _read_profile(path: Path) -> str:
-    """Return the table of a profile; empty where there is none, or something else in its place."""
+    """Return the table of a profile; empty if there is no readable one."""
     try:
         return read_regular(path, _MAX_PROFILE_BYTES).decode("utf-8", "replace")
     except OSError:
@@ -122,7 +122,7 @@ def summary(
     retrieval: list[dict[str, Any]],
     state: RunState,
 ) -> dict[str, str]:
-    """The headline facts, in order."""
+    """Return the headline facts, in order."""
     facts = {}
     last_step = max((row["step"] for row in zero_shot), default=0)
     for row in (row for row in zero_shot if row["step"] == last_step):
@@ -146,7 +146,7 @@ def summary(
 
 
 def zero_shot_examples(task: ZeroShotTask, encoder: Encoder) -> tuple[ZeroShotExample, ...]:
-    """Images spread evenly over the task, with the five most probable class names."""
+    """Return images spread evenly over the task, with the five most probable class names."""
     classifier_EC = build_zero_shot_classifier(
         encoder.model, encoder.tokenizer, task.classnames, task.templates, 64, encoder.world.device
     )
@@ -168,7 +168,7 @@ def zero_shot_examples(task: ZeroShotTask, encoder: Encoder) -> tuple[ZeroShotEx
 
 
 def retrieval_examples(gallery: Samples) -> tuple[RetrievalExample, ...]:
-    """Pairs spread over the gallery, each with the three nearest of the other side."""
+    """Return pairs spread over the gallery, each with the three nearest items of the other side."""
     num_best = min(3, len(gallery.pictures))
     rows = spread(len(gallery.pictures), NUM_RETRIEVAL_EXAMPLES)
     if not rows:
@@ -191,7 +191,7 @@ def retrieval_examples(gallery: Samples) -> tuple[RetrievalExample, ...]:
 
 
 def pair_matrix(gallery: Samples) -> PairMatrix | None:
-    """The cosine of every image with every text of sixteen pairs."""
+    """Return the cosine of every image with every text of sixteen pairs."""
     rows = spread(len(gallery.pictures), NUM_PAIRS)
     if not rows:
         return None
@@ -207,7 +207,7 @@ def pair_matrix(gallery: Samples) -> PairMatrix | None:
 
 @torch.no_grad()
 def collect(source: PairSource, count: int, encoder: Encoder) -> Samples:
-    """Up to ``count`` readable pairs spread over a source, with their features."""
+    """Return up to ``count`` readable pairs spread over a source, with their features."""
     found = read_pictures(source, count, encoder.transform)
     pictures = [picture for _, picture, _ in found]
     captions = [caption for _, _, caption in found]
@@ -231,7 +231,7 @@ def collect(source: PairSource, count: int, encoder: Encoder) -> Samples:
 def read_pictures(
     source: PairSource, count: int, transform: ImageTransform
 ) -> list[tuple[int, np.ndarray, str]]:
-    """(index, evaluation crop as uint8 [S, S, 3], first caption) of readable samples spread over a source."""
+    """Yield (index, evaluation crop as uint8 [S, S, 3], first caption) of readable samples spread over a source."""
     found = []
     for index in spread(len(source), count):
         try:
@@ -245,19 +245,19 @@ def read_pictures(
 
 
 def to_images(pictures: Iterable[np.ndarray], encoder: Encoder) -> Tensor:
-    """The normalised batch of evaluation crops."""
+    """Return the normalised batch of evaluation crops."""
     stacked = np.stack([picture.transpose(2, 0, 1) for picture in pictures])
     images = torch.from_numpy(stacked).to(encoder.world.device)
     return normalize_images(images, encoder.transform.mean, encoder.transform.std)
 
 
 def spread(size: int, count: int) -> list[int]:
-    """``count`` indices spread evenly over ``range(size)``, or all of them."""
+    """Return ``count`` indices spread evenly over ``range(size)``, or all of them."""
     return [i * size // count for i in range(count)] if size > count else list(range(size))
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What the figures depend on besides the settings."""
+    """Return the versions and the device that the figures depend on besides the settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "clipcore": clipcore.__version__,

@@ -1,7 +1,7 @@
-"""The page about a run: report.html, one file with everything in it.
+"""Renders the page about a run: report.html, one self-contained file.
 
-Curves are inline SVG and pictures data URIs; nothing is fetched and no script runs, so that the page can be mailed,
-archived and opened anywhere. Every string from the data is escaped: captions are written by strangers.
+Curves are inline SVG and pictures are data URIs. Nothing is fetched and no script runs, so the page can be mailed,
+archived and opened anywhere. Every string from the data is escaped, because captions are not trusted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from clipcore.files import write_durably
 from clipcore.number_texts import decimal, short
 from clipcore.page_style import document, table
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; CSS variables, so that dark pages can lighten them.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; CSS variables, so that dark pages can lighten them.
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
-# A phone shows a chart a quarter smaller, and its texts of 12 units with it.
+# A phone shows a chart a quarter smaller, including its text of 12 units.
 CHART_WIDTH, CHART_HEIGHT = 440, 220
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 20, 10, 40
 MAX_POINTS = 600
@@ -61,7 +61,7 @@ class PairMatrix:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows; any part may be empty and is then left out.
+    """The content of the page; an empty part is left out.
 
     Attributes:
         summary: headline facts in order.
@@ -70,7 +70,7 @@ class ReportData:
         retrieval: rows with step, task, num_pairs, num_texts, num_unreadable, image_to_text_R@1 and the like.
         timings: seconds by part of the run.
         profile: the page about a step, as plain text.
-        warnings: what went wrong in the run, a sentence or two each.
+        warnings: problems of the run, a sentence or two each.
     """
 
     title: str
@@ -99,12 +99,12 @@ class Line:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Writes the page; a reader never sees half of one."""
+    """Write the page atomically."""
     write_durably(path, render(data).encode())
 
 
 def render(data: ReportData) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     sections = [
         _warnings(data.warnings),
         _summary(data.summary),
@@ -146,7 +146,7 @@ def _curves(steps: list[dict[str, Any]]) -> str:
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """The finite values of a column against the step."""
+    """Return the finite values of a column against the step."""
     return [
         (row["step"], row[key])
         for row in rows
@@ -155,7 +155,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def smooth(points: Sequence[tuple[float, float]], share: float = 0.02) -> list[tuple[float, float]]:
-    """An exponential mean over about ``share`` of the points, free of the bias of its start."""
+    """Return an exponential mean over about ``share`` of the points, corrected for the bias of its start."""
     decay = 1 - 1 / max(1.0, share * len(points))
     mean, weight, result = 0.0, 0.0, []
     for x, y in points:
@@ -224,7 +224,7 @@ def _examples(examples: tuple[ZeroShotExample, ...]) -> str:
 
 
 def _gallery(row: dict[str, Any]) -> str:
-    """Return what a retrieval searched."""
+    """Return in words the gallery that a retrieval searched."""
     num_pictures = int(row["num_pairs"])
     num_texts = int(row.get("num_texts", num_pictures))
     if num_texts == num_pictures:
@@ -233,7 +233,7 @@ def _gallery(row: dict[str, Any]) -> str:
 
 
 def _without(row: dict[str, Any]) -> str:
-    """Return what an evaluation could not read, as an addition to a number."""
+    """Return the number of unreadable samples of an evaluation, as a suffix in parentheses."""
     number = int(row.get("num_unreadable", 0))
     return f" ({number:,} more unreadable)" if number else ""
 
@@ -244,7 +244,7 @@ def _retrieval(rows: list[dict[str, Any]], examples: tuple[RetrievalExample, ...
     parts = []
     if rows:
         last = rows[-1]
-        # Fewer pictures than captions may leave one direction without the larger ones.
+        # With fewer pictures than captions, one direction may lack the larger values of K.
         names = [key for key in last if "_to_" in key and "_R@" in key]
         ranks = sorted({int(key.partition("@")[2]) for key in names})
         body = []
@@ -328,7 +328,7 @@ def _details(data: ReportData) -> str:
 
 
 def _picture(image: np.ndarray, description: str, size: int) -> str:
-    """An image as a data URI; small pictures are shown with their pixels visible, not blurred."""
+    """Return an image as a data URI; small pictures are shown with sharp pixels, not blurred."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
     picture.thumbnail((160, 160))
@@ -338,8 +338,8 @@ def _picture(image: np.ndarray, description: str, size: int) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) from below ``low`` to above ``high``."""
-    # A constant curve, up to what its mean has lost in rounding; also one of numbers whose powers of ten would be 0.
+    """Return round values, 1, 2 or 5 times a power of ten apart, from below ``low`` to above ``high``."""
+    # The curve is constant up to the rounding of its mean, or its powers of ten would underflow to 0.
     if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-300):
         high = low + max(abs(low), 1.0 if abs(low) < 1e-300 else 0.0)
     raw = (high - low) / count
@@ -370,7 +370,7 @@ def _colour(i: int, line: Line) -> str:
 
 
 def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | None = None) -> str:
-    """The curves as an SVG that scales with the page; an empty string when there is no point."""
+    """Return the curves as an SVG that scales with the page; a short message if there are no points."""
     points = [point for line in lines for point in line.points]
     if not points:
         return "<p>No finite value.</p>"
@@ -425,7 +425,7 @@ def line_chart(lines: Sequence[Line], x_label: str, unit: str, floor: float | No
 
 
 def _number(value: float) -> str:
-    """A tick's label, short."""
+    """Return a tick's short label."""
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return short(value)
     return decimal(value, ",.4g" if abs(value) < 1000 else ",.0f")

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-# Above these no tower was ever trained: a description that says more is damaged, or wants to fill the memory.
-_SHOWN_CHARS = 200  # of a value in a message
+# No tower larger than this was ever trained: a description with larger numbers is damaged or hostile.
+_SHOWN_CHARS = 200  # of a value shown in a message
 MAX_LAYERS, MAX_SIZE, MAX_GRID = 1024, 1 << 24, 1 << 12
 
 
 class UnknownModelError(ValueError):
-    """No model of that name; the message has the nearest names."""
+    """There is no model of that name; the message lists the nearest names."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image tower: a Vision Transformer, or a modified ResNet where ``layers`` are four."""
+    """The image tower: a Vision Transformer, or a modified ResNet if ``layers`` has four numbers."""
 
     image_size: int = 224
     """Side of the square image, pixels."""
@@ -36,7 +36,7 @@ class VisionConfig:
     head_width: int = 64
     """Width of an attention head."""
     mlp_ratio: float = 4.0
-    """Width of the MLP over that of the transformer."""
+    """Width of the MLP, as a multiple of the transformer's."""
     patch_dropout: float = 0.0
     """Share of patches dropped in training (Li et al. 2022, FLIP)."""
 
@@ -68,7 +68,7 @@ class VisionConfig:
 
     @property
     def heads(self) -> int:
-        # The ResNet's heads are those of its attention pool, whose width is 32 times the stem's.
+        # A ResNet has heads only in its attention pool, whose width is 32 times the stem's.
         return max(1, self.width * (32 if self.is_resnet else 1) // self.head_width)
 
 
@@ -107,16 +107,16 @@ def _check_mlp(width: int, mlp_ratio: object) -> None:
 
 def _check_size(name: str, value: object, most: int = MAX_SIZE) -> None:
     if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{name} is {shortened(value)}, no whole number from 1 to {most:,}")
+        raise ValueError(f"{name} is {shortened(value)}, not a whole number from 1 to {most:,}")
 
 
 def _check_number(name: str, value: object) -> None:
     if not is_finite_number(value):
-        raise ValueError(f"{name} is {shortened(value)}, no number")
+        raise ValueError(f"{name} is {shortened(value)}, not a number")
 
 
 def is_finite_number(value: object) -> bool:
-    """Return whether a value, such as one of a JSON file, is a number that a float holds."""
+    """Return whether a value, for example from a JSON file, is a number that a float can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
@@ -126,33 +126,33 @@ def is_finite_number(value: object) -> bool:
 
 
 def shortened(value: object) -> str:
-    """Return a value for a message; Python refuses to write whole numbers of thousands of digits."""
+    """Return a value as text for a message; Python refuses to print integers of thousands of digits."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # of such a number inside, or of many levels
+    except (ValueError, RecursionError):  # it contains such a number, or is deeply nested
         return f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
-# Keys of open_clip's JSON that have other names here, and one that says how its parameters are named.
+# Keys of open_clip's JSON that have other names here, and one that defines the names of its parameters.
 _KEYS = {"vision_cfg", "text_cfg", "custom_text"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Both towers and the space they share."""
+    """Both towers and their shared embedding space."""
 
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
     quick_gelu: bool = False
-    """QuickGELU in place of GELU, as in OpenAI's weights."""
+    """QuickGELU instead of GELU, as in OpenAI's weights."""
     init_logit_scale: float = INITIAL_LOGIT_SCALE
-    """Logarithm of what the cosine is multiplied with, before training."""
+    """Logarithm of the cosine's factor before training."""
     init_logit_bias: float | None = None
-    """What is added to the logits, before training; None for a model without (SigLIP's has -10)."""
+    """Constant added to the logits before training; None for a model without one (SigLIP's is -10)."""
 
     def __post_init__(self) -> None:
         _check_size("embed_dim", self.embed_dim)
@@ -164,13 +164,13 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Any) -> ModelConfig:
-        """From open_clip's JSON shape.
+        """Return the configuration in open_clip's JSON layout.
 
         Raises:
-            ValueError: a key that this model does not have, a missing one, or a value that cannot be.
+            ValueError: an unknown key, a missing one, or an impossible value.
         """
         if not isinstance(config, dict):
-            raise ValueError(f"the model's description is a {type(config).__name__}, no object")
+            raise ValueError(f"the model's description is a {type(config).__name__}, not an object")
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
         if missing:
             raise ValueError(f"the model's description has no {', '.join(sorted(missing))}")
@@ -181,7 +181,7 @@ class ModelConfig:
             )
         for tower in ("vision_cfg", "text_cfg"):
             if not isinstance(config[tower], dict):
-                raise ValueError(f"{tower} is {shortened(config[tower])}, no object")
+                raise ValueError(f"{tower} is {shortened(config[tower])}, not an object")
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])
@@ -202,7 +202,7 @@ class ModelConfig:
 
     @property
     def short_name(self) -> str:
-        """Its published name, whatever the vocabulary, or one of the same kind: ViT-384x6-16-224 is 384 wide, 6 deep."""
+        """The published name, whatever the vocabulary, or one of the same form: ViT-384x6-16-224 is 384 wide, 6 deep."""
         suffix = QUICK_GELU_SUFFIX if self.quick_gelu else ""
         for name, config in MODELS.items():
             text = dataclasses.replace(self.text, vocab_size=config.text.vocab_size)
@@ -216,7 +216,7 @@ class ModelConfig:
         return f"{shape}-{vision.image_size}{suffix}"
 
     def describe(self) -> str:
-        """The model in words: its published name, or its towers."""
+        """Return the model in words: its published name, or its towers."""
         plain = ModelConfig(self.embed_dim, self.vision, self.text)
         for name, config in MODELS.items():
             if config == plain:
@@ -229,7 +229,7 @@ class ModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """open_clip's JSON shape."""
+        """Return the configuration in open_clip's JSON layout."""
         vision = dataclasses.asdict(self.vision)
         if self.vision.is_resnet:
             vision["layers"] = list(vision["layers"])
@@ -281,7 +281,7 @@ MODELS: dict[str, ModelConfig] = {
     "ViT-L-14": _vit(768, 24, 1024, 14, _text(768)),
     "ViT-L-14-336": _vit(768, 24, 1024, 14, _text(768), image_size=336),
     "ViT-H-14": _vit(1024, 32, 1280, 14, _text(1024, layers=24), head_width=80),
-    # Small machines: the embedded data in minutes, tests in seconds.
+    # For small machines: the embedded data train in minutes, tests run in seconds.
     "ViT-glyphs": _vit(128, 4, 128, 16, _SMALL_TEXT, image_size=32, head_width=32),
     "ViT-nano-8-32": _vit(
         32,
@@ -299,38 +299,38 @@ MODELS: dict[str, ModelConfig] = {
     ),
 }
 
-# The names of OpenAI's own package, whose weights were trained with QuickGELU.
+# The names in OpenAI's own package, whose weights were trained with QuickGELU.
 OPENAI_NAMES: dict[str, str] = {
     "ViT-B/32": "ViT-B-32",
     "ViT-B/16": "ViT-B-16",
     "ViT-L/14": "ViT-L-14",
     "ViT-L/14@336px": "ViT-L-14-336",
 }
-# All that OpenAI published weights of.
+# All models whose weights OpenAI published.
 OPENAI_MODELS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", *OPENAI_NAMES.values())
 QUICK_GELU_SUFFIX = "-quickgelu"
 
 
 def list_models() -> list[str]:
-    """Every name that ``create_model`` knows under open_clip's spelling, the ``-quickgelu`` ones included."""
+    """Return every model name that ``create_model`` knows, in open_clip's spelling, including ``-quickgelu`` names."""
     return sorted([*MODELS, *(name + QUICK_GELU_SUFFIX for name in MODELS)])
 
 
 def find_model(name: str) -> ModelConfig:
-    """The shape of a model.
+    """Return the shape of a model.
 
     Args:
-        name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` QuickGELU) or as in OpenAI's package
+        name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` has QuickGELU) or as in OpenAI's package
             (``ViT-B/32``, QuickGELU).
 
     Raises:
-        UnknownModelError: with the nearest names.
+        UnknownModelError: the name is unknown; the message lists the nearest ones.
     """
     if name in OPENAI_NAMES:
         return dataclasses.replace(MODELS[OPENAI_NAMES[name]], quick_gelu=True)
     if not isinstance(name, str):
         raise UnknownModelError(
-            f"a model's name is a text, got {name!r}; create_model_from_pretrained(None, path) reads it off the weights"
+            f"a model's name is a string, got {name!r}; create_model_from_pretrained(None, path) reads it off the weights"
         )
     base = name.removesuffix(QUICK_GELU_SUFFIX)
     if base not in MODELS:
@@ -343,5 +343,5 @@ def find_model(name: str) -> ModelConfig:
 
 
 def get_model_config(name: str) -> dict[str, Any]:
-    """The shape of a model as a dict of open_clip's JSON layout; raises UnknownModelError for an unknown name."""
+    """Return the shape of a model as a dict in open_clip's JSON layout; raise UnknownModelError for an unknown name."""
     return find_model(name).to_dict()

@@ -1,7 +1,7 @@
-"""State dicts of the field's packages, read and written under one set of names: open_clip's, which are OpenAI's.
+"""Converts the state dicts of other packages to and from one set of names: open_clip's, which are OpenAI's.
 
 The layouts are those of OpenAI's ``CLIP``, open_clip's ``CLIP`` and ``CustomTextCLIP``, and transformers' ``CLIPModel``.
-No number changes on the way: conversions rename, cut and transpose.
+Conversions rename, split and transpose tensors; no number changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT_PARTS = (
     "ln_final.",
 )
 
-# (ours, transformers'), outside the blocks.
+# (our name, transformers' name), outside the blocks.
 _HF_NAMES = (
     ("logit_scale", "logit_scale"),
     ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
@@ -40,7 +40,7 @@ _HF_NAMES = (
     ("visual.ln_post.weight", "vision_model.post_layernorm.weight"),
     ("visual.ln_post.bias", "vision_model.post_layernorm.bias"),
 )
-# Stored transposed there.
+# Transformers stores these transposed.
 _HF_PROJECTIONS = (
     ("text_projection", "text_projection.weight"),
     ("visual.proj", "visual_projection.weight"),
@@ -59,11 +59,11 @@ _HF_BLOCK = (
 
 
 class ConversionError(ValueError):
-    """A state dict that is no CLIP of a known layout."""
+    """The state dict is not a CLIP in a known layout."""
 
 
 def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under open_clip's ``CLIP`` names, whichever of the known layouts they come in.
+    """Return the same weights under open_clip's ``CLIP`` names, from any known layout.
 
     Raises:
         ConversionError: the keys belong to no known layout.
@@ -79,7 +79,7 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "logit_scale" not in found or "token_embedding.weight" not in found:
         first = ", ".join(list(state)[:3])
         raise ConversionError(
-            f"the weights are no CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)"
+            f"the weights are not a CLIP of OpenAI, open_clip or transformers (keys: {first}, ...)"
         )
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in found and found[scalar].numel() != 1:
@@ -92,10 +92,10 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' ``CLIPModel`` names to open_clip's; the position-id buffers of old files are left out.
+    """Convert transformers' ``CLIPModel`` names to open_clip's; position-id buffers of old files are dropped.
 
     Raises:
-        ConversionError: a key is missing, or there is one that no CLIP has, without which the model would be another.
+        ConversionError: a key is missing, or there is one that no CLIP has and that cannot be ignored.
     """
     left = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
     try:
@@ -115,7 +115,7 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ) from error
     except RuntimeError as error:
         raise ConversionError(
-            f"the weights have names of transformers' CLIPModel and shapes of none: {first_line(error)}"
+            f"the weights have names of transformers' CLIPModel, but other shapes: {first_line(error)}"
         ) from error
     if left:
         raise ConversionError(
@@ -126,7 +126,7 @@ def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names to transformers' ``CLIPModel``; Vision Transformers only.
+    """Convert open_clip's names to transformers' ``CLIPModel``; Vision Transformers only.
 
     Raises:
         ConversionError: a ResNet, which transformers does not have.
@@ -149,13 +149,13 @@ def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> ModelConfig:
-    """The architecture that a state dict under open_clip's names has, read off its shapes.
+    """Return the architecture of a state dict under open_clip's names, inferred from its shapes.
 
-    Heads leave no trace in the shapes: a tower of a known width and depth has the known heads, others have heads of 64.
-    Nor does the activation: OpenAI's weights have ``quick_gelu``.
+    The shapes do not show the number of heads: a tower of a known width and depth gets the known heads, others get heads
+    of 64. Nor do they show the activation: OpenAI's weights have ``quick_gelu``.
 
     Raises:
-        ConversionError: the shapes are no CLIP's.
+        ConversionError: the shapes are not those of a CLIP.
     """
     bias = float(state["logit_bias"]) if "logit_bias" in state else None
     if bias is not None and not math.isfinite(bias):
@@ -174,7 +174,7 @@ def infer_config(state: Mapping[str, Tensor], quick_gelu: bool = False) -> Model
             f"the weights have no {error}: not a CLIP of OpenAI or open_clip"
         ) from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ConversionError("the weights have names of a CLIP and shapes of none") from error
+        raise ConversionError("the weights have names of a CLIP, but other shapes") from error
 
 
 def _infer_text(state: Mapping[str, Tensor]) -> TextConfig:

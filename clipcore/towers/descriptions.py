@@ -1,6 +1,6 @@
-"""What the files beside weights say about their model: open_clip's open_clip_config.json, transformers' config.json.
+"""Reads the model descriptions beside weights: open_clip's open_clip_config.json and transformers' config.json.
 
-What such a file says is honoured or refused. A key that is passed over would give features that are a little wrong.
+Every key of such a file is either applied or refused, because an ignored key could make the features slightly wrong.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from clipcore.towers.convert import ConversionError
 
 _MAX_BYTES = 1 << 22
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
-# Of transformers 4; version 5 keeps the same object under "image_processor" in the other.
+# Transformers 4 writes the first one; version 5 keeps the same object under "image_processor" in the other.
 HF_IMAGES_FILE, HF_PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says about a model.
+    """The description of a model in a file.
 
     Attributes:
         config: its architecture.
-        images: how its images are prepared, as arguments of ``ImageTransform``: ``mean``, ``std`` and ``resize_mode``, where
-            the file states them.
+        images: its preprocessing, as arguments of ``ImageTransform``: ``mean``, ``std`` and ``resize_mode``, if the file
+            states them.
         origin: the file.
     """
 
@@ -47,10 +47,10 @@ class Description:
 
 
 def read_description(folder: Path) -> Description | None:
-    """Return what a folder says about the model whose weights lie in it, None where it says nothing.
+    """Return the description of the model whose weights are in a folder, None if there is none.
 
     Raises:
-        ConversionError: the files are damaged, or of a model or of images that clipcore does not have.
+        ConversionError: the files are damaged, or describe a model or preprocessing that clipcore does not have.
     """
     path = folder / OPEN_CLIP_FILE
     if content := _read_json(path):
@@ -63,7 +63,7 @@ def read_description(folder: Path) -> Description | None:
 
     path = folder / HF_FILE
     content = _read_json(path)
-    # The folder of a run has a config.json too, of its settings.
+    # A run's folder has a config.json too, with its settings.
     if "model_type" not in content:
         return None
     try:
@@ -79,7 +79,7 @@ def read_description(folder: Path) -> Description | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, an empty one where there is no such file."""
+    """Return the object in a file, or an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -132,17 +132,17 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# Keys of a tower that change what its weights compute, with the one value that clipcore's towers have.
+# Keys of a tower that change its computation, with the only value that clipcore's towers support.
 _HF_FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
-# The feature of a caption is at its largest id: the published files name that one, or 2 as old versions did.
+# A caption's feature is at its largest id: published files name that id, or 2 as old versions did.
 _OLD_HF_END_ID = 2
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the model of a config.json of transformers' ``CLIPConfig``; a key that is left out has transformers' default.
+    """Return the model described by transformers' ``CLIPConfig`` config.json; a missing key has transformers' default.
 
     Raises:
-        ConversionError: the file is not of a CLIP, or has a value that clipcore's towers do not have.
+        ConversionError: the file does not describe a CLIP, or has a value that clipcore's towers do not support.
     """
     if config.get("model_type") != "clip":
         raise ConversionError(
@@ -188,22 +188,22 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # Files of old versions repeat the towers in ..._config_dict, where those were given explicitly.
+    # Files of old versions repeat explicitly given towers in ..._config_dict.
     tower: dict[str, Any] = {}
     for key in (name, f"{name}_dict"):
         given = config.get(key) or {}
         if not isinstance(given, dict):
-            raise ConversionError(f"{key} is no object")
+            raise ConversionError(f"{key} is not an object")
         tower |= given
     return tower
 
 
 def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
-    """Return a size, the default where it is not stated."""
+    """Return a size, or the default if it is missing."""
     value = values.get(key, default)
     if type(value) is not int or not 1 <= value <= MAX_SIZE:
         raise ConversionError(
-            f"{key} is {shortened(value)}, no whole number from 1 to {MAX_SIZE:,}"
+            f"{key} is {shortened(value)}, not a whole number from 1 to {MAX_SIZE:,}"
         )
     return value
 
@@ -217,7 +217,7 @@ def open_clip_images(
     """Return open_clip's ``preprocess_cfg`` as arguments of ``ImageTransform``.
 
     Raises:
-        ConversionError: names the key whose value clipcore's preprocessing does not have.
+        ConversionError: clipcore's preprocessing does not support a key's value; the message names the key.
     """
     size = config.vision.image_size
     allowed: dict[str, tuple[Any, ...]] = {
@@ -226,7 +226,7 @@ def open_clip_images(
         "interpolation": ("bicubic",),
         "resize_mode": RESIZE_MODES,
     }
-    # Colour of what a padded image gains, which no mode above pads.
+    # The colour of padding, which none of the modes above adds.
     _refuse_others(images, allowed, {"mean", "std", "fill_color"}, origin)
     return _arguments(images, origin)
 
@@ -235,7 +235,7 @@ def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> d
     """Return transformers' ``CLIPImageProcessor`` as arguments of ``ImageTransform``.
 
     Raises:
-        ConversionError: as of ``open_clip_images``.
+        ConversionError: see ``open_clip_images``.
     """
     size = config.vision.image_size
     square = {"height": size, "width": size}
@@ -261,14 +261,14 @@ def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> d
 
 
 def recorded_images(identity: Mapping[str, Any], origin: Path) -> dict[str, Any]:
-    """Return what a run noted about its images, as arguments of ``ImageTransform``; empty where it noted nothing.
+    """Return the preprocessing that a run recorded, as arguments of ``ImageTransform``; empty if it recorded none.
 
     Args:
-        identity: of the run's record.
+        identity: the identity in the run's record.
         origin: the checkpoint, for messages.
 
     Raises:
-        ConversionError: as of ``open_clip_images``.
+        ConversionError: see ``open_clip_images``.
     """
     images = _object(identity.get("images", {}), origin)
     _refuse_others(images, {"resize_mode": RESIZE_MODES}, {"mean", "std"}, origin)
@@ -276,7 +276,7 @@ def recorded_images(identity: Mapping[str, Any], origin: Path) -> dict[str, Any]
 
 
 def _arguments(images: Mapping[str, Any], origin: Path) -> dict[str, Any]:
-    """Return what is stated of ``mean``, ``std`` and ``resize_mode``, under these names."""
+    """Return those of ``mean``, ``std`` and ``resize_mode`` that are stated, by these names."""
     given = _normalization(images, "mean", "std", origin)
     if "resize_mode" in images:
         given["resize_mode"] = images["resize_mode"]
@@ -289,10 +289,10 @@ def _refuse_others(
     more: set[str] | None,
     origin: Path,
 ) -> None:
-    """Raise ConversionError for a value that is not allowed, and for a key that is neither allowed nor among ``more``.
+    """Raise ConversionError for a value that is not allowed, and for a key that is neither allowed nor in ``more``.
 
     Args:
-        more: None lets all other keys pass, as in files that hold a class's every attribute.
+        more: other accepted keys; None accepts all, for files that hold every attribute of a class.
     """
     for key, value in images.items():
         if key in allowed:
@@ -304,14 +304,14 @@ def _refuse_others(
                 )
         elif more is not None and key not in more:
             raise ConversionError(
-                f"{origin}: {key} is unknown to clipcore's preprocessing; take the key out if it changes nothing"
+                f"{origin}: {key} is unknown to clipcore's preprocessing; remove the key if it changes nothing"
             )
 
 
 def _normalization(
     images: Mapping[str, Any], mean_key: str, std_key: str, origin: Path
 ) -> dict[str, Any]:
-    """Return ``mean`` and ``std`` of the three channels, where they are given."""
+    """Return ``mean`` and ``std`` of the three channels, if they are given."""
     given = {}
     for name, key in (("mean", mean_key), ("std", std_key)):
         if key not in images:

@@ -1,4 +1,4 @@
-"""CLIP, and the functions that make one: open_clip's names, arguments and return values.
+"""CLIP, and the functions that create it, with open_clip's names, arguments and return values.
 
 Legend: B pairs, S side of an image, L tokens, E embedding size. Source: Radford et al. 2021.
 """
@@ -38,7 +38,7 @@ from clipcore.towers.vision import VisionTransformer
 from clipcore.towers.weights import Weights, read_weights
 
 MAX_LOGIT_SCALE = math.log(100)
-# Position embeddings, of all models, and the length to which they are resized at most for a description beside weights.
+# Names of the position embeddings in all models, and the largest length to which a description beside weights resizes them.
 POSITIONS = (
     "visual.positional_embedding",
     "visual.attnpool.positional_embedding",
@@ -46,8 +46,8 @@ POSITIONS = (
 )
 MAX_POSITIONS = 1 << 15
 
-# open_clip's names, and fp64 for tests. The amp ones keep float32 weights: what is computed in which dtype is then
-# autocast's decision.
+# open_clip's names, and fp64 for tests. The amp ones keep float32 weights, and autocast chooses the dtype of each
+# operation.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
@@ -64,14 +64,14 @@ PRECISIONS = {
 class CLIP(TextTower):
     """An image tower, a text tower and the scale of their cosine.
 
-    The published weights keep the text tower's parts at the top of the model; so a CLIP is a text tower that has an
+    The published weights keep the text tower's parts at the top level of the model. So CLIP is a text tower with an
     image tower, ``visual``.
 
     Attributes:
-        logit_scale: logarithm of what the cosine is multiplied with; starts at ln(1/0.07).
-        logit_bias: what is added to the logits, in SigLIP's models; None in the others.
-        output_dict: ``forward`` returns a dict in place of a tuple.
-        images: how its images are prepared, as arguments of ``ImageTransform``; empty where its weights do not say.
+        logit_scale: logarithm of the cosine's factor; starts at ln(1/0.07).
+        logit_bias: constant added to the logits in SigLIP's models; None in other models.
+        output_dict: whether ``forward`` returns a dict instead of a tuple.
+        images: its preprocessing, as arguments of ``ImageTransform``; empty if its weights do not state it.
     """
 
     def __init__(self, config: ModelConfig, output_dict: bool = False) -> None:
@@ -84,7 +84,7 @@ class CLIP(TextTower):
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
         else:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
-        # A whole number, as JSON may hold, would make an integer tensor, which has no gradient.
+        # JSON may hold an integer, which would make an integer tensor without a gradient.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -101,15 +101,15 @@ class CLIP(TextTower):
         dropout_seeds: Tensor | None = None,
         projected: bool = True,
     ) -> Tensor:
-        """Features [B, E] of preprocessed images [B, 3, S, S]; ``normalize`` scales them to unit length.
+        """Return features [B, E] of preprocessed images [B, 3, S, S]; ``normalize`` scales them to unit length.
 
         Args:
             dropout_seeds: see ``VisionTransformer.forward``; for a model with patch dropout, in training.
-            projected: False gives a ViT's features before the projection, [B, width of the tower], to which the paper fits
-                its linear probes; a ResNet has no projection beside its attention pool.
+            projected: False returns a ViT's features before the projection, [B, width of the tower], to which the paper
+                fits its linear probes; a ResNet has no projection besides its attention pool.
 
         Raises:
-            ValueError: images of another size than the model's.
+            ValueError: the images' size is not the model's.
         """
         more: dict[str, Any] = {} if projected else {"projected": False}
         if dropout_seeds is not None:
@@ -123,7 +123,7 @@ class CLIP(TextTower):
         text: Tensor | PackedText | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Any:
-        """Unit features of both sides and the scale of their cosine.
+        """Return unit features of both sides and the scale of their cosine.
 
         Args:
             image: [B, 3, S, S], or None.
@@ -131,8 +131,8 @@ class CLIP(TextTower):
             dropout_seeds: see ``encode_image``.
 
         Returns:
-            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()), and logit_bias in a model
-            that has one; or a dict of these names with ``output_dict``.
+            (image_features [B, E] or None, text_features [B, E] or None, logit_scale.exp()), with logit_bias if the model
+            has one; or a dict with these names if ``output_dict`` is set.
         """
         image_features = None
         if image is not None:
@@ -145,12 +145,12 @@ class CLIP(TextTower):
             "logit_scale": scale,
         }
         if self.logit_bias is not None:
-            # A copy: DistributedDataParallel takes a parameter that is itself an output for an unused one.
+            # A copy, because DistributedDataParallel treats a parameter that is itself an output as unused.
             named["logit_bias"] = self.logit_bias.clone()
         return named if self.output_dict else tuple(named.values())
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines of every image with every text, with the model's bias, and their transpose."""
+        """Return scaled cosines of every image with every text, with the model's bias, and their transpose."""
         logits = normalized_similarity(
             self.encode_image(image), self.encode_text(text), self.logit_scale.exp()
         )
@@ -160,11 +160,11 @@ class CLIP(TextTower):
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
-        """Keeps the scale at most 100 (section 2.5: needed for stable training) and at least 1."""
+        """Clamp the scale to at most 100 (section 2.5: needed for stable training) and at least 1."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def set_images(self, images: Mapping[str, Any]) -> None:
-        """Take over how images are prepared: arguments of ``ImageTransform``."""
+        """Set the model's preprocessing: arguments of ``ImageTransform``."""
         self.images = dict(images)
         self.visual.image_mean = tuple(images.get("mean", OPENAI_MEAN))
         self.visual.image_std = tuple(images.get("std", OPENAI_STD))
@@ -175,7 +175,7 @@ class CLIP(TextTower):
         self.transformer.grad_checkpointing = enable
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freezes the image tower but its last groups (LiT: Zhai et al. 2021)."""
+        """Freeze the image tower except its last groups (LiT: Zhai et al. 2021)."""
         self.visual.lock(unlocked_groups, freeze_bn_stats)
 
 
@@ -197,34 +197,34 @@ def create_model(
     load_weights: bool = True,
     **others: Any,
 ) -> CLIP:
-    """A model of a known architecture, newly initialised or with weights from a file.
+    """Return a model of a known architecture, newly initialised or with weights from a file.
 
     Args:
         model_name: one of ``list_models()``, or OpenAI's spelling (``ViT-B/32``).
         pretrained: a file or folder of weights: OpenAI's, open_clip's, transformers', or a run of clipcore.
-        precision: one of ``PRECISIONS``: ``bf16`` and ``fp16`` hold the matrices in that type, and gains, biases of the
-            norms, embeddings and the logit scale in float32; ``pure_bf16`` and ``pure_fp16`` hold everything in it.
-        force_image_size: another side of the image, pixels, or (side, side); position embeddings of the weights are resized.
-        force_quick_gelu: QuickGELU whatever the name says.
-        force_patch_dropout, force_vocab_size, force_context_length: other values than the architecture's.
-        init_logit_scale, init_logit_bias: to begin with, whatever weights say; SigLIP's are ln(10) and -10. A model without
-            a bias has None.
-        output_dict: ``forward`` returns a dict.
+        precision: one of ``PRECISIONS``: ``bf16`` and ``fp16`` store matrices in that dtype, and gains, biases of the
+            norms, embeddings and the logit scale in float32; ``pure_bf16`` and ``pure_fp16`` store everything in it.
+        force_image_size: another image side, pixels, or (side, side); position embeddings of the weights are resized.
+        force_quick_gelu: use QuickGELU whatever the name says.
+        force_patch_dropout, force_vocab_size, force_context_length: replace the architecture's values.
+        init_logit_scale, init_logit_bias: initial values, which override the weights'; SigLIP's are ln(10) and -10. None
+            for a model without a bias.
+        output_dict: whether ``forward`` returns a dict.
         require_pretrained: refuse a model without weights.
-        load_weights: False leaves ``pretrained`` out.
+        load_weights: False ignores ``pretrained``.
         others: open_clip's other arguments, with values that change nothing.
 
     Raises:
-        UnknownModelError: with the nearest names.
-        ValueError: weights that do not fit or are said to be of another model, or an argument out of range.
-        TypeError: an argument that neither clipcore nor open_clip has.
+        UnknownModelError: the name is unknown; the message lists the nearest ones.
+        ValueError: the weights do not fit or are described as another model's, or an argument is out of range.
+        TypeError: neither clipcore nor open_clip has such an argument.
 
     >>> create_model("ViT-nano-8-32").visual.image_size
     32
     """
     check_others("create_model", others, _ARGUMENTS)
     _check_precision(precision)
-    # open_clip's way to say none, beside None.
+    # open_clip's other spelling of None.
     pretrained = pretrained if pretrained and load_weights else None
     if require_pretrained and pretrained is None:
         raise ValueError(
@@ -250,7 +250,7 @@ def create_model(
     )
     if config.vision.is_resnet and config.vision.patch_dropout:
         raise ValueError("patch dropout is for Vision Transformers; leave it out for a ResNet")
-    # On the meta device, which holds shapes only, weights are not made elsewhere first.
+    # On the meta device, which holds only shapes, weights are not created elsewhere first.
     is_meta = torch.device(device).type == "meta"
     with torch.device("meta") if is_meta else contextlib.nullcontext():
         model = CLIP(config, bool(output_dict))
@@ -266,7 +266,7 @@ def create_model(
 
 
 _ARGUMENTS = tuple(name for name in inspect.signature(create_model).parameters if name != "others")
-# These change no shape, so that they need no name of a model.
+# These change no shape, so they do not need a model's name.
 _FREE_ARGUMENTS = {"output_dict", "require_pretrained"}
 
 
@@ -289,7 +289,7 @@ def _cast(model: CLIP, precision: str) -> CLIP:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of numpy's or of a tensor as Python's own, all else as it is."""
+    """Return a NumPy number or scalar tensor as a Python number, and other values unchanged."""
     return value.item() if isinstance(value, np.generic | Tensor) else value
 
 
@@ -309,11 +309,11 @@ def create_model_and_transforms(
     aug_cfg: Mapping[str, Any] | None = None,
     **forced: Any,
 ) -> tuple[CLIP, ImageTransform, ImageTransform]:
-    """``create_model`` with its preprocessing: (model, preprocess_train, preprocess_val).
+    """Return a model as ``create_model`` does, with its preprocessing: (model, preprocess_train, preprocess_val).
 
     Args:
-        image_mean, image_std, image_resize_mode: see ``ImageTransform``; in place of what the weights' description says.
-        aug_cfg: of the random crop in training, such as ``{"scale": (0.9, 1.0)}``.
+        image_mean, image_std, image_resize_mode: see ``ImageTransform``; they override the weights' description.
+        aug_cfg: settings of the random crop in training, such as ``{"scale": (0.9, 1.0)}``.
         forced: the other arguments of ``create_model``.
     """
     model = create_model(model_name, pretrained, precision, device, **forced)
@@ -334,14 +334,14 @@ def create_model_from_pretrained(
     image_resize_mode: str | None = None,
     **forced: Any,
 ) -> tuple[CLIP, ImageTransform]:
-    """A model with weights from a file, in evaluation mode, and its preprocessing.
+    """Return a model with weights from a file, in evaluation mode, and its preprocessing.
 
     Args:
-        model_name: None takes what open_clip's or transformers' files beside the weights say, or a run's own record.
-            Without one the architecture is read off the shapes; the activation, which leaves no trace there, is then
-            taken to be QuickGELU for models that OpenAI published and GELU for others, with a warning.
-        image_mean, image_std, image_resize_mode: as of ``create_model_and_transforms``.
-        forced: the other arguments of ``create_model``; those of a model's shape need a name.
+        model_name: None uses the description by open_clip or transformers beside the weights, or a run's own record. If
+            there is none, the architecture is inferred from the shapes. They do not show the activation, which is then
+            assumed to be QuickGELU for models that OpenAI published and GELU for others, with a warning.
+        image_mean, image_std, image_resize_mode: see ``create_model_and_transforms``.
+        forced: the other arguments of ``create_model``; those that change the model's shape need ``model_name``.
     """
     _check_precision(precision)
     if model_name is None:
@@ -364,7 +364,7 @@ def _images(
 
 
 def _from_weights_alone(pretrained: Path) -> CLIP:
-    """Return the model that weights are of."""
+    """Return the model that the weights belong to."""
     weights = read_weights(pretrained)
     _check_described_bias(weights)
     state = to_open_clip_names(weights.tensors)
@@ -376,7 +376,7 @@ def _from_weights_alone(pretrained: Path) -> CLIP:
         if quick_gelu is None:
             quick_gelu = name in OPENAI_MODELS
             warnings.warn(
-                f"{pretrained} does not say which activation its model has: taken as {name} with "
+                f"{pretrained} does not state its model's activation: assumed to be {name} with "
                 f"{_activation(quick_gelu)}; give the name of the model if that is wrong",
                 stacklevel=3,
             )
@@ -391,17 +391,17 @@ def _from_weights_alone(pretrained: Path) -> CLIP:
 def model_of(
     config: ModelConfig, state: dict[str, Tensor], origin: str, may_resize: bool = False
 ) -> CLIP:
-    """Return the model of a description with its weights.
+    """Return the described model with its weights.
 
-    The shapes are compared before memory is taken: a description may be a stranger's.
+    The shapes are compared before memory is allocated, because a description is not trusted.
 
     Args:
         state: weights under open_clip's names, in the shapes of the description.
-        origin: of the weights, for messages.
+        origin: the weights' file, for messages.
         may_resize: resize position embeddings of another length, as open_clip does, to at most ``MAX_POSITIONS``.
 
     Raises:
-        ValueError: as of ``load_checkpoint``.
+        ValueError: see ``load_checkpoint``.
     """
     with torch.device("meta"):
         own = CLIP(config).state_dict()
@@ -416,14 +416,14 @@ def model_of(
 def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> tuple[str, ...]:
     """Load weights from a file of any known layout; position embeddings are resized to the model's.
 
-    What is said beside them about images is noted at the model, for its preprocessing.
+    If the description beside them states the preprocessing, the model records it.
 
     Returns:
-        the names of what the model keeps, since the weights lack it: see ``load_weights``.
+        the names of the values that the model keeps, because the weights lack them: see ``load_weights``.
 
     Raises:
-        ValueError: the weights are of another architecture; names the first that differ and what they look like. Or
-            what they say about their model, such as its activation, contradicts ``model``.
+        ValueError: the weights are of another architecture; the message names the first differences and the architecture
+            that they look like. Or their description, such as the activation, contradicts ``model``.
     """
     weights = read_weights(checkpoint_path)
     check_description(model.config, weights)
@@ -434,7 +434,7 @@ def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> tuple[str, ...]
 
 
 def check_description(config: ModelConfig, weights: Weights) -> None:
-    """Raise ValueError where what weights say about their model contradicts an architecture, but not in the shapes."""
+    """Raise ValueError if the weights' description contradicts an architecture in a way that the shapes do not show."""
     name, is_known = _name(config)
     if weights.quick_gelu not in (None, config.quick_gelu):
         is_quick = bool(weights.quick_gelu)
@@ -493,10 +493,10 @@ def _activation(quick_gelu: bool) -> str:
 def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[str, ...]:
     """Load weights under open_clip's names; see ``load_checkpoint``.
 
-    A model with a bias, as SigLIP's have, keeps it where the weights have none.
+    A model with a bias, such as SigLIP's, keeps it if the weights have none.
 
     Returns:
-        the names of what the model keeps.
+        the names of the values that the model keeps.
     """
     own = model.state_dict()
     fitted = resize_position_embeddings(state, own)
@@ -511,14 +511,14 @@ def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[st
 
 
 def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:
-    """Raise ValueError for weights that are quantised, or not finite."""
+    """Raise ValueError for quantised or non-finite weights."""
     for name, value in state.items():
         if value.is_floating_point() != own[name].is_floating_point():
             raise ValueError(
                 f"{name} in {origin} is {value.dtype}, and the model's {own[name].dtype}; quantised weights are not read, "
                 "save them as floats"
             )
-        # Numbers of eight bits know no isfinite.
+        # 8-bit floats do not support isfinite.
         wide = value if value.element_size() > 1 else value.float()
         if value.is_floating_point() and not wide.isfinite().all():
             raise ValueError(
@@ -529,7 +529,7 @@ def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origi
 def _check_shapes(
     config: ModelConfig, state: dict[str, Tensor], own: Mapping[str, Tensor], origin: str
 ) -> None:
-    """Raise ValueError unless weights have the names and shapes of a model's, with what they look like."""
+    """Raise ValueError unless weights have a model's names and shapes; the message tells what they look like."""
     found = {name: value.shape for name, value in state.items()}
     differing = shape_differences(found, {name: value.shape for name, value in own.items()})
     if differing == ["logit_bias is unknown"]:
@@ -557,7 +557,7 @@ def _check_shapes(
 def shape_differences(
     state: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """Return in words which of the shapes in ``state`` differ from those in ``own``, are missing, or are unknown."""
+    """Return in words which shapes in ``state`` differ from those in ``own``, are missing, or are unknown."""
     shapes = [
         f"{name} is {list(state[name])} instead of {list(shape)}"
         for name, shape in own.items()
@@ -570,9 +570,10 @@ def shape_differences(
 def resize_position_embeddings(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``state`` with position embeddings of the lengths in ``own``: images bicubic with antialiasing, texts linear.
+    """Return ``state`` with position embeddings resized to the lengths in ``own``, as in open_clip and for ResNets too.
 
-    As in open_clip, and for ResNets too. Embeddings of another width are left as they are.
+    Image embeddings are resized bicubically with antialiasing, text embeddings linearly. Embeddings of another width are
+    left unchanged.
     """
     resized = dict(state)
     for key in POSITIONS:
@@ -588,11 +589,11 @@ def resize_position_embeddings(
 
 
 def _resize_grid(old_LD: Tensor, length: int) -> Tensor:
-    """One embedding for the class token or the mean, which stays, then a square grid."""
+    """Resize a square grid of embeddings, and keep the first one, of the class token or the mean."""
     old, new = math.isqrt(old_LD.shape[0] - 1), math.isqrt(length - 1)
     if old_LD.shape[0] != old**2 + 1 or not old:
         raise ConversionError(
-            f"the weights have {old_LD.shape[0]} image positions, which are no square and a class token"
+            f"the weights have {old_LD.shape[0]} image positions, which are not a square grid and a class token"
         )
     grid = old_LD[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)

@@ -1,4 +1,4 @@
-"""The parts that both Vision Transformer and text tower are made of, under open_clip's parameter names.
+"""The parts that the Vision Transformer and the text tower share, under open_clip's parameter names.
 
 Legend: B sequences, R rows of L tokens (sequences, or rows of packed captions), D width, H heads, K head size.
 """
@@ -30,7 +30,7 @@ from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
 
 
 class LayerNorm(nn.LayerNorm):
-    """Statistics in float32, result in the dtype of the input."""
+    """LayerNorm with statistics in float32 and the result in the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         return self.out_proj(attention(qkv_RL3HK, is_causal, segments_RL))
 
     def pooled(self, x_RLD: Tensor, query_BD: Tensor, read: ReadAt) -> Tensor:
-        """The output for one query a sequence, [B, D]; ``x_RLD`` are the tokens that it sees."""
+        """Return the output for one query per sequence, [B, D]; it attends to the tokens ``x_RLD``."""
         query, key, value = zip(
             self.in_proj_weight.unflatten(0, (3, -1)).unbind(),
             self.in_proj_bias.unflatten(0, (3, -1)).unbind(),
@@ -81,12 +81,12 @@ class Attention(nn.Module):
         return self.out_proj(out_BD)
 
 
-# Hooks from these packages do not look at what a module computes: FSDP's, DDP's, and those of torch's FLOP counter.
+# Hooks from these packages do not use a module's output: FSDP's, DDP's, and those of torch's FLOP counter.
 _BLIND = ("torch.distributed", "torch.utils.module_tracker")
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has asked to see what a module computes, or put another ``forward`` in its place."""
+    """Return whether a user's hooks observe a module's output, or its ``forward`` was replaced."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
@@ -108,10 +108,10 @@ def _module_of(hook: Callable[..., Any]) -> str:
 class ResidualAttentionBlock(nn.Module):
     """A pre-LayerNorm transformer block: attention and MLP, each added to the stream of its inputs.
 
-    Both halves run as one operation each, which keeps little for its backward pass (kernels/residual_attention.py and
-    kernels/residual_mlp.py). They read the parameters of the modules below; a block in which a module was replaced (by
-    LoRA's layers, say) or has hooks calls its modules one by one instead, as they then may be anything. A block that has
-    hooks itself takes and returns the whole stream, as they expect.
+    Each half runs as one operation, which keeps little for its backward pass (kernels/residual_attention.py and
+    kernels/residual_mlp.py) and reads the parameters of the modules below. If a module was replaced (for example by LoRA's
+    layers) or has hooks, the block calls its modules one by one instead. A block that has hooks itself takes and returns
+    the whole stream, as the hooks expect.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
@@ -135,7 +135,7 @@ class ResidualAttentionBlock(nn.Module):
         is_causal: bool = False,
         segments_RL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """The stream in two parts, see ``Stream``, from the stream in two parts; joined where the block has hooks."""
+        """Return the stream in two parts, see ``Stream``, given it in two parts; in one part if the block has hooks."""
         if not self.is_as_made():
             x_RLD = Stream(x_RLD, delta_RLD).joined()
             x_RLD = x_RLD + self.attn(self.ln_1(x_RLD), is_causal, segments_RL)
@@ -158,9 +158,9 @@ class ResidualAttentionBlock(nn.Module):
         return stream.joined() if is_hooked(self) else (stream.x, stream.delta)
 
     def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
-        """The block's output at one token of each sequence, [B, D]: all that a tower reads of its last block.
+        """Return the block's output at one token of each sequence, [B, D]: all that a tower needs of its last block.
 
-        Of the other tokens only LayerNorm's output is computed; the result and every gradient are those of ``forward``.
+        For the other tokens only LayerNorm's output is computed. The result and every gradient are those of ``forward``.
         Modules that were replaced or have hooks get all tokens.
         """
         x_RLD = Stream(x_RLD, delta_RLD).joined()
@@ -186,7 +186,7 @@ class ResidualAttentionBlock(nn.Module):
         return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
 
     def is_as_made(self) -> bool:
-        """Whether its modules are those of ``__init__``, without hooks, and no trace is made, which follows modules only."""
+        """Return whether its modules are those of ``__init__``, without hooks, and no trace runs (it sees only modules)."""
         return not torch.jit.is_tracing() and self._has_own_parts()
 
     def _has_own_parts(self) -> bool:
@@ -203,12 +203,12 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class ReadAt(NamedTuple):
-    """Which token of each sequence a tower is read at.
+    """The token of each sequence whose value is the tower's output.
 
     Attributes:
-        token_B: place in its row; None for the first.
-        is_causal: whether the token sees none that follow it.
-        packed: the rows' captions, where one row holds several.
+        token_B: position in its row; None for the first.
+        is_causal: whether the token attends only to earlier ones.
+        packed: the rows' captions, if rows hold several.
     """
 
     token_B: Tensor | None = None
@@ -216,22 +216,22 @@ class ReadAt(NamedTuple):
     packed: PackedText | None = None
 
     def tokens(self, x_RLD: Tensor) -> Tensor:
-        """These tokens' values, [B, D]."""
+        """Return these tokens' values, [B, D]."""
         if self.packed is not None:
             return x_RLD.flatten(0, 1).index_select(0, self.packed.ends_B)
         if self.token_B is None:
             return x_RLD[:, 0]
-        # Of its shape, which traces and exports follow to other batches; len() would be a number to them.
+        # From its shape, which traces and exports generalise to other batches; len() would be a constant to them.
         rows_B = torch.arange(x_RLD.shape[0], device=x_RLD.device)
         return x_RLD[rows_B, self.token_B]
 
     def sequences(self, x_RLD: Tensor) -> Tensor:
-        """The values of the sequences that they are of, [B, L, D]."""
+        """Return the values of the tokens' sequences, [B, L, D]."""
         return x_RLD if self.packed is None else self.packed.unpacked(x_RLD)
 
     @property
     def last_B(self) -> Tensor | None:
-        """The last token of its sequence that each sees; None for all."""
+        """The last position that each token attends to; None for all."""
         if self.packed is not None:
             return self.packed.lengths_B - 1
         return self.token_B if self.is_causal else None
@@ -267,24 +267,24 @@ class Transformer(nn.Module):
         return cast(list[ResidualAttentionBlock], list(self.resblocks))
 
     def forward(self, x_RLD: Tensor, segments_RL: Tensor | None = None) -> Tensor:
-        """Every token through every block: [R, L, D]; ``segments_RL`` as of ``attention``."""
+        """Return every token after every block, [R, L, D]; ``segments_RL`` as in ``attention``."""
         return Stream(*self._run(self.blocks, x_RLD, segments_RL)).joined()
 
     def pooled(
         self, x_RLD: Tensor, token_B: Tensor | None = None, packed: PackedText | None = None
     ) -> Tensor:
-        """``forward`` at one token of each sequence, [B, D]; the last block computes no other, unless hooks want them.
+        """Return ``forward``'s output at one token of each sequence, [B, D]; the last block computes only it, without hooks.
 
         Args:
-            token_B: which; None for the first, and for packed captions, which are read at their last.
-            packed: the captions that the rows hold.
+            token_B: position of the token; None for the first, or for the last one of packed captions.
+            packed: the captions in the rows.
 
         Raises:
-            ValueError: packed rows for a transformer that sees all tokens.
+            ValueError: the rows are packed, but the transformer is not causal.
         """
         if packed is not None and not self.is_causal:
             raise ValueError(
-                "captions are packed without their padding, which only a causal text tower cannot see; give this one "
+                "packed captions have no padding, which only a causal text tower can do without; give this one "
                 "padded rows [B, L]"
             )
         segments_RP = None if packed is None else packed.segments_RP
@@ -299,12 +299,12 @@ class Transformer(nn.Module):
     def _run(
         self, blocks: Sequence[nn.Module], x_RLD: Tensor, segments_RL: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream after some blocks, in two parts."""
+        """Return the stream after some blocks, in two parts."""
         stream: tuple[Tensor, Tensor | None] = (x_RLD, None)
         for block in blocks:
             is_checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
             if is_checkpointed or is_hooked(block):
-                # A block's inputs are all that is kept of it: one tensor, not two. It is also what hooks expect.
+                # Only a block's inputs are kept, so they are joined into one tensor. Hooks expect one tensor too.
                 stream = (Stream(*stream).joined(), None)
             if is_checkpointed:
                 found = checkpoint(block, *stream, self.is_causal, segments_RL, use_reentrant=False)
@@ -320,7 +320,7 @@ def read_pooled(
     token_B: Tensor | None = None,
     packed: PackedText | None = None,
 ) -> Tensor:
-    """``Transformer.pooled`` of a transformer that may have been replaced, and then is called with all tokens."""
+    """Return ``Transformer.pooled``'s result; a replaced transformer is called with all tokens."""
     if isinstance(transformer, Transformer):
         return transformer.pooled(x_RLD, token_B, packed)
     found = transformer(x_RLD) if packed is None else transformer(x_RLD, packed.segments_RP)
@@ -328,16 +328,16 @@ def read_pooled(
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the products with a matrix, which the stream between them shares: autocast's where it is on."""
+    """Return the dtype of the matrix products and of the stream between them: autocast's if it is on."""
     kind = weight.device.type
-    # The meta device, on which shapes and FLOPs are counted, has no autocast.
+    # The meta device, used to compute shapes and count FLOPs, has no autocast.
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
 
 
 def check_images(images: Tensor, image_size: int) -> None:
-    """Raise TypeError for no tensor, ValueError unless it is [B, 3, S, S] of the model's size, of floats or bytes."""
+    """Raise TypeError unless it is a float or uint8 tensor, ValueError unless it is [B, 3, S, S] of the model's size."""
     if not isinstance(images, Tensor):
         raise TypeError(
             f"the model takes images as a tensor, got {type(images).__name__}; use the preprocessing that "
@@ -356,7 +356,7 @@ def check_images(images: Tensor, image_size: int) -> None:
 
 
 def freeze(module: nn.Module | nn.Parameter, frozen: bool = True) -> None:
-    """Stops, or restarts, the training of a module or parameter."""
+    """Freeze or unfreeze a module or parameter."""
     parameters = [module] if isinstance(module, nn.Parameter) else list(module.parameters())
     for parameter in parameters:
         parameter.requires_grad_(not frozen)
@@ -365,7 +365,7 @@ def freeze(module: nn.Module | nn.Parameter, frozen: bool = True) -> None:
 def freeze_all_but_last(
     groups: Sequence[Sequence[nn.Module | nn.Parameter]], num_free: int
 ) -> None:
-    """Freezes a tower, given as groups from its input to its output, but for the last ``num_free`` groups."""
+    """Freeze a tower, given as groups from input to output, except the last ``num_free`` groups."""
     for i, group in enumerate(groups):
         for part in group:
             freeze(part, frozen=i < len(groups) - num_free)

@@ -1,4 +1,4 @@
-"""open_clip's arguments that clipcore's functions lack: what changes nothing is taken, all else is refused by name."""
+"""open_clip's arguments that clipcore's functions lack: accepted if they change nothing, otherwise refused by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class _Accepted(NamedTuple):
-    """The values of an argument that ask for what clipcore does anyway, and what to do for the others."""
+    """The values of an argument that request clipcore's own behaviour, and the remedy for other values."""
 
     values: tuple[Any, ...]
     remedy: str
@@ -31,11 +31,11 @@ _ARGUMENTS = {
     "pretrained_hf": _Accepted(
         (True, False, None), "give the weights of a whole CLIP as pretrained"
     ),
-    "return_transform": _Accepted((True, None), "take the first of what is returned"),
+    "return_transform": _Accepted((True, None), "use only the first returned value"),
     "weights_only": _Accepted((True, None), "leave it out: no code in a file of weights is run"),
     "image_interpolation": _Accepted((None, "bicubic"), "leave it out: images are resized bicubic"),
 }
-# Nothing is downloaded, so that nothing is cached.
+# Nothing is downloaded, so nothing is cached.
 _WITHOUT_EFFECT = {"cache_dir", "cache_args"}
 
 
@@ -43,13 +43,13 @@ def check_others(function: str, others: Mapping[str, Any], own: Iterable[str]) -
     """Refuse arguments that would change what a function returns.
 
     Args:
-        function: its name.
-        others: the arguments that it does not have.
-        own: the names of those that it has, for a hint.
+        function: the function's name.
+        others: arguments that it does not have.
+        own: names of its arguments, for a hint.
 
     Raises:
-        TypeError: an argument of no such name, with the nearest one.
-        ValueError: one of open_clip's that asks for what clipcore does not have; names the remedy.
+        TypeError: the argument is unknown; the message names the nearest one.
+        ValueError: it is open_clip's argument, and requests something that clipcore lacks; the message names the remedy.
     """
     for name, value in others.items():
         if name in _WITHOUT_EFFECT:
@@ -60,4 +60,4 @@ def check_others(function: str, others: Mapping[str, Any], own: Iterable[str]) -
             raise TypeError(f"{function}() has no argument {name!r}{hint}")
         accepted = _ARGUMENTS[name]
         if not any(type(value) is type(v) and value == v for v in accepted.values):
-            raise ValueError(f"{name}={value!r} is open_clip's alone; {accepted.remedy}")
+            raise ValueError(f"{name}={value!r} exists only in open_clip; {accepted.remedy}")

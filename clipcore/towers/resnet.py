@@ -1,4 +1,4 @@
-"""The ResNet as CLIP changed it: a stem of three convolutions, blurred strides, attention in place of average pooling.
+"""The ResNet with CLIP's changes: a stem of three convolutions, blurred strides, attention instead of average pooling.
 
 Legend: B images, S side of the image, L tokens of the last map and their mean, C channels of the last map, E embedding
 size. Source: Radford et al. 2021, section 2.4; He et al. 2018 (ResNet-D); Zhang 2019 (blur pooling).
@@ -22,11 +22,11 @@ from clipcore.towers.modules import check_images, freeze, is_hooked
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that can be frozen for good, also in training, and can see a batch again without counting it.
+    """Batch normalisation that can be frozen, even in training, and can process a batch again without counting it.
 
     Attributes:
-        frozen: use the running statistics and leave them as they are, in training too.
-        replaying: normalise by the batch and leave the running statistics as they are.
+        frozen: use the running statistics and do not update them, even in training.
+        replaying: normalise by the batch and do not update the running statistics.
     """
 
     frozen = False
@@ -40,7 +40,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not (self.replaying and self.training):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
-        # Copies rather than None: the same tensors are saved as in the first pass, as a replay must.
+        # Copies instead of None, because a replay must save the same tensors as the first pass.
         mean, var = self.running_mean.clone(), self.running_var.clone()
         return F.batch_norm(
             x, mean, var, self.weight, self.bias, training=True, momentum=0.0, eps=self.eps
@@ -49,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 @contextlib.contextmanager
 def replayed(module: nn.Module) -> Iterator[None]:
-    """Within it, passes in training mode leave the module's running statistics as they are."""
+    """Keep the module's running statistics unchanged by passes in training mode in the enclosed code."""
     norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
     before = [norm.replaying for norm in norms]
     for norm in norms:
@@ -79,7 +79,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
         if stride > 1 or in_channels != out_channels:
-            # The names are those of the published weights.
+            # The names of the published weights.
             parts: list[tuple[str, nn.Module]] = [
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(in_channels, out_channels, 1, bias=False)),
@@ -123,7 +123,7 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(attention_pool(q_BHK, x_BLC, key, value))
 
     def _pool_by_modules(self, q_BHK: Tensor, x_BLC: Tensor) -> Tensor:
-        """The same by calling ``k_proj`` and ``v_proj``, which somebody has replaced or watches."""
+        """Return the same result by calling ``k_proj`` and ``v_proj``, for replaced modules and hooks."""
         k_BLHK, v_BLHK = (
             part(x_BLC).unflatten(-1, (self.heads, -1)) for part in (self.k_proj, self.v_proj)
         )
@@ -153,7 +153,7 @@ class ModifiedResNet(nn.Module):
     """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
 
     Attributes:
-        image_mean, image_std: of each channel of pixels in [0, 1], with which uint8 images are normalised.
+        image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
@@ -184,7 +184,7 @@ class ModifiedResNet(nn.Module):
         self._initialize(channels)
 
     def _initialize(self, channels: int) -> None:
-        """Attention pool by its width; each block starts as the identity."""
+        """Initialise the attention pool by its width, and each block as the identity."""
         for part in (
             self.attnpool.q_proj,
             self.attnpool.k_proj,
@@ -197,11 +197,11 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(block.bn3.weight)
 
     def forward(self, images: Tensor, projected: bool = True) -> Tensor:
-        """Features [B, E] of images; the attention pool's output is what the paper's probes read, ``projected`` or not."""
+        """Return features [B, E] of images: the attention pool's output; the paper's probes use it too (``projected``)."""
         check_images(images, self.image_size)
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
-        # Channels last, which every layer then keeps: the faster layout for convolutions, and the attention pool's own.
+        # Channels last, which every layer preserves: faster for convolutions, and the attention pool's own layout.
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
@@ -211,11 +211,11 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)
 
     def project(self, pooled_BE: Tensor) -> Tensor:
-        """Return the features that texts are compared with, given those before the projection: the same ones."""
+        """Return features that can be compared with texts; a ResNet has no projection, so they are the same ones."""
         return pooled_BE
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freezes the whole tower, its BatchNorm statistics too if asked."""
+        """Freeze the whole tower, and its BatchNorm statistics too on request."""
         if unlocked_groups:
             raise ValueError("a ResNet is locked whole: leave out --lock-image-unlocked-groups")
         freeze(self)
@@ -225,13 +225,13 @@ class ModifiedResNet(nn.Module):
                 part.eval()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass; BatchNorm counts each batch once all the same."""
+        """Recompute the blocks' activations in the backward pass; BatchNorm still counts each batch once."""
         for part in self.modules():
             if isinstance(part, Stage):
                 part.grad_checkpointing = enable
 
 
-# torch.compile knows no checkpoint with contexts of its own: such blocks run uncompiled.
+# torch.compile does not support a checkpoint with custom contexts, so such blocks run uncompiled.
 @torch.compiler.disable
 def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     y = checkpoint(

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer read at the end-of-text token.
+"""The text tower: a causal transformer whose output is at the end-of-text token.
 
 Legend: B captions, L tokens of a row, D width, E embedding size, V vocabulary.
 Source: Radford et al. 2021, section 2.4; Radford et al. 2019 (GPT-2).
@@ -28,8 +28,8 @@ from clipcore.towers.modules import (
 class TextTower(nn.Module):
     """Token rows [B, L] to features [B, E]; the end-of-text token has the largest id of the vocabulary.
 
-    A row may be shorter than the context length: nothing after the end-of-text token can reach it, so that rows cut to
-    the longest caption of a batch give the same features, and so do captions packed without any padding.
+    A row may be shorter than the context length. The end-of-text token does not attend to later tokens, so rows truncated
+    to the longest caption of a batch give the same features, and so do captions packed without padding.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
@@ -45,7 +45,7 @@ class TextTower(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As OpenAI's code: by width, the residual projections by depth too."""
+        """Initialise as OpenAI's code does: by width, and the residual projections by depth too."""
         width, depth = self.transformer.width, len(self.transformer.resblocks)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -58,16 +58,16 @@ class TextTower(nn.Module):
             nn.init.normal_(cast(nn.Linear, c_proj).weight, std=width**-0.5 * (2 * depth) ** -0.5)
 
     def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
-        """Features of captions.
+        """Return features of captions.
 
         Args:
-            text: ids [B, L] with L at most the context length, which the CPU cuts behind the longest caption, or captions
-                that ``pack_captions`` has packed: the same features, computed without the padding.
+            text: ids [B, L] with L at most the context length, which the CPU truncates after the longest caption; or
+                captions that ``pack_captions`` has packed, with the same features.
             normalize: scale each feature to unit length.
 
         Raises:
-            ValueError: rows or captions that are too long, empty rows, or on the CPU ids that are not of the vocabulary.
-            TypeError: no ids, such as text.
+            ValueError: rows or captions are too long, rows are empty, or on the CPU ids are not in the vocabulary.
+            TypeError: these are not ids, but for example text.
         """
         if not isinstance(text, PackedText):
             check_token_rows(text)
@@ -96,7 +96,7 @@ class TextTower(nn.Module):
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
     def _check_ids(self, text_BL: Tensor) -> None:
-        """Raise ValueError for ids that the embedding does not have, on the CPU; a GPU would have to wait for them."""
+        """Raise ValueError for ids that the embedding does not have, on the CPU; a GPU would have to synchronise."""
         if text_BL.device.type != "cpu" or not _has_values(text_BL) or not text_BL.numel():
             return
         size = getattr(self.token_embedding, "num_embeddings", self.vocab_size)
@@ -109,10 +109,10 @@ class TextTower(nn.Module):
             )
 
     def _without_padding(self, text_BL: Tensor, end_B: Tensor) -> Tensor:
-        """Return the rows cut behind the longest caption, on the CPU.
+        """Return the rows truncated after the longest caption, on the CPU.
 
-        A GPU would have to wait for the length; a compiler and fake tensors have no values; what has hooks or was replaced
-        may expect all columns, and a tower that is not causal sees them.
+        A GPU would have to synchronise for the length, and compilers and fake tensors have no values. Modules with hooks
+        or replaced ones may expect all columns, and a tower that is not causal attends to them.
         """
         if text_BL.device.type != "cpu" or not _has_values(text_BL) or not text_BL.numel():
             return text_BL
@@ -128,11 +128,11 @@ class TextTower(nn.Module):
         return text_BL[:, : int(end_B.max()) + 1]
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes all but the last groups; they are embeddings, blocks, last block with ln_final, projection.
+        """Freeze all but the last groups; the groups are embeddings, blocks, last block with ln_final, projection.
 
         Args:
             unlocked_layers: groups left free, counted from the end.
-            freeze_layer_norm: accepted as by open_clip; a frozen group's LayerNorms are frozen with it.
+            freeze_layer_norm: accepted, as in open_clip; a frozen group's LayerNorms are frozen with it.
         """
         *blocks, last = self.transformer.blocks
         groups: list[list[nn.Module | nn.Parameter]] = [
@@ -145,6 +145,6 @@ class TextTower(nn.Module):
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Return whether numbers can be read off a tensor: fake ones have none, and a trace would keep them for other inputs."""
+    """Return whether a tensor's values can be used: fake tensors have none, and a trace would fix them as constants."""
     is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return type(tensor) is Tensor and not is_recorded

@@ -1,10 +1,10 @@
 """Weights of a TorchScript archive, such as OpenAI's released CLIP files, read without TorchScript.
 
 ``torch.jit.load`` runs code of the archive: each module's ``__setstate__``, which may write files or never return. Here the
-archive is a zip file of records. ``data.pkl`` describes a tree of objects in the language of pickle, of which only the part
-that TorchScript writes is read: an object becomes a ``_Record``, a function that it names is never looked up, and a tensor
-is built from bytes of the archive after its shape was checked against them. ``code/`` is read for the names of parameters
-and buffers alone.
+archive is only a zip file of records. ``data.pkl`` describes a tree of objects as a pickle, and only the opcodes that
+TorchScript writes are accepted. An object becomes a ``_Record``, a named function is never looked up, and a tensor is built
+from bytes of the archive after its shape was checked against them. ``code/`` is read only for the names of parameters and
+buffers.
 
 Source: torch/csrc/jit/serialization (export.cpp, pickler.cpp) and docs/serialization.md of PyTorch.
 """
@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Several times what the largest CLIP has. They bound what a hostile archive can cost beside its tensors: about a second, and
-# 256 MB.
+# Several times the values of the largest CLIP. They bound the cost of a hostile archive, besides its tensors, to about a
+# second and 256 MB.
 _MAX_TREE_BYTES = 8 << 20
 _MAX_OPCODES = 500_000
 _MAX_ATTRIBUTES = 100_000
 _MAX_DEPTH = 64
 _MAX_NAME_LENGTH = 1_024
-# Of a tensor, as in most of torch's own kernels.
+# Axes of a tensor, as in most of torch's own kernels.
 _MAX_DIMENSIONS = 64
-# Size of all tensors together, of which several may be parts of one storage, by that of the archive.
+# Total size of the tensors as a multiple of the archive's; several tensors may share a storage.
 _MAX_COPIES = 4
 
 _DTYPES = {
@@ -51,7 +51,7 @@ _DTYPES = {
 }
 
 
-# Lines of a class's code: its head, its members, and the function that makes it of what data.pkl keeps.
+# Lines of a class's code: its head, its members, and the function that restores it from data.pkl.
 _DECLARATION = re.compile(
     r"^class (?P<class>\w+)\((?P<base>\w*)\)|^  __(?:parameters|buffers)__ = \[(?P<names>.*)\]"
     r"|^  def __setstate__\(",
@@ -60,10 +60,10 @@ _DECLARATION = re.compile(
 
 
 class TorchScriptError(ValueError):
-    """The archive is damaged, or holds what no weights need; the message says what, in one line.
+    """The archive is damaged, or holds something that weights do not need; the message names it in one line.
 
     Args:
-        message: may quote names of the archive, which may be anything.
+        message: may quote names from the archive, which are not trusted.
     """
 
     def __init__(self, message: str) -> None:
@@ -72,11 +72,11 @@ class TorchScriptError(ValueError):
 
 @dataclass(eq=False, repr=False)
 class _Record:
-    """An object of a class in the archive, or the result of a function that it names; neither is made or called.
+    """An object of a class in the archive, or the result of a function that it names; neither is ever created or called.
 
     Attributes:
         kind: the full name of the class or function.
-        content: what was passed to it: attributes by name, or arguments.
+        content: attributes by name, or the arguments of the function.
     """
 
     kind: str
@@ -91,16 +91,16 @@ class _Name:
 
 
 class _Mark:
-    """Where a group of values begins on the stack."""
+    """The start of a group of values on the stack."""
 
 
 @dataclass
 class _Members:
-    """What the code of a module's class declares.
+    """The declarations in the code of a module's class.
 
     Attributes:
         tensors: names of its parameters and buffers.
-        has_own_form: its attributes are kept as its own code wants them, not by name.
+        has_own_form: whether its attributes are stored in a format of its own code, not by name.
     """
 
     tensors: list[str] = field(default_factory=list)
@@ -108,7 +108,7 @@ class _Members:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether the file is a TorchScript archive; raise OSError where it cannot be read."""
+    """Return whether the file is a TorchScript archive; raise OSError if it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -122,11 +122,11 @@ def is_torchscript(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class TorchScriptWeights:
-    """What an archive holds of its modules.
+    """The weights and classes of an archive's modules.
 
     Attributes:
         tensors: parameters and buffers by name, on the CPU, as ``torch.jit.load(path).state_dict()`` names them.
-        classes: the names of the modules' classes, without the packages that they lie in.
+        classes: the names of the modules' classes, without their packages.
     """
 
     tensors: dict[str, Tensor]
@@ -136,7 +136,7 @@ class TorchScriptWeights:
 def read_torchscript(path: Path) -> TorchScriptWeights:
     """Return the weights of an archive.
 
-    No code of the archive runs, and no object of a class that it names is made. Each tensor has memory of its own.
+    No code of the archive runs, and no object of its classes is created. Each tensor has its own memory.
 
     Raises:
         TorchScriptError: the archive is damaged, compressed, older than torch 1.4's, or holds no tensors by name.
@@ -155,7 +155,7 @@ def read_torchscript(path: Path) -> TorchScriptWeights:
     except TorchScriptError:
         raise
     except OSError as error:
-        # Of a directory that names a place beyond any file.
+        # The zip directory names a position beyond any file.
         if error.errno == errno.EINVAL:
             raise TorchScriptError("its records lie outside of it") from error
         raise
@@ -167,8 +167,8 @@ class _Archive:
     """The records of an archive.
 
     Args:
-        file: of the archive.
-        size: of the file, in bytes; all records together are no larger.
+        file: the open archive.
+        size: bytes of the file; all records together are no larger.
     """
 
     def __init__(self, file: zipfile.ZipFile, size: int) -> None:
@@ -181,7 +181,7 @@ class _Archive:
             raise TorchScriptError("its records lie in several folders")
         (self._root,) = roots
 
-        # TorchScript compresses code alone. A compressed record of weights could be a thousand times its file.
+        # TorchScript compresses only code. A compressed record of weights could be a thousand times as large as its file.
         stored_bytes = 0
         for name, info in zip(self._names(), self._infos.values(), strict=True):
             stored_bytes += info.compress_size
@@ -201,14 +201,14 @@ class _Archive:
             yield name.removeprefix(f"{self._root}/")
 
     def read(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return a record, whose checksum zipfile compares."""
+        """Return a record; zipfile verifies its checksum."""
         info = self._infos.get(f"{self._root}/{name}")
         if info is None:
             raise TorchScriptError(f"it has no record {name}")
         if most_bytes is not None and info.file_size > most_bytes:
             raise TorchScriptError(f"its record {name} has {info.file_size:,} bytes")
         with self._file.open(info) as record:
-            # Without a number, all of it would be inflated, however little it says that it holds.
+            # Without a limit, all of it would be inflated, whatever size the directory states.
             return record.read(info.file_size)
 
     def storage(self, dtype: torch.dtype, key: str, num_elements: int) -> Tensor:
@@ -226,7 +226,7 @@ class _Archive:
         return stored
 
     def classes(self) -> dict[str, _Members]:
-        """Return what the code declares of each class, by the class's full name."""
+        """Return the code's declarations of each class, by the class's full name."""
         classes: dict[str, _Members] = {}
         left_bytes = _MAX_TREE_BYTES
         for name in self._names():
@@ -252,21 +252,21 @@ def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor
     """Return the object that a pickle describes, in dicts, lists, tuples, ``_Record``s and tensors.
 
     Args:
-        pickled: what TorchScript's pickler wrote. Any opcode that it does not write is refused.
-        storage: (dtype, key, number of elements) to the elements.
+        pickled: the output of TorchScript's pickler. Any opcode that it does not write is refused.
+        storage: maps (dtype, key, number of elements) to the elements.
     """
     stack: list[Any] = []
     memo: dict[int, object] = {}
 
     def pop_group() -> list[Any]:
-        """Take off the values above the last mark, and the mark."""
+        """Pop the values above the last mark, and the mark."""
         group: list[Any] = []
         while not isinstance(value := stack.pop(), _Mark):
             group.append(value)
         return group[::-1]
 
     def pop(number: int) -> list[Any]:
-        """Take off so many values."""
+        """Pop a number of values."""
         if len(stack) < number:
             raise IndexError
         values = stack[len(stack) - number :]
@@ -350,28 +350,28 @@ def _read_tree(pickled: bytes, storage: Callable[[torch.dtype, str, int], Tensor
 
 
 def _of_type(kind: type[Any], value: object) -> Any:
-    """Return the value, which has to be of a type."""
+    """Return the value if it has the given type; raise otherwise."""
     if type(value) is not kind:
         raise TypeError(type(value).__name__)
     return value
 
 
 def _key(value: object) -> object:
-    """Return the value, which has to be a key that TorchScript knows; to hash a tuple of tuples may take forever."""
+    """Return the value if TorchScript can use it as a key; to hash nested tuples could take forever."""
     if not isinstance(value, str | int | float | Tensor | _Record):
         raise TypeError(type(value).__name__)
     return value
 
 
 def _result(function: str, arguments: tuple[Any, ...]) -> object:
-    """Return what a function that TorchScript's pickler names would have made."""
+    """Return the object that a function named by TorchScript's pickler would make."""
     if function == "torch._utils._rebuild_tensor_v2":
         if any(_of_type(tuple, arguments)[6:]):
             raise TorchScriptError("a tensor of it is to be negated or conjugated")
         return _tensor(*arguments[:4])
     if function == "collections.OrderedDict" and not arguments:
         return {}
-    # Lists of one type, and values whose type a pickle does not hold, are wrapped by name.
+    # Typed lists, and values whose type a pickle cannot express, are wrapped in a named function.
     name = function.removeprefix("torch.jit._pickle.")
     if name != function and (name.startswith("build_") or name == "restore_type_tag"):
         return arguments[0]
@@ -381,12 +381,12 @@ def _result(function: str, arguments: tuple[Any, ...]) -> object:
 def _tensor(
     stored: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> Tensor:
-    """Return a tensor over a part of a storage, which has at least as many elements.
+    """Return a tensor over a part of a storage, after checking that the storage is large enough.
 
     Args:
         stored: elements [n].
-        offset: of the tensor's first element.
-        shape, strides: of the tensor, strides in elements.
+        offset: index of the tensor's first element.
+        shape, strides: the tensor's shape, and its strides in elements.
     """
     if (
         not isinstance(stored, Tensor)
@@ -398,7 +398,7 @@ def _tensor(
 
     num_elements = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    # A stride of 0 would make terabytes of one element.
+    # A stride of 0 would expand one element to terabytes.
     if num_elements > stored.numel() or (num_elements and last >= stored.numel()):
         raise TorchScriptError("a tensor of it is larger than its storage")
     return stored.as_strided(shape, strides, offset) if num_elements else stored.new_empty(shape)
@@ -407,20 +407,20 @@ def _tensor(
 def _tensors(
     root: object, classes: Mapping[str, _Members], most_bytes: int, kinds: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a tree of modules with their names, those of a module before its children's.
+    """Yield the parameters and buffers of a tree of modules with their names, a module's own before its children's.
 
     Args:
         root: the outermost module.
-        classes: what the code declares, by the full name of the class.
-        most_bytes: that the tensors may take together.
-        kinds: is given the full name of each module's class.
+        classes: the code's declarations, by the full name of the class.
+        most_bytes: limit for all tensors together.
+        kinds: receives the full name of each module's class.
     """
     number, num_bytes, num_letters = 0, 0, 0
     handed_over = set[int]()
     pending: list[tuple[str, object, int]] = [("", root, 0)]
     while pending:
         prefix, module, depth = pending.pop()
-        # An attribute may be an object of the archive and no module, such as a member of an enumeration.
+        # An attribute may be an object of the archive but not a module, such as a member of an enumeration.
         if not isinstance(module, _Record) or (members := classes.get(module.kind)) is None:
             continue
         kinds.add(module.kind)
@@ -430,21 +430,21 @@ def _tensors(
                 "its own code could read"
             )
 
-        # A tree that refers to one of its parts twice at every level would have no end.
+        # A tree that refers to one part twice at every level would grow exponentially.
         number += 1 + len(members.tensors) + len(module.content)
         if number > _MAX_ATTRIBUTES or depth > _MAX_DEPTH or len(prefix) > _MAX_NAME_LENGTH:
             raise TorchScriptError("its modules contain each other")
         for name in members.tensors:
             value = module.content.get(name)
-            if value is None:  # such as the bias of a layer that has none
+            if value is None:  # such as the bias of a layer without one
                 continue
             if not isinstance(value, Tensor):
-                raise TorchScriptError(f"its {prefix}{name} is no dense tensor")
+                raise TorchScriptError(f"its {prefix}{name} is not a dense tensor")
             num_bytes += value.nbytes
             num_letters += len(prefix) + len(name)
             if num_bytes > most_bytes or num_letters > _MAX_TREE_BYTES:
                 raise TorchScriptError("its tensors are larger than its records")
-            # A storage that is one tensor becomes that tensor's own; of a shared one each gets a copy.
+            # A storage of one tensor becomes that tensor's memory; tensors that share a storage get copies.
             storage = value.untyped_storage()
             is_alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in handed_over
             handed_over.add(storage.data_ptr())

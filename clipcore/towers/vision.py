@@ -1,4 +1,4 @@
-"""The Vision Transformer as CLIP changed it: class token, LayerNorm before the blocks, linear projection.
+"""The Vision Transformer with CLIP's changes: class token, LayerNorm before the blocks, linear projection.
 
 Legend: B images, S side of the image, P side of a patch, L tokens (patches and the class token), D width, E embedding
 size. Source: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020.
@@ -32,7 +32,7 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         patch_dropout: share of patches dropped in training, 0 to below 1.
-        image_mean, image_std: of each channel of pixels in [0, 1], with which uint8 images are normalised.
+        image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
@@ -65,13 +65,13 @@ class VisionTransformer(nn.Module):
     def forward(
         self, images: Tensor, dropout_seeds: Tensor | None = None, projected: bool = True
     ) -> Tensor:
-        """Features of images.
+        """Return features of images.
 
         Args:
             images: preprocessed floats, or uint8 pixels, which are normalised here with ``image_mean`` and ``image_std``.
-            dropout_seeds: int64 [B]: which patches of an image are dropped is a function of its seed, whatever batch or
-                rank it is in; None draws from torch's generator.
-            projected: False gives what the projection is multiplied with, [B, D].
+            dropout_seeds: int64 [B]; an image's seed alone determines its dropped patches, in any batch and on any rank.
+                None draws from torch's generator.
+            projected: False returns the features before the projection, [B, D].
         """
         check_images(images, self.image_size)
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
@@ -79,11 +79,11 @@ class VisionTransformer(nn.Module):
         return self.project(pooled_BD) if projected else pooled_BD
 
     def project(self, pooled_BD: Tensor) -> Tensor:
-        """Return the features [B, E] that texts are compared with, given those before the projection [B, D]."""
+        """Return the features [B, E] that can be compared with texts, given those before the projection [B, D]."""
         return pooled_BD @ self.proj
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Tokens [B, L, D], normalised: the class token, then the patches row by row, with their positions."""
+        """Return normalised tokens [B, L, D]: the class token, then the patches row by row, with their positions."""
         if not self._is_as_made():
             return self._embed_by_modules(images)
         dtype = compute_dtype(self.conv1.weight)
@@ -108,10 +108,10 @@ class VisionTransformer(nn.Module):
         )
 
     def _embed_by_modules(self, images: Tensor) -> Tensor:
-        """The same by calling ``conv1`` and ``ln_pre``, which somebody has replaced, watches or traces."""
+        """Return the same result by calling ``conv1`` and ``ln_pre``, for replaced modules, hooks and traces."""
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
-        # Layers of other kinds in its place may have no ``weight``.
+        # A replacement layer may have no ``weight``.
         dtype = next(self.conv1.parameters(), self.class_embedding).dtype
         x_BPD = self.conv1(images.to(dtype)).flatten(2).mT
         class_B1D = self.class_embedding.to(x_BPD.dtype).expand(images.shape[0], 1, -1)
@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(x_BLD)
 
     def _drop_patches(self, x_BLD: Tensor, seeds_B: Tensor | None) -> Tensor:
-        """In training, a random subset of the patches of each image, and the class token (Li et al. 2022)."""
+        """Return in training the class token and a random subset of each image's patches (Li et al. 2022)."""
         if not self.training or self.patch_dropout == 0:
             return x_BLD
         num_patches = x_BLD.shape[1] - 1
@@ -133,7 +133,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([x_BLD[:, :1], x_BLD[rows, kept]], 1)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freezes all but the last groups; they are stem, blocks, last block with ln_post, projection."""
+        """Freeze all but the last groups; the groups are stem, blocks, last block with ln_post, projection."""
         *blocks, last = self.transformer.blocks
         groups: list[list[nn.Module | nn.Parameter]] = [
             [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre],
@@ -149,10 +149,12 @@ class VisionTransformer(nn.Module):
 
 
 def _hashes(seeds_B: Tensor, num_hashes: int) -> Tensor:
-    """int64 [B, num_hashes], well mixed: the outputs of a splitmix64 generator that each seed starts."""
+    """Return int64 [B, num_hashes]: the outputs of a splitmix64 generator started with each seed."""
 
     def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)  # of the bits, not of the signed number
+        return (x >> bits) & (
+            (1 << (64 - bits)) - 1
+        )  # a shift of the bits, not of the signed number
 
     steps = torch.arange(1, num_hashes + 1, device=seeds_B.device)
     x = seeds_B[:, None] + steps * _signed(0x9E3779B97F4A7C15)
@@ -162,5 +164,5 @@ def _hashes(seeds_B: Tensor, num_hashes: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """64 bits as torch's integers hold them."""
+    """Return 64 bits as a signed integer, as torch stores them."""
     return word - (1 << 64)

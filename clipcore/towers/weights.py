@@ -1,4 +1,4 @@
-"""Weights that other people wrote: files and folders of every origin to tensors by name, without running their code."""
+"""Reads other people's weights, files and folders of every origin, into tensors by name, without running their code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from clipcore.towers.torchscript import (
     read_torchscript,
 )
 
-# Files of a model's folder as open_clip and Hugging Face name them, the preferred first.
+# Files in a model's folder as open_clip and Hugging Face name them, preferred names first.
 _WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -45,19 +45,19 @@ _WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-# Where training programs keep the weights in a file, the preferred first. The scale tells a CLIP's weights from others.
+# Keys under which training programs store weights, preferred ones first. The logit scale identifies a CLIP's weights.
 _USUAL_KEYS = ("state_dict", "model")
 _MAX_NESTING = 4
 _SCALE_NAME = "logit_scale"
 _SCALE = re.compile(rf"(?:^|\.){_SCALE_NAME}$")
 _INDEX_SUFFIX, _MAX_INDEX_BYTES = ".index.json", 1 << 22
-# Modules that torch wraps around others, and whose names it puts between theirs.
+# Modules that torch wraps around others, whose names it inserts into the others' names.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# A file of weights that an index names with others.
+# The name of one of several files of weights in an index.
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
-# Of a PyTorch file, which may claim more than it holds.
+# Limits for a PyTorch file, which may claim more than it holds.
 _ZIP_START = b"PK\x03\x04"
 _MOST_PICKLES, _MAX_OPCODES, _MAX_TREE_BYTES = 5, 200_000, 8 << 20
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -65,14 +65,14 @@ _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name, and what their file or folder says about their model.
+    """Weights by name, and the description of their model in their file or folder.
 
     Attributes:
-        tensors: on the CPU, under the names of their origin.
-        config: the model, where it is described.
-        quick_gelu: whether its activation is QuickGELU; None where nothing says so.
-        images: how its images are prepared, as arguments of ``ImageTransform``; empty where nothing says so.
-        witness: what says all this, as the beginning of a sentence.
+        tensors: on the CPU, under their original names.
+        config: the model, if it is described.
+        quick_gelu: whether its activation is QuickGELU; None if unknown.
+        images: its preprocessing, as arguments of ``ImageTransform``; empty if unknown.
+        witness: the source of the description, as the beginning of a sentence.
     """
 
     tensors: dict[str, Tensor]
@@ -88,19 +88,19 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """Return weights, on the CPU, from a file or folder of whatever origin; no code in them runs.
+    """Return weights, on the CPU, from a file or folder of any origin; no code in them runs.
 
-    Takes a safetensors file; a PyTorch file of tensors, bare or in a dictionary, as training programs save them; the index
-    of weights in several files; OpenAI's TorchScript archives (``torchscript.py``); a folder that holds one of them
-    under its usual name; a checkpoint or run of clipcore (its moving average where there is one). What wrappers put before
-    or into all names, such as ``module.``, is taken off.
+    It accepts a safetensors file; a PyTorch file of tensors, bare or in a dictionary, as training programs save them; the
+    index of weights in several files; OpenAI's TorchScript archives (``torchscript.py``); a folder that holds one of them
+    under its usual name; a checkpoint or run of clipcore (its moving average, if it has one). Parts of names that wrappers
+    add, such as ``module.``, are removed.
 
-    What the model is like is read off open_clip_config.json, config.json and preprocessor_config.json beside a file of a
-    usual name, off a run's own record, and off the classes of a TorchScript archive.
+    The model's description is read from open_clip_config.json, config.json and preprocessor_config.json beside a file with
+    a usual name, from a run's own record, and from the classes of a TorchScript archive.
 
     Raises:
-        CheckpointError: there is no such file, it holds no weights, is damaged, or wants to run code.
-        ConversionError: the description beside it is damaged, or of a model that clipcore does not have.
+        CheckpointError: there is no such file, it holds no weights, is damaged, or would run code.
+        ConversionError: the description beside it is damaged, or describes a model that clipcore does not have.
     """
     path = Path(path)
     if path.is_dir():
@@ -136,7 +136,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
     tensors, is_openai = _unwrap(content, path)
     if is_in_checkpoint:
-        # A file of a checkpoint, whose run says what its model is like.
+        # A file of a checkpoint, whose run describes its model.
         return _of_run(load_checkpoint(path.parent, lazily=True), tensors)
     if described is not None:
         config = described.config
@@ -152,7 +152,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def _check_start(path: Path) -> None:
-    """Raise CheckpointError for a pointer in place of a file of weights, OSError for what is no file or cannot be read."""
+    """Raise CheckpointError for a Git LFS pointer instead of weights, OSError for a path that cannot be read as a file."""
     if read_regular(path, 64).startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
@@ -160,10 +160,10 @@ def _check_start(path: Path) -> None:
 
 
 def _hint_for_tag(path: Path) -> str:
-    """Return what to do where the name of no file was given, such as open_clip's names of published weights."""
+    """Return a hint for a path that is not a file but, for example, open_clip's name of published weights."""
     folder = path.parts[:-1]
     is_file = path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".json")
-    # A tag, or an organisation and its model, whose folder is not there.
+    # A tag, or an organisation and its model, without such a folder.
     is_name = not folder or (
         len(folder) == 1 and not path.is_absolute() and not path.parent.exists()
     )
@@ -176,21 +176,21 @@ def _hint_for_tag(path: Path) -> str:
 
 
 def _read_parts(path: Path) -> dict[str, Tensor]:
-    """Return the weights in several files, which an index names; each holds those that the index says.
+    """Return the weights in several files that an index names; each must hold the tensors that the index assigns to it.
 
     Raises:
-        CheckpointError: the index is damaged, or a file lacks what the index says.
+        CheckpointError: the index is damaged, or a file lacks one of its tensors.
     """
     try:
         content = json.loads(read_regular(path, _MAX_INDEX_BYTES))
         places = dict(content["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no index of weights; download it again") from error
+        raise CheckpointError(f"{path} is not an index of weights; download it again") from error
     files: dict[str, list[str]] = {}
     for name, file in places.items():
-        # Beside the index, and no index itself.
+        # The file must lie beside the index, and must not be an index itself.
         if not _is_file_name(file) or file.endswith(_INDEX_SUFFIX):
-            raise CheckpointError(f"{path} names {shortened(file)}, which is no file beside it")
+            raise CheckpointError(f"{path} names {shortened(file)}, which is not a file beside it")
         files.setdefault(file, []).append(name)
 
     weights: dict[str, Tensor] = {}
@@ -214,12 +214,12 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
 
 
 def _is_file_name(name: object) -> bool:
-    """Return whether a value may name a file of the same folder."""
+    """Return whether a value can be the name of a file in the same folder."""
     if not isinstance(name, str) or "\0" in name or Path(name).name != name:
         return False
     try:
         os.fsencode(name)
-    except UnicodeEncodeError:  # a half of a surrogate pair
+    except UnicodeEncodeError:  # one half of a surrogate pair
         return False
     return True
 
@@ -244,9 +244,9 @@ def _load_folder(path: Path) -> Weights:
 
 
 def _of_run(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Weights:
-    """Return the weights of a checkpoint with what the run noted about its model."""
+    """Return the weights of a checkpoint with the run's record of its model."""
     identity = checkpoint.state.get("identity")
-    # Tensors that somebody saved as a checkpoint without a run.
+    # Tensors that were saved as a checkpoint without a run.
     if not isinstance(identity, dict) or not isinstance(identity.get("model"), dict):
         return Weights(tensors)
     try:
@@ -271,7 +271,7 @@ def _load_torchscript(path: Path) -> TorchScriptWeights:
 
 
 def _load_pickled_tensors(path: Path) -> object:
-    """torch.load that builds tensors and plain containers only."""
+    """Return torch.load's result, restricted to tensors and plain containers."""
     _check_cost(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -300,7 +300,7 @@ def _load_pickled_tensors(path: Path) -> object:
 
 
 def _check_cost(path: Path) -> None:
-    """Raise CheckpointError for a PyTorch file that would take far more memory than its size to load."""
+    """Raise CheckpointError for a PyTorch file whose loading would take far more memory than its size."""
 
     def refuse(reason: str) -> NoReturn:
         raise CheckpointError(
@@ -326,7 +326,7 @@ def _check_cost(path: Path) -> None:
                         if info.file_size > _MAX_TREE_BYTES:
                             refuse("its objects are too many")
                         with archive.open(info) as record:
-                            # torch.save may leave the checksum out, and torch.load does not look at it.
+                            # torch.save may omit the checksum, and torch.load does not verify it.
                             record._expected_crc = None  # type: ignore[attr-defined]
                             _check_pickles(io.BytesIO(record.read()), refuse)
         except CheckpointError:
@@ -338,7 +338,7 @@ def _check_cost(path: Path) -> None:
 
 
 def _check_pickles(file: IO[bytes], refuse: Callable[[str], NoReturn]) -> None:
-    """Refuse pickles of too many objects, or of bytes that are made of nothing; an older torch.save wrote five a file."""
+    """Refuse pickles with too many objects, or that allocate bytes by size; an older torch.save wrote five per file."""
     num_opcodes = 0
     for _ in range(_MOST_PICKLES):
         try:
@@ -350,14 +350,12 @@ def _check_pickles(file: IO[bytes], refuse: Callable[[str], NoReturn]) -> None:
                     refuse("it makes bytes of nothing")
         except CheckpointError:
             raise
-        except (
-            Exception
-        ):  # of any kind where it is no pickle: torch.load says what is wrong with it
+        except Exception:  # any error, if it is not a pickle: torch.load then reports the problem
             return
 
 
 def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the weights inside what a file holds, under their plain names, and whether it has the extras of OpenAI's."""
+    """Return the weights in a file's content, under plain names, and whether it has the extra keys of OpenAI's files."""
     content = _innermost(content, path)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no weights: it is a {type(content).__name__}")
@@ -382,7 +380,7 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _innermost(content: object, path: Path) -> object:
-    """Return the dictionary of weights in nested ones: a CLIP's under usual names alone, or the only CLIP's."""
+    """Return the dictionary of weights in nested ones: under usual keys only, or the only one with a CLIP."""
     clips = dict(_clips(content, (), set()))
     usual = [keys for keys in clips if all(key in _USUAL_KEYS for key in keys)]
     if usual:
@@ -395,7 +393,7 @@ def _innermost(content: object, path: Path) -> object:
             f"{path} holds weights more than once, under {names}: save the one that is meant by itself, as a "
             "safetensors file or with torch.save"
         )
-    # Weights of something else, or of half a CLIP.
+    # Weights of another model, or of half a CLIP.
     for _ in _USUAL_KEYS:
         if not isinstance(content, Mapping):
             break
@@ -409,10 +407,10 @@ def _innermost(content: object, path: Path) -> object:
 def _clips(
     content: object, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield the dictionaries in nested ones that hold a CLIP, with the keys that lead there.
+    """Yield the nested dictionaries that hold a CLIP, with the keys that lead to them.
 
     Args:
-        seen: identities of those that were looked into: one may hold itself.
+        seen: ids of the dictionaries that were visited, because one may hold itself.
     """
     if not isinstance(content, Mapping) or id(content) in seen:
         return
@@ -426,7 +424,7 @@ def _clips(
 
 
 def _is_clip(content: object) -> bool:
-    """Return whether a dictionary holds tensors by the names of a CLIP, whatever stands before them."""
+    """Return whether a dictionary holds tensors with a CLIP's names, under any prefix."""
     return isinstance(content, Mapping) and any(
         isinstance(name, str) and isinstance(value, Tensor) and _SCALE.search(name)
         for name, value in content.items()
@@ -434,9 +432,9 @@ def _is_clip(content: object) -> bool:
 
 
 def _without_wrappers(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return weights under the names that they have without the modules that were wrapped around theirs."""
+    """Return weights with the names of wrapper modules removed."""
     plain = {_WRAPPERS.sub("", name): value for name, value in weights.items()}
-    # Two names that become one are somebody's own.
+    # If two names would become equal, they are not a wrapper's.
     weights = plain if len(plain) == len(weights) else weights
     prefixes = [name.removesuffix(_SCALE_NAME) for name in weights if _SCALE.search(name)]
     if len(prefixes) > 1:

@@ -112,6 +112,6 @@ def _check_names(text: str, deaths: Sequence[Death], num_ranks: int) -> None:
         messages = [message for speaker, message in lines if int(speaker) != death[0]]
         # torchrun may end the others of three before all of them have spoken.
         is_told = len(messages) == 1 if num_ranks == 2 else 1 <= len(messages) < num_ranks
-        named = rf"\brank {death[0]} (has died|did not come|ended with|came to)"
+        named = rf"\brank {death[0]} (has died|did not enter|ended with|entered)"
         is_named = all(re.search(named, message) for message in messages)
         assert is_told and is_named, f"{death}: {messages}: {said[-4000:]}"

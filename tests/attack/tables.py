@@ -203,12 +203,12 @@ def _json_edits() -> dict[str, tuple[Callable[[bytes], bytes], Any]]:
     }
     edits |= {
         "empty": (lambda c: b"", "no lines"),
-        "zeros": (lambda c: bytes(1000), "no JSON"),
-        "CR": (lambda c: c.replace(b"\n", b"\r"), "no JSON"),
-        "UTF-16": (lambda c: c.decode().encode("utf-16"), "no JSON"),
+        "zeros": (lambda c: bytes(1000), "not JSON"),
+        "CR": (lambda c: c.replace(b"\n", b"\r"), "not JSON"),
+        "UTF-16": (lambda c: c.decode().encode("utf-16"), "not JSON"),
         "other names": (lambda c: c.replace(b"caption", b"Caption"), "no column"),
-        "a list": (lambda c: b'["file_name", "caption"]\n' + c, "no JSON object"),
-        "depth": (lambda c: b"[" * 100_000 + b"\n" + c, "no JSON"),
+        "a list": (lambda c: b'["file_name", "caption"]\n' + c, "not a JSON object"),
+        "depth": (lambda c: b"[" * 100_000 + b"\n" + c, "not JSON"),
         "Latin-1": (_lines_edit(b'{"file_name": "images/2.png", "caption": "\xfc"}\n'), None),
         "a row of depth": (_lines_edit(b'{"a": ' * 50_000 + b"\n"), None),
         "a row of text": (_lines_edit(b"no JSON\n"), None),

@@ -17,7 +17,7 @@ from clipcore.ranks import distributed, watchdog
 
 # How long ranks wait for what decides whose fault it was, and the watchdog for the group's own error. Longer than in a
 # run, since 25 ranks share two cores here.
-watchdog._VERDICT_S = 3.0
+watchdog._DIAGNOSIS_S = 3.0
 watchdog._ARRIVAL_S = 60.0
 watchdog.MARGIN_S = 10.0
 watchdog.PATIENCE_S = 8.0
@@ -35,7 +35,7 @@ def act(case, rank, last):
         if case == "die":
             os._exit(9)
         if case == "raise":
-            with watchdog.farewell():
+            with watchdog.report_failure():
                 raise OSError("no disk")
         if case == "elsewhere":
             distributed.gather_rows(x)
@@ -65,7 +65,7 @@ def act(case, rank, last):
 def main(case, rank, last, timeout_s, ports, alive, output):
     """Be one rank: join the group at the port that rank 0 hands over ``ports``, act, and say how it ended.
 
-    All other ranks hold the writing end of ``alive``, so that rank 0, which holds the notes, sees them end.
+    All other ranks hold the writing end of ``alive``, so that rank 0, which holds the store, sees them end.
     """
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(last + 1))
@@ -74,7 +74,7 @@ def main(case, rank, last, timeout_s, ports, alive, output):
     receiver, sender = ports
     if rank == 0:
         os.close(alive[1])
-        watchdog._RollCall._linger = lambda _: os.read(alive[0], 1)
+        watchdog._Watchdog._linger = lambda _: os.read(alive[0], 1)
         # A port that the system chose, and that this process holds from now on.
         store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False
