@@ -7,14 +7,14 @@ Legend: T tensors of a call. For every element, with t steps done including this
     p  = (1 - lr weight_decay) p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
 Precision: float32 throughout, with IEEE division and square root; p is updated from m and v before they are rounded.
-bfloat16 keeps 8 bits: rounded to nearest, a moment would stand still as soon as its change is under 1/512 of it, which
-for beta2 = 0.999 is always. Stochastic rounding goes up with the probability of what it cuts off, so that the mean over
-steps is exact: 16 random bits are added below the last kept one. bfloat16 parameters are rounded so too; the shadow, a
-bfloat16 copy of float32 parameters for the next forward pass, is rounded to nearest.
+bfloat16 keeps 8 bits. Rounded to nearest, a moment would stand still as soon as its change is under 1/512 of it, which
+for beta2 = 0.999 is always. Stochastic rounding rounds up with a probability equal to the fraction that it cuts off, so
+the mean over steps is exact: 16 random bits are added below the last kept one. bfloat16 parameters are rounded so too.
+The shadow, a bfloat16 copy of float32 parameters for the next forward pass, is rounded to nearest.
 
 Random bits: Philox4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011), of key `seed` and counter
-(element group, purpose, step, stream). An element is known by its place in the whole tensor, so that a resumed run, a
-tensor split among ranks and both devices draw the same bits.
+(element group, purpose, step, stream). An element is identified by its place in the whole tensor, so that a resumed
+run, a tensor split among ranks and both devices draw the same bits.
 Traffic a parameter: float32 moments 28 bytes, bfloat16 ones 20; 2 more for a shadow. About 45 FLOPs with bfloat16, 15
 without. Floor: its bytes over the memory bandwidth. One launch serves all tensors, whose addresses lie in a table: a
 CLIP has hundreds of tensors, most of them too small for a launch of their own. Determinism: elements are independent.
@@ -41,7 +41,7 @@ CHUNK = 4096
 WORDS = 4
 ROUNDS = 7
 MOMENTS, WEIGHTS = 0, 1  # the purposes of random bits
-# Elements that the reference updates at once on the CPU: they stay in its cache.
+# Elements that the reference updates at once on the CPU, so that they stay in its cache.
 CPU_ELEMENTS = 64 * CHUNK
 
 
@@ -67,7 +67,7 @@ class Update(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What of a step is the same for all elements."""
+    """The numbers of a step that are the same for all elements."""
 
     decay: float
     coefficient1: float  # 1 - beta1
@@ -98,7 +98,7 @@ class Factors(NamedTuple):
 def random_words(
     seed: int, step: int, stream: int, first: int, count: int, purpose: int = MOMENTS
 ) -> Tensor:
-    """int32 [count]: the words of elements first, first + 1, ... of a tensor. Philox in int64, which wraps as it should."""
+    """Return the random words of elements first, first + 1, ... of a tensor, int32 [count]. Philox in wrapping int64."""
     lanes = CHUNK // WORDS
     start, stop = first // CHUNK, -(-(first + count) // CHUNK)
     mask = 0xFFFFFFFF
@@ -106,7 +106,7 @@ def random_words(
     c1, c2, c3 = (torch.full_like(c0, word & mask) for word in (purpose, step, stream))
     k0, k1 = seed & mask, seed >> 32 & mask
     for _ in range(ROUNDS):
-        # The high half of a product that wrapped is still right, once the sign that the shift drags in is cut off.
+        # The high half of a wrapped product is still right, once the sign bits that the shift copies in are masked off.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0 = (product2 >> 32).bitwise_and_(mask).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (product0 >> 32).bitwise_and_(mask).bitwise_xor_(c3).bitwise_xor_(k1)
@@ -117,9 +117,9 @@ def random_words(
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 x as bfloat16, up where the low 16 bits of `bits` (int32) carry over; NaN and infinities stay."""
+    """Round float32 x to bfloat16, up where adding the low 16 bits of `bits` (int32) carries; NaN and infinities stay."""
     carried = (bits & 0xFFFF).add_(x.view(torch.int32)).bitwise_right_shift_(16)
-    # NaN as GPUs write it, all ones, would carry over into the sign.
+    # A NaN as GPUs write it, all ones, would carry into the sign.
     return carried.to(torch.int16).view(torch.bfloat16).masked_fill_(x.isnan(), torch.nan)
 
 
@@ -140,7 +140,7 @@ def adamw_ref(
     stream: int = 0,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference: new (param, exp_avg, exp_avg_sq) in their dtypes; float64 where the parameter is."""
+    """Return the new (param, exp_avg, exp_avg_sq) in their dtypes; float64 inside for float64. The reference."""
     f = Factors.of(lr, beta1, beta2, eps, weight_decay, step)
     wide = launch.accumulate_dtype(param.dtype)
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
@@ -166,7 +166,7 @@ def adamw_ref(
 
 @triton.jit
 def _stored(x, bits, BFLOAT16: tl.constexpr):
-    """What is stored of float32 x: itself, or as `round_stochastically`."""
+    """Return float32 x as it is stored: unchanged, or for bfloat16 rounded as `round_stochastically` does."""
     if BFLOAT16:
         carried = (x.to(tl.int32, bitcast=True) + (bits & 0xFFFF)) & -0x10000
         x = tl.where(x == x, carried.to(tl.float32, bitcast=True), x)
@@ -175,7 +175,7 @@ def _stored(x, bits, BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _words(seed, block, purpose, step, stream, ROUNDS: tl.constexpr):
-    """Four int32 words of each Philox block."""
+    """Return the four int32 words of each Philox block."""
     zero = block * 0
     c0, c1, c2, c3 = tl.philox(seed, block, zero + purpose, zero + step, zero + stream, ROUNDS)
     return (
@@ -211,7 +211,7 @@ def _adamw_kernel(
     CHUNK: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One chunk of one tensor. The pointers named `like` tell dtypes; the addresses are in the table (`_table`)."""
+    """Update one chunk of one tensor. Pointers named `like` give dtypes; the addresses are in the table (`_table`)."""
     pid = tl.program_id(0)
     number = tl.arange(0, TENSORS)
     begun = tl.load(table_ptr + number, mask=number < num_tensors, other=2**31 - 1)
@@ -220,7 +220,7 @@ def _adamw_kernel(
     chunk = first // CHUNK + (pid - tl.load(table_ptr))
     base = (
         chunk * CHUNK - first
-    )  # of the chunk in this part; negative where the part begins inside it
+    )  # where the chunk starts in this part; negative if the part begins inside the chunk
     start = tl.maximum(-base, 0).to(tl.int32)
     stop = tl.minimum(tl.load(table_ptr + 6 * num_tensors) - base, CHUNK).to(tl.int32)
     param = tl.load(table_ptr + num_tensors).to(param_like.dtype)
@@ -279,16 +279,17 @@ def _adamw_kernel(
 
 
 def _chunks(update: Update) -> int:
-    """Programs of a tensor: chunks of the whole one that its part touches."""
+    """Return the number of programs of a tensor: the chunks of the whole tensor that its part touches."""
     numel = update.param.numel()
     return -(-(update.first + numel) // CHUNK) - update.first // CHUNK if numel else 0
 
 
 def _table(updates: Sequence[Update], step: int, seed: int) -> tuple[Tensor, int]:
-    """int64 [11, T] on the device, and the number of programs. Each row has one number a tensor: the program that begins
-    it; addresses of parameter, gradient, both moments and shadow; elements; first; stream; step; seed.
+    """Return the table, int64 [11, T] on the device, and the number of programs.
 
-    Seed and step are here so that a launch has no integer argument that changes: Triton would compile for it anew.
+    Each row has one number a tensor: its first program; the addresses of parameter, gradient, both moments and shadow;
+    elements; first; stream; step; seed. Seed and step are in the table because Triton may compile again for an integer
+    argument that changes.
     """
     begun, rows = 0, []
     for update in updates:
@@ -313,7 +314,7 @@ def _table(updates: Sequence[Update], step: int, seed: int) -> tuple[Tensor, int
 
 
 def _is_aligned(update: Update) -> bool:
-    """Whether every access is of 16 bytes: addresses, length and place are known to divide."""
+    """Return whether every access is aligned to 16 bytes: addresses, length and place are multiples of 16."""
     tensors = [tensor for tensor in update[:5] if tensor is not None]
     return (update.param.numel() | update.first) % 16 == 0 and all(
         tensor.data_ptr() % 16 == 0 for tensor in tensors
@@ -327,7 +328,7 @@ _LAUNCH_TABLE = {80: 4, 90: 4, 100: 4}
 def adamw_all_triton(
     updates: Sequence[Update], factors: Factors, step: int, grad_scale: Tensor | None, seed: int
 ) -> None:
-    """The kernel: one launch for tensors of the same dtypes and alignment."""
+    """Launch the kernel, once for all tensors of the same dtypes and alignment."""
     groups: dict[Any, list[Update]] = {}
     for update in updates:
         if update.param.numel() > 0:
@@ -354,14 +355,14 @@ def adamw_all_triton(
             CHUNK=CHUNK,
             ROUNDS=ROUNDS,
             num_warps=_LAUNCH_TABLE[launch.architecture(first.param.device)],
-            # Which products and sums are fused could differ between these variants, and a split tensor from a whole one.
+            # Fusion could differ between these variants: a split tensor would then get other bits than a whole one.
             enable_fp_fusion=False,
         )
         _note_change(group)
 
 
 def _note_change(updates: Sequence[Update]) -> None:
-    """A backward pass that has kept a parameter must see that it is another now."""
+    """Count the change of each tensor, so that a backward pass that has kept one sees it and raises."""
     for update in updates:
         changed = (update.param, update.exp_avg, update.exp_avg_sq, update.shadow)
         torch.autograd.graph.increment_version([t for t in changed if t is not None])
@@ -379,7 +380,7 @@ def adamw_all_(
     grad_scale: Tensor | None = None,
     seed: int = 0,
 ) -> None:
-    """`adamw_` for many tensors of one device at once, which on a GPU is one launch for all of the same dtypes.
+    """Do the step of `adamw_` for many tensors of one device: on a GPU, one launch for all of the same dtypes.
 
     >>> p, g, m, v = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
     >>> adamw_all_([Update(p, g, m, v)], lr=0.1, beta1=0.9, beta2=0.98, eps=0.0, weight_decay=0.0, step=1)
@@ -406,10 +407,10 @@ def adamw_all_(
 
 
 def _adamw_all_cpu(updates: Sequence[Update], settings: dict[str, Any]) -> None:
-    """By the extension (csrc/adamw.cpp), else by the reference, each piece in the cache. The random bits are the same.
+    """Update by the extension (csrc/adamw.cpp), else by the reference in pieces; the random bits are the same.
 
-    Not by torch's pass, but for float64: its bits depend on how elements fall on vectors, so that parts would not end
-    as the whole.
+    torch's pass serves float64 only: its bits depend on how elements fall on vectors, so the parts of a split tensor
+    would differ from the whole one.
     """
     extension = native.load()
     narrow = [update for update in updates if update.param.dtype != torch.float64]
@@ -440,12 +441,12 @@ def _adamw_all_cpu(updates: Sequence[Update], settings: dict[str, Any]) -> None:
 
 
 def _adamw_in_pieces(update: Update, settings: dict[str, Any]) -> None:
-    """The reference, some chunks at a time."""
+    """Update by the reference, some chunks at a time, so that a piece stays in the cache."""
     *tensors, shadow, stream, first = update
     flat = [tensor.view(-1) for tensor in tensors]
     numel, start = update.param.numel(), 0
     while start < numel:
-        # Pieces end where chunks end, of which the random words are drawn whole.
+        # Pieces end where chunks end: random words are drawn for whole chunks.
         stop = min(numel, ((first + start) // CPU_ELEMENTS + 1) * CPU_ELEMENTS - first)
         pieces = [tensor[start:stop] for tensor in flat]
         new = adamw_ref(*pieces, **settings, stream=stream, first=first + start)
@@ -467,7 +468,7 @@ def _adamw_torch(
     seed: int,
     **settings: float,
 ) -> None:
-    """torch's fused pass over a tensor in place; it counts the step itself, and would write a scaled gradient back."""
+    """Update in place by torch's fused pass. It counts the step itself, and would write a scaled gradient back."""
     grad = grad.to(param.dtype)
     torch_adamw(
         [param],
@@ -501,7 +502,7 @@ def adamw_(
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """One AdamW step of a tensor, in place: parameter, both moments and the shadow.
+    """Do one AdamW step of a tensor in place: parameter, both moments and the shadow.
 
     Args:
         param, grad, exp_avg, exp_avg_sq, shadow, stream, first: see `Update`.
@@ -527,7 +528,7 @@ def adamw_(
 
 
 def _check(update: Update, device: torch.device) -> None:
-    """ValueError unless the tensors of an update fit each other."""
+    """Raise ValueError unless the tensors of an update fit each other."""
     param = update.param
     float64 = {torch.float64} if device.type == "cpu" else set()
     for name, tensor in zip(Update._fields[:5], update[:5], strict=True):

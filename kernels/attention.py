@@ -2,17 +2,17 @@
 
 Legend: R rows of tokens (sequences, or rows of packed captions), L tokens of a row, H heads, K head size.
 
-``o = softmax(q k^T / sqrt(K)) v`` for each row and head: of all tokens, of those before (``is_causal``), and with
-``segments`` of those of the same segment only, so that one row holds several captions. Reads [R, L, 3, H, K] as one
-linear layer writes it and writes [R, L, H*K] as the next one reads it; the gradient is written packed too. Scores, the
-softmax and its sums are float32 (float64 for float64).
+``o = softmax(q k^T / sqrt(K)) v`` for each row and head. A query sees all tokens, or with ``is_causal`` itself and those
+before it, and with ``segments`` only its own segment's, so that one row holds several captions. The passes read
+[R, L, 3, H, K] as one linear layer writes it and write [R, L, H*K] as the next one reads it; the gradient is packed too.
+Scores, the softmax and its sums are float32 (float64 for float64).
 
 Traffic: ``R L H (4 K + 1)`` numbers forward and about twice as many backward, for ``4 R H L^2 K`` FLOP forward and 2.5
 times as many backward (half where causal). At CLIP's lengths (50 to 257) it is bound by memory.
 
-``attention_forward`` and ``attention_backward`` are the two passes as operators, for what writes its own backward
+``attention_forward`` and ``attention_backward`` are the two passes as operators, for code that writes its own backward
 pass; ``attention`` is the differentiable function. 16-bit operands on CUDA up to 512 tokens and up to 32 bits on the CPU
-go to our kernels (attention_triton.py, attention_cpu.py), all else to torch's (attention_torch.py).
+go to our kernels (attention_triton.py, attention_cpu.py), everything else to torch's (attention_torch.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clipcore.kernels import attention_cpu, attention_torch, attention_triton, l
 def attention_ref(
     qkv_RL3HK: Tensor, is_causal: bool = False, segments_RL: Tensor | None = None
 ) -> Tensor:
-    """The definition, with its L x L matrix: the reference."""
+    """Compute attention by its definition, with the L x L matrix. This is the reference."""
     q_RHLK, k_RHLK, v_RHLK = qkv_RL3HK.permute(2, 0, 3, 1, 4)
     scores = q_RHLK @ k_RHLK.mT * q_RHLK.shape[-1] ** -0.5
     length = scores.shape[-1]
@@ -47,7 +47,7 @@ def attention_ref(
 def attention_forward(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(output [R, L, H*K], logarithm of the softmax's sums [R, H, L]), see ``attention``."""
+    """Return (output [R, L, H*K], logarithm of the softmax's sums [R, H, L]); see ``attention``."""
     with launch.on_device(qkv_RL3HK.device):
         return _passes(qkv_RL3HK, is_causal, segments_RL).forward(qkv_RL3HK, is_causal, segments_RL)
 
@@ -75,7 +75,7 @@ def attention_backward(
     is_causal: bool,
     segments_RL: Tensor | None,
 ) -> Tensor:
-    """Gradient of the packed projection, [R, L, 3, H, K], from that of the output and what the forward returned."""
+    """Return the packed projection's gradient [R, L, 3, H, K] from the output's and the forward pass's results."""
     with launch.on_device(qkv_RL3HK.device):
         return _passes(qkv_RL3HK, is_causal, segments_RL).backward(
             *(grad_RLD.contiguous(), qkv_RL3HK, out_RLD, lse_RHL, is_causal, segments_RL)
@@ -93,7 +93,7 @@ def _(grad_RLD: Tensor, qkv_RL3HK: Tensor, *_: Any) -> Tensor:
 
 
 def _passes(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> Any:
-    """The module whose ``forward`` and ``backward`` serve this device, dtype and shape."""
+    """Return the module whose ``forward`` and ``backward`` serve this device, dtype and shape."""
     _, length, _, _, size = qkv_RL3HK.shape
     has_segments = segments_RL is not None
     on_gpu = qkv_RL3HK.is_cuda
@@ -128,22 +128,22 @@ launch.register_autocast("attention_backward", num_operands=0)
 def attention(
     qkv_RL3HK: Tensor, is_causal: bool = False, segments_RL: Tensor | None = None
 ) -> Tensor:
-    """Attention of every token: [R, L, 3, H, K] -> [R, L, H*K].
+    """Compute the attention of every token: [R, L, 3, H, K] -> [R, L, H*K].
 
     Args:
         is_causal: a token sees itself and those before it.
-        segments_RL: int32; a token sees those of its own segment only. Tokens of segment -1 are padding: their output and
+        segments_RL: int32; a token sees its own segment only. Tokens of segment -1 are padding: their output and
             the gradients that reach them are 0.
 
     Raises:
-        ValueError: not the packed layout, or segments that do not fit it.
+        ValueError: the layout is not packed, or the segments do not fit it.
 
     >>> attention(torch.zeros(2, 5, 3, 4, 8), is_causal=True).shape
     torch.Size([2, 5, 32])
     """
     check_packed(qkv_RL3HK, segments_RL)
     if torch.jit.is_tracing() and segments_RL is None:
-        # Whoever runs a trace may have no clipcore: operators of torch alone.
+        # A trace may be run where clipcore is not installed, so it holds operators of torch alone.
         q_RHLK, k_RHLK, v_RHLK = qkv_RL3HK.permute(2, 0, 3, 1, 4)
         out_RHLK = F.scaled_dot_product_attention(q_RHLK, k_RHLK, v_RHLK, is_causal=is_causal)
         return out_RHLK.transpose(1, 2).flatten(2)
@@ -151,7 +151,7 @@ def attention(
 
 
 def check_packed(qkv_RL3HK: Tensor, segments_RL: Tensor | None) -> None:
-    """ValueError unless the projection is packed and the segments are its tokens'."""
+    """Raise ValueError unless the projection is packed and the segments fit its tokens."""
     if qkv_RL3HK.ndim != 5 or qkv_RL3HK.shape[2] != 3:
         raise ValueError(f"qkv must be [R, L, 3, H, K], got {tuple(qkv_RL3HK.shape)}")
     if segments_RL is None:

@@ -1,8 +1,8 @@
-"""The passes of packed attention on the CPU by the extension (csrc/attention.cpp), in float32.
+"""The passes of packed attention on the CPU in the extension (csrc/attention.cpp), in float32.
 
-Legend and contract: attention.py. 16-bit operands are read as float32, so that only what is returned is rounded; a pass
-then holds its operands a second time. Where the extension was not built, or the processor has no vectors of 8 floats,
-and for float64, attention_torch.py serves.
+Legend and contract: attention.py. 16-bit operands are converted to float32, so only the result is rounded; a pass then
+holds a second copy of its operands. attention_torch.py serves float64, and every dtype where the extension was not built
+or the processor has no vectors of 8 floats.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def widest() -> int:
-    """Floats in a vector of this processor; 0 where the extension does not serve it."""
+    """Return the floats in this processor's widest vector; 0 if the extension does not serve it."""
     extension = native.load()
     return max(extension.attention_lanes(), default=0) if extension is not None else 0
 
 
 def supports(qkv_RL3HK: Tensor) -> bool:
-    """Whether ``forward`` and ``backward`` take this projection here."""
+    """Return whether ``forward`` and ``backward`` take this projection here."""
     return qkv_RL3HK.device.type == "cpu" and qkv_RL3HK.dtype in DTYPES and widest() > 0
 
 
 def forward(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None, lanes: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(output [R, L, H*K], log-sum-exp [R, H, L]); ``lanes``: floats in a vector, other than the most there are."""
+    """Return (output [R, L, H*K], log-sum-exp [R, H, L]). ``lanes``: floats in a vector; default the widest."""
     out, lse = native.load().attention_forward(  # type: ignore[union-attr]
         _operand(qkv_RL3HK), is_causal, _contiguous(segments_RL), lanes or widest()
     )
@@ -48,7 +48,7 @@ def backward(
     segments_RL: Tensor | None,
     lanes: int | None = None,
 ) -> Tensor:
-    """Gradient of the packed projection."""
+    """Return the gradient of the packed projection, [R, L, 3, H, K]."""
     grad_RL3HK = native.load().attention_backward(  # type: ignore[union-attr]
         *(grad_RLD.float().contiguous(), _operand(qkv_RL3HK), lse_RHL.contiguous()),
         *(is_causal, _contiguous(segments_RL), lanes or widest()),

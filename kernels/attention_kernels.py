@@ -1,4 +1,4 @@
-"""The Triton kernels of packed attention; what is launched for which row: attention_triton.py.
+"""The Triton kernels of packed attention; attention_triton.py launches them.
 
 Legend: R rows of L tokens, H heads, SIZE the head size in parts K0 and K1 (attention_tiles.py); m queries, n keys;
 q, k, v and g (the output's gradient) the tiles; p probabilities, s scores.
@@ -7,11 +7,11 @@ q, k, v and g (the output's gradient) the tiles; p probabilities, s scores.
     delta_m = sum_n p_mn (g_m . v_n) = g_m . o_m        ds_mn = p_mn (g_m . v_n - delta_m)
     dv_n = sum_m p_mn g_m      dq_m = sum_n ds_mn k_n / sqrt(SIZE)      dk_n = sum_m ds_mn q_m / sqrt(SIZE)
 
-A program serves tokens of one row and head; the programs of one follow each other, so that L2 has what they share. The last
-tokens of a row get a smaller block (REST, a branch of the same launch: one of its own would read the keys from memory
-again), and the last of those that a block walks over a smaller step (TAIL). Whole steps (STEP, 0 where the row has none)
-then lie inside the row and need no mask; TAIL = STEP is a last step like the others, all with a mask: less code, and fewer
-registers where heads are wide.
+A program serves a block of tokens of one row and head. The programs of one row and head have neighbouring numbers, so that
+L2 holds what they share. The last tokens of a row take a smaller block (REST). It is a branch of the same launch: a launch
+of its own would read the keys from memory again. A block walks over the row in steps (STEP, 0 where the row has no whole
+step), the last of which is smaller (TAIL). Whole steps then lie inside the row and need no mask. TAIL = STEP makes all
+steps alike, each with a mask: that is less code, and fewer registers where heads are wide.
 Scores, p, sums and accumulators are float32; the operands of a product have the dtype of the projection.
 """
 
@@ -34,7 +34,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _locate(pid, L, H, SIZE: tl.constexpr):
-    """Of the pid-th row and head: offset in qkv, in the output, in lse, and in the segments."""
+    """Return the offsets of the pid-th row and head in qkv, in the output, in lse, and in the segments."""
     r = (pid // H).to(tl.int64)
     h = pid % H
     return r * L * (3 * H * SIZE) + h * SIZE, (r * L * H + h) * SIZE, (r * H + h) * L, r * L
@@ -46,7 +46,7 @@ def _fwd_step(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     STEP: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with STEP keys: output and sum relative to the largest score so far."""
+    """Add STEP keys to the output and the sum, both relative to the largest score so far."""
     n = start + tl.arange(0, STEP)
     k0, k1 = load_rows(k_ptr, n, stride, L, SIZE, K0, K1, INSIDE)
     s = multiply_rows(q0, q1, k0, k1, K1)
@@ -71,13 +71,13 @@ def _fwd_block(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of BLOCK queries."""
+    """Compute and store the outputs of BLOCK queries."""
     m = first + tl.arange(0, BLOCK)
     stride = 3 * H * SIZE
     k_ptr = q_ptr + H * SIZE
     v_ptr = k_ptr + H * SIZE
     q0, q1 = load_rows(q_ptr, m, stride, L, SIZE, K0, K1, False)
-    # Finite, so that a step in which a query sees no key is clear of inf - inf.
+    # It is finite, so that a step in which a query sees no key does not compute inf - inf.
     largest = tl.full((BLOCK,), -1e30, dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     acc0, acc1 = zero_rows(BLOCK, K0, K1)
@@ -112,7 +112,7 @@ def attention_fwd_kernel(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """`blocks` of BLOCK queries a row and head, and one of REST."""
+    """Compute one block of outputs; a row and head has `blocks` of BLOCK queries and one of REST."""
     each = blocks + (REST > 0)
     block = tl.program_id(0) % each
     qkv, out, row, tokens = _locate(tl.program_id(0) // each, L, H, SIZE)
@@ -136,7 +136,7 @@ def attention_bwd_tile_kernel(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a row and head that are one tile."""
+    """Compute all gradients of a row and head that fit one tile."""
     qkv, out, row, tokens = _locate(tl.program_id(0), L, H, SIZE)
     if SEGMENTS:
         segment_ptr += tokens
@@ -155,7 +155,7 @@ def attention_bwd_tile_kernel(
     store_rows(d_ptr + 2 * H * SIZE, m, stride, L, dv0, dv1, SIZE, K0, K1)
     v0, v1 = load_rows(q_ptr + 2 * H * SIZE, m, stride, L, SIZE, K0, K1, False)
     dp = multiply_rows(g0, g1, v0, v1, K1)
-    # From the probabilities themselves: where a query sees one key, ds is 0 to the last bit, as it should be.
+    # delta comes from the probabilities themselves: where a query sees one key, ds is then exactly 0, as it should be.
     delta = tl.sum(p * dp, axis=1) / tl.maximum(tl.sum(p, axis=1), 1e-30)
     ds = (p * (dp - delta[:, None])).to(q0.dtype)
     unit = scale * LN2
@@ -171,7 +171,7 @@ def _query_step(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     STEP: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with STEP keys."""
+    """Add the share of STEP keys to the gradients of queries."""
     n = start + tl.arange(0, STEP)
     k0, k1 = load_rows(k_ptr, n, stride, L, SIZE, K0, K1, INSIDE)
     v0, v1 = load_rows(v_ptr, n, stride, L, SIZE, K0, K1, INSIDE)
@@ -187,7 +187,7 @@ def _query_block(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK queries; KEEP: their delta is stored for the keys' launch."""
+    """Compute the gradients of BLOCK queries. KEEP: store their delta for the keys' launch."""
     m = first + tl.arange(0, BLOCK)
     stride = 3 * H * SIZE
     k_ptr = q_ptr + H * SIZE
@@ -227,7 +227,7 @@ def _key_step(
     SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, STEP: tl.constexpr, INSIDE: tl.constexpr,
     KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with STEP queries; the tiles are transposed, keys by queries."""
+    """Add the share of STEP queries to the gradients of keys and values; tiles are transposed, keys by queries."""
     m = start + tl.arange(0, STEP)
     q0, q1 = load_rows(q_ptr, m, stride, L, SIZE, K0, K1, INSIDE)
     g0, g1 = load_rows(g_ptr, m, H * SIZE, L, SIZE, K0, K1, INSIDE)
@@ -238,7 +238,7 @@ def _key_step(
         o0, o1 = load_rows(out_ptr, m, H * SIZE, L, SIZE, K0, K1, INSIDE)
         delta = sum_products(o0, o1, g0, g1, K1)
     p = tl.exp2(multiply_rows(k0, k1, q0, q1, K1) * scale - lse[None, :])
-    # Keys past the end have gradients that nobody stores.
+    # Keys past the end need no mask: their gradients are not stored.
     p = hide_unseen(p, m[None, :], n[:, None], L, segment_ptr, 0.0, CAUSAL, SEGMENTS, True)
     dv0, dv1 = add_rows(dv0, dv1, p, g0, g1, K1)
     ds = p * (multiply_rows(v0, v1, g0, g1, K1) - delta[None, :])
@@ -252,7 +252,7 @@ def _key_block(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK keys and values; KEPT: the queries' launch has left their delta."""
+    """Compute the gradients of BLOCK keys and values. KEPT: load the delta that the queries' launch has stored."""
     n = first + tl.arange(0, BLOCK)
     stride = 3 * H * SIZE
     k0, k1 = load_rows(q_ptr + H * SIZE, n, stride, L, SIZE, K0, K1, False)
@@ -286,9 +286,10 @@ def attention_bwd_kernel(
     CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     PASS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `blocks` of BLOCK tokens a row and head and of one of REST: the queries', the keys', or both.
+    """Compute the gradients of one block; a row and head has `blocks` of BLOCK tokens and one of REST.
 
-    PASS "query" leaves the deltas that "key" needs; "both" makes them again for the keys, and reads all else once.
+    PASS says whose: the queries', the keys' and values', or both. "query" stores the deltas that "key" needs. "both"
+    computes them again for the keys, and each program does one of the two.
     """
     each = blocks + (REST > 0)
     block = tl.program_id(0) % each

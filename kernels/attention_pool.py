@@ -7,11 +7,11 @@ Legend: B sequences, L tokens, C channels, H heads of K columns, C = H K.
     scores_bhl = ((q_bh W_k,h) x_bl + q_bh b_k,h) / sqrt(K)    instead of q_bh (W_k,h x_bl + b_k,h) / sqrt(K)
     out_bh     = W_v,h (sum_l p_bhl x_bl) + b_v,h              instead of sum_l p_bhl (W_v,h x_bl + b_v,h)
 
-With one query there are H vectors of C numbers to multiply the tokens with, not L keys and L values to make: 4 B H L C +
-4 B C^2 FLOP for 4 B L C^2, for RN50 (L = 50, H = 32) 28 times fewer and for ViT-B-16 (L = 197, H = 12) 48 times, and x is
-read twice. Probabilities sum to one, so that a value's bias is added once. All in plain products, differentiated by
-autograd; the softmax in float32. No attention kernel of a library is involved: with one query some give a backward pass
-that is not deterministic, or NaN (cudnn-frontend issue 1072).
+With one query, H vectors of C numbers multiply the tokens; L keys and L values need not be computed. That is
+4 B H L C + 4 B C^2 FLOP in place of 4 B L C^2: 28 times fewer for RN50 (L = 50, H = 32) and 48 times fewer for ViT-B-16
+(L = 197, H = 12), and x is read twice. Probabilities sum to one, so a value's bias is added once. Everything is plain
+products, differentiated by autograd; the softmax is float32. No attention kernel of a library is involved: with one
+query the backward pass of some is not deterministic, or gives NaN (cudnn-frontend issue 1072).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Linear = tuple[Tensor, Tensor]
 def attention_pool_ref(
     q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear, last_B: Tensor | None = None
 ) -> Tensor:
-    """With keys and values: the reference."""
+    """Compute the pool with keys and values. This is the reference."""
     k_BLHK, v_BLHK = (
         F.linear(x_BLC, *layer).unflatten(-1, q_BHK.shape[1:]) for layer in (key, value)
     )
@@ -38,14 +38,14 @@ def attention_pool_ref(
 def attention_pool(
     q_BHK: Tensor, x_BLC: Tensor, key: Linear, value: Linear, last_B: Tensor | None = None
 ) -> Tensor:
-    """Return what [B, H, K] queries read from tokens [B, L, C], as [B, C].
+    """Return the attention of queries [B, H, K] over tokens [B, L, C], as [B, C].
 
     Args:
         key, value: (weight [C, C], bias [C]) of a linear layer each.
         last_B: the last token that each query sees, for causal text; None where it sees all.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not fit.
 
     >>> linear = torch.zeros(32, 32), torch.zeros(32)
     >>> attention_pool(torch.zeros(2, 4, 8), torch.zeros(2, 5, 32), linear, linear).shape
@@ -73,7 +73,7 @@ def attention_pool(
     # In a trace a side of a shape is a tensor, whose power would be float32.
     q_BHK = q_BHK * int(size) ** -0.5
     asked_BHC = torch.einsum("bhk,hkc->bhc", q_BHK, key_HKC)
-    # The same for all tokens, which the softmax does not see: here for the bias's gradient, which is zero.
+    # This is the same for all tokens, so the softmax ignores it. It is here to give the bias its gradient, zero.
     offset_BH = (q_BHK * key[1].to(dtype).unflatten(0, (heads, size))).sum(-1)
 
     wide = torch.promote_types(dtype, torch.float32)

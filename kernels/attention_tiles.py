@@ -1,8 +1,8 @@
 """Tiles of packed attention: parts of a head, products over them, and which key a query sees.
 
-Legend: L tokens of a row, m queries, n keys, SIZE the head size, K0 and K1 its two parts (K1 may be 0): 80 is 64 + 16, since
-tiles have sides that are powers of two and padding 80 to 128 would be most of the work. Where K1 is 0 a second part is
-the first one again, and nothing is computed with it.
+Legend: L tokens of a row, m queries, n keys, SIZE the head size, K0 and K1 its two parts (K1 may be 0). 80 is 64 + 16:
+the sides of tiles are powers of two, and padding 80 to 128 would waste much work. Where K1 is 0, the second part repeats
+the first, and nothing is computed with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from clipcore.kernels.launch import tl, triton
 def _place(
     base_ptr, row, stride, L, FIRST: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, INSIDE: tl.constexpr
 ):  # fmt: skip
-    """Pointers to columns FIRST to FIRST + WIDTH of rows, and which of them exist; INSIDE: all rows do."""
+    """Return pointers to columns FIRST to FIRST + WIDTH of rows, and which of them exist. INSIDE: all rows exist."""
     column = FIRST + tl.arange(0, WIDTH)
     exists = ((row < L) | INSIDE)[:, None] & ((column < SIZE) | (FIRST + WIDTH <= SIZE))[None, :]
     return base_ptr + row[:, None] * stride + column[None, :], exists
@@ -24,7 +24,7 @@ def _place(
 def load_rows(
     base_ptr, row, stride, L, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, INSIDE: tl.constexpr
 ):  # fmt: skip
-    """Both parts of rows of a head, 0 where there is nothing."""
+    """Load both parts of rows of a head; elements past the end are 0."""
     pointers, exists = _place(base_ptr, row, stride, L, 0, K0, SIZE, INSIDE)
     first = tl.load(pointers, mask=exists, other=0.0)
     second = first
@@ -38,7 +38,7 @@ def load_rows(
 def store_rows(
     base_ptr, row, stride, L, first, second, SIZE: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
 ):  # fmt: skip
-    """Both parts of rows of a head, in the dtype of the pointer."""
+    """Store both parts of rows of a head, in the dtype of the pointer."""
     pointers, exists = _place(base_ptr, row, stride, L, 0, K0, SIZE, False)
     tl.store(pointers, first.to(base_ptr.dtype.element_ty), mask=exists)
     if K1 > 0:
@@ -48,7 +48,7 @@ def store_rows(
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
-    """Accumulators of both parts."""
+    """Return float32 accumulators of both parts, zero."""
     first = tl.zeros((ROWS, K0), dtype=tl.float32)
     second = first
     if K1 > 0:
@@ -58,7 +58,7 @@ def zero_rows(ROWS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
 
 @triton.jit
 def multiply_rows(a0, a1, b0, b1, K1: tl.constexpr):
-    """a . b^T over both parts, float32."""
+    """Return a . b^T over both parts, float32."""
     tile = tl.dot(a0, tl.trans(b0), input_precision="ieee")
     if K1 > 0:
         tile = tl.dot(a1, tl.trans(b1), tile, input_precision="ieee")
@@ -67,7 +67,7 @@ def multiply_rows(a0, a1, b0, b1, K1: tl.constexpr):
 
 @triton.jit
 def add_rows(acc0, acc1, weights, b0, b1, K1: tl.constexpr):
-    """acc + weights . b for both parts; the weights take the dtype of b."""
+    """Return acc + weights . b for both parts; the weights take the dtype of b."""
     narrow = weights.to(b0.dtype)
     acc0 = tl.dot(narrow, b0, acc0, input_precision="ieee")
     if K1 > 0:
@@ -77,7 +77,7 @@ def add_rows(acc0, acc1, weights, b0, b1, K1: tl.constexpr):
 
 @triton.jit
 def sum_products(a0, a1, b0, b1, K1: tl.constexpr):
-    """The float32 sum of a * b over each row."""
+    """Return the float32 sum of a * b over each row."""
     total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), axis=1)
     if K1 > 0:
         total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), axis=1)
@@ -88,9 +88,10 @@ def sum_products(a0, a1, b0, b1, K1: tl.constexpr):
 def hide_unseen(
     tile, m, n, L, segment_ptr, hidden, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, INSIDE: tl.constexpr
 ):  # fmt: skip
-    """The tile with `hidden` wherever query m does not see key n, two tiles of indices of which one is a column.
+    """Return the tile with `hidden` wherever query m does not see key n.
 
-    INSIDE: every n is below L. Queries past the end are the caller's affair. segment_ptr is the row's.
+    m and n are indices, one a column and one a row of the tile. INSIDE: every n is below L. The caller masks queries past
+    the end. segment_ptr points to the row's segments.
     """
     if not INSIDE:
         tile = tl.where(n < L, tile, hidden)
@@ -105,7 +106,7 @@ def hide_unseen(
 
 @triton.jit
 def load_log_sums(lse_ptr, segment_ptr, m, L, SEGMENTS: tl.constexpr):
-    """Of queries; +inf, which leaves no probability and no gradient, past the end of the row and at padding."""
+    """Load the log-sums of queries; +inf past the end and at padding, where probability and gradient are then 0."""
     exists = m < L
     if SEGMENTS:
         exists = exists & (tl.load(segment_ptr + m, mask=exists, other=-1) >= 0)

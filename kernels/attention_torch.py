@@ -1,9 +1,9 @@
-"""The passes of packed attention by torch's kernels: on the CPU, and on a GPU for what our own do not take.
+"""The passes of packed attention by torch's kernels: on the CPU, and on a GPU where our own do not serve.
 
 Legend and contract: attention.py. Nothing of L x L is kept between the passes; the mask of segments is made in each. On a
-GPU rows of 16 bits without segments that are too long for our kernels go to FlashAttention. What is left there (float32,
-float64, packed rows of more than 512 tokens or of heads that our kernels lack) goes through plain products, some rows at a
-time: not for speed. On the CPU they serve float64, and all of it where our own passes (attention_cpu.py) are not there.
+GPU 16-bit rows without segments that are too long for our kernels go to FlashAttention. The rest there (float32, float64,
+packed rows of more than 512 tokens or of head sizes that our kernels lack) takes plain products, some rows at a time,
+which is not fast. On the CPU torch serves float64, and every dtype where our own passes (attention_cpu.py) are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DENSE_BYTES = 64 * 10**6
 def forward(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(output [R, L, H*K], log-sum-exp [R, H, L])."""
+    """Return (output [R, L, H*K], log-sum-exp [R, H, L])."""
     qkv_RL3HK = _with_whole_heads(qkv_RL3HK)
     q, k, v = _split(qkv_RL3HK)
     if not qkv_RL3HK.is_cuda:
@@ -53,7 +53,7 @@ def backward(
     is_causal: bool,
     segments_RL: Tensor | None,
 ) -> Tensor:
-    """Gradient of the packed projection."""
+    """Return the gradient of the packed projection, [R, L, 3, H, K]."""
     qkv_RL3HK = _with_whole_heads(qkv_RL3HK)
     q, k, v = _split(qkv_RL3HK)
     heads = qkv_RL3HK.shape[3]
@@ -87,16 +87,16 @@ def backward(
 
 
 def _scores_gradient(dp: Tensor, p: Tensor, size: int) -> Tensor:
-    """Gradient of the products of queries and keys from that of the probabilities.
+    """Return the gradient of the products of queries and keys from that of the probabilities.
 
-    From the probabilities themselves: a token that sees itself alone then has no gradient, to the last bit.
+    It is computed from the probabilities themselves, so a token that sees only itself has a gradient of exactly 0.
     """
     return aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(size**-0.5)
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Within it FlashAttention adds up the gradients of queries in one order, where it otherwise takes what comes first."""
+    """Make FlashAttention add up the gradients of queries in a fixed order, not as they arrive."""
     was_on, only_warned = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -109,12 +109,12 @@ def _deterministic() -> Iterator[None]:
 
 
 def _with_whole_heads(qkv_RL3HK: Tensor) -> Tensor:
-    """With the columns of a head side by side, which torch's own attention takes for granted on the CPU."""
+    """Return the projection with the columns of a head side by side, as torch's attention on the CPU assumes."""
     return qkv_RL3HK if qkv_RL3HK.stride(-1) == 1 else qkv_RL3HK.contiguous()
 
 
 def _split(qkv_RL3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [R, H, L, K], as views."""
+    """Return queries, keys and values [R, H, L, K], as views."""
     q, k, v = qkv_RL3HK.permute(2, 0, 3, 1, 4)
     return q, k, v
 
@@ -127,7 +127,7 @@ def _takes_flash(qkv_RL3HK: Tensor, segments_RL: Tensor | None) -> bool:
 def _scores(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their masked scores [rows, H, L, L], float32 at least), so many rows at a time as 64 MB of scores hold."""
+    """Yield (rows, their masked scores [rows, H, L, L], at least float32), as many rows as 64 MB of scores hold."""
     q, k, _ = _split(qkv_RL3HK)
     wide = accumulate_dtype(q.dtype)
     length = q.shape[2]
@@ -148,7 +148,7 @@ def _padding(segments_RL: Tensor) -> Tensor:
 
 
 def _mask(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> Tensor | None:
-    """What is added to the scores, [R, 1, L, L]: 0 within a segment, else -inf."""
+    """Return the mask that is added to the scores, [R, 1, L, L]: 0 within a segment, else -inf."""
     if segments_RL is None:
         return None
     seen = segments_RL[:, None, :, None] == segments_RL[:, None, None, :]

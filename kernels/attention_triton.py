@@ -1,20 +1,20 @@
-"""Packed attention of short rows in Triton: what is launched for which row, and the launch table.
+"""Packed attention of short rows in Triton: the launches and the launch table.
 
 Legend and contract: attention.py; the mathematics: attention_kernels.py.
 
 At CLIP's lengths attention is bound by memory, and kernels for long sequences spend most of their work on padding: 257
-tokens are 2.2 times the work in tiles of 128 x 128, and 1.1 times in blocks and steps of 64 with rests of 16. Everything is
-read where the projection's layer wrote it, and the gradient written where its backward pass reads it.
+tokens are 2.2 times the work in tiles of 128 x 128, and 1.1 times in blocks and steps of 64 with rests of 16. Operands are
+read where the projection's layer wrote them, and the gradient is written where that layer's backward pass reads it.
 
-The backward pass of a short row is one tile, five products. A longer row's has seven: the probabilities are made once for
-blocks of queries and once more for blocks of keys, so that each sum has one owner, no atomics and an order of its own.
+The backward pass of a short row is one tile, five products. A longer row takes seven: the probabilities are computed once
+for blocks of queries and once for blocks of keys. So each sum has one owner and a fixed order, without atomics.
 
 Traffic of b-byte elements, of R L H K: forward 4 b (3 in, 1 out), backward 7 b in one tile, 8 b otherwise (a pass of its
 own for queries and one for keys: 12 b), and 4 bytes a token and head. FLOPs, of R H L^2 K: forward 4, backward 10 in one
 tile and 14 otherwise.
 
 Sources: NVIDIA apex's fmha (a block of threads for each sequence and head); FlashAttention-2 (arXiv 2307.08691:
-probabilities made again from the log-sum-exp, delta).
+probabilities recomputed from the log-sum-exp, delta).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from clipcore.kernels.attention_kernels import (
 from clipcore.kernels.launch import triton
 from clipcore.kernels.logits.pairs import LOG2E
 
-# Longer rows have work enough to fill the library's tiles.
+# Longer rows have enough work to fill the library's tiles.
 LONGEST = 512
 WIDEST = 128
 
 # (architecture, kernel) -> (most tokens, widest head) -> BLOCK, STEP, the least side of a rest or tail, num_warps,
-# num_stages; the first row that holds the problem counts. The backward pass takes "tile" where that has one, else "both"
-# (queries and keys in one launch), else "query" and "key". No row spills.
+# num_stages. The first row that holds the problem is used. The backward pass takes "tile" where that has a row, else
+# "both" (queries and keys in one launch), else "query" and "key". No row spills.
 Launches = dict[tuple[int, int], tuple[int, int, int, int, int]]
 _SHORT: Launches = {(16, 64): (16, 16, 16, 1, 1), (32, 64): (32, 32, 32, 4, 1)}
 _TILE: Launches = {
@@ -68,10 +68,11 @@ _LAUNCH_TABLE: dict[tuple[int, str], Launches] = {
 def supports(
     length: int, head_size: int, dtype: torch.dtype, is_causal: bool, has_segments: bool
 ) -> bool:
-    """Whether the kernels serve such rows on a GPU; causal or not and segments or not make no difference.
+    """Return whether the kernels serve such rows on a GPU; causality and segments make no difference.
 
-    Heads of 40 and 48 columns, parts of 32 and 16, are the library's: rows of 33 tokens came out wrong on an H100 (Triton
-    3.6, docs/log.md), where all other sizes were right, as 40 is in the interpreter. No published CLIP has them.
+    Heads of 40 and 48 columns (parts of 32 and 16) are left to the library: rows of 33 tokens came out wrong on an H100
+    (Triton 3.6, docs/log.md). All other sizes were right there, and 40 is right in the interpreter. No published CLIP has
+    such heads.
     """
     fits = 1 <= length <= LONGEST and head_size % 8 == 0 and 8 <= head_size <= WIDEST
     return fits and head_parts(head_size) != (32, 16) and dtype in (torch.float16, torch.bfloat16)
@@ -80,7 +81,7 @@ def supports(
 def forward(
     qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(output [R, L, H*K], float32 [R, H, L] logarithms to base 2 of the softmax's sums)."""
+    """Return (output [R, L, H*K], float32 [R, H, L] logarithms to base 2 of the softmax's sums)."""
     rows, length, _, heads, size = qkv_RL3HK.shape
     qkv_RL3HK = qkv_RL3HK.contiguous()
     out_RLD = qkv_RL3HK.new_empty(rows, length, heads * size)
@@ -106,7 +107,7 @@ def backward(
     is_causal: bool,
     segments_RL: Tensor | None,
 ) -> Tensor:
-    """[R, L, 3, H, K], every element written: the projection's gradient, from the output's and what `forward` returned."""
+    """Return the projection's gradient [R, L, 3, H, K], every element written, from the output's and `forward`'s results."""
     qkv_RL3HK, grad_RLD = qkv_RL3HK.contiguous(), grad_RLD.contiguous()
     dqkv_RL3HK = torch.empty_like(qkv_RL3HK)
     if dqkv_RL3HK.numel() == 0:
@@ -131,7 +132,7 @@ def backward(
 
 
 def _problem(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> dict[str, Any]:
-    """Launch keywords that every kernel has."""
+    """Return the launch keywords that every kernel has."""
     _, length, _, heads, size = qkv_RL3HK.shape
     first_part, second_part = head_parts(size)
     return {
@@ -149,7 +150,7 @@ def _problem(qkv_RL3HK: Tensor, is_causal: bool, segments_RL: Tensor | None) -> 
 
 
 def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str, Any]] | None:
-    """Grid and launch keywords by the table; None where the kernel has no row for the problem."""
+    """Return grid and launch keywords by the table; None where the kernel has no row for the problem."""
     rows, length, _, heads, size = qkv_RL3HK.shape
     architecture = launch.architecture(qkv_RL3HK.device)
     table = _LAUNCH_TABLE.get((architecture, kernel), {})
@@ -180,12 +181,12 @@ def _launch_config(qkv_RL3HK: Tensor, kernel: str) -> tuple[tuple[int], dict[str
 
 
 def _side(number: int, least: int = 16) -> int:
-    """The side of a tile that holds so many; 0 for none."""
+    """Return the side of a tile that holds this many, at least `least`; 0 for none."""
     return max(least, triton.next_power_of_2(number)) if number else 0
 
 
 def head_parts(size: int) -> tuple[int, int]:
-    """The head size as one side of a tile or, where that has fewer columns, as two: 64 is (64, 0), 80 is (64, 16)."""
+    """Split the head size into two sides of tiles where they pad less than one: 64 is (64, 0), 80 is (64, 16)."""
     one = _side(size)
     two = one // 2, _side(size - one // 2)
     return two if two[0] >= 16 and sum(two) < one else (one, 0)

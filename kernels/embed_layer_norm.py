@@ -3,14 +3,16 @@
 x = cat(class, patches) + position, rounded to the dtype of the patches;    y = LayerNorm(x)
 dpatches = dx without the class token's row,    dposition_l = sum_b dx_bl,    dclass = dposition_0
 
-x is never stored on a GPU: the backward pass adds it up again. Positions cost no pass of their own, because a program
-of `layer_norm_triton.py` walks over the images of one token.
+x is never stored on a GPU: the backward pass computes the sum again. Positions need no pass of their own, because a
+program of `layer_norm_triton.py` walks over the images of one token.
 
 Legend: B images, P patches, L = P + 1 tokens, D width, N = B L. Precision: as layer_norm.py. Traffic for b-byte
 elements: 2 N D b forward, 3 N D b backward. Bound by memory. Determinism: as layer_norm.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def embed_layer_norm_ref(
     bias_D: Tensor,
     eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm of class token and patches plus positions, with the sum in the dtype of the patches: the reference."""
+    """Return LayerNorm of class token and patches plus positions, summed in the patches' dtype. The reference."""
     class_B1D = class_D.to(patches_BPD.dtype).expand(patches_BPD.shape[0], 1, -1)
     x_BLD = torch.cat([class_B1D, patches_BPD], 1) + position_LD.to(patches_BPD.dtype)
     return layer_norm_ref(x_BLD, weight_D, bias_D, eps)
@@ -46,7 +48,7 @@ def embed_layer_norm_ref(
 
 
 def _embed_cpu(patches_BPD: Tensor, class_D: Tensor, position_LD: Tensor) -> Tensor:
-    """x_BLD, written once."""
+    """Return x_BLD, written once."""
     B, P, D = patches_BPD.shape
     class_D, position_LD = class_D.to(patches_BPD.dtype), position_LD.to(patches_BPD.dtype)
     x_BLD = patches_BPD.new_empty((B, P + 1, D))
@@ -66,7 +68,7 @@ def embed_layer_norm_forward(
     bias_D: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_BLD, mean_N, rstd_N) for the N = B L tokens: class token and patches, plus positions, normalised."""
+    """Return (y_BLD, mean_N, rstd_N) of the N = B L tokens: class token and patches, plus positions, normalised."""
     if not launch.in_triton(patches_BPD):
         x_BLD = _embed_cpu(patches_BPD, class_D, position_LD)
         return normalize_cpu(x_BLD, weight_D, bias_D, eps)
@@ -84,7 +86,7 @@ def embed_layer_norm_backward(
     rstd_N: Tensor,
     weight_D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dpatches_BPD, dweight_D, dbias_D, dposition_LD); the gradient of the class token is dposition[0]."""
+    """Return (dpatches_BPD, dweight_D, dbias_D, dposition_LD); the class token's gradient is dposition[0]."""
     if launch.in_triton(patches_BPD):
         with launch.on_device(patches_BPD.device):
             return backward_triton(
@@ -117,19 +119,34 @@ _backward_op = operator(embed_layer_norm_backward)
 
 
 @_forward_op.register_fake
-def _(patches_BPD, class_D, position_LD, weight_D, bias_D, eps):
+def _(
+    patches_BPD: Tensor,
+    class_D: Tensor,
+    position_LD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
     B, P, D = patches_BPD.shape
     N = B * (P + 1)
     return patches_BPD.new_empty(B, P + 1, D), *wide_like(patches_BPD, (N,), (N,))
 
 
 @_backward_op.register_fake
-def _(dy_BLD, patches_BPD, class_D, position_LD, mean_N, rstd_N, weight_D):
+def _(
+    dy_BLD: Tensor,
+    patches_BPD: Tensor,
+    class_D: Tensor,
+    position_LD: Tensor,
+    mean_N: Tensor,
+    rstd_N: Tensor,
+    weight_D: Tensor,
+) -> tuple[Tensor, ...]:
     shapes = weight_D.shape, weight_D.shape, position_LD.shape
     return patches_BPD.new_empty(patches_BPD.shape), *wide_like(patches_BPD, *shapes)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     patches_BPD, class_D, position_LD, weight_D, bias_D, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -137,7 +154,7 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = bias_D.dtype
 
 
-def _backward(ctx, dy_BLD, *_):
+def _backward(ctx: Any, dy_BLD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     launch.check_first_order("embed_layer_norm")
     if dy_BLD is None:
         return None, None, None, None, None, None
@@ -166,7 +183,7 @@ def embed_layer_norm(
     bias_D: Tensor,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The tokens [B, P + 1, D] that enter a Vision Transformer: class token before patches, plus positions, normalised.
+    """Return the tokens [B, P + 1, D] that enter a Vision Transformer: class token, patches, plus positions, normalised.
 
     Args:
         patches_BPD: the embedded patches; the sum and the result have their dtype.

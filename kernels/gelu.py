@@ -1,19 +1,21 @@
-"""GELU and QuickGELU, the activations of CLIP's MLPs, and the column sums that their backward pass has in hand.
+"""GELU and QuickGELU, the activations of CLIP's MLPs, and the column sums of their gradient in the same pass.
 
 y = x g(x),    dx = dy (g(x) + x g'(x)),    dx_sum_f = sum_n dx_nf
 ``erf``:   g = Phi(x), the normal distribution's (Hendrycks and Gimpel 2016);
 ``tanh``:  g = sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the same paper's approximation;
 ``quick``: g = sigmoid(1.702 x), which OpenAI's weights were trained with.
-dx_sum is the gradient of the bias of the linear layer before, which a pass of its own over dx would read again.
+dx_sum is the gradient of the preceding linear layer's bias. A pass of its own would read dx once more.
 
 Legend: N rows, F width of the MLP. Precision: loads any dtype, computes in float32, stores the input's; dx_sum float32
 (float64 for float64, by torch). Traffic for b-byte elements: 2 N F b forward, 3 N F b backward and N F b more for y.
-Bound by memory, if g takes few instructions: Phi is a polynomial times exp(-x^2 / 2), which the derivative needs in any
-case, in place of erf's two branches.
+Bound by memory, if g takes few instructions: Phi is a polynomial times exp(-x^2 / 2), in place of erf's two branches; the
+derivative needs that exponential in any case.
 Determinism: one program owns a strip of rows and columns; its sums of columns are added in the order of the programs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ CUBIC = 0.044715
 
 
 def gelu_ref(x: Tensor, kind: str = "erf") -> Tensor:
-    """The definitions, term by term: the reference."""
+    """Return the activation by its definition, term by term. This is the reference."""
     if kind == "quick":
         return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
     if kind == "tanh":
@@ -42,9 +44,9 @@ def gelu_ref(x: Tensor, kind: str = "erf") -> Tensor:
 
 @triton.jit
 def _gate(x, KIND: tl.constexpr):
-    """g(x) and x g'(x) of float32 x."""
+    """Return g(x) and x g'(x) of float32 x."""
     if KIND == "erf":
-        # Phi(-|x|) = t P(t) exp(-x^2 / 2) with t = 1 / (1 + 0.36 |x|): P by least maximum of the error, 6e-8 of Phi.
+        # Phi(-|x|) = t P(t) exp(-x^2 / 2) with t = 1 / (1 + 0.36 |x|): P has the least maximum error, 6e-8 of Phi.
         t = 1.0 / (1.0 + 0.36 * tl.abs(x))
         poly = 0.04218040406703949 * t - 0.16096250712871552
         poly = poly * t + 0.15222041308879852
@@ -125,7 +127,7 @@ _BACKWARD_LAUNCH = (4, 512, 4, 6)
 
 
 def gelu_forward_triton(x_NF: Tensor, kind: str) -> Tensor:
-    """`gelu_forward` on the device of x."""
+    """Launch `gelu_forward` on the device of x."""
     x_NF = x_NF.contiguous()
     y_NF = torch.empty_like(x_NF)
     block, num_warps = _FORWARD_LAUNCH
@@ -144,7 +146,7 @@ def gelu_forward_triton(x_NF: Tensor, kind: str) -> Tensor:
 def gelu_backward_triton(
     dy_NF: Tensor, x_NF: Tensor, kind: str, want_column_sum: bool, want_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gelu_backward` on the device of x."""
+    """Launch `gelu_backward` on the device of x."""
     dy_NF, x_NF = dy_NF.contiguous(), x_NF.contiguous()
     N, F = x_NF.shape
     dx_NF = torch.empty_like(x_NF)
@@ -187,7 +189,7 @@ def _approximate(kind: str) -> str:
 
 
 def gelu_forward_cpu(x_NF: Tensor, kind: str) -> Tensor:
-    """`gelu_forward` by torch's kernels. QuickGELU is silu(1.702 x) / 1.702, in place: fresh memory costs most."""
+    """Compute `gelu_forward` by torch's kernels. QuickGELU is silu(1.702 x) / 1.702, in place: new memory costs most."""
     y_NF = x_NF.new_empty(x_NF.shape)
     if kind != "quick":
         return torch.ops.aten.gelu.out(x_NF, approximate=_approximate(kind), out=y_NF)
@@ -198,7 +200,7 @@ def gelu_forward_cpu(x_NF: Tensor, kind: str) -> Tensor:
 def gelu_backward_cpu(
     dy_NF: Tensor, x_NF: Tensor, kind: str, want_column_sum: bool, want_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gelu_backward` by torch's kernels."""
+    """Compute `gelu_backward` by torch's kernels."""
     dx_NF = x_NF.new_empty(x_NF.shape)
     if kind == "quick":
         torch.mul(x_NF, QUICK_GELU_SLOPE, out=dx_NF)
@@ -219,7 +221,7 @@ def _wide(x_NF: Tensor) -> torch.dtype:
 
 
 def gelu_forward(x_NF: Tensor, kind: str) -> Tensor:
-    """The activation y of every element of a matrix, contiguous; not differentiable."""
+    """Return the activation y of every element of a matrix, contiguous; not differentiable."""
     if not launch.in_triton(x_NF):
         return gelu_forward_cpu(x_NF, kind)
     with launch.on_device(x_NF.device):
@@ -229,10 +231,10 @@ def gelu_forward(x_NF: Tensor, kind: str) -> Tensor:
 def gelu_backward(
     dy_NF: Tensor, x_NF: Tensor, kind: str, want_column_sum: bool, want_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x from that of y, its sum over rows, and y anew, in one pass.
+    """Compute the gradient of x from that of y, its sum over rows, and y again, in one pass.
 
     Returns:
-        dx_NF; dx_sum_F, float32 (float64 for float64); y_NF. What is not wanted is an empty tensor.
+        dx_NF; dx_sum_F, float32 (float64 for float64); y_NF. An unwanted result is an empty tensor.
     """
     if not launch.in_triton(x_NF):
         return gelu_backward_cpu(dy_NF, x_NF, kind, want_column_sum, want_output)
@@ -261,12 +263,12 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     x_NF, ctx.kind = inputs
     ctx.save_for_backward(x_NF)
 
 
-def _backward(ctx, dy_NF: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor, None]:
     launch.check_first_order("gelu")
     (x_NF,) = ctx.saved_tensors
     dx_NF, _, _ = torch.ops.clipcore.gelu_backward(dy_NF, x_NF, ctx.kind, False, False)
@@ -279,14 +281,14 @@ launch.register_autocast("gelu_backward", num_operands=0)
 
 
 def gelu(x: Tensor, kind: str = "erf") -> Tensor:
-    """The activation of every element of ``x``, of any shape; differentiable once.
+    """Return the activation of every element of ``x``, of any shape; differentiable once.
 
     Args:
         x: float32, bfloat16, float16 or float64.
         kind: ``erf`` for GELU, ``tanh`` for its approximation, ``quick`` for QuickGELU.
 
     Raises:
-        ValueError: another kind.
+        ValueError: the kind is none of these.
 
     >>> gelu(torch.zeros(2))
     tensor([0., 0.])
@@ -294,7 +296,7 @@ def gelu(x: Tensor, kind: str = "erf") -> Tensor:
     if kind not in KINDS:
         raise ValueError(f"the kinds of GELU are {', '.join(KINDS)}, got {kind!r}")
     if torch.jit.is_tracing():
-        # Whoever runs a trace may have no clipcore: operators of torch alone.
+        # A trace may be run where clipcore is not installed, so it holds operators of torch alone.
         return gelu_ref(x, kind) if kind == "quick" else F.gelu(x, approximate=_approximate(kind))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.reshape(1, -1)
     return torch.ops.clipcore.gelu_forward(rows, kind).reshape(x.shape)

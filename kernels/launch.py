@@ -1,4 +1,4 @@
-"""What every kernel file needs on the host: Triton itself, the chip's table row, dtype rules, autocast, products.
+"""Shared host code of the kernel files: Triton itself, the chip's table row, dtype rules, autocast, products.
 
 Kernel files import `tl` and `triton` from here. On Linux they are the real ones. Where Triton does not exist (macOS,
 Windows) the stand-ins let the modules import, because every operation there runs on the CPU path.
@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:
 
     class _NoTriton:
-        """Lets `@triton.jit` decorate; anything that would launch fails with AttributeError."""
+        """Let `@triton.jit` decorate; a launch fails with AttributeError."""
 
         @staticmethod
         def jit(fn: Any) -> Any:
@@ -41,7 +41,7 @@ STRIP_ELEMENTS = 2**20
 
 
 def architecture(device: torch.device) -> int:
-    """The launch-table row for a device: 80, 90 or 100.
+    """Return the launch-table row for a device: 80, 90 or 100.
 
     Row 80 keeps to the 99 KB of shared memory that sm_86, sm_89 and sm_120 have too, so it serves every other chip.
     The interpreter on the CPU reads row 90.
@@ -62,12 +62,12 @@ def most_registers(architecture: int, num_warps: int) -> int | None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: Triton launches there, whatever device its tensors are on."""
+    """Make a GPU the current one: Triton launches there, whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def uncast(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast: for passes that say themselves what is computed in which dtype.
+    """Turn autocast off, for passes that choose their dtypes themselves.
 
     The meta device, on which shapes and FLOPs are counted, has no autocast.
     """
@@ -77,17 +77,17 @@ def uncast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def in_triton(x: Tensor) -> bool:
-    """Whether kernels compute it: all on CUDA but float64, which torch computes there, for comparisons."""
+    """Return whether our kernels compute x: all of CUDA but float64, which torch computes there, for comparisons."""
     return x.is_cuda and x.dtype != torch.float64
 
 
-# Of the process, not of a thread: on a GPU the backward pass has a thread of its own.
+# Counted for the process, not for a thread: on a GPU the backward pass runs in a thread of its own.
 _watchers = 0
 
 
 @contextmanager
 def visible_operators() -> Iterator[None]:
-    """Within it `eager` calls go through the dispatcher, where profilers and dispatch modes see them; to the same bits."""
+    """Send `eager` calls through the dispatcher, where profilers and dispatch modes see them; the bits stay the same."""
     global _watchers
     _watchers += 1
     try:
@@ -97,10 +97,10 @@ def visible_operators() -> Iterator[None]:
 
 
 def eager(function: Any) -> Any:
-    """The function itself, but for the compiler and those who watch, who are to see the operator `clipcore::<its name>`.
+    """Return the function itself, or the operator `clipcore::<its name>` where a compiler or a profiler has to see it.
 
-    Those who watch have a dispatch mode, such as torch's FLOP counter, or are within `visible_operators`.
-    Within a pass that differentiates by itself the dispatcher has nothing to do.
+    That is under torch.compile, under a dispatch mode such as torch's FLOP counter, and within `visible_operators`.
+    Elsewhere a pass with its own backward pass does not need the dispatcher, and saves its time.
     """
     if _watchers or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return getattr(torch.ops.clipcore, function.__name__)
@@ -108,9 +108,10 @@ def eager(function: Any) -> Any:
 
 
 def as_fresh(x: Tensor) -> Tensor:
-    """x in the same memory, but no view of another tensor: what FSDP wants of a module's outputs.
+    """Return x in the same memory, but as no view of another tensor: FSDP requires that of a module's outputs.
 
-    It counts changes in place for itself: a pass that keeps x keeps this one, not the tensor that it was made of.
+    The result has a version counter of its own. A pass that keeps x for its backward pass has to keep this tensor, not
+    the one that it was made of, so that changes in place are seen.
     """
     if torch.compiler.is_compiling():
         return x
@@ -120,8 +121,8 @@ def as_fresh(x: Tensor) -> Tensor:
 def check_first_order(name: str) -> None:
     """Refuse a graph of the gradients, in a backward pass that cannot be differentiated itself.
 
-    Said at once: torch would name an operator that nobody has called, ``once_differentiable`` tells only where an incoming
-    gradient has a graph itself, and ``torch.autograd.grad`` with ``allow_unused`` would return None for what is missing.
+    The error comes at once. torch would name an operator that the user has not called, ``once_differentiable`` raises only
+    if an incoming gradient has a graph itself, and ``torch.autograd.grad`` with ``allow_unused`` would return None.
 
     Args:
         name: of the function that was called, for the message.
@@ -153,14 +154,14 @@ def first_order(name: str) -> Any:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, which is torch's to compute; everything narrower accumulates in float32."""
+    """Return the dtype of sums: float64 for float64, which torch computes, and float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def column_sum(x_ND: Tensor) -> Tensor:
-    """Sum over rows in float32 (float64 for float64), which torch's own sum of 16-bit rows would round.
+    """Sum over rows in float32 (float64 for float64); torch's own sum of 16-bit rows would round to 16 bits.
 
-    On the CPU by strips: a sum with a dtype converts all of x first.
+    On the CPU it goes by strips: torch's sum with a dtype converts all of x first.
     """
     wide = accumulate_dtype(x_ND.dtype)
     if x_ND.is_cuda or x_ND.dtype == wide:
@@ -172,7 +173,7 @@ def column_sum(x_ND: Tensor) -> Tensor:
 
 
 def as_scalar(name: str, value: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
-    """A number, or a tensor of one floating-point element beside x and y, as a tensor on their device."""
+    """Return a number, or a tensor of one floating-point element on the device of x and y, as a tensor there."""
     if not isinstance(value, Tensor):
         dtype = accumulate_dtype(torch.promote_types(x.dtype, y.dtype))
         return torch.full((), float(value), dtype=dtype, device=x.device)
@@ -185,14 +186,14 @@ def as_scalar(name: str, value: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit_inner_stride(x_ND: Tensor) -> Tensor:
-    """x_ND itself when its rows are contiguous, else a contiguous copy: kernels take the row stride only."""
+    """Return x_ND itself when its rows are contiguous, else a contiguous copy: kernels take only the row stride."""
     return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()
 
 
 def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
-    """x_ND itself when a tile kernel can stream it, else a copy widened by zeros to a multiple of elements.
+    """Return x_ND itself when a tile kernel can stream it, else a copy padded by zeros to a multiple of elements.
 
-    Asynchronous copies to shared memory take 16 aligned bytes at a time; without them a tile kernel has no pipeline
+    Asynchronous copies to shared memory take 16 aligned bytes at a time. Without them a tile kernel has no pipeline
     (and spills). Every width of a CLIP embedding is a multiple of 64 and is not copied.
     """
     width = x_ND.shape[1]
@@ -203,10 +204,10 @@ def aligned_rows(x_ND: Tensor, multiple: int) -> Tensor:
 
 
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b by the vendor's library with a float32 result that is never rounded to a 16-bit input dtype.
+    """Return a @ b by the vendor's library in float32, never rounded to a 16-bit input dtype.
 
-    float32 operands follow torch.set_float32_matmul_precision, as every torch product does. Rows of `out` are contiguous;
-    they may be apart, which the library takes as it is.
+    float32 operands follow torch.set_float32_matmul_precision, as every torch product does. Each row of `out` is
+    contiguous; the row stride may be larger, which the library supports.
     """
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
@@ -216,9 +217,9 @@ def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def addmm_fp32_(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc += a @ b in place, acc float32 and contiguous: `matmul_fp32` that continues a sum."""
+    """Add a @ b to acc in place, as `matmul_fp32` computes it; acc is float32 and contiguous."""
     if a.device.type == "meta":
-        return  # Without values nothing changes, and torch 2.11 has no such product of meta tensors.
+        return  # Meta tensors have no values, and torch 2.11 has no such product of them.
     if a.dtype == torch.float32:
         acc.addmm_(a, b)
     elif a.device.type == "cpu":
@@ -228,11 +229,11 @@ def addmm_fp32_(acc: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def register_autocast(op: str, *, num_operands: int) -> None:
-    """Autocast rule of `clipcore::<op>`: the first `num_operands` arguments take the autocast dtype, the rest stay.
+    """Register the autocast rule of `clipcore::<op>`: the first `num_operands` arguments are cast, the rest stay.
 
     torch.library.register_autocast casts every floating-point argument to one fixed dtype. A logit scale of 14.29
     would become 14.31 in bfloat16, and a float16 region would compute in bfloat16, so the rule is our own. Inside the
-    operator autocast is off in any case; num_operands=0 asks for just that.
+    operator autocast is off in any case; num_operands=0 does only that.
     """
     overload = getattr(torch.ops.clipcore, op).default
 

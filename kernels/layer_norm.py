@@ -1,12 +1,12 @@
-"""Layer normalisation over the last axis, with what stands before and after it in a transformer in the same pass.
+"""Layer normalisation over the last axis, in one pass with the sum before it and the gradients that join it.
 
 x_hat = (x - mean(x)) / sqrt(var(x) + eps),    y = x_hat w + b
 dx = rstd (g - mean(g) - x_hat mean(g x_hat)) + dstream,  g = dy w;    dw = sum_n dy x_hat,    db = sum_n dy
 
-Forward, x may be a sum: the residual stream and a block's output, or the tokens of an image and their positions. It is
-rounded to its dtype first, so that the stream that is stored is the one that was normalised. Backward, dstream is the
-gradient that reaches x beside the LayerNorm, and the sum of dx over rows, the gradient of the bias of the linear layer
-whose output was added to the stream, costs nothing.
+Forward, x may be a sum: the residual stream and a block's output, or the tokens of an image and their positions. The sum
+is rounded to its dtype first, so that the stored stream is the one that was normalised. Backward, dstream is the gradient
+that reaches x by the residual connection. The sum of dx over rows is the gradient of a bias: that of the linear layer
+whose output was added to the stream. It costs no pass of its own.
 
 Legend: N rows, D width, B images, P patches, L = P + 1 tokens. Precision: statistics, sums over rows and everything in
 registers are float32 whatever the dtype of x (float64 for float64, by torch); y and dx have the dtype of x, as in CLIP's
@@ -14,11 +14,14 @@ own LayerNorm; weight and bias may have another. Traffic for b-byte elements: 2 
 3 N D b backward, 4 N D b with dstream. Bound by memory.
 Determinism: no atomics; sums over rows are added in a fixed order.
 
-On the CPU the passes are torch's own. Its backward pass sums the gradients of 16-bit weights in 16 bits, a third of
-their size off after 6,400 rows: 16-bit rows go through it as float32, in strips that the cache holds.
+On the CPU the passes are torch's own. Its backward pass sums the gradients of 16-bit weights in 16 bits, which after
+6,400 rows is wrong by a third of their size. So 16-bit rows go through it as float32, in strips that the cache holds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +29,13 @@ from torch import Tensor
 from clipcore.kernels import launch
 from clipcore.kernels.layer_norm_triton import MAX_WIDTH, backward_triton, forward_triton
 
-# torch adds up a thread's rows one after the other: after some hundreds the float32 sum has several times the error of a
-# sum by halves. So many are left to it, and their sums are added in float64.
+# torch adds up a thread's rows one after the other. After some hundreds the float32 sum has several times the error of a
+# pairwise sum. torch sums at most this many rows, and their sums are added in float64.
 SUMMED_ROWS = 128
 
 
 def layer_norm_ref(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5) -> Tensor:
-    """The definition, term by term: the reference."""
+    """Compute LayerNorm by its definition, term by term. This is the reference."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     centred = x.to(dtype) - x.to(dtype).mean(-1, keepdim=True)
     scaled = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -45,7 +48,7 @@ def layer_norm_ref(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-
 def normalize_cpu(
     x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean_N, rstd_N; float32 weights beside 16-bit rows are what makes torch's statistics float32."""
+    """Return (y, mean_N, rstd_N). With float32 weights torch computes float32 statistics of 16-bit rows."""
     wide = launch.accumulate_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
         x.contiguous(), x.shape[-1:], weight_D.to(wide), bias_D.to(wide), eps
@@ -61,7 +64,7 @@ def backward_cpu(
     weight_D: Tensor,
     dstream_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_ND, dweight_D and dbias_D, all wide."""
+    """Return (dx_ND, dweight_D, dbias_D), all in the wide dtype of the statistics."""
     wide = mean_N.dtype
     weight_D = weight_D.to(wide)
     dx_ND, dweight_D, dbias_D = torch.ops.aten.native_layer_norm_backward(
@@ -72,6 +75,7 @@ def backward_cpu(
 
 
 def strips(num_rows: int, row_elements: int) -> list[slice]:
+    """Split the rows into strips that the cache holds."""
     rows = max(1, launch.STRIP_ELEMENTS // max(1, row_elements))
     return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
 
@@ -82,7 +86,7 @@ def strips(num_rows: int, row_elements: int) -> list[slice]:
 def layer_norm_forward(
     x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_ND, mean_N, rstd_N) of the rows of a matrix, the statistics for `layer_norm_backward`."""
+    """Return (y_ND, mean_N, rstd_N) of the rows of a matrix; `layer_norm_backward` takes the statistics."""
     if not launch.in_triton(x_ND):
         return normalize_cpu(x_ND, weight_D, bias_D, eps)
     with launch.on_device(x_ND.device):
@@ -92,7 +96,7 @@ def layer_norm_forward(
 def add_layer_norm_forward(
     x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream_ND, y_ND, mean_N, rstd_N): stream = x + delta in the dtype of x, and `layer_norm_forward` of it."""
+    """Return (stream_ND, y_ND, mean_N, rstd_N): stream = x + delta in the dtype of x, then `layer_norm_forward` of it."""
     if not launch.in_triton(x_ND):
         stream_ND = torch.add(x_ND, delta_ND, out=x_ND.new_empty(x_ND.shape))
         return stream_ND, *normalize_cpu(stream_ND, weight_D, bias_D, eps)
@@ -103,9 +107,9 @@ def add_layer_norm_forward(
 def layer_norm_apply(
     x_ND: Tensor, mean_N: Tensor, rstd_N: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> Tensor:
-    """y_ND once more, with the bits that the forward pass gave, or on a GPU to its last place; eps is that pass's.
+    """Compute y_ND again, with the forward pass's bits, or on a GPU to the last place; eps is that pass's.
 
-    A GPU reads the statistics. torch has no such pass on the CPU, and the one that takes them anew is as fast there.
+    A GPU reads the statistics. On the CPU torch has no such pass; computing them again is as fast there.
     """
     if not launch.in_triton(x_ND):
         return normalize_cpu(x_ND, weight_D, bias_D, eps)[0]
@@ -122,10 +126,10 @@ def layer_norm_backward(
     dstream_ND: Tensor | None,
     want_column_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx_ND, dweight_D, dbias_D, dx_sum_D): the gradients from dy, dx with dstream added, and the sum of its rows.
+    """Return (dx_ND, dweight_D, dbias_D, dx_sum_D): the gradients from dy, and the sum of dx over rows.
 
-    x is what was normalised: the stream where something was added. The vectors are float32 (float64 for float64);
-    dx_sum is an empty one unless it is wanted.
+    dx includes dstream. x is the normalised input: the stream, if a delta was added. The vectors are float32 (float64 for
+    float64); dx_sum is empty unless it is wanted.
     """
     if launch.in_triton(x_ND):
         with launch.on_device(x_ND.device):
@@ -139,7 +143,7 @@ def layer_norm_backward(
         grads = backward_cpu(dy_ND, x_ND, mean_N, rstd_N, weight_D, dstream_ND)
         return *grads, grads[0].sum(0) if want_column_sum else mean_N.new_empty(0)
     dx_ND = x_ND.new_empty(x_ND.shape)
-    # Strips are added in float64, which costs nothing.
+    # The sums of strips are added in float64, at no measurable cost.
     sums_3D = x_ND.new_zeros((3, x_ND.shape[1]), dtype=torch.float64)
     for rows in strips(len(x_ND), max(x_ND.shape[1], launch.STRIP_ELEMENTS // SUMMED_ROWS)):
         dx, dweight, dbias = backward_cpu(
@@ -158,8 +162,8 @@ def layer_norm_backward(
 # Their operators.
 
 
-def operator(fn):
-    """`clipcore::<name of fn>`; autocast is off inside."""
+def operator(fn: Callable[..., Any]) -> Any:
+    """Register fn as the operator `clipcore::<name of fn>` and return it; autocast is off inside."""
     op = torch.library.custom_op(f"clipcore::{fn.__name__}", fn, mutates_args=())
     launch.register_autocast(fn.__name__, num_operands=0)
     return op
@@ -172,45 +176,58 @@ _backward_op = operator(layer_norm_backward)
 
 
 def wide_like(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Wide tensors of these shapes on the device of x."""
+    """Return uninitialised wide tensors of these shapes on the device of x."""
     wide = launch.accumulate_dtype(x.dtype)
     return [x.new_empty(shape, dtype=wide) for shape in shapes]
 
 
 @_forward_op.register_fake
-def _(x_ND, weight_D, bias_D, eps):
+def _(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, ...]:
     return x_ND.new_empty(x_ND.shape), *wide_like(x_ND, x_ND.shape[:1], x_ND.shape[:1])
 
 
 @_add_forward_op.register_fake
-def _(x_ND, delta_ND, weight_D, bias_D, eps):
+def _(
+    x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, ...]:
     stream_ND, y_ND = (x_ND.new_empty(x_ND.shape) for _ in range(2))
     return stream_ND, y_ND, *wide_like(x_ND, x_ND.shape[:1], x_ND.shape[:1])
 
 
 @_apply_op.register_fake
-def _(x_ND, mean_N, rstd_N, weight_D, bias_D, eps):
+def _(
+    x_ND: Tensor, mean_N: Tensor, rstd_N: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> Tensor:
     return x_ND.new_empty(x_ND.shape)
 
 
 @_backward_op.register_fake
-def _(dy_ND, x_ND, mean_N, rstd_N, weight_D, dstream_ND, want_column_sum):
+def _(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    mean_N: Tensor,
+    rstd_N: Tensor,
+    weight_D: Tensor,
+    dstream_ND: Tensor | None,
+    want_column_sum: bool,
+) -> tuple[Tensor, ...]:
     sum_shape = weight_D.shape if want_column_sum else (0,)
     return x_ND.new_empty(x_ND.shape), *wide_like(x_ND, weight_D.shape, weight_D.shape, sum_shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_ND, weight_D, ctx.bias_dtype = inputs[0], inputs[1], inputs[2].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_ND, *output[1:], weight_D)
 
 
-def _backward(ctx, dy_ND, *_):
+def _backward(ctx: Any, dy_ND: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     launch.check_first_order("layer_norm")
     if dy_ND is None:
         return None, None, None, None
-    *saved, weight_D = ctx.saved_tensors  # once: activation checkpointing lets nobody unpack twice
+    # Unpacked once: activation checkpointing forbids a second time.
+    *saved, weight_D = ctx.saved_tensors
     dx_ND, dweight_D, dbias_D, _ = torch.ops.clipcore.layer_norm_backward(
         dy_ND, *saved, weight_D, None, False
     )
@@ -235,7 +252,7 @@ def check(x: Tensor, weight_D: Tensor, bias_D: Tensor) -> None:
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalises the last axis of ``x`` [..., D]; weight and bias are [D], of any floating dtype. Differentiable once.
+    """Normalise the last axis of ``x`` [..., D]; weight and bias are [D], of any floating dtype. Differentiable once.
 
     Raises:
         ValueError: the weight or the bias does not fit the last axis; on a GPU, D above 2048.
@@ -245,7 +262,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5) -
     """
     check(x, weight_D, bias_D)
     if torch.jit.is_tracing():
-        # Whoever runs a trace may have no clipcore: operators of torch alone.
+        # A trace may be run where clipcore is not installed, so it holds operators of torch alone.
         return layer_norm_ref(x, weight_D, bias_D, eps)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     y_ND, _, _ = torch.ops.clipcore.layer_norm_forward(rows, weight_D, bias_D, eps)

@@ -3,8 +3,8 @@
 A row is two tensors side by side, the largest power of two below D and the power of two that holds the rest: 768 is
 512 + 256 and 1280 is 1024 + 256, where one power of two would leave a quarter and more of the registers idle.
 
-Rows are numbered b L + l. A program has one token l of its images and walks over images b; a plain matrix is L = 1. So
-the sums over rows of a program are those of one position, and the gradient of the positions costs nothing extra.
+Rows are numbered b L + l. A program serves one token l and walks over images b; a plain matrix has L = 1. A program's
+sums over rows are then those of one position, so the gradient of the positions costs nothing extra.
 
 Legend: B images (or rows, with L = 1), L tokens (class token and P patches), D width.
 Determinism: a program owns its rows; sums of rows are written by program and added in the order of the programs.
@@ -24,20 +24,20 @@ MAX_WIDTH = 2048
 
 @triton.jit
 def _columns(inside, d, D: tl.constexpr, RAGGED: tl.constexpr):
-    """The mask of rows inside and columns d; where no column is beyond D, that of the rows, which keeps loads wide."""
+    """Return the mask of rows inside and columns d. If no column is beyond D, it is the rows' alone: loads stay wide."""
     return inside[:, None] & (d < D)[None, :] if RAGGED else inside[:, None]
 
 
 @triton.jit
 def _load_vector(ptr, d, D: tl.constexpr, RAGGED: tl.constexpr):
-    """float32 [1, BLOCK] elements d of a vector over columns, 0 beyond D."""
+    """Load elements d of a vector over columns, float32 [1, BLOCK], 0 beyond D."""
     value = tl.load(ptr + d, mask=d < D, other=0.0) if RAGGED else tl.load(ptr + d)
     return value.to(tl.float32)[None, :]
 
 
 @triton.jit
 def _load_rows(ptr, row, inside, d, D: tl.constexpr, RAGGED: tl.constexpr):
-    """float32 [BLOCK_B, BLOCK] elements d of rows of a matrix, 0 outside."""
+    """Load elements d of rows of a matrix, float32 [BLOCK_B, BLOCK], 0 outside."""
     mask = _columns(inside, d, D, RAGGED)
     return tl.load(ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -60,9 +60,9 @@ def _load_embedded(
     D: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """`_load_rows` of the class token or a patch, plus its position, rounded where the definition rounds."""
+    """Load the class token or a patch as `_load_rows` does, plus its position, rounded where the definition rounds."""
     dtype = patch_ptr.dtype.element_ty
-    # Not `inside & (token > 0)`, of which Triton 3.9's interpreter makes integers.
+    # Not `inside & (token > 0)`: Triton 3.9's interpreter makes integers of it.
     is_patch = tl.where(token > 0, inside, False)
     x = _load_rows(patch_ptr, row, is_patch, d, D, RAGGED)
     if token == 0:
@@ -73,14 +73,14 @@ def _load_embedded(
 
 @triton.jit
 def _centred(x, mean, d, D: tl.constexpr, RAGGED: tl.constexpr):
-    """x without its mean, 0 beyond D."""
+    """Return x without its mean, 0 beyond D."""
     centred = x - mean[:, None]
     return tl.where((d < D)[None, :], centred, 0.0) if RAGGED else centred
 
 
 @triton.jit
 def _normalized(weight_ptr, bias_ptr, x, mean, rstd, d, D: tl.constexpr, RAGGED: tl.constexpr):
-    """y: a product and a fused product and sum, spelled out so that every mode gets the same bits from the same x."""
+    """Return y by an explicit product and fused multiply-add, so that every mode gets the same bits from the same x."""
     weight = _load_vector(weight_ptr, d, D, RAGGED) + tl.zeros_like(x)
     bias = _load_vector(bias_ptr, d, D, RAGGED) + tl.zeros_like(x)
     return tl.fma((x - mean[:, None]) * rstd[:, None], weight, bias)
@@ -107,7 +107,7 @@ def _layer_norm_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """MODE "plain" normalises x, "add" x + delta, "embed" tokens; "apply" reads the statistics that the others wrote."""
+    """Normalise x (MODE "plain"), x + delta ("add"), tokens ("embed"), or x by statistics written before ("apply")."""
     RAGGED: tl.constexpr = BLOCK_D + BLOCK_E != D
     token = tl.program_id(0) % L
     b = (tl.program_id(0) // L).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -168,7 +168,7 @@ def _layer_norm_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx of one token of some images, and sums over them: of dy x_hat, of dy and of dx, in this order."""
+    """Compute dx of one token of some images, and the sums over them of dy x_hat, dy and dx, in this order."""
     RAGGED: tl.constexpr = BLOCK_D + BLOCK_E != D
     pid = tl.program_id(0)
     token = pid % L
@@ -198,7 +198,7 @@ def _layer_norm_bwd_kernel(
         dy_e = _load_rows(dy_ptr, n, inside, e, D, RAGGED)
         mean = tl.load(mean_ptr + n, mask=inside, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + n, mask=inside, other=0.0)[:, None]
-        # Beyond D x_hat is not 0, but dy and weight are. Outside rows have rstd 0.
+        # Beyond D, x_hat is not 0, but dy and weight are. Rows outside have rstd 0.
         x_d, x_e = (x_d - mean) * rstd, (x_e - mean) * rstd
         dweight_d += dy_d * x_d
         dweight_e += dy_e * x_e
@@ -243,7 +243,7 @@ _LAUNCH_TABLE = {
 
 
 def _launch_config(D: int, backward: bool) -> tuple[dict[str, int], int]:
-    """Launch keywords of rows of D elements, and the programs a processor of the backward pass."""
+    """Return the launch keywords for rows of D elements, and the backward pass's programs a processor."""
     assert 0 < D <= MAX_WIDTH, f"rows of {D} elements; the kernels hold at most {MAX_WIDTH}"
     block_d = 1 << max(0, (D - 1).bit_length() - 1)
     block_e = triton.next_power_of_2(max(1, D - block_d))
@@ -263,9 +263,9 @@ def forward_triton(
     tokens: tuple[Tensor, Tensor] | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream, y, mean_N, rstd_N) of x [N, D] or, with tokens (class_D, position_LD), of patches [B, P, D].
+    """Return (stream, y, mean_N, rstd_N) of x [N, D] or, with tokens (class_D, position_LD), of patches [B, P, D].
 
-    stream is x + delta, or an empty tensor without a delta. Given statistics are applied and returned.
+    stream is x + delta, or an empty tensor without a delta. If statistics are given, they are applied and returned.
     """
     x = x.contiguous()
     D = x.shape[-1]
@@ -315,7 +315,7 @@ def backward_triton(
     tokens: tuple[Tensor, Tensor] | None = None,
     want_column_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight_D, dbias_D, dx_sum_LD) of x as in `forward_triton`; dx_sum is empty where it is not wanted."""
+    """Return (dx, dweight_D, dbias_D, dx_sum_LD) of x as in `forward_triton`; dx_sum is empty unless wanted."""
     dy, x = dy.contiguous(), x.contiguous()
     D = x.shape[-1]
     B, L = len(x), 1 if tokens is None else x.shape[1] + 1
@@ -323,7 +323,7 @@ def backward_triton(
     config, programs = _launch_config(D, backward=True)
     programs *= launch.NUM_PROCESSORS[launch.architecture(x.device)]
     block_b = config["BLOCK_B"]
-    # Without images one program a token writes the sums, 0.
+    # Without images, one program for each token writes its sums, 0.
     images = block_b * triton.cdiv(max(1, B), block_b * triton.cdiv(programs, L))
     groups = triton.cdiv(max(1, B), images)
     num_sums = 3 if want_column_sum else 2

@@ -4,8 +4,8 @@
     dx_n   = c / norm_n * (t_n - x_hat_n <x_hat_n, t_n>)      t = gradient of x_hat,  c = a scale on the device
 
 A row shorter than EPS = 1e-12 has no direction: its length counts as inf, so that x_hat, similarities and gradient
-are exactly 0. Rows at or above it are those of torch.nn.functional.normalize (which answers a gradient 1e12 times too
-large to be of use below).
+are exactly 0. Other rows are those of torch.nn.functional.normalize, which gives short rows a gradient 1e12 times the
+upstream one, too large to be of use.
 
 Legend: N rows, D width. Precision: loads float16, bfloat16 or float32, computes in float32 with IEEE division and
 square root, stores the input's dtype; lengths and <x_hat, t> are float32. Rows longer than 1.8e19 overflow the
@@ -28,7 +28,7 @@ MAX_WIDTH = 8192
 
 
 def normalize_ref(x_ND: Tensor) -> Tensor:
-    """Each row over its length, 0 for rows shorter than EPS; differentiable, gradient 0 there too."""
+    """Return each row over its length; rows shorter than EPS give 0 and have gradient 0. Differentiable."""
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
     # Not `norm < EPS`: a NaN row has to stay NaN.
     short_N1 = norm_N1 < EPS
@@ -36,13 +36,13 @@ def normalize_ref(x_ND: Tensor) -> Tensor:
 
 
 def lengths_ref(x_ND: Tensor) -> Tensor:
-    """[N] in the dtype of x: the norm of each row, inf for rows shorter than EPS."""
+    """Return the norm of each row, [N] in the dtype of x; inf for rows shorter than EPS."""
     norm_N = torch.linalg.vector_norm(x_ND, dim=1)
     return norm_N.masked_fill(norm_N < EPS, torch.inf)
 
 
 def normalize_bwd_ref(x_ND: Tensor, grad_unit_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What `normalize_bwd` computes, in plain PyTorch and in the dtype of x."""
+    """Compute what `normalize_bwd` does, in plain PyTorch and in the dtype of x."""
     unit_ND = normalize_ref(x_ND)
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
     short_N1 = norm_N1 < EPS
@@ -53,7 +53,7 @@ def normalize_bwd_ref(x_ND: Tensor, grad_unit_ND: Tensor, scale: Tensor) -> tupl
 
 @triton.jit
 def _load_row_block(x_ptr, stride_n, N, D, n, BLOCK_D: tl.constexpr):
-    """float32 rows n of x and their norms; elements outside [N, D] are 0."""
+    """Load rows n of x as float32; return them, their norms and the mask. Elements outside [N, D] are 0."""
     d = tl.arange(0, BLOCK_D)
     mask = (n[:, None] < N) & (d[None, :] < D)
     x = tl.load(x_ptr + n[:, None] * stride_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def _load_row_block(x_ptr, stride_n, N, D, n, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _unit_rows(x, norm, EPS: tl.constexpr):
-    """x over its norm with the rule for short rows; `not <` and not `>=` so that NaN rows stay NaN."""
+    """Return x over its norm, 0 for short rows. The test is `<`, which is false for NaN, so NaN rows stay NaN."""
     short = norm < EPS
     unit = tl.div_rn(x, tl.where(short, 1.0, norm)[:, None] + tl.zeros_like(x))
     return tl.where(short[:, None], 0.0, unit)
@@ -70,10 +70,10 @@ def _unit_rows(x, norm, EPS: tl.constexpr):
 
 @triton.jit
 def cosine_tile(dot, length_n, length_m, EXACT: tl.constexpr):
-    """dot over the product of the lengths of its rows and columns, float32.
+    """Return dot over the product of the lengths of its rows and columns, float32.
 
-    float32 operands (EXACT) get one division an element, by a product that rounds as the dot of parallel rows does.
-    For 16-bit operands, whose result is rounded far more coarsely, two multiplications by reciprocals of the vectors.
+    float32 operands (EXACT) take one division an element: the product of lengths rounds as the dot of parallel rows does.
+    16-bit operands take two multiplications by reciprocal lengths: their result is rounded far more coarsely anyway.
     """
     if EXACT:
         cosine = tl.div_rn(dot, length_n[:, None] * length_m[None, :])
@@ -138,7 +138,7 @@ def _normalize_bwd_kernel(
 
 
 def _launch_config(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and launch keywords: about 2,048 elements a program, a whole row at least; the same on every chip."""
+    """Return grid and launch keywords: about 2,048 elements a program, at least one row; the same on every chip."""
     assert D <= MAX_WIDTH, f"rows of {D} elements; the kernels hold at most {MAX_WIDTH}"
     block_d = max(16, triton.next_power_of_2(D))
     block_n = max(1, min(16, 2048 // block_d))
@@ -147,7 +147,7 @@ def _launch_config(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def lengths(x_ND: Tensor) -> Tensor:
-    """float32 [N]: the norm of each row, inf for short rows, so that a quotient by it is 0. Unit inner stride."""
+    """Return the norm of each row, float32 [N]. Short rows give inf, so a quotient by it is 0. Unit inner stride."""
     N, D = x_ND.shape
     length_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
     if N > 0:
@@ -159,7 +159,7 @@ def lengths(x_ND: Tensor) -> Tensor:
 
 
 def normalize(x_ND: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[N, D] contiguous in `dtype` (x's own by default): each row over its norm, 0 for short rows. Unit inner stride."""
+    """Return each row over its norm, [N, D] contiguous in `dtype` (default: x's); short rows give 0. Unit inner stride."""
     N, D = x_ND.shape
     unit_ND = torch.empty((N, D), dtype=dtype or x_ND.dtype, device=x_ND.device)
     if N > 0:
@@ -173,10 +173,10 @@ def normalize(x_ND: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def normalize_bwd(
     x_ND: Tensor, grad_unit_ND: Tensor, scale: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `scale * <t, normalize(x)>` for t = grad_unit_ND (float32, contiguous): (dx_ND, along_N).
+    """Return (dx_ND, along_N) of `scale * <t, normalize(x)>` for t = grad_unit_ND (float32, contiguous).
 
-    dx has x's dtype; it goes to `out` (contiguous) where one is given, which may be grad_unit_ND itself.
-    along_N = <x_hat, t> in float32: its sum in row order is the gradient of the scale.
+    dx has x's dtype. It is written to `out` (contiguous) if given; `out` may be grad_unit_ND itself.
+    along_N = <x_hat, t> is float32; its sum in row order is the gradient of the scale.
     """
     N, D = x_ND.shape
     grad_x_ND = torch.empty((N, D), dtype=x_ND.dtype, device=x_ND.device) if out is None else out
@@ -199,7 +199,7 @@ def normalize_bwd(
 
 
 def check_rows(x_ND: Tensor, y_MD: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
-    """ValueError unless x and y are two matrices of rows that can be compared on their device."""
+    """Raise ValueError unless x and y are two matrices of rows that can be compared on their device."""
     x, y = names
     if x_ND.dim() != 2 or y_MD.dim() != 2 or x_ND.shape[1] != y_MD.shape[1] or x_ND.shape[1] == 0:
         raise ValueError(

@@ -6,8 +6,8 @@ K = 3 p p elements of a patch in the order (channel, row, column) of conv1.weigh
     out[b, patch, k] = (x / 255 - mean_c) / std_c         x = the pixel; 0 for K <= k < Kpad
 
 float images lie in [0, 1] and are not divided by 255. Pixels on the right and below that fill no patch are left out, as
-a strided convolution does. The padding (588 -> 592 for p = 14) makes every row start on 16 bytes, without which a matrix
-product leaves its fast path; the weight takes as many columns of zeros.
+a strided convolution does. The padding (588 -> 592 for p = 14) aligns every row to 16 bytes; without it a matrix product
+leaves its fast path. The weight takes as many columns of zeros.
 
 Precision: float32 with correctly rounded divisions, so that the result has the bits of `normalize_images` before the
 one rounding to the output's dtype. A division by a constant d is three instructions (Markstein 1990): q = x r with
@@ -28,14 +28,14 @@ from torch.nn import functional as F
 from clipcore.kernels import launch
 from clipcore.kernels.launch import tl, triton
 
-# Of Kpad: 16 bytes in 16 bits.
+# Kpad is a multiple of this: 16 bytes of 16-bit elements.
 MULTIPLE = 8
-# Elements that the CPU normalises at once: they stay in its cache between the passes.
+# Elements that the CPU normalises at once, so that they stay in its cache between the passes.
 CPU_ELEMENTS = 2**20
 
 
 def padded_width(patch_size: int) -> int:
-    """Kpad, the columns of the patch matrix."""
+    """Return Kpad, the number of columns of the patch matrix."""
     width = 3 * patch_size**2
     return width + -width % MULTIPLE
 
@@ -50,7 +50,7 @@ def patchify_ref(
     size: int | None = None,
     crops: Tensor | None = None,
 ) -> Tensor:
-    """The reference, step by step; float64 images are normalised in float64."""
+    """Compute the patch matrix step by step; float64 images are normalised in float64. This is the reference."""
     if crops is not None and size is not None:
         images = _crop(images, crops, size)
     wide = torch.promote_types(images.dtype, torch.float32)
@@ -65,7 +65,7 @@ def patchify_ref(
 
 
 def _crop(images: Tensor, crops: Tensor, size: int) -> Tensor:
-    """[B, 3, S, S]: the square of each image, mirrored where its flip is not 0."""
+    """Return the square of each image, [B, 3, S, S], mirrored where its flip is not 0."""
     cut = [images[:0, :, :size, :size]]
     for image, (top, left, flip) in zip(images, crops.tolist(), strict=True):
         crop = image[None, :, top : top + size, left : left + size]
@@ -74,11 +74,11 @@ def _crop(images: Tensor, crops: Tensor, size: int) -> Tensor:
 
 
 def _patches(x: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] as [B, P, K], without what fills no patch."""
+    """Return images [B, 3, H, W] as [B, P, K], without the pixels that fill no patch."""
     rows, columns = x.shape[2] // patch_size, x.shape[3] // patch_size
     cut = x[:, :, : rows * patch_size, : columns * patch_size]
     split = cut.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
-    # Sizes in full: -1 means nothing for an empty batch.
+    # Sizes are given in full: -1 is ambiguous for an empty batch.
     return split.permute(0, 2, 4, 1, 3, 5).reshape(
         len(x), rows * columns, x.shape[1] * patch_size**2
     )
@@ -86,7 +86,7 @@ def _patches(x: Tensor, patch_size: int) -> Tensor:
 
 @triton.jit
 def _divide(x, divisor, reciprocal):
-    """x / divisor to the bit: the reciprocal's product, corrected by its exact remainder."""
+    """Return x / divisor, correctly rounded: the reciprocal's product, corrected by its exact remainder."""
     quotient = x * reciprocal
     return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
 
@@ -127,7 +127,7 @@ def _patchify_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N rows of the patch matrix by BLOCK_K columns: what depends on a row or a column alone is computed once."""
+    """Compute BLOCK_N rows by BLOCK_K columns of the patch matrix; terms of a row or a column alone are computed once."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     b = n // num_patches
@@ -162,8 +162,8 @@ def _patchify_kernel(
     )
 
 
-# architecture -> BLOCK_N, BLOCK_K, num_warps. 64 columns are a few rows of pixels, so that a warp that has to load bytes
-# one by one (crops, odd p) touches few cache lines; consecutive patches are neighbours in them. Not yet measured.
+# architecture -> BLOCK_N, BLOCK_K, num_warps. 64 columns are a few rows of pixels. A warp that has to load bytes one by
+# one (crops, odd p) then touches few cache lines, which consecutive patches share. Not yet measured.
 _LAUNCH_TABLE = {80: (64, 64, 4), 90: (64, 64, 4), 100: (64, 64, 4)}
 
 
@@ -184,7 +184,7 @@ def patchify_fwd_triton(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The kernel on arguments that `patchify` has checked; size is of the crop, rows and columns of pixels."""
+    """Launch the kernel on arguments that `patchify` has checked; size is the crop's rows and columns of pixels."""
     # A channel's offset is a 32-bit number in the kernel.
     fits = images.stride(3) == 1 and 3 * images.stride(1) < 2**31
     images = images if fits else images.contiguous()
@@ -195,7 +195,7 @@ def patchify_fwd_triton(
     patches = torch.empty((num_images, num_patches, columns), dtype=dtype, device=images.device)
     if patches.numel() == 0:
         return patches
-    # As float32 numbers: the reciprocal is that of the divisor which the kernel sees.
+    # In float32, so that each reciprocal is that of the divisor which the kernel gets.
     stds = torch.tensor(std, dtype=torch.float32)
     reciprocals = (1 / stds).tolist()
     grid, config = _launch_config(num_images * num_patches, columns, images.device)
@@ -234,7 +234,7 @@ def patchify_fwd_torch(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The same in PyTorch, a few images at a time: normalise, cast, and move into place."""
+    """Compute the same in PyTorch, a few images at a time: normalise, cast, and move into place."""
     height, width = size
     rows, columns = height // patch_size, width // patch_size
     used = 3 * patch_size**2
@@ -296,7 +296,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    """Of float images: the patches put back, over the channel's deviation; 0 for pixels that fill no patch."""
+    """Return the gradient of float images: patches put back, over the channel's deviation; 0 outside the patches."""
     p, (num_images, channels, height, width) = ctx.patch_size, ctx.shape
     rows, columns = height // p, width // p
     wide = torch.promote_types(upstream.dtype, torch.float32)
@@ -322,20 +322,20 @@ def patchify(
     size: int | None = None,
     crops: Tensor | None = None,
 ) -> Tensor:
-    """The patch matrix [B, P, Kpad] of images, normalised: its product with the padded patch weights is the embedding.
+    """Return the patch matrix [B, P, Kpad] of images, normalised.
 
-    Differentiable in float images; uint8 ones have no gradient.
+    Its product with the padded patch weights is the embedding. Differentiable in float images; uint8 ones have no gradient.
 
     Args:
         images: [B, 3, H, W], uint8 in 0..255 or floating-point in [0, 1].
         patch_size: p, pixels.
-        mean, std: of each channel, after scaling to [0, 1]. Both None: floats are taken as they are, normalised already,
-            and bytes are only scaled.
+        mean, std: of each channel, after scaling to [0, 1]. Both None: floats are already normalised and stay as they
+            are, bytes are only scaled.
         dtype: of the result: float32, float16, bfloat16 or float64.
         size: S, pixels, with `crops`; None takes the whole images.
         crops: integers [B, 3] on the images' device, (top, left, flip) of each uint8 image: the square of side S from
-            there, mirrored left to right where flip is not 0. On the CPU a square that leaves the image is refused; on
-            a GPU the values stay there unread, and top and left are moved to the nearest square inside.
+            there, mirrored left to right where flip is not 0. On the CPU a square that leaves the image is refused.
+            On a GPU the host does not read the values; the kernel moves top and left to the nearest square inside.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an image holds no patch, or (CPU) a crop leaves its image.

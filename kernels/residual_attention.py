@@ -5,10 +5,10 @@ Legend: R rows of L tokens, D width, H heads.
     x' = x + delta                                             delta: what the half before adds to the stream
     delta' = out_proj(attention(in_proj(LayerNorm(x'))))
 
-A half takes the stream in two parts and hands it on in two, so that the sum is made where it is next read.
+A half takes the stream in two parts and returns it in two, so that the sum is computed where it is next read.
 
 Kept for the backward pass, numbers a token: the stream D, the packed projection 3 D, attention's output D and its
-log-sum-exp. LayerNorm's output is made again. With the other half (residual_mlp.py) a block keeps 10 D numbers, 20 bytes a
+log-sum-exp. LayerNorm's output is recomputed. With the other half (residual_mlp.py) a block keeps 10 D numbers, 20 bytes a
 token and unit of width in 16 bits; autograd, module by module, keeps 16 D and more.
 """
 
@@ -36,8 +36,8 @@ class Stream(NamedTuple):
 
     Attributes:
         delta: None counts as 0.
-        delta_bias_D: a bias that is part of ``delta`` already and whose gradient is still to be found: it is the column sum
-            of the stream's gradient, which whoever adds the parts up computes in the same pass.
+        delta_bias_D: a bias that ``delta`` already includes and whose gradient is still missing. That gradient is the
+            column sum of the stream's gradient, and the function that adds the parts computes it in the same pass.
     """
 
     x: Tensor
@@ -45,7 +45,7 @@ class Stream(NamedTuple):
     delta_bias_D: Tensor | None = None
 
     def joined(self) -> Tensor:
-        """x + delta, differentiable in all three."""
+        """Return x + delta, differentiable in all three."""
         if self.delta is None:
             return self.x
         if torch.jit.is_tracing():
@@ -85,7 +85,7 @@ def residual_attention_ref(
     segments_RL: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """x' + delta' by the operations' references."""
+    """Return x' + delta' by the operations' references."""
     x = stream.x if stream.delta is None else stream.x + stream.delta
     y = layer_norm_ref(x, weights.norm_weight_D, weights.norm_bias_D, eps)
     qkv = F.linear(y, weights.in_weight_3DD, weights.in_bias_3D).unflatten(-1, (3, heads, -1))
@@ -102,7 +102,7 @@ def residual_attention(
     segments_RL: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Stream:
-    """(x', delta') of a stream [R, L, D], all computed in the stream's dtype; differentiable once.
+    """Return (x', delta') of a stream [R, L, D], all computed in the stream's dtype; differentiable once.
 
     Args:
         is_causal, segments_RL: which tokens a token sees, see ``attention``.
@@ -181,23 +181,23 @@ class _ResidualAttention(torch.autograd.Function):
         return (
             *grads,
             *(grad_in_weight, grad_in_bias, grad_out_weight),
-            None,  # the output's bias: whoever adds delta' to the stream finds its gradient
+            None,  # the output's bias: the function that adds delta' to the stream computes its gradient
             *(None,) * 4,
         )
 
 
-# What both halves are made of.
+# Parts that both halves share.
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., D] as [N, D]."""
+    """Return x [..., D] as [N, D]."""
     return x.flatten(0, -2)
 
 
 def outgoing(ctx: Any, x: Tensor, delta: Tensor | None, stream: Tensor) -> Tensor:
-    """The sum x + delta as an output, kept as that for the backward pass, so that a change in place is seen there.
+    """Return the sum x + delta as an output, which is kept for the backward pass, so that a change in place is seen there.
 
-    Without delta the sum is the caller's own tensor, and this output is nobody's.
+    Without delta the sum is the caller's own tensor, and this output is empty and unused.
     """
     ctx.set_materialize_grads(False)
     ctx.has_delta = delta is not None
@@ -209,14 +209,14 @@ def outgoing(ctx: Any, x: Tensor, delta: Tensor | None, stream: Tensor) -> Tenso
 
 
 def zeros_for(grad: Tensor | None, like: Tensor) -> Tensor:
-    """An output's gradient, 0 where nobody used the output."""
+    """Return an output's gradient, zeros if the output was not used."""
     return torch.zeros_like(like) if grad is None else grad.contiguous()
 
 
 def norm_of_sum(
     x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x + delta, its LayerNorm, means, reciprocal standard deviations)."""
+    """Return (x + delta, its LayerNorm, means, reciprocal standard deviations)."""
     if delta is None:
         stream, (y, mean, rstd) = x, eager(layer_norm_forward)(rows(x), weight_D, bias_D, eps)
     else:
@@ -240,7 +240,7 @@ def norm_gradients(
     Args:
         ctx: with `has_delta`, and with the dtype of delta_bias last in `bias_dtypes`.
         grad_y: of LayerNorm's output.
-        grad_stream: of the sum x + delta where it is an output. Without delta a compiler hands one of nothing over.
+        grad_stream: of the sum x + delta where it is an output. Without delta it is ignored: a compiler passes an empty one.
     """
     needs = ctx.needs_input_grad
     if not ctx.has_delta:
@@ -263,5 +263,5 @@ def norm_gradients(
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a linear layer's weight from those of its output."""
+    """Return the gradient of a linear layer's weight from its output's gradient and its input."""
     return (rows(grad).mT @ rows(x)).to(weight.dtype)

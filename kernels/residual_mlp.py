@@ -6,7 +6,7 @@ Legend: [..., D] tokens of width D, F width of the hidden layer.
     delta' = c_proj(GELU(c_fc(LayerNorm(x'))))
 
 Kept for the backward pass, numbers a token: the stream D and the hidden layer before its activation F = 4 D. The outputs
-of LayerNorm and GELU are made again, the latter in the pass that computes its gradient. See residual_attention.py.
+of LayerNorm and GELU are recomputed, the latter in the pass that computes its gradient. See residual_attention.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MLPWeights(NamedTuple):
 def residual_mlp_ref(
     stream: Stream, weights: MLPWeights, kind: str = "erf", *, eps: float = 1e-5
 ) -> Tensor:
-    """x' + delta' by the operations' references."""
+    """Return x' + delta' by the operations' references."""
     x = stream.x if stream.delta is None else stream.x + stream.delta
     y = layer_norm_ref(x, weights.norm_weight_D, weights.norm_bias_D, eps)
     hidden = gelu_ref(F.linear(y, weights.fc_weight_FD, weights.fc_bias_F), kind)
@@ -55,7 +55,7 @@ def residual_mlp_ref(
 def residual_mlp(
     stream: Stream, weights: MLPWeights, kind: str = "erf", *, eps: float = 1e-5
 ) -> Stream:
-    """(x', delta') of a stream [..., D], all computed in the stream's dtype; differentiable once.
+    """Return (x', delta') of a stream [..., D], all computed in the stream's dtype; differentiable once.
 
     Args:
         kind: of the activation, see ``gelu``.

@@ -45,7 +45,7 @@ from clipcore.kernels.tiles import dot_rows, grouped_tile
 
 
 def similarity_ref(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> Tensor:
-    """The reference: plain PyTorch in the promoted dtype of x and y, differentiable, N x M held."""
+    """Return the similarities by plain PyTorch in the promoted dtype; differentiable, holds N x M. The reference."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     return (normalize_ref(x_ND.to(dtype)) @ normalize_ref(y_MD.to(dtype)).T) * scale
 
@@ -104,7 +104,7 @@ _LAUNCH_TABLE = {
 def _launch_config(
     N: int, M: int, dtype: torch.dtype, architecture: int
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and launch keywords of the forward tile kernel."""
+    """Return grid and launch keywords of the forward tile kernel."""
     if dtype == torch.float32:
         kind = "exact"
     else:
@@ -125,7 +125,7 @@ def _launch_config(
 
 
 def _similarity_fwd_triton(x_ND: Tensor, y_MD: Tensor, scale: Tensor) -> Tensor:
-    """The forward in Triton: on CUDA, or on CPU tensors where Triton runs in its interpreter (tests)."""
+    """Launch the forward pass: on CUDA, or on CPU tensors where Triton runs in its interpreter (tests)."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     N, M = x_ND.shape[0], y_MD.shape[0]
     out_NM = torch.empty((N, M), dtype=dtype, device=x_ND.device)
@@ -153,7 +153,7 @@ def _similarity_fwd_triton(x_ND: Tensor, y_MD: Tensor, scale: Tensor) -> Tensor:
 def _similarity_bwd_triton(
     grad_NM: Tensor, x_ND: Tensor, y_MD: Tensor, scale: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds); a side that nobody needs costs no product, except that ds takes one."""
+    """Return (dx, dy, ds). A side that nobody needs costs no product, except that ds needs one side."""
     operand_x_ND, operand_y_MD = (
         launch.unit_inner_stride(t.to(grad_NM.dtype)) for t in (x_ND, y_MD)
     )
@@ -161,7 +161,7 @@ def _similarity_bwd_triton(
     if need_y:
         to_y_MD = launch.matmul_fp32(grad_NM.T, normalize(operand_x_ND))
         grad_y, along = normalize_bwd(launch.unit_inner_stride(y_MD), to_y_MD, scale)
-    if need_x or along is None:  # ds takes one side at least
+    if need_x or along is None:  # ds needs one side at least
         to_x_ND = launch.matmul_fp32(grad_NM, normalize(operand_y_MD))
         grad_x, along = normalize_bwd(launch.unit_inner_stride(x_ND), to_x_ND, scale)
     return grad_x, grad_y, along.sum().to(scale.dtype).reshape(scale.shape)
@@ -170,7 +170,7 @@ def _similarity_bwd_triton(
 def _similarity_bwd_cpu(
     grad_NM: Tensor, x_ND: Tensor, y_MD: Tensor, scale: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain PyTorch: an operator's body is below autograd and cannot call it."""
+    """Compute the same in plain PyTorch: an operator's body runs below autograd and cannot call it."""
     wide = launch.accumulate_dtype(torch.promote_types(x_ND.dtype, y_MD.dtype))
     g_NM, wide_x_ND, wide_y_MD = grad_NM.to(wide), x_ND.to(wide), y_MD.to(wide)
     grad_x, grad_y, along = x_ND.new_empty(0), y_MD.new_empty(0), None
@@ -241,7 +241,7 @@ launch.register_autocast("similarity_bwd", num_operands=0)
 
 
 def normalized_similarity(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float) -> Tensor:
-    """Cosine similarity of each row of x with each row of y, times scale.
+    """Return the cosine similarity of each row of x with each row of y, times scale.
 
     Triton on CUDA, PyTorch on the CPU; float32 inside (float64 for float64 on the CPU). Differentiable once in x, y
     and scale. A row shorter than 1e-12 (a row of zeros) has similarity 0 and gradient 0. Under autocast x and y

@@ -2,17 +2,17 @@
 
     values_nk, indices_nk = the k largest of <x_n, y_m> / (|x_n| |y_m|) over m, largest first, lower m first among equals
 
-Legend: N rows that ask, M rows that answer, D width, k neighbours. Short rows follow normalize.py (similarity 0).
+Legend: N query rows, M rows searched, D width, k neighbours. Short rows follow normalize.py (similarity 0).
 
 Triton: a program owns BLOCK_N rows of x and one contiguous range of y. It computes a float32 tile of similarities at a
-time (operands in their own dtype) and keeps k keys a row in registers. A key is a 64-bit integer, the similarity's bits
-in order above and M's complement of the index below, so that one integer comparison is the whole rule of order and no
-two keys are equal. Tiles come in ascending m: a similarity enters only if it is strictly greater than the row's smallest
-kept one, and the tile is searched again only while some row has one that does. Expected insertions a row are
-k (1 + ln(M / k)), so almost every tile costs its product and one maximum. The ranges' keys are merged by one integer
-top-k. The order is total, hence the result does not depend on tiles, ranges or chip beyond the product's own rounding.
+time (operands in their own dtype) and keeps k keys a row in registers. A key is a 64-bit integer: the high half is the
+similarity as an integer of the same order, the low half falls as the index m rises. One integer comparison then decides
+the order, and no two keys are equal. Tiles come in ascending m. A similarity enters only if it is strictly greater than
+the row's smallest kept one; a tile is searched again only while some row has such a similarity. A row expects
+k (1 + ln(M / k)) insertions, so almost every tile costs its product and one maximum. One integer top-k merges the keys
+of the ranges. The order is total, so the result depends on tiles, ranges and chip only by the product's own rounding.
 
-CPU: the same stream in PyTorch over chunks of CHUNK_N x CHUNK_M similarities; memory N k + (N + CHUNK_M) D + one chunk.
+CPU: the same pass in PyTorch over chunks of CHUNK_N x CHUNK_M similarities; memory N k + (N + CHUNK_M) D + one chunk.
 
 Ties are between similarities as computed, in float32 (float64 for float64 on the CPU), before the rounding to the
 result's dtype. NaN counts as the largest value, as in torch.topk, and comes back as NaN.
@@ -40,7 +40,7 @@ from clipcore.kernels.normalize import (
 )
 from clipcore.kernels.tiles import dot_rows
 
-# The most keys a row keeps in registers. Beyond it the CPU path has no limit.
+# The most keys that a row keeps in registers. The CPU path has no such limit.
 MAX_K = 128
 # Rows of x and of y in one chunk of the CPU path: 16 MiB of float32 similarities.
 CHUNK_N = 1024
@@ -48,7 +48,7 @@ CHUNK_M = 4096
 
 
 def similarity_topk_ref(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The reference: the whole matrix, one stable sort, its first k columns."""
+    """Sort the whole matrix by a stable sort and return its first k columns. This is the reference."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     wide = launch.accumulate_dtype(dtype)
     cosine_NM = normalize_ref(x_ND.to(wide)) @ normalize_ref(y_MD.to(wide)).T
@@ -58,14 +58,14 @@ def similarity_topk_ref(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Ten
 
 @triton.jit
 def _ordered(bits):
-    """float32 bits to int32 in the order of the floats, and back: it is its own inverse."""
+    """Map float32 bits to int32 in the order of the floats, and back: the map is its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _key(value, m):
-    """The 64-bit key of a similarity at index m: greater value first, then lower index."""
-    value = tl.where(value == 0.0, 0.0, value)  # -0 equals 0, its bits do not
+    """Return the 64-bit key of a similarity at index m: greater value first, then lower index."""
+    value = tl.where(value == 0.0, 0.0, value)  # -0 equals 0, but its bits differ
     high = _ordered(value.to(tl.int32, bitcast=True)).to(tl.int64) << 32
     return high | (0x7FFFFFFF - m)
 
@@ -77,7 +77,7 @@ def _key_value(key):
 
 @triton.jit
 def _insert(keys, scores, best, arg, m, first_m, BLOCK_M: tl.constexpr):
-    """Put each row's best score of the tile in place of its smallest key where it is greater; take it from the tile."""
+    """Replace each row's smallest key by its best score in the tile if that is greater, and remove it from the tile."""
     smallest = tl.min(keys, axis=1)
     enters = best > _key_value(smallest)
     key = _key(best, first_m + arg)
@@ -111,8 +111,8 @@ def _similarity_topk_kernel(
     length_x = tl.load(length_x_ptr + row_n)
     m = tl.arange(0, BLOCK_M)
     slot = tl.arange(0, K_SLOTS)
-    # Empty slots are keys of -inf with indices that no row has, distinct so that each is replaced alone. Slots from k
-    # on are never the smallest.
+    # An empty slot is a key of -inf whose index no row has; the indices differ, so that each is replaced alone. Slots
+    # from k on are never the smallest.
     empty = (tl.full((K_SLOTS,), -0x7F800001, tl.int64) << 32) | slot
     keys = tl.where(slot < k, empty, 0x7FFFFFFFFFFFFFFF)[None, :] + tl.zeros(
         (BLOCK_N, K_SLOTS), tl.int64
@@ -141,8 +141,8 @@ def _similarity_topk_kernel(
 
 # (architecture, kind) -> BLOCK_N, BLOCK_M, BLOCK_D, num_warps, num_stages. "many" rows of 16-bit operands and at most 16
 # keys a row; "few" rows, or more keys than registers hold beside a large tile; "exact" for float32. No row spills. On
-# sm_100 Triton 3.7 cannot compile this epilogue on a tile in tensor memory, so that its tiles stay below 64 rows, which
-# take the older matrix instruction.
+# sm_100 Triton 3.7 cannot compile this epilogue on a tile in tensor memory. Its tiles stay below 64 rows there, so that
+# they use the older matrix instruction.
 _LAUNCH_TABLE = {
     (80, "many"): (64, 128, 64, 8, 3),
     (80, "few"): (16, 64, 64, 4, 3),
@@ -159,7 +159,7 @@ _LAUNCH_TABLE = {
 def _launch_config(
     N: int, M: int, k: int, dtype: torch.dtype, architecture: int
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid (blocks of rows, ranges of y) and launch keywords of the top-k kernel."""
+    """Return grid (blocks of rows, ranges of y) and launch keywords of the top-k kernel."""
     k_slots = max(16, triton.next_power_of_2(k))
     kind = "exact" if dtype == torch.float32 else "few" if N <= 16 or k_slots > 16 else "many"
     block_n, block_m, block_d, num_warps, num_stages = _LAUNCH_TABLE[architecture, kind]
@@ -183,7 +183,7 @@ def _launch_config(
 
 
 def _similarity_topk_triton(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The kernel, the merge of its ranges and the decoding of the keys."""
+    """Launch the kernel, merge the keys of its ranges and decode them."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     N, M = x_ND.shape[0], y_MD.shape[0]
     if N == 0:
@@ -213,7 +213,7 @@ def _similarity_topk_triton(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor,
 
 
 def _chunk_topk(scores_nm: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row by value, then by lower column; torch.topk leaves ties in any order."""
+    """Return the k largest of each row by value, then by lower column; torch.topk leaves ties in any order."""
     num_columns = scores_nm.shape[1]
     values, columns = scores_nm.topk(min(k + 1, num_columns), dim=1)
     if num_columns > k:
@@ -236,7 +236,7 @@ def _merge_chunk(values_nK: Tensor, indices_nK: Tensor, scores_nm: Tensor, first
         return
     k = values_nK.shape[1]
     values, columns = _chunk_topk(scores_nm if len(rows) == len(scores_nm) else scores_nm[rows], k)
-    # What is kept has lower indices than the chunk: a stable sort by value is the rule of order.
+    # The kept rows have lower indices than the chunk, so a stable sort by value breaks ties by lower index.
     values = torch.cat((values_nK[rows], values), dim=1)
     indices = torch.cat((indices_nK[rows], columns + first_m), dim=1)
     values, order = values.sort(dim=1, descending=True, stable=True)
@@ -245,7 +245,7 @@ def _merge_chunk(values_nK: Tensor, indices_nK: Tensor, scores_nm: Tensor, first
 
 
 def _similarity_topk_cpu(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The stream over chunks of y, each read once."""
+    """Merge the chunks of y into the k best rows; each chunk is read once."""
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     wide = launch.accumulate_dtype(dtype)
     unit_x_ND = normalize_ref(x_ND.to(wide))
@@ -280,7 +280,7 @@ launch.register_autocast("similarity_topk", num_operands=0)
 
 
 def similarity_topk(x_ND: Tensor, y_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of y with the largest cosine similarity to each row of x; N x M is never held.
+    """Return the k rows of y with the largest cosine similarity to each row of x; N x M is never held.
 
     Largest first; among equal similarities the lower index first, always. Triton on CUDA, PyTorch over chunks on the
     CPU. float32 inside (float64 for float64 on the CPU). Rows shorter than 1e-12 have similarity 0 to everything, NaN
