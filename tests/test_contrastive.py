@@ -32,10 +32,12 @@ from clipcore.kernels.contrastive import (
     contrastive_ref,
     contrastive_terms,
     gpu,
+    mean,
     operator,
     plan,
 )
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
+from clipcore.kernels.contrastive.sums_gpu import mean_gradients_gpu, mean_loss_gpu
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
 from clipcore.kernels.logits import pairs, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
@@ -230,6 +232,8 @@ def in_triton_everywhere(monkeypatch: pytest.MonkeyPatch, operand: torch.dtype) 
         return  # real Triton takes no CPU tensors
     monkeypatch.setattr(operator, "contrastive_fwd_cpu", contrastive_fwd_gpu)
     monkeypatch.setattr(operator, "contrastive_bwd_cpu", contrastive_bwd_gpu)
+    monkeypatch.setattr(mean, "mean_loss_cpu", mean_loss_gpu)
+    monkeypatch.setattr(mean, "mean_gradients_cpu", mean_gradients_gpu)
     monkeypatch.setattr(pairs, "choose_operand", lambda *_: operand)
 
 
@@ -609,6 +613,9 @@ def aot_launches() -> None:
             outputs.column_target_log2_G,
         ]
         contrastive_bwd_gpu(problem, targets, upstream, outputs, (True, True))
+        weights = list(targets[::2]) if option.startswith("positive") else []
+        loss, counts = mean_loss_gpu(upstream, weights, 0, torch.float32)
+        mean_gradients_gpu(loss, counts, weights, (B, G), 0)
 
 
 def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
@@ -851,7 +858,8 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
     image, text = (t.requires_grad_() for t in unit_embeddings(4, 4, 8))
     contrastive_loss(image, text, 5.0).backward()
     sigmoid_loss(image, text, 5.0, -1.0)
-    assert seen == [image.device] * 3
+    # The terms, their mean and the gradients of both; the other loss.
+    assert seen == [image.device] * 5
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device))
     launch.on_device(torch.device("cuda", 1))

@@ -40,8 +40,9 @@ for 16-bit operands, plus the operands once a block.
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
 Files: ``reference.py`` the reference, ``targets.py`` T and U, ``kernels.py`` the Triton kernels, ``launches.py`` their
-launches, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become, ``running_max_*.py`` the sums that a fixed
-offset cannot hold, ``operator.py`` PyTorch's side, and here the public functions.
+launches, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become, ``sums_gpu.py`` and ``vector_kernels.py`` the
+same on a GPU, ``running_max_*.py`` the sums that a fixed offset cannot hold, ``operator.py`` and ``mean.py`` PyTorch's
+side, and here the public functions.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3. Single-pass sums with a fixed offset are also in
 MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library products in Liger-Kernel.
@@ -56,8 +57,10 @@ from torch import Tensor
 
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive.launches import ENGINE_TABLE, packed_shapes
+from clipcore.kernels.contrastive.mean import contrastive_mean
 from clipcore.kernels.contrastive.operator import contrastive_outputs
 from clipcore.kernels.contrastive.reference import contrastive_ref
+from clipcore.kernels.contrastive.sums import Outputs, counted_rows
 from clipcore.kernels.contrastive.targets import Targets, check_label_smoothing, uniform_targets
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs, Pairs, checked_inputs, choose_operand
 
@@ -205,34 +208,34 @@ def contrastive_terms(
     # "ignore" alone only takes pairs out: a positive is still known by its place.
     if image_ids is not None and same_id == "positive" and targets is None:
         targets = uniform_targets(image_BE, text_GE, pairs, 0.0)
-    return _terms(inputs, targets, stash, stash_bytes, engine)
-
-
-def _terms(
-    inputs: LossInputs,
-    targets: Targets | None,
-    stash: bool | None,
-    stash_bytes: int | None,
-    engine: str | None,
-) -> ContrastiveTerms:
-    """Return the terms of checked inputs."""
-    image_BE, text_GE, scale = inputs.image_BE, inputs.text_GE, inputs.scale
-    wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
-    backward = wants_grad and torch.is_grad_enabled()
-    chosen = _plan(image_BE, len(text_GE), inputs.operand, stash_bytes, engine, backward)
-    is_stash = chosen.stash if stash is None else backward and stash and chosen.stash_bytes > 0
-
-    outputs = contrastive_outputs(
-        inputs._replace(engine=chosen.engine),
-        None if targets is None else targets.contiguous(),
-        is_stash,
-    )
+    outputs = _outputs(inputs, targets, stash, stash_bytes, engine)
     # The operation counts in powers of two.
     return ContrastiveTerms(
         row_lse_B=outputs.row_lse_log2_B / LOG2E,
         column_lse_G=outputs.column_lse_log2_G / LOG2E,
         row_target_B=outputs.row_target_log2_B / LOG2E,
         column_target_G=outputs.column_target_log2_G / LOG2E,
+    )
+
+
+def _outputs(
+    inputs: LossInputs,
+    targets: Targets | None,
+    stash: bool | None,
+    stash_bytes: int | None,
+    engine: str | None,
+) -> Outputs:
+    """Return the operation's outputs for checked inputs."""
+    image_BE, text_GE, scale = inputs.image_BE, inputs.text_GE, inputs.scale
+    wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
+    backward = wants_grad and torch.is_grad_enabled()
+    chosen = _plan(image_BE, len(text_GE), inputs.operand, stash_bytes, engine, backward)
+    is_stash = chosen.stash if stash is None else backward and stash and chosen.stash_bytes > 0
+
+    return contrastive_outputs(
+        inputs._replace(engine=chosen.engine),
+        None if targets is None else targets.contiguous(),
+        is_stash,
     )
 
 
@@ -307,28 +310,20 @@ def contrastive_loss(
         engine=engine,
     )
     B, G = len(image_BE), len(text_GE)
-    rows = slice(max(0, -first_label), min(B, G - first_label))
-    columns = slice(rows.start + first_label, rows.stop + first_label)
     by_id = image_ids is not None and same_id == "positive"
+    rows, _ = counted_rows(B, G, [], first_label)
     if rows.stop <= rows.start and not by_id:
         raise ValueError(f"no image of {B} has a text among {G} with first_label {first_label}")
 
     targets = None
     if by_id or label_smoothing > 0:
         targets = uniform_targets(image_BE, text_GE, pairs, label_smoothing)
-    terms = _terms(inputs, targets, None, stash_bytes, engine)
-    row_loss_B = terms.row_lse_B - terms.row_target_B
-    column_loss_G = terms.column_lse_G - terms.column_target_G
+    outputs = _outputs(inputs, targets, None, stash_bytes, engine)
+
+    # By id a row has a positive where one has a weight, else where it has a partner.
+    weights = []
     if by_id:
         assert targets is not None
-        row_loss = _mean_where(row_loss_B, targets.row_positive_B > 0)
-        column_loss = _mean_where(column_loss_G, targets.column_positive_G > 0)
-    else:
-        row_loss, column_loss = row_loss_B[rows].mean(), column_loss_G[columns].mean()
+        weights = [targets.row_positive_B, targets.column_positive_G]
     wide = launch.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
-    return ((row_loss + column_loss) / 2).to(wide)
-
-
-def _mean_where(values_N: Tensor, chosen_N: Tensor) -> Tensor:
-    """Return the mean of the chosen, whatever the others are (NaN if none is chosen)."""
-    return torch.where(chosen_N, values_N, 0.0).sum() / chosen_N.sum()
+    return contrastive_mean(outputs, weights, first_label, wide)

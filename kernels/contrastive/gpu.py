@@ -22,33 +22,31 @@ from clipcore.kernels.contrastive.launches import (
     sums_row,
 )
 from clipcore.kernels.contrastive.running_max_gpu import running_max_gpu
-from clipcore.kernels.contrastive.sums import (
-    Outputs,
-    Sums,
-    Upstream,
-    exponents,
-    logarithms,
-    new_sums,
+from clipcore.kernels.contrastive.sums import Outputs, Sums, new_sums
+from clipcore.kernels.contrastive.sums_gpu import (
+    add_partials,
+    complete,
+    exponents_gpu,
+    gradient_vectors,
+    logarithms_gpu,
+    relative_uniform_gpu,
 )
 from clipcore.kernels.contrastive.targets import Targets
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
+from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.walk_gpu import GradientWanted, LaunchRow, LogitBlock, LogitWalk
 
 
 def contrastive_fwd_gpu(inputs: LossInputs, targets: Targets | None, is_stash: bool) -> Outputs:
     """Return the outputs of ``clipcore::contrastive_fwd``."""
-    scale = scale_factors(inputs)
+    by_place, exponents = targets is None, exponents_gpu(inputs)
     stash_BG, ranges = _new_stash(inputs, is_stash)
     # In a function of its own, so that the blocks' memory is free again when the running maximum begins.
-    sums = _walk_sums(inputs, targets, scale, stash_BG, ranges)
-    if targets is not None:
-        # The kernel counts in units of a positive's weight.
-        sums.row_target_log2_B.mul_(targets.row_positive_B)
-        sums.column_target_log2_G.mul_(targets.column_positive_G)
+    sums = _walk_sums(inputs, targets, exponents.factors, stash_BG, ranges)
 
-    logs, untrusted = logarithms(inputs, targets is None, sums, torch.float32)
-    running = running_max_gpu(inputs, targets is None, scale, sums, untrusted, stash_BG, ranges)
-    logs = logs.completed(inputs, targets is None, untrusted, running)
+    logs, states = logarithms_gpu(exponents, targets, sums)
+    running_max_gpu(inputs, by_place, exponents.factors, states, stash_BG, ranges)
+    complete(logs, exponents, by_place, sums, states)
     targets_log2 = sums.row_target_log2_B, sums.column_target_log2_G
     return Outputs._make((*logs, *targets_log2, stash_BG, ranges))
 
@@ -64,7 +62,7 @@ def _walk_sums(
     is_stash = stash_BG.numel() > 0
     launch_row = sums_row(inputs, targets is None)
     sums = new_sums(inputs, targets)
-    uniform = None if targets is None else targets.relative_uniform()
+    uniform = None if targets is None else relative_uniform_gpu(targets)
     for block in LogitWalk(inputs, launch_row, has_sums=True):
         rows, columns = block.rows, block.columns
         partial = _new_partial(block, sums, targets)
@@ -86,11 +84,7 @@ def _walk_sums(
             STASH=is_stash,
             **block.arguments,
         )
-        sums.row_B[rows] += partial.row_B.sum(0)
-        sums.column_G[columns] += partial.column_G.sum(0)
-        if targets is not None:
-            sums.row_target_log2_B[rows] += partial.row_target_log2_B.sum(0)
-            sums.column_target_log2_G[columns] += partial.column_target_log2_G.sum(0)
+        add_partials(block, partial, sums, targets)
     return sums
 
 
@@ -102,55 +96,31 @@ def contrastive_bwd_gpu(
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (d_image, d_text, d_scale); a side that nobody needs costs no product."""
-    device = inputs.image_BE.device
-    logs = outputs.logarithms
-    scale_log2, offset_log2 = exponents(inputs)
-    parts, largest = Upstream.from_terms(upstream, targets, logs).over_largest()
-
-    # What the kernel reads for each row and each column.
-    any_untrusted = torch.cat(logs.untrusted(offset_log2)).any().to(torch.int32)
-    row_factor, column_factor = (factor.float() for factor in parts.factors(logs))
-    row_offset, column_offset = logs.row_offset_log2_B.float(), logs.column_offset_log2_G.float()
-    parts = parts.to(torch.float32)
-    scale, d_scale = scale_factors(inputs), torch.zeros((), dtype=torch.float64, device=device)
-
+    exponents = exponents_gpu(inputs)
     grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
-    factor = (scale_log2 * largest / grad_scale).float()
+    vectors = gradient_vectors(exponents, targets, upstream, outputs, grad_scale)
+    along = ProgramSums(1, inputs.image_BE.device)
+
     launch_row = gradient_row(inputs, targets is None, outputs.has_stash)
-    wanted = GradientWanted(need, factor)
+    wanted = GradientWanted(need, vectors.walk_factor)
     walk = LogitWalk(inputs, launch_row, reads_stash=outputs.has_stash, wanted=wanted)
     for block in walk:
-        rows, columns = block.rows, block.columns
-        along = torch.zeros(block.grid, dtype=torch.float32, device=device)
         contrastive_gradient_kernel[block.grid](
-            scale_ptr=scale,
-            flag_ptr=any_untrusted,
-            row_factor_ptr=row_factor[rows],
-            row_offset_ptr=row_offset[rows],
-            column_factor_ptr=column_factor[columns],
-            column_offset_ptr=column_offset[columns],
+            scale_ptr=exponents.factors,
             grad_ptr=block.grad_RC,
-            along_ptr=along,
+            along_ptr=along.places(block),
             stride_grad=block.shape[1],
             GRADIENT_SCALE=grad_scale,
             TARGETS=targets is not None,
             **_logits_of(block, inputs, targets, outputs),
-            **parts.block(rows, columns).pointers(),
+            **vectors.pointers(block.rows, block.columns),
             **block.arguments,
         )
-        d_scale += along.sum(dtype=torch.float64)
         walk.add_gradient(block)
 
     d_image, d_text = walk.gradients()
-    d_scale = (d_scale * largest * LOG2E).to(inputs.scale.dtype).reshape(inputs.scale.shape)
-    return d_image, d_text, d_scale
-
-
-def scale_factors(inputs: LossInputs) -> Tensor:
-    """Return float32 [3]: the factor from cosines to powers of two in two parts, and the offset of the powers."""
-    scale_log2, offset_log2 = exponents(inputs)
-    high = scale_log2.float()
-    return torch.stack((high, (scale_log2 - high).float(), offset_log2.float()))
+    d_scale = along.total(0) * vectors.largest * LOG2E
+    return d_image, d_text, d_scale.to(inputs.scale.dtype).reshape(inputs.scale.shape)
 
 
 def _new_stash(inputs: LossInputs, is_stash: bool) -> tuple[Tensor, Tensor]:
@@ -161,7 +131,8 @@ def _new_stash(inputs: LossInputs, is_stash: bool) -> tuple[Tensor, Tensor]:
         shape, range_shape = (0, 0), (0, 0, 2)
     stash_BG = torch.empty(shape, dtype=dtype, device=device)
     # What no tile writes: an output is a function of its inputs, to the last byte.
-    stash_BG[:, G:] = 0
+    if stash_BG.shape[1] > G:
+        stash_BG[:, G:] = 0
     return stash_BG, torch.zeros(range_shape, dtype=torch.float32, device=device)
 
 

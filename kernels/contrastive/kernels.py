@@ -284,7 +284,9 @@ def contrastive_gradient_kernel(
         grad = tl.where(positive, at_positive, grad)
     grad = tl.where(valid, grad, 0.0)
     along = tl.sum(tl.sum(grad * cosine, axis=1), axis=0)
-    tl.store(along_ptr + tl.program_id(0), along)
+    # A sum over blocks for each place of a tile in them.
+    along_ptr += tl.program_id(0)
+    tl.store(along_ptr, tl.load(along_ptr) + along)
     offsets = n.to(tl.int64)[:, None] * stride_grad + m[None, :]
     stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + offsets, stored, mask=inside)

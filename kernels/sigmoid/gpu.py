@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
+from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
 from clipcore.kernels.sigmoid.kernels import sigmoid_kernel
 from clipcore.kernels.sigmoid.launches import FP16_GRADIENT_SCALE, launch_row
@@ -22,33 +23,32 @@ def sigmoid_fwd_gpu(
     grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
     factor = (inputs.scale.double().reshape(()) / grad_scale).float()
     factors = _kernel_factors(inputs, bias)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, d_scale, d_bias
+    sums = ProgramSums(3 if backward else 1, device)  # loss, d_scale, d_bias
 
     wanted = GradientWanted(need, factor, torch.float32) if backward else None
     walk = LogitWalk(inputs, launch_row(inputs), wanted=wanted)
     for block in walk:
-        partial = torch.empty(
-            (3 if backward else 1, *block.grid), dtype=torch.float32, device=device
-        )
+        partial = sums.places(block)
         sigmoid_kernel[block.grid](
             product_ptr=block.product_RC,
             factor_ptr=factors,
             grad_ptr=block.grad_RC,
             partial_ptr=partial,
             stride_product=block.shape[1],
+            stride_partial=partial.stride(0),
             GRADIENT_SCALE=grad_scale,
             GRADIENT=backward,
             **block.arguments,
         )
-        sums[: len(partial)] += partial.sum(1, dtype=torch.float64)
         if backward:
             walk.add_gradient(block)
 
     d_image, d_text = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
     if backward:
         d_image, d_text = walk.gradients()
-    loss, d_scale, d_bias = (part.clone() for part in sums)
-    return loss, d_image, d_text, d_scale, d_bias
+    if not backward:
+        return sums.total(0), d_image, d_text, *(torch.zeros_like(sums.total(0)) for _ in range(2))
+    return sums.total(0), d_image, d_text, sums.total(1), sums.total(2)
 
 
 def _kernel_factors(inputs: LossInputs, bias: Tensor) -> Tensor:

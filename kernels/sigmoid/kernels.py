@@ -26,6 +26,12 @@ def _log1p_over(t):
 
 
 @triton.jit
+def _add(sum_ptr, values):
+    """Add a tile's values, summed in float32, to a sum in float64 that is this program's own."""
+    tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(tl.sum(values, axis=1), axis=0))
+
+
+@triton.jit
 def sigmoid_kernel(
     x_desc,
     y_desc,
@@ -39,6 +45,7 @@ def sigmoid_kernel(
     M,
     D,
     stride_product,
+    stride_partial,
     first_label,
     GRADIENT_SCALE: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -63,14 +70,14 @@ def sigmoid_kernel(
     t = tl.exp2(-tl.abs(power))
     loss = tl.maximum(power, 0.0) * 0.6931471805599453 + t * _log1p_over(t)
     loss = tl.where(power == power, loss, power)  # whatever a maximum makes of NaN
-    num_tiles = tl.num_programs(0)
+    # Sums over blocks for each place of a tile in them: loss, d_scale, d_bias.
     partial_ptr += tl.program_id(0)
-    tl.store(partial_ptr, tl.sum(tl.sum(tl.where(valid, loss, 0.0), axis=1), axis=0))
+    _add(partial_ptr, tl.where(valid, loss, 0.0))
     if GRADIENT:
         probability = tl.where(power > 0, 1.0, t) / (1.0 + t)
         grad = tl.where(valid, tl.where(positive, -probability, probability), 0.0)
-        tl.store(partial_ptr + num_tiles, tl.sum(tl.sum(grad * cosine, axis=1), axis=0))
-        tl.store(partial_ptr + 2 * num_tiles, tl.sum(tl.sum(grad, axis=1), axis=0))
+        _add(partial_ptr + stride_partial, grad * cosine)
+        _add(partial_ptr + 2 * stride_partial, grad)
         offsets = n.to(tl.int64)[:, None] * M + m[None, :]
         stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + offsets, stored, mask=inside)
