@@ -55,10 +55,10 @@ CALLS: dict[str, tuple[Callable[..., None], int, int]] = {
     "contrastive_loss": (loss_of(0), 1, 44),
     "contrastive_loss, stash": (loss_of(STASH), 1, 42),
     "contrastive_terms": (terms, 1, 46),
-    "sigmoid_loss": (lambda *x: sigmoid_loss(*x).backward(), 2, 32),
-    "ClipLoss": (lambda *x: ClipLoss(stash_bytes=0)(*x).backward(), 1, 48),
-    "ClipLoss, stash": (lambda *x: ClipLoss(stash_bytes=STASH)(*x).backward(), 1, 46),
-    "SigLipLoss": (lambda *x: SigLipLoss()(*x).backward(), 2, 34),
+    "sigmoid_loss": (lambda *x: sigmoid_loss(*x).backward(), 2, 30),
+    "ClipLoss": (lambda *x: ClipLoss(stash_bytes=0)(*x).backward(), 1, 46),
+    "ClipLoss, stash": (lambda *x: ClipLoss(stash_bytes=STASH)(*x).backward(), 1, 44),
+    "SigLipLoss": (lambda *x: SigLipLoss()(*x).backward(), 2, 32),
 }
 
 
@@ -68,6 +68,8 @@ def test_a_call_of_one_block(name: str) -> None:
     inputs = features(1024, 512)[: 2 + num_scalars]
     with Launches.counted() as launches:
         call(*inputs)
+    # The sigmoid loss has its gradients in the forward.
+    assert launches.num_blocks == (1 if num_scalars == 2 else 2)
     # The sigmoid loss has its gradients in the forward.
     assert launches.num_blocks == (1 if num_scalars == 2 else 2)
     assert launches.total <= most, launches.counts
@@ -88,10 +90,10 @@ def test_at_most_6_a_block_beside_40(num_pairs: int, width: int, name: str) -> N
     ("option", "most"),
     [
         ("smoothed", 50),
-        ("ignore", 46),
-        ("ignore, smoothed", 80),
-        ("positive", 76),
-        ("positive, smoothed", 76),
+        ("ignore", 44),
+        ("ignore, smoothed", 78),
+        ("positive", 66),
+        ("positive, smoothed", 66),
     ],
 )
 def test_ids_and_smoothing(option: str, most: int) -> None:
@@ -106,7 +108,9 @@ def test_ids_and_smoothing(option: str, most: int) -> None:
 def test_what_counts_as_a_launch() -> None:
     values = torch.empty(4, 4, device="meta")
     with Launches.counted() as launches:
-        view = values.T[1:].reshape(-1)[:3].expand(5, 3)  # the reshape of a transposed matrix copies
+        view = (
+            values.T[1:].reshape(-1)[:3].expand(5, 3)
+        )  # the reshape of a transposed matrix copies
         torch.empty(0, device="meta").zero_()
         torch.where(view > 0, view, 0.0)  # a comparison, a scalar on the device, a choice
     assert launches.counts == {"clone": 1, "gt": 1, "scalar_tensor": 1, "where": 1}

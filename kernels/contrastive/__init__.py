@@ -40,9 +40,9 @@ for 16-bit operands, plus the operands once a block.
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
 Files: ``reference.py`` the reference, ``targets.py`` T and U, ``kernels.py`` the Triton kernels, ``launches.py`` their
-launches, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become, ``sums_gpu.py`` and ``vector_kernels.py`` the
-same on a GPU, ``running_max_*.py`` the sums that a fixed offset cannot hold, ``operator.py`` and ``mean.py`` PyTorch's
-side, and here the public functions.
+launches, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become, ``sums_gpu.py`` and
+``vector_kernels.py`` the same on a GPU, ``running_max_*.py`` the sums that a fixed offset cannot hold, ``operator.py`` and
+``mean.py`` PyTorch's side, and here the public functions.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3. Single-pass sums with a fixed offset are also in
 MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library products in Liger-Kernel.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from clipcore.kernels import launch
@@ -84,9 +83,7 @@ def running_max_gpu(
         )
 
     if has_stash:
-        for own, side in zip(
-            states, _stash_sides(inputs, by_place, stash_BG, ranges), strict=True
-        ):
+        for own, side in zip(states, _stash_sides(inputs, by_place, stash_BG, ranges), strict=True):
             advance(side, own)
     else:
         width, workspace_bytes = inputs.image_BE.shape[1], inputs.workspace_bytes

@@ -68,7 +68,10 @@ def uniform_targets(image_BE: Tensor, text_GE: Tensor, pairs: Pairs, smoothing: 
         TargetSide(
             side.image_ids,
             side.text_ids,
-            _equal_to_partner(side.image_ids, side.text_ids, side.first_label),
+            # By id position means nothing.
+            _equal_to_partner(side.image_ids, side.text_ids, side.first_label)
+            if pairs.same_id == "ignore"
+            else None,
             num_rows,
             num_others,
         )

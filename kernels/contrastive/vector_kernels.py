@@ -237,7 +237,9 @@ def upstream_largest_kernel(
         # A sum has every NaN.
         found = tl.maximum(tl.maximum(tl.abs(lse), tl.abs(positive)), tl.abs(uniform))
         together = lse + positive + uniform
-        found = tl.where((lse == lse) & (positive == positive) & (uniform == uniform), found, together)
+        found = tl.where(
+            (lse == lse) & (positive == positive) & (uniform == uniform), found, together
+        )
         largest = tl.where((found > largest) | (found != found), found, largest)
         own_offset = tl.load(offset_ptr + n, mask=inside, other=0.0) != offset_log2
         untrusted = tl.maximum(untrusted, (own_offset & inside).to(tl.int32))

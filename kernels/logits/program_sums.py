@@ -29,9 +29,7 @@ class ProgramSums:
         """Return [num_sums, at least as many as the block's launch has programs]."""
         missing = math.prod(block.grid) - self._parts.shape[1]
         if missing > 0:
-            more = torch.zeros(
-                (self._num_sums, missing), dtype=torch.float64, device=self._device
-            )
+            more = torch.zeros((self._num_sums, missing), dtype=torch.float64, device=self._device)
             # The first block is the largest as a rule.
             is_first = self._parts.shape[1] == 0
             self._parts = more if is_first else torch.cat((self._parts, more), 1)
