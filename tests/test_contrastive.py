@@ -267,7 +267,7 @@ def fixed_point_ref(
     return contrastive_ref(cosine + (stored - cosine.detach()), columns, scale, **ids)
 
 
-ENGINES_AND_STASHES = list(itertools.product(("library", "fused"), STASHES))
+ENGINES_AND_STASHES = [*itertools.product(("library", "fused"), STASHES), ("dense", 0)]
 # The loss and the scale's gradient are one number each: the rule compares them over this many problems.
 NUM_PROBLEMS = 6
 
@@ -594,6 +594,8 @@ def aot_launches() -> None:
         (torch.float16, "fused", False, "positive, smoothed"),
         (torch.float16, "fused", True, "ignore"),
         (torch.float32, "fused", False, "plain"),
+        (torch.float16, "dense", False, "plain"),
+        (torch.float32, "dense", False, "ignore, smoothed"),
     ]:
         B, G = 1000, 2000
         dtype = torch.float32 if operand == torch.float32 else torch.bfloat16
@@ -778,6 +780,42 @@ def test_float32_on_a_gpu_has_a_stash_of_16_bits_only_where_it_is_asked_for() ->
         assert not plan(image, text, engine="library").stash
         assert plan(image, text, engine="library", stash_bytes=2**20).stash
         assert plan(image.half(), text, engine="library", operand_dtype=torch.float16).stash
+
+
+def test_a_small_matrix_on_a_gpu_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda _: 90)
+    with FakeTensorMode():
+        image, text, more = (torch.empty(n, 8, device="cuda") for n in (4096, 4000, 4097))
+        chosen = plan(image, text)
+        assert chosen.engine == "dense" and not chosen.stash
+        assert chosen.kept_bytes == 4096 * 4000 * 4 < 64 * 2**20
+        assert "dense, 3 products in float32; up to 4,096 rows and columns" in str(chosen)
+        # Not where nobody needs it, where it is large, or where something else is asked for.
+        for other in (
+            plan(image, text, backward=False),
+            plan(image, more),
+            plan(more, text),
+            plan(image, text, stash_bytes=0),
+            plan(image, text, stash_bytes=2**40),
+            plan(image, text, engine="library"),
+        ):
+            assert other.engine == "library"
+        assert plan(image, text, stash_bytes=0).kept_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[:2], ids=str)
+@pytest.mark.parametrize("option", ["plain", "ignore", "positive, smoothed"])
+def test_the_dense_form_has_the_numbers_of_blocks(
+    option: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """To the last bit where the matrix is one block, as its kernels are the same; G is odd, so that rows are padded."""
+    image, text, scale = kernel_problems(70, 101, 32, dtype)[0]
+    ids = ids_for(OPTIONS[option], 70, 101, KERNEL_DEVICE)
+    with Products() as products:
+        dense = in_triton(image, text, scale, monkeypatch, engine="dense", **ids)
+    assert products.count == 3
+    blocks = in_triton(*(image, text, scale, monkeypatch), engine="library", stash_bytes=0, **ids)
+    assert all(torch.equal(a, b) for a, b in zip(dense, blocks, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

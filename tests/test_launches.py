@@ -43,17 +43,18 @@ def terms(image: Tensor, text: Tensor, scale: Tensor) -> None:
     torch.autograd.backward(found, [torch.empty_like(term) for term in found])
 
 
-def loss_of(stash_bytes: int) -> Callable[..., None]:
+def loss_of(**how: object) -> Callable[..., None]:
     def call(image: Tensor, text: Tensor, scale: Tensor) -> None:
-        contrastive_loss(image, text, scale, stash_bytes=stash_bytes).backward()
+        contrastive_loss(image, text, scale, **how).backward()
 
     return call
 
 
 # What is called, with how many scalars, and its launches at one block a pass.
 CALLS: dict[str, tuple[Callable[..., None], int, int]] = {
-    "contrastive_loss": (loss_of(0), 1, 44),
-    "contrastive_loss, stash": (loss_of(STASH), 1, 42),
+    "contrastive_loss": (loss_of(stash_bytes=0), 1, 44),
+    "contrastive_loss, stash": (loss_of(stash_bytes=STASH), 1, 42),
+    "contrastive_loss, dense": (loss_of(engine="dense"), 1, 41),
     "contrastive_terms": (terms, 1, 46),
     "sigmoid_loss": (lambda *x: sigmoid_loss(*x).backward(), 2, 30),
     "ClipLoss": (lambda *x: ClipLoss(stash_bytes=0)(*x).backward(), 1, 46),

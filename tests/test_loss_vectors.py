@@ -27,7 +27,7 @@ from clipcore.kernels.logits.pairs import LossInputs, Pairs
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # More than a program's block, an odd rest of one, and one row.
-SHAPES = [(sums_gpu.BLOCK + 77, 1), (3, 2 * sums_gpu.BLOCK), (200, 300)]
+SHAPES = [(2 * sums_gpu.BLOCK + 77, 1), (3, 2 * sums_gpu.BLOCK), (200, 300)]
 INF, NAN = torch.inf, torch.nan
 
 
@@ -168,13 +168,19 @@ def test_what_a_running_maximum_finds(shape: tuple[int, int], by_place: bool) ->
     assert untrusted[0].any() or untrusted[1].any()
 
 
+@pytest.mark.parametrize("parts", [2, 128])
 @pytest.mark.parametrize("special", [(), (0.0,), (-50.0,), (NAN,)], ids=str)
 @pytest.mark.parametrize("has_targets", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_upstream_gradients(
-    shape: tuple[int, int], has_targets: bool, special: tuple[float, ...]
+    shape: tuple[int, int],
+    has_targets: bool,
+    special: tuple[float, ...],
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over the largest of all, which may be of any row of either side; NaN where one is."""
+    """Over the largest of all, which may be of any row of either side; NaN where one is. Few programs take many rows."""
+    monkeypatch.setattr(sums_gpu, "PARTS", parts)
     inputs = inputs_of(shape, 100.0)
     powers = sums_gpu.exponents_gpu(inputs)
     logs = logarithms_of(shape, float(powers.exponents[1]))
@@ -183,18 +189,18 @@ def test_upstream_gradients(
     terms = [torch.empty(0, device=KERNEL_DEVICE)] * 4
     found = sums_gpu.gradient_vectors(powers, targets, upstream, Outputs(*logs, *terms), 2.0**13)
 
-    parts, largest = Upstream.from_terms(upstream, targets, logs).over_largest()
-    row_factor, column_factor = parts.factors(logs)
+    over, largest = Upstream.from_terms(upstream, targets, logs).over_largest()
+    row_factor, column_factor = over.factors(logs)
     offset = powers.exponents[1]
     expected = sums_gpu.GradientVectors(
         row_factor,
         column_factor,
         logs.row_offset_log2_B,
         logs.column_offset_log2_G,
-        parts.row_positive_B,
-        parts.column_positive_G,
-        parts.row_uniform_B,
-        parts.column_uniform_G,
+        over.row_positive_B,
+        over.column_positive_G,
+        over.row_uniform_B,
+        over.column_uniform_G,
         torch.cat(logs.untrusted(offset)).any()[None],
         largest[None],
         powers.exponents[:1] * largest / 2.0**13,
@@ -204,13 +210,20 @@ def test_upstream_gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("parts", [1, 128])
 @pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("first_label", [0, 2, -1])
 @pytest.mark.parametrize("shape", [(700, 700), (3, 1100), (130, 128)], ids=str)
 def test_mean(
-    shape: tuple[int, int], first_label: int, by_weight: bool, dtype: torch.dtype
+    shape: tuple[int, int],
+    first_label: int,
+    by_weight: bool,
+    dtype: torch.dtype,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that do not count may be NaN."""
+    monkeypatch.setattr(sums_gpu, "PARTS", parts)
     weights = list(targets_of(shape)[::2]) if by_weight else []
     terms = [vector(length) for length in shape * 2]
     if by_weight:

@@ -202,7 +202,7 @@ class ClipLoss(nn.Module):
         """Return what `forward` and its backward hold at their peak beside these features and their gradients."""
         chosen = self.plan(image_features, text_features)
         workspace = self.options.workspace(image_features, text_features, self.world_size)
-        return workspace + (chosen.stash_bytes if chosen.stash else 0)
+        return workspace + chosen.kept_bytes
 
     def plan(self, image_features: Tensor, text_features: Tensor) -> Plan:
         """Say how `forward` will compute the loss of these features; `str` says it in one line."""
@@ -270,6 +270,7 @@ class ClipLoss(nn.Module):
                 same_id=self.same_id,
                 targets=None if targets is None else targets.columns(block.columns),
                 stash=chosen.stash,
+                engine=chosen.engine,
                 workspace_bytes=self.options.workspace_bytes,
                 operand_dtype=operand,
             )

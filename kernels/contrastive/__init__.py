@@ -30,7 +30,8 @@ at once.
 Memory: "recompute" holds one block of logits and makes the similarity again in the backward: 4 products (8 B G E
 FLOP). "stash" keeps each logit in 16 bits, fixed-point between the least and greatest of its tile, and needs 3 (6 B G
 E). The error of a stashed logit is at most scale / 65,536 and typically a quarter of that; sums and gradients use the
-same stored values. On the CPU a stash holds exponentials in float32 and changes no bit. `plan` chooses and says why.
+same stored values. On the CPU a stash holds exponentials in float32 and changes no bit. "dense" keeps a small matrix on
+a GPU in float32, as the library gave it, and needs 3 products too. `plan` chooses and says why.
 
 Precision: ``clipcore.kernels.logits``. Logits, exponentials and sums are float32. The gradient of a block is complete,
 the positives taken off, before it is rounded to the operand dtype; it is stored over its largest upstream gradient, times
@@ -50,13 +51,14 @@ MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library p
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipcore.kernels import launch
-from clipcore.kernels.contrastive.launches import ENGINE_TABLE, packed_shapes
+from clipcore.kernels.contrastive.launches import ENGINE_TABLE, dense_shape, packed_shapes
 from clipcore.kernels.contrastive.mean import contrastive_mean
 from clipcore.kernels.contrastive.operator import contrastive_outputs
 from clipcore.kernels.contrastive.reference import contrastive_ref
@@ -74,6 +76,9 @@ __all__ = [
     "plan",
 ]
 
+# Up to so many rows and columns a GPU keeps the matrix as the library gave it, 64 MiB at most. Estimated, to be measured:
+# reading it takes less time than making it again, and a small call is bound by its launches.
+DENSE_SIDE = 4096
 # A stash larger than this is recomputed instead, unless the caller allows more.
 STASH_BYTES = 2**30
 
@@ -96,17 +101,28 @@ class Plan(NamedTuple):
     engine: str
     backward: bool
     stash: bool
-    stash_bytes: int  # what a stash takes
+    stash_bytes: int  # what a stash takes, or the dense matrix
     budget_bytes: int  # what it may take
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept from the forward to the backward."""
+        return self.stash_bytes if self.stash or self.engine == "dense" else 0
 
     def __str__(self) -> str:
         B, G, E = self.shape
+        operand = str(self.operand).removeprefix("torch.")
+        if self.engine == "dense":
+            return (
+                f"contrastive loss of {B:,} x {G:,} x {E} on {self.device}: dense, 3 products in {operand}; up to "
+                f"{DENSE_SIDE:,} rows and columns the matrix is kept in float32, here {self.stash_bytes / 2**20:,.1f} MiB"
+            )
         mode = f"{'stash' if self.stash else 'recompute'}, {3 if self.stash else 4} products"
         why = "fits" if self.stash else "is more than"
         return (
             f"contrastive loss of {B:,} x {G:,} x {E} on {self.device}: "
             f"{mode if self.backward else 'forward only, 1 product'} in "
-            f"{str(self.operand).removeprefix('torch.')}, {self.engine} engine; a stash of "
+            f"{operand}, {self.engine} engine; a stash of "
             f"{self.stash_bytes / 2**20:,.1f} MiB {why if self.backward else 'is not needed under'} "
             f"the budget of {self.budget_bytes / 2**20:,.1f} MiB"
         )
@@ -123,7 +139,8 @@ def plan(
 ) -> Plan:
     """Say how ``contrastive_terms`` will compute a problem: which engine, with a stash or without, and why.
 
-    The rule: a stash where a backward follows and the stash is at most `stash_bytes` (1 GiB by default); the engine
+    The rule: a stash where a backward follows and the stash is at most `stash_bytes` (1 GiB by default). On a GPU a
+    matrix of at most 4,096 rows and columns is kept as it is instead, unless `stash_bytes` or `engine` is given. The engine
     that was measured to be faster for the chip, width and operands, and the library's where neither was. A GPU's stash
     rounds the logits of float32 operands to 16 bits: for those there is one only where `stash_bytes` asks for it.
     """
@@ -148,7 +165,14 @@ def _plan(
     shape, dtype = ((B, num_texts), operand) if on_cpu else packed_shapes(B, num_texts)[::2]
     needed = shape[0] * shape[1] * dtype.itemsize
 
-    if not on_cpu and engine is None:
+    is_small = 0 < B <= DENSE_SIDE and 0 < num_texts <= DENSE_SIDE
+    if not on_cpu and is_small and engine is None and stash_bytes is None:
+        engine = "dense"
+    if engine == "dense" and not backward:
+        engine = "library"  # there is nobody to keep the matrix for
+    if engine == "dense":
+        needed = 4 * math.prod(dense_shape(B, num_texts))
+    elif not on_cpu and engine is None:
         key = (launch.architecture(image_BE.device), E, 8 * operand.itemsize)
         engine = ENGINE_TABLE.get(key, "library")
     return Plan(
@@ -157,7 +181,7 @@ def _plan(
         device=image_BE.device.type,
         engine=engine or "library",
         backward=backward,
-        stash=backward and 0 < needed <= budget,
+        stash=backward and engine != "dense" and 0 < needed <= budget,
         stash_bytes=needed,
         budget_bytes=budget,
     )
@@ -203,7 +227,7 @@ def contrastive_terms(
         normalize=normalize,
         workspace_bytes=workspace_bytes,
         operand_dtype=operand_dtype,
-        engine=engine,
+        engine=None if engine == "dense" else engine,
     )
     # "ignore" alone only takes pairs out: a positive is still known by its place.
     if image_ids is not None and same_id == "positive" and targets is None:
@@ -229,8 +253,12 @@ def _outputs(
     image_BE, text_GE, scale = inputs.image_BE, inputs.text_GE, inputs.scale
     wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
     backward = wants_grad and torch.is_grad_enabled()
-    chosen = _plan(image_BE, len(text_GE), inputs.operand, stash_bytes, engine, backward)
-    is_stash = chosen.stash if stash is None else backward and stash and chosen.stash_bytes > 0
+    # What was decided for a larger problem is not decided again.
+    budget = stash_bytes if stash is None else 0
+    chosen = _plan(image_BE, len(text_GE), inputs.operand, budget, engine, backward)
+    is_stash = chosen.stash
+    if stash is not None:
+        is_stash = backward and stash and chosen.engine != "dense" and chosen.stash_bytes > 0
 
     return contrastive_outputs(
         inputs._replace(engine=chosen.engine),
@@ -273,14 +301,15 @@ def contrastive_loss(
             "positive" makes them positives, which share the row's target evenly, and position means nothing.
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
         stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB, and 0 for
-            float32 operands on a GPU, whose logits a stash rounds to 16 bits.
+            float32 operands on a GPU, whose logits a stash rounds to 16 bits. See `engine` for small matrices.
         workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
             for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: about 150 bytes a row and column, 4 G E
             bytes for the sum of text gradients of 16 bits, and on the CPU rows of length one and their gradients in
             float32.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
-        engine: "library" or "fused" on a GPU (``clipcore.kernels.logits``). Default as measured.
+        engine: "library" or "fused" on a GPU (``clipcore.kernels.logits``), default as measured; or "dense", which is the
+            default up to 4,096 rows and columns where `stash_bytes` is not given: the matrix of products is kept in float32.
 
     Returns:
         A scalar, float32 (float64 for float64 on the CPU); NaN, the mean over nothing, where same_id="positive" finds no
@@ -307,7 +336,7 @@ def contrastive_loss(
         normalize=normalize,
         workspace_bytes=workspace_bytes,
         operand_dtype=operand_dtype,
-        engine=engine,
+        engine=None if engine == "dense" else engine,
     )
     B, G = len(image_BE), len(text_GE)
     by_id = image_ids is not None and same_id == "positive"

@@ -17,6 +17,7 @@ from clipcore.kernels.contrastive.kernels import (
 )
 from clipcore.kernels.contrastive.launches import (
     FP16_GRADIENT_SCALE,
+    dense_shape,
     gradient_row,
     packed_shapes,
     sums_row,
@@ -59,11 +60,12 @@ def _walk_sums(
     ranges: Tensor,
 ) -> Sums:
     """Return the sums over all blocks, which also fill a stash."""
-    is_stash = stash_BG.numel() > 0
+    is_stash = stash_BG.numel() > 0 and inputs.engine != "dense"
     launch_row = sums_row(inputs, targets is None)
     sums = new_sums(inputs, targets)
     uniform = None if targets is None else relative_uniform_gpu(targets)
-    for block in LogitWalk(inputs, launch_row, has_sums=True):
+    product_BG = stash_BG if inputs.engine == "dense" else None
+    for block in LogitWalk(inputs, launch_row, has_sums=True, product_BG=product_BG):
         rows, columns = block.rows, block.columns
         partial = _new_partial(block, sums, targets)
         contrastive_sums_kernel[block.grid](
@@ -77,7 +79,7 @@ def _walk_sums(
             column_target_ptr=partial.column_target_log2_G,
             stash_ptr=stash_BG[rows, columns.start :] if is_stash else None,
             range_ptr=_block_ranges(ranges, launch_row, block) if is_stash else None,
-            stride_product=block.shape[1],
+            stride_product=_row_stride(block.product_RC),
             stride_stash=stash_BG.stride(0),
             stride_range=ranges.stride(0),
             TARGETS=targets is not None,
@@ -124,16 +126,23 @@ def contrastive_bwd_gpu(
 
 
 def _new_stash(inputs: LossInputs, is_stash: bool) -> tuple[Tensor, Tensor]:
-    """Return a stash and the ranges of its tiles; empty ones without a stash."""
+    """Return a stash and the ranges of its tiles, or the dense matrix; empty ones where nothing is kept."""
     B, G, device = len(inputs.image_BE), len(inputs.text_GE), inputs.image_BE.device
     shape, range_shape, dtype = packed_shapes(B, G)
-    if not is_stash:
+    if inputs.engine == "dense":
+        shape, range_shape, dtype = dense_shape(B, G), (0, 0, 2), torch.float32
+    elif not is_stash:
         shape, range_shape = (0, 0), (0, 0, 2)
     stash_BG = torch.empty(shape, dtype=dtype, device=device)
     # What no tile writes: an output is a function of its inputs, to the last byte.
     if stash_BG.shape[1] > G:
         stash_BG[:, G:] = 0
     return stash_BG, torch.zeros(range_shape, dtype=torch.float32, device=device)
+
+
+def _row_stride(product_RC: Tensor | None) -> int:
+    """Return from row to row of a block's products; 0 where the kernel multiplies."""
+    return 0 if product_RC is None else product_RC.stride(0)
 
 
 def _new_partial(block: LogitBlock, sums: Sums, targets: Targets | None) -> Sums:
@@ -159,10 +168,12 @@ def _logits_of(
     block: LogitBlock, inputs: LossInputs, targets: Targets | None, outputs: Outputs
 ) -> dict[str, Any]:
     """Return the launch keywords of where the gradient pass reads a block's logits."""
-    if not outputs.has_stash:
+    place = block.rows, slice(block.columns.start, None)
+    if not outputs.has_stash or inputs.engine == "dense":
+        product_RC = outputs.stash_BG[place] if outputs.has_stash else block.product_RC
         return {
-            "product_ptr": block.product_RC,
-            "stride_product": block.shape[1],
+            "product_ptr": product_RC,
+            "stride_product": _row_stride(product_RC),
             "range_ptr": None,
             "stride_range": 0,
             "RANGE_N": 1,
@@ -171,7 +182,7 @@ def _logits_of(
         }
     writer = sums_row(inputs, targets is None)
     return {
-        "product_ptr": outputs.stash_BG[block.rows, block.columns.start :],
+        "product_ptr": outputs.stash_BG[place],
         "stride_product": outputs.stash_BG.stride(0),
         "range_ptr": _block_ranges(outputs.ranges, writer, block),
         "stride_range": outputs.ranges.stride(0),

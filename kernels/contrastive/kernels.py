@@ -166,8 +166,9 @@ def contrastive_running_max_kernel(
 ):
     """Continue the running maximum and sum of untrusted rows of x over y; for columns, exchange x and y.
 
-    x and y are the operands that everything else multiplies; with STASH x is the stash itself, stride_y_m its other
-    stride, and what is read are the very numbers that were summed. Positives by place stay out here too.
+    x and y are the operands that everything else multiplies; with STASH x is the stash itself or the dense matrix in
+    float32, stride_y_m its other stride, and what is read are the very numbers that were summed. Positives by place stay
+    out here too.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     untrusted = tl.load(untrusted_ptr + n, mask=n < N, other=0)
@@ -179,7 +180,10 @@ def contrastive_running_max_kernel(
     for first_m in range(0, M, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
         inside = (n[:, None] < N) & (m[None, :] < M)
-        if STASH:
+        if STASH and x_ptr.dtype.element_ty == tl.float32:
+            offsets = n[:, None] * stride_x_n + m.to(tl.int64)[None, :] * stride_y_m
+            cosine = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+        elif STASH:
             cosine = _unpack_elements(
                 x_ptr,
                 range_ptr,

@@ -80,6 +80,11 @@ def _kind(inputs: LossInputs, by_place: bool, is_fused: bool) -> str:
     return "fused" if by_place and inputs.pairs.image_ids is None else "targets"
 
 
+def dense_shape(B: int, G: int) -> tuple[int, int]:
+    """Return the shape of a dense matrix of float32 logits, whose rows begin at multiples of 64 bytes."""
+    return B, -(-G // 16) * 16
+
+
 def packed_shapes(B: int, G: int) -> tuple[tuple[int, int], tuple[int, int, int], torch.dtype]:
     """Return the shapes of a stash and of its ranges, as many as the finest tile makes, and the stash's dtype."""
     rows = [row for (_, kind), row in _LAUNCH_TABLE.items() if not kind.startswith("running max")]

@@ -153,7 +153,7 @@ class Outputs(NamedTuple):
     column_offset_log2_G: Tensor
     row_target_log2_B: Tensor
     column_target_log2_G: Tensor
-    stash_BG: Tensor  # empty without a stash
+    stash_BG: Tensor  # empty without a stash; the dense matrix in float32 where that is kept
     ranges: Tensor  # of the stash's tiles on a GPU
 
     @property

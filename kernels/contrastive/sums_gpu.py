@@ -39,7 +39,7 @@ from clipcore.kernels.logits.walk_gpu import LogitBlock
 # Numbers that a program takes at once, and partial sums that it adds at once. Estimated, to be measured.
 BLOCK = 512
 ADD_BLOCK, ADD_TILES = 64, 16
-# Programs a side that reduce all its numbers, whatever there are: a power of two, as a vector in Triton.
+# The most programs that reduce all numbers of a side; a power of two, as every vector's length in Triton.
 PARTS = 128
 
 
@@ -251,7 +251,7 @@ def gradient_vectors(
         )
     ]
     for i, side in enumerate(sides):
-        upstream_largest_kernel[(PARTS,)](
+        upstream_largest_kernel[(_num_parts(len(side["rest_ptr"])),)](
             largest_ptr=part_largest[i * PARTS :],
             untrusted_ptr=part_untrusted[i * PARTS :],
             N=len(side["rest_ptr"]),
@@ -279,7 +279,9 @@ def gradient_vectors(
             untrusted_out_ptr=any_untrusted,
             walk_factor_ptr=walk_factor,
             GRADIENT_SCALE=gradient_scale,
-            PARTS=2 * PARTS,
+            row_parts=_num_parts(len(logs.row_rest_B)),
+            column_parts=_num_parts(len(logs.column_rest_G)),
+            PARTS=PARTS,
             **side,
         )
         vectors.append(out)
@@ -309,18 +311,27 @@ def mean_loss_gpu(
     for i, (lse_N, target_N) in enumerate(
         ((row_lse_B, row_target_B), (column_lse_G, column_target_G))
     ):
-        mean_parts_kernel[(PARTS,)](
+        mean_parts_kernel[(_num_parts(len(lse_N)),)](
             lse_ptr=lse_N,
             target_ptr=target_N,
             weight_ptr=weights[i] if weights else None,
             part_ptr=parts[2 * i * PARTS :],
             first=counted[i].start,
             last=counted[i].stop,
+            PARTS=PARTS,
             BY_WEIGHT=len(weights) > 0,
             BLOCK=BLOCK,
         )
     loss, counts = row_lse_B.new_empty((), dtype=dtype), row_lse_B.new_empty(2)
-    mean_kernel[(1,)](part_ptr=parts, loss_ptr=loss, count_ptr=counts, LOG2E=LOG2E, PARTS=PARTS)
+    mean_kernel[(1,)](
+        part_ptr=parts,
+        loss_ptr=loss,
+        count_ptr=counts,
+        row_parts=_num_parts(len(row_lse_B)),
+        column_parts=_num_parts(len(column_lse_G)),
+        LOG2E=LOG2E,
+        PARTS=PARTS,
+    )
     return loss, counts
 
 
@@ -355,6 +366,11 @@ def mean_gradients_gpu(
 
 def _empty(like: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(length, dtype=dtype, device=like.device)
+
+
+def _num_parts(N: int) -> int:
+    """Return how many programs reduce N numbers, in a fixed split of them."""
+    return min(PARTS, triton.cdiv(N, BLOCK))
 
 
 def _launch(kernel: Any, N: int, **arguments: Any) -> None:

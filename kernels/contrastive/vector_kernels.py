@@ -248,6 +248,12 @@ def upstream_largest_kernel(
 
 
 @triton.jit
+def _is_written(part, row_parts, column_parts, PARTS: tl.constexpr):
+    """Which parts of rows and columns, PARTS each, a program has written."""
+    return (part % PARTS) < tl.where(part < PARTS, row_parts, column_parts)
+
+
+@triton.jit
 def upstream_factors_kernel(
     lse_grad_ptr,
     target_grad_ptr,
@@ -257,7 +263,7 @@ def upstream_factors_kernel(
     lse_ptr,
     offset_ptr,
     exponent_ptr,
-    part_largest_ptr,  # [PARTS], of both sides
+    part_largest_ptr,  # [2, PARTS]: rows and columns
     part_untrusted_ptr,
     factor_out_ptr,  # float32 [N], as the next three
     offset_out_ptr,
@@ -267,17 +273,20 @@ def upstream_factors_kernel(
     untrusted_out_ptr,  # int32 [1]
     walk_factor_ptr,  # float32 [1]: what the walk multiplies its sums with
     N,
+    row_parts,  # how many of the PARTS of a side there are
+    column_parts,
     GRADIENT_SCALE: tl.constexpr,
     TARGETS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute what the gradient pass reads of one side: ``Upstream`` over its largest element, and its factors."""
-    part = tl.arange(0, PARTS)
-    largest = _largest(tl.load(part_largest_ptr + part))
+    part = tl.arange(0, 2 * PARTS)
+    written = _is_written(part, row_parts, column_parts, PARTS)
+    largest = _largest(tl.load(part_largest_ptr + part, mask=written, other=0.0))
     if tl.program_id(0) == 0:
-        untrusted = tl.max(tl.load(part_untrusted_ptr + part), axis=0)
-        tl.store(untrusted_out_ptr, untrusted)
+        untrusted = tl.load(part_untrusted_ptr + part, mask=written, other=0)
+        tl.store(untrusted_out_ptr, tl.max(untrusted, axis=0))
         tl.store(largest_out_ptr, largest)
         walk_factor = tl.load(exponent_ptr) * largest / GRADIENT_SCALE
         tl.store(walk_factor_ptr, walk_factor.to(tl.float32))
@@ -321,9 +330,10 @@ def mean_parts_kernel(
     lse_ptr,
     target_ptr,
     weight_ptr,
-    part_ptr,  # float64 [2, programs]: sums and counts
+    part_ptr,  # float64 [2, PARTS]: sums and counts
     first,
     last,
+    PARTS: tl.constexpr,
     BY_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -337,7 +347,13 @@ def mean_parts_kernel(
         total += lse_log2 - tl.load(target_ptr + n, mask=counts, other=0.0)
         number += counts.to(tl.float64)
     tl.store(part_ptr + program, tl.sum(total, axis=0))
-    tl.store(part_ptr + num_programs + program, tl.sum(number, axis=0))
+    tl.store(part_ptr + PARTS + program, tl.sum(number, axis=0))
+
+
+@triton.jit
+def _sum_parts(part_ptr, num_parts, PARTS: tl.constexpr):
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(part_ptr + part, mask=part < num_parts, other=0.0), axis=0)
 
 
 @triton.jit
@@ -345,15 +361,16 @@ def mean_kernel(
     part_ptr,  # float64 [2, 2, PARTS]: rows and columns, sums and counts
     loss_ptr,
     count_ptr,  # float64 [2]
+    row_parts,
+    column_parts,
     LOG2E: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Compute ``sums.mean_loss`` of the parts."""
-    part = tl.arange(0, PARTS)
-    row_sum = tl.sum(tl.load(part_ptr + part), axis=0)
-    row_count = tl.sum(tl.load(part_ptr + PARTS + part), axis=0)
-    column_sum = tl.sum(tl.load(part_ptr + 2 * PARTS + part), axis=0)
-    column_count = tl.sum(tl.load(part_ptr + 3 * PARTS + part), axis=0)
+    row_sum = _sum_parts(part_ptr, row_parts, PARTS)
+    row_count = _sum_parts(part_ptr + PARTS, row_parts, PARTS)
+    column_sum = _sum_parts(part_ptr + 2 * PARTS, column_parts, PARTS)
+    column_count = _sum_parts(part_ptr + 3 * PARTS, column_parts, PARTS)
     loss = (row_sum / row_count + column_sum / column_count) / LOG2E / 2.0
     tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     tl.store(count_ptr, row_count)

@@ -97,6 +97,7 @@ class LogitWalk:
             them, as ``inputs.engine`` says.
         has_sums: whether tiles leave sums of rows and of columns; where a block leaves nothing else, they limit its size.
         wanted: what to make of the blocks' gradients; None where a block leaves sums only.
+        product_BG: where the library's products go, each to its place; None for a buffer of one block.
 
     >>> for block in walk:  # doctest: +SKIP
     ...     kernel[block.grid](grad_ptr=block.grad_RC, **block.arguments)
@@ -111,14 +112,17 @@ class LogitWalk:
         reads_stash: bool = False,
         has_sums: bool = False,
         wanted: GradientWanted | None = None,
+        product_BG: Tensor | None = None,
     ) -> None:
         self.inputs, self.launch_row = inputs, launch_row
-        self._is_product = inputs.engine == "library" and not reads_stash
+        self._is_product = inputs.engine != "fused" and not reads_stash
+        self._product_BG = product_BG
         self._is_fused = inputs.engine == "fused" and not reads_stash
         operand, device = inputs.operand, inputs.image_BE.device
 
         # float32 gradients take the place of the products.
-        is_product, is_gradient = self._is_product, wanted is not None
+        is_product = self._is_product and product_BG is None
+        is_gradient = wanted is not None
         in_place = is_product and is_gradient and operand == torch.float32
         own_gradient = is_gradient and not in_place
         element_bytes = (4 if is_product else 0) + (operand.itemsize if own_gradient else 0)
@@ -159,7 +163,11 @@ class LogitWalk:
         R, C = len(x_RE), len(y_CE)
         product_RC = grad_RC = None
         if self._is_product:
-            product_RC = self._products[: R * C].view(R, C)
+            product_RC = (
+                self._products[: R * C].view(R, C)
+                if self._product_BG is None
+                else (self._product_BG[rows, columns])
+            )
             launch.matmul_fp32(x_RE, y_CE.T, product_RC)
         if self._sums is not None:
             grad_RC = self._grads[: R * C].view(R, C)
