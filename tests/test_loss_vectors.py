@@ -60,7 +60,7 @@ def sums_of(shape: tuple[int, int]) -> Sums:
     """Return sums that are to be trusted, and some that are not: too small, too large, NaN, of no pair, of one pair."""
     rows, columns = (vector(length, 1e-35, 1e38, NAN, 0.0, 0.0, 2.0).abs() for length in shape)
     row_targets, column_targets = (
-        vector(length, -200.0, 30.0, 1.0, -INF, 7.0, -INF) for length in shape
+        vector(length, -200.0, 30.0, 1.0, -INF, 7.3, -INF) for length in shape
     )
     return Sums(rows, columns, row_targets, column_targets)
 
@@ -134,6 +134,11 @@ def test_logarithms(shape: tuple[int, int], scale: float, has_targets: bool) -> 
     expected, untrusted = logarithms(inputs, targets is None, sums, torch.float32)
     for pair in zip((*logs, *own), (*expected, *sums), strict=True):
         assert_same(*pair)
+    if targets is None:
+        # A row of one pair: its logarithm is the logit to the last bit.
+        alone = (sums.row_B == 0) & sums.row_target_log2_B.isfinite()
+        assert torch.equal(logs.row_lse_log2_B[alone], sums.row_target_log2_B[alone])
+        assert alone.any() or len(alone) < 4
     for state, side in zip(states, untrusted, strict=True):
         assert torch.equal(state.is_untrusted_N, side.to(torch.int32))
         assert (state.largest_N == -INF).all() and (state.total_N == 0).all()
