@@ -13,8 +13,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive import mean
@@ -62,6 +60,9 @@ class Launches(TorchDispatchMode):
         Args:
             operand: what the products multiply.
         """
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
         mode = cls()
         counts = mode.counts
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from problems import unit_embeddings
 
 from clipcore.kernels.logits import pages, walk_gpu
 from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, Pairs
+from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.walk_gpu import LaunchRow, LogitWalk
 
 LAUNCH_ROW = LaunchRow(block_n=64, block_m=128, block_d=16, num_warps=8, num_stages=1)
@@ -64,6 +67,18 @@ def test_a_block_and_all_that_goes_with_it_fit_the_workspace(
         rows, columns = walk_gpu.block_sides(width, element_bytes, workspace_bytes, 2)
         taken = rows * columns * element_bytes + (rows + columns) * width * 2 + rows * width * 4
         assert workspace_bytes / 2 < taken <= workspace_bytes
+
+
+@pytest.mark.fast
+def test_a_larger_block_has_a_place_for_each_program(poisoned_memory: None) -> None:
+    """What programs of the blocks before have added is kept."""
+    sums = ProgramSums(2, torch.device(KERNEL_DEVICE))
+    assert sums.total(0) == 0
+    for grid in ((3,), (2, 4), (1,)):
+        places = sums.places(SimpleNamespace(grid=grid))
+        assert places.shape[1] >= math.prod(grid)
+        places[1, : math.prod(grid)] += 1.0
+    assert sums.total(0) == 0 and sums.total(1) == 3 + 8 + 1
 
 
 def test_large_buffers_keep_their_pages_but_never_share_them() -> None:

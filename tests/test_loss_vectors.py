@@ -119,6 +119,14 @@ def test_partial_sums_are_added(
     assert all(torch.equal(*pair) for pair in zip(sums, expected, strict=True))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_uniform_weights_over_those_of_positives(shape: tuple[int, int]) -> None:
+    targets = targets_of(shape)
+    found, expected = sums_gpu.relative_uniform_gpu(targets), targets.relative_uniform()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("has_targets", [False, True])
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -227,15 +227,6 @@ class Upstream(NamedTuple):
             self.column_uniform_G[columns],
         )
 
-    def pointers(self) -> dict[str, Tensor]:
-        """Return the gradients at targets as launch keywords."""
-        return {
-            "row_positive_ptr": self.row_positive_B,
-            "row_uniform_ptr": self.row_uniform_B,
-            "column_positive_ptr": self.column_positive_G,
-            "column_uniform_ptr": self.column_uniform_G,
-        }
-
 
 def _factor(upstream: Tensor, lse_log2: Tensor, offset_log2: Tensor) -> Tensor:
     """Return the factors of one side. A row without a valid pair has no gradient."""
