@@ -24,8 +24,8 @@ operands); fused engine 2 and 4. Roofline: 3 products at their library's rate; t
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
 Files: ``reference.py`` the reference, ``kernels.py`` the Triton kernel, ``factor_kernels.py`` that of what it reads of
-scale and bias, ``launches.py`` its launch, ``gpu.py`` and ``cpu.py`` the walks, ``operator.py`` PyTorch's side, and here the public function. A loss of another kind begins as a copy
-of this folder (kernels/README.md).
+scale and bias, ``launches.py`` its launch, ``gpu.py`` and ``cpu.py`` the walks, ``operator.py`` PyTorch's side, and here
+the public function. A loss of another kind begins as a copy of this folder (kernels/README.md).
 
 Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1; open_clip's SigLipLoss for the division by B.
 """
