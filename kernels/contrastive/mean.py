@@ -94,10 +94,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     launch.check_first_order("contrastive_loss")
     counts, *weights = ctx.saved_tensors
-    of_rest = [None] * len(weights), None, None
-    if upstream is None:
-        return None, None, None, None, *of_rest
-    return *_contrastive_mean_bwd(upstream, counts, weights, *ctx.shape, ctx.first_label), *of_rest
+    # Of the list of weights one for each of its own.
+    gradients: list[Any] = [None, None, None, None, [None] * len(weights), None, None]
+    if upstream is not None:
+        num_rows, num_columns = ctx.shape
+        gradients[:4] = _contrastive_mean_bwd(
+            upstream, counts, weights, num_rows, num_columns, ctx.first_label
+        )
+    return tuple(gradients)
 
 
 _contrastive_mean.register_autograd(_backward, setup_context=_setup_context)

@@ -154,9 +154,10 @@ def logarithms_gpu(
     """
     least, most = trusted_range(sums, torch.float32)
     sides, states = [], []
+    weights = (None, None) if targets is None else targets[::2]
     for sum_N, target_log2_N, weight_N in (
-        (sums.row_B, sums.row_target_log2_B, targets and targets.row_positive_B),
-        (sums.column_G, sums.column_target_log2_G, targets and targets.column_positive_G),
+        (sums.row_B, sums.row_target_log2_B, weights[0]),
+        (sums.column_G, sums.column_target_log2_G, weights[1]),
     ):
         side = [_empty(sum_N, len(sum_N), torch.float64) for _ in range(3)]
         state = RunningState(
@@ -231,36 +232,35 @@ def gradient_vectors(
     walk_factor = _empty(like, 1, torch.float32)
 
     # What both kernels read of a side.
-    sides: list[dict[str, Any]] = [
-        {
-            "lse_grad_ptr": lse_grad_N,
-            "target_grad_ptr": target_grad_N,
-            "rest_ptr": rest_N,
-            "positive_weight_ptr": weights and weights[0],
-            "uniform_weight_ptr": weights and weights[1],
-            "offset_ptr": offset_N,
-            "exponent_ptr": exponents.exponents,
-            "TARGETS": targets is not None,
-        }
-        for lse_grad_N, target_grad_N, rest_N, offset_N, weights in (
-            (row_lse, row_target, logs.row_rest_B, logs.row_offset_log2_B, targets and targets[:2]),
-            (
-                *(column_lse, column_target, logs.column_rest_G, logs.column_offset_log2_G),
-                targets and targets[2:],
-            ),
-        )
-    ]
-    for i, side in enumerate(sides):
+    rows: dict[str, Any] = {
+        "lse_grad_ptr": row_lse,
+        "target_grad_ptr": row_target,
+        "rest_ptr": logs.row_rest_B,
+        "offset_ptr": logs.row_offset_log2_B,
+        "positive_weight_ptr": None if targets is None else targets.row_positive_B,
+        "uniform_weight_ptr": None if targets is None else targets.row_uniform_B,
+    }
+    columns: dict[str, Any] = {
+        "lse_grad_ptr": column_lse,
+        "target_grad_ptr": column_target,
+        "rest_ptr": logs.column_rest_G,
+        "offset_ptr": logs.column_offset_log2_G,
+        "positive_weight_ptr": None if targets is None else targets.column_positive_G,
+        "uniform_weight_ptr": None if targets is None else targets.column_uniform_G,
+    }
+    shared = {"exponent_ptr": exponents.exponents, "TARGETS": targets is not None}
+    for i, side in enumerate((rows, columns)):
         upstream_largest_kernel[(_num_parts(len(side["rest_ptr"])),)](
             largest_ptr=part_largest[i * PARTS :],
             untrusted_ptr=part_untrusted[i * PARTS :],
             N=len(side["rest_ptr"]),
             BLOCK=BLOCK,
             **side,
+            **shared,
         )
 
     vectors: list[list[Tensor]] = []
-    for side, lse_N in zip(sides, logs[:2], strict=True):
+    for side, lse_N in ((rows, logs.row_lse_log2_B), (columns, logs.column_lse_log2_G)):
         N = len(lse_N)
         out = [_empty(like, N, torch.float32) for _ in range(3)]
         # Without targets both are the gradient at the positive.
@@ -283,18 +283,19 @@ def gradient_vectors(
             column_parts=_num_parts(len(logs.column_rest_G)),
             PARTS=PARTS,
             **side,
+            **shared,
         )
         vectors.append(out)
-    rows, columns = vectors
+    of_rows, of_columns = vectors
     return GradientVectors(
-        row_factor_B=rows[0],
-        column_factor_G=columns[0],
-        row_offset_B=rows[1],
-        column_offset_G=columns[1],
-        row_positive_B=rows[2],
-        column_positive_G=columns[2],
-        row_uniform_B=rows[3],
-        column_uniform_G=columns[3],
+        row_factor_B=of_rows[0],
+        column_factor_G=of_columns[0],
+        row_offset_B=of_rows[1],
+        column_offset_G=of_columns[1],
+        row_positive_B=of_rows[2],
+        column_positive_G=of_columns[2],
+        row_uniform_B=of_rows[3],
+        column_uniform_G=of_columns[3],
         any_untrusted=any_untrusted,
         largest=largest,
         walk_factor=walk_factor,

@@ -166,7 +166,7 @@ class LogitWalk:
             product_RC = (
                 self._products[: R * C].view(R, C)
                 if self._product_BG is None
-                else (self._product_BG[rows, columns])
+                else self._product_BG[rows, columns]
             )
             launch.matmul_fp32(x_RE, y_CE.T, product_RC)
         if self._sums is not None:
