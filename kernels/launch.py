@@ -23,8 +23,8 @@ except ModuleNotFoundError:
         """Let `@triton.jit` decorate; a launch fails with AttributeError."""
 
         @staticmethod
-        def jit(fn: Any) -> Any:
-            return fn
+        def jit(fn: Any = None, **_: Any) -> Any:
+            return fn or (lambda fn: fn)
 
     triton = tl = _NoTriton()
 

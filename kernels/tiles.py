@@ -43,7 +43,7 @@ def dot_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The float32 tile of x[n] . y[m] for row numbers n and m (int64, in range); BLOCK_D divides D.
+    """Return the float32 tile of x[n] . y[m] for row numbers n and m (int64, in range); BLOCK_D divides D.
 
     float32 operands multiply in IEEE arithmetic: float32 is the exact path, 16-bit operands the fast one.
     """
@@ -70,10 +70,9 @@ def tile_numbers(N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_N: tl
 
 
 @triton.jit
-def load_product(product_ptr, stride_n, n, m, inside):
-    """The float32 tile of a block that the library has multiplied."""
-    offsets = n.to(tl.int64)[:, None] * stride_n + m[None, :]
-    return tl.load(product_ptr + offsets, mask=inside, other=0.0)
+def add_to_place(sum_ptr, value):
+    """Add to a float64 sum that is this program's own, over all blocks: see ``logits.program_sums``."""
+    tl.store(sum_ptr, tl.load(sum_ptr) + value)
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The float32 tile of x . y by tensor descriptors; rows and columns past the ends count as 0."""
+    """Return the float32 tile of x . y by tensor descriptors; rows and columns past the ends count as 0."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         x = x_desc.load([tile_n * BLOCK_N, d])
@@ -98,7 +97,7 @@ def multiply(
 
 @triton.jit
 def positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS: tl.constexpr):
-    """(valid, positive) of a tile: which pairs count, and which of them match. IDS as in ``Pairs.ids``."""
+    """Return (valid, positive) of a tile: which pairs count, and which of them match. IDS as in ``Pairs.ids``."""
     label = (m[None, :] - n[:, None]) == first_label
     if IDS == "none":
         valid = inside

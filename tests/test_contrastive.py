@@ -32,15 +32,18 @@ from clipcore.kernels.contrastive import (
     contrastive_ref,
     contrastive_terms,
     gpu,
+    mean,
     operator,
     plan,
 )
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
+from clipcore.kernels.contrastive.sums_gpu import mean_gradients_gpu, mean_loss_gpu
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
-from clipcore.kernels.logits import pairs, walk_cpu, walk_gpu
+from clipcore.kernels.logits import launch_rows, pairs, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
 from clipcore.kernels.normalize import normalize_ref
 from clipcore.kernels.sigmoid import sigmoid_loss
+from clipcore.loss import ClipLoss, clip
 
 ONE = torch.tensor(1.0)
 STASHES = [0, 2**40]
@@ -230,6 +233,8 @@ def in_triton_everywhere(monkeypatch: pytest.MonkeyPatch, operand: torch.dtype) 
         return  # real Triton takes no CPU tensors
     monkeypatch.setattr(operator, "contrastive_fwd_cpu", contrastive_fwd_gpu)
     monkeypatch.setattr(operator, "contrastive_bwd_cpu", contrastive_bwd_gpu)
+    monkeypatch.setattr(mean, "mean_loss_cpu", mean_loss_gpu)
+    monkeypatch.setattr(mean, "mean_gradients_cpu", mean_gradients_gpu)
     monkeypatch.setattr(pairs, "choose_operand", lambda *_: operand)
 
 
@@ -264,6 +269,8 @@ def fixed_point_ref(
 
 
 ENGINES_AND_STASHES = list(itertools.product(("library", "fused"), STASHES))
+# A matrix that is kept has the bits of blocks, but reads for a running maximum that are its own.
+FORMS = [*ENGINES_AND_STASHES, ("dense", 0)]
 # The loss and the scale's gradient are one number each: the rule compares them over this many problems.
 NUM_PROBLEMS = 6
 
@@ -381,7 +388,7 @@ def test_kernels_have_every_option(
     assert_kernels_accurate(problems, monkeypatch, ids=ids, engine=engine, stash_bytes=stash_bytes)
 
 
-@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+@pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
 def test_kernels_cross_blocks(
     engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,11 +398,24 @@ def test_kernels_cross_blocks(
         monkeypatch,
         engine=engine,
         stash_bytes=stash_bytes,
-        workspace_bytes=4 * 256 * 256,
+        workspace_bytes=1,
     )
 
 
-@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("stash_bytes", STASHES)
+def test_strips_away_from_the_labels_and_the_edges(
+    option: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Strips of 16 rows: of 512 columns the second is without a positive by its place, the third is cut."""
+    monkeypatch.setattr(launch_rows, "STRIP_ROWS", 16)
+    ids = ids_for(OPTIONS[option], 40, 1040, KERNEL_DEVICE)
+    problems = kernel_problems(40, 1040, 16, torch.float32, 20.0)[:3]
+    how = {"engine": "library", "stash_bytes": stash_bytes}
+    assert_kernels_accurate(problems, monkeypatch, ids=ids, **how)
+
+
+@pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
 def test_kernels_fall_back_to_the_running_maximum(
     engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +445,7 @@ def problems_with_an_odd_pair(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("engine", "stash_bytes"), ENGINES_AND_STASHES)
+@pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
 def test_an_odd_pair_leaves_the_others_accurate(
     engine: str,
     stash_bytes: int,
@@ -592,6 +612,7 @@ def aot_launches() -> None:
         (torch.float16, "fused", False, "positive, smoothed"),
         (torch.float16, "fused", True, "ignore"),
         (torch.float32, "fused", False, "plain"),
+        (torch.float16, "dense", False, "plain"),
     ]:
         B, G = 1000, 2000
         dtype = torch.float32 if operand == torch.float32 else torch.bfloat16
@@ -611,6 +632,9 @@ def aot_launches() -> None:
             outputs.column_target_log2_G,
         ]
         contrastive_bwd_gpu(problem, targets, upstream, outputs, (True, True))
+        weights = list(targets[::2]) if option.startswith("positive") else []
+        loss, counts = mean_loss_gpu(upstream, weights, 0, torch.float32)
+        mean_gradients_gpu(loss, counts, weights, (B, G), 0)
 
 
 def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
@@ -620,7 +644,7 @@ def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
 def test_ahead_of_time_the_fused_kernels_have_matrix_instructions() -> None:
     """On sm_100 they are the older ones, as the launch table says, and are not counted."""
     for kernel in compiled("test_contrastive"):
-        fused = kernel.constants.get("FUSED") and "fp32" not in kernel.operand
+        fused = "GROUP_N" in kernel.constants and "fp32" not in kernel.operand
         if fused and kernel.architecture < 100:
             assert kernel.matrix_instructions > 0, str(kernel)
 
@@ -631,7 +655,7 @@ def test_ahead_of_time_two_fused_programs_fit_on_a_processor_of_hopper() -> None
         kernel
         for kernel in compiled("test_contrastive")
         if kernel.architecture == 90
-        and kernel.constants.get("FUSED")
+        and "GROUP_N" in kernel.constants
         and "fp32" not in kernel.operand
         and kernel.constants["IDS"] == "none"
     ]
@@ -788,6 +812,51 @@ def test_float32_on_a_gpu_has_a_stash_of_16_bits_only_where_it_is_asked_for() ->
         assert plan(image.half(), text, engine="library", operand_dtype=torch.float16).stash
 
 
+def test_a_small_matrix_on_a_gpu_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda _: 90)
+    with FakeTensorMode():
+        image, text, more = (torch.empty(n, 8, device="cuda") for n in (4096, 4000, 4097))
+        chosen = plan(image, text)
+        assert chosen.engine == "dense" and not chosen.stash
+        assert chosen.kept_bytes == 4096 * 4000 * 4 < 64 * 2**20
+        assert "dense, 3 products in float32; up to 4,096 rows and columns" in str(chosen)
+        # Not where nobody needs it, where it is large, or where something else is asked for.
+        for other in (
+            plan(image, text, backward=False),
+            plan(image, more),
+            plan(more, text),
+            plan(image, text, stash_bytes=0),
+            plan(image, text, stash_bytes=2**40),
+            plan(image, text, engine="library"),
+        ):
+            assert other.engine == "library"
+        assert plan(image, text, stash_bytes=0).kept_bytes == 0
+
+        recomputed = plan(image, text, stash_bytes=0)
+
+    # The loss counts it where it counts a stash.
+    held = []
+    for answer in (chosen, recomputed):
+        monkeypatch.setattr(clip, "plan", lambda *_, answer=answer, **__: answer)
+        held.append(ClipLoss().memory_bytes(*unit_embeddings(4, 4, 8)))
+    assert held[0] - held[1] == chosen.kept_bytes
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[:2], ids=str)
+@pytest.mark.parametrize("option", ["plain", "ignore", "positive, smoothed"])
+def test_the_dense_form_has_the_numbers_of_blocks(
+    option: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """To the last bit where the matrix is one block, as its kernels are the same; G is odd, so that rows are padded."""
+    image, text, scale = kernel_problems(70, 101, 32, dtype)[0]
+    ids = ids_for(OPTIONS[option], 70, 101, KERNEL_DEVICE)
+    with Products() as products:
+        dense = in_triton(image, text, scale, monkeypatch, engine="dense", **ids)
+    assert products.count == 3
+    blocks = in_triton(*(image, text, scale, monkeypatch), engine="library", stash_bytes=0, **ids)
+    assert all(torch.equal(a, b) for a, b in zip(dense, blocks, strict=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
     image, text = (t.to(device).requires_grad_() for t in unit_embeddings(9, 9, 16))
@@ -866,7 +935,8 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
     image, text = (t.requires_grad_() for t in unit_embeddings(4, 4, 8))
     contrastive_loss(image, text, 5.0).backward()
     sigmoid_loss(image, text, 5.0, -1.0)
-    assert seen == [image.device] * 3
+    # The terms, their mean and the gradients of both; the other loss.
+    assert seen == [image.device] * 5
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device))
     launch.on_device(torch.device("cuda", 1))

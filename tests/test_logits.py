@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from problems import unit_embeddings
 from torch import Tensor
 
 from clipcore.kernels.logits import pages, sides, walk_gpu
+from clipcore.kernels.logits.launch_rows import StripRow
 from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, Pairs, slices
+from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.sides import WalkShape
-from clipcore.kernels.logits.walk_gpu import GradientWanted, LaunchRow, LogitWalk
+from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
 from clipcore.kernels.normalize import normalize
 
-LAUNCH_ROW = LaunchRow(block_n=64, block_m=128, block_d=16, num_warps=8, num_stages=1)
+LAUNCH_ROW = StripRow(columns=512, step=4)
 
 
 def inputs_of(num_pairs: int, engine: str) -> LossInputs:
@@ -40,21 +44,23 @@ def test_operands_of_a_block_are_gone_when_the_next_has_its_own(
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("engine", "reads_stash", "is_fused", "has_product"),
+    ("engine", "reads_stash", "has_product"),
     [
-        ("library", False, False, True),
-        ("fused", False, True, False),
-        ("library", True, False, False),
-        ("fused", True, False, False),
+        ("library", False, True),
+        ("fused", False, False),
+        ("library", True, False),
+        ("fused", True, False),
     ],
 )
 def test_a_stash_is_read_and_nothing_multiplied(
-    engine: str, reads_stash: bool, is_fused: bool, has_product: bool
+    engine: str, reads_stash: bool, has_product: bool
 ) -> None:
     walk = LogitWalk(inputs_of(64, engine), LAUNCH_ROW, reads_stash=reads_stash)
     block = next(iter(walk))
-    assert block.arguments["FUSED"] is is_fused
     assert (block.product_RC is not None) is has_product
+    assert block.product_arguments.keys() == (
+        {"product_ptr", "stride_product"} if has_product else set()
+    )
 
 
 # The walks of both losses on an H100 or H200, 16-bit operands but for the last: what a block's logits take, and products.
@@ -152,7 +158,7 @@ def test_a_block_and_all_that_goes_with_it_fit_the_workspace(width: int, kind: s
         taken = rows * columns * walk.element_bytes + rows * width * 4
         taken += (rows + columns) * width * walk.operand_bytes
         assert taken <= workspace_bytes
-        assert rows % sides.BLOCK_MULTIPLE == columns % sides.BLOCK_MULTIPLE == 0
+        assert rows % sides.ROW_MULTIPLE == columns % sides.COLUMN_MULTIPLE == 0
         square = max(n for n, m in sides._fitting_sides(walk) if n == m)
         efficiency = sides.wave_efficiency(walk, rows, columns)
         assert efficiency >= sides.wave_efficiency(walk, square, square) - 0.001
@@ -162,7 +168,7 @@ def test_a_block_and_all_that_goes_with_it_fit_the_workspace(width: int, kind: s
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0), (1, 1), (300, 520)])
 def test_the_least_block_is_taken_where_nothing_fits(lengths: tuple[int, int]) -> None:
     walk = walk_shape(*lengths, 512, "backward", 1)
-    assert sides.block_sides(walk) == (sides.BLOCK_MULTIPLE, sides.BLOCK_MULTIPLE)
+    assert sides.block_sides(walk) == (sides.ROW_MULTIPLE, sides.COLUMN_MULTIPLE)
 
 
 def walked_inputs(
@@ -228,6 +234,18 @@ def test_operands_of_a_side_are_made_once(
         own = {x_NE.untyped_storage()._cdata for x_NE in (block.x_RE, block.y_CE)}
         assert (own == storages) is normalized
     assert len(made) == launches
+
+
+@pytest.mark.fast
+def test_a_larger_block_has_a_place_for_each_program(poisoned_memory: None) -> None:
+    """What programs of the blocks before have added is kept."""
+    sums = ProgramSums(2, torch.device(KERNEL_DEVICE))
+    assert sums.total(0) == 0
+    for grid in ((3,), (2, 4), (1,)):
+        places = sums.places(SimpleNamespace(grid=grid))
+        assert places.shape[1] >= math.prod(grid)
+        places[1, : math.prod(grid)] += 1.0
+    assert sums.total(0) == 0 and sums.total(1) == 3 + 8 + 1
 
 
 def test_large_buffers_keep_their_pages_but_never_share_them() -> None:

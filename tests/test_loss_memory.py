@@ -52,7 +52,7 @@ def step_of(world: World, loss_fn: ClipLoss | SigLipLoss, precision: str) -> Tra
 
 @pytest.fixture
 def gpu_default(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A GPU of which a stash may take so many bytes by default."""
+    """Let a stash on a GPU take so many bytes by default; return them."""
     monkeypatch.setattr(train_step, "default_stash_bytes", lambda device: 2**34)
     return 2**34
 

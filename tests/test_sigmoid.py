@@ -19,7 +19,7 @@ from problems import KINDS, assert_exact, embeddings, ids_for, unit_embeddings
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcore.kernels.logits import pairs
+from clipcore.kernels.logits import launch_rows, pairs
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
 from clipcore.kernels.sigmoid import operator, sigmoid_loss, sigmoid_ref
 from clipcore.kernels.sigmoid.gpu import sigmoid_fwd_gpu
@@ -189,8 +189,21 @@ def test_kernels_have_every_option(
 def test_kernels_cross_blocks(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_triton_everywhere(monkeypatch, torch.float32)
     problems = kernel_problems(300, 520, 24, torch.float32)[:2]
-    how = {"engine": engine, "workspace_bytes": 4 * 256 * 256}
+    how = {"engine": engine, "workspace_bytes": 1}
     assert_accurate_everywhere(problems, {}, how)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("bias", [-10.0, -3.0], ids=["far from the margin", "at the margin"])
+def test_strips_away_from_the_labels_and_the_edges(
+    bias: float, option: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Strips of 16 rows: of 512 columns the second is without a positive by its place, the third is cut."""
+    monkeypatch.setattr(launch_rows, "STRIP_ROWS", 16)
+    in_triton_everywhere(monkeypatch, torch.float32)
+    keywords = ids_for(OPTIONS[option], 40, 1040, KERNEL_DEVICE)
+    problems = kernel_problems(40, 1040, 16, torch.float32, 3.0, bias)[:3]
+    assert_accurate_everywhere(problems, keywords, {"engine": "library"})
 
 
 @pytest.mark.parametrize("same_id", ["ignore", "positive"])
@@ -300,7 +313,7 @@ def test_ahead_of_time_without_spills_in_the_memory_there_is() -> None:
 def test_ahead_of_time_the_fused_kernels_have_matrix_instructions() -> None:
     """On sm_100 they are the older ones, as the launch table says, and are not counted."""
     for kernel in compiled("test_sigmoid"):
-        fused = kernel.constants.get("FUSED") and "fp32" not in kernel.operand
+        fused = "GROUP_N" in kernel.constants and "fp32" not in kernel.operand
         if fused and kernel.architecture < 100:
             assert kernel.matrix_instructions > 0, str(kernel)
 
@@ -311,7 +324,7 @@ def test_ahead_of_time_two_fused_programs_fit_on_a_processor_of_hopper() -> None
         kernel
         for kernel in compiled("test_sigmoid")
         if kernel.architecture == 90
-        and kernel.constants.get("FUSED")
+        and "GROUP_N" in kernel.constants
         and "fp32" not in kernel.operand
         and kernel.constants["IDS"] == "none"
     ]

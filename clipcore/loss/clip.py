@@ -210,7 +210,7 @@ class ClipLoss(nn.Module):
         """Return the peak bytes of `forward` and its backward, without these features and their gradients."""
         chosen = self.plan(image_features, text_features)
         workspace = self.options.workspace(image_features, text_features, self.world_size)
-        return workspace + (chosen.stash_bytes if chosen.stash else 0)
+        return workspace + chosen.kept_bytes
 
     def plan(self, image_features: Tensor, text_features: Tensor) -> Plan:
         """Return how `forward` will compute the loss of these features; `str` describes it in one line."""
@@ -278,6 +278,7 @@ class ClipLoss(nn.Module):
                 same_id=self.same_id,
                 targets=None if targets is None else targets.columns(block.columns),
                 stash=chosen.stash,
+                engine=chosen.engine,
                 workspace_bytes=self.options.workspace_bytes,
                 operand_dtype=operand,
             )

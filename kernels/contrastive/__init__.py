@@ -28,9 +28,10 @@ CPU such rows and columns are computed in float64. No host synchronisation on a 
 at once.
 
 Memory: "recompute" holds one block of logits and makes the similarity again in the backward: 4 products (8 B G E
-FLOP). "stash" keeps each logit in 16 bits, fixed-point between the least and greatest of its tile, and needs 3 (6 B G
+FLOP). "stash" keeps each logit in 16 bits, fixed-point between the least and greatest of its row segment, and needs 3 (6 B G
 E). The error of a stashed logit is at most scale / 65,536 and typically a quarter of that; sums and gradients use the
-same stored values. On the CPU a stash holds exponentials in float32 and changes no bit. `plan` chooses and says why.
+same stored values. On the CPU a stash holds exponentials in float32 and changes no bit. "dense" keeps a small matrix on
+a GPU in float32, as the library gave it, and needs 3 products too. `plan` chooses and says why.
 
 Precision: ``clipcore.kernels.logits``. Logits, exponentials and sums are float32. The gradient of a block is complete,
 the positives taken off, before it is rounded to the operand dtype; it is stored over its largest upstream gradient, times
@@ -39,9 +40,11 @@ Traffic per logit: library engine 8 bytes forward, 14 backward (stash: 10 and 8)
 for 16-bit operands, plus their reads by each block.
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
-Files: ``reference.py`` the reference, ``targets.py`` T and U, ``kernels.py`` the Triton kernels, ``launches.py`` their
-launches, ``budget.py`` what a stash may take, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become,
-``running_max_*.py`` the sums that a fixed offset cannot hold, ``operator.py`` PyTorch's side, and here the public functions.
+Files: ``reference.py`` the reference, ``targets.py`` T and U, ``kernels.py`` the Triton kernels that multiply, ``passes.py``
+those that pass over a block in memory, ``fixed_point.py`` the stash's numbers, ``launches.py`` how they are launched,
+``budget.py`` what a stash may take, ``gpu.py`` and ``cpu.py`` the walks, ``sums.py`` what their sums become,
+``sums_gpu.py`` and ``vector_kernels.py`` the same on a GPU, ``running_max_*.py`` the sums that a fixed offset cannot hold,
+``operator.py`` and ``mean.py`` PyTorch's side, and here the public functions.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3. Single-pass sums with a fixed offset are also in
 MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library products in Liger-Kernel.
@@ -49,6 +52,7 @@ MemoryEfficientCLIP (whose offset fails at scale 100), blocks with two library p
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,9 +60,11 @@ from torch import Tensor
 
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive.budget import default_stash_bytes
-from clipcore.kernels.contrastive.launches import ENGINE_TABLE, packed_shapes
+from clipcore.kernels.contrastive.launches import ENGINE_TABLE, dense_shape, packed_shapes
+from clipcore.kernels.contrastive.mean import contrastive_mean
 from clipcore.kernels.contrastive.operator import contrastive_outputs
 from clipcore.kernels.contrastive.reference import contrastive_ref
+from clipcore.kernels.contrastive.sums import Outputs, counted_rows
 from clipcore.kernels.contrastive.targets import Targets, check_label_smoothing, uniform_targets
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs, Pairs, checked_inputs, choose_operand
 
@@ -72,6 +78,10 @@ __all__ = [
     "default_stash_bytes",
     "plan",
 ]
+
+# Up to so many rows and columns a GPU keeps the matrix as the library gave it, 64 MiB at most. Estimated, to be measured:
+# reading it takes less time than making it again, and a small call is bound by its launches.
+DENSE_SIDE = 4096
 
 
 class ContrastiveTerms(NamedTuple):
@@ -92,17 +102,28 @@ class Plan(NamedTuple):
     engine: str
     backward: bool
     stash: bool
-    stash_bytes: int  # what a stash takes
+    stash_bytes: int  # what a stash takes, or the dense matrix
     budget_bytes: int  # what it may take
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept from the forward to the backward."""
+        return self.stash_bytes if self.stash or self.engine == "dense" else 0
 
     def __str__(self) -> str:
         B, G, E = self.shape
+        operand = str(self.operand).removeprefix("torch.")
+        if self.engine == "dense":
+            return (
+                f"contrastive loss of {B:,} x {G:,} x {E} on {self.device}: dense, 3 products in {operand}; up to "
+                f"{DENSE_SIDE:,} rows and columns the matrix is kept in float32, here {self.stash_bytes / 2**20:,.1f} MiB"
+            )
         mode = f"{'stash' if self.stash else 'recompute'}, {3 if self.stash else 4} products"
         why = "fits" if self.stash else "is more than"
         return (
             f"contrastive loss of {B:,} x {G:,} x {E} on {self.device}: "
             f"{mode if self.backward else 'forward only, 1 product'} in "
-            f"{str(self.operand).removeprefix('torch.')}, {self.engine} engine; a stash of "
+            f"{operand}, {self.engine} engine; a stash of "
             f"{self.stash_bytes / 2**20:,.1f} MiB {why if self.backward else 'is not needed under'} "
             f"the budget of {self.budget_bytes / 2**20:,.1f} MiB"
         )
@@ -120,7 +141,8 @@ def plan(
     """Say how ``contrastive_terms`` will compute a problem: which engine, with a stash or without, and why.
 
     The rule: a stash where a backward follows and the stash is at most `stash_bytes` (by default
-    ``default_stash_bytes``); the engine that was measured to be faster for the chip, width and operands, and the
+    ``default_stash_bytes``). On a GPU a matrix of at most 4,096 rows and columns is kept as it is instead, unless
+    `stash_bytes` or `engine` is given. The engine that was measured to be faster for the chip, width and operands, and the
     library's where neither was. A GPU's stash rounds the logits of float32 operands to 16 bits: for those there is one
     only where `stash_bytes` asks for it.
     """
@@ -143,10 +165,19 @@ def _plan(
     if budget is None:
         is_exact = on_cpu or operand.itemsize == 2
         budget = default_stash_bytes(image_BE.device) if is_exact else 0
-    shape, dtype = ((B, num_texts), operand) if on_cpu else packed_shapes(B, num_texts)[::2]
+    shape, dtype = (
+        ((B, num_texts), operand) if on_cpu else packed_shapes(B, num_texts, "library")[::2]
+    )
     needed = shape[0] * shape[1] * dtype.itemsize
 
-    if not on_cpu and engine is None:
+    is_small = 0 < B <= DENSE_SIDE and 0 < num_texts <= DENSE_SIDE
+    if not on_cpu and is_small and engine is None and stash_bytes is None:
+        engine = "dense"
+    if engine == "dense" and not backward:
+        engine = "library"  # there is nobody to keep the matrix for
+    if engine == "dense":
+        needed = 4 * math.prod(dense_shape(B, num_texts))
+    elif not on_cpu and engine is None:
         key = (launch.architecture(image_BE.device), E, 8 * operand.itemsize)
         engine = ENGINE_TABLE.get(key, "library")
     return Plan(
@@ -155,7 +186,7 @@ def _plan(
         device=image_BE.device.type,
         engine=engine or "library",
         backward=backward,
-        stash=backward and 0 < needed <= budget,
+        stash=backward and engine != "dense" and 0 < needed <= budget,
         stash_bytes=needed,
         budget_bytes=budget,
     )
@@ -201,39 +232,43 @@ def contrastive_terms(
         normalize=normalize,
         workspace_bytes=workspace_bytes,
         operand_dtype=operand_dtype,
-        engine=engine,
+        engine=None if engine == "dense" else engine,
     )
     # "ignore" alone only takes pairs out: a positive is still known by its place.
     if image_ids is not None and same_id == "positive" and targets is None:
         targets = uniform_targets(image_BE, text_GE, pairs, 0.0)
-    return _terms(inputs, targets, stash, stash_bytes, engine)
-
-
-def _terms(
-    inputs: LossInputs,
-    targets: Targets | None,
-    stash: bool | None,
-    stash_bytes: int | None,
-    engine: str | None,
-) -> ContrastiveTerms:
-    """Return the terms of checked inputs."""
-    image_BE, text_GE, scale = inputs.image_BE, inputs.text_GE, inputs.scale
-    wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
-    backward = wants_grad and torch.is_grad_enabled()
-    chosen = _plan(image_BE, len(text_GE), inputs.operand, stash_bytes, engine, backward)
-    is_stash = chosen.stash if stash is None else backward and stash and chosen.stash_bytes > 0
-
-    outputs = contrastive_outputs(
-        inputs._replace(engine=chosen.engine),
-        None if targets is None else targets.contiguous(),
-        is_stash,
-    )
+    outputs = _outputs(inputs, targets, stash, stash_bytes, engine)
     # The operation counts in powers of two.
     return ContrastiveTerms(
         row_lse_B=outputs.row_lse_log2_B / LOG2E,
         column_lse_G=outputs.column_lse_log2_G / LOG2E,
         row_target_B=outputs.row_target_log2_B / LOG2E,
         column_target_G=outputs.column_target_log2_G / LOG2E,
+    )
+
+
+def _outputs(
+    inputs: LossInputs,
+    targets: Targets | None,
+    stash: bool | None,
+    stash_bytes: int | None,
+    engine: str | None,
+) -> Outputs:
+    """Return the operation's outputs for checked inputs."""
+    image_BE, text_GE, scale = inputs.image_BE, inputs.text_GE, inputs.scale
+    wants_grad = image_BE.requires_grad or text_GE.requires_grad or scale.requires_grad
+    backward = wants_grad and torch.is_grad_enabled()
+    # What was decided for a larger problem is not decided again.
+    budget = stash_bytes if stash is None else 0
+    chosen = _plan(image_BE, len(text_GE), inputs.operand, budget, engine, backward)
+    is_stash = chosen.stash
+    if stash is not None:
+        is_stash = backward and stash and chosen.engine != "dense" and chosen.stash_bytes > 0
+
+    return contrastive_outputs(
+        inputs._replace(engine=chosen.engine),
+        None if targets is None else targets.contiguous(),
+        is_stash,
     )
 
 
@@ -272,7 +307,8 @@ def contrastive_loss(
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
         stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB on the CPU; on a
             GPU an eighth of what is free at the first call of the process, decided then and kept
-            (``default_stash_bytes``), and 0 for float32 operands, whose logits a stash rounds to 16 bits.
+            (``default_stash_bytes``), and 0 for float32 operands, whose logits a stash rounds to 16 bits. See `engine`
+            for small matrices.
         workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU
             for a block. Default 512 MB on CUDA, 64 MiB on the CPU. Not in it: about 150 bytes a row and column, 4 G E
             bytes for the sum of text gradients of 16 bits, the operands of all texts on a GPU unless it is below the
@@ -280,7 +316,8 @@ def contrastive_loss(
             and their gradients in float32.
         operand_dtype: what a GPU multiplies. Default float32 for float32 embeddings outside autocast, else float16.
             The CPU multiplies in float32 (float64 for float64) in any case.
-        engine: "library" or "fused" on a GPU (``clipcore.kernels.logits``). Default as measured.
+        engine: "library" or "fused" on a GPU (``clipcore.kernels.logits``), default as measured; or "dense", which is the
+            default up to 4,096 rows and columns where `stash_bytes` is not given: the matrix of products is kept in float32.
 
     Returns:
         A scalar, float32 (float64 for float64 on the CPU); NaN, the mean over nothing, where same_id="positive" finds no
@@ -307,31 +344,23 @@ def contrastive_loss(
         normalize=normalize,
         workspace_bytes=workspace_bytes,
         operand_dtype=operand_dtype,
-        engine=engine,
+        engine=None if engine == "dense" else engine,
     )
     B, G = len(image_BE), len(text_GE)
-    rows = slice(max(0, -first_label), min(B, G - first_label))
-    columns = slice(rows.start + first_label, rows.stop + first_label)
     by_id = image_ids is not None and same_id == "positive"
+    rows, _ = counted_rows(B, G, [], first_label)
     if rows.stop <= rows.start and not by_id:
         raise ValueError(f"no image of {B} has a text among {G} with first_label {first_label}")
 
     targets = None
     if by_id or label_smoothing > 0:
         targets = uniform_targets(image_BE, text_GE, pairs, label_smoothing)
-    terms = _terms(inputs, targets, None, stash_bytes, engine)
-    row_loss_B = terms.row_lse_B - terms.row_target_B
-    column_loss_G = terms.column_lse_G - terms.column_target_G
+    outputs = _outputs(inputs, targets, None, stash_bytes, engine)
+
+    # By id a row has a positive where one has a weight, else where it has a partner.
+    weights = []
     if by_id:
         assert targets is not None
-        row_loss = _mean_where(row_loss_B, targets.row_positive_B > 0)
-        column_loss = _mean_where(column_loss_G, targets.column_positive_G > 0)
-    else:
-        row_loss, column_loss = row_loss_B[rows].mean(), column_loss_G[columns].mean()
+        weights = [targets.row_positive_B, targets.column_positive_G]
     wide = launch.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
-    return ((row_loss + column_loss) / 2).to(wide)
-
-
-def _mean_where(values_N: Tensor, chosen_N: Tensor) -> Tensor:
-    """Return the mean of the chosen, whatever the others are (NaN if none is chosen)."""
-    return torch.where(chosen_N, values_N, 0.0).sum() / chosen_N.sum()
+    return contrastive_mean(outputs, weights, first_label, wide)

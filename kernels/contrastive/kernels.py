@@ -1,4 +1,4 @@
-"""The kernels of the contrastive loss in Triton.
+"""The contrastive loss's kernels that multiply, in Triton; those that pass over a block in memory: ``passes.py``.
 
 Legend, maths, precision and traffic: ``clipcore.kernels.contrastive``. N and M are rows and columns of a block, tiles are
 parts of it.
@@ -6,42 +6,27 @@ parts of it.
 
 from __future__ import annotations
 
+from clipcore.kernels.contrastive.fixed_point import pack_rows, unpack
 from clipcore.kernels.launch import tl, triton
-from clipcore.kernels.tiles import dot_rows, load_product, multiply, positives, tile_numbers
+from clipcore.kernels.tiles import (
+    add_to_place,
+    dot_rows,
+    multiply,
+    positives,
+    tile_numbers,
+)
 
 
 @triton.jit
 def _logit(cosine, scale_ptr):
-    """cosine times a factor of two floats: rounding the factor to one would shift all logits alike."""
+    """Return cosine times a factor of two floats: rounding the factor to one would shift all logits alike."""
     return cosine * tl.load(scale_ptr) + cosine * tl.load(scale_ptr + 1)
 
 
 @triton.jit
 def _store_sums(partial_ptr, tile, length, index, values):
-    """One row of a [tiles, length] buffer of partial sums."""
+    """Store one row of a [tiles, length] buffer of partial sums."""
     tl.store(partial_ptr + tile.to(tl.int64) * length + index, values, mask=index < length)
-
-
-@triton.jit
-def _pack(cosine, valid, stash_ptr, range_ptr, offsets):
-    """Store a tile in 16 bits between its least and greatest value; returns the values that were stored."""
-    least = tl.min(tl.min(tl.where(valid, cosine, float("inf")), axis=1), axis=0)
-    most = tl.max(tl.max(tl.where(valid, cosine, float("-inf")), axis=1), axis=0)
-    # A tile without a valid pair has no range, one of equal values a range of 0.
-    step = tl.maximum((most - least) / 65535.0, 1e-30)
-    tl.store(range_ptr, least)
-    tl.store(range_ptr + 1, step)
-    code = tl.minimum(tl.maximum(tl.floor((cosine - least) / step + 0.5), 0.0), 65535.0)
-    tl.store(stash_ptr + offsets, (code - 32768.0).to(tl.int16), mask=valid)
-    stored = least + step * code
-    return tl.where(cosine == cosine, stored, cosine)  # a NaN stays one
-
-
-@triton.jit
-def _unpack(stash_ptr, range_ptr, offsets, valid):
-    """The values of a stored tile."""
-    code = tl.load(stash_ptr + offsets, mask=valid, other=0).to(tl.float32) + 32768.0
-    return tl.load(range_ptr) + tl.load(range_ptr + 1) * code
 
 
 @triton.jit
@@ -58,19 +43,18 @@ def _unpack_elements(
     RANGE_N: tl.constexpr,
     RANGE_M: tl.constexpr,
 ):
-    """The values of any rows and columns of a stash, each by the range of the tile that wrote it."""
+    """Return the values of any rows and columns of a stash, each by the range of the segment that it lies in."""
     n, m = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
     code = tl.load(stash_ptr + n * stride_n + m * stride_m, mask=inside, other=0)
     range_ptr += (n // RANGE_N) * stride_range_n + (m // RANGE_M) * stride_range_m
     least = tl.load(range_ptr, mask=inside, other=0.0)
-    return least + tl.load(range_ptr + 1, mask=inside, other=0.0) * (code.to(tl.float32) + 32768.0)
+    return unpack(code, least, tl.load(range_ptr + 1, mask=inside, other=0.0))
 
 
 @triton.jit
 def contrastive_sums_kernel(
     x_desc,
     y_desc,
-    product_ptr,
     scale_ptr,
     image_id_ptr,
     text_id_ptr,
@@ -85,14 +69,12 @@ def contrastive_sums_kernel(
     N,
     M,
     D,
-    stride_product,
     stride_stash,
     stride_range,
     first_label,
     IDS: tl.constexpr,
     TARGETS: tl.constexpr,
     STASH: tl.constexpr,
-    FUSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -100,15 +82,12 @@ def contrastive_sums_kernel(
 ):
     tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
     inside = (n[:, None] < N) & (m[None, :] < M)
-    if FUSED:
-        cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
-    else:
-        cosine = load_product(product_ptr, stride_product, n, m, inside)
+    cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
     valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
     if STASH:
-        offsets = n.to(tl.int64)[:, None] * stride_stash + m[None, :]
-        tile_range_ptr = range_ptr + tile_n.to(tl.int64) * stride_range + 2 * tile_m
-        cosine = _pack(cosine, inside, stash_ptr, tile_range_ptr, offsets)
+        stash_ptrs = stash_ptr + n.to(tl.int64)[:, None] * stride_stash + m[None, :]
+        range_ptrs = range_ptr + tile_m.to(tl.int64) * stride_range + 2 * n
+        cosine = pack_rows(cosine, stash_ptrs, range_ptrs, inside, n < N, EDGE=True)
     z = _logit(cosine, scale_ptr)
     # A positive that is known by its place is added to the sums from its logit: see ``clipcore.kernels.contrastive``.
     counted = valid if TARGETS else valid & (positive == 0)
@@ -166,8 +145,9 @@ def contrastive_running_max_kernel(
 ):
     """Continue the running maximum and sum of untrusted rows of x over y; for columns, exchange x and y.
 
-    x and y are the operands that everything else multiplies; with STASH x is the stash itself, stride_y_m its other
-    stride, and what is read are the very numbers that were summed. Positives by place stay out here too.
+    x and y are the operands that everything else multiplies; with STASH x is the stash itself or the dense matrix in
+    float32, stride_y_m its other stride, and what is read are the very numbers that were summed. Positives by place stay
+    out here too.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     untrusted = tl.load(untrusted_ptr + n, mask=n < N, other=0)
@@ -179,7 +159,10 @@ def contrastive_running_max_kernel(
     for first_m in range(0, M, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
         inside = (n[:, None] < N) & (m[None, :] < M)
-        if STASH:
+        if STASH and x_ptr.dtype.element_ty == tl.float32:
+            offsets = n[:, None] * stride_x_n + m.to(tl.int64)[None, :] * stride_y_m
+            cosine = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+        elif STASH:
             cosine = _unpack_elements(
                 x_ptr,
                 range_ptr,
@@ -214,8 +197,6 @@ def contrastive_running_max_kernel(
 def contrastive_gradient_kernel(
     x_desc,
     y_desc,
-    product_ptr,
-    range_ptr,
     scale_ptr,
     image_id_ptr,
     text_id_ptr,
@@ -233,17 +214,11 @@ def contrastive_gradient_kernel(
     N,
     M,
     D,
-    stride_product,
-    stride_range,
     stride_grad,
     first_label,
-    RANGE_N: tl.constexpr,
-    RANGE_M: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
     IDS: tl.constexpr,
     TARGETS: tl.constexpr,
-    STASH: tl.constexpr,
-    FUSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -251,15 +226,7 @@ def contrastive_gradient_kernel(
 ):
     tile_n, tile_m, n, m = tile_numbers(N, M, BLOCK_N, BLOCK_M, GROUP_N)
     inside = (n[:, None] < N) & (m[None, :] < M)
-    if FUSED:
-        cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
-    elif STASH:
-        offsets = n.to(tl.int64)[:, None] * stride_product + m[None, :]
-        range_n = (tile_n * BLOCK_N // RANGE_N).to(tl.int64)
-        tile_range_ptr = range_ptr + range_n * stride_range + 2 * (tile_m * BLOCK_M // RANGE_M)
-        cosine = _unpack(product_ptr, tile_range_ptr, offsets, inside)
-    else:
-        cosine = load_product(product_ptr, stride_product, n, m, inside)
+    cosine = multiply(x_desc, y_desc, tile_n, tile_m, D, BLOCK_N, BLOCK_M, BLOCK_D)
     valid, positive = positives(n, m, inside, first_label, image_id_ptr, text_id_ptr, IDS)
     z = _logit(cosine, scale_ptr)
     row_factor = tl.load(row_factor_ptr + n, mask=n < N, other=0.0)
@@ -284,7 +251,7 @@ def contrastive_gradient_kernel(
         grad = tl.where(positive, at_positive, grad)
     grad = tl.where(valid, grad, 0.0)
     along = tl.sum(tl.sum(grad * cosine, axis=1), axis=0)
-    tl.store(along_ptr + tl.program_id(0), along)
+    add_to_place(along_ptr + tl.program_id(0), along)
     offsets = n.to(tl.int64)[:, None] * stride_grad + m[None, :]
     stored = (grad * GRADIENT_SCALE).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + offsets, stored, mask=inside)

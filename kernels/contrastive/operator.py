@@ -10,7 +10,7 @@ from torch import Tensor
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive.cpu import contrastive_bwd_cpu, contrastive_fwd_cpu
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
-from clipcore.kernels.contrastive.launches import packed_shapes
+from clipcore.kernels.contrastive.launches import dense_shape, packed_shapes
 from clipcore.kernels.contrastive.sums import Outputs
 from clipcore.kernels.contrastive.targets import Targets
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
@@ -65,12 +65,14 @@ def _contrastive_fwd(
 
 @_contrastive_fwd.register_fake
 def _(image_BE: Tensor, text_GE: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    stash = arguments[-1]
+    engine, stash = arguments[-3], arguments[-1]
     B, G = image_BE.shape[0], text_GE.shape[0]
     on_cpu = image_BE.device.type == "cpu"
     wide = launch.accumulate_dtype(torch.promote_types(image_BE.dtype, text_GE.dtype))
-    shape, range_shape, dtype = ((B, G), (0, 0, 2), wide) if on_cpu else packed_shapes(B, G)
-    if not stash:
+    shape, range_shape, dtype = ((B, G), (0, 0, 2), wide) if on_cpu else packed_shapes(B, G, engine)
+    if engine == "dense" and not on_cpu:
+        shape, range_shape, dtype = dense_shape(B, G), (0, 0, 2), torch.float32
+    elif not stash:
         shape, range_shape = (0, 0), (0, 0, 2)
     return (
         *(image_BE.new_empty(length, dtype=torch.float64) for length in (B, G, B, G, B, G, B, G)),

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive.kernels import contrastive_running_max_kernel
-from clipcore.kernels.contrastive.launches import running_max_row, sums_row
-from clipcore.kernels.contrastive.sums import RunningMax, Sums
+from clipcore.kernels.contrastive.launches import running_max_row, segment_columns
+from clipcore.kernels.contrastive.sums_gpu import RunningState
 from clipcore.kernels.launch import triton
 from clipcore.kernels.logits.pairs import LossInputs, Pairs, slices
 from clipcore.kernels.logits.walk_gpu import operand_rows, sum_side
@@ -37,39 +36,19 @@ class _Side(NamedTuple):
     range_tile: tuple[int, int]
 
 
-class _Progress(NamedTuple):
-    """Which rows are untrusted, int32, and their largest power and sum so far, float32."""
-
-    is_untrusted_N: Tensor
-    largest_N: Tensor
-    total_N: Tensor
-
-    def part(self, rows: slice) -> _Progress:
-        return _Progress._make(values[rows] for values in self)
-
-
 def running_max_gpu(
     inputs: LossInputs,
     by_place: bool,
     scale: Tensor,
-    sums: Sums,
-    untrusted: Sequence[Tensor],
+    states: Sequence[RunningState],
     stash_BG: Tensor,
     ranges: Tensor,
-) -> list[RunningMax]:
-    """Return what a running maximum finds for rows and columns: kernels that return at once where none is untrusted."""
+) -> None:
+    """Continue the running maxima of rows and of columns: kernels that return at once where none is untrusted."""
     has_stash = stash_BG.numel() > 0
     row = running_max_row(inputs, has_stash)
-    progress = [
-        _Progress(
-            side.to(torch.int32),
-            torch.full_like(side, -torch.inf, dtype=torch.float32),
-            torch.zeros_like(side, dtype=torch.float32),
-        )
-        for side in untrusted
-    ]
 
-    def advance(side: _Side, own: _Progress) -> None:
+    def advance(side: _Side, own: RunningState) -> None:
         contrastive_running_max_kernel[(triton.cdiv(side.shape[0], row.block_n),)](
             x_ptr=side.x,
             y_ptr=side.y,
@@ -104,9 +83,7 @@ def running_max_gpu(
         )
 
     if has_stash:
-        for own, side in zip(
-            progress, _stash_sides(inputs, by_place, stash_BG, ranges), strict=True
-        ):
+        for own, side in zip(states, _stash_sides(inputs, by_place, stash_BG, ranges), strict=True):
             advance(side, own)
     else:
         width, workspace_bytes = inputs.image_BE.shape[1], inputs.workspace_bytes
@@ -118,14 +95,8 @@ def running_max_gpu(
                 y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
                 y_CE = launch.aligned_rows(y_CE, row.block_d)
                 pairs = inputs.pairs.block(rows, columns)
-                advance(_operand_side(x_RE, y_CE, pairs), progress[0].part(rows))
-                advance(_operand_side(y_CE, x_RE, pairs.exchanged()), progress[1].part(columns))
-
-    targets_log2 = sums.row_target_log2_B, sums.column_target_log2_G
-    return [
-        RunningMax(own.largest_N.double() + own.total_N.double().log2(), target_log2)
-        for own, target_log2 in zip(progress, targets_log2, strict=True)
-    ]
+                advance(_operand_side(x_RE, y_CE, pairs), states[0].part(rows))
+                advance(_operand_side(y_CE, x_RE, pairs.exchanged()), states[1].part(columns))
 
 
 def _operand_side(x_NE: Tensor, y_ME: Tensor, pairs: Pairs) -> _Side:
@@ -140,8 +111,8 @@ def _stash_sides(
     """Return rows and columns as they read the stash."""
     B, G = len(inputs.image_BE), len(inputs.text_GE)
     row, column = stash_BG.stride()
-    range_row, range_column = ranges.stride()[:2]
-    tile_n, tile_m = sums_row(inputs, by_place)[:2]
+    range_column, range_row = ranges.stride()[:2]
+    columns = segment_columns(inputs, by_place)
     return (
         _Side(
             x=stash_BG,
@@ -150,7 +121,7 @@ def _stash_sides(
             pairs=inputs.pairs,
             strides=(row, column),
             range_strides=(range_row, range_column),
-            range_tile=(tile_n, tile_m),
+            range_tile=(1, columns),
         ),
         _Side(
             x=stash_BG,
@@ -159,6 +130,6 @@ def _stash_sides(
             pairs=inputs.pairs.exchanged(),
             strides=(column, row),
             range_strides=(range_column, range_row),
-            range_tile=(tile_m, tile_n),
+            range_tile=(columns, 1),
         ),
     )

@@ -101,6 +101,16 @@ class Logarithms(NamedTuple):
         return Logarithms(rows[0], columns[0], rows[1], columns[1], rows[2], columns[2])
 
 
+def trusted_range(sums: Sums, wide: torch.dtype) -> tuple[float, float]:
+    """Return the least and the greatest sum that exponentials in a dtype make exact. A NaN is outside of neither.
+
+    Terms below the smallest normal number are lost: harmless where all of them together are below the sum's last place.
+    One over the sum has to be a normal number too.
+    """
+    info = torch.finfo(wide)
+    return 2 * max(len(sums.row_B), len(sums.column_G)) * info.tiny / info.eps, 1 / info.tiny
+
+
 def logarithms(
     inputs: LossInputs, by_place: bool, sums: Sums, wide: torch.dtype
 ) -> tuple[Logarithms, tuple[Tensor, Tensor]]:
@@ -112,10 +122,7 @@ def logarithms(
         by_place: whether positives are known by their place.
         wide: what the exponentials were summed in.
     """
-    # Terms below the smallest normal number are lost: harmless where all of them together are below the sum's last place.
-    # One over the sum has to be a normal number too. A NaN stays what it is.
-    info = torch.finfo(wide)
-    least = 2 * max(len(sums.row_B), len(sums.column_G)) * info.tiny / info.eps
+    least, most = trusted_range(sums, wide)
     _, offset_log2 = exponents(inputs)
 
     lse, rests, untrusted = [], [], []
@@ -128,7 +135,7 @@ def logarithms(
         # A row of one pair: the logarithm of a power need not give the exponent back to the last bit.
         lse.append(torch.where(rest == 0, target_log2, log2) if by_place else log2)
         rests.append(rest / total)
-        untrusted.append((total < least) | (total > 1 / info.tiny))
+        untrusted.append((total < least) | (total > most))
 
     offsets = [offset_log2.repeat(len(total)) for total in lse]
     logs = Logarithms(lse[0], lse[1], rests[0], rests[1], offsets[0], offsets[1])
@@ -146,7 +153,7 @@ class Outputs(NamedTuple):
     column_offset_log2_G: Tensor
     row_target_log2_B: Tensor
     column_target_log2_G: Tensor
-    stash_BG: Tensor  # empty without a stash
+    stash_BG: Tensor  # empty without a stash; the dense matrix in float32 where that is kept
     ranges: Tensor  # of the stash's tiles on a GPU
 
     @property
@@ -220,16 +227,77 @@ class Upstream(NamedTuple):
             self.column_uniform_G[columns],
         )
 
-    def pointers(self) -> dict[str, Tensor]:
-        """Return the gradients at targets as launch keywords."""
-        return {
-            "row_positive_ptr": self.row_positive_B,
-            "row_uniform_ptr": self.row_uniform_B,
-            "column_positive_ptr": self.column_positive_G,
-            "column_uniform_ptr": self.column_uniform_G,
-        }
-
 
 def _factor(upstream: Tensor, lse_log2: Tensor, offset_log2: Tensor) -> Tensor:
     """Return the factors of one side. A row without a valid pair has no gradient."""
     return torch.where(lse_log2 == -torch.inf, 0.0, upstream * torch.exp2(offset_log2 - lse_log2))
+
+
+def counted_rows(
+    num_rows: int, num_columns: int, weights: Sequence[Tensor], first_label: int
+) -> tuple[slice, slice]:
+    """Return the rows and the columns among which those lie that have a positive.
+
+    Args:
+        weights: of the positives of rows and of columns, where they tell which have one; else empty, and place tells.
+    """
+    if weights:
+        return slice(0, num_rows), slice(0, num_columns)
+    start = max(0, -first_label)
+    stop = max(start, min(num_rows, num_columns - first_label))
+    return slice(start, stop), slice(start + first_label, stop + first_label)
+
+
+def mean_loss(
+    terms: Sequence[Tensor], weights: Sequence[Tensor], first_label: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of (row_lse, column_lse, row_target, column_target), the mean over both sides' rows that count.
+
+    Args:
+        terms: in powers of two.
+        weights: see ``counted_rows``; a row counts where its own is above 0.
+        dtype: of the loss.
+
+    Returns:
+        The loss, and how many rows and how many columns count, float64 [2]. NaN where none does.
+    """
+    row_lse_B, column_lse_G, row_target_B, column_target_G = (term / LOG2E for term in terms)
+    losses = row_lse_B - row_target_B, column_lse_G - column_target_G
+    counted = counted_rows(len(row_lse_B), len(column_lse_G), weights, first_label)
+    if weights:
+        counts = torch.stack([(weight_N > 0).sum() for weight_N in weights]).double()
+        row_loss, column_loss = (
+            torch.where(weight_N > 0, loss_N, 0.0).sum() / count
+            for loss_N, weight_N, count in zip(losses, weights, counts, strict=True)
+        )
+    else:
+        counts = row_lse_B.new_tensor([rows.stop - rows.start for rows in counted])
+        row_loss, column_loss = (
+            loss_N[rows].mean() for loss_N, rows in zip(losses, counted, strict=True)
+        )
+    return ((row_loss + column_loss) / 2).to(dtype), counts
+
+
+def mean_gradients(
+    upstream: Tensor,
+    counts: Tensor,
+    weights: Sequence[Tensor],
+    shape: tuple[int, int],
+    first_label: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the four terms of ``mean_loss``, for an upstream gradient of the loss.
+
+    Args:
+        shape: how many rows and how many columns there are.
+    """
+    counted = counted_rows(shape[0], shape[1], weights, first_label)
+    shares = upstream.double() / 2 / counts
+    sides = []
+    for i, num_rows in enumerate(shape):
+        grad_N = counts.new_zeros(num_rows)
+        grad_N[counted[i]] = shares[i]
+        if weights:
+            grad_N = torch.where(weights[i] > 0, grad_N, 0.0)
+        sides.append((grad_N / LOG2E, -grad_N / LOG2E))
+    (row_lse_B, row_target_B), (column_lse_G, column_target_G) = sides
+    return row_lse_B, column_lse_G, row_target_B, column_target_G

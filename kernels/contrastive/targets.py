@@ -68,7 +68,10 @@ def uniform_targets(image_BE: Tensor, text_GE: Tensor, pairs: Pairs, smoothing: 
         TargetSide(
             side.image_ids,
             side.text_ids,
-            _equal_to_partner(side.image_ids, side.text_ids, side.first_label),
+            # By id position means nothing.
+            _equal_to_partner(side.image_ids, side.text_ids, side.first_label)
+            if pairs.same_id == "ignore"
+            else None,
             num_rows,
             num_others,
         )
@@ -92,20 +95,28 @@ def _even_weights(
     side: TargetSide, same_id: str, smoothing: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of a positive and of any valid pair of each row, 0 where there are none."""
-    positives_N = torch.ones(side.num_rows, dtype=torch.float64, device=device)
-    valid_N = torch.full_like(positives_N, side.num_others)
-    if side.ids_N is not None and side.other_ids_M is not None:
-        same_N = count_equal(side.ids_N, side.other_ids_M)
-        if same_id == "positive":
-            positives_N = same_N.double()
-        else:
-            # A pair by position is valid, also if its ids are equal.
-            assert side.is_own_equal_N is not None
-            valid_N = valid_N - (same_N - side.is_own_equal_N)
-    return (
-        torch.where(positives_N > 0, (1 - smoothing) / positives_N, 0.0),
-        torch.where(valid_N > 0, smoothing / valid_N, 0.0),
-    )
+    has_ids = side.ids_N is not None and side.other_ids_M is not None
+    if not has_ids or same_id == "positive":
+        # The same of all rows, divided as tensors are: by a product with the reciprocal.
+        uniform = smoothing * (1 / side.num_others) if side.num_others > 0 else 0.0
+        uniform_N = torch.full((side.num_rows,), uniform, dtype=torch.float64, device=device)
+    if not has_ids:
+        return torch.full_like(uniform_N, 1 - smoothing), uniform_N
+
+    assert side.ids_N is not None and side.other_ids_M is not None
+    same_N = count_equal(side.ids_N, side.other_ids_M)
+    if same_id == "positive":
+        return _share(1 - smoothing, same_N), uniform_N
+
+    # A pair by position is valid, also if its ids are equal.
+    assert side.is_own_equal_N is not None
+    uniform_N = _share(smoothing, side.num_others - (same_N - side.is_own_equal_N))
+    return torch.full_like(uniform_N, 1 - smoothing), uniform_N
+
+
+def _share(total: float, counts_N: Tensor) -> Tensor:
+    """Return a total over each count, float64; 0 over nothing."""
+    return (total / counts_N.double()).masked_fill_(counts_N == 0, 0.0)
 
 
 def count_equal(ids_N: Tensor, others_M: Tensor) -> Tensor:

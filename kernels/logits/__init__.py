@@ -20,6 +20,11 @@ Precision: rows are normalised in float32 and rounded once to the operand dtype.
 float16 by default: a row of length one has nothing near the ends of its range, and its rounding moves a logit eight
 times less than bfloat16's. float32 operands multiply in float32.
 
+<<<<<<< HEAD
 Files: ``pairs.py`` what both devices are given and its checks, ``sides.py`` the sides of a GPU's blocks, ``walk_gpu.py``
 and ``walk_cpu.py`` the walks, ``pages.py`` large buffers on the CPU, ``reference.py`` what the references share.
+=======
+Files: ``pairs.py`` what both devices are given and its checks, ``pages.py`` large buffers on the CPU,
+``program_sums.py`` sums over all blocks on a GPU, ``reference.py`` what the references share.
+>>>>>>> vec
 """

@@ -77,7 +77,7 @@ class LossInputs(NamedTuple):
     pairs: Pairs
     normalized: bool  # rows are of length one already
     operand: torch.dtype  # what the products multiply
-    engine: str  # one of ENGINES
+    engine: str  # one of ENGINES, or "dense": the library's, whose products are kept
     workspace_bytes: int  # what a block may take
 
 

@@ -17,10 +17,10 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Blocks keep to multiples of every tile of a kernel, so that each tile of the matrix lies in one block.
-BLOCK_MULTIPLE = 256
+# Blocks keep to multiples of every tile and strip of a kernel, so that each lies in one block, as a stash wants it.
+ROW_MULTIPLE, COLUMN_MULTIPLE = 256, 512
 # The longest side of a block. Longer ones would gain less than half a wave in 66.
-MOST_ROWS = 66 * BLOCK_MULTIPLE
+LONGEST_SIDE = 16896
 # The rows and columns of a tile of the library's products. Estimated, to be measured.
 PRODUCT_TILE = 128, 256
 # What a block costs beside its products, while its kernels start and drain, as the length of a wave's sums that takes as
@@ -94,18 +94,18 @@ def wave_efficiency(walk: WalkShape, rows: int, columns: int) -> float:
 
 def _fitting_sides(walk: WalkShape) -> Iterator[tuple[int, int]]:
     """Yield the sides of the least block, and of all others that fit the workspace."""
-    yield BLOCK_MULTIPLE, BLOCK_MULTIPLE
-    for rows in _sides_of(walk.num_images):
-        for columns in _sides_of(walk.num_texts):
+    yield ROW_MULTIPLE, COLUMN_MULTIPLE
+    for rows in _sides_of(walk.num_images, ROW_MULTIPLE):
+        for columns in _sides_of(walk.num_texts, COLUMN_MULTIPLE):
             if block_bytes(walk, rows, columns) > walk.workspace_bytes:
                 break
             yield rows, columns
 
 
-def _sides_of(length: int) -> range:
+def _sides_of(length: int, multiple: int) -> range:
     """Return the multiples that a side of a length can have."""
-    whole = -(-length // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    return range(BLOCK_MULTIPLE, min(whole, MOST_ROWS) + 1, BLOCK_MULTIPLE)
+    whole = -(-length // multiple) * multiple
+    return range(multiple, min(whole, LONGEST_SIDE) + 1, multiple)
 
 
 def _parts(length: int, side: int) -> list[tuple[int, int]]:

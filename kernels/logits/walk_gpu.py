@@ -14,8 +14,9 @@ from torch import Tensor
 
 from clipcore.kernels import launch
 from clipcore.kernels.launch import triton
-from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, Pairs, slices
-from clipcore.kernels.logits.sides import BLOCK_MULTIPLE, WalkShape, block_sides
+from clipcore.kernels.logits.launch_rows import LaunchRow, StripRow, block_arguments
+from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, slices
+from clipcore.kernels.logits.sides import COLUMN_MULTIPLE, WalkShape, block_sides
 from clipcore.kernels.normalize import normalize, normalize_bwd
 
 # Rows of products and gradients begin at multiples of so many elements, 128 bytes of 16-bit ones: what memory moves at
@@ -24,16 +25,6 @@ ROW_MULTIPLE = 64
 # The largest side of a block that leaves sums only, and the least side of the tiles that write them.
 SUM_SIDE = 32768
 SUM_TILE = 32
-
-
-class LaunchRow(NamedTuple):
-    """A row of a launch table: the sides of a tile, and how it is compiled."""
-
-    block_n: int
-    block_m: int
-    block_d: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass
@@ -47,7 +38,7 @@ class LogitBlock:
             no meaning.
         product_RC: x . y in float32, where the library has multiplied; None where the kernel multiplies or reads a stash.
         grad_RC: where the kernel is to write the block's gradient; None without gradients.
-        grid: of the launch.
+        sides: rows and columns that a program works on.
         arguments: the launch keywords that all kernels over a block have.
     """
 
@@ -58,7 +49,7 @@ class LogitBlock:
     stride: int
     product_RC: Tensor | None
     grad_RC: Tensor | None
-    grid: tuple[int]
+    sides: tuple[int, int]
     arguments: dict[str, Any]
 
     @property
@@ -67,11 +58,23 @@ class LogitBlock:
         return len(self.x_RE), len(self.y_CE)
 
     @property
-    def num_tiles(self) -> tuple[int, int]:
-        """Tiles along the rows and along the columns."""
-        R, C = self.shape
-        block_n, block_m = self.arguments["BLOCK_N"], self.arguments["BLOCK_M"]
-        return triton.cdiv(R, block_n), triton.cdiv(C, block_m)
+    def num_programs(self) -> tuple[int, int]:
+        """Programs along the rows and along the columns."""
+        (R, C), (rows, columns) = self.shape, self.sides
+        return triton.cdiv(R, rows), triton.cdiv(C, columns)
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Programs of a launch."""
+        along_rows, along_columns = self.num_programs
+        return (along_rows * along_columns,)
+
+    @property
+    def product_arguments(self) -> dict[str, Any]:
+        """The launch keywords of the product; none where the kernel multiplies."""
+        if self.product_RC is None:
+            return {}
+        return {"product_ptr": self.product_RC, "stride_product": self.product_RC.stride(0)}
 
     def release(self) -> None:
         """Drop all tensors: who walks holds the block until the next one is made, and two blocks' operands take room."""
@@ -102,6 +105,7 @@ class LogitWalk:
             them, as ``inputs.engine`` says.
         has_sums: whether tiles leave sums of rows and of columns; where a block leaves nothing else, they limit its size.
         wanted: what to make of the blocks' gradients; None where a block leaves sums only.
+        product_BG: where the library's products go, each to its place; None for a buffer of one block.
 
     >>> for block in walk:  # doctest: +SKIP
     ...     kernel[block.grid](grad_ptr=block.grad_RC, **block.arguments)
@@ -111,19 +115,21 @@ class LogitWalk:
     def __init__(
         self,
         inputs: LossInputs,
-        launch_row: LaunchRow,
+        launch_row: LaunchRow | StripRow,
         *,
         reads_stash: bool = False,
         has_sums: bool = False,
         wanted: GradientWanted | None = None,
+        product_BG: Tensor | None = None,
     ) -> None:
         self.inputs, self.launch_row = inputs, launch_row
-        self._is_product = inputs.engine == "library" and not reads_stash
-        self._is_fused = inputs.engine == "fused" and not reads_stash
+        self._is_product = inputs.engine != "fused" and not reads_stash
+        self._product_BG = product_BG
         operand, device = inputs.operand, inputs.image_BE.device
 
         # float32 gradients take the place of the products.
-        is_product, is_gradient = self._is_product, wanted is not None
+        is_product = self._is_product and product_BG is None
+        is_gradient = wanted is not None
         in_place = is_product and is_gradient and operand == torch.float32
         own_gradient = is_gradient and not in_place
         element_bytes = (4 if is_product else 0) + (operand.itemsize if own_gradient else 0)
@@ -139,7 +145,7 @@ class LogitWalk:
                 operand_bytes=operand.itemsize,
                 workspace_bytes=workspace_bytes,
                 num_processors=launch.NUM_PROCESSORS[launch.architecture(device)],
-                is_multiplied=is_product,
+                is_multiplied=self._is_product,
                 has_gradient=is_gradient,
             )
             self._sides = block_sides(walk_shape)
@@ -193,15 +199,18 @@ class LogitWalk:
         stride = row_stride(C)
         product_RC = grad_RC = None
         if self._is_product:
-            product_RC = self._products[: R * stride].view(R, stride)[:, :C]
+            product_RC = (
+                self._products[: R * stride].view(R, stride)[:, :C]
+                if self._product_BG is None
+                else self._product_BG[rows, columns]
+            )
             launch.matmul_fp32(x_RE, y_CE.T, product_RC)
         if self._sums is not None:
             grad_RC = self._grads[: R * stride].view(R, stride)[:, :C]
         pairs = self.inputs.pairs.block(rows, columns)
-        grid, arguments = tile_arguments(
-            pairs, x_RE, y_CE, self.launch_row, is_fused=self._is_fused
-        )
-        return LogitBlock(rows, columns, x_RE, y_CE, stride, product_RC, grad_RC, grid, arguments)
+        arguments = block_arguments(pairs, (R, C)) | self.launch_row.arguments(x_RE, y_CE)
+        sides = self.launch_row.sides
+        return LogitBlock(rows, columns, x_RE, y_CE, stride, product_RC, grad_RC, sides, arguments)
 
     def add_gradient(self, block: LogitBlock) -> None:
         """Add the products of a block's gradient with its operands to the sums."""
@@ -221,39 +230,6 @@ def operand_rows(x_RE: Tensor, normalized: bool, dtype: torch.dtype) -> Tensor:
     return launch.aligned_rows(unit_RE, 16 // dtype.itemsize)
 
 
-def tile_arguments(
-    pairs: Pairs, x_RE: Tensor, y_CE: Tensor, row: LaunchRow, is_fused: bool
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Return the grid and the launch keywords that every tile kernel has, for one block."""
-    R, C = len(x_RE), len(y_CE)
-    return (triton.cdiv(R, row.block_n) * triton.cdiv(C, row.block_m),), {
-        "x_desc": descriptor(x_RE, row.block_n, row.block_d) if is_fused else None,
-        "y_desc": descriptor(y_CE, row.block_m, row.block_d) if is_fused else None,
-        "image_id_ptr": pairs.image_ids,
-        "text_id_ptr": pairs.text_ids,
-        "N": R,
-        "M": C,
-        "D": x_RE.shape[1],
-        "first_label": pairs.first_label,
-        "IDS": pairs.ids,
-        "FUSED": is_fused,
-        "BLOCK_N": row.block_n,
-        "BLOCK_M": row.block_m,
-        "BLOCK_D": row.block_d,
-        "GROUP_N": 8,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
-        "maxnreg": launch.most_registers(launch.architecture(x_RE.device), row.num_warps),
-    }
-
-
-def descriptor(x_ND: Tensor, block_n: int, block_d: int) -> Any:
-    """Return a tensor descriptor of an operand for ``tiles.multiply``."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x_ND, [block_n, block_d])
-
-
 def row_stride(num_columns: int) -> int:
     """Return the elements from one row of a block to the next."""
     return -(-num_columns // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -271,7 +247,7 @@ def keeps_text_operands(workspace_bytes: int) -> bool:
 def sum_side(width: int, workspace_bytes: int, operand_bytes: int) -> int:
     """Return the rows and columns of a block that leaves sums only: partial ones of its tiles, and its operands."""
     side = SUM_SIDE
-    while side > BLOCK_MULTIPLE and (
+    while side > COLUMN_MULTIPLE and (
         2 * 4 * side * (side // SUM_TILE) + 2 * side * width * operand_bytes > workspace_bytes
     ):
         side //= 2

@@ -15,17 +15,18 @@ Where no gradient is asked for it is one product.
 With t = exp(-|z|): log(1 + exp(z)) = max(z, 0) + log(1 + t) and sigmoid(z) is 1 or t over 1 + t, so that one
 exponential and one reciprocal an element serve both. At SigLIP's first bias of -10 all but the pairs have t = 4.5e-5,
 where the float32 number 1 + t has lost half the digits of t: log(1 + t) is t times a polynomial on GPUs (degree 10,
-relative error 2e-8 before rounding, no logarithm) and torch.log1p on the CPU.
+relative error 2e-8 before rounding, no logarithm) and torch.log1p on the CPU. Rows of negatives that are all far from
+their margin (t below 1/32), as most are, take two cubics instead and no division.
 
 Precision: ``clipcore.kernels.logits``. Gradients of a block are times 2^15 in float16: sigmoids down to 2e-9 are normal
-numbers. Sums of a tile are float32, those of tiles float64.
+numbers. Sums of a tile or strip are float32, those of all float64.
 Traffic per logit: library engine 4 bytes written by the product, 6 by the pass, 4 read by the products (16-bit
 operands); fused engine 2 and 4. Roofline: 3 products at their library's rate; the pass is bound by memory.
 Determinism: no atomics; partial sums are written and added in a fixed order.
 
-Files: ``reference.py`` the reference, ``kernels.py`` the Triton kernel, ``launches.py`` its launch, ``gpu.py`` and
-``cpu.py`` the walks, ``operator.py`` PyTorch's side, and here the public function. A loss of another kind begins as a copy
-of this folder (kernels/README.md).
+Files: ``reference.py`` the reference, ``kernels.py`` the Triton kernels, ``factor_kernels.py`` that of what it reads of
+scale and bias, ``launches.py`` its launch, ``gpu.py`` and ``cpu.py`` the walks, ``operator.py`` PyTorch's side, and here
+the public function. A loss of another kind begins as a copy of this folder (kernels/README.md).
 
 Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1; open_clip's SigLipLoss for the division by B.
 """

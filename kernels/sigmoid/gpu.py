@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
+from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
-from clipcore.kernels.sigmoid.kernels import sigmoid_kernel
+from clipcore.kernels.sigmoid.factor_kernels import sigmoid_factors_kernel
+from clipcore.kernels.sigmoid.kernels import sigmoid_kernel, sigmoid_pass
 from clipcore.kernels.sigmoid.launches import FP16_GRADIENT_SCALE, launch_row
 
 
@@ -20,40 +22,45 @@ def sigmoid_fwd_gpu(
     """Return the outputs of ``clipcore::sigmoid_fwd``; a side that nobody needs costs no product."""
     device = inputs.image_BE.device
     grad_scale = FP16_GRADIENT_SCALE if inputs.operand == torch.float16 else 1.0
-    factor = (inputs.scale.double().reshape(()) / grad_scale).float()
-    factors = _kernel_factors(inputs, bias)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, d_scale, d_bias
+    factors, walk_factor = _factors(inputs, bias, grad_scale)
+    sums = ProgramSums(3, device)  # loss, d_scale, d_bias
 
-    wanted = GradientWanted(need, factor, torch.float32) if backward else None
+    wanted = GradientWanted(need, walk_factor, torch.float32) if backward else None
     walk = LogitWalk(inputs, launch_row(inputs), wanted=wanted)
+    kernel = sigmoid_kernel if inputs.engine == "fused" else sigmoid_pass
     for block in walk:
-        partial = torch.empty(
-            (3 if backward else 1, *block.grid), dtype=torch.float32, device=device
-        )
-        sigmoid_kernel[block.grid](
-            product_ptr=block.product_RC,
+        partial = sums.places(block)
+        kernel[block.grid](
             factor_ptr=factors,
             grad_ptr=block.grad_RC,
             partial_ptr=partial,
-            stride_product=block.stride,
+            stride_grad=block.stride,
+            stride_partial=partial.stride(0),
             GRADIENT_SCALE=grad_scale,
             GRADIENT=backward,
+            **block.product_arguments,
             **block.arguments,
         )
-        sums[: len(partial)] += partial.sum(1, dtype=torch.float64)
         if backward:
             walk.add_gradient(block)
 
     d_image, d_text = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
     if backward:
         d_image, d_text = walk.gradients()
-    loss, d_scale, d_bias = (part.clone() for part in sums)
-    return loss, d_image, d_text, d_scale, d_bias
+    return sums.total(0), d_image, d_text, sums.total(1), sums.total(2)
 
 
-def _kernel_factors(inputs: LossInputs, bias: Tensor) -> Tensor:
-    """Return float32 [4]: the factor from cosines to powers of two, and the bias as one, each in two parts."""
-    scale_log2, bias_log2 = (part.double().reshape(()) * LOG2E for part in (inputs.scale, bias))
-    scale_high, bias_high = scale_log2.float(), bias_log2.float()
-    scale_low, bias_low = (scale_log2 - scale_high).float(), (bias_log2 - bias_high).float()
-    return torch.stack((scale_high, scale_low, bias_high, bias_low))
+def _factors(inputs: LossInputs, bias: Tensor, grad_scale: float) -> tuple[Tensor, Tensor]:
+    """Return float32 [4], the factor from cosines to powers of two and the bias, and [1], that of the gradients' sums."""
+    factors = torch.empty(4, dtype=torch.float32, device=bias.device)
+    walk_factor = torch.empty(1, dtype=torch.float32, device=bias.device)
+    sigmoid_factors_kernel[(1,)](
+        scale_ptr=inputs.scale,
+        bias_ptr=bias,
+        factor_ptr=factors,
+        walk_factor_ptr=walk_factor,
+        LOG2E=LOG2E,
+        GRADIENT_SCALE=grad_scale,
+        num_warps=1,
+    )
+    return factors, walk_factor
