@@ -37,7 +37,7 @@ from clipcore.kernels.contrastive import (
     plan,
 )
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
-from clipcore.kernels.contrastive.sums_gpu import mean_gradients_gpu, mean_loss_gpu
+from clipcore.kernels.contrastive.mean_gpu import mean_gradients_gpu, mean_loss_gpu
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
 from clipcore.kernels.logits import launch_rows, pairs, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs

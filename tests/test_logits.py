@@ -13,11 +13,12 @@ from problems import unit_embeddings
 from torch import Tensor
 
 from clipcore.kernels.logits import pages, sides, walk_gpu
+from clipcore.kernels.logits.gradient_sums import GradientWanted
 from clipcore.kernels.logits.launch_rows import StripRow
 from clipcore.kernels.logits.pairs import WORKSPACE_BYTES, LossInputs, Pairs, slices
 from clipcore.kernels.logits.program_sums import ProgramSums
 from clipcore.kernels.logits.sides import WalkShape
-from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
+from clipcore.kernels.logits.walk_gpu import LogitWalk
 from clipcore.kernels.normalize import normalize
 
 LAUNCH_ROW = StripRow(columns=512, step=4)

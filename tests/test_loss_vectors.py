@@ -9,7 +9,7 @@ import torch
 from numerics import KERNEL_DEVICE
 from torch import Tensor
 
-from clipcore.kernels.contrastive import mean, sums_gpu
+from clipcore.kernels.contrastive import mean, mean_gpu, sums_gpu
 from clipcore.kernels.contrastive.sums import (
     Logarithms,
     Outputs,
@@ -241,7 +241,7 @@ def test_mean(
     terms = [vector(length) for length in shape * 2]
     if by_weight:
         terms[0][weights[0] == 0] = NAN
-    loss, counts = sums_gpu.mean_loss_gpu(terms, weights, first_label, dtype)
+    loss, counts = mean_gpu.mean_loss_gpu(terms, weights, first_label, dtype)
     expected, expected_counts = mean_loss(terms, weights, first_label, dtype)
     assert_same(loss, expected)
     assert torch.equal(counts, expected_counts) and loss.isfinite()
@@ -249,7 +249,7 @@ def test_mean(
     upstream = torch.tensor(-1.7, dtype=dtype, device=KERNEL_DEVICE)
     arguments = upstream, counts, weights, shape, first_label
     for ours, theirs in zip(
-        sums_gpu.mean_gradients_gpu(*arguments), mean_gradients(*arguments), strict=True
+        mean_gpu.mean_gradients_gpu(*arguments), mean_gradients(*arguments), strict=True
     ):
         assert_same(ours, theirs)
 
@@ -257,7 +257,7 @@ def test_mean(
 def test_a_mean_over_nothing_is_nan() -> None:
     terms = [vector(3) for _ in range(4)]
     weights = [torch.zeros_like(terms[0])] * 2
-    loss, counts = sums_gpu.mean_loss_gpu(terms, weights, 0, torch.float32)
+    loss, counts = mean_gpu.mean_loss_gpu(terms, weights, 0, torch.float32)
     assert loss.isnan() and (counts == 0).all()
 
 

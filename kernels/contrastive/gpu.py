@@ -1,7 +1,7 @@
 """The contrastive loss on a GPU: forward and backward as walks over blocks.
 
-Legend and maths: ``clipcore.kernels.contrastive``; the kernels: ``kernels.py`` those that multiply, ``passes.py`` those that
-pass over a block in memory.
+Legend and maths: ``clipcore.kernels.contrastive``; the kernels: ``kernels.py`` those that multiply,
+``sums_pass.py`` and ``gradient_pass.py`` those that pass over a block in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipcore.kernels.contrastive.gradient_pass import contrastive_gradient_pass
 from clipcore.kernels.contrastive.kernels import (
     contrastive_gradient_kernel,
     contrastive_sums_kernel,
@@ -24,7 +25,6 @@ from clipcore.kernels.contrastive.launches import (
     segment_columns,
     sums_row,
 )
-from clipcore.kernels.contrastive.passes import contrastive_gradient_pass, contrastive_sums_pass
 from clipcore.kernels.contrastive.running_max_gpu import running_max_gpu
 from clipcore.kernels.contrastive.sums import Outputs, Sums, new_sums
 from clipcore.kernels.contrastive.sums_gpu import (
@@ -35,10 +35,13 @@ from clipcore.kernels.contrastive.sums_gpu import (
     logarithms_gpu,
     relative_uniform_gpu,
 )
+from clipcore.kernels.contrastive.sums_pass import contrastive_sums_pass
 from clipcore.kernels.contrastive.targets import Targets
+from clipcore.kernels.logits.block import LogitBlock
+from clipcore.kernels.logits.gradient_sums import GradientWanted
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
 from clipcore.kernels.logits.program_sums import ProgramSums
-from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitBlock, LogitWalk
+from clipcore.kernels.logits.walk_gpu import LogitWalk
 
 
 def contrastive_fwd_gpu(inputs: LossInputs, targets: Targets | None, is_stash: bool) -> Outputs:

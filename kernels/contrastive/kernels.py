@@ -1,4 +1,4 @@
-"""The contrastive loss's kernels that multiply, in Triton; those that pass over a block in memory: ``passes.py``.
+"""The contrastive loss's kernels that multiply, in Triton; those that pass over a block in memory: ``*_pass.py``.
 
 Legend, maths, precision and traffic: ``clipcore.kernels.contrastive``. N and M are rows and columns of a block, tiles are
 parts of it.

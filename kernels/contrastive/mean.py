@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from clipcore.kernels import launch
+from clipcore.kernels.contrastive.mean_gpu import mean_gradients_gpu, mean_loss_gpu
 from clipcore.kernels.contrastive.sums import Outputs
 from clipcore.kernels.contrastive.sums import mean_gradients as mean_gradients_cpu
 from clipcore.kernels.contrastive.sums import mean_loss as mean_loss_cpu
-from clipcore.kernels.contrastive.sums_gpu import mean_gradients_gpu, mean_loss_gpu
 
 
 def contrastive_mean(

@@ -16,7 +16,6 @@ from clipcore.kernels.contrastive.sums import (
     Logarithms,
     Outputs,
     Sums,
-    counted_rows,
     trusted_range,
 )
 from clipcore.kernels.contrastive.targets import Targets
@@ -25,16 +24,13 @@ from clipcore.kernels.contrastive.vector_kernels import (
     completed_kernel,
     exponents_kernel,
     logarithms_kernel,
-    mean_bwd_kernel,
-    mean_kernel,
-    mean_parts_kernel,
     relative_uniform_kernel,
     upstream_factors_kernel,
     upstream_largest_kernel,
 )
 from clipcore.kernels.launch import triton
+from clipcore.kernels.logits.block import LogitBlock
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
-from clipcore.kernels.logits.walk_gpu import LogitBlock
 
 # Numbers that a program takes at once, and partial sums that it adds at once. Estimated, to be measured.
 BLOCK = 512
@@ -94,8 +90,8 @@ class GradientVectors(NamedTuple):
 
 def exponents_gpu(inputs: LossInputs) -> Exponents:
     """Return ``sums.exponents``, and what the kernels over logits read of them."""
-    exponents = _empty(inputs.scale, 2, torch.float64)
-    factors = _empty(inputs.scale, 3, torch.float32)
+    exponents = empty_vector(inputs.scale, 2, torch.float64)
+    factors = empty_vector(inputs.scale, 3, torch.float32)
     exponents_kernel[(1,)](
         scale_ptr=inputs.scale,
         exponent_ptr=exponents,
@@ -133,8 +129,8 @@ def relative_uniform_gpu(targets: Targets) -> tuple[Tensor, Tensor]:
     """Return ``Targets.relative_uniform``."""
     sides = []
     for positive_N, uniform_N in (targets[:2], targets[2:]):
-        relative_N = _empty(positive_N, len(positive_N), torch.float32)
-        _launch(
+        relative_N = empty_vector(positive_N, len(positive_N), torch.float32)
+        launch_over(
             relative_uniform_kernel,
             len(positive_N),
             positive_ptr=positive_N,
@@ -159,13 +155,13 @@ def logarithms_gpu(
         (sums.row_B, sums.row_target_log2_B, weights[0]),
         (sums.column_G, sums.column_target_log2_G, weights[1]),
     ):
-        side = [_empty(sum_N, len(sum_N), torch.float64) for _ in range(3)]
+        side = [empty_vector(sum_N, len(sum_N), torch.float64) for _ in range(3)]
         state = RunningState(
-            _empty(sum_N, len(sum_N), torch.int32),
-            _empty(sum_N, len(sum_N), torch.float32),
-            _empty(sum_N, len(sum_N), torch.float32),
+            empty_vector(sum_N, len(sum_N), torch.int32),
+            empty_vector(sum_N, len(sum_N), torch.float32),
+            empty_vector(sum_N, len(sum_N), torch.float32),
         )
-        _launch(
+        launch_over(
             logarithms_kernel,
             len(sum_N),
             sum_ptr=sum_N,
@@ -201,7 +197,7 @@ def complete(
     for lse_N, rest_N, offset_N, target_N, state in zip(
         logs[:2], logs[2:4], logs[4:], targets_log2, states, strict=True
     ):
-        _launch(
+        launch_over(
             completed_kernel,
             len(lse_N),
             untrusted_ptr=state.is_untrusted_N,
@@ -226,10 +222,13 @@ def gradient_vectors(
     """Return ``Upstream.from_terms`` over its largest element, its factors, and whether any row is untrusted."""
     logs, like = outputs.logarithms, outputs.row_lse_log2_B
     row_lse, column_lse, row_target, column_target = upstream
-    part_largest = _empty(like, 2 * PARTS, torch.float64)
-    part_untrusted = _empty(like, 2 * PARTS, torch.int32)
-    any_untrusted, largest = _empty(like, 1, torch.int32), _empty(like, 1, torch.float64)
-    walk_factor = _empty(like, 1, torch.float32)
+    part_largest = empty_vector(like, 2 * PARTS, torch.float64)
+    part_untrusted = empty_vector(like, 2 * PARTS, torch.int32)
+    any_untrusted, largest = (
+        empty_vector(like, 1, torch.int32),
+        empty_vector(like, 1, torch.float64),
+    )
+    walk_factor = empty_vector(like, 1, torch.float32)
 
     # What both kernels read of a side.
     rows: dict[str, Any] = {
@@ -250,7 +249,7 @@ def gradient_vectors(
     }
     shared = {"exponent_ptr": exponents.exponents, "TARGETS": targets is not None}
     for i, side in enumerate((rows, columns)):
-        upstream_largest_kernel[(_num_parts(len(side["rest_ptr"])),)](
+        upstream_largest_kernel[(num_parts(len(side["rest_ptr"])),)](
             largest_ptr=part_largest[i * PARTS :],
             untrusted_ptr=part_untrusted[i * PARTS :],
             N=len(side["rest_ptr"]),
@@ -262,10 +261,10 @@ def gradient_vectors(
     vectors: list[list[Tensor]] = []
     for side, lse_N in ((rows, logs.row_lse_log2_B), (columns, logs.column_lse_log2_G)):
         N = len(lse_N)
-        out = [_empty(like, N, torch.float32) for _ in range(3)]
+        out = [empty_vector(like, N, torch.float32) for _ in range(3)]
         # Without targets both are the gradient at the positive.
-        out.append(out[2] if targets is None else _empty(like, N, torch.float32))
-        _launch(
+        out.append(out[2] if targets is None else empty_vector(like, N, torch.float32))
+        launch_over(
             upstream_factors_kernel,
             N,
             lse_ptr=lse_N,
@@ -279,8 +278,8 @@ def gradient_vectors(
             untrusted_out_ptr=any_untrusted,
             walk_factor_ptr=walk_factor,
             GRADIENT_SCALE=gradient_scale,
-            row_parts=_num_parts(len(logs.row_rest_B)),
-            column_parts=_num_parts(len(logs.column_rest_G)),
+            row_parts=num_parts(len(logs.row_rest_B)),
+            column_parts=num_parts(len(logs.column_rest_G)),
             PARTS=PARTS,
             **side,
             **shared,
@@ -302,79 +301,17 @@ def gradient_vectors(
     )
 
 
-def mean_loss_gpu(
-    terms: Sequence[Tensor], weights: Sequence[Tensor], first_label: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return ``sums.mean_loss``."""
-    row_lse_B, column_lse_G, row_target_B, column_target_G = terms
-    counted = counted_rows(len(row_lse_B), len(column_lse_G), weights, first_label)
-    parts = _empty(row_lse_B, 4 * PARTS, torch.float64)
-    for i, (lse_N, target_N) in enumerate(
-        ((row_lse_B, row_target_B), (column_lse_G, column_target_G))
-    ):
-        mean_parts_kernel[(_num_parts(len(lse_N)),)](
-            lse_ptr=lse_N,
-            target_ptr=target_N,
-            weight_ptr=weights[i] if weights else None,
-            part_ptr=parts[2 * i * PARTS :],
-            first=counted[i].start,
-            last=counted[i].stop,
-            PARTS=PARTS,
-            BY_WEIGHT=len(weights) > 0,
-            BLOCK=BLOCK,
-        )
-    loss, counts = row_lse_B.new_empty((), dtype=dtype), row_lse_B.new_empty(2)
-    mean_kernel[(1,)](
-        part_ptr=parts,
-        loss_ptr=loss,
-        count_ptr=counts,
-        row_parts=_num_parts(len(row_lse_B)),
-        column_parts=_num_parts(len(column_lse_G)),
-        LOG2E=LOG2E,
-        PARTS=PARTS,
-    )
-    return loss, counts
-
-
-def mean_gradients_gpu(
-    upstream: Tensor,
-    counts: Tensor,
-    weights: Sequence[Tensor],
-    shape: tuple[int, int],
-    first_label: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``sums.mean_gradients``."""
-    counted = counted_rows(shape[0], shape[1], weights, first_label)
-    sides = []
-    for i, N in enumerate(shape):
-        side = _empty(counts, N, torch.float64), _empty(counts, N, torch.float64)
-        _launch(
-            mean_bwd_kernel,
-            N,
-            upstream_ptr=upstream,
-            count_ptr=counts[i:],
-            weight_ptr=weights[i] if weights else None,
-            lse_grad_ptr=side[0],
-            target_grad_ptr=side[1],
-            first=counted[i].start,
-            last=counted[i].stop,
-            LOG2E=LOG2E,
-            BY_WEIGHT=len(weights) > 0,
-        )
-        sides.append(side)
-    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
-
-
-def _empty(like: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def empty_vector(like: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Return a vector on the device of another tensor."""
     return torch.empty(length, dtype=dtype, device=like.device)
 
 
-def _num_parts(N: int) -> int:
+def num_parts(N: int) -> int:
     """Return how many programs reduce N numbers, in a fixed split of them."""
     return min(PARTS, triton.cdiv(N, BLOCK))
 
 
-def _launch(kernel: Any, N: int, **arguments: Any) -> None:
+def launch_over(kernel: Any, N: int, **arguments: Any) -> None:
     """Launch a kernel over N numbers of one side; none over nothing."""
     if N > 0:
         kernel[(triton.cdiv(N, BLOCK),)](N=N, BLOCK=BLOCK, **arguments)

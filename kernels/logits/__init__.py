@@ -21,10 +21,8 @@ float16 by default: a row of length one has nothing near the ends of its range, 
 times less than bfloat16's. float32 operands multiply in float32.
 
 <<<<<<< HEAD
-Files: ``pairs.py`` what both devices are given and its checks, ``sides.py`` the sides of a GPU's blocks, ``walk_gpu.py``
-and ``walk_cpu.py`` the walks, ``pages.py`` large buffers on the CPU, ``reference.py`` what the references share.
-=======
-Files: ``pairs.py`` what both devices are given and its checks, ``pages.py`` large buffers on the CPU,
-``program_sums.py`` sums over all blocks on a GPU, ``reference.py`` what the references share.
->>>>>>> vec
+Files: ``pairs.py`` what both devices are given and its checks; ``walk_gpu.py`` and ``walk_cpu.py`` the walks;
+for the first ``sides.py`` the sides of blocks, ``block.py`` a block, ``launch_rows.py`` how kernels over it are launched,
+``gradient_sums.py`` and ``program_sums.py`` what is summed over all blocks, for the second ``pages.py`` large buffers;
+``reference.py`` what the references share.
 """

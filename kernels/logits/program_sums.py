@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from clipcore.kernels.logits.walk_gpu import LogitBlock
+from clipcore.kernels.logits.block import LogitBlock
 
 
 class ProgramSums:

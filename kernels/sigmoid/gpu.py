@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipcore.kernels.logits.gradient_sums import GradientWanted
 from clipcore.kernels.logits.pairs import LOG2E, LossInputs
 from clipcore.kernels.logits.program_sums import ProgramSums
-from clipcore.kernels.logits.walk_gpu import GradientWanted, LogitWalk
+from clipcore.kernels.logits.walk_gpu import LogitWalk
 from clipcore.kernels.sigmoid.factor_kernels import sigmoid_factors_kernel
 from clipcore.kernels.sigmoid.kernels import sigmoid_kernel, sigmoid_pass
 from clipcore.kernels.sigmoid.launches import FP16_GRADIENT_SCALE, launch_row
