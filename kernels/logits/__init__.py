@@ -20,7 +20,6 @@ Precision: rows are normalised in float32 and rounded once to the operand dtype.
 float16 by default: a row of length one has nothing near the ends of its range, and its rounding moves a logit eight
 times less than bfloat16's. float32 operands multiply in float32.
 
-<<<<<<< HEAD
 Files: ``pairs.py`` what both devices are given and its checks; ``walk_gpu.py`` and ``walk_cpu.py`` the walks;
 for the first ``sides.py`` the sides of blocks, ``block.py`` a block, ``launch_rows.py`` how kernels over it are launched,
 ``gradient_sums.py`` and ``program_sums.py`` what is summed over all blocks, for the second ``pages.py`` large buffers;
