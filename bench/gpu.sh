@@ -163,7 +163,7 @@ kernels="attention_kernels layer_norm residual attention gelu patchify adamw pac
 
 correctness() {
     local file
-    for file in attention_kernels contrastive sigmoid similarity similarity_topk loss ${kernels#* } grad_cache; do
+    for file in attention_kernels contrastive sigmoid loss_vectors similarity similarity_topk loss ${kernels#* } grad_cache; do
         tests "$file"
     done
 }
