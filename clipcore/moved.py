@@ -1,8 +1,8 @@
 """Imports modules under the names that they had at the top of the package, before they moved into subpackages.
 
 ``import clipcore.model`` returns the module ``clipcore.towers.model`` itself, so a function that is replaced in one is
-replaced in the other. Two names are not here: ``clipcore.checkpoint`` and ``clipcore.report`` are now packages, which export
-the names that these modules had.
+replaced in the other. Names that went from one module into another are not kept. Two modules are not here:
+``clipcore.checkpoint`` and ``clipcore.report`` are now packages, which export the names that these modules had.
 """
 
 from __future__ import annotations

@@ -478,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end_with(
             "clipcore.train",
             error,
-            "lower --step-memory or --micro-batch-size, or set --grad-checkpointing",
+            "lower --step-memory or --micro-batch-size, or set --loss-stash 0 or --grad-checkpointing",
         )
     finally:
         close_distributed()

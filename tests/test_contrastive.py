@@ -415,6 +415,24 @@ def test_strips_away_from_the_labels_and_the_edges(
     assert_kernels_accurate(problems, monkeypatch, ids=ids, **how)
 
 
+@pytest.mark.parametrize("first_label", [513, -37])
+@pytest.mark.parametrize("scale", [20.0, 300.0], ids=["one offset", "own offsets"])
+def test_strips_of_several_blocks(
+    scale: float, first_label: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Labels begin in any column, and at the larger scale the gradient takes each row's own offset everywhere."""
+    monkeypatch.setattr(launch_rows, "STRIP_ROWS", 32)
+    problems = kernel_problems(300, 1100, 16, torch.float32, scale)[:1]
+    assert_kernels_accurate(
+        [*problems, *problems],
+        monkeypatch,
+        ids={"first_label": first_label},
+        engine="library",
+        stash_bytes=0,
+        workspace_bytes=1,
+    )
+
+
 @pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
 def test_kernels_fall_back_to_the_running_maximum(
     engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch

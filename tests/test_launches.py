@@ -71,8 +71,6 @@ def test_a_call_of_one_block(name: str) -> None:
         call(*inputs)
     # The sigmoid loss has its gradients in the forward.
     assert launches.num_blocks == (1 if num_scalars == 2 else 2)
-    # The sigmoid loss has its gradients in the forward.
-    assert launches.num_blocks == (1 if num_scalars == 2 else 2)
     assert launches.total <= most, launches.counts
 
 

@@ -27,7 +27,8 @@ from clipcore.towers.model import create_model
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GPU = World(0, 1, 0, torch.device("cuda", 0))
-NUM_PAIRS = 8
+# More than a GPU keeps as they are whatever is free.
+NUM_PAIRS = 8192
 
 
 def config_of(line: str = "") -> RunConfig:
@@ -84,18 +85,37 @@ def test_features_of_16_bits_have_the_default(precision: str) -> None:
 @pytest.mark.fast
 def test_features_of_float32_have_no_stash_unless_it_is_asked_for(gpu_default: int) -> None:
     assert shared_stash_bytes(2**34, "fp32") == 0
-    step = step_of(GPU, ClipLoss(stash_bytes=5), "fp32")
-    assert step.choose_stash() == 5
+    given = ClipLoss(stash_bytes=5)
+    assert step_of(GPU, given, "fp32").choose_stash(None) is None and given.stash_bytes == 5
 
 
 @pytest.mark.fast
 def test_a_gpu_decides_for_the_softmax_loss_alone(gpu_default: int) -> None:
     loss_fn = ClipLoss()
     step = step_of(GPU, loss_fn, "amp_bf16")
-    assert step.choose_stash() == loss_fn.stash_bytes == gpu_default
-    assert step_of(GPU, SigLipLoss(), "amp_bf16").choose_stash() is None
+    assert step.choose_stash(None) == loss_fn.stash_bytes == gpu_default
+    assert step_of(GPU, SigLipLoss(), "amp_bf16").choose_stash(None) is None
     on_cpu = ClipLoss()
-    assert step_of(ALONE, on_cpu, "fp32").choose_stash() is None and on_cpu.stash_bytes is None
+    assert step_of(ALONE, on_cpu, "fp32").choose_stash(None) is None and on_cpu.stash_bytes is None
+
+
+@pytest.mark.fast
+def test_a_step_of_little_memory_has_a_small_stash(gpu_default: int) -> None:
+    assert step_of(GPU, ClipLoss(), "amp_bf16").choose_stash(0.8) == 200_000_000
+    assert step_of(GPU, ClipLoss(), "amp_bf16").choose_stash(1000.0) == gpu_default
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("precision", ["amp_bf16", "fp32"])
+def test_a_small_batch_is_left_to_the_loss_which_keeps_its_logits(
+    gpu_default: int, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    loss_fn = ClipLoss()
+    step = step_of(GPU, loss_fn, precision)
+    step.global_batch_size = 4096
+    assert step.choose_stash(None) is None and loss_fn.stash_bytes is None
+    step.global_batch_size = 4097
+    assert step.choose_stash(None) is not None
 
 
 def stash_on_rank(world: World, precision: str) -> int:
@@ -135,37 +155,77 @@ def test_the_decision_is_recorded_and_kept(
     step = step_of(GPU, build_loss(config, GPU, NUM_PAIRS), precision)
     assert not step.needs_plan()
     config = prepare(step, config, tmp_path)
-    assert recorded(tmp_path)["loss_stash"] == config.loss_stash == expected / 1e9
+    assert recorded(tmp_path)["gpu_stash_bytes"] == config.gpu_stash_bytes == expected
+    assert config.loss_stash is None
 
     again = resolve(resumed_config(tmp_path, TrainConfig(), frozenset(), ALONE))
     monkeypatch.setattr(train_step, "default_stash_bytes", lambda device: 2**20)
     step = step_of(GPU, build_loss(again, GPU, NUM_PAIRS), precision)
     assert isinstance(step.loss_fn, ClipLoss) and step.loss_fn.stash_bytes == expected
-    assert step.choose_stash() == expected
     assert prepare(step, again, tmp_path) == again
+    # On a machine without a GPU it says nothing.
+    assert build_loss(again, ALONE, NUM_PAIRS).options.stash_bytes is None
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", 4.0),
-        ("--epochs 9 --batch-size 8", 4.0),  # the batch that it had
-        ("--loss-stash 3", 3),
-        ("--loss-stash 3 --precision fp32", 3),
+        ("", 2**34 + 1),
+        (f"--epochs 9 --batch-size {NUM_PAIRS}", 2**34 + 1),  # the batch that it had
+        ("--loss-stash 3", None),
         ("--precision fp32", None),
         ("--step-memory 2", None),
         ("--device cuda", None),
         ("--global-batch-size 16", None),
+        ("--siglip", None),
     ],
 )
 def test_a_resumed_run_decides_anew_where_memory_is_another(
-    tmp_path: Path, line: str, expected: float | None
+    tmp_path: Path, line: str, expected: int | None
 ) -> None:
-    config = config_of(f"--global-batch-size {NUM_PAIRS} --precision amp_bf16 --loss-stash 4")
+    config = config_of(f"--global-batch-size {NUM_PAIRS} --precision amp_bf16")
+    config = dataclasses.replace(config, gpu_stash_bytes=2**34 + 1)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     resumed = resumed_config(tmp_path, *parse_command_line(line.split()), ALONE)
-    assert resumed.loss_stash == expected
+    assert resumed.gpu_stash_bytes == expected
+
+
+@pytest.mark.fast
+def test_a_stash_that_the_user_gave_stays(tmp_path: Path) -> None:
+    config = config_of(f"--global-batch-size {NUM_PAIRS} --precision amp_bf16 --loss-stash 0")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for line in ("", "--precision fp32", "--step-memory 2", "--device cuda"):
+        resumed = resumed_config(tmp_path, *parse_command_line(line.split()), ALONE)
+        assert resumed.loss_stash == 0
+
+
+@pytest.mark.fast
+def test_the_stash_is_chosen_before_the_plan_which_leaves_room_for_it(
+    gpu_default: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def plan(step: TrainingStep, *_: Any) -> str:
+        assert isinstance(step.loss_fn, ClipLoss)
+        seen.append(step.loss_fn.stash_bytes)
+        return ""
+
+    monkeypatch.setattr(TrainingStep, "describe_loss", lambda self: "")
+    monkeypatch.setattr(TrainingStep, "plan", plan)
+    step = step_of(GPU, ClipLoss(), "amp_bf16")
+    step.micro_batch_size = None
+    prepare(step, config_of(f"--global-batch-size {NUM_PAIRS}"), tmp_path)
+    assert seen == [gpu_default]
+
+
+@pytest.mark.fast
+def test_another_model_has_its_own_settings_of_adam(tmp_path: Path) -> None:
+    config = config_of("--model ViT-nano-8-32")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for line, expected in (("", (0.9, 0.98, 1e-6)), ("--model RN50", (0.9, 0.999, 1e-8))):
+        resumed = resolve(resumed_config(tmp_path, *parse_command_line(line.split()), ALONE))
+        assert (resumed.beta1, resumed.beta2, resumed.eps) == expected
 
 
 @pytest.mark.fast

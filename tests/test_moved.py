@@ -13,6 +13,31 @@ from runs import PROGRAMS, ROOT
 from clipcore.moved import MOVED
 from clipcore.run import schedule
 
+# Every module that lay at the top of the package before there were rooms, and is elsewhere now.
+EARLIER = """
+architectures ceilings collapse config convert descriptions distributed failures flops
+grad_cache interrupt loading logbook memory model modules open_clip_arguments optim packing
+profile resnet roll_call run_parts run_report run_state schedule sharding step step_plan text
+threads torchscript traffic verify vision weights
+""".split()
+# What users import from them.
+PUBLIC = {
+    "clipcore.model": ("CLIP", "create_model", "create_model_and_transforms"),
+    "clipcore.config": ("TrainConfig", "ConfigError"),
+    "clipcore.optim": ("build_optimizer",),
+    "clipcore.run_state": ("RunState", "load_run"),
+    "clipcore.distributed": ("World", "init_distributed"),
+}
+
+
+def test_every_earlier_module_has_a_place() -> None:
+    assert {f"clipcore.{name}" for name in EARLIER} == MOVED.keys()
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_where_they_were(module: str) -> None:
+    assert all(hasattr(importlib.import_module(module), name) for name in PUBLIC[module])
+
 
 # In interpreters of their own, where nothing is imported yet: each takes the seconds in which torch comes.
 @pytest.mark.parametrize("how", ["earlier", "present", "from"])

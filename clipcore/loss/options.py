@@ -48,7 +48,7 @@ class LossOptions:
         if block_bytes is None:
             block_bytes = WORKSPACE_BYTES[image_BE.device.type]
         gathered = 0 if world_size == 1 else 2 * 4 * G * E
-        held = 0
+        held, whole_bytes = 0, 4 * B * G  # the logits as one block
         if image_BE.is_cuda:
             operand = choose_operand(image_BE, text_BE, self.operand_dtype)
             # Texts from other ranks are float32.
@@ -57,7 +57,11 @@ class LossOptions:
                 held += operand.itemsize * G * E
             if dtype != torch.float32:
                 held += 4 * G * E  # the float32 sum of a 16-bit gradient
-        return min(block_bytes, 4 * B * G) + 12 * 8 * (B + G) + gathered + held
+            # Beside the product a 16-bit gradient, both operands and the sum of the rows' gradients.
+            if operand != torch.float32:
+                whole_bytes += 2 * B * G
+            whole_bytes += operand.itemsize * (B + G) * E + 4 * B * E
+        return min(block_bytes, whole_bytes) + 12 * 8 * (B + G) + gathered + held
 
 
 def check_pairs(

@@ -16,6 +16,7 @@ from clipcore.run.config import (
     EVALUATION,
     MODEL,
     OPTIMISATION,
+    RECORDED,
     RUN,
     ConfigError,
     TrainConfig,
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m clipcore.train",
         # A description of its own would be an empty line below it, and the help has two screens.
         usage="python -m clipcore.train [--train-data DATA] [--model NAME] [--global-batch-size N] ...\n"
-        "Train a CLIP. Without arguments: five minutes on the embedded pictures of writing.",
+        "Train a CLIP. Without arguments: two minutes on the embedded pictures of writing.",
         formatter_class=_Lines,
         allow_abbrev=False,
         add_help=False,
@@ -56,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for field in dataclasses.fields(TrainConfig):
         group, help = field.metadata["group"], field.metadata["help"]
+        if group == RECORDED:
+            continue
         add, kind = groups[group].add_argument, kinds()[field.name].type
         if group == ACCEPTED:
             help = argparse.SUPPRESS  # the group's description names them

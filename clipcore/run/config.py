@@ -22,7 +22,8 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names it and the remedy."""
 
 
-DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
+# The last two: what changes nothing, and what a run decides and records, which has no flag.
+DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED, RECORDED = (
     "data",
     "model",
     "optimisation",
@@ -30,6 +31,7 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED = (
     "evaluation",
     "run, logs and checkpoints",
     "accepted from open_clip, without effect",
+    "recorded",
 )
 
 # How the loss treats pairs of equal captions: as negatives, left out, or as positives.
@@ -314,10 +316,13 @@ class TrainConfig:
     loss_stash: float | None = _option(
         None,
         COST,
-        "GB of logits kept for the backward, 0 recomputes [1/8 of a free GPU; 1.07 on a CPU]",
+        "GB of logits kept for the backward, 0: none [GPU: 1/8 of free, fp32 0; CPU: 1.07]",
         at_least=0,
         at_most=_MAX_GB,
         metavar="X",
+    )
+    gpu_stash_bytes: int | None = _option(
+        None, RECORDED, "what a run on GPUs decided where --loss-stash is not given", at_least=0
     )
     loss_workspace: float | None = _option(
         None,

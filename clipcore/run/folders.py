@@ -42,7 +42,9 @@ _PLANNED_BY = frozenset(
     {"step_memory", "loss_stash", "loss_workspace", "precision", "grad_checkpointing", "device"}
 )
 # Not ``batch_size``: a launch that says the same batch in open_clip's words has to keep its bits.
-_STASH_CHOSEN_BY = frozenset({"global_batch_size", "step_memory", "precision", "device", "siglip"})
+_STASH_CHOSEN_BY = frozenset(
+    {"global_batch_size", "step_memory", "loss_stash", "precision", "device", "siglip"}
+)
 
 
 def find_run(
@@ -262,7 +264,10 @@ def resumed_config(
         settings["keep_graphs"] = None
     # Nor was the budget of the loss's stash chosen for this.
     if changed & _STASH_CHOSEN_BY:
-        settings["loss_stash"] = None
+        settings["gpu_stash_bytes"] = None
+    # The optimizer's settings are of a model, unless they are given again.
+    if "model" in changed:
+        settings |= dict.fromkeys(("beta1", "beta2", "eps"))
     # Nor was the number of threads measured for this.
     if changed & {"device", "workers"}:
         settings["threads"] = None

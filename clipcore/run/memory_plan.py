@@ -203,8 +203,9 @@ def _fastest(
     if not agree(room(best) >= best.graph_bytes):
         raise ValueError(
             f"a micro-batch of {best.rows} pairs takes {best.peak_bytes / GB:.2f} GB, and "
-            f"{(room(best) + best.peak_bytes - best.graph_bytes) / GB:.2f} GB are left for it; raise --step-memory, or "
-            "lower --global-batch-size, --micro-batch-size or the memory of a pair (--grad-checkpointing)"
+            f"{max(0, room(best) + best.peak_bytes - best.graph_bytes) / GB:.2f} GB are left for it; raise --step-memory, "
+            "set --loss-stash 0, or lower --global-batch-size, --micro-batch-size or the memory of a pair "
+            "(--grad-checkpointing)"
         )
     size = best.rows
     while size < num_rows:

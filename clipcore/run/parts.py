@@ -263,6 +263,8 @@ def build_loader(
 
 def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:
     """Return the loss over all ranks that the settings name."""
+    # What a run on GPUs decided is of no use on a CPU.
+    decided = config.gpu_stash_bytes if world.device.type == "cuda" else None
     rank, world_size = world.rank, world.world_size
     is_uneven = global_batch_size % world_size > 0
     # Without effect under "negative", which passes no ids.
@@ -280,7 +282,7 @@ def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> Cli
         world_size=world_size,
         label_smoothing=config.label_smoothing,
         same_id=same_id,
-        stash_bytes=bytes_of(config.loss_stash),
+        stash_bytes=decided if config.loss_stash is None else bytes_of(config.loss_stash),
         workspace_bytes=bytes_of(config.loss_workspace),
         uneven=is_uneven,
     )

@@ -48,9 +48,9 @@ class RunConfig(TrainConfig):
     - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown;
       ``aug_scale`` and ``aug_ratio`` under ``aug_resize``; ``batch_size``, which ``global_batch_size`` replaces;
     - each launch decides it by its device: ``device``, ``precision`` (``precision_on``), ``step_memory``,
-      ``loss_workspace``;
+      ``loss_stash``, ``loss_workspace``;
     - the first step decides it by measurement, and the run records it: ``threads``, ``micro_batch_size``,
-      ``keep_graphs``, ``loss_stash``.
+      ``keep_graphs``, ``gpu_stash_bytes``.
     """
 
     model: str

@@ -15,7 +15,6 @@ from clipcore.ranks.distributed import World
 from clipcore.run.command_line import accepted_without_effect
 from clipcore.run.config import flag_of, reporters
 from clipcore.run.folders import write_config
-from clipcore.run.memory_plan import GB
 from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig
 from clipcore.run.state import RunState
@@ -71,9 +70,8 @@ def prepare_steps(
         log.print(str(timed))
         config = dataclasses.replace(config, threads=timed.number)
     # Before the plan, which leaves room for the loss.
-    stash_bytes = training.choose_stash()
-    if config.loss_stash is None and stash_bytes is not None:
-        config = dataclasses.replace(config, loss_stash=stash_bytes / GB)
+    if (stash_bytes := training.choose_stash(config.step_memory)) is not None:
+        config = dataclasses.replace(config, gpu_stash_bytes=stash_bytes)
     if training.needs_plan():
         log.print(str(training.plan(batch, step_index, config.step_memory)))
         config = dataclasses.replace(

@@ -26,12 +26,14 @@ from clipcore.data.packing import (
 )
 from clipcore.data.upload import Upload
 from clipcore.kernels.contrastive.budget import default_stash_bytes
+from clipcore.kernels.contrastive.planning import DENSE_SIDE
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
 from clipcore.run import threads
 from clipcore.run.grad_cache import Embed, StepOutput, differentiate
 from clipcore.run.memory_plan import (
+    GB,
     StepPlan,
     bytes_of,
     default_budget,
@@ -231,19 +233,25 @@ class TrainingStep:
         self.num_kept_graphs = made.num_kept_graphs
         return made
 
-    def choose_stash(self) -> int | None:
+    def choose_stash(self, step_memory: float | None) -> int | None:
         """Decide what the loss's stash may take where that is open: once for the run, the same on every rank.
 
+        Args:
+            step_memory: GB that a step may take beside the model; of these a quarter at most. None has no limit.
+
         Returns:
-            The bytes; None where there is nothing to decide: on the CPU, whose default is fixed, and for a loss without
-            a stash.
+            The bytes; None where there is nothing to decide: on the CPU, whose default is fixed, for a loss without a
+            stash, where it is decided, and for a small batch, whose logits a GPU keeps whatever is free.
         """
         loss_fn, device = self.loss_fn, self.world.device
         if not isinstance(loss_fn, ClipLoss) or device.type != "cuda":
             return None
-        if loss_fn.stash_bytes is None:
-            own_bytes = default_stash_bytes(device)
-            loss_fn.stash_bytes = shared_stash_bytes(own_bytes, self.precision)
+        if loss_fn.stash_bytes is not None or self.global_batch_size <= DENSE_SIDE:
+            return None
+        own_bytes = default_stash_bytes(device)
+        if step_memory is not None:
+            own_bytes = min(own_bytes, int(step_memory * GB / 4))
+        loss_fn.stash_bytes = shared_stash_bytes(own_bytes, self.precision)
         return loss_fn.stash_bytes
 
     def set_faster_threads(self, batch: Batch, step: int) -> threads.Timed:

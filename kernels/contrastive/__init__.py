@@ -203,7 +203,7 @@ def contrastive_loss(
             "positive" makes them positives, which share the row's target evenly, and position means nothing.
         label_smoothing: in [0, 1): this share of every target goes evenly to all valid columns of its row.
         stash_bytes: the most that a stash may take (module docstring); 0 always recomputes. Default 1 GiB on the CPU; on a
-            GPU an eighth of what is free at the first call of the process, decided then and kept
+            GPU at most an eighth of what is free at the first call of the process, decided then and kept
             (``default_stash_bytes``), and 0 for float32 operands, whose logits a stash rounds to 16 bits. See `engine`
             for small matrices.
         workspace_bytes: what a GPU may hold for a block, its operands and the sum of its rows' gradients, and the CPU

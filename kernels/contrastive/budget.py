@@ -16,7 +16,7 @@ GPU_SHARE = 8
 
 
 def default_stash_bytes(device: torch.device) -> int:
-    """Return the most that a stash may take by default: 1 GiB on the CPU, an eighth of a GPU's free memory.
+    """Return the most that a stash may take by default: 1 GiB on the CPU, at most an eighth of a GPU's free memory.
 
     A GPU's is a power of two, decided at the first call of the process and kept: a loss has other bits with a stash than
     without one, so that neither the next step nor, mostly, the next run may decide otherwise. Whoever has to repeat bits in

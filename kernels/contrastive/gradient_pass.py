@@ -175,7 +175,7 @@ def _differentiate_strip(
     if STASH:
         range_ptr += (first_m // RANGE_M).to(tl.int64) * stride_range
 
-    # Positives and negatives cancel in the sum: with both in a strip it is float64.
+    # A row's positive and its negatives cancel in the sum: where both are in a strip by their place it is float64.
     wide = tl.float64 if EDGE else tl.float32
     along = tl.zeros((COLS,), wide)
     for step_n in range(0, strip_rows(first_n, N, ROWS, EDGE), STEP):

@@ -51,7 +51,7 @@ def _unpack_elements(
     return unpack(code, least, tl.load(range_ptr + 1, mask=inside, other=0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_label"])
 def contrastive_sums_kernel(
     x_desc,
     y_desc,
@@ -115,7 +115,7 @@ def contrastive_sums_kernel(
             tl.store(column_target_ptr + m, tl.sum(z, axis=0), mask=is_label)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_label"])
 def contrastive_running_max_kernel(
     x_ptr,
     y_ptr,
@@ -193,7 +193,7 @@ def contrastive_running_max_kernel(
     tl.store(total_ptr + n, total, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_label"])
 def contrastive_gradient_kernel(
     x_desc,
     y_desc,

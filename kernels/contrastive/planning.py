@@ -93,21 +93,23 @@ def plan_for(
     if budget is None:
         is_exact = on_cpu or operand.itemsize == 2
         budget = default_stash_bytes(image_BE.device) if is_exact else 0
-    shape, dtype = (
-        ((B, num_texts), operand) if on_cpu else packed_shapes(B, num_texts, "library")[::2]
-    )
-    needed = shape[0] * shape[1] * dtype.itemsize
-
     is_small = 0 < B <= DENSE_SIDE and 0 < num_texts <= DENSE_SIDE
     if not on_cpu and is_small and engine is None and stash_bytes is None:
         engine = "dense"
     if engine == "dense" and not backward:
         engine = "library"  # there is nobody to keep the matrix for
-    if engine == "dense":
-        needed = 4 * math.prod(dense_shape(B, num_texts))
-    elif not on_cpu and engine is None:
+    if not on_cpu and engine is None:
         key = (launch.architecture(image_BE.device), E, 8 * operand.itemsize)
         engine = ENGINE_TABLE.get(key, "library")
+
+    if engine == "dense":
+        needed = 4 * math.prod(dense_shape(B, num_texts))
+    elif on_cpu:
+        needed = B * num_texts * operand.itemsize
+    else:
+        # Beside them 8 bytes for each row of a segment, a 128th: 65,536 pairs are to fit 8 GiB.
+        shape, _, dtype = packed_shapes(B, num_texts, str(engine))
+        needed = math.prod(shape) * dtype.itemsize
     return Plan(
         shape=(B, num_texts, E),
         operand=operand,

@@ -18,7 +18,7 @@ from clipcore.kernels.contrastive.launches import running_max_row, segment_colum
 from clipcore.kernels.contrastive.sums_gpu import RunningState
 from clipcore.kernels.launch import triton
 from clipcore.kernels.logits.pairs import LossInputs, Pairs, slices
-from clipcore.kernels.logits.walk_gpu import operand_rows, sum_side
+from clipcore.kernels.logits.walk_gpu import keeps_text_operands, operand_rows, sum_side
 
 
 class _Side(NamedTuple):
@@ -88,11 +88,17 @@ def running_max_gpu(
     else:
         width, workspace_bytes = inputs.image_BE.shape[1], inputs.workspace_bytes
         side_length = sum_side(width, workspace_bytes, inputs.operand.itemsize)
+        texts_GE = None
+        if keeps_text_operands(workspace_bytes) and len(inputs.image_BE) > side_length:
+            texts_GE = operand_rows(inputs.text_GE, inputs.normalized, inputs.operand)
         for rows in slices(len(inputs.image_BE), side_length):
             x_RE = operand_rows(inputs.image_BE[rows], inputs.normalized, inputs.operand)
             x_RE = launch.aligned_rows(x_RE, row.block_d)
             for columns in slices(len(inputs.text_GE), side_length):
-                y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
+                if texts_GE is None:
+                    y_CE = operand_rows(inputs.text_GE[columns], inputs.normalized, inputs.operand)
+                else:
+                    y_CE = texts_GE[columns]
                 y_CE = launch.aligned_rows(y_CE, row.block_d)
                 pairs = inputs.pairs.block(rows, columns)
                 advance(_operand_side(x_RE, y_CE, pairs), states[0].part(rows))

@@ -16,7 +16,7 @@ With t = exp(-|z|): log(1 + exp(z)) = max(z, 0) + log(1 + t) and sigmoid(z) is 1
 exponential and one reciprocal an element serve both. At SigLIP's first bias of -10 all but the pairs have t = 4.5e-5,
 where the float32 number 1 + t has lost half the digits of t: log(1 + t) is t times a polynomial on GPUs (degree 10,
 relative error 2e-8 before rounding, no logarithm) and torch.log1p on the CPU. Rows of negatives that are all far from
-their margin (t below 1/32), as most are, take two cubics instead and no division.
+their margin (t below 1/32) take two cubics instead and no division: nearly all rows at that bias, fewer later in training.
 
 Precision: ``clipcore.kernels.logits``. Gradients of a block are times 2^15 in float16: sigmoids down to 2e-9 are normal
 numbers. Sums of a tile or strip are float32, those of all float64.

@@ -70,7 +70,7 @@ def _softplus(power, GRADIENT_SCALE: tl.constexpr):
     return loss, tl.where(power > 0, GRADIENT_SCALE, t * GRADIENT_SCALE) / (1.0 + t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_label"])
 def sigmoid_kernel(
     x_desc,  # [N, D] in tiles [BLOCK_N, BLOCK_D]
     y_desc,  # [M, D] in tiles [BLOCK_M, BLOCK_D]

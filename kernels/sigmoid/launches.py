@@ -11,8 +11,8 @@ from clipcore.kernels import launch
 from clipcore.kernels.logits.launch_rows import LaunchRow, StripRow
 from clipcore.kernels.logits.pairs import LossInputs
 
-# (architecture, kind) -> BLOCK_N, BLOCK_M, BLOCK_D, num_warps, num_stages. "pass" reads a block that the library
-# multiplied, "fused" multiplies 16-bit operands itself, "targets" does so with ids, "exact" float32 ones. No row spills.
+# (architecture, kind), of kernels that multiply: "fused" 16-bit operands, "targets" such with ids, "exact" float32 ones. No
+# row spills.
 # Not yet measured. Tiles on sm_100 are small for the reason given in contrastive/launches.py.
 _LAUNCH_TABLE = {
     (80, "fused"): LaunchRow(64, 128, 32, 8, 3),
