@@ -15,7 +15,7 @@ from clipcore.kernels.launch import tl, triton
 
 @triton.jit
 def strip_place(N, M, first_label, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the first row and column of this program's strip, and whether it is interior."""
+    """Return the first row and column of this program's strip, and 1 where it is at the edge, else 0."""
     strips_m = tl.cdiv(M, COLS)
     first_n = tl.program_id(0) // strips_m * ROWS
     first_m = tl.program_id(0) % strips_m * COLS
@@ -23,7 +23,7 @@ def strip_place(N, M, first_label, ROWS: tl.constexpr, COLS: tl.constexpr):
 
     label_n = first_m - first_label  # the row whose positive is in the first column
     has_labels = (label_n < first_n + ROWS) & (label_n + COLS > first_n)
-    return first_n, first_m, is_whole & (has_labels == 0)
+    return first_n, first_m, ((is_whole == 0) | has_labels).to(tl.int32)
 
 
 @triton.jit

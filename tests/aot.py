@@ -48,9 +48,9 @@ class Kernel:
     spills: int  # loads from and stores to local memory in the machine code
     matrix_instructions: int
     divisible: tuple[str, ...]  # the arguments that the compiler knew to be multiples of 16
-    turn: tuple[
-        str, ...
-    ]  # instructions of one turn of the main loop, of a pass over strips on sm_90
+    # Instructions of one turn of the main loop, of a pass over strips on sm_90; and of one by a branch that divides.
+    turn: tuple[str, ...]
+    dividing_turn: tuple[str, ...]
 
     @property
     def programs_on_a_processor(self) -> int:
@@ -78,7 +78,8 @@ def compiled(test_module: str) -> tuple[Kernel, ...]:
     assert result.returncode == 0, result.stderr[-4000:]
     rows = json.loads(result.stdout.splitlines()[-1])
     return tuple(
-        Kernel(**row | {name: tuple(row[name]) for name in ("divisible", "turn")}) for row in rows
+        Kernel(**row | {name: tuple(row[name]) for name in ("divisible", "turn", "dividing_turn")})
+        for row in rows
     )
 
 
@@ -127,6 +128,8 @@ def count_spills(cubin: bytes, usage: str) -> int:
 def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
     cubin = kernel.asm["cubin"]
     usage = look_into(cubin, "-res-usage")
+    is_counted = architecture == 90 and "COLS" in arguments
+    sass = disassemble(cubin) if is_counted else ""
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return Kernel(
@@ -141,7 +144,8 @@ def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kern
         spills=count_spills(cubin, usage),
         matrix_instructions=kernel.asm["ptx"].count(MATRIX_INSTRUCTION[architecture]),
         divisible=_divisible(kernel),
-        turn=main_loop(disassemble(cubin)) if architecture == 90 and "COLS" in arguments else (),
+        turn=main_loop(sass) if sass else (),
+        dividing_turn=main_loop(sass, through="MUFU.RCP") if sass else (),
     )
 
 

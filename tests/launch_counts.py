@@ -90,8 +90,8 @@ class Launches(TorchDispatchMode):
     @property
     def num_blocks(self) -> int:
         """Blocks of logits, each of the forward and each of the backward."""
-        passes = ("contrastive_sums_pass", "contrastive_gradient_pass", "sigmoid_pass")
-        return sum(self.counts[name] for name in passes)
+        names = ("contrastive_sums", "contrastive_gradient", "sigmoid")
+        return sum(self.counts[f"{name}_{kind}"] for name in names for kind in ("pass", "kernel"))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -12,11 +12,12 @@ import re
 _LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", re.MULTILINE)
 
 
-def main_loop(sass: str) -> tuple[str, ...]:
+def main_loop(sass: str, through: str = "") -> tuple[str, ...]:
     """Return the instructions of the shortest turn of the loop with the most exponentials, of equal ones the most stores.
 
     Args:
         sass: of one kernel, from cuobjdump.
+        through: the turn goes through an instruction that begins so; without one in the loop there is no such turn.
     """
     code = [(int(place, 16), text) for place, text in _LINE.findall(sass)]
     index = {place: i for i, (place, _) in enumerate(code)}
@@ -31,11 +32,18 @@ def main_loop(sass: str) -> tuple[str, ...]:
         return body.count("MUFU.EX2"), len(re.findall(r"STG\..*128", body))
 
     head, last = max(loops, key=elements)
-    return tuple(texts[i] for i in _shortest_way(texts, targets, head, last))
+    between = next((i for i in range(head, last) if texts[i].startswith(through)), None)
+    if between is None:
+        return ()
+    way = _shortest_way(texts, targets, head, between)
+    way += _shortest_way(texts, targets, between, last)[1:]
+    return tuple(texts[i] for i in way)
 
 
 def _shortest_way(texts: list[str], targets: dict[int, int], head: int, last: int) -> list[int]:
-    """Return the instructions from a loop's head to its last branch that are fewest: a search in breadth."""
+    """Return the fewest instructions from one to a later one: a search in breadth."""
+    if head == last:
+        return [head]
     came_from: dict[int, int] = {}
     frontier = [head]
     while last not in came_from and last not in frontier:

@@ -97,6 +97,19 @@ def test_ahead_of_time_no_spills_at_any_divisibility() -> None:
     assert lengths == {frozenset("NM"), frozenset("N"), frozenset("M"), frozenset()}
 
 
+# Of the sigmoid loss's form for any logit, which divides; 52 before the passes were by strips.
+MOST_DIVIDING = 36
+
+
+def test_ahead_of_time_instructions_of_the_sigmoid_losss_full_form() -> None:
+    chosen = [kernel for kernel in passes() if kernel.name == "sigmoid_pass" and is_plain(kernel)]
+    assert len(chosen) >= len(SIZES)
+    for kernel in chosen:
+        elements = kernel.constants["COLS"] * kernel.constants["STEP"] // 32
+        assert sum("MUFU.RCP" in text for text in kernel.dividing_turn) == elements, str(kernel)
+        assert len(kernel.dividing_turn) <= MOST_DIVIDING * elements, str(kernel)
+
+
 @pytest.mark.parametrize(("name", "has_stash"), MOST_INSTRUCTIONS)
 def test_ahead_of_time_instructions_of_an_element(name: str, has_stash: bool) -> None:
     """In an interior strip. One exponential an element shows that a turn is of all its elements."""
@@ -149,3 +162,7 @@ def test_the_shortest_turn_of_the_loop_of_the_most_elements() -> None:
     sass = "\n".join(f"  /*{16 * i:04x}*/  {text} ;" for i, text in enumerate(lines))
     turn = [lines[1], "@P1 BRA 0x50", lines[5], "BRA 0x80", "@P2 BRA 0x10"]
     assert [text.strip() for text in main_loop(sass)] == turn
+    # By the longer branch, and by what only the other loop has.
+    turn = [*lines[1:6], "BRA 0x80", "@P2 BRA 0x10"]
+    assert [text.strip() for text in main_loop(sass, through="FADD R2")] == turn
+    assert main_loop(sass, through="MUFU.EX2 R6") == ()

@@ -29,7 +29,7 @@ def contrastive_gradient_pass(
     scale_ptr,  # float32 [3]
     image_id_ptr,  # int64 [N]
     text_id_ptr,  # int64 [M]
-    flag_ptr,  # int32: whether any row or column has an offset of its own
+    flag_ptr,  # int32: 1 where any row or column has an offset of its own, else 0
     row_factor_ptr,  # float32 [N], and so on
     row_offset_ptr,
     column_factor_ptr,  # float32 [M], and so on
@@ -56,77 +56,46 @@ def contrastive_gradient_pass(
     STEP: tl.constexpr,
 ):
     """Leave the gradient of each strip's logits, and add its sum along the cosines."""
-    first_n, first_m, is_interior = strip_place(N, M, first_label, ROWS, COLS)
-    if is_interior & (tl.load(flag_ptr) == 0):
-        along = _differentiate_strip(
-            product_ptr,
-            range_ptr,
-            scale_ptr,
-            image_id_ptr,
-            text_id_ptr,
-            row_factor_ptr,
-            row_offset_ptr,
-            column_factor_ptr,
-            column_offset_ptr,
-            row_positive_ptr,
-            row_uniform_ptr,
-            column_positive_ptr,
-            column_uniform_ptr,
-            grad_ptr,
-            N,
-            M,
-            stride_product,
-            stride_range,
-            stride_grad,
-            first_label,
-            first_n,
-            first_m,
-            GRADIENT_SCALE,
-            IDS,
-            TARGETS,
-            STASH,
-            RANGE_M,
-            ROWS,
-            COLS,
-            STEP,
-            EDGE=False,
-        )
-        add_to_place(along_ptr + tl.program_id(0), along)
-    else:
-        along = _differentiate_strip(
-            product_ptr,
-            range_ptr,
-            scale_ptr,
-            image_id_ptr,
-            text_id_ptr,
-            row_factor_ptr,
-            row_offset_ptr,
-            column_factor_ptr,
-            column_offset_ptr,
-            row_positive_ptr,
-            row_uniform_ptr,
-            column_positive_ptr,
-            column_uniform_ptr,
-            grad_ptr,
-            N,
-            M,
-            stride_product,
-            stride_range,
-            stride_grad,
-            first_label,
-            first_n,
-            first_m,
-            GRADIENT_SCALE,
-            IDS,
-            TARGETS,
-            STASH,
-            RANGE_M,
-            ROWS,
-            COLS,
-            STEP=1,
-            EDGE=True,
-        )
-        add_to_place(along_ptr + tl.program_id(0), along)
+    first_n, first_m, is_edge = strip_place(N, M, first_label, ROWS, COLS)
+    # Where a row or a column has an offset of its own, every strip takes the edge's form, which reads them.
+    is_edge |= tl.load(flag_ptr)
+    # Both forms are compiled, and each strip takes one.
+    for EDGE in tl.static_range(2):
+        if is_edge == EDGE:
+            along = _differentiate_strip(
+                product_ptr,
+                range_ptr,
+                scale_ptr,
+                image_id_ptr,
+                text_id_ptr,
+                row_factor_ptr,
+                row_offset_ptr,
+                column_factor_ptr,
+                column_offset_ptr,
+                row_positive_ptr,
+                row_uniform_ptr,
+                column_positive_ptr,
+                column_uniform_ptr,
+                grad_ptr,
+                N,
+                M,
+                stride_product,
+                stride_range,
+                stride_grad,
+                first_label,
+                first_n,
+                first_m,
+                GRADIENT_SCALE,
+                IDS,
+                TARGETS,
+                STASH,
+                RANGE_M,
+                ROWS,
+                COLS,
+                STEP=1 if EDGE else STEP,
+                EDGE=EDGE,
+            )
+            add_to_place(along_ptr + tl.program_id(0), along)
 
 
 @triton.jit

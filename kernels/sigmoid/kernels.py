@@ -135,56 +135,36 @@ def sigmoid_pass(
     STEP: tl.constexpr,
 ):
     """Add the sums of each strip of a block that the library has multiplied, and leave the gradient of its logits."""
-    first_n, first_m, is_interior = strip_place(N, M, first_label, ROWS, COLS)
-    if is_interior:
-        loss, along, total = _sigmoid_strip(
-            product_ptr,
-            factor_ptr,
-            image_id_ptr,
-            text_id_ptr,
-            grad_ptr,
-            N,
-            M,
-            stride_product,
-            stride_grad,
-            first_label,
-            first_n,
-            first_m,
-            GRADIENT_SCALE,
-            GRADIENT,
-            IDS,
-            ROWS,
-            COLS,
-            STEP,
-            EDGE=False,
-        )
-    else:
-        loss, along, total = _sigmoid_strip(
-            product_ptr,
-            factor_ptr,
-            image_id_ptr,
-            text_id_ptr,
-            grad_ptr,
-            N,
-            M,
-            stride_product,
-            stride_grad,
-            first_label,
-            first_n,
-            first_m,
-            GRADIENT_SCALE,
-            GRADIENT,
-            IDS,
-            ROWS,
-            COLS,
-            STEP=1,
-            EDGE=True,
-        )
+    first_n, first_m, is_edge = strip_place(N, M, first_label, ROWS, COLS)
     partial_ptr += tl.program_id(0)
-    add_to_place(partial_ptr, loss)
-    if GRADIENT:
-        add_to_place(partial_ptr + stride_partial, along)
-        add_to_place(partial_ptr + 2 * stride_partial, total)
+    # Both forms are compiled, and each strip takes one.
+    for EDGE in tl.static_range(2):
+        if is_edge == EDGE:
+            loss, along, total = _sigmoid_strip(
+                product_ptr,
+                factor_ptr,
+                image_id_ptr,
+                text_id_ptr,
+                grad_ptr,
+                N,
+                M,
+                stride_product,
+                stride_grad,
+                first_label,
+                first_n,
+                first_m,
+                GRADIENT_SCALE,
+                GRADIENT,
+                IDS,
+                ROWS,
+                COLS,
+                STEP=1 if EDGE else STEP,
+                EDGE=EDGE,
+            )
+            add_to_place(partial_ptr, loss)
+            if GRADIENT:
+                add_to_place(partial_ptr + stride_partial, along)
+                add_to_place(partial_ptr + 2 * stride_partial, total)
 
 
 @triton.jit
