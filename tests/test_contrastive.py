@@ -433,19 +433,34 @@ def test_strips_of_several_blocks(
     )
 
 
-@pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
-def test_kernels_fall_back_to_the_running_maximum(
-    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opposite pairs at scale 400. Multiplied in float16, where the logits' rounding outweighs all else."""
+def opposite_pairs(num_pairs: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return problems of opposite pairs at scale 400, in float16, where the logits' rounding outweighs all else."""
     problems = []
-    for image, _, _ in kernel_problems(70, 70, 16, torch.float16):
+    for image, _, _ in kernel_problems(num_pairs, num_pairs, 16, torch.float16):
         image = F.normalize(image.float())
         text = -image + 0.01 * torch.randn_like(image)
         scale = torch.tensor(400.0, device=KERNEL_DEVICE)
         problems.append((image.half(), text.half(), scale))
+    return problems
+
+
+@pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
+def test_kernels_fall_back_to_the_running_maximum(
+    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"normalize": False, "engine": engine, "stash_bytes": stash_bytes}
+    assert_kernels_accurate(opposite_pairs(70), monkeypatch, **how)
+
+
+def test_a_running_maximum_over_blocks_reads_each_ones_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the default workspace the operands of all texts are made once, for two rows of blocks."""
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
+    how = {"normalize": False, "engine": "library", "stash_bytes": 0}
+    workspace_bytes = pairs.WORKSPACE_BYTES["cuda"]
     assert_kernels_accurate(
-        problems, monkeypatch, normalize=False, engine=engine, stash_bytes=stash_bytes
+        opposite_pairs(300)[:1], monkeypatch, workspace_bytes=workspace_bytes, **how
     )
 
 

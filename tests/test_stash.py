@@ -135,3 +135,18 @@ def test_memory_counts_the_operands_and_sums_of_texts(
     assert beside_block(torch.float32, operand_dtype=torch.float16) == 2 * B * E
     assert beside_block(torch.bfloat16, workspace_bytes=10**8) == 4 * B * E
     assert beside_block(torch.bfloat16, world_size=2) == (2 * 4 + 2) * 2 * B * E
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logit_bytes", "operand_bytes"), [(torch.bfloat16, 6, 2), (torch.float32, 4, 4)]
+)
+def test_memory_counts_all_of_a_problem_of_one_block(
+    dtype: torch.dtype, logit_bytes: int, operand_bytes: int
+) -> None:
+    """As the walk counts it: products and 16-bit gradients, operands, and the sum of the rows' gradients."""
+    B, E = 2048, 1024
+    with FakeTensorMode():
+        taken = ClipLoss().options.workspace(*features(B, E, dtype), 1)
+    texts = (2 + 4) * B * E if dtype == torch.bfloat16 else 0
+    block = logit_bytes * B * B + operand_bytes * 2 * B * E + 4 * B * E
+    assert taken == block + 12 * 8 * 2 * B + texts
