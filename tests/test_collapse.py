@@ -44,7 +44,7 @@ def test_a_collapse_is_said_once_and_stays_on_the_page():
     watch, said = watch_of(rows)
     assert len(said) == 1 and said[0].startswith(f"step {3 + NUM_STEPS}: the run has collapsed: ")
     assert "ln(256), 5.545 since step 4, with a gradient of 0.05 where 3 was usual" in said[0]
-    assert "begin anew with a lower --lr, --grad-clip-norm 1 or a longer --warmup" in said[0]
+    assert "start again with a lower --lr, --grad-clip-norm 1 or a longer --warmup" in said[0]
     assert watch.is_collapsed and [(c.first, c.last) for c in watch.collapses] == [(4, 43)]
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_comes_out_of_it_says_so():
     assert [line.partition(": ")[0] for line in said] == ["step 21", "step 32", "step 52"]
     assert said[1] == "step 32: the loss has left ln(256), 5.545, where it stood since step 2"
     first, second = map(watch.describe, watch.collapses)
-    assert "had collapsed" in first and "from step 2 to 31" in first and "begin anew" not in first
+    assert "had collapsed" in first and "from step 2 to 31" in first and "start again" not in first
     assert "has collapsed" in second and "since step 33" in second
 
 
@@ -84,7 +84,7 @@ def test_the_remedy_is_none_that_the_run_has_taken():
     for step, (loss, grad_norm) in enumerate([(6.0, 4.0), *[(LEVEL, 0.01)] * 30], 1):
         watch.see(step, loss, grad_norm)
     said = watch.end()
-    assert said is not None and said.endswith("begin anew with a lower --lr or a longer --warmup")
+    assert said is not None and said.endswith("start again with a lower --lr or a longer --warmup")
 
 
 def test_a_few_spikes_are_not_what_is_usual():

@@ -285,7 +285,7 @@ def test_a_seed_is_the_run_and_another_seed_another(server, table, tmp_path):
 def test_a_collapsed_run_is_named_in_its_log_and_on_its_page(server, table, tmp_path):
     """Of a rate that is a hundred times too high; a resumed run says it before its first step."""
     line = flags(tmp_path, "r", table, batch_size=16, epochs=40, lr=0.1, warmup=1)
-    said = "the run has collapsed: its loss has stood at ln(16), 2.773 since step"
+    said = "the run has collapsed: its loss has been ln(16), 2.773 since step"
     status, text = server.run(line, tmp_path / "out")
     steps, page = read_metrics(tmp_path / "r")[0], (tmp_path / "r" / "report.html").read_text()
     assert status == 0 and text.count(said) >= 2, text  # when it is noticed, and at the end

@@ -119,9 +119,9 @@ class CollapseWatch:
             what = f"had collapsed: its loss stood at {self._level} from step {collapse.first} to {collapse.last}"
             remedy = ""
         else:
-            what = f"has collapsed: its loss has stood at {self._level} since step {collapse.first}"
+            what = f"has collapsed: its loss has been {self._level} since step {collapse.first}"
             clip = "" if self._is_clipped else ", --grad-clip-norm 1"
-            remedy = f". It will hardly learn from here: begin anew with a lower --lr{clip} or a longer --warmup"
+            remedy = f". It is unlikely to recover: start again with a lower --lr{clip} or a longer --warmup"
         return (
             f"the run {what}, with a gradient of {collapse.grad_norm:.2g} where {collapse.usual:.2g} was usual, as if all "
             f"images had one feature and all captions one{remedy}"

@@ -120,7 +120,7 @@ class TrainConfig:
     dataset_type: str = _option(
         "auto",
         DATA,
-        "format of the data",
+        "auto, webdataset, csv, jsonl, parquet, folder or synthetic",
         choices=("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"),
         metavar="KIND",
     )
@@ -130,7 +130,9 @@ class TrainConfig:
         None, DATA, "separator of a csv table [tab, or , ; | by its header]", metavar="SEP"
     )
     csv_no_quotes: bool = _option(False, DATA, "read quotation marks in a csv table as text")
-    image_decoder: str = _option("pillow", DATA, "JPEG decoder", choices=("pillow", "simplejpeg"))
+    image_decoder: str = _option(
+        "pillow", DATA, "JPEG decoder, pillow or simplejpeg", choices=("pillow", "simplejpeg")
+    )
     max_pixels: int = _option(
         MAX_PIXELS,
         DATA,
@@ -239,7 +241,11 @@ class TrainConfig:
         None, OPTIMISATION, "steps of linear warm-up", at_least=0, metavar="N"
     )
     lr_scheduler: str = _option(
-        "cosine", OPTIMISATION, "schedule after the warm-up", choices=SCHEDULES, metavar="NAME"
+        "cosine",
+        OPTIMISATION,
+        "cosine, const or const-cooldown, after the warm-up",
+        choices=SCHEDULES,
+        metavar="NAME",
     )
     epochs_cooldown: int | None = _option(
         None, OPTIMISATION, "epochs of const-cooldown's decay", at_least=0, metavar="N"
@@ -287,13 +293,13 @@ class TrainConfig:
     precision: str | None = _option(
         None,
         COST,
-        "arithmetic [amp_bf16 on a GPU, else fp32]; bf16 stores matrices in 16 bits too",
+        "fp32, amp_bf16, amp (float16), bf16 (weights too) [GPU: amp_bf16, CPU: fp32]",
         choices=("fp32", "amp_bf16", "amp_bfloat16", "amp", "bf16"),
     )
     adam_moments: str = _option(
         "fp32",
         COST,
-        "AdamW's moments; bf16 (rounded without bias) saves 4 bytes per weight",
+        "AdamW's moments: fp32, or bf16 (unbiased), 4 bytes per weight less",
         choices=("fp32", "bf16"),
     )
     micro_batch_size: int | None = _option(

@@ -93,7 +93,7 @@ def shared_sound_checkpoint(run_dir: Path) -> Path | None:
 def remedy(run_dir: Path, sound: Path | None) -> str:
     """Return what to do after a run that went wrong, given its newest checkpoint that is finite."""
     if sound is None:
-        return f"{run_dir} has no checkpoint that is finite; begin anew with a lower --lr or a longer --warmup"
+        return f"{run_dir} has no checkpoint that is finite; start again with a lower --lr or a longer --warmup"
     return (
         f"the newest checkpoint that is finite is {sound.name}: try a lower --lr, a longer --warmup or --grad-clip-norm 1, "
         f"then {resume_hint(sound)}"
