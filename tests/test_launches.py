@@ -52,16 +52,16 @@ def loss_of(**how: object) -> Callable[..., None]:
 
 # What is called, with how many scalars, and its launches at one block a pass.
 CALLS: dict[str, tuple[Callable[..., None], int, int]] = {
-    "contrastive_loss": (loss_of(stash_bytes=0), 1, 44),
-    "contrastive_loss, stash": (loss_of(stash_bytes=STASH), 1, 42),
-    "contrastive_loss, dense": (loss_of(engine="dense"), 1, 41),
+    "contrastive_loss": (loss_of(stash_bytes=0), 1, 42),
+    "contrastive_loss, stash": (loss_of(stash_bytes=STASH), 1, 40),
+    "contrastive_loss, dense": (loss_of(engine="dense"), 1, 39),
     "contrastive_loss, fused": (loss_of(engine="fused", stash_bytes=0), 1, 40),
-    "contrastive_terms": (terms, 1, 46),
-    "sigmoid_loss": (lambda *x: sigmoid_loss(*x).backward(), 2, 30),
-    "sigmoid_loss, fused": (lambda *x: sigmoid_loss(*x, engine="fused").backward(), 2, 30),
-    "ClipLoss": (lambda *x: ClipLoss(stash_bytes=0)(*x).backward(), 1, 46),
-    "ClipLoss, stash": (lambda *x: ClipLoss(stash_bytes=STASH)(*x).backward(), 1, 44),
-    "SigLipLoss": (lambda *x: SigLipLoss()(*x).backward(), 2, 32),
+    "contrastive_terms": (terms, 1, 44),
+    "sigmoid_loss": (lambda *x: sigmoid_loss(*x).backward(), 2, 28),
+    "sigmoid_loss, fused": (lambda *x: sigmoid_loss(*x, engine="fused").backward(), 2, 27),
+    "ClipLoss": (lambda *x: ClipLoss(stash_bytes=0)(*x).backward(), 1, 44),
+    "ClipLoss, stash": (lambda *x: ClipLoss(stash_bytes=STASH)(*x).backward(), 1, 42),
+    "SigLipLoss": (lambda *x: SigLipLoss()(*x).backward(), 2, 30),
 }
 
 
@@ -73,7 +73,7 @@ def test_a_call_of_one_block(name: str) -> None:
         call(*inputs)
     # The sigmoid loss has its gradients in the forward.
     assert launches.num_blocks == (1 if num_scalars == 2 else 2)
-    assert launches.total <= most, launches.counts
+    assert launches.total == most, launches.counts
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -90,11 +90,11 @@ def test_at_most_6_a_block_beside_40(num_pairs: int, width: int, name: str) -> N
 @pytest.mark.parametrize(
     ("option", "most"),
     [
-        ("smoothed", 50),
-        ("ignore", 44),
-        ("ignore, smoothed", 78),
-        ("positive", 66),
-        ("positive, smoothed", 66),
+        ("smoothed", 48),
+        ("ignore", 42),
+        ("ignore, smoothed", 76),
+        ("positive", 64),
+        ("positive, smoothed", 64),
     ],
 )
 def test_ids_and_smoothing(option: str, most: int) -> None:
