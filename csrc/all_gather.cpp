@@ -12,8 +12,8 @@
 // what the caller computed with own_BE in between; and last the anchor, on which both depend, which waits for the sums.
 //
 // Only ATen and c10d calls: the same code serves gloo on the CPU and NCCL on CUDA tensors. The group is passed by name,
-// because a name does not depend on torch's changes to the Python type of a group. clipcore/loss/all_gather.py writes
-// and checks the headers.
+// because a name does not depend on torch's changes to the Python type of a group. clipcore/loss/wire.py writes and
+// checks the headers.
 
 #include "all_gather.h"
 

@@ -20,7 +20,7 @@ from ranks import RankPool
 from runs import LIMIT_S
 
 from clipcore import native
-from clipcore.loss import all_gather
+from clipcore.loss import all_gather, wire
 from clipcore.loss.all_gather import start_gather
 from clipcore.ranks import distributed
 from clipcore.ranks.distributed import (
@@ -281,7 +281,7 @@ def message_of(world: World, path: str, differing: dict[str, list[Any]], group: 
     x_BE.requires_grad_(mine.get("gradient", False))
     with on_path(path), pytest.MonkeyPatch.context() as patch:
         if "format" in mine:
-            patch.setattr(all_gather, "_FORMAT", mine["format"])
+            patch.setattr(all_gather, "FORMAT", mine["format"])
         try:
             pending = start_gather(
                 x_BE,
@@ -592,13 +592,13 @@ class _Copied:
 
 def test_the_next_call_names_the_rank_that_a_gpu_found(monkeypatch: pytest.MonkeyPatch) -> None:
     x_BE = torch.zeros(2, 3)
-    expected = all_gather._Expected([all_gather._FORMAT, 2, 3, 6, 6, 0, 0, 17], (2, 4), [3, 5])
+    expected = wire.ExpectedHeaders([wire.FORMAT, 2, 3, 6, 6, 0, 0, 17], (2, 4), [3, 5])
     right = torch.tensor(expected.all_headers())
     wrong = right.clone()
     wrong[1, -1] = 16
     copies = [_Copied(True), _Copied(False), _Copied(True)]
     deferred = deque(zip([expected] * 3, (right, wrong, wrong), copies, strict=True))
-    monkeypatch.setattr(all_gather, "_deferred", deferred)
+    monkeypatch.setattr(wire, "_deferred", deferred)
     start_gather(x_BE)  # the first is right, the second still on its way
     assert len(deferred) == 2
     copies[1].state = True

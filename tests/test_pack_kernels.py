@@ -21,8 +21,8 @@ from aot import ARCHITECTURES, disassemble
 from runs import PROGRAMS, ROOT
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from clipcore.loss import all_gather
-from clipcore.loss.all_gather import _ExchangeRef, _Layout
+from clipcore.loss.exchange import ExchangeRef
+from clipcore.loss.wire import Layout
 
 SOURCE = ROOT / "csrc/pack_kernels.cu"
 TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
@@ -83,13 +83,13 @@ def call(function: Callable[..., int], *arguments: Any) -> int:
     return function(*(ctypes.c_int64(a) if type(a) is int else a for a in arguments))
 
 
-def reference(monkeypatch: pytest.MonkeyPatch, x_BE: torch.Tensor, *arguments: Any) -> _ExchangeRef:
+def reference(monkeypatch: pytest.MonkeyPatch, x_BE: torch.Tensor, *arguments: Any) -> ExchangeRef:
     """Run the reference with its part packed, and the collective left out."""
     sent = []
     monkeypatch.setattr(
-        all_gather, "all_gather_single", lambda received, part, **_: sent.append(part)
+        "clipcore.loss.exchange.all_gather_single", lambda received, part, **_: sent.append(part)
     )
-    exchange = _ExchangeRef(x_BE, *arguments, None)
+    exchange = ExchangeRef(x_BE, *arguments, None)
     (exchange.parts,) = sent
     return exchange
 
@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_reference(
         ([2, 3], 0, 0, True),
         ([700], 512, 0, False),
     ):
-        layout = _Layout.of(max(sizes), columns, wire_dtype, has_ids)
+        layout = Layout.of(max(sizes), columns, wire_dtype, has_ids)
         shard_sizes, parts, exchange = torch.tensor(sizes), [], None
         for size in sizes:
             x_BE = rows(size, columns, dtype, offset)
@@ -166,7 +166,7 @@ def test_bytes_are_those_of_the_reference(
 
 
 def used_bytes(
-    layout: _Layout, size: int, columns: int, wire_dtype: torch.dtype, has_ids: bool
+    layout: Layout, size: int, columns: int, wire_dtype: torch.dtype, has_ids: bool
 ) -> torch.Tensor:
     """Where a part holds something; the rest is padding."""
     used = torch.zeros(layout.part_bytes, dtype=torch.bool)
