@@ -11,6 +11,8 @@ empty. The maths is in ``clipcore.kernels.contrastive`` and ``clipcore.kernels.s
 ``options.py``      the arguments that both share
 ``shard.py``        a rank's part of the logits
 ``all_gather.py``   gathers the rows of every rank, and sums their gradients
+``wire.py``         what a rank sends for that, and its check
+``exchange.py``     the gather in PyTorch alone, where the extension is not built
 ==================  ================================================================
 """
 
