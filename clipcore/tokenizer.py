@@ -405,7 +405,7 @@ def get_tokenizer(
         raise ValueError(
             f"context_length is a whole number of at least 2, for start and end; got {context_length!r}"
         )
-    if (run_dir := _run_folder(model_name)) is not None:
+    if (run_dir := run_folder(model_name)) is not None:
         if bpe_path is not None:
             raise VocabularyError(f"{run_dir} has a vocabulary of its own: leave bpe_path out")
         return _tokenizer_of_run(run_dir, context_length)
@@ -439,7 +439,7 @@ def get_tokenizer(
     return tokenizer
 
 
-def _run_folder(name: str | os.PathLike[str]) -> Path | None:
+def run_folder(name: str | os.PathLike[str]) -> Path | None:
     """Return the folder of a run, given it or one of its checkpoints; None if the name is not a folder.
 
     Raises:

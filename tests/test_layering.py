@@ -26,7 +26,7 @@ LAYERS = [
     {"run"},
     {"evaluate"},
     {"report"},
-    {"classify", "train"},
+    {"classify", "inspect", "train"},
 ]
 
 FILES = sorted(

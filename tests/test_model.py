@@ -400,6 +400,11 @@ def test_names():
     assert "ViT-B-32" in list_models() and "ViT-B-32-quickgelu" in list_models()
     assert not find_model("ViT-B-32").quick_gelu and find_model("ViT-B/32").quick_gelu
     assert find_model("ViT-L/14@336px").vision.image_size == 336
+    # A ResNet has one name in both packages, and OpenAI's have QuickGELU.
+    assert find_model("openai/RN50") == find_model("RN50-quickgelu") != find_model("RN50")
+    for name in ("ViT-B/32", "openai/ViT-B-32", "openai/ViT-B/32", "openai/clip-vit-base-patch32"):
+        assert find_model(name) == find_model("ViT-B-32-quickgelu")
+    assert find_model("openai/clip-vit-large-patch14-336") == find_model("ViT-L/14@336px")
     for wrong, near in (("ViT-B-23", "ViT-B-32"), ("vit-l-14", "ViT-L-14"), ("RN-50", "RN50")):
         with pytest.raises(UnknownModelError, match=near):
             find_model(wrong)

@@ -299,15 +299,26 @@ MODELS: dict[str, ModelConfig] = {
     ),
 }
 
-# The names in OpenAI's own package, whose weights were trained with QuickGELU.
-OPENAI_NAMES: dict[str, str] = {
+# The names in OpenAI's own package that differ from open_clip's. Its weights were trained with QuickGELU.
+_OPENAI_SPELLINGS = {
     "ViT-B/32": "ViT-B-32",
     "ViT-B/16": "ViT-B-16",
     "ViT-L/14": "ViT-L-14",
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 # All models whose weights OpenAI published.
-OPENAI_MODELS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", *OPENAI_NAMES.values())
+OPENAI_MODELS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", *_OPENAI_SPELLINGS.values())
+# Every name of OpenAI's models, with QuickGELU: its own spelling; any spelling behind "openai/", since a ResNet's name is
+# the same in both packages; and transformers' name.
+OPENAI_NAMES: dict[str, str] = {
+    **_OPENAI_SPELLINGS,
+    **{f"openai/{name}": name for name in OPENAI_MODELS},
+    **{f"openai/{theirs}": ours for theirs, ours in _OPENAI_SPELLINGS.items()},
+    "openai/clip-vit-base-patch32": "ViT-B-32",
+    "openai/clip-vit-base-patch16": "ViT-B-16",
+    "openai/clip-vit-large-patch14": "ViT-L-14",
+    "openai/clip-vit-large-patch14-336": "ViT-L-14-336",
+}
 QUICK_GELU_SUFFIX = "-quickgelu"
 
 
@@ -320,8 +331,9 @@ def find_model(name: str) -> ModelConfig:
     """Return the shape of a model.
 
     Args:
-        name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` has QuickGELU) or as in OpenAI's package
-            (``ViT-B/32``, QuickGELU).
+        name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` has QuickGELU), as in OpenAI's package
+            (``ViT-B/32``, or ``openai/RN50`` where the name alone is open_clip's; QuickGELU), or as in transformers
+            (``openai/clip-vit-base-patch32``).
 
     Raises:
         UnknownModelError: the name is unknown; the message lists the nearest ones.

@@ -1,0 +1,360 @@
+"""Show what a file or folder of weights says about its model: ``python -m clipcore.inspect FILE``.
+
+It names the architecture, the activation, the preprocessing, the vocabulary, the number of parameters, what is missing, and
+the call that loads the weights. No model is made, and no code in a file runs.
+
+Exit status: 0 the weights load, 1 they do not, 2 a mistake in the arguments, an unreadable file or too little memory, 70 a
+fault of clipcore's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
+from clipcore.ranks.failures import end_with
+from clipcore.terminal import Parser, complain, printable, steady_output
+from clipcore.tokenizer import (
+    BYTE_VOCAB_SIZE,
+    OPENAI_VOCAB_SIZE,
+    VocabularyError,
+    find_openai_vocabulary,
+    get_tokenizer,
+    run_folder,
+)
+from clipcore.towers.architectures import (
+    MODELS,
+    OPENAI_MODELS,
+    QUICK_GELU_SUFFIX,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+)
+from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.towers.model import CLIP, shape_differences
+from clipcore.towers.weights import Weights, read_weights
+
+# Of a long list of faults.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file or folder of weights says about its model.
+
+    Attributes:
+        path: the file or folder, as given.
+        config: the architecture, described beside the weights or inferred from their shapes.
+        name: of the architecture, as ``create_model`` takes it; None if it has no name.
+        described_by: the source of the description, as the beginning of a sentence; empty if the shapes alone tell.
+        activation: in words, with its source.
+        images: the preprocessing that is stated, as arguments of ``ImageTransform``.
+        vocabulary: in words.
+        parameters: the number of numbers in the image tower, the text tower, and beside them.
+        dtypes: the number of numbers of each dtype.
+        logit_scale: the cosine's factor, ``exp`` of the weights' value; None without one.
+        logit_bias: None without one.
+        faults: what keeps the weights from loading; empty if they load.
+        call: Python that loads them; empty if they do not load.
+    """
+
+    path: str
+    config: ModelConfig
+    name: str | None
+    described_by: str
+    activation: str
+    images: dict[str, Any]
+    vocabulary: str
+    parameters: dict[str, int]
+    dtypes: dict[str, int]
+    logit_scale: float | None
+    logit_bias: float | None
+    faults: list[str]
+    call: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as a dict for JSON; the architecture has open_clip's layout."""
+        return dataclasses.asdict(self) | {"config": self.config.to_dict()}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the same in words: (title, text) of each line."""
+        named = self.name or self.config.short_name
+        origin = self.described_by or "inferred from the shapes"
+        lines = [
+            ("weights", self.path),
+            ("model", f"{named} ({origin.removesuffix(' says')})"),
+            ("image tower", _image_tower(self.config.vision)),
+            ("text tower", _text_tower(self.config.text)),
+            ("features", str(self.config.embed_dim)),
+            ("activation", self.activation),
+            ("preprocessing", _preprocessing(self.images, self.config.vision.image_size)),
+            ("vocabulary", self.vocabulary),
+            ("parameters", _parameters(self.parameters, self.dtypes)),
+            ("logits", _logits(self.logit_scale, self.logit_bias)),
+        ]
+        if not self.faults:
+            return [*lines, ("missing", "nothing"), *_under("load it by", self.call.splitlines())]
+
+        faults = self.faults[:_SHOWN]
+        if len(self.faults) > _SHOWN:
+            faults.append(f"and {len(self.faults) - _SHOWN} more")
+        return [*lines, *_under("does not load", faults)]
+
+
+def _under(title: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return lines of which only the first shows the title."""
+    return [("" if i else title, text) for i, text in enumerate(texts)]
+
+
+def inspect_weights(path: str | os.PathLike[str]) -> Inspection:
+    """Return what a file or folder of weights says about its model.
+
+    Args:
+        path: what ``create_model_from_pretrained`` takes: weights of OpenAI, open_clip or transformers, or a run.
+
+    Raises:
+        CheckpointError: there is no such file, it holds no weights, is damaged, or would run code.
+        ConversionError: the weights are not a CLIP's, or the description beside them is damaged or of another model.
+    """
+    path = os.fspath(path)
+    weights = read_weights(path)
+    config = weights.config
+    try:
+        state = to_open_clip_names(weights.tensors)
+        shown = infer_config(state) if config is None else config
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    if config is None:
+        config = shown
+        is_quick = weights.quick_gelu
+        if is_quick is None:
+            is_quick = config.describe() in OPENAI_MODELS
+        config = dataclasses.replace(config, quick_gelu=is_quick)
+
+    faults = _faults(config, state)
+    name, run_dir = _name(config), _run_dir(Path(path))
+    return Inspection(
+        path=path,
+        config=config,
+        name=name,
+        described_by=weights.witness if weights.config is not None else "",
+        activation=_activation(config, weights),
+        images=weights.images,
+        vocabulary=_vocabulary(run_dir, config.text.vocab_size),
+        parameters=_count(state),
+        dtypes=_dtypes(state),
+        logit_scale=_number(state, "logit_scale", math.exp),
+        logit_bias=_number(state, "logit_bias", float),
+        faults=faults,
+        call="" if faults else _call(path, config, weights, run_dir),
+    )
+
+
+def _faults(config: ModelConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """Return what keeps the weights from loading into the described model."""
+    with torch.device("meta"):
+        own = CLIP(config).state_dict()
+    # A model has the bias that its weights or its description have.
+    own.pop("logit_bias", None)
+    shapes = {name: value.shape for name, value in state.items() if name != "logit_bias"}
+    faults = shape_differences(shapes, {name: value.shape for name, value in own.items()})
+    if "logit_bias" in state and config.init_logit_bias is None:
+        faults.append("logit_bias is in the weights, and the description has none")
+
+    for name, value in state.items():
+        if not value.is_floating_point():
+            continue
+        # 8-bit floats do not support isfinite.
+        wide = value if value.element_size() > 1 else value.float()
+        if not wide.isfinite().all():
+            faults.append(f"{name} is not finite: its training failed, or the file is damaged")
+    return faults
+
+
+def _name(config: ModelConfig) -> str | None:
+    """Return the name by which ``create_model`` makes an architecture, or None."""
+    name = config.describe()
+    if name not in MODELS:
+        return None
+    return name + (QUICK_GELU_SUFFIX if config.quick_gelu else "")
+
+
+def _activation(config: ModelConfig, weights: Weights) -> str:
+    activation = "QuickGELU" if config.quick_gelu else "GELU"
+    if weights.quick_gelu is not None:
+        return f"{activation} ({weights.witness.removesuffix(' says').removesuffix(':')})"
+    reason = "as in OpenAI's models of this shape" if config.quick_gelu else "as in open_clip's"
+    return f"{activation} (assumed, {reason}: nothing states it)"
+
+
+def _run_dir(path: Path) -> Path | None:
+    """Return the folder of the run that weights belong to, None if they belong to none with a vocabulary."""
+    try:
+        return run_folder(path if path.is_dir() else path.absolute().parent)
+    except VocabularyError:
+        return None
+
+
+def _vocabulary(run_dir: Path | None, vocab_size: int) -> str:
+    tokens = f"{vocab_size:,} tokens"
+    if run_dir is not None:
+        try:
+            own_size = get_tokenizer(run_dir).vocab_size
+        except (VocabularyError, OSError) as error:
+            return f"{tokens}, the run's own, which cannot be read: {error}"
+        if own_size == vocab_size:
+            return f"{tokens}, the run's own"
+    if vocab_size == BYTE_VOCAB_SIZE:
+        return f"{tokens}, one for each byte"
+    if vocab_size != OPENAI_VOCAB_SIZE:
+        return f"{tokens}, and no file of them here: give the one of its training as bpe_path"
+    try:
+        find_openai_vocabulary()
+    except VocabularyError:
+        return (
+            f'{tokens}, OpenAI\'s by their number; pip install "clipcore[openai-vocab]" brings it'
+        )
+    return f"{tokens}, OpenAI's by their number"
+
+
+def _image_tower(vision: VisionConfig) -> str:
+    if isinstance(vision.layers, tuple):
+        kind = (
+            f"ResNet of {'-'.join(map(str, vision.layers))} blocks, stem of {vision.width} channels"
+        )
+    else:
+        layers = f"{vision.layers} layer" + ("s" if vision.layers > 1 else "")
+        kind = f"ViT of {layers}, width {vision.width}, patches of {vision.patch_size}"
+    return f"{kind}, {vision.heads} heads, {vision.image_size} pixels"
+
+
+def _text_tower(text: TextConfig) -> str:
+    layers = f"{text.layers} layer" + ("s" if text.layers > 1 else "")
+    return f"{layers}, width {text.width}, {text.heads} heads, {text.context_length} tokens a row"
+
+
+def _preprocessing(images: Mapping[str, Any], size: int) -> str:
+    mean, std = images.get("mean", OPENAI_MEAN), images.get("std", OPENAI_STD)
+    mode = images.get("resize_mode", "shortest")
+    origin = "stated" if images else "OpenAI's: nothing states another"
+    return f"{size} pixels, resize {mode}, mean {_short(mean)}, std {_short(std)} ({origin})"
+
+
+def _short(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)
+
+
+def _count(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the parameters of each part; running statistics of a ResNet are none."""
+    parts = {"image": 0, "text": 0, "other": 0}
+    for name, value in state.items():
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            continue
+        part = "image" if name.startswith("visual.") else "text"
+        if name in ("logit_scale", "logit_bias"):
+            part = "other"
+        parts[part] += value.numel()
+    return parts
+
+
+def _dtypes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    numbers: collections.Counter[str] = collections.Counter()
+    for value in state.values():
+        numbers[str(value.dtype).removeprefix("torch.")] += value.numel()
+    return dict(numbers.most_common())
+
+
+def _parameters(parts: Mapping[str, int], dtypes: Mapping[str, int]) -> str:
+    total = sum(parts.values())
+    kinds = " and ".join(dtypes)
+    return f"{total:,} (image {parts['image']:,}, text {parts['text']:,}), {kinds}"
+
+
+def _number(state: Mapping[str, Tensor], name: str, convert: Any) -> float | None:
+    """Return a scalar of the weights, None if it is missing or not finite."""
+    if name not in state:
+        return None
+    value = float(state[name])
+    return float(convert(value)) if abs(value) < 100 else None
+
+
+def _logits(scale: float | None, bias: float | None) -> str:
+    text = "no factor" if scale is None else f"cosine times {scale:.4g}"
+    return text if bias is None else f"{text}, plus {bias:.4g} (SigLIP)"
+
+
+def _call(path: str, config: ModelConfig, weights: Weights, run_dir: Path | None) -> str:
+    """Return Python that loads the weights as they are described, and their tokenizer if its vocabulary is known."""
+    # None takes the description, or the shapes of an architecture that has no name.
+    name = _name(config)
+    model = None if weights.config is not None else name
+    loaded = f"clipcore.create_model_from_pretrained({model!r}, {path!r})"
+    lines = ["import clipcore", f"model, preprocess = {loaded}"]
+
+    text = config.text
+    if run_dir is not None:
+        lines.append(f"tokenizer = clipcore.get_tokenizer({str(run_dir)!r})")
+    elif text.vocab_size in (BYTE_VOCAB_SIZE, OPENAI_VOCAB_SIZE) and name is not None:
+        lines.append(f"tokenizer = clipcore.get_tokenizer({name!r})")
+    elif text.vocab_size == OPENAI_VOCAB_SIZE:
+        lines.append(f"tokenizer = clipcore.get_tokenizer(context_length={text.context_length})")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = Parser(prog="python -m clipcore.inspect", description=__doc__)
+    parser.add_argument(
+        "weights",
+        nargs="+",
+        metavar="FILE",
+        help="weights of OpenAI, open_clip or transformers, or their folder; a checkpoint or a run of clipcore",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    return parser
+
+
+@steady_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; a file that cannot be read is one line on standard error, and the others are shown."""
+    parsed = build_parser().parse_args(arguments)
+    status, num_shown = 0, 0
+    for path in parsed.weights:
+        try:
+            found = inspect_weights(Path(path))
+        except KeyboardInterrupt:
+            complain("clipcore.inspect", "stopped")
+            return 128 + signal.SIGINT
+        except Exception as error:
+            ended = end_with("clipcore.inspect", error, "inspect it on a larger machine")
+            status = max(status, ended)
+            continue
+        if parsed.json:
+            print(json.dumps(found.to_dict()))
+        else:
+            if num_shown:
+                print()
+            for title, text in found.lines():
+                print(f"{title:13}  {printable(text)}")
+        num_shown += 1
+        if found.faults:
+            status = max(status, 1)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
