@@ -123,7 +123,7 @@ class Tokenizer:
                     "damaged, or is not in OpenAI's format"
                 )
             ids[left + right] = len(ids)
-        self._symbols = list(ids)
+        self.symbols = list(ids)
         self._bpe = tokenizers.Tokenizer(
             models.BPE(ids, self._merges, end_of_word_suffix="</w>", fuse_unk=False)
         )
@@ -179,7 +179,7 @@ class Tokenizer:
             VocabularyError: the file cannot be written.
         """
         # No newline at the end, because open_clip would read the empty line after it as a merge.
-        text = "\n".join(["#version: 0.2 clipcore", *self._merge_lines()])
+        text = "\n".join(["#version: 0.2 clipcore", *self.merge_lines()])
         try:
             write_durably(Path(path), gzip.compress(text.encode(), mtime=0))
         except OSError as error:
@@ -188,9 +188,10 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """The hash of the merges, which identifies the vocabulary in any file format."""
-        return hashlib.sha256("\n".join(self._merge_lines()).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.merge_lines()).encode()).hexdigest()
 
-    def _merge_lines(self) -> Iterator[str]:
+    def merge_lines(self) -> Iterator[str]:
+        """Yield each merge as a line of a vocabulary file."""
         return (f"{left} {right}" for left, right in self._merges)
 
     def encode(self, text: str) -> list[int]:
@@ -225,7 +226,7 @@ class Tokenizer:
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"id {number} is not in this vocabulary of {self.vocab_size:,}")
             if number != self.sot_token_id:
-                symbol = self._symbols[number]
+                symbol = self.symbols[number]
                 text += bytes(byte_of[s] for s in symbol.removesuffix("</w>"))
                 text += b" " * symbol.endswith("</w>")
         return text.decode(errors="replace").removesuffix(" ")

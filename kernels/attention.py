@@ -142,7 +142,7 @@ def attention(
     torch.Size([2, 5, 32])
     """
     check_packed(qkv_RL3HK, segments_RL)
-    if torch.jit.is_tracing() and segments_RL is None:
+    if launch.is_portable() and segments_RL is None:
         # A trace may be run where clipcore is not installed, so it holds operators of torch alone.
         q_RHLK, k_RHLK, v_RHLK = qkv_RL3HK.permute(2, 0, 3, 1, 4)
         out_RHLK = F.scaled_dot_product_attention(q_RHLK, k_RHLK, v_RHLK, is_causal=is_causal)

@@ -295,7 +295,7 @@ def gelu(x: Tensor, kind: str = "erf") -> Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"the kinds of GELU are {', '.join(KINDS)}, got {kind!r}")
-    if torch.jit.is_tracing():
+    if launch.is_portable():
         # A trace may be run where clipcore is not installed, so it holds operators of torch alone.
         return gelu_ref(x, kind) if kind == "quick" else F.gelu(x, approximate=_approximate(kind))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.reshape(1, -1)

@@ -96,6 +96,25 @@ def visible_operators() -> Iterator[None]:
         _watchers -= 1
 
 
+_portable = False
+
+
+@contextmanager
+def portable_operators() -> Iterator[None]:
+    """Compute with torch's operators alone, for a model that will run where clipcore is not installed."""
+    global _portable
+    before, _portable = _portable, True
+    try:
+        yield
+    finally:
+        _portable = before
+
+
+def is_portable() -> bool:
+    """Return whether to compute with torch's operators alone: within `portable_operators`, and in a trace."""
+    return _portable or torch.jit.is_tracing()
+
+
 def eager(function: Any) -> Any:
     """Return the function itself, or the operator `clipcore::<its name>` where a compiler or a profiler has to see it.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.kernels.attention import attention_backward, attention_forward, attention_ref
-from clipcore.kernels.launch import as_fresh, column_sum, eager, first_order, uncast
+from clipcore.kernels.launch import as_fresh, column_sum, eager, first_order, is_portable, uncast
 from clipcore.kernels.layer_norm import (
     add_layer_norm_forward,
     layer_norm_apply,
@@ -48,7 +48,7 @@ class Stream(NamedTuple):
         """Return x + delta, differentiable in all three."""
         if self.delta is None:
             return self.x
-        if torch.jit.is_tracing():
+        if is_portable():
             return self.x + self.delta
         return _Joined.apply(*self)
 

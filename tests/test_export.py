@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore import create_model
+from clipcore.kernels.launch import portable_operators
 from clipcore.towers.model import CLIP
 
 PROGRAM = Path(__file__).parent / "programs/run_archive.py"
@@ -110,6 +111,21 @@ def test_export_computes_any_batch_size_in_float64(name: str, tower: str, strict
     with torch.no_grad():
         for inputs in (recorded, *others):
             torch.testing.assert_close(exported(inputs), module(inputs), rtol=1e-12, atol=1e-12)
+
+
+@over_towers
+@over_models
+def test_portable_export_holds_operators_of_torch_alone(name: str, tower: str) -> None:
+    module, (recorded, *others) = build(name, tower)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with portable_operators(), torch.no_grad():
+        exported = torch.export.export(module, (recorded,), dynamic_shapes=sizes)
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not [target for target in called if "clipcore" in target]
+    with torch.no_grad():
+        for inputs in (recorded, *others):
+            found = exported.module()(inputs)
+            torch.testing.assert_close(found, module(inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_trace_takes_bytes() -> None:

@@ -26,7 +26,7 @@ LAYERS = [
     {"run"},
     {"evaluate"},
     {"report"},
-    {"classify", "inspect", "train"},
+    {"classify", "export", "inspect", "train"},
 ]
 
 FILES = sorted(

@@ -12,5 +12,6 @@
 ``torchscript.py``          TorchScript archives, read without TorchScript
 ``convert.py``              converts the tensor names of other packages to open_clip's
 ``descriptions.py``         reads the description files beside weights
+``layouts.py``              writes weights and descriptions for other packages
 ==========================  ================================================================
 """

@@ -28,6 +28,8 @@ _MAX_BYTES = 1 << 22
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
 # Transformers 4 writes the first one; version 5 keeps the same object under "image_processor" in the other.
 HF_IMAGES_FILE, HF_PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+# A vocabulary of CLIP's kind, in transformers' files.
+HF_MERGES_FILE = "merges.txt"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def read_description(folder: Path) -> Description | None:
     """
     path = folder / OPEN_CLIP_FILE
     if content := _read_json(path):
+        described = _object(content.get("model_cfg", {}), path)
+        _take_out_tokenizer(described, folder)
         try:
-            config = ModelConfig.from_dict(_object(content.get("model_cfg", {}), path))
+            config = ModelConfig.from_dict(described)
         except ValueError as error:
             raise ConversionError(f"{path}: {error}") from error
         images = _object(content.get("preprocess_cfg", {}), path)
@@ -76,6 +80,13 @@ def read_description(folder: Path) -> Description | None:
         images_path = folder / HF_PROCESSOR_FILE
         images = _object(_read_json(images_path).get("image_processor") or {}, images_path)
     return Description(config, hf_images(images, config, images_path), path)
+
+
+def _take_out_tokenizer(described: dict[str, Any], folder: Path) -> None:
+    """Take a tokenizer's name out of a description whose vocabulary is in the folder; another is left, and refused."""
+    text = described.get("text_cfg")
+    if isinstance(text, dict) and (folder / HF_MERGES_FILE).is_file():
+        text.pop("hf_tokenizer_name", None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from clipcore.data.packing import PackedText
 from clipcore.kernels.attention import attention
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.kernels.gelu import gelu
+from clipcore.kernels.launch import is_portable
 from clipcore.kernels.layer_norm import layer_norm
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
@@ -187,7 +188,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def is_as_made(self) -> bool:
         """Return whether its modules are those of ``__init__``, without hooks, and no trace runs (it sees only modules)."""
-        return not torch.jit.is_tracing() and self._has_own_parts()
+        return not is_portable() and self._has_own_parts()
 
     def _has_own_parts(self) -> bool:
         outer = (self.ln_1, self.attn, self.ln_2, self.mlp)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.embed_layer_norm import embed_layer_norm
+from clipcore.kernels.launch import is_portable
 from clipcore.kernels.patchify import patchify
 from clipcore.towers.architectures import VisionConfig
 from clipcore.towers.modules import (
@@ -100,7 +101,7 @@ class VisionTransformer(nn.Module):
         )
 
     def _is_as_made(self) -> bool:
-        if torch.jit.is_tracing():
+        if is_portable():
             return False
         parts = (self.conv1, self.ln_pre)
         return (type(self.conv1), type(self.ln_pre)) == (nn.Conv2d, LayerNorm) and not any(

@@ -1,0 +1,48 @@
+"""Writes a vocabulary as the tokenizer files of transformers' ``CLIPTokenizer``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from clipcore.tokenizer import Tokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files of ``CLIPTokenizer.from_pretrained(FOLDER)``.
+
+    The ids are clipcore's for text that needs no repair: transformers' tokenizer neither mends broken encodings nor resolves
+    HTML entities. It pads with the end of text, where clipcore and open_clip pad with 0; a feature is the same, since no
+    token sees those behind it.
+    """
+    ids = {symbol: number for number, symbol in enumerate(tokenizer.symbols)}
+    ids |= {START: tokenizer.sot_token_id, END: tokenizer.eot_token_id}
+    merges = ["#version: 0.2", *tokenizer.merge_lines()]
+    special = {
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+    }
+    settings = {
+        **special,
+        "tokenizer_class": "CLIPTokenizer",
+        "processor_class": "CLIPProcessor",
+        "model_max_length": tokenizer.context_length,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+
+    contents = {
+        "vocab.json": json.dumps(ids, ensure_ascii=False),
+        "merges.txt": "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+    assert tuple(contents) == FILES
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")

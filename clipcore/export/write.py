@@ -1,0 +1,86 @@
+"""Exports a model to a folder, which gets its name when everything in it is written and checked."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from clipcore.export.check import check_export
+from clipcore.export.onnx_towers import write_onnx
+from clipcore.export.vocabulary import write_tokenizer
+from clipcore.files import make_directory, sync_directory
+from clipcore.tokenizer import OPENAI_SHA256, Tokenizer
+from clipcore.towers.layouts import write_open_clip, write_openai, write_transformers
+from clipcore.towers.model import CLIP
+
+TARGETS = ("open_clip", "openai", "transformers", "onnx")
+
+
+def export_model(
+    model: CLIP,
+    tokenizer: Tokenizer,
+    target: str,
+    folder: Path,
+    note: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write a model with its preprocessing and vocabulary for another package, and check it by loading it.
+
+    Args:
+        model: made float32, moved to the CPU and set to evaluation mode.
+        target: one of ``TARGETS``.
+        folder: a new folder, or an empty one.
+        note: called with each line that says what was checked.
+
+    Raises:
+        ValueError: the package cannot hold the model or its vocabulary, or loads another model from what was written.
+        OSError: the folder is not empty, or cannot be written. In all cases nothing is left in it.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"a model is exported to {', '.join(TARGETS)}, got {target!r}")
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already, and not an empty folder; name another one")
+    is_openai = tokenizer.sha256 == OPENAI_SHA256
+    if target == "openai" and not is_openai:
+        raise ValueError(
+            "OpenAI's package has its own vocabulary, and this model another one; export it to open_clip or transformers"
+        )
+    model = model.float().cpu().eval()
+
+    make_directory(folder.absolute().parent)
+    aside = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    aside.mkdir()
+    try:
+        _write(model, tokenizer, target, aside, is_openai)
+        for line in check_export(model, tokenizer, aside, target):
+            note(line)
+        for path in aside.iterdir():
+            _sync(path)
+        # An empty folder of that name is replaced.
+        aside.rename(folder)
+        sync_directory(folder.absolute().parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(model: CLIP, tokenizer: Tokenizer, target: str, folder: Path, is_openai: bool) -> None:
+    if target == "open_clip":
+        write_open_clip(model, folder, has_own_vocabulary=not is_openai)
+    elif target == "openai":
+        write_openai(model, folder)
+    elif target == "transformers":
+        write_transformers(model, folder)
+    else:
+        write_onnx(model, folder)
+    if target != "openai":
+        write_tokenizer(tokenizer, folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
