@@ -39,7 +39,7 @@ from clipcore.kernels.contrastive import (
 from clipcore.kernels.contrastive.gpu import contrastive_bwd_gpu, contrastive_fwd_gpu
 from clipcore.kernels.contrastive.mean_gpu import mean_gradients_gpu, mean_loss_gpu
 from clipcore.kernels.contrastive.targets import count_equal, uniform_targets
-from clipcore.kernels.logits import launch_rows, pairs, walk_cpu, walk_gpu
+from clipcore.kernels.logits import launch_rows, pairs, sides, walk_cpu, walk_gpu
 from clipcore.kernels.logits.pairs import LossInputs, Pairs
 from clipcore.kernels.normalize import normalize_ref
 from clipcore.kernels.sigmoid import sigmoid_loss
@@ -388,13 +388,24 @@ def test_kernels_have_every_option(
     assert_kernels_accurate(problems, monkeypatch, ids=ids, engine=engine, stash_bytes=stash_bytes)
 
 
+@pytest.fixture
+def low_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let blocks and strips be 64 rows high, so that a few rows cross them: the interpreter takes them one at a time."""
+    monkeypatch.setattr(sides, "ROW_MULTIPLE", 64)
+    monkeypatch.setattr(launch_rows, "STRIP_ROWS", 64)
+    # The sides of blocks are remembered.
+    sides.block_sides.cache_clear()
+    yield
+    sides.block_sides.cache_clear()
+
+
 @pytest.mark.parametrize(("engine", "stash_bytes"), FORMS)
 def test_kernels_cross_blocks(
-    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch
+    engine: str, stash_bytes: int, monkeypatch: pytest.MonkeyPatch, low_blocks: None
 ) -> None:
-    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 128)
     assert_kernels_accurate(
-        kernel_problems(300, 520, 24, torch.float32, 20.0)[:2],
+        kernel_problems(140, 520, 24, torch.float32, 20.0)[:2],
         monkeypatch,
         engine=engine,
         stash_bytes=stash_bytes,
@@ -418,11 +429,15 @@ def test_strips_away_from_the_labels_and_the_edges(
 @pytest.mark.parametrize("first_label", [513, -37])
 @pytest.mark.parametrize("scale", [20.0, 300.0], ids=["one offset", "own offsets"])
 def test_strips_of_several_blocks(
-    scale: float, first_label: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+    scale: float,
+    first_label: int,
+    monkeypatch: pytest.MonkeyPatch,
+    low_blocks: None,
+    poisoned_memory: None,
 ) -> None:
     """Labels begin in any column, and at the larger scale the gradient takes each row's own offset everywhere."""
     monkeypatch.setattr(launch_rows, "STRIP_ROWS", 32)
-    problems = kernel_problems(300, 1100, 16, torch.float32, scale)[:1]
+    problems = kernel_problems(140, 1100, 16, torch.float32, scale)[:1]
     assert_kernels_accurate(
         [*problems, *problems],
         monkeypatch,
@@ -456,11 +471,11 @@ def test_a_running_maximum_over_blocks_reads_each_ones_texts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the default workspace the operands of all texts are made once, for two rows of blocks."""
-    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 128)
     how = {"normalize": False, "engine": "library", "stash_bytes": 0}
     workspace_bytes = pairs.WORKSPACE_BYTES["cuda"]
     assert_kernels_accurate(
-        opposite_pairs(300)[:1], monkeypatch, workspace_bytes=workspace_bytes, **how
+        opposite_pairs(140)[:1], monkeypatch, workspace_bytes=workspace_bytes, **how
     )
 
 
@@ -553,11 +568,11 @@ def test_a_stash_is_read_as_every_architecture_wrote_it(
 ) -> None:
     """The tiles that write a stash differ, and each has a range of its own; across blocks."""
     monkeypatch.setattr(launch, "architecture", lambda device: architecture)
-    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 256)
+    monkeypatch.setattr(walk_gpu, "SUM_SIDE", 128)
     assert_kernels_accurate(
-        kernel_problems(150, 300, 32, dtype, 20.0)[:2],
+        kernel_problems(70, 200, 32, dtype, 20.0)[:2],
         monkeypatch,
-        ids=ids_for(OPTIONS[option], 150, 300),
+        ids=ids_for(OPTIONS[option], 70, 200),
         engine="fused",
         stash_bytes=2**40,
         workspace_bytes=4 * 256 * 256,
