@@ -17,6 +17,11 @@ Exit status:
 
 from __future__ import annotations
 
+from clipcore.run.command_line import answer_early, parse_command_line
+
+if __name__ == "__main__":
+    answer_early()
+
 import contextlib
 import dataclasses
 import os
@@ -51,7 +56,6 @@ from clipcore.ranks.signals import DATA_WAIT_S, REPEAT_S, DataWaitError, Interru
 from clipcore.report.collect import report_run
 from clipcore.run import memory
 from clipcore.run.collapse import CollapseWatch
-from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.faults import (
     NonFiniteError,

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # 77 tokens never need more. Truncation before the tokenizer bounds the time that a hostile caption can cost.
 MAX_CAPTION_CHARS = 8192
+# Limit for a decoded picture, checked in its header: the size of 26-megapixel cameras, whose decoding takes 256 MiB.
+MAX_PIXELS = 26_000_000
 
 
 class DataError(ValueError):

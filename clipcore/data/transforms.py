@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipcore.data import BadSample, DataError
+from clipcore.data import MAX_PIXELS, BadSample, DataError
 from clipcore.data.headers import check_header, check_scans, check_size
 from clipcore.data.resample import Picture, as_image, resize_bicubic
 
@@ -39,8 +39,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 RESIZE_MODES = ("shortest", "squash")
 # A key in a picture's info dict, from which everything that a file wrote has been removed.
 _TRANSPARENT = "clipcore: was transparent"
-# Limit for a decoded picture, checked in its header: the size of 26-megapixel cameras, whose decoding takes 256 MiB.
-MAX_PIXELS = 26_000_000
 EARLIER_MAX_PIXELS = 89_478_485  # the limit in runs and prepared shards that do not record one
 # Limit for a resized picture before the crop: a picture of 1 x 1,000s of pixels becomes one of 100s x millions.
 MAX_RESIZED_PIXELS = 1 << 24

@@ -23,7 +23,7 @@ from clipcore.run.config import (
     flag_of,
     kinds,
 )
-from clipcore.terminal import is_printable, printable
+from clipcore.terminal import complain, is_printable, printable, steady_output
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +90,19 @@ def _reasons() -> str:
         if field.metadata["group"] == ACCEPTED:
             flags.setdefault(field.metadata["help"], []).append(flag_of(field.name))
     return ", ".join(f"{' '.join(names)} ({reason})" for reason, names in flags.items())
+
+
+def answer_early() -> None:
+    """Answer --help, or a mistake in the flags, and exit; return if the command line is right.
+
+    The settings need no torch, whose import takes seconds.
+    """
+    with steady_output():
+        try:
+            parse_command_line()
+        except ConfigError as error:
+            complain("clipcore.train", f"error: {error}")
+            raise SystemExit(2) from None
 
 
 _UNSET = object()

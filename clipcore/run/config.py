@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clipcore.data.transforms import MAX_PIXELS
+from clipcore.data import MAX_PIXELS
 from clipcore.run.schedule import SCHEDULES
 
 
