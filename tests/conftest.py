@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     # What they need for it: a pool of ranks, the settings of a small run, or the call itself.
-    starts = re.compile(r"\b(RankPool|pool_of_two|NANO|os\.fork)\b")
+    starts = re.compile(r"\b(RankPool|pool_of_two|NANO|os\.fork|run_ranks)\b")
     is_alone = {
         path.name: bool(starts.search(path.read_text()))
         for path in Path(__file__).parent.glob("test_*.py")
