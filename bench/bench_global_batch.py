@@ -22,7 +22,7 @@ from clipcore.data.loader import Batch, trim_tokens
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 SHORTEST, LONGEST = 6, 26
 

@@ -44,7 +44,7 @@ from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run import memory
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 NUM_PAIRS = 32768  # the paper's batch
 DENSE_PAIRS = 8192  # for losses that hold the whole matrix

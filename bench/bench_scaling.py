@@ -34,7 +34,8 @@ from clipcore.run import memory
 from clipcore.run.traffic import TrafficCounter
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import find_model
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 SMALLEST, LARGEST = 1024, 2**22  # pairs
 TOKEN_FACTORS = (1, 1.5, 2, 4, 8)

@@ -45,7 +45,8 @@ from clipcore.towers.architectures import (
     VisionConfig,
 )
 from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
-from clipcore.towers.model import CLIP, shape_differences
+from clipcore.towers.loading import shape_differences
+from clipcore.towers.model import CLIP
 from clipcore.towers.weights import Weights, read_weights
 
 # Of a long list of faults.

@@ -16,13 +16,13 @@ from weight_files import WRITERS, QuickGELU, archive, extras_file, hf_folder, hu
 
 from clipcore.towers.convert import ConversionError
 from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
-from clipcore.towers.model import (
-    CLIP,
+from clipcore.towers.factory import (
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
-    load_checkpoint,
 )
+from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.model import CLIP
 from clipcore.towers.weights import read_weights
 
 pytestmark = pytest.mark.fast

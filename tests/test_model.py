@@ -32,12 +32,12 @@ from clipcore.towers.architectures import (
 )
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config
-from clipcore.towers.model import (
-    CLIP,
+from clipcore.towers.factory import (
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
 )
+from clipcore.towers.model import CLIP
 from clipcore.towers.resnet import replayed
 
 PUBLISHED = {  # millions of parameters: (all, image tower)
@@ -639,9 +639,9 @@ def test_a_description_of_a_huge_model_takes_no_memory(tmp_path, monkeypatch, pa
             super().__init__(config)
             devices.append(self.logit_scale.device.type)
 
-    monkeypatch.setattr("clipcore.towers.model.CLIP", Recorded)
+    monkeypatch.setattr("clipcore.towers.loading.CLIP", Recorded)
     monkeypatch.setattr(
-        "clipcore.towers.model.F.interpolate", lambda *_, **__: pytest.fail("resized")
+        "clipcore.towers.loading.F.interpolate", lambda *_, **__: pytest.fail("resized")
     )
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     described = model.config.to_dict()
@@ -845,7 +845,7 @@ def test_the_architecture_is_read_off_the_shapes(tmp_path):
 
 def test_weights_of_openai_have_quick_gelu(tmp_path, monkeypatch):
     """A published shape without a description is taken for OpenAI's; here a small one is called published."""
-    monkeypatch.setattr("clipcore.towers.model.OPENAI_MODELS", ("ViT-nano-8-32",))
+    monkeypatch.setattr("clipcore.towers.factory.OPENAI_MODELS", ("ViT-nano-8-32",))
     torch.save(create_model("ViT-nano-8-32").state_dict(), tmp_path / "weights.pt")
     with pytest.warns(UserWarning, match="ViT-nano-8-32 with QuickGELU"):
         model, _ = create_model_from_pretrained(None, tmp_path / "weights.pt")

@@ -38,7 +38,9 @@ from clipcore.tokenizer import (
 )
 from clipcore.towers.architectures import find_model
 from clipcore.towers.descriptions import recorded_images
-from clipcore.towers.model import CLIP, create_model, load_checkpoint
+from clipcore.towers.factory import create_model
+from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0

@@ -6,7 +6,9 @@
 ``vision.py``               the Vision Transformer
 ``resnet.py``               the ResNet
 ``text.py``                 the text tower
-``model.py``                CLIP, and the functions that create or load it
+``model.py``                CLIP
+``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
+``factory.py``              the functions that make models, as in open_clip
 ``open_clip_arguments.py``  open_clip's arguments that clipcore lacks: accepted or refused
 ``weights.py``              reads files of weights of every origin into tensors by name
 ``torchscript.py``          TorchScript archives, read without TorchScript

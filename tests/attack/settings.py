@@ -40,7 +40,8 @@ from clipcore.run.state import load_run
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config
-from clipcore.towers.model import CLIP, create_model, create_model_from_pretrained
+from clipcore.towers.factory import create_model, create_model_from_pretrained
+from clipcore.towers.model import CLIP
 
 # Of a process of the attack: three times what it has when everything is imported.
 MOST_BYTES = 4 << 30
