@@ -231,7 +231,7 @@ def build_model(
     if checkpoint is not None:
         model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
     elif config.pretrained is not None:
-        missing = load_checkpoint(model, config.pretrained)
+        missing = load_checkpoint(model, config.pretrained).missing_keys
         if missing:
             # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.
             torch.nn.init.constant_(model.logit_scale, math.log(SIGLIP_SCALE))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcore.towers.architectures import MODELS, QUICK_GELU_SUFFIX, ModelConfig
-from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
+from clipcore.towers.convert import (
+    ConversionError,
+    infer_config,
+    to_open_clip_names,
+    without_text_prefix,
+)
+from clipcore.towers.descriptions import Description, read_description
 from clipcore.towers.model import CLIP
 from clipcore.towers.weights import Weights, read_weights
 
@@ -50,28 +57,159 @@ def model_of(
     return model
 
 
-def load_checkpoint(model: CLIP, checkpoint_path: str | Path) -> tuple[str, ...]:
+class IncompatibleKeys(NamedTuple):
+    """What does not match between weights and a model, as ``torch.nn.Module.load_state_dict`` returns it.
+
+    Attributes:
+        missing_keys: names of the model's values that the weights lack; the model keeps its own.
+        unexpected_keys: names in the weights that the model lacks.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def load_checkpoint(
+    model: CLIP,
+    checkpoint_path: str | Path,
+    strict: bool = True,
+    weights_only: bool = True,
+    device: str | torch.device = "cpu",
+) -> IncompatibleKeys:
     """Load weights from a file of any known layout; position embeddings are resized to the model's.
 
     If the description beside them states the preprocessing, the model records it.
 
+    Args:
+        strict: refuse weights that lack a value of the model or have others. A model with a bias, such as SigLIP's, may keep
+            it (open_clip sets it to 0). False loads the values that both have; other shapes are still an error.
+        weights_only: True; no code in a file of weights is run.
+        device: accepted, as in open_clip; files are read on the CPU, and the values go to the model's device.
+
     Returns:
-        the names of the values that the model keeps, because the weights lack them: see ``load_weights``.
+        names of the values that the model keeps because the weights lack them, and of those that the model lacks.
 
     Raises:
         ValueError: the weights are of another architecture; the message names the first differences and the architecture
             that they look like. Or their description, such as the activation, contradicts ``model``.
     """
+    if not weights_only:
+        raise ValueError("weights_only=False exists only in open_clip; no code in a file is run")
+    torch.device(device)
     weights = read_weights(checkpoint_path)
-    check_description(model.config, weights)
-    kept = load_weights(model, to_open_clip_names(weights.tensors), str(checkpoint_path))
+    if strict:
+        check_description(model.config, weights)
+        state = to_open_clip_names(weights.tensors)
+        found = IncompatibleKeys(list(load_weights(model, state, str(checkpoint_path))), [])
+    else:
+        _check_activation(model.config, weights)
+        _check_heads(model.config, weights, ("image", "text"))
+        found = _load_common(model, _names_of_part(weights.tensors), str(checkpoint_path))
     if weights.images:
         model.set_images(model.images | weights.images)
-    return kept
+    return found
+
+
+def _names_of_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under open_clip's ``CLIP`` names, also those of a part of a CLIP."""
+    try:
+        return to_open_clip_names(tensors)
+    except ConversionError:
+        if any(name.startswith("text_model.") for name in tensors):
+            raise
+        return without_text_prefix(tensors)
+
+
+def _load_common(model: CLIP, state: Mapping[str, Tensor], origin: str) -> IncompatibleKeys:
+    """Load the values that both have.
+
+    Raises:
+        ValueError: a value has another shape than the model's, or is not finite.
+    """
+    own = model.state_dict()
+    fitted = resize_position_embeddings(state, own)
+    common = {name: value for name, value in fitted.items() if name in own}
+    if differing := shape_differences(_shapes(common), _shapes(own, common)):
+        raise ValueError(
+            f"the weights in {origin} do not fit {model.config.describe()}: {', '.join(differing[:3])}; values of other "
+            "shapes are not left out"
+        )
+    _check_numbers(common, own, origin)
+    missing, _ = model.load_state_dict(common, strict=False)
+    return IncompatibleKeys(missing, [name for name in state if name not in own])
+
+
+def _shapes(
+    state: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> dict[str, torch.Size]:
+    return {name: state[name].shape for name in (state if names is None else names)}
+
+
+def load_tower(model: CLIP, tower: str, path: str | Path) -> None:
+    """Load one tower's weights from a file.
+
+    Args:
+        tower: "image" or "text".
+        path: the tower's own state dict, such as that of open_clip's ``visual`` or ``TextTransformer``; or weights of a
+            whole CLIP, of which this tower's are taken.
+
+    Raises:
+        ValueError: the weights are not all of this tower's, or of other shapes (open_clip loads what fits and goes on); or
+            their description contradicts the model.
+    """
+    weights = read_weights(path)
+    _check_activation(model.config, weights)
+    _check_heads(model.config, weights, (tower,))
+    own = {name: value for name, value in model.state_dict().items() if _tower_of(name) == tower}
+    state = _names_of_part(weights.tensors)
+    if any(name.startswith(("visual.", "logit_")) for name in state):
+        state = {name: value for name, value in state.items() if _tower_of(name) == tower}
+    elif tower == "image":
+        state = {f"visual.{name}": value for name, value in state.items()}
+    fitted = resize_position_embeddings(state, own)
+    if differing := shape_differences(_shapes(fitted), _shapes(own)):
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"the weights in {path} do not fit the {tower} tower of {model.config.describe()}: "
+            f"{', '.join(differing[:3])}{more}; give this tower's state dict, or the weights of a whole CLIP"
+        )
+    _check_numbers(fitted, own, str(path))
+    model.load_state_dict(fitted, strict=False)
+    if tower == "image" and weights.images:
+        model.set_images(model.images | weights.images)
+
+
+def _tower_of(name: str) -> str | None:
+    """Return the tower that a value of a CLIP belongs to, "image" or "text"; None for the scale and bias."""
+    if name.startswith("visual."):
+        return "image"
+    return None if name.startswith("logit_") else "text"
+
+
+def described_model(folder: Path) -> Description | None:
+    """Return the description of the model in a folder: open_clip's, transformers' or that of a run; None without any."""
+    if (found := read_description(folder)) is not None:
+        return found
+    weights = read_weights(folder)
+    return None if weights.config is None else Description(weights.config, weights.images, folder)
 
 
 def check_description(config: ModelConfig, weights: Weights) -> None:
     """Raise ValueError if the weights' description contradicts an architecture in a way that the shapes do not show."""
+    _check_activation(config, weights)
+    _check_heads(config, weights, ("image", "text"))
+    if weights.config is None or config.init_logit_bias is not None:
+        return
+    check_described_bias(weights)
+    if (begins_at := weights.config.init_logit_bias) is not None:
+        raise ValueError(
+            f"{weights.witness} that its model has a logit_bias, which begins at {begins_at:g}, and {_name(config)[0]} has "
+            f"none; make it with init_logit_bias={begins_at:g} (--siglip); create_model_from_pretrained(None, ...) makes "
+            "the model that it describes"
+        )
+
+
+def _check_activation(config: ModelConfig, weights: Weights) -> None:
     name, is_known = _name(config)
     if weights.quick_gelu not in (None, config.quick_gelu):
         is_quick = bool(weights.quick_gelu)
@@ -84,24 +222,19 @@ def check_description(config: ModelConfig, weights: Weights) -> None:
             f"{weights.witness} that its model has {activation_name(is_quick)}, and {name} has "
             f"{activation_name(config.quick_gelu)}; {remedy}"
         )
+
+
+def _check_heads(config: ModelConfig, weights: Weights, towers: Sequence[str]) -> None:
     if weights.config is None:
         return
     for tower, said, own in (
         ("image", weights.config.vision.heads, config.vision.heads),
         ("text", weights.config.text.heads, config.text.heads),
     ):
-        if said != own:
+        if tower in towers and said != own:
             raise ValueError(
-                f"{weights.witness} that its {tower} tower has {said} heads, and {name} has {own}; "
+                f"{weights.witness} that its {tower} tower has {said} heads, and {_name(config)[0]} has {own}; "
                 "create_model_from_pretrained(None, ...) makes the model that it describes"
-            )
-    if config.init_logit_bias is None:
-        check_described_bias(weights)
-        if (begins_at := weights.config.init_logit_bias) is not None:
-            raise ValueError(
-                f"{weights.witness} that its model has a logit_bias, which begins at {begins_at:g}, and {name} has none; "
-                f"make it with init_logit_bias={begins_at:g} (--siglip); create_model_from_pretrained(None, ...) makes the "
-                "model that it describes"
             )
 
 
@@ -128,7 +261,7 @@ def activation_name(quick_gelu: bool) -> str:
 
 
 def load_weights(model: CLIP, state: dict[str, Tensor], origin: str) -> tuple[str, ...]:
-    """Load weights under open_clip's names; see ``load_checkpoint``.
+    """Load weights under open_clip's names; see ``load_checkpoint`` with ``strict``.
 
     A model with a bias, such as SigLIP's, keeps it if the weights have none.
 

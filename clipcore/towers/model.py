@@ -56,7 +56,6 @@ class CLIP(TextTower):
         super().__init__(config.text, config.embed_dim, config.quick_gelu)
         self.config = config
         self.output_dict = output_dict
-        self.images: dict[str, Any] = {}
         self.visual: VisionTransformer | ModifiedResNet
         if config.vision.is_resnet:
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
@@ -67,6 +66,7 @@ class CLIP(TextTower):
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
+        self.set_images({})
 
     @property
     def is_resnet(self) -> bool:
@@ -142,10 +142,22 @@ class CLIP(TextTower):
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def set_images(self, images: Mapping[str, Any]) -> None:
-        """Set the model's preprocessing: arguments of ``ImageTransform``."""
-        self.images = dict(images)
+        """Set the model's preprocessing: arguments of ``ImageTransform``.
+
+        The image tower has them as in open_clip: ``visual.preprocess_cfg``, ``image_mean`` and ``image_std``.
+        """
+        self.images: dict[str, Any] = dict(images)
         self.visual.image_mean = tuple(images.get("mean", OPENAI_MEAN))
         self.visual.image_std = tuple(images.get("std", OPENAI_STD))
+        self.visual.preprocess_cfg = {
+            "size": self.visual.image_size,
+            "mode": "RGB",
+            "mean": self.visual.image_mean,
+            "std": self.visual.image_std,
+            "interpolation": images.get("interpolation", "bicubic"),
+            "resize_mode": images.get("resize_mode", "shortest"),
+            "fill_color": images.get("fill_color", 0),
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformer blocks' activations in the backward pass."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,9 @@ class ModifiedResNet(nn.Module):
     """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
 
     Attributes:
+        image_size: (S, S), as in open_clip.
         image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
+        preprocess_cfg: open_clip's dict of the whole preprocessing, which ``CLIP.set_images`` sets.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
@@ -161,9 +164,10 @@ class ModifiedResNet(nn.Module):
         assert not isinstance(config.layers, int)
         if config.image_size % 32:
             raise ValueError(f"a ResNet's image size is a multiple of 32, got {config.image_size}")
-        self.image_size = config.image_size
+        self.image_size = (config.image_size, config.image_size)
         self.image_mean: Sequence[float] = OPENAI_MEAN
         self.image_std: Sequence[float] = OPENAI_STD
+        self.preprocess_cfg: dict[str, Any] = {}
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = BatchNorm2d(width // 2)
@@ -198,17 +202,20 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor, projected: bool = True) -> Tensor:
         """Return features [B, E] of images: the attention pool's output; the paper's probes use it too (``projected``)."""
-        check_images(images, self.image_size)
+        x = self._stem(images)
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return self.attnpool(x)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        check_images(images, self.image_size[0])
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
         # Channels last, which every layer preserves: faster for convolutions, and the attention pool's own layout.
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
-        for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
-        return self.attnpool(x)
+        return self.avgpool(self.relu(self.bn3(self.conv3(x))))
 
     def project(self, pooled_BE: Tensor) -> Tensor:
         """Return features that can be compared with texts; a ResNet has no projection, so they are the same ones."""

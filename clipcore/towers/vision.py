@@ -7,6 +7,7 @@ size. Source: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,20 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         patch_dropout: share of patches dropped in training, 0 to below 1.
+        image_size: (S, S), as in open_clip.
         image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
+        preprocess_cfg: open_clip's dict of the whole preprocessing, which ``CLIP.set_images`` sets.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         assert isinstance(config.layers, int) and config.patch_size is not None
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.image_size = (config.image_size, config.image_size)
+        self.patch_size = config.patch_size
         self.patch_dropout = config.patch_dropout
         self.image_mean: Sequence[float] = OPENAI_MEAN
         self.image_std: Sequence[float] = OPENAI_STD
+        self.preprocess_cfg: dict[str, Any] = {}
         self.grid = config.image_size // config.patch_size
         if self.grid < 1:
             raise ValueError(
@@ -73,7 +78,7 @@ class VisionTransformer(nn.Module):
                 None draws from torch's generator.
             projected: False returns the features before the projection, [B, D].
         """
-        check_images(images, self.image_size)
+        check_images(images, self.image_size[0])
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
         pooled_BD = self.ln_post(read_pooled(self.transformer, x_BLD))
         return self.project(pooled_BD) if projected else pooled_BD

@@ -628,7 +628,7 @@ def sign(path: Path) -> None:
 
 def works(model: CLIP) -> str:
     """Return that a model gives features; of one with many positions nothing is computed."""
-    config, size = model.config, model.visual.image_size
+    config, size = model.config, model.config.vision.image_size
     if (size // (config.vision.patch_size or 32)) ** 2 > 4096 or config.text.context_length > 4096:
         return "a large model is taken"
     with torch.inference_mode():
