@@ -40,6 +40,7 @@ _HOMES = {
     "list_models": "clipcore.towers.architectures",
     "list_openai_models": "clipcore.towers.architectures",
     "list_pretrained": "clipcore.towers.published",
+    "load": "clipcore.towers.openai",
     "load_checkpoint": "clipcore.towers.loading",
     "normalized_similarity": "clipcore.kernels.similarity",
     "pack_captions": "clipcore.data.packing",

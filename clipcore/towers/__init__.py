@@ -9,6 +9,7 @@
 ``model.py``                CLIP
 ``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
 ``factory.py``              the functions that make models, as in open_clip
+``openai.py``               the `load` of OpenAI's package, and a model with its call
 ``open_clip_arguments.py``  open_clip's arguments that clipcore lacks: accepted or refused
 ``published.py``            what an installed open_clip knows of published weights, and of ImageNet's names
 ``weights.py``              reads files of weights of every origin into tensors by name
