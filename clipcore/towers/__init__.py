@@ -6,6 +6,7 @@
 ``vision.py``               the Vision Transformer
 ``resnet.py``               the ResNet
 ``text.py``                 the text tower
+``intermediates.py``        the outputs of single blocks
 ``model.py``                CLIP
 ``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
 ``factory.py``              the functions that make models, as in open_clip

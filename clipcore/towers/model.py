@@ -18,6 +18,7 @@ from clipcore.data.packing import PackedText
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.towers.architectures import ModelConfig
+from clipcore.towers.intermediates import Indices, check_format
 from clipcore.towers.resnet import ModifiedResNet
 from clipcore.towers.text import TextTower
 from clipcore.towers.vision import VisionTransformer
@@ -135,6 +136,84 @@ class CLIP(TextTower):
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
         return logits, logits.T
+
+    def forward_intermediates(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        image_indices: Indices = None,
+        text_indices: Indices = None,
+        stop_early: bool = False,
+        normalize: bool = True,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        image_output_fmt: str = "NCHW",
+        image_output_extra_tokens: bool = False,
+        text_output_fmt: str = "NLC",
+        text_output_extra_tokens: bool = False,
+        output_logits: bool = False,
+        output_logit_scale_bias: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of single blocks of both towers, with open_clip's arguments and keys.
+
+        Args:
+            image, text: as for ``forward``; text as token rows only.
+            image_indices, text_indices: the blocks: the last n, a list of their indices, or None for all. The outputs are
+                in the tower's order. A ResNet has five: the stem and its stages.
+            stop_early: run no block of a ViT or stage of a ResNet after the last chosen one. A ViT's features are then those
+                of the chosen block, as in open_clip. The text tower runs whole.
+            normalize: scale the features to unit length.
+            normalize_intermediates: apply the tower's last LayerNorm to the outputs; a ResNet has none.
+            intermediates_only: return neither features nor logits.
+            image_output_fmt: "NCHW", or of a ViT "NLC".
+            image_output_extra_tokens: return the outputs at the class token too, [B, 1, D].
+            text_output_fmt: "NLC".
+            text_output_extra_tokens: accepted; these text towers have no extra token.
+            output_logits: return scaled cosines of every image with every text, with the model's bias.
+            output_logit_scale_bias: return the scale, and the bias of a model that has one.
+
+        Returns:
+            image_intermediates, image_intermediates_prefix, image_features, text_intermediates, text_features, image_logits,
+            text_logits, logit_scale and logit_bias, as far as they are asked for.
+
+        Raises:
+            ValueError: there is no such block or format, or logits of one side only are asked for.
+        """
+        check_format(text_output_fmt, ("NLC",))
+        normalize = normalize and not intermediates_only
+        output_logits = output_logits and not intermediates_only
+        if output_logits and (image is None or text is None):
+            raise ValueError("output_logits needs both image and text")
+        output: dict[str, Any] = {}
+        if image is not None:
+            output = self.visual.forward_intermediates(
+                image,
+                indices=image_indices,
+                stop_early=stop_early,
+                normalize_intermediates=normalize_intermediates,
+                intermediates_only=intermediates_only,
+                output_fmt=image_output_fmt,
+                output_extra_tokens=image_output_extra_tokens,
+            )
+        if text is not None:
+            found, features = self.text_intermediates(text, text_indices, normalize_intermediates)
+            output["text_intermediates"] = found
+            if not intermediates_only:
+                output["text_features"] = features
+        if normalize:
+            for key in ("image_features", "text_features"):
+                if key in output:
+                    output[key] = F.normalize(output[key], dim=-1)
+
+        if output_logits:
+            logits = self.logit_scale.exp() * output["image_features"] @ output["text_features"].T
+            output["image_logits"] = logits if self.logit_bias is None else logits + self.logit_bias
+            output["text_logits"] = output["image_logits"].T
+        if output_logit_scale_bias:
+            output["logit_scale"] = self.logit_scale.exp()
+            if self.logit_bias is not None:
+                output["logit_bias"] = self.logit_bias
+        return output
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

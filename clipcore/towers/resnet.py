@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.intermediates import Indices, check_format, taken_blocks
 from clipcore.towers.modules import check_images, freeze, is_hooked
 
 
@@ -216,6 +217,39 @@ class ModifiedResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.avgpool(self.relu(self.bn3(self.conv3(x))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of the stem and the four stages; see ``CLIP.forward_intermediates``, whose arguments these are.
+
+        There is nothing to normalise and no extra token.
+
+        Raises:
+            ValueError: ``stop_early`` leaves out the stage that the features need.
+        """
+        check_format(output_fmt, ("NCHW",))
+        taken = taken_blocks(5, indices)
+        if stop_early and not intermediates_only and taken[-1] < 4:
+            raise ValueError(
+                "stop_early leaves out stages that the features need: give intermediates_only=True too"
+            )
+        found = []
+        for i in range(taken[-1] + 1 if stop_early else 5):
+            x = self._stem(x) if i == 0 else getattr(self, f"layer{i}")(x)
+            if i in taken:
+                found.append(x)
+        output: dict[str, Any] = {"image_intermediates": found}
+        if not intermediates_only:
+            output["image_features"] = self.attnpool(x)
+        return output
 
     def project(self, pooled_BE: Tensor) -> Tensor:
         """Return features that can be compared with texts; a ResNet has no projection, so they are the same ones."""

@@ -17,6 +17,7 @@ from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.embed_layer_norm import embed_layer_norm
 from clipcore.kernels.patchify import patchify
 from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.intermediates import Indices, check_format, run_blocks
 from clipcore.towers.modules import (
     LayerNorm,
     Transformer,
@@ -86,6 +87,40 @@ class VisionTransformer(nn.Module):
     def project(self, pooled_BD: Tensor) -> Tensor:
         """Return the features [B, E] that can be compared with texts, given those before the projection [B, D]."""
         return pooled_BD @ self.proj
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of single blocks; see ``CLIP.forward_intermediates``, whose arguments these are.
+
+        Args:
+            x: images, as for ``forward``.
+        """
+        check_format(output_fmt, ("NCHW", "NLC"))
+        if self.training and self.patch_dropout:
+            raise ValueError(
+                "patch dropout leaves no map of patches: use the model in evaluation mode, model.eval()"
+            )
+        check_images(x, self.image_size[0])
+        x_BLD, found = run_blocks(self.transformer, self._embed(x), indices, stop_early)
+        if normalize_intermediates:
+            found = [self.ln_post(y_BLD) for y_BLD in found]
+        maps = [y_BLD[:, 1:] for y_BLD in found]
+        if output_fmt == "NCHW":
+            maps = [y_BPD.mT.unflatten(-1, (self.grid, self.grid)).contiguous() for y_BPD in maps]
+        output: dict[str, Any] = {"image_intermediates": maps}
+        if output_extra_tokens:
+            output["image_intermediates_prefix"] = [y_BLD[:, :1] for y_BLD in found]
+        if not intermediates_only:
+            output["image_features"] = self.project(self.ln_post(x_BLD[:, 0]))
+        return output
 
     def _embed(self, images: Tensor) -> Tensor:
         """Return normalised tokens [B, L, D]: the class token, then the patches row by row, with their positions."""
