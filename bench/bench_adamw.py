@@ -15,7 +15,7 @@ from torch import nn
 
 from clipcore.kernels.adamw import Update, adamw_all_
 from clipcore.run.optim import AdamW
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 SETTINGS = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

@@ -30,7 +30,7 @@ from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.measure import Subject, measure_zero_shot
 from clipcore.run import memory
 from clipcore.tokenizer import byte_tokenizer
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 CLASSES = ("ant", "bear", "cat", "dog", "eel", "fox", "goat", "hen", "ibis", "jay")
 SIZE = (500, 375)

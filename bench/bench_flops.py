@@ -26,7 +26,7 @@ from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import ModelConfig, find_model
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 assert clipcore.run.flops  # registers the FLOP formulas of clipcore's operators
 MODELS = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"]

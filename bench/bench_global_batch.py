@@ -22,7 +22,7 @@ from clipcore.data.loader import Batch, trim_tokens
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 SHORTEST, LONGEST = 6, 26
 
@@ -49,7 +49,7 @@ def bench(arguments: argparse.Namespace, size: int, device: torch.device) -> Non
         init_logit_bias=-10.0 if arguments.siglip else None,
     ).train()
     precision = "amp_bf16" if device.type == "cuda" else "fp32"
-    image_size = model.visual.image_size
+    image_size = model.config.vision.image_size
     batch = random_batch(size, image_size, model.vocab_size, device.type == "cuda")
     planned = TrainingStep(
         *(model, model, SigLipLoss() if arguments.siglip else ClipLoss(), World(0, 1, 0, device)),

@@ -44,7 +44,7 @@ from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run import memory
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 NUM_PAIRS = 32768  # the paper's batch
 DENSE_PAIRS = 8192  # for losses that hold the whole matrix
@@ -115,7 +115,7 @@ def step_figures(
         memory.keep_freed()  # as a run does
 
     model = create_model(MODEL, device=device).train()
-    batch = random_batch(NUM_PAIRS, model.visual.image_size, model.vocab_size, on_gpu)
+    batch = random_batch(NUM_PAIRS, model.config.vision.image_size, model.vocab_size, on_gpu)
     step = TrainingStep(
         *(model, model, ClipLoss(), World(0, 1, 0, device), precision, 0, NUM_PAIRS),
         lambda loss: loss,

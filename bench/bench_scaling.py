@@ -34,7 +34,8 @@ from clipcore.run import memory
 from clipcore.run.traffic import TrafficCounter
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import find_model
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 SMALLEST, LARGEST = 1024, 2**22  # pairs
 TOKEN_FACTORS = (1, 1.5, 2, 4, 8)
@@ -120,7 +121,9 @@ def bench_step(arguments: argparse.Namespace, device: torch.device) -> None:
     precision = "amp_bf16" if device.type == "cuda" else "fp32"
     growth = Growth(f"step of {arguments.model}", "pair")
     for size in arguments.sizes:
-        batch = random_batch(size, model.visual.image_size, model.vocab_size, device.type == "cuda")
+        batch = random_batch(
+            size, model.config.vision.image_size, model.vocab_size, device.type == "cuda"
+        )
         step = TrainingStep(
             *(model, model, ClipLoss(), World(0, 1, 0, device), precision, 0, size),
             lambda loss: loss,

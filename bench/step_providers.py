@@ -28,7 +28,7 @@ from clipcore.run.optim import build_optimizer
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.descriptions import hf_config
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 from clipcore.towers.modules import ReadAt, ResidualAttentionBlock
 
 # Tokens of a caption with both special ones, and how many of 128 captions have them: alt texts, lognormal around 16.

@@ -45,7 +45,8 @@ from clipcore.towers.architectures import (
     VisionConfig,
 )
 from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
-from clipcore.towers.model import CLIP, shape_differences
+from clipcore.towers.loading import shape_differences
+from clipcore.towers.model import CLIP
 from clipcore.towers.weights import Weights, read_weights
 
 # Of a long list of faults.
@@ -249,9 +250,13 @@ def _text_tower(text: TextConfig) -> str:
 
 def _preprocessing(images: Mapping[str, Any], size: int) -> str:
     mean, std = images.get("mean", OPENAI_MEAN), images.get("std", OPENAI_STD)
-    mode = images.get("resize_mode", "shortest")
+    resize = images.get("resize_mode", "shortest")
+    if (interpolation := images.get("interpolation", "bicubic")) != "bicubic":
+        resize += f" ({interpolation})"
+    if resize.startswith("longest"):
+        resize += f", padded with {images.get('fill_color', 0)}"
     origin = "stated" if images else "OpenAI's: nothing states another"
-    return f"{size} pixels, resize {mode}, mean {_short(mean)}, std {_short(std)} ({origin})"
+    return f"{size} pixels, resize {resize}, mean {_short(mean)}, std {_short(std)} ({origin})"
 
 
 def _short(values: Sequence[float]) -> str:

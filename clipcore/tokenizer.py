@@ -28,6 +28,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import tokenizers
@@ -39,6 +40,8 @@ from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regu
 from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
 from clipcore.towers.architectures import UnknownModelError, find_model
+from clipcore.towers.descriptions import read_description
+from clipcore.towers.published import LOCAL_PREFIX, place_of, refuse_hub
 
 DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -146,27 +149,7 @@ class Tokenizer:
         Raises:
             VocabularyError: the file is missing, has another format, or fewer than ``vocab_size`` entries.
         """
-        header, *lines = _read_lines(Path(path))
-        if "#version" not in header:
-            raise VocabularyError(
-                f'{path} is not a vocabulary: its first line has no "#version"; make one with python -m '
-                "clipcore.tokenizer --train captions.txt --vocab-size N"
-            )
-        if vocab_size is None and "bpe_simple_vocab_16e6" in header:
-            vocab_size = OPENAI_VOCAB_SIZE
-        lines = [line for line in lines if line.strip()]
-        num_merges = len(lines) if vocab_size is None else vocab_size - BYTE_VOCAB_SIZE
-        if not 0 <= num_merges <= len(lines):
-            raise VocabularyError(
-                f"{path} has {len(lines) + BYTE_VOCAB_SIZE:,} entries, so that a vocabulary of {vocab_size:,} cannot "
-                "be taken from it: the file is cut short, or belongs to another model"
-            )
-        merges = []
-        for number, line in enumerate(lines[:num_merges], start=1):
-            parts = line.split()
-            if len(parts) != 2:
-                raise VocabularyError(f"{path}: merge {number} is not two symbols: {line[:80]!r}")
-            merges.append((parts[0], parts[1]))
+        merges = _read_merges(Path(path), vocab_size)
         try:
             return cls(merges)
         except VocabularyError as error:
@@ -263,8 +246,43 @@ class Tokenizer:
             row[: len(tokens)] = tokens
         return rows_BL  # type: ignore[return-value]
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[tuple[str, str]], int]]:
-        return Tokenizer, (self._merges, self.context_length)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self._merges, self.context_length)
+
+
+def _restored(
+    kind: type[Tokenizer], merges: list[tuple[str, str]], context_length: int
+) -> Tokenizer:
+    """Return a tokenizer from a pickle; that of a subclass is made without its file."""
+    tokenizer = kind.__new__(kind)
+    Tokenizer.__init__(tokenizer, merges, context_length)
+    return tokenizer
+
+
+def _read_merges(path: Path, vocab_size: int | None) -> list[tuple[str, str]]:
+    """Return the merges in a file, as ``Tokenizer.from_file`` reads it."""
+    header, *lines = _read_lines(path)
+    if "#version" not in header:
+        raise VocabularyError(
+            f'{path} is not a vocabulary: its first line has no "#version"; make one with python -m '
+            "clipcore.tokenizer --train captions.txt --vocab-size N"
+        )
+    if vocab_size is None and "bpe_simple_vocab_16e6" in header:
+        vocab_size = OPENAI_VOCAB_SIZE
+    lines = [line for line in lines if line.strip()]
+    num_merges = len(lines) if vocab_size is None else vocab_size - BYTE_VOCAB_SIZE
+    if not 0 <= num_merges <= len(lines):
+        raise VocabularyError(
+            f"{path} has {len(lines) + BYTE_VOCAB_SIZE:,} entries, so that a vocabulary of {vocab_size:,} cannot "
+            "be taken from it: the file is cut short, or belongs to another model"
+        )
+    merges = []
+    for number, line in enumerate(lines[:num_merges], start=1):
+        parts = line.split()
+        if len(parts) != 2:
+            raise VocabularyError(f"{path}: merge {number} is not two symbols: {line[:80]!r}")
+        merges.append((parts[0], parts[1]))
+    return merges
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -283,6 +301,80 @@ def _read_lines(path: Path) -> list[str]:
         raise VocabularyError(f"the vocabulary {path} is damaged: {error}") from error
     except OSError as error:
         raise VocabularyError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+
+
+class SimpleTokenizer(Tokenizer):
+    """open_clip's tokenizer: its arguments, in its order, with OpenAI's vocabulary or another file's.
+
+    Args:
+        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``].
+        additional_special_tokens: None; the text of a caption never becomes a special token.
+        context_length: tokens per row; None is its default too.
+        clean: "lower", how CLIP's captions are cleaned.
+        reduction_mask: "", so that a longer text is truncated.
+
+    Raises:
+        ValueError: an argument requests what only open_clip has.
+        VocabularyError: the file is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        bpe_path: str | os.PathLike[str] | None = None,
+        additional_special_tokens: Sequence[str] | None = None,
+        context_length: int | None = DEFAULT_CONTEXT_LENGTH,
+        clean: str = "lower",
+        reduction_mask: str = "",
+    ) -> None:
+        _check_settings(additional_special_tokens, clean, reduction_mask)
+        path = find_openai_vocabulary() if bpe_path is None else Path(bpe_path)
+        super().__init__(_read_merges(path, None), context_length or DEFAULT_CONTEXT_LENGTH)
+
+    @functools.cached_property
+    def encoder(self) -> dict[str, int]:
+        """The id of each symbol, as in open_clip: bytes as printable characters, ``</w>`` at the end of a word."""
+        return {symbol: number for number, symbol in enumerate(self._with_special())}
+
+    @functools.cached_property
+    def decoder(self) -> dict[int, str]:
+        """The symbol of each id."""
+        return dict(enumerate(self._with_special()))
+
+    def _with_special(self) -> list[str]:
+        return [*self.symbols, "<start_of_text>", "<end_of_text>"]
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """Return the text of a row of ids, as open_clip does: with start, end and what follows it, such as padding.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        numbers = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        for number in numbers:
+            if number not in self.decoder:
+                raise ValueError(f"id {number} is not in this vocabulary of {self.vocab_size:,}")
+        byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        joined = "".join(self.decoder[number] for number in numbers)
+        text = bytes(byte_of[symbol] for symbol in joined).decode(errors="replace")
+        return text.replace("</w>", " ")
+
+
+def _check_settings(
+    additional_special_tokens: Sequence[str] | None, clean: str, reduction_mask: str
+) -> None:
+    """Raise ValueError for settings of open_clip's tokenizer that clipcore's lacks."""
+    for name, value, is_usual, remedy in (
+        (
+            "additional_special_tokens",
+            additional_special_tokens,
+            not additional_special_tokens,
+            "a CLIP's text tower has no rows for them",
+        ),
+        ("clean", clean, clean == "lower", "clipcore's models were trained with 'lower'"),
+        ("reduction_mask", reduction_mask, not reduction_mask, "longer captions are truncated"),
+    ):
+        if not is_usual:
+            raise ValueError(f"{name}={value!r} exists only in open_clip; leave it out: {remedy}")
 
 
 def byte_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> Tokenizer:
@@ -385,32 +477,52 @@ def find_openai_vocabulary() -> Path:
 def get_tokenizer(
     model_name: str | os.PathLike[str] = "",
     context_length: int | None = None,
-    bpe_path: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    bpe_path: str | os.PathLike[str] | None = None,
+    additional_special_tokens: Sequence[str] | None = None,
+    clean: str = "lower",
+    reduction_mask: str = "",
 ) -> Tokenizer:
     """Return the tokenizer of a model, of a run, or of another vocabulary.
 
     Args:
-        model_name: one of ``list_models()``, or OpenAI's spelling; or the folder of a run or of one of its checkpoints
-            [OpenAI's vocabulary].
+        model_name: one of ``list_models()``, or OpenAI's spelling; the folder of a run or of one of its checkpoints; or
+            ``local-dir:`` and such a folder, or one that describes its model [OpenAI's vocabulary].
         context_length: tokens per row [the model's, 77 without a name].
-        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
         cache_dir: accepted, as in open_clip; nothing is downloaded.
+        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
+        additional_special_tokens, clean, reduction_mask: see ``SimpleTokenizer``; accepted with open_clip's defaults.
 
     Raises:
         UnknownModelError: there is no model of that name.
-        ValueError: the context length is not an integer, or is too small for start and end.
+        ValueError: the context length is not an integer, or is too small for start and end; or an argument requests what
+            only open_clip has.
         VocabularyError: no vocabulary is found, it is damaged or not of the model's size, or a run is given ``bpe_path``.
     """
     if context_length is not None and (type(context_length) is not int or context_length < 2):
         raise ValueError(
             f"context_length is a whole number of at least 2, for start and end; got {context_length!r}"
         )
-    if (run_dir := run_folder(model_name)) is not None:
+    _check_settings(additional_special_tokens, clean, reduction_mask)
+    described = None
+    if isinstance(model_name, str) and (place := place_of(model_name)) is not None:
+        if place[0] != LOCAL_PREFIX:
+            refuse_hub(model_name, place[1])
+        folder = Path(place[1])
+        if not is_folder(folder):
+            raise VocabularyError(f"{model_name}: there is no folder {folder}")
+        if (found := read_description(folder)) is None:
+            model_name = folder
+        else:
+            described = found.config.text
+    if described is None and (run_dir := run_folder(model_name)) is not None:
         if bpe_path is not None:
             raise VocabularyError(f"{run_dir} has a vocabulary of its own: leave bpe_path out")
         return _tokenizer_of_run(run_dir, context_length)
-    model = find_model(model_name).text if model_name else None  # type: ignore[arg-type]
+    model = described
+    if model is None and model_name:
+        model = find_model(model_name).text  # type: ignore[arg-type]
     if bpe_path is None and model is not None and model.vocab_size == BYTE_VOCAB_SIZE:
         tokenizer = byte_tokenizer()
         tokenizer.context_length = context_length or model.context_length
@@ -496,6 +608,16 @@ def _tokenizer_of_run(run_dir: Path, context_length: int | None) -> Tokenizer:
 @functools.cache
 def _openai_tokenizer() -> Tokenizer:
     return get_tokenizer()
+
+
+@functools.cache
+def _simple_tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def decode(output_ids: Tensor) -> str:
+    """Return the text of a row of ids of OpenAI's vocabulary, with start and end, as open_clip's function does."""
+    return _simple_tokenizer().decode(output_ids)
 
 
 def tokenize(

@@ -15,7 +15,8 @@ from clipcore.evaluate.features import FeatureStore
 from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.measure import Subject
 from clipcore.tokenizer import byte_tokenizer
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 
 @dataclass

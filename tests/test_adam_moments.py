@@ -30,7 +30,7 @@ from clipcore.run.optim import (
 )
 from clipcore.run.sharding import shard
 from clipcore.run.state import RunState
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipcore.data.packing import pack_captions
 from clipcore.kernels import attention_torch
 from clipcore.kernels.attention import attention, attention_ref
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -31,7 +31,7 @@ import step_providers  # noqa: E402
 from clipcore.run.ceilings import Ceilings  # noqa: E402
 from clipcore.run.command_line import parse_command_line  # noqa: E402
 from clipcore.towers.architectures import find_model  # noqa: E402
-from clipcore.towers.model import create_model  # noqa: E402
+from clipcore.towers.factory import create_model  # noqa: E402
 from clipcore.towers.modules import ReadAt, ResidualAttentionBlock  # noqa: E402
 
 

@@ -18,7 +18,7 @@ from shards import picture, write_csv
 from clipcore import classify
 from clipcore.classify import main, read_labels
 from clipcore.tokenizer import byte_tokenizer
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 

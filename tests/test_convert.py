@@ -14,7 +14,8 @@ from clipcore.towers.convert import (
     to_open_clip_names,
 )
 from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 pytestmark = pytest.mark.fast
 

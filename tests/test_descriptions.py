@@ -16,13 +16,13 @@ from weight_files import WRITERS, QuickGELU, archive, extras_file, hf_folder, hu
 
 from clipcore.towers.convert import ConversionError
 from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
-from clipcore.towers.model import (
-    CLIP,
+from clipcore.towers.factory import (
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
-    load_checkpoint,
 )
+from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.model import CLIP
 from clipcore.towers.weights import read_weights
 
 pytestmark = pytest.mark.fast
@@ -78,7 +78,7 @@ def test_forced_sizes_do_not_hide_the_activation(tmp_path):
     with pytest.raises(ValueError, match=r"set force_quick_gelu \(--force-quick-gelu\)"):
         create_model(NAME, path, force_image_size=64)
     model = create_model(NAME, path, force_image_size=64, force_quick_gelu=True)
-    assert model.visual.image_size == 64
+    assert model.visual.image_size == (64, 64)
 
 
 def test_a_file_without_a_description_leaves_what_was_asked_for(tmp_path):
@@ -169,9 +169,11 @@ def test_preprocessing_of_a_hub_folder_is_open_clips_to_the_bit(tmp_path, mode):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("interpolation", "bilinear"),
+        ("interpolation", "nearest"),
         ("interpolation", "random"),
-        ("resize_mode", "longest"),
+        ("resize_mode", "crop"),
+        ("fill_color", 256),
+        ("fill_color", [0, 0, 0]),
         ("size", 64),
         ("size", [32, 64]),
         ("mode", "L"),
@@ -221,9 +223,13 @@ def test_preprocessing_of_transformers_is_honoured_or_refused(tmp_path):
     assert transform.std == (0.2, 0.3, 0.4)
     squashed = {**HF_IMAGES, "size": {"height": 32, "width": 32}, "do_center_crop": False}
     _, transform = create_model_from_pretrained(None, hf_folder(tmp_path / "w", model, squashed))
-    assert transform.resize_mode == "squash"
+    assert transform.resize_mode == "squash" and transform.interpolation == "bicubic"
+    # Pillow's number of bilinear.
+    path = hf_folder(tmp_path / "w", model, {**HF_IMAGES, "resample": 2})
+    _, transform = create_model_from_pretrained(None, path)
+    assert transform.interpolation == "bilinear"
     for key, value in (
-        ("resample", 2),
+        ("resample", 0),
         ("do_center_crop", False),
         ("do_normalize", False),
         ("do_resize", False),
@@ -252,7 +258,7 @@ def test_a_bias_that_weights_lack_stays_as_it_was_asked_for(tmp_path):
     torch.save(create_model(NAME).state_dict(), tmp_path / "clip.pt")
     scale = create_model(NAME).logit_scale.item()
     model = create_model(NAME, init_logit_bias=-10.0)
-    assert load_checkpoint(model, tmp_path / "clip.pt") == ("logit_bias",)
+    assert load_checkpoint(model, tmp_path / "clip.pt") == (["logit_bias"], [])
     assert (model.logit_scale.item(), model.logit_bias.item()) == (scale, -10.0)
     # An argument wins over the file, a whole number is one too; what is not given is the file's.
     model = create_model(NAME, tmp_path / "clip.pt", init_logit_scale=2, init_logit_bias=-10)
@@ -268,7 +274,7 @@ def test_a_bias_that_weights_have_is_kept_and_an_unwanted_one_named(tmp_path):
         create_model(NAME, tmp_path / "siglip.pt")
     # By the message's own advice.
     model = create_model(NAME, init_logit_bias=0.0)
-    assert load_checkpoint(model, tmp_path / "siglip.pt") == ()
+    assert load_checkpoint(model, tmp_path / "siglip.pt") == ([], [])
     alone, _ = create_model_from_pretrained(None, tmp_path / "siglip.pt")
     for found in (model, alone):
         assert (found.logit_scale.item(), found.logit_bias.item()) == (1.0, -3.0)
@@ -302,7 +308,7 @@ def test_a_bias_that_weights_have_and_their_description_does_not_is_named(tmp_pa
 
     # Both remedies.
     model = create_model(NAME, init_logit_bias=0.0)
-    assert load_checkpoint(model, folder) == () and model.logit_bias.item() == -3
+    assert load_checkpoint(model, folder) == ([], []) and model.logit_bias.item() == -3
     describe_bias(folder, 0.0)
     assert create_model_from_pretrained(None, folder)[0].logit_bias.item() == -3
 

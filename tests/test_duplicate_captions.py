@@ -32,7 +32,8 @@ from clipcore.run.parts import build_loss
 from clipcore.run.sharding import replicate
 from clipcore.run.train_step import TrainingStep
 from clipcore.tokenizer import byte_tokenizer
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 CONTEXT_LENGTH = 32

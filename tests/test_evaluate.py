@@ -31,7 +31,7 @@ from clipcore.run.config import TrainConfig
 from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig, resolve
 from clipcore.tokenizer import byte_tokenizer
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 WORDS = ["cat", "dog", "car", "tree", "house", "boat", "star"]
 

@@ -27,7 +27,7 @@ from clipcore.evaluate import runner
 from clipcore.evaluate.__main__ import build_parser, main
 from clipcore.evaluate.results import Result, read_result, read_results, write_result
 from clipcore.evaluate.same_weights import identity_of
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 
 @pytest.fixture(autouse=True)

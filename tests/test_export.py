@@ -36,7 +36,7 @@ class Tower(nn.Module):
 
 
 def draw_images(model: CLIP, num_images: int) -> Tensor:
-    size = model.visual.image_size
+    size = model.config.vision.image_size
     return torch.randn(num_images, 3, size, size, dtype=model.logit_scale.dtype)
 
 

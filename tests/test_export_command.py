@@ -23,7 +23,8 @@ from clipcore.export.vocabulary import write_tokenizer
 from clipcore.tokenizer import byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.towers import layouts
 from clipcore.towers.architectures import ModelConfig, TextConfig, VisionConfig
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 # As OpenAI's package needs them: heads of 64, QuickGELU, its vocabulary.
 OPENAI = ModelConfig(

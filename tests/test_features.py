@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from clipcore.data import DataError, Pair
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.features import FeatureStore, SplitFeatures, hash_of_tower
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
 TRANSFORM = ImageTransform(32, is_train=False)

@@ -21,7 +21,7 @@ from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
 from clipcore.run.flops import visible_pairs
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 
 @pytest.mark.parametrize("name", bench_flops.MODELS)

@@ -24,7 +24,8 @@ from clipcore.run.grad_cache import differentiate, micro_batches
 from clipcore.run.sharding import replicate
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError, verify_gradients
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 NUM_PAIRS = 11

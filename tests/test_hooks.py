@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipcore.data.packing import pack_captions
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 
 def tower() -> nn.Module:

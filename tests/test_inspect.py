@@ -13,7 +13,8 @@ from weight_files import WRITERS, extras_file, hub_folder, run_folder
 import clipcore
 from clipcore.inspect import inspect_weights, main
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 
 pytestmark = pytest.mark.fast
 

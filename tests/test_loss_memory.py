@@ -23,7 +23,7 @@ from clipcore.run.parts import build_loss
 from clipcore.run.recipe import RunConfig, resolve
 from clipcore.run.setup import prepare_steps
 from clipcore.run.train_step import TrainingStep
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GPU = World(0, 1, 0, torch.device("cuda", 0))

@@ -32,12 +32,12 @@ from clipcore.towers.architectures import (
 )
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config
-from clipcore.towers.model import (
-    CLIP,
+from clipcore.towers.factory import (
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
 )
+from clipcore.towers.model import CLIP
 from clipcore.towers.resnet import replayed
 
 PUBLISHED = {  # millions of parameters: (all, image tower)
@@ -484,13 +484,9 @@ def test_ids_of_other_vocabularies_and_widths_are_named():
 
 OPEN_CLIPS_OTHERS = {
     "jit": (False, True),
-    "force_custom_text": (False, True),
-    "force_preprocess_cfg": ({}, {"mean": (0, 0, 0)}),
     "pretrained_image": (False, True),
-    "pretrained_text_path": (None, "text.pt"),
     "weights_only": (True, False),
-    "return_transform": (True, False),
-    "image_interpolation": ("bicubic", "bilinear"),
+    "nonscalar_logit_scale": (False, True),
 }
 
 
@@ -514,14 +510,16 @@ def test_arguments_that_nobody_has_are_named():
 
 
 def test_arguments_of_open_clips_own_types_are_taken():
-    assert create_model("ViT-nano-8-32", force_image_size=(48, 48)).visual.image_size == 48
+    assert create_model("ViT-nano-8-32", force_image_size=(48, 48)).visual.image_size == (48, 48)
     assert not create_model("ViT-nano-8-32", output_dict=None).output_dict
     with pytest.raises(ValueError, match=r"square, got \(48, 32\)"):
         create_model("ViT-nano-8-32", force_image_size=(48, 32))
     with pytest.raises(ValueError, match="require_pretrained asks for weights"):
         create_model("ViT-nano-8-32", require_pretrained=True)
     with pytest.raises(ValueError, match="precision True is none of"):
-        create_model("ViT-nano-8-32", None, True)
+        create_model("ViT-nano-8-32", None, True, True)
+    with pytest.raises(ValueError, match=r"load_weights is 'bf16', not .* by keyword"):
+        create_model("ViT-nano-8-32", None, "bf16")
 
 
 WRONG_VALUES: list[tuple[str, str, object]] = [
@@ -539,7 +537,7 @@ WRONG_VALUES: list[tuple[str, str, object]] = [
     ("vision_cfg", "head_width", 0),
     ("vision_cfg", "patch_size", None),
     ("vision_cfg", "patch_size", -8),
-    ("vision_cfg", "image_size", [32, 32]),
+    ("vision_cfg", "image_size", [32, 64]),
     ("vision_cfg", "mlp_ratio", 0),
     ("vision_cfg", "mlp_ratio", "4"),
     ("vision_cfg", "patch_dropout", float("inf")),
@@ -600,7 +598,7 @@ def test_numbers_of_numpy_are_numbers():
     model = create_model(
         "ViT-nano-8-32", force_image_size=np.int64(48), init_logit_scale=np.float32(2.5)
     )
-    assert model.visual.image_size == 48 and model.logit_scale.item() == 2.5
+    assert model.visual.image_size == (48, 48) and model.logit_scale.item() == 2.5
 
 
 def test_heads_that_do_not_divide_a_resnets_channels_are_refused():
@@ -639,9 +637,9 @@ def test_a_description_of_a_huge_model_takes_no_memory(tmp_path, monkeypatch, pa
             super().__init__(config)
             devices.append(self.logit_scale.device.type)
 
-    monkeypatch.setattr("clipcore.towers.model.CLIP", Recorded)
+    monkeypatch.setattr("clipcore.towers.loading.CLIP", Recorded)
     monkeypatch.setattr(
-        "clipcore.towers.model.F.interpolate", lambda *_, **__: pytest.fail("resized")
+        "clipcore.towers.loading.F.interpolate", lambda *_, **__: pytest.fail("resized")
     )
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     described = model.config.to_dict()
@@ -691,7 +689,7 @@ def test_create_model_and_transforms():
     model, train, val = create_model_and_transforms(
         "ViT-nano-8-32", force_image_size=48, force_quick_gelu=True
     )
-    assert model.visual.image_size == train.image_size == val.image_size == 48
+    assert model.visual.image_size == (48, 48) and train.image_size == val.image_size == 48
     assert train.is_train and not val.is_train and model.config.quick_gelu
 
 
@@ -845,7 +843,7 @@ def test_the_architecture_is_read_off_the_shapes(tmp_path):
 
 def test_weights_of_openai_have_quick_gelu(tmp_path, monkeypatch):
     """A published shape without a description is taken for OpenAI's; here a small one is called published."""
-    monkeypatch.setattr("clipcore.towers.model.OPENAI_MODELS", ("ViT-nano-8-32",))
+    monkeypatch.setattr("clipcore.towers.factory.OPENAI_MODELS", ("ViT-nano-8-32",))
     torch.save(create_model("ViT-nano-8-32").state_dict(), tmp_path / "weights.pt")
     with pytest.warns(UserWarning, match="ViT-nano-8-32 with QuickGELU"):
         model, _ = create_model_from_pretrained(None, tmp_path / "weights.pt")

@@ -22,7 +22,13 @@ threads torchscript traffic verify vision weights
 """.split()
 # What users import from them.
 PUBLIC = {
-    "clipcore.model": ("CLIP", "create_model", "create_model_and_transforms"),
+    "clipcore.model": (
+        "CLIP",
+        "create_model",
+        "create_model_and_transforms",
+        "create_model_from_pretrained",
+        "load_checkpoint",
+    ),
     "clipcore.config": ("TrainConfig", "ConfigError"),
     "clipcore.optim": ("build_optimizer",),
     "clipcore.run_state": ("RunState", "load_run"),

@@ -38,7 +38,7 @@ from clipcore.evaluate.image_descriptors import (
 from clipcore.evaluate.overlap_study import add_arguments, adjust, measure_overlap, open_training
 from clipcore.evaluate.results import OVERLAP, ZERO_SHOT, Result
 from clipcore.terminal import Parser
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -12,7 +12,7 @@ from clipcore.data import DataError
 from clipcore.evaluate import retrieval_study
 from clipcore.evaluate.retrieval_study import add_arguments, measure_retrieval, text_encoder
 from clipcore.terminal import Parser
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 pytestmark = pytest.mark.fast
 

@@ -23,7 +23,7 @@ from clipcore.kernels.residual_attention import AttentionWeights, Stream, residu
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
 from clipcore.kernels.sigmoid import sigmoid_loss
 from clipcore.kernels.similarity import normalized_similarity
-from clipcore.towers.model import create_model
+from clipcore.towers.factory import create_model
 
 pytestmark = pytest.mark.fast
 

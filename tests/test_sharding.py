@@ -40,7 +40,8 @@ from clipcore.run.optim import (
 from clipcore.run.sharding import gathered, gradient_sync, is_sharded, shard
 from clipcore.run.state import RunState, load_run
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
-from clipcore.towers.model import CLIP, create_model
+from clipcore.towers.factory import create_model
+from clipcore.towers.model import CLIP
 from clipcore.train import train
 
 if TYPE_CHECKING:

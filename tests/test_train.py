@@ -28,7 +28,7 @@ from clipcore.run import verify
 from clipcore.run.metrics import read_metrics
 from clipcore.run.state import load_run
 from clipcore.tokenizer import Tokenizer, train_tokenizer
-from clipcore.towers.model import create_model, create_model_from_pretrained
+from clipcore.towers.factory import create_model, create_model_from_pretrained
 
 
 @pytest.fixture(scope="module")

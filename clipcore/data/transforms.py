@@ -3,7 +3,7 @@
 Legend: B images, S pixels of a side.
 
 In evaluation the result is bit-identical to open_clip's ``image_transform``: bicubic resize of the shortest side,
-centre crop, RGB, [0, 1], mean and standard deviation.
+centre crop, RGB, [0, 1], mean and standard deviation; and so with its other modes and bilinear interpolation.
 
 In training the paper takes "a random square crop from resized images" and no other augmentation (Radford et al. 2021,
 section 2.3). The default is open_clip's version of it, ``RandomResizedCrop(S, scale=(0.9, 1.0))`` with sides in the ratio
@@ -15,15 +15,17 @@ As in open_clip and webdataset, the orientation in a JPEG's EXIF block is ignore
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import io
 import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from clipcore.data import MAX_PIXELS, BadSample, DataError
@@ -33,10 +35,22 @@ from clipcore.data.resample import Picture, as_image, resize_bicubic
 # OpenAI's values, computed on its training images.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# open_clip's names of them.
+OPENAI_DATASET_MEAN, OPENAI_DATASET_STD = OPENAI_MEAN, OPENAI_STD
 
 DECODERS = ("pillow", "simplejpeg")
 FORMATS = ("JPEG", "PNG", "WEBP")
-RESIZE_MODES = ("shortest", "squash")
+RESIZE_MODES = ("shortest", "squash", "longest")
+INTERPOLATIONS = ("bicubic", "bilinear")
+# open_clip's augmentations that clipcore does not have. In open_clip too they are off by default.
+_OTHER_AUGMENTATIONS = (
+    "color_jitter",
+    "color_jitter_prob",
+    "gray_scale_prob",
+    "re_prob",
+    "re_count",
+    "use_timm",
+)
 # A key in a picture's info dict, from which everything that a file wrote has been removed.
 _TRANSPARENT = "clipcore: was transparent"
 EARLIER_MAX_PIXELS = 89_478_485  # the limit in runs and prepared shards that do not record one
@@ -176,7 +190,7 @@ class ImageTransform:
     """The preprocessing of a model: ``transform(image)`` is a normalised float32 tensor [3, S, S].
 
     Args:
-        image_size: S, at least 1.
+        image_size: S, at least 1; or (S, S).
         is_train: whether crops are random instead of central.
         mean, std: per channel, after scaling to [0, 1].
         scale: smallest and largest share of the area that a random crop keeps.
@@ -185,7 +199,10 @@ class ImageTransform:
         resize: pixels of the shorter side, at least S: images are resized to it and S x S pixels cut out at random, in
             place of ``scale`` and ``ratio``.
         resize_mode: one of ``RESIZE_MODES``, for the centre crop, open_clip's names: ``shortest`` resizes the shorter side
-            to S and cuts the longer one, ``squash`` resizes both to S.
+            to S and cuts the longer one, ``squash`` resizes both to S, ``longest`` resizes the longer side to S and pads the
+            shorter one.
+        interpolation: one of ``INTERPOLATIONS``, for the centre crop; random crops are resized bicubic, as in open_clip.
+        fill_color: value of every channel in the padding of ``longest``, 0 to 255.
 
     Example:
         >>> transform = ImageTransform(224, is_train=False)
@@ -193,9 +210,14 @@ class ImageTransform:
         torch.Size([3, 224, 224])
     """
 
+    # Only other values become attributes of the object: a cache of features is found by these attributes, and those of
+    # bicubic interpolation without padding stay valid.
+    interpolation = "bicubic"
+    fill_color = 0
+
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         is_train: bool,
         mean: Sequence[float] = OPENAI_MEAN,
         std: Sequence[float] = OPENAI_STD,
@@ -203,7 +225,12 @@ class ImageTransform:
         ratio: tuple[float, float] | None = (3 / 4, 4 / 3),
         resize: int | None = None,
         resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
+        fill_color: int = 0,
     ) -> None:
+        image_size = square_side(image_size)
+        if type(image_size) is not int or image_size < 1:
+            raise ValueError(f"the side of the images is a number of pixels, got {image_size!r}")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"the scale of a crop is a range within (0, 1], got {scale}")
         if ratio is not None and not 0 < ratio[0] <= ratio[1]:
@@ -219,6 +246,14 @@ class ImageTransform:
             )
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"the resize mode is {' or '.join(RESIZE_MODES)}, got {resize_mode!r}")
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"the interpolation is {' or '.join(INTERPOLATIONS)}, got {interpolation!r}"
+            )
+        if type(fill_color) is not int or not 0 <= fill_color <= 255:
+            raise ValueError(
+                f"fill_color is a whole number from 0 to 255, of every channel, got {fill_color!r}"
+            )
         self.image_size = image_size
         self.is_train = is_train
         self.mean = tuple(map(float, mean))
@@ -227,6 +262,10 @@ class ImageTransform:
         self.ratio = ratio
         self.resize = resize
         self.resize_mode = resize_mode
+        if interpolation != type(self).interpolation:
+            self.interpolation = interpolation
+        if fill_color != type(self).fill_color:
+            self.fill_color = fill_color
 
     @property
     def min_side(self) -> int:
@@ -286,14 +325,21 @@ class ImageTransform:
     def _centre_crop(self, image: Picture) -> Picture:
         size = self.image_size
         if self.resize_mode == "squash":
-            return image if sides(image) == (size, size) else resize_bicubic(image, size, size)
-        image = resize_shorter(image, size)
+            return _resize(image, size, size, self.interpolation)
+        if self.resize_mode == "longest":
+            width, height = _sides_within(*sides(image), size)
+            return _pad(_resize(image, width, height, self.interpolation), size, self.fill_color)
+        image = resize_shorter(image, size, self.interpolation)
         width, height = sides(image)
         # Half a pixel is rounded to even, as in Python and torchvision.
         return cut(image, round((width - size) / 2), round((height - size) / 2), size, size)
 
     def __repr__(self) -> str:
-        kind = "squashed" if self.resize_mode == "squash" else "centre crop"
+        kind = {"squash": "squashed", "longest": f"padded with {self.fill_color}"}.get(
+            self.resize_mode, "centre crop"
+        )
+        if self.interpolation != "bicubic":
+            kind += f", {self.interpolation}"
         kind = f"random crop of {self.scale} of the area" if self.is_train else kind
         return f"ImageTransform({self.image_size}, {kind}, mean={self.mean}, std={self.std})"
 
@@ -316,20 +362,97 @@ def _check_picture(image: object) -> None:
 
 
 def image_transform(
-    image_size: int,
+    image_size: int | Sequence[int],
     is_train: bool,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
     resize_mode: str | None = None,
+    interpolation: str | None = None,
+    fill_color: int = 0,
+    aug_cfg: Any = None,
 ) -> ImageTransform:
-    """Return the preprocessing for a model of ``image_size``, under open_clip's name."""
+    """Return the preprocessing for a model of ``image_size``; open_clip's function.
+
+    Args:
+        image_size: side of the images, pixels; or (side, side).
+        is_train: whether crops are random.
+        mean, std: three numbers, or one for all channels [OpenAI's].
+        resize_mode, fill_color: see ``ImageTransform`` [shortest, 0].
+        interpolation: see ``ImageTransform``; open_clip's ``random`` is bicubic without timm [bicubic].
+        aug_cfg: see ``crop_settings``.
+
+    Raises:
+        ValueError: a value that the preprocessing does not have; the message names it.
+        TypeError: an unknown key of ``aug_cfg``.
+    """
     return ImageTransform(
         image_size,
         is_train,
-        mean or OPENAI_MEAN,
-        std or OPENAI_STD,
+        mean=OPENAI_MEAN if mean is None else channels(mean),
+        std=OPENAI_STD if std is None else channels(std),
         resize_mode=resize_mode or "shortest",
+        interpolation=plain_interpolation(interpolation or "bicubic"),
+        fill_color=fill_color,
+        **crop_settings(aug_cfg),
     )
+
+
+def square_side(image_size: int | Sequence[int]) -> int:
+    """Return the side of a square image, given it or (side, side); raise ValueError if it is not square."""
+    if isinstance(image_size, Sequence) and not isinstance(image_size, str):
+        if len(set(image_size)) != 1 or len(image_size) > 2:
+            raise ValueError(f"the models' images are square, got {tuple(image_size)}")
+        image_size = image_size[0]
+    return image_size
+
+
+def channels(values: Sequence[float] | float) -> Sequence[float]:
+    """Return a value for each of the three channels, given these or one for all."""
+    return (float(values),) * 3 if isinstance(values, int | float) else values
+
+
+def plain_interpolation(interpolation: str) -> str:
+    """Return the interpolation that open_clip's ``random`` stands for without timm, bicubic; others are unchanged."""
+    return "bicubic" if interpolation == "random" else interpolation
+
+
+def _pair(name: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"aug_cfg's {name} is a pair such as (0.9, 1.0), got {value!r}")
+    return value[0], value[1]
+
+
+def crop_settings(aug_cfg: Any) -> dict[str, Any]:
+    """Return open_clip's ``aug_cfg`` as arguments of ``ImageTransform``.
+
+    Args:
+        aug_cfg: a dict or open_clip's ``AugmentationCfg``, with ``scale`` and ``ratio`` of the random crop; None in it means
+            the default. ``resize`` is clipcore's own. ``ratio`` works, while open_clip needs timm for it.
+
+    Raises:
+        ValueError: an augmentation that clipcore does not have is on.
+        TypeError: neither clipcore nor open_clip has such a key.
+    """
+    if dataclasses.is_dataclass(aug_cfg) and not isinstance(aug_cfg, type):
+        aug_cfg = dataclasses.asdict(aug_cfg)
+    if aug_cfg is not None and not isinstance(aug_cfg, Mapping):
+        raise TypeError(f"aug_cfg is a dict such as {{'scale': (0.9, 1.0)}}, got {aug_cfg!r}")
+    settings = {}
+    for name, value in (aug_cfg or {}).items():
+        if name in ("scale", "ratio", "resize"):
+            if value is not None:
+                settings[name] = value if name == "resize" else _pair(name, value)
+        elif name not in _OTHER_AUGMENTATIONS:
+            known = ["scale", "ratio", "resize", *_OTHER_AUGMENTATIONS]
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"aug_cfg has no key {name!r}{hint}")
+        elif value:
+            raise ValueError(
+                f"aug_cfg's {name}={value!r} exists only in open_clip; leave it out: the paper's only augmentation is the "
+                "random crop (scale, ratio)"
+            )
+    return settings
 
 
 def sides(image: Picture) -> tuple[int, int]:
@@ -344,7 +467,42 @@ def cut(image: Picture, left: int, top: int, width: int, height: int) -> Picture
     return image.crop((left, top, left + width, top + height))
 
 
-def resize_shorter(image: Picture, size: int) -> Picture:
+def _resize(image: Picture, width: int, height: int, interpolation: str) -> Picture:
+    """Return the picture in another size; the same object if it has that size."""
+    if sides(image) == (width, height):
+        return image
+    if interpolation == "bicubic":
+        return resize_bicubic(image, width, height)
+    return as_image(image).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _sides_within(width: int, height: int, size: int) -> tuple[int, int]:
+    """Return the sides of a picture whose longer side becomes ``size``, rounded as in open_clip.
+
+    A side that would be rounded to 0, of a picture more than 2 S times as long as wide, is 1; open_clip fails there.
+    """
+    ratio = max(width / size, height / size)
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def _pad(picture: Picture, size: int, fill_color: int) -> Picture:
+    """Return the picture in the middle of a square of one colour, as torchvision pads."""
+    width, height = sides(picture)
+    if (width, height) == (size, size):
+        return picture
+    image, right, below = as_image(picture), size - width, size - height
+    border = (right // 2, below // 2, (right + 1) // 2, (below + 1) // 2)
+    num_channels = len(image.getbands())
+    fill: Any = (fill_color,) * num_channels if num_channels > 1 else fill_color
+    padded = ImageOps.expand(image, border, fill)
+    if image.mode == "P":
+        palette = image.getpalette()
+        assert palette is not None
+        padded.putpalette(palette)
+    return padded
+
+
+def resize_shorter(image: Picture, size: int, interpolation: str = "bicubic") -> Picture:
     """Return the picture with ``size`` pixels on its shorter side, as torchvision does; the same object if it has them.
 
     Raises:
@@ -356,9 +514,7 @@ def resize_shorter(image: Picture, size: int) -> Picture:
     else:
         new_width, new_height = int(size * width / height), size
     check_size(new_width, new_height, MAX_RESIZED_PIXELS, " as resized; crop it")
-    if (new_width, new_height) == (width, height):
-        return image
-    return resize_bicubic(image, new_width, new_height)
+    return _resize(image, new_width, new_height, interpolation)
 
 
 def random_box(

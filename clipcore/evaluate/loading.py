@@ -12,7 +12,8 @@ from clipcore.run.folders import is_run
 from clipcore.run.state import load_run
 from clipcore.tokenizer import Tokenizer, get_tokenizer
 from clipcore.towers.descriptions import HF_MERGES_FILE
-from clipcore.towers.model import CLIP, create_model_from_pretrained
+from clipcore.towers.factory import create_model_from_pretrained
+from clipcore.towers.model import CLIP
 
 
 class LoadedModel(NamedTuple):

@@ -14,8 +14,9 @@ from torch import Tensor
 from clipcore.export import onnx_towers
 from clipcore.terminal import first_line
 from clipcore.tokenizer import Tokenizer
+from clipcore.towers.factory import create_model_from_pretrained
 from clipcore.towers.layouts import OPENAI_WEIGHTS
-from clipcore.towers.model import CLIP, create_model_from_pretrained
+from clipcore.towers.model import CLIP
 
 # Without what transformers' tokenizer does not repair.
 CAPTIONS = ("a photo of a cat", "Two dogs, 35 years old; it's RED!", "naïve café – 東京")

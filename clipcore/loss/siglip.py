@@ -26,6 +26,7 @@ class SigLipLoss(nn.Module):
         rank, world_size: this process's place; ``world_size > 1`` needs an initialised process group.
         dist_impl: open_clip's ways to exchange texts, "bidir", "shift", "reduce" or "gather". All are accepted, but the
             texts are always gathered once and compared in blocks, so memory does not grow with the number of ranks.
+        chunk_size: accepted, as in open_clip 4, where it limits memory; here ``workspace_bytes`` does.
         same_id: the meaning of equal ids, "ignore" or "positive", see `forward`.
         wire_dtype, uneven, group: see `ClipLoss`.
         workspace_bytes, operand_dtype: memory limit of the loss and the dtype of a GPU's products, see
@@ -42,6 +43,7 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int | None = None,
         *,
         same_id: str = "ignore",
         workspace_bytes: int | None = None,
@@ -55,6 +57,8 @@ class SigLipLoss(nn.Module):
             raise ValueError(
                 f"dist_impl must be bidir, shift, reduce, gather or None, got {dist_impl!r}"
             )
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 0):
+            raise ValueError(f"chunk_size is a number of rows, or None, got {chunk_size!r}")
         self.cache_labels, self.dist_impl = cache_labels, dist_impl
         self.rank, self.world_size = rank, world_size
         self.loss_group = LossGroup(rank, world_size, wire_dtype, uneven, group)

@@ -38,7 +38,9 @@ from clipcore.tokenizer import (
 )
 from clipcore.towers.architectures import find_model
 from clipcore.towers.descriptions import recorded_images
-from clipcore.towers.model import CLIP, create_model, load_checkpoint
+from clipcore.towers.factory import create_model
+from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
@@ -229,7 +231,7 @@ def build_model(
     if checkpoint is not None:
         model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
     elif config.pretrained is not None:
-        missing = load_checkpoint(model, config.pretrained)
+        missing = load_checkpoint(model, config.pretrained).missing_keys
         if missing:
             # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.
             torch.nn.init.constant_(model.logit_scale, math.log(SIGLIP_SCALE))

@@ -32,7 +32,8 @@ from clipcore.run.sharding import OwnRows, checkpoint_writers, gathered, is_shar
 from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
 from clipcore.towers.architectures import ModelConfig, is_finite_number, shortened
 from clipcore.towers.descriptions import recorded_images
-from clipcore.towers.model import CLIP, model_of, shape_differences
+from clipcore.towers.loading import model_of, shape_differences
+from clipcore.towers.model import CLIP
 
 # What a run notes in a checkpoint, by name.
 _RECORD: dict[str, type | tuple[type, ...]] = {

@@ -6,8 +6,13 @@
 ``vision.py``               the Vision Transformer
 ``resnet.py``               the ResNet
 ``text.py``                 the text tower
-``model.py``                CLIP, and the functions that create or load it
+``intermediates.py``        the outputs of single blocks
+``model.py``                CLIP
+``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
+``factory.py``              the functions that make models, as in open_clip
+``openai.py``               the `load` of OpenAI's package, and a model with its call
 ``open_clip_arguments.py``  open_clip's arguments that clipcore lacks: accepted or refused
+``published.py``            what an installed open_clip knows of published weights, and of ImageNet's names
 ``weights.py``              reads files of weights of every origin into tensors by name
 ``torchscript.py``          TorchScript archives, read without TorchScript
 ``convert.py``              converts the tensor names of other packages to open_clip's

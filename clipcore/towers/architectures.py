@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from clipcore.files import read_regular
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 # No tower larger than this was ever trained: a description with larger numbers is damaged or hostile.
@@ -138,6 +145,59 @@ def shortened(value: object) -> str:
 
 # Keys of open_clip's JSON that have other names here, and one that defines the names of its parameters.
 _KEYS = {"vision_cfg", "text_cfg", "custom_text"}
+# What open_clip's towers can have and clipcore's do not, with the value that leaves it out. Keys that only qualify others of
+# these, such as the number of heads of a pooler that there is not, have no value here and change nothing.
+_ABSENT_IN_BOTH = {
+    "ls_init_value": None,
+    "final_ln_after_pool": False,
+    "output_tokens": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
+ABSENT: dict[str, dict[str, Any]] = {
+    "vision_cfg": {
+        **_ABSENT_IN_BOTH,
+        "attentional_pool": False,
+        "no_ln_pre": False,
+        "pos_embed_type": "learnable",
+        "pool_type": "tok",
+        "timm_model_name": None,
+    },
+    "text_cfg": {
+        **_ABSENT_IN_BOTH,
+        "embed_cls": False,
+        "no_causal_mask": False,
+        "pool_type": "argmax",
+        "proj_bias": False,
+        "proj_type": "linear",
+        "hf_tokenizer_name": None,
+        "tokenizer_mode": None,
+        "tokenizer_kwargs": None,
+        "hf_model_name": None,
+    },
+}
+QUALIFYING = {
+    "vision_cfg": {
+        "attn_pooler_queries",
+        "attn_pooler_heads",
+        "timm_model_pretrained",
+        "timm_pool",
+        "timm_proj",
+        "timm_proj_bias",
+        "timm_drop",
+        "timm_drop_path",
+    },
+    "text_cfg": {"pad_id", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"},
+}
+# open_clip's, where a description does not say it. Published descriptions do.
+_OPEN_CLIP_PATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -182,9 +242,14 @@ class ModelConfig:
         for tower in ("vision_cfg", "text_cfg"):
             if not isinstance(config[tower], dict):
                 raise ValueError(f"{tower} is {shortened(config[tower])}, not an object")
-        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+        vision = _without_absent("vision_cfg", config["vision_cfg"])
+        text = _without_absent("text_cfg", config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])
+        if isinstance(size := vision.get("image_size"), list | tuple) and len(set(size)) == 1:
+            vision["image_size"] = size[0]
+        is_resnet = isinstance(vision.get("layers"), tuple)
+        vision.setdefault("patch_size", None if is_resnet else _OPEN_CLIP_PATCH_SIZE)
         for kind, given in ((VisionConfig, vision), (TextConfig, text)):
             unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
             if unknown:
@@ -242,6 +307,18 @@ class ModelConfig:
             if getattr(self, name) != _DEFAULTS[name]:
                 config[name] = getattr(self, name)
         return config
+
+
+def _without_absent(tower: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tower's keys without those that say that it lacks what clipcore's towers lack too."""
+    absent = ABSENT[tower]
+    left = {
+        key: value
+        for key, value in given.items()
+        if key not in absent or type(value) is not type(absent[key]) or value != absent[key]
+    }
+    # What qualifies an absent part says nothing. Where the part is there, it is refused itself.
+    return {key: value for key, value in left.items() if key not in QUALIFYING[tower]}
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -322,9 +399,88 @@ OPENAI_NAMES: dict[str, str] = {
 QUICK_GELU_SUFFIX = "-quickgelu"
 
 
+# Models of ``add_model_config``, and why others of its files are none.
+_ADDED: dict[str, ModelConfig] = {}
+_REFUSED: dict[str, str] = {}
+_MAX_CONFIG_BYTES = 1 << 20
+_NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
+
+
+def add_model_config(path: str | os.PathLike[str]) -> None:
+    """Make descriptions of models known by the names of their files, as open_clip's function does.
+
+    Args:
+        path: a JSON file in open_clip's layout, or a folder of such files. In a folder, files without a model's keys are
+            left out, and a warning names the models that clipcore's towers cannot be.
+
+    Raises:
+        ValueError: it is not a model that clipcore has, or its name is that of another built-in model; or none of a folder.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    is_file = not path.is_dir()
+    files = [path] if is_file else sorted(path.glob("*.json"))
+    num_added, refused = 0, {}
+    for file in files:
+        content = _read_config(file)
+        if not is_file and not all(isinstance(content, dict) and key in content for key in _NEEDED):
+            continue
+        try:
+            config = ModelConfig.from_dict(content)
+            built_in = _built_in(file.stem)
+            if built_in not in (None, config):
+                raise ValueError("clipcore has another model of this name: rename the file")
+        except ValueError as error:
+            refused[file.stem] = f"{file}: {error}"
+            continue
+        if built_in is None:
+            _ADDED[file.stem] = config
+        _REFUSED.pop(file.stem, None)
+        num_added += 1
+
+    if not num_added:
+        reason = next(
+            iter(refused.values()), f"{path} holds no description of a model, a JSON file"
+        )
+        raise ValueError(reason)
+    _REFUSED.update(refused)
+    if refused:
+        warnings.warn(
+            f"clipcore does not have {len(refused)} of the models in {path}, such as {next(iter(refused))}; create_model "
+            "says why",
+            stacklevel=2,
+        )
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        return json.loads(read_regular(file, _MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _built_in(name: str) -> ModelConfig | None:
+    """Return a model of the table above, with QuickGELU if its name says so; None for other names."""
+    base = name.removesuffix(QUICK_GELU_SUFFIX)
+    if base not in MODELS:
+        return None
+    return dataclasses.replace(MODELS[base], quick_gelu=name != base)
+
+
 def list_models() -> list[str]:
     """Return every model name that ``create_model`` knows, in open_clip's spelling, including ``-quickgelu`` names."""
-    return sorted([*MODELS, *(name + QUICK_GELU_SUFFIX for name in MODELS)])
+    return sorted({*MODELS, *(name + QUICK_GELU_SUFFIX for name in MODELS), *_ADDED})
+
+
+def list_openai_models() -> list[str]:
+    """Return the models whose weights OpenAI published, in open_clip's spelling, by both of their names."""
+    return [*OPENAI_MODELS, *(name + QUICK_GELU_SUFFIX for name in OPENAI_MODELS)]
+
+
+def available_models() -> list[str]:
+    """Return the models whose weights OpenAI published, in the spelling of its package."""
+    theirs = {ours: name for name, ours in _OPENAI_SPELLINGS.items()}
+    return [theirs.get(name, name) for name in OPENAI_MODELS]
 
 
 def find_model(name: str) -> ModelConfig:
@@ -344,14 +500,16 @@ def find_model(name: str) -> ModelConfig:
         raise UnknownModelError(
             f"a model's name is a string, got {name!r}; create_model_from_pretrained(None, path) reads it off the weights"
         )
-    base = name.removesuffix(QUICK_GELU_SUFFIX)
-    if base not in MODELS:
+    if name in _ADDED:
+        return _ADDED[name]
+    if (config := _built_in(name)) is None:
+        if name in _REFUSED:
+            raise UnknownModelError(_REFUSED[name])
         known = [*list_models(), *OPENAI_NAMES]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "see clipcore.list_models()"
         raise UnknownModelError(f"unknown model {name!r}; {hint}")
-    config = MODELS[base]
-    return dataclasses.replace(config, quick_gelu=True) if name != base else config
+    return config
 
 
 def get_model_config(name: str) -> dict[str, Any]:

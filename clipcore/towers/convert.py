@@ -70,12 +70,7 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if any(key.startswith("text_model.") for key in state):
         return from_hf(state)
-    found = {
-        key.removeprefix("text.")
-        if key.removeprefix("text.").startswith(TEXT_PARTS)
-        else key: value
-        for key, value in state.items()
-    }
+    found = without_text_prefix(state)
     if "logit_scale" not in found or "token_embedding.weight" not in found:
         first = ", ".join(list(state)[:3])
         raise ConversionError(
@@ -89,6 +84,16 @@ def to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if scalar in found and found[scalar].ndim:
             found[scalar] = found[scalar].reshape(())
     return found
+
+
+def without_text_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with the names of the text tower's parts as in ``CLIP``, without ``CustomTextCLIP``'s prefix."""
+    return {
+        key.removeprefix("text.")
+        if key.removeprefix("text.").startswith(TEXT_PARTS)
+        else key: value
+        for key, value in state.items()
+    }
 
 
 def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

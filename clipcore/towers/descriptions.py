@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcore.data.transforms import RESIZE_MODES
+from clipcore.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from clipcore.files import read_regular
 from clipcore.towers.architectures import (
     MAX_SIZE,
@@ -38,8 +38,8 @@ class Description:
 
     Attributes:
         config: its architecture.
-        images: its preprocessing, as arguments of ``ImageTransform``: ``mean``, ``std`` and ``resize_mode``, if the file
-            states them.
+        images: its preprocessing, as arguments of ``ImageTransform``: ``mean``, ``std``, ``resize_mode``,
+            ``interpolation`` and ``fill_color``, if the file states them.
         origin: the file.
     """
 
@@ -221,6 +221,14 @@ def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
 
 # --- Images ---
 
+# Keys of open_clip and of runs that become arguments as they are, with their values.
+_STATED: dict[str, tuple[Any, ...]] = {
+    "interpolation": INTERPOLATIONS,
+    "resize_mode": RESIZE_MODES,
+}
+# transformers' numbers, which are Pillow's.
+_HF_BILINEAR, _HF_BICUBIC = 2, 3
+
 
 def open_clip_images(
     images: Mapping[str, Any], config: ModelConfig, origin: Path
@@ -234,10 +242,8 @@ def open_clip_images(
     allowed: dict[str, tuple[Any, ...]] = {
         "size": (size, [size, size]),
         "mode": ("RGB",),
-        "interpolation": ("bicubic",),
-        "resize_mode": RESIZE_MODES,
+        **_STATED,
     }
-    # The colour of padding, which none of the modes above adds.
     _refuse_others(images, allowed, {"mean", "std", "fill_color"}, origin)
     return _arguments(images, origin)
 
@@ -254,7 +260,7 @@ def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> d
     allowed: dict[str, tuple[Any, ...]] = {
         "do_resize": (True,),
         "size": (size, {"shortest_edge": size}, square),
-        "resample": (3,),
+        "resample": (_HF_BICUBIC, _HF_BILINEAR),
         "do_center_crop": (True, False) if is_squashed else (True,),
         "crop_size": (size, square),
         "do_rescale": (True,),
@@ -268,6 +274,8 @@ def hf_images(images: Mapping[str, Any], config: ModelConfig, origin: Path) -> d
         )
     _refuse_others(images, allowed, None, origin)
     given = _normalization(images, "image_mean", "image_std", origin)
+    if images.get("resample") == _HF_BILINEAR:
+        given["interpolation"] = "bilinear"
     return {**given, "resize_mode": "squash"} if is_squashed else given
 
 
@@ -282,15 +290,21 @@ def recorded_images(identity: Mapping[str, Any], origin: Path) -> dict[str, Any]
         ConversionError: see ``open_clip_images``.
     """
     images = _object(identity.get("images", {}), origin)
-    _refuse_others(images, {"resize_mode": RESIZE_MODES}, {"mean", "std"}, origin)
+    _refuse_others(images, _STATED, {"mean", "std", "fill_color"}, origin)
     return _arguments(images, origin)
 
 
 def _arguments(images: Mapping[str, Any], origin: Path) -> dict[str, Any]:
-    """Return those of ``mean``, ``std`` and ``resize_mode`` that are stated, by these names."""
+    """Return the arguments of ``ImageTransform`` that are stated, by their names."""
     given = _normalization(images, "mean", "std", origin)
-    if "resize_mode" in images:
-        given["resize_mode"] = images["resize_mode"]
+    given |= {key: images[key] for key in _STATED if key in images}
+    if "fill_color" in images:
+        color = images["fill_color"]
+        if type(color) is not int or not 0 <= color <= 255:
+            raise ConversionError(
+                f"{origin}: fill_color is {shortened(color)}; clipcore's preprocessing has a whole number from 0 to 255"
+            )
+        given["fill_color"] = color
     return given
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.intermediates import Indices, check_format, taken_blocks
 from clipcore.towers.modules import check_images, freeze, is_hooked
 
 
@@ -153,7 +155,9 @@ class ModifiedResNet(nn.Module):
     """Images [B, 3, S, S] to features [B, E]; S is a multiple of 32.
 
     Attributes:
+        image_size: (S, S), as in open_clip.
         image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
+        preprocess_cfg: open_clip's dict of the whole preprocessing, which ``CLIP.set_images`` sets.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
@@ -161,9 +165,10 @@ class ModifiedResNet(nn.Module):
         assert not isinstance(config.layers, int)
         if config.image_size % 32:
             raise ValueError(f"a ResNet's image size is a multiple of 32, got {config.image_size}")
-        self.image_size = config.image_size
+        self.image_size = (config.image_size, config.image_size)
         self.image_mean: Sequence[float] = OPENAI_MEAN
         self.image_std: Sequence[float] = OPENAI_STD
+        self.preprocess_cfg: dict[str, Any] = {}
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = BatchNorm2d(width // 2)
@@ -198,17 +203,53 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor, projected: bool = True) -> Tensor:
         """Return features [B, E] of images: the attention pool's output; the paper's probes use it too (``projected``)."""
-        check_images(images, self.image_size)
+        x = self._stem(images)
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return self.attnpool(x)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        check_images(images, self.image_size[0])
         if images.dtype == torch.uint8:
             images = normalize_images(images, self.image_mean, self.image_std)
         # Channels last, which every layer preserves: faster for convolutions, and the attention pool's own layout.
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
-        for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
-        return self.attnpool(x)
+        return self.avgpool(self.relu(self.bn3(self.conv3(x))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of the stem and the four stages; see ``CLIP.forward_intermediates``, whose arguments these are.
+
+        There is nothing to normalise and no extra token.
+
+        Raises:
+            ValueError: ``stop_early`` leaves out the stage that the features need.
+        """
+        check_format(output_fmt, ("NCHW",))
+        taken = taken_blocks(5, indices)
+        if stop_early and not intermediates_only and taken[-1] < 4:
+            raise ValueError(
+                "stop_early leaves out stages that the features need: give intermediates_only=True too"
+            )
+        found = []
+        for i in range(taken[-1] + 1 if stop_early else 5):
+            x = self._stem(x) if i == 0 else getattr(self, f"layer{i}")(x)
+            if i in taken:
+                found.append(x)
+        output: dict[str, Any] = {"image_intermediates": found}
+        if not intermediates_only:
+            output["image_features"] = self.attnpool(x)
+        return output
 
     def project(self, pooled_BE: Tensor) -> Tensor:
         """Return features that can be compared with texts; a ResNet has no projection, so they are the same ones."""

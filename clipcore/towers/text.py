@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clipcore.data.packing import PackedText, check_token_rows
 from clipcore.towers.architectures import TextConfig
+from clipcore.towers.intermediates import Indices, run_blocks
 from clipcore.towers.modules import (
     LayerNorm,
     ResidualAttentionBlock,
@@ -94,6 +95,38 @@ class TextTower(nn.Module):
             pooled_BD = read_pooled(self.transformer, x_RLD, end_B)
         features_BE = self.ln_final(pooled_BD) @ self.text_projection
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
+
+    def text_intermediates(
+        self, text_BL: Tensor, indices: Indices = None, normalize_intermediates: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the outputs of single blocks at every token, [B, L, D], and the features of the captions, [B, E].
+
+        Args:
+            text_BL: ids with L at most the context length.
+            indices: see ``CLIP.forward_intermediates``.
+            normalize_intermediates: apply the last LayerNorm to the outputs.
+
+        Raises:
+            ValueError: rows are too long, or captions are packed.
+        """
+        if isinstance(text_BL, PackedText):
+            raise ValueError("forward_intermediates takes token rows [B, L], not packed captions")
+        check_token_rows(text_BL)
+        if text_BL.ndim != 2 or not 1 <= text_BL.shape[1] <= self.context_length:
+            raise ValueError(
+                f"the model takes token rows [B, L] with L from 1 to {self.context_length}, got {tuple(text_BL.shape)}; "
+                f"tokenize with context_length={self.context_length}"
+            )
+        self._check_ids(text_BL)
+        dtype = compute_dtype(self.text_projection)
+        x_BLD = self.token_embedding(text_BL).to(dtype)
+        x_BLD = x_BLD + self.positional_embedding[: text_BL.shape[1]].to(dtype)
+        x_BLD, found = run_blocks(self.transformer, x_BLD, indices)
+        if normalize_intermediates:
+            found = [self.ln_final(y_BLD) for y_BLD in found]
+        rows_B = torch.arange(len(x_BLD), device=x_BLD.device)
+        pooled_BD = self.ln_final(x_BLD[rows_B, text_BL.argmax(-1)])
+        return found, pooled_BD @ self.text_projection
 
     def _check_ids(self, text_BL: Tensor) -> None:
         """Raise ValueError for ids that the embedding does not have, on the CPU; a GPU would have to synchronise."""

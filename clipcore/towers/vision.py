@@ -7,6 +7,7 @@ size. Source: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from clipcore.kernels.embed_layer_norm import embed_layer_norm
 from clipcore.kernels.launch import is_portable
 from clipcore.kernels.patchify import patchify
 from clipcore.towers.architectures import VisionConfig
+from clipcore.towers.intermediates import Indices, check_format, run_blocks
 from clipcore.towers.modules import (
     LayerNorm,
     Transformer,
@@ -33,16 +35,20 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         patch_dropout: share of patches dropped in training, 0 to below 1.
+        image_size: (S, S), as in open_clip.
         image_mean, image_std: per channel of pixels in [0, 1]; uint8 images are normalised with them.
+        preprocess_cfg: open_clip's dict of the whole preprocessing, which ``CLIP.set_images`` sets.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         assert isinstance(config.layers, int) and config.patch_size is not None
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.image_size = (config.image_size, config.image_size)
+        self.patch_size = config.patch_size
         self.patch_dropout = config.patch_dropout
         self.image_mean: Sequence[float] = OPENAI_MEAN
         self.image_std: Sequence[float] = OPENAI_STD
+        self.preprocess_cfg: dict[str, Any] = {}
         self.grid = config.image_size // config.patch_size
         if self.grid < 1:
             raise ValueError(
@@ -74,7 +80,7 @@ class VisionTransformer(nn.Module):
                 None draws from torch's generator.
             projected: False returns the features before the projection, [B, D].
         """
-        check_images(images, self.image_size)
+        check_images(images, self.image_size[0])
         x_BLD = self._drop_patches(self._embed(images), dropout_seeds)
         pooled_BD = self.ln_post(read_pooled(self.transformer, x_BLD))
         return self.project(pooled_BD) if projected else pooled_BD
@@ -82,6 +88,40 @@ class VisionTransformer(nn.Module):
     def project(self, pooled_BD: Tensor) -> Tensor:
         """Return the features [B, E] that can be compared with texts, given those before the projection [B, D]."""
         return pooled_BD @ self.proj
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of single blocks; see ``CLIP.forward_intermediates``, whose arguments these are.
+
+        Args:
+            x: images, as for ``forward``.
+        """
+        check_format(output_fmt, ("NCHW", "NLC"))
+        if self.training and self.patch_dropout:
+            raise ValueError(
+                "patch dropout leaves no map of patches: use the model in evaluation mode, model.eval()"
+            )
+        check_images(x, self.image_size[0])
+        x_BLD, found = run_blocks(self.transformer, self._embed(x), indices, stop_early)
+        if normalize_intermediates:
+            found = [self.ln_post(y_BLD) for y_BLD in found]
+        maps = [y_BLD[:, 1:] for y_BLD in found]
+        if output_fmt == "NCHW":
+            maps = [y_BPD.mT.unflatten(-1, (self.grid, self.grid)).contiguous() for y_BPD in maps]
+        output: dict[str, Any] = {"image_intermediates": maps}
+        if output_extra_tokens:
+            output["image_intermediates_prefix"] = [y_BLD[:, :1] for y_BLD in found]
+        if not intermediates_only:
+            output["image_features"] = self.project(self.ln_post(x_BLD[:, 0]))
+        return output
 
     def _embed(self, images: Tensor) -> Tensor:
         """Return normalised tokens [B, L, D]: the class token, then the patches row by row, with their positions."""

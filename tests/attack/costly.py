@@ -47,7 +47,7 @@ from clipcore.run.metrics import METRICS_FILE, read_metrics
 from clipcore.tokenizer import Tokenizer, VocabularyError
 from clipcore.tokenizer import main as tokenizer_main
 from clipcore.towers.convert import ConversionError
-from clipcore.towers.model import create_model_from_pretrained
+from clipcore.towers.factory import create_model_from_pretrained
 
 # What a case may take: seconds of the processor, and bytes beside what is in use, some of which any process needs.
 MOST_SECONDS = 1.0

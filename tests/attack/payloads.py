@@ -29,7 +29,7 @@ from clipcore import classify, train
 from clipcore.data import prepare
 from clipcore.run.profile import PROFILE_FOLDER, TABLE
 from clipcore.tokenizer import main as tokenizer_main
-from clipcore.towers.model import create_model_from_pretrained
+from clipcore.towers.factory import create_model_from_pretrained
 
 # The name of a file, in the folder in which a case runs, that code of a payload would make.
 CANARY = "canary"

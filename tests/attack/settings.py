@@ -40,7 +40,8 @@ from clipcore.run.state import load_run
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config
-from clipcore.towers.model import CLIP, create_model, create_model_from_pretrained
+from clipcore.towers.factory import create_model, create_model_from_pretrained
+from clipcore.towers.model import CLIP
 
 # Of a process of the attack: three times what it has when everything is imported.
 MOST_BYTES = 4 << 30
@@ -627,7 +628,7 @@ def sign(path: Path) -> None:
 
 def works(model: CLIP) -> str:
     """Return that a model gives features; of one with many positions nothing is computed."""
-    config, size = model.config, model.visual.image_size
+    config, size = model.config, model.config.vision.image_size
     if (size // (config.vision.patch_size or 32)) ** 2 > 4096 or config.text.context_length > 4096:
         return "a large model is taken"
     with torch.inference_mode():
