@@ -7,10 +7,12 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from openclip import import_open_clip
+from PIL import Image
 from torch import Tensor
 from weight_files import hub_folder
 
@@ -101,7 +103,8 @@ def test_a_model_with_its_own_vocabulary_goes_to_other_packages(
     if target != "onnx":
         loaded = load_model(pretrained=str(out))
         assert loaded.tokenizer.sha256 == tokenizer.sha256
-        assert loaded.model.config == model.config and loaded.model.images == model.images
+        assert loaded.model.config == model.config
+        assert {name: loaded.model.images[name] for name in model.images} == model.images
         for own, read in zip(features(model), features(loaded.model), strict=True):
             assert torch.equal(own, read)
 
@@ -232,6 +235,35 @@ def test_other_refusals_name_what_to_do(
     )
     assert "not an empty folder" in capsys.readouterr().err
     assert left_in(tmp_path / "taken") == ["file"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+        {"resize_mode": "longest", "fill_color": 127},
+    ],
+    ids=["bilinear", "longest"],
+)
+def test_preprocessing_is_kept_or_refused(images: dict[str, Any], tmp_path: Path) -> None:
+    model = drawn(OPENAI)
+    model.set_images(images)
+    export_model(model, get_tokenizer(), "open_clip", tmp_path / "open_clip")
+    theirs = import_open_clip().create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    ours = load_model(pretrained=str(tmp_path / "open_clip"))
+    assert torch.equal(ours.transform(picture), theirs[2](picture))
+
+    with pytest.raises(ValueError, match="its preprocessing has another"):
+        export_model(model, get_tokenizer(), "openai", tmp_path / "openai")
+    if "resize_mode" in images:
+        with pytest.raises(ValueError, match="does not pad"):
+            export_model(model, get_tokenizer(), "transformers", tmp_path / "transformers")
+    else:
+        export_model(model, get_tokenizer(), "transformers", tmp_path / "transformers")
+        read = load_model(pretrained=str(tmp_path / "transformers")).model.images
+        assert {name: read[name] for name in images} == images
+    assert "openai" not in left_in(tmp_path)
 
 
 @pytest.mark.parametrize("target", ["open_clip", "transformers", "openai"])

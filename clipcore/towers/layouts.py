@@ -66,8 +66,9 @@ def open_clip_preprocessing(model: Described) -> dict[str, Any]:
         "mode": "RGB",
         "mean": list(images.get("mean", OPENAI_MEAN)),
         "std": list(images.get("std", OPENAI_STD)),
-        "interpolation": "bicubic",
+        "interpolation": images.get("interpolation", "bicubic"),
         "resize_mode": images.get("resize_mode", "shortest"),
+        "fill_color": images.get("fill_color", 0),
     }
 
 
@@ -75,7 +76,7 @@ def write_transformers(model: Described, folder: Path) -> None:
     """Write the folder of transformers' ``CLIPModel.from_pretrained(FOLDER)`` and its image processor.
 
     Raises:
-        ConversionError: a ResNet, or a model with a logit bias, which transformers' CLIP does not have.
+        ConversionError: a ResNet, a logit bias or padded images, which transformers' CLIP does not have.
     """
     if model.logit_bias is not None:
         raise ConversionError(
@@ -88,8 +89,16 @@ def write_transformers(model: Described, folder: Path) -> None:
 
 
 def hf_preprocessing(model: Described) -> dict[str, Any]:
-    """Return a model's preprocessing as transformers' preprocessor_config.json."""
+    """Return a model's preprocessing as transformers' preprocessor_config.json.
+
+    Raises:
+        ConversionError: it pads, which transformers' CLIP does not.
+    """
     size, images = model.config.vision.image_size, model.images
+    if images.get("resize_mode") == "longest":
+        raise ConversionError(
+            "transformers' CLIPImageProcessor does not pad, which resize_mode longest does; export the model to open_clip"
+        )
     square = {"height": size, "width": size}
     is_squashed = images.get("resize_mode") == "squash"
     return {
@@ -98,7 +107,7 @@ def hf_preprocessing(model: Described) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if is_squashed else {"shortest_edge": size},
-        "resample": 3,
+        "resample": 2 if images.get("interpolation") == "bilinear" else 3,
         "do_center_crop": not is_squashed,
         "crop_size": square,
         "do_rescale": True,
@@ -146,7 +155,13 @@ def openai_differences(model: Described) -> list[str]:
     ratios = [text.mlp_ratio] + ([] if vision.is_resnet else [vision.mlp_ratio])
     if any(ratio != 4 for ratio in ratios):
         found.append("its MLPs are not four times as wide as its towers")
-    usual = {"mean": OPENAI_MEAN, "std": OPENAI_STD, "resize_mode": "shortest"}
+    usual = {
+        "mean": OPENAI_MEAN,
+        "std": OPENAI_STD,
+        "resize_mode": "shortest",
+        "interpolation": "bicubic",
+        "fill_color": 0,
+    }
     if others := [name for name, value in model.images.items() if value != usual.get(name)]:
         found.append(f"its preprocessing has another {' and '.join(others)}")
     return found
