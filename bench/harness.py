@@ -335,6 +335,22 @@ def record_computed(
     print(f"computed: {op} {case}: {took}{num_bytes / 1e6:.1f} MB", flush=True)
 
 
+def record_counted(
+    op: str, provider: str, figures: dict[str, Any], assumptions: str, **case: Any
+) -> None:
+    """Append and print a row of counts, which are the same on every machine.
+
+    Args:
+        figures: with keys of `COUNTS`.
+        case: see `record_measured`.
+    """
+    assert figures.keys() <= COUNTS
+    row = {"op": op, "provider": provider, **case, "computed": True, **figures}
+    _append("computed", {**row, "assumptions": assumptions, **_versions()})
+    found = ", ".join(f"{name} {value}" for name, value in figures.items())
+    print(f"counted: {provider} {case}: {found}", flush=True)
+
+
 def _append(name: str, row: dict[str, Any]) -> None:
     """Append a row to the results, or to the caller's folder: bench/gpu.sh adds its own to the results by `merge`."""
     folder = Path(os.environ.get("BENCH_ROWS") or RESULTS)
@@ -387,7 +403,7 @@ def newest_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             found, key = newest, (row["op"], row.get("device", ""), json.dumps(_case(row)))
             if row.get("computed"):
                 found = computed
-            else:
+            if "provider" in row:
                 key += (row["provider"],)
             # Figures with failing tests are shown only if there are no others.
             if row.get("tests") != "red" or found.get(key, row).get("tests") == "red":
@@ -404,8 +420,12 @@ def results_page() -> str:
         "",
     ]
     rows, computed = newest_rows()
+    counted = [row for row in computed if row.keys() & COUNTS]
+    computed = [row for row in computed if not row.keys() & COUNTS]
     for (op, device), group in itertools.groupby(rows, lambda row: (row["op"], row["device"])):
         lines += [f"## {op} on {device}", "", *table(list(group)), ""]
+    if counted:
+        lines += ["## counted, not measured", "", *table(counted, COUNTED_COLUMNS), ""]
     if computed:
         lines += ["## computed, not measured", "", *table(computed, COMPUTED_COLUMNS)]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -509,6 +529,38 @@ COMPUTED_COLUMNS: Columns = {
     "assumptions": _number("assumptions"),
     "commit": _at,
 }
+# Parts of a step whose launches are counted.
+PARTS = ("forward", "loss", "backward", "update")
+
+
+def _a_pair(unit: float, *names: str) -> Callable[[dict[str, Any]], str]:
+    """Return how to show a step's sum of some counts for one pair, in a unit."""
+    return lambda row: f"{sum(row[name] for name in names) / row['pairs'] / unit:.2f}"
+
+
+def _launches(row: dict[str, Any]) -> str:
+    return str(sum(row[f"launches_{part}"] for part in PARTS))
+
+
+# Of a step whose operators are counted.
+COUNTED_COLUMNS: Columns = {
+    "case": case_in_words,
+    "provider": lambda row: row["provider"],
+    "GFLOP a pair, forward": _a_pair(1e9, "flops_forward"),
+    "backward": _a_pair(1e9, "flops_backward"),
+    "of the needed": lambda row: f"{row['flops_over_needed']:.3f}",
+    "MB saved a pair": _a_pair(1e6, "saved_bytes"),
+    "bytes saved a token and image layer, over its width": _count("image_saved"),
+    "text layer": _count("text_saved"),
+    **{f"launches, {part}": _count(f"launches_{part}") for part in PARTS},
+    "all": _launches,
+    "copies to the GPU": _count("copies"),
+    "MB a pair": _a_pair(1e6, "copied_bytes"),
+    "waits": _count("waits"),
+    "of a logged step": _count("logged_waits"),
+    "torch": _count("torch"),
+    "commit": _at,
+}
 # A provider's results beside its time: errors relative to float64, whether three runs gave the same bits, the
 # milliseconds of a step's parts, the plan of a step, bytes that a rank has sent.
 ERRORS = {"loss_error", "gradient_error", "scale_error"}
@@ -521,38 +573,47 @@ FIGURES |= {"micro_batch_size", "kept", "page_faults", "cpu_s", "finite"}
 FIGURES |= {"iterations", "excess", "tolerance", "accuracy"}
 # Of an evaluation: its time, and the encoder's share of it.
 FIGURES |= {"seconds", "encoder_share"}
+# Of a step, counted by operator: sums of the step, except for what a token saves in a layer, over the width.
+COUNTS = {"flops_forward", "flops_backward", "flops_over_needed", "copies", "copied_bytes"}
+COUNTS |= {"saved_bytes", "image_saved", "text_saved", "waits", "logged_waits"}
+COUNTS |= {f"launches_{part}" for part in PARTS}
 _FOUND = EXTRAS | FIGURES
-_MEASURED = _FOUND | {
-    "op",
-    "provider",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "tflops",
-    "gb_per_s",
-    "pairs_per_s",
-    "ceiling_tflops",
-    "computed",
-    "time_ms",
-    "bytes_moved",
-    "assumptions",
-    "device",
-    "torch",
-    "triton",
-    "tests",
-    "commit",
-    "dirty",
-    "date",
-}
+_MEASURED = (
+    _FOUND
+    | COUNTS
+    | {
+        "op",
+        "provider",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "tflops",
+        "gb_per_s",
+        "pairs_per_s",
+        "ceiling_tflops",
+        "computed",
+        "time_ms",
+        "bytes_moved",
+        "assumptions",
+        "device",
+        "torch",
+        "triton",
+        "tests",
+        "commit",
+        "dirty",
+        "date",
+    }
+)
 
 
 def _case(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in _MEASURED}
 
 
-# README's tables, each between two comments: pairs a second of these operations.
+# README's tables, each between two comments: pairs a second of these operations, and counts of a step of these models.
 README = ROOT / "README.md"
 README_TABLES = ("training step", "loader")
+README_MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50")
 
 
 def by_provider(rows: list[dict[str, Any]]) -> list[str]:
@@ -568,21 +629,58 @@ def by_provider(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def counts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return lines of Markdown: a row for each model, and in each cell clipcore's count and open_clip's."""
+    shown: Columns = {
+        "GFLOP a pair": _a_pair(1e9, "flops_forward", "flops_backward"),
+        "MB saved a pair": COUNTED_COLUMNS["MB saved a pair"],
+        "launches": _launches,
+        "MB copied to the GPU a pair": COUNTED_COLUMNS["MB a pair"],
+        "waits of the host": _count("waits"),
+        "commit": _at,
+    }
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["model"] in README_MODELS and _case(row).keys() == {"model", "pairs"}:
+            by_case.setdefault(case_in_words(row), []).append(row)
+    lines = [
+        "| clipcore / open_clip | " + " | ".join(shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    for case, group in by_case.items():
+        group.sort(key=lambda row: row["provider"])
+        cells = (" / ".join(dict.fromkeys(map(show, group))) for show in shown.values())
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def readme(text: str) -> str:
     """Return README with its tables made anew from the newest rows."""
-    rows, _ = newest_rows()
+    rows, computed = newest_rows()
+    tables: dict[str, list[str]] = {}
     for op in README_TABLES:
+        tables[op] = []
+        for device, group in itertools.groupby(
+            (row for row in rows if row["op"] == op), lambda row: row["device"]
+        ):
+            tables[op] += [f"{op.capitalize()} on {device}:", "", *by_provider(list(group)), ""]
+    tables["counts of a step"] = [*counts([row for row in computed if row.keys() & COUNTS]), ""]
+
+    for op, lines in tables.items():
         begin, end = f"<!-- rows: {op} -->\n", "<!-- end of rows -->"
         if begin not in text:
             continue
         before, rest = text.split(begin)
-        lines = []
-        for device, group in itertools.groupby(
-            (row for row in rows if row["op"] == op), lambda row: row["device"]
-        ):
-            lines += [f"{op.capitalize()} on {device}:", "", *by_provider(list(group)), ""]
         text = before + begin + "\n".join(["", *lines, ""]) + end + rest.split(end, 1)[1]
     return text
+
+
+def write_pages() -> None:
+    """Write RESULTS.md and README's tables from the rows, unless these go to the caller's folder."""
+    if os.environ.get("BENCH_ROWS"):
+        return
+    (RESULTS / "RESULTS.md").write_text(results_page())
+    README.write_text(readme(README.read_text()))
 
 
 def merge(paths: Sequence[Path]) -> None:
@@ -598,6 +696,5 @@ def merge(paths: Sequence[Path]) -> None:
 
 if __name__ == "__main__":
     merge([Path(name) for name in sys.argv[1:]])
-    (RESULTS / "RESULTS.md").write_text(results_page())
-    README.write_text(readme(README.read_text()))
+    write_pages()
     print(RESULTS / "RESULTS.md")

@@ -84,6 +84,29 @@ def test_rows_without_a_time_show_what_they_count(results: Path) -> None:
     assert "5.0" in page and "a formula" in page
 
 
+def test_counts_have_a_table_of_their_own_and_both_packages_share_a_cell(results: Path) -> None:
+    figures: dict[str, Any] = dict.fromkeys(harness.COUNTS, 2) | {"flops_over_needed": 1.0144}
+    for provider, flops in (("clipcore", 5e9), ("open_clip", 3e9), ("clipcore", 7e9)):
+        figures["flops_forward"] = flops
+        case = {"model": "ViT-B-32", "pairs": 2}
+        harness.record_counted("counts of a step", provider, figures, "a rule", **case)
+    harness.record_counted("counts of a step", "clipcore", figures, "a rule", **case, micro_batch=1)
+    harness.record_computed("memory", None, 5 * 2**20, "a formula", N=10)
+
+    before, after = harness.results_page().split("## computed, not measured")
+    rows = [line for line in before.splitlines() if line.startswith("| model")]
+    assert [line.split(" | ")[1:5] for line in rows] == [
+        ["clipcore", "3.50", "0.00", "1.014"],
+        ["open_clip", "1.50", "0.00", "1.014"],
+        ["clipcore", "3.50", "0.00", "1.014"],
+    ]
+    assert "a formula" in after and "ViT" not in after
+
+    marks = "<!-- rows: counts of a step -->\n", "<!-- end of rows -->\n"
+    (line,) = [x for x in harness.readme("".join(marks)).splitlines() if x.startswith("| model")]
+    assert line == "| model ViT-B-32, pairs 2 | 3.50 / 1.50 | 0.00 | 8 | 0.00 | 2 | abc1234 |"
+
+
 def test_a_provider_that_fails_costs_no_other_its_row(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
