@@ -335,6 +335,11 @@ def test_open_clips_keys_of_a_model_replace_the_architectures() -> None:
     assert clipcore.create_model(NAME, vision_cfg=no_patch).config.vision.patch_size == 16
     with pytest.raises(ValueError, match="timm_model_name, which clipcore's towers do not have"):
         clipcore.create_model(NAME, vision_cfg={"timm_model_name": "resnet18"})
+    square = {**vision, "image_size": [48, 48]}
+    assert clipcore.create_model(NAME, vision_cfg=square).config.vision.image_size == 48
+    for size in ([48, 32], [48], [[48], [48]], [{}, {}], []):
+        with pytest.raises(ValueError, match=r"image_size is .*, not a whole number"):
+            clipcore.create_model(NAME, vision_cfg={**vision, "image_size": size})
 
 
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
@@ -434,7 +439,7 @@ def test_image_transform_takes_open_clips_augmentation() -> None:
     assert clipcore.image_transform(32, False, mean=0.5, std=0.25).mean == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match=r"square, got \(32, 48\)"):
         clipcore.image_transform((32, 48), False)
-    for size in ("224", 0, 1.5, None):
+    for size in ("224", 0, 1.5, None, ([32], [32])):
         with pytest.raises(ValueError, match="side of the images is a number of pixels"):
             clipcore.image_transform(size, False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scale is a pair such as \(0.9, 1.0\), got 0.5"):

@@ -400,7 +400,7 @@ def image_transform(
 def square_side(image_size: int | Sequence[int]) -> int:
     """Return the side of a square image, given it or (side, side); raise ValueError if it is not square."""
     if isinstance(image_size, Sequence) and not isinstance(image_size, str):
-        if len(set(image_size)) != 1 or len(image_size) > 2:
+        if len(image_size) not in (1, 2) or image_size[0] != image_size[-1]:
             raise ValueError(f"the models' images are square, got {tuple(image_size)}")
         image_size = image_size[0]
     return image_size

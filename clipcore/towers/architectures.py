@@ -246,7 +246,8 @@ class ModelConfig:
         text = _without_absent("text_cfg", config["text_cfg"])
         if isinstance(vision.get("layers"), list):
             vision["layers"] = tuple(vision["layers"])
-        if isinstance(size := vision.get("image_size"), list | tuple) and len(set(size)) == 1:
+        size = vision.get("image_size")
+        if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
             vision["image_size"] = size[0]
         is_resnet = isinstance(vision.get("layers"), tuple)
         vision.setdefault("patch_size", None if is_resnet else _OPEN_CLIP_PATCH_SIZE)
