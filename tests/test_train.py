@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ import torch
 from PIL import Image
 from runs import (
     NANO,
+    PROGRAMS,
+    ROOT,
     assert_same_bits,
     final_state,
     wait_until,
@@ -130,6 +135,40 @@ def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkey
     assert said[-1].startswith(
         "clipcore.train: stopped: --verify-gradients: the gradients of 8 pairs"
     )
+
+
+def test_a_run_sums_in_float32_and_an_import_or_a_model_changes_no_setting(table, tmp_path):
+    program = [sys.executable, str(PROGRAMS / "print_precision.py")]
+    line = flags(tmp_path, "r", table, epochs=1, threads=1)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*program, *line], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"bf16 sums')]
+    before, made, after = said
+    assert (
+        before
+        == made
+        == {
+            "bf16 sums": True,
+            "fp16 sums": True,
+            "fp16 accumulation": True,
+            "matmul": "high",
+            "cudnn": True,
+            "convolutions": "tf32",
+            "products": "tf32",
+            "deterministic": False,
+        }
+    )
+    assert after == {
+        "bf16 sums": False,
+        "fp16 sums": False,
+        "fp16 accumulation": False,
+        "matmul": "highest",
+        "cudnn": False,
+        "convolutions": "none",  # which is no rounding
+        "products": "ieee",
+        "deterministic": True,
+    }
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):
