@@ -26,6 +26,7 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
+from torch.overrides import TorchFunctionMode
 
 from clipcore import train
 from clipcore.checkpoint import latest_checkpoint
@@ -169,6 +170,36 @@ def test_a_run_sums_in_float32_and_an_import_or_a_model_changes_no_setting(table
         "products": "ieee",
         "deterministic": True,
     }
+
+
+class Reads(TorchFunctionMode):
+    """Counts the numbers of tensors that the training loop itself asks for, for which the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        caller = sys._getframe(1).f_code.co_filename
+        if (
+            name in ("item", "tolist", "__bool__", "__float__", "__int__")
+            and caller == train.__file__
+        ):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_twice_a_step(table, tmp_path, monkeypatch):
+    """For loss and gradient norm before the update, and for the logit scale after it."""
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    with Reads() as reads:
+        assert train.main(flags(tmp_path, "r", table, epochs=2, threads=1)) == 0
+    assert reads.names == ["tolist", "item"] * 10
+    steps, _ = read_metrics(tmp_path / "r")
+    assert len(steps) == 10
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):
