@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -344,8 +345,10 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             clock.charge("backward")
 
             # Agree: one small all-reduce, so that every rank decides alike to update, to stop, to save.
+            # In one transfer, since the host waits for the device here; a float64 holds both numbers exactly.
+            loss, norm = torch.stack([output.loss.double(), grad_norm.double()]).tolist()
             # A gradient that overflows under a loss scaler is no fault: the scaler leaves the update out.
-            is_finite = output.loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
+            is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
             is_late = minutes_passed(saved_at, config.save_every_minutes)
             (
                 mean_loss,
@@ -357,8 +360,8 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 num_late,
             ) = all_reduce_sum(
                 [
-                    output.loss.item() / world.world_size,  # the host waits for the device here
-                    float(not is_finite),
+                    loss / world.world_size,
+                    not is_finite,
                     len(batch.bad),
                     batch.num_transparent,
                     interrupt.signal_number > 0,
@@ -392,12 +395,12 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 "epoch": round(state.step / steps_per_epoch, 4),
                 "loss": mean_loss,
                 "lr": lr,
-                "logit_scale": model.logit_scale.exp().item(),
-                "grad_norm": grad_norm.item(),
+                "logit_scale": model.logit_scale.exp().item(),  # of the updated model: the host waits again
+                "grad_norm": norm,
                 "bad_samples": state.bad_samples,
             }
             log.step(row, num_pairs=config.global_batch_size, every=config.log_every_n_steps)
-            if note := watch.see(state.step, mean_loss, row["grad_norm"]):
+            if note := watch.see(state.step, mean_loss, norm):
                 log.print(note)
             del batch, output  # which may be large, before the next are there
             if note := profiled.end_step():

@@ -62,7 +62,7 @@ def test_members_are_those_of_the_standard_library(tmp_path, tar_format):
             archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
     with tarfile.open(path) as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
-    assert [tuple(member) for member in scan_members(str(path))] == expected
+    assert [tuple(member)[:3] for member in scan_members(str(path))] == expected
     assert [name for name, _, _ in expected] == names
 
 

@@ -125,7 +125,7 @@ def test_every_command_ends_so(command, error, status, monkeypatch, capfd):
     module, function, line = COMMANDS[command]
     command_module = importlib.import_module(module)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(command_module, function, fail)
@@ -138,7 +138,7 @@ def test_ctrl_c_is_no_traceback(command, monkeypatch, capfd):
     module, function, line = COMMANDS[command]
     command_module = importlib.import_module(module)
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command_module, function, stop)
@@ -206,7 +206,7 @@ def test_a_place_where_the_ranks_cannot_meet_is_named(monkeypatch):
 def test_wrong_gradients_are_told_from_a_loss_that_is_not_finite(monkeypatch, capfd):
     train = importlib.import_module("clipcore.train")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise VerificationError("the gradients differ by 3")
 
     monkeypatch.setattr(train, "train", fail)

@@ -212,19 +212,46 @@ def test_features_of_another_kind_of_number_are_made_anew(tmp_path):
     assert store.num_encoded == 2 * len(LABELS)
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_convolutions_are_not_rounded_to_tf32_meanwhile(monkeypatch, before):
-    model, seen = nano(), []
+def settings_of_tf32() -> list[object]:
+    """Return what torch says of TF32 in convolutions, by both of its spellings."""
+    cudnn, said = torch.backends.cudnn, list[object]()
+    for read in (lambda: cudnn.conv.fp32_precision, lambda: cudnn.allow_tf32):
+        try:
+            said.append(read())
+        except RuntimeError:
+            said.append("mixed spellings")
+    return said
+
+
+@pytest.fixture(params=["older, on", "older, off", "newer, all", "newer, convolutions"])
+def tf32_of_user(request):
+    """Set TF32 as a user does, by one of torch's spellings."""
+    backends = torch.backends
+    if request.param.startswith("older"):
+        backends.cudnn.allow_tf32 = request.param == "older, on"
+    elif request.param == "newer, all":
+        backends.fp32_precision = "tf32"
+    else:
+        backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    for part in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        part.fp32_precision = "none"
+    for part in (backends.cudnn.conv, backends.cudnn.rnn):
+        part.fp32_precision = "tf32"
+    backends.cudnn.allow_tf32 = True
+
+
+def test_convolutions_are_not_rounded_to_tf32_meanwhile(monkeypatch, tf32_of_user):
+    model, seen, before = nano(), [], settings_of_tf32()
     encode = model.encode_image
 
     def noted(*arguments: object, **more: object) -> torch.Tensor:
-        seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
         return encode(*arguments, **more)
 
     monkeypatch.setattr(model, "encode_image", noted)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
     store_of(model, None).features(split_of("test", LABELS))
-    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 is before
+    assert set(seen) == {"ieee"} and settings_of_tf32() == before
 
 
 def test_lost_pages_of_features_are_made_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -222,14 +223,16 @@ def test_killed_in_between_and_run_again_gives_the_same_bytes(tmp_path, sign):
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert 3 <= len(finished) < 15
     noted = json.loads((out / MANIFEST).read_text())["shards"]
+    damaged = sorted(finished)[1]
+    flip(damaged, damaged.stat().st_size // 2)
     assert main([data, *flags, "--quiet", "--workers", "1"]) == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert not list(out.glob("*.tmp"))
     if sign == signal.SIGINT:
         assert noted.keys() == {path.name for path in finished}
-        for name in noted:  # not made again
+        for name in noted:  # only the damaged one is made again
             path = out / name
-            assert path.stat().st_ino == finished[path]
+            assert (path.stat().st_ino == finished[path]) == (path != damaged)
 
 
 def test_finished_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monkeypatch):
@@ -246,6 +249,215 @@ def test_finished_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monke
     assert made == ["00001.tar"] and contents(tmp_path / "out") == before
 
 
+def flip(path: Path, at: int, keep_time: bool = True) -> None:
+    """Change one byte of a file, by default without a trace in its size and time."""
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_a_shard_with_a_changed_byte_is_named_and_made_again(tmp_path, capsys, workers, kind):
+    data, out = write_shards(tmp_path / "source", 1, 20), tmp_path / "out"
+    line = [data, "--output", str(out), "--format", kind, "--size", str(SIZE), "--shard-size", "4"]
+    line += ["--workers", str(workers), "--quiet"]
+    assert main(line) == 0
+    before = contents(out)
+    capsys.readouterr()
+    # In the first header, in the middle of an image, and in the padding at the end.
+    for name, at in (("00000.tar", 3), ("00002.tar", 700), ("00003.tar", -1)):
+        flip(out / name, at)
+    assert main(line) == 0
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 3 and "12 of them now" in said.out
+    for shown, name in zip(lines, ("00000.tar", "00002.tar", "00003.tar"), strict=True):
+        assert f"{out / name} is damaged: its bytes are not those that were written" in shown
+        assert shown.endswith("it is made again")
+    assert contents(out) == before
+    assert main(line) == 0 and capsys.readouterr().err == ""
+
+
+def test_check_names_each_damaged_and_missing_shard_and_writes_nothing(tmp_path, capsys):
+    data, out = write_shards(tmp_path / "source", 1, 20), tmp_path / "out"
+    line = [data, "--output", str(out), "--size", str(SIZE), "--shard-size", "4", "--quiet"]
+    check = ["--output", str(out), "--check", "--quiet"]
+    assert main(line) == 0 and main(check) == 0
+    assert (
+        "5 shards" in (said := capsys.readouterr().out) and "all are as they were written" in said
+    )
+
+    flip(out / "00001.tar", 700)
+    (out / "00002.tar").unlink()
+    with open(out / "00003.tar", "ab") as file:
+        file.write(b"x")
+    manifest = json.loads((out / MANIFEST).read_text())
+    del manifest["shards"]["00004.tar"]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main([data, *check]) == 1
+    said = capsys.readouterr()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    size = manifest["shards"]["00003.tar"]["bytes"]
+    assert said.err == "" and said.out.splitlines() == [
+        f"{out}/00001.tar is damaged: its bytes are not those that were written",
+        f"{out}/00002.tar is missing",
+        f"{out}/00003.tar has {size + 1:,} bytes instead of {size:,}",
+        f"{out}/00004.tar is not made yet",
+        "4 of 5 shards are damaged or missing; the command that made the others, without --check, makes them again",
+    ]
+    assert main(line) == 0 and main(check) == 0
+    capsys.readouterr()
+
+    assert main(["--output", str(tmp_path), "--check"]) == 2
+    assert f"{tmp_path} has no manifest.json" in capsys.readouterr().err
+    for source in ({}, {"samples": 1 << 60}):
+        (out / MANIFEST).write_text(json.dumps({**manifest, "source": source}))
+        assert main(check) == 2
+        assert "no number of samples" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(out)])
+    assert "required: source" in capsys.readouterr().err
+
+
+def test_a_shard_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    data, out = write_shards(tmp_path / "source", 1, 8), tmp_path / "out"
+    made = prepare(data, out, settings(shard_size=4))
+    (out / "00000.tar").unlink()
+    os.mkfifo(out / "00000.tar")  # whose reading would never end
+    fault = shards.fault_of(out / "00000.tar", made.shards["00000.tar"])
+    assert fault is not None and fault.startswith("cannot be read: Not a regular file")
+
+
+def without_checksums(folder: Path) -> None:
+    """Turn prepared shards into those of an earlier version, of the same sizes."""
+    for path in folder.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        with tarfile.open(path) as archive:
+            members = archive.getmembers()
+        for member in members:
+            header = content[member.offset : member.offset + 512]
+            header[265:297] = bytes(32)
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            content[member.offset : member.offset + 512] = header
+        path.write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for report in manifest["shards"].values():
+        del report["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_shards_of_before_there_were_checksums_still_work_and_are_said_to_have_none(
+    tmp_path, capsys
+):
+    data, out = write_shards(tmp_path / "source", 1, 12), tmp_path / "out"
+    flags = ["--output", str(out), "--size", str(SIZE), "--shard-size", "4", "--quiet"]
+    line = [data, *flags, "--format", "raw", "--workers", "1"]
+    assert main(line) == 0
+    pairs = [open_source(str(out))[i] for i in range(12)]
+    without_checksums(out)
+    flip(out / "00001.tar", 900)  # which is not seen
+    (out / "00002.tar").unlink()
+    capsys.readouterr()
+    assert main(line) == 0
+    missing, note = capsys.readouterr().err.splitlines()
+    assert "00002.tar is missing; it is made again" in missing
+    assert "2 shards of an earlier version have no checksums" in note
+    assert "delete these shards and make them again" in note
+    assert main([*flags, "--check"]) == 0
+    assert "2 shards of an earlier version have no checksums" in capsys.readouterr().out
+
+    source = open_source(str(out))
+    assert [shard.checksums_2N.shape for shard in source.shards] == [(2, 0), (2, 0), (2, 4)]
+    same = [np.array_equal(source[i].image, pairs[i].image) for i in range(12)]
+    assert same == [True] * 4 + [False] + [True] * 7
+    assert [source[i].caption for i in range(12)] == [pair.caption for pair in pairs]
+
+
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_each_member_has_the_checksum_of_its_bytes_in_its_header(tmp_path, kind):
+    prepare(write_shards(tmp_path / "source", 1, 6), tmp_path / "out", settings(kind))
+    path = tmp_path / "out" / "00000.tar"
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        found = [zlib.crc32(archive.extractfile(member).read()) for member in members]
+        assert [member.uname for member in members] == [f"crc32={crc:08x}" for crc in found]
+    index = load_index(str(path))
+    assert index.checksums_2N.T.reshape(-1).tolist() == found
+    # The index that was kept says the same, and a shard of another program has none.
+    assert np.array_equal(load_index(str(path)).checksums_2N, index.checksums_2N)
+    assert load_index(str(tmp_path / "source" / "000.tar")).checksums_2N.shape == (2, 0)
+
+
+def silent_byte(image: bytes) -> int:
+    """Return the place of a byte whose change gives other pixels that decode without an error."""
+    pixels = np.asarray(decode_image(image))
+    for at in range(len(image) * 3 // 4, len(image)):
+        changed = bytearray(image)
+        changed[at] ^= 0x10
+        with contextlib.suppress(BadSample):
+            if not np.array_equal(np.asarray(decode_image(bytes(changed))), pixels):
+                return at
+    raise AssertionError("each change of a byte is an error or changes no pixel")
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_a_changed_byte_of_a_sample_is_seen_as_it_is_read(tmp_path, kind, keep_time):
+    out = tmp_path / "out"
+    prepare(write_shards(tmp_path / "source", 1, 24), out, settings(kind, shard_size=24))
+    whole = open_source(str(out))
+    pairs, columns = [whole[i] for i in range(24)], whole.shards[0].columns_6N
+    offset, size = columns[:2, 5].tolist()
+    image = (out / "00000.tar").read_bytes()[offset : offset + size]
+    whole.close()
+    flip(out / "00000.tar", offset + (size - 1 if kind == "raw" else silent_byte(image)), keep_time)
+    flip(out / "00000.tar", int(columns[2, 9]) + 3, keep_time)  # a letter of a caption
+
+    source = open_source(str(out))
+    for index in range(24):
+        if index in (5, 9):
+            with pytest.raises(BadSample, match=r"damaged: its bytes do not match.*copy or prep"):
+                source[index]
+        else:
+            pair = source[index]
+            assert np.array_equal(np.asarray(pair.image), np.asarray(pairs[index].image))
+            assert pair.caption == pairs[index].caption
+    with pytest.raises(BadSample, match="do not match their checksum"):
+        source.captions(9)
+
+    # In training they are replaced and named like other bad samples, whoever reads them.
+    for workers in (0, 2):
+        loader = PairLoader(
+            *(source, ImageTransform(28, is_train=True), tokenize, 24),
+            seed=3,
+            workers=workers,
+            max_bad_fraction=0.5,
+        )
+        batch = next(loader.batches())
+        keys = sorted(key for key, _ in batch.bad)
+        assert keys == ["00000.tar/000005", "00000.tar/000009"]
+        assert all("do not match their checksum" in reason for _, reason in batch.bad)
+        assert not {5, 9} & set(batch.indices.tolist())
+
+
+def test_a_changed_byte_of_the_index_of_a_prepared_shard_is_seen(tmp_path):
+    out = tmp_path / "out"
+    prepare(write_shards(tmp_path / "source", 1, 8), out, settings())
+    path = out / "00000.tar"
+    place = sidecar_paths(str(path))[0]
+    content, expected = place.read_bytes(), load_index(str(path)).checksums_2N
+    for at in range(0, len(content), 7):
+        flip(place, at)
+        assert np.array_equal(load_index(str(path)).checksums_2N, expected)
+        assert place.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     "report",
     [
@@ -256,6 +468,8 @@ def test_finished_shards_are_not_made_again_and_damaged_ones_are(tmp_path, monke
         {"bad": [[1, "key"]]},
         {"bad": [["1", "key", "reason"]]},
         {"transparent": True},
+        {"sha256": 3},
+        {"sha256": "abc"},
         {"unknown": 1},
         [],
     ],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,15 @@ import torch
 from PIL import Image
 from runs import (
     NANO,
+    PROGRAMS,
+    ROOT,
     assert_same_bits,
     final_state,
     wait_until,
 )
 from safetensors.torch import load_file, save_file
 from shards import write_csv, write_shards
+from torch.overrides import TorchFunctionMode
 
 from clipcore import train
 from clipcore.checkpoint import latest_checkpoint
@@ -130,6 +136,70 @@ def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkey
     assert said[-1].startswith(
         "clipcore.train: stopped: --verify-gradients: the gradients of 8 pairs"
     )
+
+
+def test_a_run_sums_in_float32_and_an_import_or_a_model_changes_no_setting(table, tmp_path):
+    program = [sys.executable, str(PROGRAMS / "print_precision.py")]
+    line = flags(tmp_path, "r", table, epochs=1, threads=1)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*program, *line], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"bf16 sums')]
+    before, made, after = said
+    assert (
+        before
+        == made
+        == {
+            "bf16 sums": True,
+            "fp16 sums": True,
+            "fp16 accumulation": True,
+            "matmul": "high",
+            "cudnn": True,
+            "convolutions": "tf32",
+            "products": "tf32",
+            "deterministic": False,
+        }
+    )
+    assert after == {
+        "bf16 sums": False,
+        "fp16 sums": False,
+        "fp16 accumulation": False,
+        "matmul": "highest",
+        "cudnn": False,
+        "convolutions": "none",  # which is no rounding
+        "products": "ieee",
+        "deterministic": True,
+    }
+
+
+class Reads(TorchFunctionMode):
+    """Counts the numbers of tensors that the training loop itself asks for, for which the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        caller = sys._getframe(1).f_code.co_filename
+        if (
+            name in ("item", "tolist", "__bool__", "__float__", "__int__")
+            and caller == train.__file__
+        ):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_twice_a_step(table, tmp_path, monkeypatch):
+    """For loss and gradient norm before the update, and for the logit scale after it."""
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    with Reads() as reads:
+        assert train.main(flags(tmp_path, "r", table, epochs=2, threads=1)) == 0
+    assert reads.names == ["tolist", "item"] * 10
+    steps, _ = read_metrics(tmp_path / "r")
+    assert len(steps) == 10
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(server, table, tmp_path):

@@ -2,7 +2,13 @@
 
 A shard is a fixed range of the source's samples, and depends only on them and the settings: neither the number of
 processes nor an interruption changes a byte. ``manifest.json`` in the output folder holds the settings, the source's
-identity, and for each finished shard its size and the samples that could not be read.
+identity, and for each finished shard its size, its SHA-256 and the samples that could not be read.
+
+Exit status:
+    0: the shards are finished
+    1: ``--check`` found a shard that is damaged or missing
+    2: a mistake of the user, see ``clipcore.ranks.failures``
+    128 + n: stopped by signal n; finished shards are kept
 """
 
 from __future__ import annotations
@@ -15,13 +21,20 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -41,6 +54,7 @@ from clipcore.data.shards import (
     FORMATS,
     ImageFormat,
     ShardReport,
+    fault_of,
     remove_temporaries,
     write_shard,
 )
@@ -56,11 +70,18 @@ from clipcore.data.sources import (
 from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
 from clipcore.files import read_regular, write_durably
 from clipcore.ranks.failures import end_with
-from clipcore.terminal import Parser, check_whole_numbers, printable_lines, steady_output
+from clipcore.terminal import (
+    Parser,
+    check_whole_numbers,
+    complain,
+    printable_lines,
+    steady_output,
+)
 
 MANIFEST = "manifest.json"
 # About 1 GB of raw pixels of 341 x 256, or 100 MB of JPEGs: large reads for a disk, but small for each of many processes.
 SHARD_SIZE = 4096
+_MOST_SHARDS = 1 << 24  # of a folder that is compared
 _SAVE_EVERY_S = 10.0
 _POLL_S = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -157,10 +178,26 @@ def _report_of(record: Any) -> ShardReport:
     counts = (report.pairs, report.bytes, report.transparent)
     if not all(type(count) is int and count >= 0 for count in counts):
         raise TypeError("a shard's counts are not numbers")
+    if not isinstance(report.sha256, str) or not re.fullmatch("(?:[0-9a-f]{64})?", report.sha256):
+        raise TypeError("a shard's sha256 is not one")
     for case in report.bad if isinstance(report.bad, list) else (None,):
         if not isinstance(case, list) or list(map(type, case)) != [int, str, str]:
             raise TypeError("a shard's bad samples are not a list of numbers, keys and reasons")
     return report
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, ShardReport]]:
+    """Return the manifest of a folder, and its reports by the shards' names; raise DataError."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(read_regular(path))
+        shards = {name: _report_of(record) for name, record in content["shards"].items()}
+        parts = (content["settings"], content["source"], content.get("versions", {}))
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("settings, source and versions are not objects")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"cannot read {path} ({error}); choose another --output") from None
+    return content, shards
 
 
 class Manifest:
@@ -171,7 +208,8 @@ class Manifest:
         settings, identity: the settings and the source's identity in this call.
 
     Attributes:
-        shards: the report of each finished shard by its file's name.
+        shards: the report of each finished shard by its file's name; those of an earlier call are still to be compared
+            with the files, see ``drop``.
         made: the number of pairs that this call has written.
 
     Raises:
@@ -188,6 +226,7 @@ class Manifest:
         self.shards: dict[str, ShardReport] = {}
         self.made = 0
         self._saved_at = 0.0
+        self._earlier_versions = self.content["versions"]
         if self.path.exists():
             self._continue()
         elif shards := sorted(folder.glob("*.tar")):
@@ -197,16 +236,9 @@ class Manifest:
 
     def _continue(self) -> None:
         """Continue from the finished shards of an earlier call."""
-        try:
-            earlier = json.loads(read_regular(self.path))
-            settings, identity = earlier["settings"], earlier["source"]
-            versions = earlier.get("versions", self.content["versions"])
-            shards = {name: _report_of(record) for name, record in earlier["shards"].items()}
-            if not all(isinstance(part, dict) for part in (settings, identity, versions)):
-                raise TypeError("settings, source and versions are not objects")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"cannot read {self.path} ({error}); choose another --output") from None
         folder = self.path.parent
+        earlier, self.shards = _read_manifest(folder)
+        settings, identity = earlier["settings"], earlier["source"]
         for flag, value in self.content["settings"].items():
             before = settings.get(flag, _BEFORE_FLAGS.get(flag))
             if before != value:
@@ -219,13 +251,14 @@ class Manifest:
                 f"{folder} was begun with another source or another state of it ({identity.get('samples')} samples then, "
                 f"{self.content['source']['samples']} now); use that one to continue, or choose another --output"
             )
-        self.shards = {
-            name: report
-            for name, report in shards.items()
-            if (folder / name).exists() and (folder / name).stat().st_size == report.bytes
-        }
+        self._earlier_versions = earlier.get("versions", self.content["versions"])
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the shards of an earlier call that are to be made again."""
+        for name in names:
+            del self.shards[name]
         if self.shards:
-            self.content["versions"] = versions
+            self.content["versions"] = self._earlier_versions
 
     def check_versions(self, here: dict[str, str]) -> None:
         """Raise DataError if the decoders or encoders differ from those that made the finished shards."""
@@ -266,15 +299,21 @@ def shard_names(num_shards: int) -> list[str]:
 
 
 def prepare(
-    train_data: str, output: Path, settings: Settings, workers: int = 1, quiet: bool = True
+    train_data: str,
+    output: Path,
+    settings: Settings,
+    workers: int = 1,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Make the shards that do not exist yet.
+    """Make the shards that do not exist yet, and those that are damaged.
 
     Args:
         train_data: a value as for ``--train-data``.
         output: the folder, which may exist.
         workers: number of processes; 1 works in this process.
         quiet: show no progress bar.
+        say: takes a line for each shard of an earlier call that is made again, and one about those without a hash.
 
     Raises:
         DataError: the source cannot be read, or the output cannot be written or was begun with other settings.
@@ -296,6 +335,13 @@ def prepare(
             _Job(output / name, range(i * size, min((i + 1) * size, len(source))))
             for i, name in enumerate(shard_names(-(-len(source) // size)))
         ]
+        damaged = list[str]()
+        for name, fault in _faults(output, manifest.shards, workers, quiet):
+            say(f"{output / name} {fault}; it is made again")
+            damaged.append(name)
+        manifest.drop(damaged)
+        if unknown := _without_hash(manifest.shards):
+            say(unknown)
         missing = [job for job in jobs if job.path.name not in manifest.shards]
         if missing:
             manifest.check_versions(_versions(settings.decoder))
@@ -317,6 +363,73 @@ def prepare(
             f"{manifest.path} lists them"
         )
     return manifest
+
+
+def check(output: Path, workers: int = 1, quiet: bool = True) -> tuple[list[str], str]:
+    """Compare the shards of a folder with its manifest, by size and SHA-256; nothing is written.
+
+    Args:
+        output: a folder that ``prepare`` has made.
+        workers: number of threads that read.
+        quiet: show no progress bar.
+
+    Returns:
+        A line for each shard that is damaged, missing or not made yet; and a line that sums up.
+
+    Raises:
+        DataError: the folder has no manifest that can be read.
+    """
+    if not (output / MANIFEST).exists():
+        raise DataError(f"{output} has no {MANIFEST}, so clipcore.data.prepare has not made it")
+    content, shards = _read_manifest(output)
+    samples, size = content["source"].get("samples"), content["settings"].get("--shard-size")
+    is_right = type(samples) is int and type(size) is int and samples >= 0 and size > 0
+    if not is_right or samples > size * _MOST_SHARDS:
+        raise DataError(f"cannot read {output / MANIFEST} (no number of samples or --shard-size)")
+
+    found = dict(_faults(output, shards, workers, quiet))
+    names = shard_names(-(-samples // size))
+    found |= {name: "is not made yet" for name in names if name not in shards}
+    lines = [f"{output / name} {found[name]}" for name in sorted(found)]
+    if lines:
+        summary = (
+            f"{len(lines)} of {len(names)} shards are damaged or missing; the command that made the others, without "
+            "--check, makes them again"
+        )
+    else:
+        num_bytes = sum(report.bytes for report in shards.values())
+        summary = f"{len(shards)} shards, {num_bytes / 1e9:.3g} GB: all are as they were written"
+    if unknown := _without_hash(shards):
+        summary += f"; {unknown}"
+    return lines, summary
+
+
+def _faults(
+    folder: Path, shards: Mapping[str, ShardReport], workers: int, quiet: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield the name of each shard that is damaged or missing, and what is wrong with it, in their order."""
+    names = sorted(shards)
+    # Threads, since both reading and hashing release the interpreter's lock.
+    threads = ThreadPoolExecutor(workers)
+    try:
+        faults = threads.map(lambda name: fault_of(folder / name, shards[name]), names)
+        bar = tqdm(faults, "comparing", len(names), unit=" shards", disable=quiet or not names)
+        for name, fault in zip(names, bar, strict=True):
+            if fault is not None:
+                yield name, fault
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _without_hash(shards: Mapping[str, ShardReport]) -> str:
+    """Return a note on the shards that an earlier version made without a hash; empty if there are none."""
+    number = sum(not report.sha256 for report in shards.values())
+    if not number:
+        return ""
+    return (
+        f"{number} shards of an earlier version have no checksums, and only their sizes were compared; to have them, delete "
+        "these shards and make them again"
+    )
 
 
 def _check_place(train_data: str, output: Path) -> None:
@@ -450,7 +563,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", help="what --train-data takes: tar shards, a table, a folder, 'glyphs', 'icons'")
+    add(
+        "source",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="what --train-data takes: tar shards, a table, a folder, 'glyphs', 'icons'",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     add("--format", choices=FORMATS, default="jpeg", help="JPEG files, or .npy files of pixels")
     add("--size", type=int, default=256, metavar="N", help="shorter side, pixels; never enlarged")
@@ -469,6 +587,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="separator of a csv table [tab, or , ; | by its header]",
     )
     add("--csv-no-quotes", action="store_true", help="quotation marks in a csv table are text")
+    add("--check", action="store_true", help="only compare the shards in DIR with their hashes")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -558,18 +677,34 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, see ``clipcore.ranks.failures``."""
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if not (parsed.check or "source" in parsed):
+        parser.error("the following arguments are required: source")
     previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
     start = time.perf_counter()
     try:
         settings = _settings(parsed)
-        manifest = prepare(parsed.source, parsed.output, settings, parsed.workers, parsed.quiet)
+        if parsed.check:
+            lines, found = check(parsed.output, parsed.workers, parsed.quiet)
+            print(printable_lines("\n".join([*lines, found])))
+            return 1 if lines else 0
+
+        def say(line: str) -> None:
+            complain("clipcore.data.prepare", line)
+
+        manifest = prepare(
+            parsed.source,
+            parsed.output,
+            settings,
+            workers=parsed.workers,
+            quiet=parsed.quiet,
+            say=say,
+        )
         print(printable_lines(summary(manifest, manifest.made, time.perf_counter() - start)))
     except KeyboardInterrupt as interrupt:
-        print(
-            "clipcore.data.prepare: stopped; finished shards are kept, and the same command continues",
-            file=sys.stderr,
-        )
+        kept = "; finished shards are kept, and the same command continues"
+        complain("clipcore.data.prepare", "stopped" + ("" if parsed.check else kept))
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except Exception as error:
         return end_with("clipcore.data.prepare", error, "take fewer --workers")

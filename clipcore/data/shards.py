@@ -1,7 +1,11 @@
-"""Writes tar shards in the WebDataset layout; the same pairs always give the same bytes."""
+"""Writes tar shards in the WebDataset layout; the same pairs always give the same bytes.
+
+Each member has the CRC-32 of its bytes in its header, with which ``tar.py`` compares what it reads.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -10,6 +14,7 @@ import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,9 +27,11 @@ from clipcore.data.tar import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     TarSource,
+    checksum_name,
     load_index,
 )
 from clipcore.data.transforms import resize_shorter, sides, was_transparent
+from clipcore.files import open_regular
 
 FORMATS = ("jpeg", "raw")
 MAX_KEY_CHARS = 200
@@ -72,13 +79,50 @@ class ImageFormat:
 class ShardReport:
     """The content of a shard: pairs, the file's bytes, and (index in the source, key, reason) of each skipped sample.
 
-    ``transparent`` counts pictures that were laid over white.
+    ``transparent`` counts pictures that were laid over white. ``sha256`` is the file's, in hexadecimal; empty in the
+    record of an earlier version, which had none.
     """
 
     pairs: int = 0
     bytes: int = 0
     bad: list[tuple[int, str, str]] = field(default_factory=list)
     transparent: int = 0
+    sha256: str = ""
+
+
+def fault_of(path: Path, report: ShardReport) -> str | None:
+    """Return what is wrong with a finished shard, compared by size and SHA-256; None if nothing is."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != report.bytes:
+                return f"has {size:,} bytes instead of {report.bytes:,}"
+            if report.sha256 and _sha256(file) != report.sha256:
+                return "is damaged: its bytes are not those that were written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def _sha256(file: BinaryIO) -> str:
+    """Return the SHA-256 of a file that is at its beginning, in hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+class _Hashed(io.BufferedIOBase):
+    """A file that is written from its beginning to its end, with the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def write_shard(
@@ -101,7 +145,8 @@ def write_shard(
     temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            hashed = _Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.GNU_FORMAT) as archive:
                 for row in rows:
                     try:
                         members, transparent = _members(source, row, image_format, taken)
@@ -115,7 +160,7 @@ def write_shard(
                     tick()
             file.flush()
             os.fsync(file.fileno())
-            report.bytes = file.tell()
+            report.bytes, report.sha256 = file.tell(), hashed.digest.hexdigest()
         os.replace(temporary, path)
         load_index(str(path))
     except OSError as error:
@@ -160,9 +205,10 @@ def _caption(pair: Pair) -> tuple[str, bytes]:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    # Time, owner and mode are TarInfo's constants, so that a shard depends only on its samples.
+    # Time, owner's number and mode are TarInfo's constants, so that a shard depends only on its samples.
     member = tarfile.TarInfo(name)
     member.size = len(content)
+    member.uname = checksum_name(content)
     archive.addfile(member, io.BytesIO(content))
 
 

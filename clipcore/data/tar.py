@@ -9,6 +9,9 @@ The index holds the positions of each image and caption. It is made by one pass 
 beside the shard in ``<shard>.clipcore-index``, else in the user's cache folder, else in memory. It is valid for one size
 and modification time of the shard.
 
+A member that clipcore wrote has the CRC-32 of its bytes in the header, as the owner's name ``crc32=1a2b3c4d``, which other
+readers ignore. Images and captions are compared with it as they are read.
+
 Nothing is extracted, and names serve only as keys. The headers are read by a dedicated scanner, which accepts regular
 files and refuses everything that could point elsewhere (links, devices, sparse files) or that does not fit in the file.
 """
@@ -31,6 +34,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data.checksum import crc32
 from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
 from clipcore.data.transforms import Decoder, decode_image
 from clipcore.files import open_regular, read_regular, written_aside
@@ -59,17 +63,25 @@ _REFUSED = {
     b"M": "a file continued from another archive",
 }
 _KNOWN_SUFFIXES = {*MEMBER_IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
+# The owner's name of a member that was written with the CRC-32 of its bytes.
+_CHECKSUM = re.compile(rb"crc32=([0-9a-f]{8})\0*")
 # The key ends at the first dot of the last path component; the rest is the suffix.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__(/|$)")
 
 
 class Member(NamedTuple):
-    """A regular file in a shard: its name, and the position of its bytes."""
+    """A regular file in a shard: its name, the position of its bytes, and their CRC-32 if the header has it, else 0."""
 
     name: str
     offset: int
     size: int
+    checksum: int = 0
+
+
+def checksum_name(content: bytes) -> str:
+    """Return the owner's name that records the CRC-32 of a member's bytes in its header."""
+    return f"crc32={crc32(content):08x}"
 
 
 def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
@@ -120,7 +132,8 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
                     "(write them with tar --dereference --hard-dereference)",
                 )
             if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
-                yield Member(name, data, size)
+                match = _CHECKSUM.fullmatch(header, 265, 297)
+                yield Member(name, data, size, int(match[1], 16) if match else 0)
             offset = data + -(-size // _BLOCK) * _BLOCK
     # All programs end the tar files that they write with blocks of zeros, but not all readers require these.
     if left_out is not None:
@@ -192,7 +205,8 @@ class ShardIndex:
 
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
     the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts the members without
-    a sample. ``labels`` are the concatenated bytes of the labels; an index of captions has none.
+    a sample. ``labels`` are the concatenated bytes of the labels; an index of captions has none. ``checksums_2N`` are the
+    CRC-32 of each image and caption, 0 where the header has none; [2, 0] if no header of the shard has one.
     """
 
     path: str
@@ -202,6 +216,7 @@ class ShardIndex:
     keys: np.ndarray
     left_out: LeftOut = field(default_factory=LeftOut)
     labels: bytes = b""
+    checksums_2N: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))
 
     def __len__(self) -> int:
         return self.columns_6N.shape[1]
@@ -209,6 +224,10 @@ class ShardIndex:
     def key(self, row: int) -> str:
         start = self.columns_6N[5, row - 1] if row else 0
         return bytes(self.keys[start : self.columns_6N[5, row]]).decode("utf-8", "replace")
+
+    def checksums(self, row: int) -> list[int]:
+        """Return the CRC-32 of a sample's image and of its caption, 0 for one that is not known."""
+        return self.checksums_2N[:, row].tolist() if self.checksums_2N.size else [0, 0]
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -252,7 +271,7 @@ def build_index(path: str) -> ShardIndex:
         else:
             _count_further(members, None, left_out)
 
-    columns, keys = array("q"), bytearray()
+    columns, keys, checksums = array("q"), bytearray(), array("q")
     for key, members in samples.items():
         image, caption = _image_of(members), _caption_of(members)
         _count_further(members, image, left_out)
@@ -261,13 +280,29 @@ def build_index(path: str) -> ShardIndex:
             is_json = int("txt" not in members)
             row = (image.offset, image.size, caption.offset, caption.size, is_json, len(keys))
             columns.extend(row)
+            checksums.extend((image.checksum, caption.checksum))
         elif image is not None and not image.name.lower().endswith(f".{RAW_SUFFIX}"):
             left_out.add("image without a caption", image.name)
         elif caption is not None:
             left_out.add("caption without an image", caption.name)
     columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
     keys_K = np.frombuffer(bytes(keys), np.uint8)
-    return ShardIndex(path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out)
+    return ShardIndex(
+        path,
+        stat.st_size,
+        stat.st_mtime_ns,
+        columns_6N,
+        keys_K,
+        left_out,
+        checksums_2N=checksum_columns(checksums),
+    )
+
+
+def checksum_columns(checksums: Sequence[int]) -> np.ndarray:
+    """Return the CRC-32 of images and captions, in turn, as uint32 [2, N]; [2, 0] if all of them are 0."""
+    if not any(checksums):
+        return np.zeros((2, 0), np.uint32)
+    return np.array(checksums, np.uint32).reshape(-1, 2).T.copy()
 
 
 def _image_of(members: Mapping[str, Member]) -> Member | None:
@@ -291,10 +326,12 @@ def _first_part(key: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-# Magic, size and modification time of the shard, samples, bytes of the keys and of the skipped members; then the columns,
-# the keys, the skipped members as JSON, the labels if the index has any, and a CRC-32.
-_SIDECAR = struct.Struct("<8sQQQQQ")
-_MAGIC = b"CLIPIDX4"  # 1 did not count .npy members as images, 2 did not count skipped members, 3 lost samples with dots
+# Magic, size and modification time of the shard, samples, bytes of the keys and of the skipped members, samples with
+# checksums; then the columns, the checksums, the keys, the skipped members as JSON, the labels if the index has any, and a
+# CRC-32 of all that.
+_SIDECAR = struct.Struct("<8sQQQQQQ")
+# 1 did not count .npy members as images, 2 did not count skipped members, 3 lost samples with dots, 4 had no checksums.
+_MAGIC = b"CLIPIDX5"
 
 
 class LabelIndex(NamedTuple):
@@ -347,9 +384,9 @@ def sidecar_paths(path: str) -> tuple[Path, Path]:
 
 def _write_sidecar(place: Path, index: ShardIndex) -> None:
     left_out = index.left_out.to_json().encode()
-    sizes = (len(index), len(index.keys), len(left_out))
+    sizes = (len(index), len(index.keys), len(left_out), index.checksums_2N.shape[1])
     head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, *sizes)
-    columns = index.columns_6N.astype("<i8").tobytes()
+    columns = index.columns_6N.astype("<i8").tobytes() + index.checksums_2N.astype("<u4").tobytes()
     body = head + columns + index.keys.tobytes() + left_out + index.labels
     place.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(place) as file:
@@ -368,16 +405,21 @@ def _read_sidecar(
     if len(content) < _SIDECAR.size + 4:
         return None
     body, checksum = content[:-4], int.from_bytes(content[-4:], "little")
-    magic, size, mtime_ns, num_samples, num_bytes, num_left_out = _SIDECAR.unpack_from(body)
-    end = _SIDECAR.size + 48 * num_samples + num_bytes + num_left_out
+    magic, size, mtime_ns, num_samples, num_bytes, num_left_out, num_checksums = (
+        _SIDECAR.unpack_from(body)
+    )
+    keys_at = _SIDECAR.size + 48 * num_samples + 8 * num_checksums
+    end = keys_at + num_bytes + num_left_out
     if (
         (magic, size, mtime_ns) != (_MAGIC, stat.st_size, stat.st_mtime_ns)
+        or num_checksums not in (0, num_samples)
         or len(body) != end + num_samples * bytes_a_label
         or zlib.crc32(body) != checksum
     ):
         return None
     columns = np.frombuffer(body, "<i8", 6 * num_samples, _SIDECAR.size).reshape(6, num_samples)
-    keys = np.frombuffer(body, np.uint8, num_bytes, _SIDECAR.size + 48 * num_samples)
+    checksums = np.frombuffer(body, "<u4", 2 * num_checksums, keys_at - 8 * num_checksums)
+    keys = np.frombuffer(body, np.uint8, num_bytes, keys_at)
     offsets, sizes = columns[0:4:2], columns[1:4:2]
     # Only this module writes it, but it may lie in a shared folder: no offset may lead out of the shard.
     if num_samples and (columns.min() < 0 or (offsets > size - sizes).any()):
@@ -388,7 +430,8 @@ def _read_sidecar(
         left_out = LeftOut.from_json(body[end - num_left_out : end])
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return ShardIndex(path, size, mtime_ns, columns, keys, left_out, body[end:])
+    checksums_2N = checksums.reshape(2, num_checksums)
+    return ShardIndex(path, size, mtime_ns, columns, keys, left_out, body[end:], checksums_2N)
 
 
 class TarImages:
@@ -422,33 +465,38 @@ class TarImages:
 
     def picture(self, index: int) -> tuple[Any, str]:
         """Return the picture of a sample and its key; raise BadSample."""
-        number, key, (image_at, image_size, _, _, _) = self._place(index)
+        number, key, (image_at, image_size, _, _, _), (checksum, _) = self._place(index)
         if image_size > MAX_IMAGE_BYTES:
             raise BadSample(f"{image_size} bytes are too large", key)
         try:
-            data = self._read(number, image_at, image_size, key)
+            data = self._read(number, image_at, image_size, checksum, key)
             # Recognised by the content, like other formats.
             return decode_raw(data) if is_raw(data) else decode_image(data, self._decoder), key
         except BadSample as error:
             raise BadSample(error.reason, key) from None
 
-    def _place(self, index: int) -> tuple[int, str, list[int]]:
-        """Return the shard's index, the key and the first five columns of a sample."""
+    def _place(self, index: int) -> tuple[int, str, list[int], list[int]]:
+        """Return the shard's index, the key, the first five columns and the checksums of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self.shards[number]
         row = index - (int(self._ends[number]) - len(shard))
         key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
-        return number, key, shard.columns_6N[:5, row].tolist()
+        return number, key, shard.columns_6N[:5, row].tolist(), shard.checksums(row)
 
-    def _read(self, number: int, offset: int, size: int, key: str) -> bytes:
+    def _read(self, number: int, offset: int, size: int, checksum: int, key: str) -> bytes:
         try:
             data = os.pread(self._shard(number).fileno(), size, offset)
         except OSError as error:
             raise BadSample(f"reading failed: {error.strerror}", key) from None
         if len(data) != size:
             raise BadSample("the shard is cut off", key)
+        if checksum and crc32(data) != checksum:
+            raise BadSample(
+                "the shard is damaged: its bytes do not match their checksum; copy or prepare the shard again",
+                key,
+            )
         return data
 
     def _shard(self, number: int) -> BinaryIO:
@@ -520,10 +568,11 @@ class TarSource(TarImages):
 
     def captions(self, index: int) -> str | tuple[str, ...]:
         """Return the caption or captions of a sample; raise BadSample."""
-        number, key, (_, image_size, caption_at, caption_size, is_json) = self._place(index)
+        number, key, columns, (_, checksum) = self._place(index)
+        _, image_size, caption_at, caption_size, is_json = columns
         if image_size > MAX_IMAGE_BYTES or caption_size > MAX_CAPTION_BYTES:
             raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
-        caption = self._read(number, caption_at, caption_size, key)
+        caption = self._read(number, caption_at, caption_size, checksum, key)
         return checked_captions(self._json_caption(caption, key) if is_json else caption, key)
 
     def _json_caption(self, data: bytes, key: str) -> object:

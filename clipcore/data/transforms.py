@@ -589,7 +589,8 @@ def normalize_images(
         )
 
     def on_device(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        # Filled there: torch.tensor would copy them from pageable memory, and the host would wait for the GPU.
+        return torch.cat([images.new_full((1, 1, 1), v, dtype=torch.float32) for v in values])
 
     # Divisors are tensors, because CUDA divides by a Python number through its reciprocal, which rounds twice.
     x = images.to(torch.float32).div_(on_device((255.0,)))

@@ -329,12 +329,14 @@ class FeatureStore:
 @contextlib.contextmanager
 def _exact_convolutions() -> Iterator[None]:
     """Disable cuDNN's default rounding of float32 to 10 bits in convolutions, for the enclosed code."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    # `cudnn.allow_tf32` cannot be read if the user has set `fp32_precision`, and setting it then has no effect.
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.fp32_precision = before
 
 
 def _converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:

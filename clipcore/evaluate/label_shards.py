@@ -25,6 +25,7 @@ from clipcore.data.tar import (
     LabelIndex,
     Member,
     ShardIndex,
+    checksum_columns,
     load_index,
     scan_members,
     split_name,
@@ -167,7 +168,7 @@ def _index_labels(
     if is_row:
         _check_memory(path, len(pairs), num_classes)
     limit = MAX_HEADER_BYTES + 8 * num_classes if is_row else MAX_WORD_BYTES
-    columns, keys, labels = array("q"), bytearray(), bytearray()
+    columns, keys, labels, checksums = array("q"), bytearray(), bytearray(), array("q")
     with open_regular(path) as file:
         for key, image, label in pairs:
             if label.size > limit:
@@ -179,10 +180,18 @@ def _index_labels(
             labels += row_of(data, shown, num_classes) if is_row else _class_of(data, shown)
             keys += printable(key).encode("utf-8", "replace")
             columns.extend((image.offset, image.size, label.offset, label.size, 0, len(keys)))
+            checksums.extend((image.checksum, label.checksum))
     columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
     keys_K = np.frombuffer(bytes(keys), np.uint8)
     return ShardIndex(
-        path, stat.st_size, stat.st_mtime_ns, columns_6N, keys_K, left_out, bytes(labels)
+        path,
+        stat.st_size,
+        stat.st_mtime_ns,
+        columns_6N,
+        keys_K,
+        left_out,
+        bytes(labels),
+        checksum_columns(checksums),
     )
 
 

@@ -24,11 +24,32 @@ from clipcore.towers.model import CLIP
 
 
 def make_deterministic() -> None:
-    """Have torch give the same bits on every run of one machine; an operation that cannot warns once."""
+    """Have torch give the same bits on every run of one machine, and round no more than ``--precision`` says.
+
+    An operation that cannot give the same bits warns once. The settings are torch's own, for the whole process, so only a
+    run makes them: importing clipcore or making a model changes none.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory would cost a pass over every activation; the kernels' tests poison it instead.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    sum_in_float32()
+
+
+def sum_in_float32() -> None:
+    """Have a GPU's libraries add up products in float32, and not round the operands of float32 products.
+
+    torch lets cuBLAS add partial sums of a 16-bit product in 16 bits, and cuDNN round float32 operands of a convolution to
+    TF32. The environment can ask for more, such as ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``.
+    """
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_fp16_accumulation = False
+    # The older two of torch's spellings: after the newer `fp32_precision` of convolutions alone, reading `allow_tf32`
+    # raises, and torch's compiler reads it.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def note_without_effect(config: RunConfig, world: World) -> None:

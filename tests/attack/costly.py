@@ -28,7 +28,7 @@ from attack.images import encoded, noise
 from attack.tars import header_of, padded
 from clipcore.checkpoint import CheckpointError, load_latest
 from clipcore.classify import read_labels
-from clipcore.data import BadSample, DataError
+from clipcore.data import BadSample, DataError, tar
 from clipcore.data.raw import encode_raw
 from clipcore.data.sources import open_source
 from clipcore.data.tar import sidecar_paths
@@ -434,7 +434,7 @@ def hostile_index(number: int, folder: Path) -> Path:
     """Make a shard with an index that claims a great many samples, of a size that fits, or is none."""
     path = written("a.tar", shard(("a.png", encoded(noise("RGB"), "PNG")), _CAPTION), folder)
     stat = path.stat()
-    head = struct.pack("<8sQQQQQ", b"CLIPIDX3", stat.st_size, stat.st_mtime_ns, number, 0, 0)
+    head = tar._SIDECAR.pack(tar._MAGIC, stat.st_size, stat.st_mtime_ns, number, 0, 0, 0)
     place = sidecar_paths(str(path))[0]
     place.write_bytes(head + struct.pack("<I", zlib.crc32(head)))
     if number < 2:
@@ -446,8 +446,8 @@ def deep_index(folder: Path) -> Path:
     """Make a shard with an index that fits, and counts what is left out in JSON of great depth."""
     path = written("a.tar", shard(("a.png", encoded(noise("RGB"), "PNG")), _CAPTION), folder)
     stat, left_out = path.stat(), b"[" * 500_000
-    sizes = (0, 0, len(left_out))
-    body = struct.pack("<8sQQQQQ", b"CLIPIDX3", stat.st_size, stat.st_mtime_ns, *sizes) + left_out
+    sizes = (0, 0, len(left_out), 0)
+    body = tar._SIDECAR.pack(tar._MAGIC, stat.st_size, stat.st_mtime_ns, *sizes) + left_out
     sidecar_paths(str(path))[0].write_bytes(body + struct.pack("<I", zlib.crc32(body)))
     return path
 
