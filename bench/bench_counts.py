@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -165,14 +166,14 @@ def update(
     """Do what `clipcore.train` does between a step's gradients and its row in the log; a test compares the operators."""
     scaler.unscale_(optimizer)
     grad_norm = gradient_norm(model.parameters())
-    is_finite = output.loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
-    all_reduce_sum([output.loss.item(), float(not is_finite)])
+    loss, norm = torch.stack([output.loss.double(), grad_norm.double()]).tolist()
+    is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+    all_reduce_sum([loss, float(not is_finite)])
     clipped_step(optimizer, scaler, model.parameters(), grad_norm, None)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     model.clamp_logit_scale_()
     model.logit_scale.exp().item()
-    grad_norm.item()
 
 
 def _warm_up(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -8,7 +8,6 @@
 #include "adamw.h"
 #include "all_gather.h"
 #include "attention.h"
-#include "checksum.h"
 #include "resample.h"
 
 // clipcore/native.py searches the file for this sentence before loading it.
@@ -16,15 +15,6 @@ extern "C" [[gnu::used]] const char clipcore_built_for[] =
     "clipcore._C was built for torch " TORCH_VERSION " with CUDA " CLIPCORE_CUDA_VERSION ";";
 
 namespace {
-
-uint32_t crc32(const py::bytes& content) {
-  char* bytes = nullptr;
-  Py_ssize_t size = 0;
-  if (PyBytes_AsStringAndSize(content.ptr(), &bytes, &size) != 0)
-    throw py::error_already_set();
-  py::gil_scoped_release no_gil;
-  return clipcore::crc32(reinterpret_cast<const uint8_t*>(bytes), static_cast<size_t>(size));
-}
 
 // uint8 [H, W, 3], the pixels of a row contiguous, to uint8 [3, out_height, out_width].
 py::array_t<uint8_t> resample_bicubic(
@@ -51,7 +41,6 @@ py::array_t<uint8_t> resample_bicubic(
 
 PYBIND11_MODULE(_C, m) {
   py::class_<clipcore::Exchange, clipcore::ExchangePtr>(m, "Exchange");
-  m.def("crc32", &crc32, py::arg("content"));
   m.def(
       "resample_bicubic",
       torch::wrap_pybind_function(&resample_bicubic),

@@ -3,7 +3,6 @@
 ====================  ================================================================
 ``sources.py``        ``open_source``: from the value of ``--train-data`` to a ``PairSource``
 ``tar.py``            tar shards in the WebDataset layout, through a byte index
-``checksum.py``       CRC-32 of bytes, by clipcore._C where it was built
 ``raw.py``            images as ``.npy`` members of pixels
 ``tables.py``         csv and jsonl tables
 ``columns.py``        columns of tables, such as those of labels

@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from clipcore.data import BadSample, DataError, Pair, checked_captions, printable
-from clipcore.data.checksum import crc32
 from clipcore.data.tables import (
     caption_columns,
     decode_bytes,
@@ -178,7 +177,7 @@ class _Copy:
             content = os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise BadSample(f"reading failed: {error.strerror}", key) from None
-        if len(content) != size or crc32(content) != checksum:
+        if len(content) != size or zlib.crc32(content) != checksum:
             raise BadSample(
                 f"damaged in {self._place}; delete that file, and it is made again", key
             )

@@ -1,6 +1,6 @@
 """Writes tar shards in the WebDataset layout; the same pairs always give the same bytes.
 
-Each member has the CRC-32 of its bytes in its header, with which ``tar.py`` compares what it reads.
+Each member has a hash of its bytes in its header, with which ``tar.py`` compares what it reads.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ The index holds the positions of each image and caption. It is made by one pass 
 beside the shard in ``<shard>.clipcore-index``, else in the user's cache folder, else in memory. It is valid for one size
 and modification time of the shard.
 
-A member that clipcore wrote has the CRC-32 of its bytes in the header, as the owner's name ``crc32=1a2b3c4d``, which other
+A member that clipcore wrote has a hash of its bytes in the header, as the owner's name ``xxh3=1a2b3c4d``, which other
 readers ignore. Images and captions are compared with it as they are read.
 
 Nothing is extracted, and names serve only as keys. The headers are read by a dedicated scanner, which accepts regular
@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+import xxhash
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
-from clipcore.data.checksum import crc32
 from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
 from clipcore.data.transforms import Decoder, decode_image
 from clipcore.files import open_regular, read_regular, written_aside
@@ -63,15 +63,15 @@ _REFUSED = {
     b"M": "a file continued from another archive",
 }
 _KNOWN_SUFFIXES = {*MEMBER_IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
-# The owner's name of a member that was written with the CRC-32 of its bytes.
-_CHECKSUM = re.compile(rb"crc32=([0-9a-f]{8})\0*")
+# The owner's name of a member that was written with the hash of its bytes.
+_CHECKSUM = re.compile(rb"xxh3=([0-9a-f]{8})\0*")
 # The key ends at the first dot of the last path component; the rest is the suffix.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__(/|$)")
 
 
 class Member(NamedTuple):
-    """A regular file in a shard: its name, the position of its bytes, and their CRC-32 if the header has it, else 0."""
+    """A regular file in a shard: its name, the position of its bytes, and their hash if the header has it, else 0."""
 
     name: str
     offset: int
@@ -79,9 +79,14 @@ class Member(NamedTuple):
     checksum: int = 0
 
 
+def checksum_of(content: bytes) -> int:
+    """Return the lower 32 bits of the XXH3 hash of a member's bytes."""
+    return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+
+
 def checksum_name(content: bytes) -> str:
-    """Return the owner's name that records the CRC-32 of a member's bytes in its header."""
-    return f"crc32={crc32(content):08x}"
+    """Return the owner's name that records the hash of a member's bytes in its header."""
+    return f"xxh3={checksum_of(content):08x}"
 
 
 def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]:
@@ -206,7 +211,7 @@ class ShardIndex:
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
     the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts the members without
     a sample. ``labels`` are the concatenated bytes of the labels; an index of captions has none. ``checksums_2N`` are the
-    CRC-32 of each image and caption, 0 where the header has none; [2, 0] if no header of the shard has one.
+    hash of each image and caption, 0 where the header has none; [2, 0] if no header of the shard has one.
     """
 
     path: str
@@ -226,7 +231,7 @@ class ShardIndex:
         return bytes(self.keys[start : self.columns_6N[5, row]]).decode("utf-8", "replace")
 
     def checksums(self, row: int) -> list[int]:
-        """Return the CRC-32 of a sample's image and of its caption, 0 for one that is not known."""
+        """Return the hash of a sample's image and of its caption, 0 for one that is not known."""
         return self.checksums_2N[:, row].tolist() if self.checksums_2N.size else [0, 0]
 
 
@@ -299,7 +304,7 @@ def build_index(path: str) -> ShardIndex:
 
 
 def checksum_columns(checksums: Sequence[int]) -> np.ndarray:
-    """Return the CRC-32 of images and captions, in turn, as uint32 [2, N]; [2, 0] if all of them are 0."""
+    """Return the hash of images and captions, in turn, as uint32 [2, N]; [2, 0] if all of them are 0."""
     if not any(checksums):
         return np.zeros((2, 0), np.uint32)
     return np.array(checksums, np.uint32).reshape(-1, 2).T.copy()
@@ -492,7 +497,7 @@ class TarImages:
             raise BadSample(f"reading failed: {error.strerror}", key) from None
         if len(data) != size:
             raise BadSample("the shard is cut off", key)
-        if checksum and crc32(data) != checksum:
+        if checksum and checksum_of(data) != checksum:
             raise BadSample(
                 "the shard is damaged: its bytes do not match their checksum; copy or prepare the shard again",
                 key,
