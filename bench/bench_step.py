@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(arguments.model, arguments.batch, device, precision),
         *(arguments.patch_dropout, arguments.micro_batch_size),
     )
-    # Each is a compilation: two towers, their first and other blocks, with and without gradients.
+    # Each is a compilation of open_clip's model: micro-batches of two sizes, with and without gradients.
     with torch._dynamo.config.patch(recompile_limit=64):
         bench(case, names)
 

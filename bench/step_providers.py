@@ -17,19 +17,18 @@ import torch
 from contrastive_providers import import_open_clip
 from harness import is_wanted
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipcore.data.loader import Batch, trim_tokens
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
 from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
+from clipcore.run.compiled import compile_blocks
 from clipcore.run.grad_cache import micro_batches
 from clipcore.run.optim import build_optimizer
 from clipcore.run.train_step import TrainingStep
 from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.descriptions import hf_config
 from clipcore.towers.factory import create_model
-from clipcore.towers.modules import ReadAt, ResidualAttentionBlock
 
 # Tokens of a caption with both special ones, and how many of 128 captions have them: alt texts, lognormal around 16.
 CAPTION_LENGTHS = dict(
@@ -179,82 +178,6 @@ def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
     return lambda mark: (direct if step.num_parts == 1 and mark is not ignore else whole)(mark)
 
 
-class LibraryBlock(ResidualAttentionBlock):
-    """A block with LayerNorm, GELU and their gradients compiled by Inductor, around our attention.
-
-    The towers' first and last LayerNorm stay ours.
-    """
-
-    compiled: LibraryHalves
-
-    def forward(
-        self,
-        x_RLD: Tensor,
-        delta_RLD: Tensor | None = None,
-        is_causal: bool = False,
-        segments_RL: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return self.compiled.block(self, x_RLD, delta_RLD, is_causal, segments_RL)
-
-    def pooled(self, x_RLD: Tensor, delta_RLD: Tensor | None, read: ReadAt) -> Tensor:
-        x_RLD, normed_RLD = self.compiled.norm(self.ln_1, x_RLD, delta_RLD)
-        added_BD = self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read)
-        x_BD, added_BD = self.compiled.mlp(self, read.tokens(x_RLD), added_BD)
-        return x_BD + added_BD
-
-
-def library_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the sum of a stream's parts, and its LayerNorm in float32, in the stream's dtype."""
-    x = x if delta is None else x + delta
-    wide = x.to(norm.weight.dtype)
-    normed = F.layer_norm(wide, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return x, normed.to(x.dtype)
-
-
-def library_mlp(
-    block: ResidualAttentionBlock, x: Tensor, delta: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the stream in two parts after the second half of a block."""
-    x, normed = library_norm(block.ln_2, x, delta)
-    c_fc, activation, c_proj = block.mlp
-    hidden = c_fc(normed)
-    if activation.kind == "quick":
-        return x, c_proj(hidden * torch.sigmoid(1.702 * hidden))
-    return x, c_proj(F.gelu(hidden))
-
-
-def library_block(
-    block: ResidualAttentionBlock,
-    x_RLD: Tensor,
-    delta_RLD: Tensor | None,
-    is_causal: bool,
-    segments_RL: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the stream in two parts after a block, by torch's own operators around the packed attention."""
-    x_RLD, normed_RLD = library_norm(block.ln_1, x_RLD, delta_RLD)
-    return library_mlp(block, x_RLD, block.attn(normed_RLD, is_causal, segments_RL))
-
-
-class LibraryHalves(NamedTuple):
-    """The functions above, compiled."""
-
-    block: Callable[..., tuple[Tensor, Tensor]]
-    norm: Callable[..., tuple[Tensor, Tensor]]
-    mlp: Callable[..., tuple[Tensor, Tensor]]
-
-
-def with_library_blocks(model: nn.Module) -> nn.Module:
-    """Return the model with every block of both towers as a `LibraryBlock`, with the same parameters."""
-    compiled = LibraryHalves(
-        *(torch.compile(fn, fullgraph=True) for fn in (library_block, library_norm, library_mlp))
-    )
-    for module in model.modules():
-        if type(module) is ResidualAttentionBlock:
-            module.__class__ = LibraryBlock
-            module.compiled = compiled
-    return model
-
-
 def ignore(part: str) -> None:
     """Ignore the end of a part: the clock of a step that is timed as a whole."""
 
@@ -363,7 +286,8 @@ def providers(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[], 
     def of_clipcore(compiled: bool) -> Step:
         model = create_model(case.model, **dropped)
         model.load_state_dict(template.state_dict())
-        model = with_library_blocks(model) if compiled else model
+        if compiled:
+            compile_blocks(model)
         return clipcore(case, batch, model.to(case.device).train())
 
     known = {

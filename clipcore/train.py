@@ -31,10 +31,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import nn
 
 from clipcore import native
 from clipcore.checkpoint import CheckpointError, make_newest, run_lock
@@ -247,14 +245,11 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         check_long_enough(num_steps - state.step)
 
     # Step
-    towers: nn.Module = model
     if config.torchcompile:
-        if world.device.type == "cpu":
-            check_compiler()
-        towers = cast(nn.Module, torch.compile(model))
+        check_compiler(world.device)
     training = TrainingStep(
         model=model,
-        towers=towers,
+        towers=model,
         loss_fn=build_loss(config, world, config.global_batch_size),
         world=world,
         precision=precision,
@@ -267,7 +262,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     )
     if world.world_size > 1 and not is_split:
         with watchdog.collective("comparison of the models"):
-            training.reduced = replicate(towers)
+            training.reduced = replicate(model)
     evaluations = EvaluationPlan(config, world, tokenizer, eval_transform)
 
     with contextlib.ExitStack() as stack:

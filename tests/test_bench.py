@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import importlib
 import json
@@ -32,7 +31,6 @@ from clipcore.run.ceilings import Ceilings  # noqa: E402
 from clipcore.run.command_line import parse_command_line  # noqa: E402
 from clipcore.towers.architectures import find_model  # noqa: E402
 from clipcore.towers.factory import create_model  # noqa: E402
-from clipcore.towers.modules import ReadAt, ResidualAttentionBlock  # noqa: E402
 
 
 @pytest.fixture
@@ -233,52 +231,6 @@ def test_the_step_that_is_measured_trains_and_names_its_parts(setting: dict[str,
     assert names[-1] in clock.parts and min(clock.parts.values()) >= 0
     assert batch.images.dtype == torch.uint8
     step(step_providers.ignore)
-
-
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
-def test_blocks_of_the_library_are_the_blocks(
-    quick: bool, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Traced whole, the same features and gradients: of a stream in one part and in two, causal, in segments, pooled.
-
-    In float64, and under autocast as near to float64 as our own blocks are.
-    """
-    compile = torch.compile
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch, "compile", lambda fn, **options: compile(fn, backend="aot_eager", **options)
-    )
-    made = ResidualAttentionBlock(16, 2, 4.0, quick)
-    theirs = step_providers.with_library_blocks(copy.deepcopy(made))
-    assert type(theirs) is step_providers.LibraryBlock
-    segments = torch.tensor([[0, 0, 1, 1, 1, -1]] * 3, dtype=torch.int32)
-    parts = torch.randn(2, 3, 6, 16)
-
-    def found(block: ResidualAttentionBlock, dtype: torch.dtype) -> list[torch.Tensor]:
-        block = copy.deepcopy(block).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        x, delta = parts.to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
-            outs = [
-                sum(block(x, None)),
-                sum(block(x, delta, True)),
-                sum(block(x, delta, True, segments)),
-                block.pooled(x, delta, ReadAt()),
-            ]
-        sum(out.double().square().sum() for out in outs).backward()
-        return [*outs, *(parameter.grad for parameter in block.parameters())]
-
-    exact = found(made, torch.float64)
-    dtype = getattr(torch, precision)
-    for ours, library, expected in zip(
-        found(made, dtype), found(theirs, dtype), exact, strict=True
-    ):
-        if dtype == torch.float64:
-            torch.testing.assert_close(library, ours, rtol=1e-12, atol=1e-12)
-            continue
-        assert library.dtype == ours.dtype
-        errors = [(one.double() - expected).norm() for one in (ours, library)]
-        assert errors[1] <= 1.5 * errors[0] + 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])

@@ -175,11 +175,29 @@ def test_a_missing_compiler_is_named_before_the_first_step(
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("CXX", compiler)
+    cpu = torch.device("cpu")
     if is_there:
-        check_compiler()
+        check_compiler(cpu)
     else:
         with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and none\+\+ is not there"):
-            check_compiler()
+            check_compiler(cpu)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cpu", r"needs Python's headers, and .* has no Python\.h"),
+        ("cuda", "needs Triton on a GPU"),
+    ],
+)
+def test_what_else_a_compiler_needs_is_named_before_the_first_step(
+    device, said, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=said):
+        check_compiler(torch.device(device))
 
 
 def test_a_place_where_the_ranks_cannot_meet_is_named(monkeypatch):

@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
 from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
 from clipcore.run.command_line import parse_command_line
-from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.folders import open_run
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import (
@@ -533,11 +532,6 @@ def test_gather_objects(pool: RankPool) -> None:
 
 
 # Runs.
-
-
-def test_compiled_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leave one of them out"):
-        TrainConfig(fsdp=True, torchcompile=True)
 
 
 def command_line(tmp_path: Path, table: Path, name: str, num_ranks: int) -> list[str]:

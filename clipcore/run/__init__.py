@@ -10,6 +10,7 @@
 ``grad_cache.py``    a batch in micro-batches, with exact gradients
 ``memory_plan.py``   the size of a micro-batch, and how many graphs are kept
 ``threads.py``       how many threads of the CPU are faster
+``compiled.py``      the transformer blocks, compiled
 ``sharding.py``      a model split among the ranks, or whole on each
 ``optim.py``         AdamW, clipping, the moving average
 ``schedule.py``      the learning rate of a step

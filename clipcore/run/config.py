@@ -347,7 +347,7 @@ class TrainConfig:
         COST,
         "shard weights, gradients and moments over the ranks (FSDP2), for large models",
     )
-    torchcompile: bool = _option(False, COST, "compile the towers with torch.compile")
+    torchcompile: bool = _option(False, COST, "train compiled transformer blocks (torch.compile)")
     profile: bool = _option(
         False, COST, "profile steps 5 to 7: a trace, and time and floor of every operator"
     )
@@ -510,8 +510,6 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--loss-stash is of the softmax loss, and --siglip keeps no logits; leave one of them out"
         )
-    if config.fsdp and config.torchcompile:
-        raise ConfigError("--fsdp and --torchcompile do not go together; leave one of them out")
     if config.fsdp and config.precision == "bf16":
         # fully_shard wants one dtype for all weights of a module.
         raise ConfigError("--fsdp splits float32 weights: take --precision amp_bf16 with it")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import shlex
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -301,13 +303,25 @@ def lock_towers(model: CLIP, config: TrainConfig) -> None:
         model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
 
 
-def check_compiler() -> None:
-    """Raise ConfigError where torch.compile would find no C++ compiler, in the middle of the first step on a CPU."""
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile would fail in the middle of a run, for want of Triton or of a C++ compiler."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "--torchcompile needs Triton on a GPU: pip install triton, or leave the flag out"
+            )
+        return
     command = shlex.split(os.environ.get("CXX") or "g++")
     if not command or shutil.which(command[0]) is None:
         raise ConfigError(
             f"--torchcompile needs a C++ compiler, and {' '.join(command) or 'CXX'} is not there: install g++, name one in "
             "CXX, or leave the flag out"
+        )
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        raise ConfigError(
+            f"--torchcompile needs Python's headers, and {headers} has no Python.h: install python3-dev, or leave the flag "
+            "out"
         )
 
 

@@ -78,7 +78,7 @@ def prepare_steps(
     run_dir: Path,
     log: MetricsLogger,
 ) -> RunConfig:
-    """Choose threads, the loss's stash and the micro-batches where they are open; verify gradients on request.
+    """Choose threads, the loss's stash and the micro-batches where they are open; compile, and verify gradients, on request.
 
     The choices are made once, the same on all ranks, and written into config.json.
 
@@ -90,6 +90,9 @@ def prepare_steps(
         timed = training.set_faster_threads(batch, step_index)
         log.print(str(timed))
         config = dataclasses.replace(config, threads=timed.number)
+    # After the threads, for whose number code is compiled, and before the plan, which measures what runs.
+    if config.torchcompile:
+        log.print(str(training.compile_blocks(batch, step_index)))
     # Before the plan, which leaves room for the loss.
     if (stash_bytes := training.choose_stash(config.step_memory)) is not None:
         config = dataclasses.replace(config, gpu_stash_bytes=stash_bytes)

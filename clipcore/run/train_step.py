@@ -30,7 +30,7 @@ from clipcore.kernels.contrastive.planning import DENSE_SIDE
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
-from clipcore.run import threads
+from clipcore.run import compiled, threads
 from clipcore.run.grad_cache import Embed, StepOutput, differentiate
 from clipcore.run.memory_plan import (
     GB,
@@ -54,7 +54,7 @@ class TrainingStep:
     """The forward and backward passes of one step.
 
     Attributes:
-        model: what is trained; ``towers`` is the same as it is called in training, compiled or not.
+        model: what is trained; ``towers`` is the same as it is called in training.
         scale_loss: what is differentiated in place of the loss.
         micro_batch_size: pairs that are embedded at once; None until there is a plan.
         num_kept_graphs: micro-batches that keep their graphs; None until there is a plan.
@@ -257,7 +257,7 @@ class TrainingStep:
     def set_faster_threads(self, batch: Batch, step: int) -> threads.Timed:
         """Compute with one thread of the CPU or with as many as now, whichever is faster; ranks do alike.
 
-        What is timed is the model itself: compiled towers would be compiled anew for each number of rows and threads.
+        Compiled code is for one number of threads, so blocks are compiled after this.
         """
         smallest_share = self.global_batch_size // self.world.world_size
         rows = smallest_share if self.micro_batch_size is None else self.micro_batch_size
@@ -267,6 +267,13 @@ class TrainingStep:
             min(smallest_share, max(threads.FEWEST_ROWS, rows)),
             torch.get_num_threads(),
             all_reduce_sum,
+        )
+
+    def compile_blocks(self, batch: Batch, step: int) -> compiled.Compiled:
+        """Compile the model's transformer blocks, on all ranks together."""
+        smallest_share = self.global_batch_size // self.world.world_size
+        return compiled.compile_now(
+            self.embedder(batch, step, self.model), self.model, smallest_share
         )
 
     def describe_loss(self) -> str:

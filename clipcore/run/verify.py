@@ -19,6 +19,7 @@ from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import SigLipLoss
 from clipcore.ranks.distributed import all_reduce_flag, gather_rows
+from clipcore.run.compiled import uncompile_blocks
 from clipcore.run.grad_cache import micro_batches
 from clipcore.run.sharding import gathered, is_sharded, whole
 from clipcore.run.train_step import TrainingStep
@@ -129,6 +130,7 @@ def _plain(
     everything = Batch(images, tokens, indices)
     model = gathered(training.model) if is_sharded(training.model) else training.model
     model = copy.deepcopy(model).double()
+    uncompile_blocks(model)
     plain = dataclasses.replace(
         training, model=model, towers=model, precision="fp32", pack_text=False
     )

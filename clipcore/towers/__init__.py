@@ -3,6 +3,7 @@
 ==========================  ================================================================
 ``architectures.py``        the shapes of the models, under open_clip's names
 ``modules.py``              the towers' parts: they hold parameters and call kernels
+``compiled.py``             a transformer block in torch's operators, for a compiler
 ``vision.py``               the Vision Transformer
 ``resnet.py``               the ResNet
 ``text.py``                 the text tower

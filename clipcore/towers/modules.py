@@ -28,6 +28,7 @@ from clipcore.kernels.launch import is_portable
 from clipcore.kernels.layer_norm import layer_norm
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
+from clipcore.towers.compiled import CompiledHalves
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,14 +73,17 @@ class Attention(nn.Module):
 
     def pooled(self, x_RLD: Tensor, query_BD: Tensor, read: ReadAt) -> Tensor:
         """Return the output for one query per sequence, [B, D]; it attends to the tokens ``x_RLD``."""
+        return self.out_proj(self.pooled_values(x_RLD, query_BD, read))
+
+    def pooled_values(self, x_RLD: Tensor, query_BD: Tensor, read: ReadAt) -> Tensor:
+        """Return ``pooled``'s result before the output's projection."""
         query, key, value = zip(
             self.in_proj_weight.unflatten(0, (3, -1)).unbind(),
             self.in_proj_bias.unflatten(0, (3, -1)).unbind(),
             strict=True,
         )
         q_BHK = F.linear(query_BD, *query).unflatten(-1, (self.heads, -1))
-        out_BD = attention_pool(q_BHK, read.sequences(x_RLD), key, value, read.last_B)
-        return self.out_proj(out_BD)
+        return attention_pool(q_BHK, read.sequences(x_RLD), key, value, read.last_B)
 
 
 # Hooks from these packages do not use a module's output: FSDP's, DDP's, and those of torch's FLOP counter.
@@ -113,7 +117,12 @@ class ResidualAttentionBlock(nn.Module):
     kernels/residual_mlp.py) and reads the parameters of the modules below. If a module was replaced (for example by LoRA's
     layers) or has hooks, the block calls its modules one by one instead. A block that has hooks itself takes and returns
     the whole stream, as the hooks expect.
+
+    Attributes:
+        compiled: what computes the block in training in place of these two operations, see ``CompiledHalves``.
     """
+
+    compiled: CompiledHalves | None = None
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
         super().__init__()
@@ -142,6 +151,12 @@ class ResidualAttentionBlock(nn.Module):
             x_RLD = x_RLD + self.attn(self.ln_1(x_RLD), is_causal, segments_RL)
             delta_RLD = self.mlp(self.ln_2(x_RLD))
             return x_RLD + delta_RLD if is_hooked(self) else (x_RLD, delta_RLD)
+        if (halves := self._halves()) is not None:
+            x_RLD, qkv = halves.projected(x_RLD, delta_RLD, self._in_weights(), self.ln_1.eps)
+            qkv_RL3HK = qkv.unflatten(-1, (3, self.attn.heads, -1))
+            out_RLD = attention(qkv_RL3HK, is_causal, segments_RL)
+            stream = self._added(halves, x_RLD, out_RLD)
+            return stream.joined() if is_hooked(self) else (stream.x, cast(Tensor, stream.delta))
         stream = residual_attention(
             Stream(x_RLD, delta_RLD),
             AttentionWeights(
@@ -164,6 +179,12 @@ class ResidualAttentionBlock(nn.Module):
         For the other tokens only LayerNorm's output is computed. The result and every gradient are those of ``forward``.
         Modules that were replaced or have hooks get all tokens.
         """
+        halves = self._halves()
+        if halves is not None and self.is_as_made() and not is_hooked(self):
+            norm = (self.ln_1.weight, self.ln_1.bias)
+            x_RLD, normed_RLD = halves.normed(x_RLD, delta_RLD, norm, self.ln_1.eps)
+            out_BD = self.attn.pooled_values(normed_RLD, read.tokens(normed_RLD), read)
+            return self._added(halves, read.tokens(x_RLD), out_BD).joined()
         x_RLD = Stream(x_RLD, delta_RLD).joined()
         if is_hooked(self) or not self._has_own_parts():
             segments_RL = None if read.packed is None else read.packed.segments_RP
@@ -178,8 +199,31 @@ class ResidualAttentionBlock(nn.Module):
         x_BD = x_BD + added_BD
         return x_BD + self.mlp(self.ln_2(x_BD))
 
+    def _halves(self) -> CompiledHalves | None:
+        """Return the compiled halves where they compute: in training, unless a compiler or a dispatch mode looks on.
+
+        Such a mode, torch's FLOP counter for one, sees no operator within compiled code.
+        """
+        if self.compiled is None or not self.training or torch.is_inference_mode_enabled():
+            return None
+        is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return None if is_watched else self.compiled
+
+    def _in_weights(self) -> tuple[Tensor, ...]:
+        attn = self.attn
+        return self.ln_1.weight, self.ln_1.bias, attn.in_proj_weight, attn.in_proj_bias
+
+    def _added(self, halves: CompiledHalves, x: Tensor, out: Tensor) -> Stream:
+        c_fc, gelu, c_proj = self._mlp_parts()
+        layers = (self.attn.out_proj, self.ln_2, c_fc, c_proj)
+        weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+        return Stream(*halves.added(x, out, weights, gelu.kind, self.ln_2.eps))
+
+    def _mlp_parts(self) -> tuple[nn.Linear, Activation, nn.Linear]:
+        return cast(tuple[nn.Linear, Activation, nn.Linear], tuple(self.mlp))
+
     def _mlp_half(self, stream: Stream) -> Stream:
-        c_fc, gelu, c_proj = cast(tuple[nn.Linear, Activation, nn.Linear], tuple(self.mlp))
+        c_fc, gelu, c_proj = self._mlp_parts()
         weights = MLPWeights(
             *(self.ln_2.weight, self.ln_2.bias),
             *(c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias),
