@@ -106,8 +106,9 @@ def test_what_counts_as_a_launch_a_copy_and_a_wait() -> None:
         assert gpu.waits == 2
         torch.tensor([1.0, 2.0], device=GPU)
         assert (gpu.copies, gpu.waits) == (2, 3)
+        assert values.cpu().tolist() == [[1.0] * 4] * 3 and gpu.waits == 4
         with pytest.raises(NotImplementedError, match="brings a tensor without values to the host"):
-            values.cpu()
+            values.to("cpu", non_blocking=True)
     # Outside all is as it was.
     assert not {"device", "is_cuda", "sum", "__matmul__"} & vars(torch.Tensor).keys()
     assert torch.empty(2, device="meta").device.type == "meta"
