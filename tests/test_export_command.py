@@ -25,7 +25,7 @@ from clipcore.export.vocabulary import write_tokenizer
 from clipcore.tokenizer import byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.towers import layouts
 from clipcore.towers.architectures import ModelConfig, TextConfig, VisionConfig
-from clipcore.towers.factory import create_model
+from clipcore.towers.factory import create_model, create_model_from_pretrained
 from clipcore.towers.model import CLIP
 
 # As OpenAI's package needs them: heads of 64, QuickGELU, its vocabulary.
@@ -137,6 +137,19 @@ def test_weights_with_openais_vocabulary_go_to_every_package_that_can_hold_them(
         assert loaded.tokenizer.sha256 == get_tokenizer().sha256
         for own, read in zip(expected, features(loaded.model), strict=True):
             assert torch.equal(own, read)
+
+
+def test_a_model_saves_itself_as_open_clip_reads_it(tmp_path: Path) -> None:
+    model = drawn(OPENAI)
+    model.set_images({"mean": (0.5, 0.5, 0.5), "resize_mode": "squash"})
+    model.save_pretrained(tmp_path / "new/folder")
+    loaded, _ = create_model_from_pretrained(None, tmp_path / "new/folder")
+    theirs = import_open_clip().create_model(f"local-dir:{tmp_path / 'new/folder'}").eval()
+    assert loaded.config == model.config and loaded.images["resize_mode"] == "squash"
+    assert theirs.visual.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(theirs.state_dict()[name], value)
 
 
 def test_towers_in_onnx_take_any_batch_and_describe_themselves(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from torch.nn import functional as F
 
 from clipcore.data.packing import PackedText
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
+from clipcore.files import make_directory
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.intermediates import Indices, check_format
+from clipcore.towers.layouts import write_open_clip
 from clipcore.towers.resnet import ModifiedResNet
 from clipcore.towers.text import TextTower
 from clipcore.towers.vision import VisionTransformer
@@ -237,6 +241,15 @@ class CLIP(TextTower):
             "resize_mode": images.get("resize_mode", "shortest"),
             "fill_color": images.get("fill_color", 0),
         }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, architecture and preprocessing into a folder, as open_clip's hub folders have them.
+
+        ``create_model_from_pretrained(None, folder)`` and ``open_clip.create_model("local-dir:FOLDER")`` read it. A folder
+        with the vocabulary too, or for another package, is made by ``python -m clipcore.export``.
+        """
+        make_directory(Path(folder))
+        write_open_clip(self, Path(folder))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the transformer blocks' activations in the backward pass."""
