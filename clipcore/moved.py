@@ -1,18 +1,22 @@
-"""Imports modules under the names that they had at the top of the package, before they moved into subpackages.
+"""Imports modules under other names: those that they had at the top of the package, before they moved into subpackages.
 
 ``import clipcore.model`` returns the module ``clipcore.towers.model`` itself, so a function that is replaced in one is
 replaced in the other. Names that went from one module into another are not kept. Two modules are not here:
 ``clipcore.checkpoint`` and ``clipcore.report`` are now packages, which export the names that these modules had.
+``python -m clipcore.inspect`` runs inspection.py: a file inspect.py would stand in for Python's own module of that name
+wherever the folder clipcore/ is on the path, as in ``python clipcore/train.py``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 
+ALIASES = {"clipcore.inspect": "clipcore.inspection"}
 MOVED = {
     "clipcore.architectures": "clipcore.towers.architectures",
     "clipcore.ceilings": "clipcore.run.ceilings",
@@ -53,18 +57,21 @@ MOVED = {
 }
 
 
+_PLACES = ALIASES | MOVED
+
+
 class MovedModules:
-    """A finder and loader of modules under their earlier names."""
+    """A finder and loader of modules under their other names."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for an earlier name, None for any other."""
-        return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]
+        """Return a spec for another name of a module, None for anything else."""
+        return ModuleSpec(name, self) if name in _PLACES else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Import the module under its current name."""
-        module = importlib.import_module(MOVED[spec.name])
+        module = importlib.import_module(_PLACES[spec.name])
         # The import system sets the module's spec to the earlier name's; `exec_module` restores it.
         spec.loader_state = module.__spec__
         return module
@@ -73,6 +80,13 @@ class MovedModules:
         """Restore the module's spec; the module has already run under its current name."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
+
+    def get_code(self, name: str) -> CodeType | None:
+        """Return what ``python -m`` runs under this name."""
+        spec = importlib.util.find_spec(_PLACES[name])
+        assert spec is not None
+        code: CodeType | None = spec.loader.get_code(_PLACES[name])  # type: ignore[union-attr]
+        return code
 
 
 def install() -> None:

@@ -40,7 +40,7 @@ from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regu
 from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
 from clipcore.towers.architectures import UnknownModelError, find_model
-from clipcore.towers.descriptions import read_description
+from clipcore.towers.descriptions import HF_MERGES_FILE, read_description
 from clipcore.towers.published import LOCAL_PREFIX, place_of, refuse_hub
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -520,6 +520,8 @@ def get_tokenizer(
         if bpe_path is not None:
             raise VocabularyError(f"{run_dir} has a vocabulary of its own: leave bpe_path out")
         return _tokenizer_of_run(run_dir, context_length)
+    if described is not None and bpe_path is None:
+        bpe_path = vocabulary_beside(folder)
     model = described
     if model is None and model_name:
         model = find_model(model_name).text  # type: ignore[arg-type]
@@ -550,6 +552,25 @@ def get_tokenizer(
     if context_length is not None:
         tokenizer.context_length = context_length
     return tokenizer
+
+
+def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:
+    """Return the vocabulary file that belongs to weights, None if there is none beside them.
+
+    Args:
+        weights: a run, one of its checkpoints or a file in one; or a folder of transformers' kind, such as an export, or a
+            file of weights in it.
+    """
+    path = Path(weights)
+    folder = path if is_folder(path) else path.absolute().parent
+    checkpoint = folder.absolute()
+    runs = [folder] if is_folder(folder / "checkpoints") else []
+    runs += [checkpoint.parent.parent] if checkpoint.parent.name == "checkpoints" else []
+    for run in runs:
+        if is_file(run / VOCABULARY_FILE):
+            return run / VOCABULARY_FILE
+    is_described = is_file(folder / "tokenizer_config.json")
+    return folder / HF_MERGES_FILE if is_described and is_file(folder / HF_MERGES_FILE) else None
 
 
 def run_folder(name: str | os.PathLike[str]) -> Path | None:

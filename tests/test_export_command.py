@@ -20,9 +20,10 @@ from clipcore.evaluate.loading import load_model
 from clipcore.export import TARGETS, check, export_model, write
 from clipcore.export.__main__ import main
 from clipcore.export.check import CheckError, Examples
-from clipcore.export.onnx_towers import write_onnx
+from clipcore.export.onnx_towers import is_installed, write_onnx
 from clipcore.export.vocabulary import write_tokenizer
-from clipcore.tokenizer import byte_tokenizer, get_tokenizer, train_tokenizer
+from clipcore.inspection import inspect_weights
+from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
 from clipcore.towers import layouts
 from clipcore.towers.architectures import ModelConfig, TextConfig, VisionConfig
 from clipcore.towers.factory import create_model, create_model_from_pretrained
@@ -137,6 +138,64 @@ def test_weights_with_openais_vocabulary_go_to_every_package_that_can_hold_them(
         assert loaded.tokenizer.sha256 == get_tokenizer().sha256
         for own, read in zip(expected, features(loaded.model), strict=True):
             assert torch.equal(own, read)
+
+
+@pytest.mark.parametrize("target", ["open_clip", "transformers"])
+def test_a_vocabulary_of_openais_size_is_still_ones_own(target: str, tmp_path: Path) -> None:
+    *merges, last, second = get_tokenizer().merge_lines()
+    tokenizer = Tokenizer(tuple(line.split()) for line in (*merges, second, last))
+    assert tokenizer.vocab_size == get_tokenizer().vocab_size
+    assert tokenizer.sha256 != get_tokenizer().sha256
+    export_model(drawn(OPENAI), tokenizer, target, tmp_path / "out")
+
+    with pytest.warns(UserWarning, match="other merges"):
+        assert get_tokenizer(f"local-dir:{tmp_path / 'out'}").sha256 == tokenizer.sha256
+    weights = next((tmp_path / "out").glob("*.safetensors"))
+    for path in (tmp_path / "out", weights):
+        with pytest.warns(UserWarning, match="other merges"):
+            assert load_model(pretrained=str(path)).tokenizer.sha256 == tokenizer.sha256
+        assert str(tmp_path / "out/merges.txt") in inspect_weights(path).vocabulary
+
+
+@pytest.mark.parametrize("target", ["open_clip", "transformers", "openai"])
+def test_what_changes_no_feature_keeps_no_model_from_being_exported(
+    target: str, tmp_path: Path
+) -> None:
+    vision = dataclasses.replace(OPENAI.vision, patch_dropout=0.5)
+    config = dataclasses.replace(OPENAI, vision=vision, init_logit_scale=2.3)
+    if target != "openai":
+        text = dataclasses.replace(OPENAI.text, mlp_ratio=4.3637)
+        config = dataclasses.replace(config, text=text)
+    lines = list[str]()
+    export_model(drawn(config), get_tokenizer(), target, tmp_path / "out", lines.append)
+    assert len(lines) == 2 and "its features agree" in lines[1]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "_write", lambda *_: pytest.fail("it was written"))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    for path in (tmp_path / "link", Path("."), tmp_path / "real"):
+        with pytest.raises(ValueError, match=r"name another one|name a new one"):
+            export_model(drawn(OPENAI), get_tokenizer(), "open_clip", path)
+
+
+def test_a_refusal_leaves_no_folder_above(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no form of CLIP's ResNets"):
+        export_model(drawn(OPENAI_RESNET), get_tokenizer(), "transformers", tmp_path / "a/b/out")
+    assert left_in(tmp_path) == []
+
+
+def test_a_folder_of_a_packages_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("no_such_package") is not None
+    assert not is_installed("no_such_package") and is_installed("torch")
 
 
 def test_a_model_saves_itself_as_open_clip_reads_it(tmp_path: Path) -> None:
@@ -309,7 +368,6 @@ def test_another_packages_features_and_ids_are_compared(
     honest = getattr(write, name)
     monkeypatch.setattr(write, name, lambda _, *rest, **named: honest(other, *rest, **named))
     if target == "openai":
-        # What is read back is the model that was meant, rounded.
         monkeypatch.setattr(check, "_rounded", lambda _: model)
     with pytest.raises(CheckError, match="gives other features"):
         export_model(model, get_tokenizer(), target, tmp_path / "out")

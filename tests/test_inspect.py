@@ -11,7 +11,7 @@ import torch
 from weight_files import WRITERS, extras_file, hub_folder, run_folder
 
 import clipcore
-from clipcore.inspect import inspect_weights, main
+from clipcore.inspection import inspect_weights, main
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
 from clipcore.towers.factory import create_model
 from clipcore.towers.model import CLIP
@@ -44,7 +44,7 @@ def test_the_call_that_is_shown_loads_the_weights(tmp_path: Path, writer: str, n
     model = create_model(name).eval()
     write = WRITERS.get(writer, saved if writer == "bare" else extras_file)
     found = inspect_weights(write(tmp_path / "weights", model))
-    assert found.faults == []
+    assert found.fault == ""
 
     if writer == "bare":
         # Nothing tells the activation of such a file, and the call says which one is assumed.
@@ -87,7 +87,7 @@ def test_a_run_has_its_own_vocabulary(tmp_path: Path) -> None:
     checkpoint = run / "checkpoints/step_00000001"
     for path in (run, checkpoint, checkpoint / "model.safetensors"):
         found = inspect_weights(path)
-        assert found.vocabulary == "514 tokens, the run's own"
+        assert found.vocabulary == f"514 tokens, {run / VOCABULARY_FILE}"
         assert called(found.call)["tokenizer"].sha256 == byte_tokenizer().sha256
 
 
@@ -100,40 +100,70 @@ def test_a_model_without_a_name_is_loaded_by_its_shapes(tmp_path: Path) -> None:
     assert "tokenizer" not in found.call
 
 
-def test_what_keeps_weights_from_loading_is_named(
+def test_what_keeps_weights_from_loading_is_what_loading_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "weights.pt"
-    state = create_model(NAME).state_dict()
-    del state["ln_final.weight"], state["visual.ln_pre.bias"]
-    state["ln_final.weight"] = torch.full((32,), torch.nan)
-    state["adapter.weight"] = torch.zeros(2)
-    torch.save(state, path)
+    def changed(**values: torch.Tensor | None) -> Path:
+        state = create_model(NAME).state_dict() | values
+        path = tmp_path / "weights.pt"
+        torch.save({name: value for name, value in state.items() if value is not None}, path)
+        return path
 
-    found = inspect_weights(path)
-    assert found.call == ""
-    assert found.faults == [
-        "visual.ln_pre.bias is missing",
-        "adapter.weight is unknown",
-        "ln_final.weight is not finite: its training failed, or the file is damaged",
-    ]
-    assert main([str(path)]) == 1
-    out = capsys.readouterr().out
-    assert "does not load  visual.ln_pre.bias is missing\n" in out and "load it by" not in out
+    for values, told in (
+        ({"visual.ln_pre.bias": None}, "visual.ln_pre.bias is missing"),
+        ({"adapter.weight": torch.zeros(2)}, "adapter.weight is unknown"),
+        ({"ln_final.weight": torch.full((32,), torch.nan)}, "ln_final.weight in .* is not finite"),
+        ({"ln_final.weight": torch.ones(32, dtype=torch.int8)}, "quantised weights are not read"),
+        ({"logit_scale": torch.ones(2)}, "logit_scale"),
+    ):
+        path = changed(**values)
+        with pytest.raises(ValueError, match=told) as raised:
+            clipcore.create_model_from_pretrained(None, path)
+        if "logit_scale" in values:
+            continue  # of no CLIP, so that there is nothing to show
+        found = inspect_weights(path)
+        assert found.call == "" and found.fault == str(raised.value)
+        assert main([str(path)]) == 1
+        out = capsys.readouterr().out
+        assert f"does not load  {found.fault}" in out and "load it by" not in out
 
 
-def test_a_bias_without_a_description_is_a_fault(tmp_path: Path) -> None:
-    model = create_model(NAME, init_logit_bias=-10.0)
+def test_a_bias_is_loaded_by_the_call_or_is_a_fault(tmp_path: Path) -> None:
+    model = create_model(NAME, init_logit_bias=-120.0)
+    found = inspect_weights(saved(tmp_path / "weights.pt", model))
+    assert found.logit_bias == -120.0
+    with pytest.warns(UserWarning, match="does not state its model's activation"):
+        assert called(found.call)["model"].logit_bias == -120.0
+
     folder = hub_folder(tmp_path / "hub", model)
-    assert inspect_weights(folder).faults == []
+    assert inspect_weights(folder).fault == ""
     config = json.loads((folder / "open_clip_config.json").read_text())
     del config["model_cfg"]["init_logit_bias"]
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    assert inspect_weights(folder).faults == [
-        "logit_bias is in the weights, and the description has none"
-    ]
-    with pytest.raises(ValueError, match="no logit_bias"):
-        clipcore.create_model_from_pretrained(None, folder)
+    assert "no logit_bias" in inspect_weights(folder).fault
+
+
+def test_positions_of_another_length_are_resized_as_on_loading(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub", create_model(NAME))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = 40
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    found = inspect_weights(folder)
+    assert found.fault == "" and called(found.call)["model"].visual.image_size == (40, 40)
+
+
+def test_a_vocabulary_beside_weights_is_only_theirs_if_it_belongs_to_them(tmp_path: Path) -> None:
+    path = saved(tmp_path / "weights.pt", create_model(NAME))
+    # What clipcore.tokenizer --train leaves in the current folder.
+    byte_tokenizer().save(tmp_path / VOCABULARY_FILE)
+    found = inspect_weights(path)
+    assert found.vocabulary == "514 tokens, one for each byte"
+    assert str(tmp_path) not in found.call.splitlines()[-1]
+
+    run = run_folder(tmp_path / "run", create_model(NAME, force_vocab_size=700))
+    byte_tokenizer().save(run / VOCABULARY_FILE)
+    found = inspect_weights(run)
+    assert "has 514, and is another model's" in found.vocabulary and "tokenizer" not in found.call
 
 
 def test_files_that_cannot_be_read_are_lines_and_others_are_shown(

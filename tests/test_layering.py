@@ -26,7 +26,7 @@ LAYERS = [
     {"run"},
     {"evaluate"},
     {"report"},
-    {"classify", "export", "inspect", "train"},
+    {"classify", "export", "inspection", "train"},
 ]
 
 FILES = sorted(

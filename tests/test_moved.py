@@ -69,3 +69,18 @@ def test_what_is_replaced_under_one_name_is_replaced_under_both(
 def test_other_names_are_still_missing() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"clipcore\.no_such_module"):
         importlib.import_module("clipcore.no_such_module")
+
+
+def test_no_module_takes_the_place_of_one_of_pythons_own() -> None:
+    """As it would where the folder clipcore/ itself is on the path."""
+    names = {path.stem for path in (ROOT / "clipcore").iterdir() if not path.name.startswith("_")}
+    assert not names & sys.stdlib_module_names
+
+
+def test_inspect_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "clipcore.inspect", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m clipcore.inspect")
+    inspection = importlib.import_module("clipcore.inspection")
+    assert importlib.import_module("clipcore.inspect") is inspection

@@ -10,8 +10,7 @@ import torch
 from clipcore.data.transforms import ImageTransform
 from clipcore.run.folders import is_run
 from clipcore.run.state import load_run
-from clipcore.tokenizer import Tokenizer, get_tokenizer
-from clipcore.towers.descriptions import HF_MERGES_FILE
+from clipcore.tokenizer import Tokenizer, get_tokenizer, vocabulary_beside
 from clipcore.towers.factory import create_model_from_pretrained
 from clipcore.towers.model import CLIP
 
@@ -46,7 +45,7 @@ def load_model(
         checkpoint: a run's folder, or one of its checkpoints.
         pretrained: weights of OpenAI, open_clip or transformers, or a run.
         name: the architecture of ``pretrained`` [read off its shapes].
-        bpe_path: the vocabulary of ``pretrained`` [its folder's merges.txt, else OpenAI's].
+        bpe_path: the vocabulary of ``pretrained`` [the one beside it, else OpenAI's].
 
     Raises:
         ValueError, OSError: the arguments contradict each other, or a file cannot be read.
@@ -65,9 +64,7 @@ def load_model(
         return LoadedModel(model.config.short_name, run, model, transform, tokenizer, ("{}",))
 
     assert pretrained is not None
-    beside = Path(pretrained) / HF_MERGES_FILE
-    if bpe_path is None and beside.is_file():
-        # An export to open_clip or transformers.
+    if bpe_path is None and (beside := vocabulary_beside(pretrained)) is not None:
         bpe_path = str(beside)
     model, transform = create_model_from_pretrained(name, pretrained=pretrained, device=device)
     tokenizer = get_tokenizer(context_length=model.context_length, bpe_path=bpe_path)

@@ -17,10 +17,12 @@ clipcore's own. Unless it is done, there is no OUT.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from clipcore.evaluate.loading import load_model
 from clipcore.export.write import TARGETS, export_model
@@ -51,15 +53,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM unwind, as Ctrl-C does, so that no temporary folder stays."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parsed = build_parser().parse_args(arguments)
     try:
         loaded = load_model(None, parsed.source, parsed.model, parsed.bpe_path)
-        export_model(loaded.model, loaded.tokenizer, parsed.to, parsed.out, print)
+        with _stopped_by_sigterm():
+            export_model(loaded.model, loaded.tokenizer, parsed.to, parsed.out, print)
     except KeyboardInterrupt:
-        complain(PROGRAM, "stopped; nothing was left behind")
+        is_there = parsed.out.exists() and any(parsed.out.iterdir())
+        complain(PROGRAM, f"stopped; {parsed.out} is {'whole' if is_there else 'not made'}")
         return 128 + signal.SIGINT
     except Exception as error:
         return end_with(PROGRAM, error, "export it on a larger machine")

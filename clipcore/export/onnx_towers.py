@@ -18,6 +18,12 @@ IMAGE_FILE, TEXT_FILE, DESCRIPTION_FILE = "image.onnx", "text.onnx", "clip.json"
 _NEEDED = ("onnx", "onnxscript")
 
 
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed; a folder of that name in the current one, which Python finds too, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 class _Tower(nn.Module):
     """One side of a model, with features of length one."""
 
@@ -41,7 +47,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     Raises:
         ValueError: a package is missing, or the model's weights are not float32.
     """
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in _NEEDED if not is_installed(name)]:
         raise ValueError(
             f'an export to ONNX needs {" and ".join(missing)}: pip install "clipcore[export]"'
         )

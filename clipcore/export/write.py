@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -40,8 +41,14 @@ def export_model(
     """
     if target not in TARGETS:
         raise ValueError(f"a model is exported to {', '.join(TARGETS)}, got {target!r}")
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already, and not an empty folder; name another one")
+    folder = Path(os.path.abspath(folder))
+    is_usable = not folder.is_symlink() and folder.is_dir() and not os.path.ismount(folder)
+    if os.path.lexists(folder) and (not is_usable or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is there already, and not an empty folder of its own; name another one"
+        )
+    if folder == Path.cwd():
+        raise ValueError("the current folder cannot be replaced; name a new one")
     is_openai = tokenizer.sha256 == OPENAI_SHA256
     if target == "openai" and not is_openai:
         raise ValueError(
@@ -49,10 +56,12 @@ def export_model(
         )
     model = model.float().cpu().eval()
 
-    make_directory(folder.absolute().parent)
-    aside = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    aside.mkdir()
+    parents = [path for path in folder.parents if not path.exists()]
+    # A name of its own, however long the folder's is.
+    aside = folder.with_name(f".export.{secrets.token_hex(4)}.tmp")
     try:
+        make_directory(folder.parent)
+        aside.mkdir()
         _write(model, tokenizer, target, aside, is_openai)
         for line in check_export(model, tokenizer, aside, target):
             note(line)
@@ -60,9 +69,18 @@ def export_model(
             _sync(path)
         # An empty folder of that name is replaced.
         aside.rename(folder)
-        sync_directory(folder.absolute().parent)
+        sync_directory(folder.parent)
+    except OSError as error:
+        if error.filename is None or str(aside) in str(error.filename):
+            # The temporary name means nothing to the user.
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # The nearest first; those that hold something stay.
+            for path in parents:
+                path.rmdir()
 
 
 def _write(model: CLIP, tokenizer: Tokenizer, target: str, folder: Path, is_openai: bool) -> None:

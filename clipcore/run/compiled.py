@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from clipcore.run.config import ConfigError
 from clipcore.run.grad_cache import Embed
@@ -78,6 +77,10 @@ def compile_now(embed: Embed, model: CLIP, most_rows: int) -> Compiled:
             trained = [part for part in embed(rows, None) if part.requires_grad]
             torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
     except torch._dynamo.exc.TorchDynamoException as error:
+        from torch._inductor.runtime.cache_dir_utils import (
+            cache_dir,  # private to torch: only where it is needed
+        )
+
         cause = getattr(error, "inner_exception", error)
         raise ConfigError(
             f"--torchcompile: torch.compile fails: {first_line(cause)}; remove {cache_dir()}, the cache of compiled code, "

@@ -486,8 +486,15 @@ def _made_without_name(
     # These change no shape, so they do not need a model's name.
     output_dict = bool(others.pop("output_dict", None))
     others.pop("require_pretrained", None)
+    defaults = inspect.signature(create_model).parameters
+    others = {
+        name: value
+        for name, value in others.items()
+        if name not in defaults or value is not defaults[name].default
+    }
     if shaping := [name for name in others if name in (*_ARGUMENTS, *_CONFIG_KEYS)]:
-        raise ValueError(f"{', '.join(shaping)} need the name of the model")
+        verb = "needs" if len(shaping) == 1 else "need"
+        raise ValueError(f"{', '.join(shaping)} {verb} the name of the model")
     check_others("create_model_from_pretrained", others, [*_ARGUMENTS, *_CONFIG_KEYS])
     model = cast(made_of_weights(Path(pretrained)), precision).to(device)
     model.output_dict = output_dict

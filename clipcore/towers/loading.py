@@ -52,6 +52,7 @@ def model_of(
     if may_resize and all(own[key].shape[0] <= MAX_POSITIONS for key in POSITIONS if key in own):
         state = resize_position_embeddings(state, own)
     _check_shapes(config, state, own, origin)
+    _check_numbers(state, own, origin)
     model = CLIP(config)
     model.load_state_dict(state)
     return model

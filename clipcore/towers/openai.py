@@ -30,7 +30,7 @@ class OpenAICLIP(CLIP):
         return self.visual.conv1.weight.dtype
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return scaled cosines of every image with every text, [B, T], and their transpose.
+        """Return scaled cosines of every image with every text, [B, T], with the model's bias, and their transpose.
 
         Args:
             image: preprocessed, [B, 3, S, S].
@@ -39,6 +39,8 @@ class OpenAICLIP(CLIP):
         image_features = self.encode_image(image, normalize=True)
         text_features = self.encode_text(text, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        if self.logit_bias is not None:
+            logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.t()
 
 

@@ -44,7 +44,8 @@ def __getattr__(name: str) -> Any:
 def open_clip_file(name: str) -> ModuleType | None:
     """Return one module of an installed open_clip, without importing the package; None if it is not installed."""
     found = importlib.util.find_spec("open_clip")
-    if found is None or not found.submodule_search_locations:
+    # A folder of that name in the current one has no origin.
+    if found is None or found.origin is None or not found.submodule_search_locations:
         return None
     if _PACKAGE not in sys.modules:
         package = ModuleType(_PACKAGE)

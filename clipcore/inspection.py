@@ -1,7 +1,7 @@
 """Show what a file or folder of weights says about its model: ``python -m clipcore.inspect FILE``.
 
 It names the architecture, the activation, the preprocessing, the vocabulary, the number of parameters, what is missing, and
-the call that loads the weights. No model is made, and no code in a file runs.
+the call that loads the weights. No code in a file runs.
 
 Exit status: 0 the weights load, 1 they do not, 2 a mistake in the arguments, an unreadable file or too little memory, 70 a
 fault of clipcore's own.
@@ -17,12 +17,12 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
@@ -31,26 +31,21 @@ from clipcore.terminal import Parser, complain, printable, steady_output
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     OPENAI_VOCAB_SIZE,
+    Tokenizer,
     VocabularyError,
     find_openai_vocabulary,
-    get_tokenizer,
-    run_folder,
+    vocabulary_beside,
 )
 from clipcore.towers.architectures import (
     MODELS,
-    OPENAI_MODELS,
     QUICK_GELU_SUFFIX,
     ModelConfig,
     TextConfig,
     VisionConfig,
 )
 from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
-from clipcore.towers.loading import shape_differences
-from clipcore.towers.model import CLIP
+from clipcore.towers.factory import made_of_weights
 from clipcore.towers.weights import Weights, read_weights
-
-# Of a long list of faults.
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Inspection:
         dtypes: the number of numbers of each dtype.
         logit_scale: the cosine's factor, ``exp`` of the weights' value; None without one.
         logit_bias: None without one.
-        faults: what keeps the weights from loading; empty if they load.
+        fault: what keeps the weights from loading; empty if they load.
         call: Python that loads them; empty if they do not load.
     """
 
@@ -84,7 +79,7 @@ class Inspection:
     dtypes: dict[str, int]
     logit_scale: float | None
     logit_bias: float | None
-    faults: list[str]
+    fault: str
     call: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,13 +102,9 @@ class Inspection:
             ("parameters", _parameters(self.parameters, self.dtypes)),
             ("logits", _logits(self.logit_scale, self.logit_bias)),
         ]
-        if not self.faults:
-            return [*lines, ("missing", "nothing"), *_under("load it by", self.call.splitlines())]
-
-        faults = self.faults[:_SHOWN]
-        if len(self.faults) > _SHOWN:
-            faults.append(f"and {len(self.faults) - _SHOWN} more")
-        return [*lines, *_under("does not load", faults)]
+        if self.fault:
+            return [*lines, ("does not load", self.fault)]
+        return [*lines, ("missing", "nothing"), *_under("load it by", self.call.splitlines())]
 
 
 def _under(title: str, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -133,57 +124,37 @@ def inspect_weights(path: str | os.PathLike[str]) -> Inspection:
     """
     path = os.fspath(path)
     weights = read_weights(path)
-    config = weights.config
     try:
         state = to_open_clip_names(weights.tensors)
-        shown = infer_config(state) if config is None else config
+        config = infer_config(state) if weights.config is None else weights.config
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
-    if config is None:
-        config = shown
-        is_quick = weights.quick_gelu
-        if is_quick is None:
-            is_quick = config.describe() in OPENAI_MODELS
-        config = dataclasses.replace(config, quick_gelu=is_quick)
 
-    faults = _faults(config, state)
-    name, run_dir = _name(config), _run_dir(Path(path))
+    # The call that is shown makes the same model, so that what it shows is so.
+    fault = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an assumed activation, which has a line of its own
+            config = made_of_weights(Path(path)).config
+    except ValueError as error:
+        fault = str(error)
+
+    vocabulary, tokens = _vocabulary(vocabulary_beside(path), config.text.vocab_size)
     return Inspection(
         path=path,
         config=config,
-        name=name,
+        name=_name(config),
         described_by=weights.witness if weights.config is not None else "",
         activation=_activation(config, weights),
         images=weights.images,
-        vocabulary=_vocabulary(run_dir, config.text.vocab_size),
+        vocabulary=tokens,
         parameters=_count(state),
         dtypes=_dtypes(state),
         logit_scale=_number(state, "logit_scale", math.exp),
         logit_bias=_number(state, "logit_bias", float),
-        faults=faults,
-        call="" if faults else _call(path, config, weights, run_dir),
+        fault=fault,
+        call="" if fault else _call(path, config, weights, vocabulary),
     )
-
-
-def _faults(config: ModelConfig, state: Mapping[str, Tensor]) -> list[str]:
-    """Return what keeps the weights from loading into the described model."""
-    with torch.device("meta"):
-        own = CLIP(config).state_dict()
-    # A model has the bias that its weights or its description have.
-    own.pop("logit_bias", None)
-    shapes = {name: value.shape for name, value in state.items() if name != "logit_bias"}
-    faults = shape_differences(shapes, {name: value.shape for name, value in own.items()})
-    if "logit_bias" in state and config.init_logit_bias is None:
-        faults.append("logit_bias is in the weights, and the description has none")
-
-    for name, value in state.items():
-        if not value.is_floating_point():
-            continue
-        # 8-bit floats do not support isfinite.
-        wide = value if value.element_size() > 1 else value.float()
-        if not wide.isfinite().all():
-            faults.append(f"{name} is not finite: its training failed, or the file is damaged")
-    return faults
 
 
 def _name(config: ModelConfig) -> str | None:
@@ -202,34 +173,28 @@ def _activation(config: ModelConfig, weights: Weights) -> str:
     return f"{activation} (assumed, {reason}: nothing states it)"
 
 
-def _run_dir(path: Path) -> Path | None:
-    """Return the folder of the run that weights belong to, None if they belong to none with a vocabulary."""
-    try:
-        return run_folder(path if path.is_dir() else path.absolute().parent)
-    except VocabularyError:
-        return None
-
-
-def _vocabulary(run_dir: Path | None, vocab_size: int) -> str:
+def _vocabulary(path: Path | None, vocab_size: int) -> tuple[Path | None, str]:
+    """Return the file beside the weights if it is the model's vocabulary, and the vocabulary in words."""
     tokens = f"{vocab_size:,} tokens"
-    if run_dir is not None:
+    if path is not None:
         try:
-            own_size = get_tokenizer(run_dir).vocab_size
+            own_size = Tokenizer.from_file(path).vocab_size
         except (VocabularyError, OSError) as error:
-            return f"{tokens}, the run's own, which cannot be read: {error}"
-        if own_size == vocab_size:
-            return f"{tokens}, the run's own"
+            return None, f"{tokens}; those beside the weights cannot be read: {error}"
+        if own_size != vocab_size:
+            return None, f"{tokens}; {path} has {own_size:,}, and is another model's"
+        return path, f"{tokens}, {path}"
     if vocab_size == BYTE_VOCAB_SIZE:
-        return f"{tokens}, one for each byte"
+        return None, f"{tokens}, one for each byte"
     if vocab_size != OPENAI_VOCAB_SIZE:
-        return f"{tokens}, and no file of them here: give the one of its training as bpe_path"
+        told = "and no file of them here: give the one of its training as bpe_path"
+        return None, f"{tokens}, {told}"
     try:
         find_openai_vocabulary()
     except VocabularyError:
-        return (
-            f'{tokens}, OpenAI\'s by their number; pip install "clipcore[openai-vocab]" brings it'
-        )
-    return f"{tokens}, OpenAI's by their number"
+        brings = 'pip install "clipcore[openai-vocab]" brings it'
+        return None, f"{tokens}, OpenAI's by their number; {brings}"
+    return None, f"{tokens}, OpenAI's by their number"
 
 
 def _image_tower(vision: VisionConfig) -> str:
@@ -289,12 +254,17 @@ def _parameters(parts: Mapping[str, int], dtypes: Mapping[str, int]) -> str:
     return f"{total:,} (image {parts['image']:,}, text {parts['text']:,}), {kinds}"
 
 
-def _number(state: Mapping[str, Tensor], name: str, convert: Any) -> float | None:
-    """Return a scalar of the weights, None if it is missing or not finite."""
-    if name not in state:
+def _number(
+    state: Mapping[str, Tensor], name: str, convert: Callable[[float], float]
+) -> float | None:
+    """Return a scalar of the weights, None if it is missing or none."""
+    if name not in state or state[name].numel() != 1:
         return None
-    value = float(state[name])
-    return float(convert(value)) if abs(value) < 100 else None
+    try:
+        value = convert(float(state[name]))
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _logits(scale: float | None, bias: float | None) -> str:
@@ -302,17 +272,19 @@ def _logits(scale: float | None, bias: float | None) -> str:
     return text if bias is None else f"{text}, plus {bias:.4g} (SigLIP)"
 
 
-def _call(path: str, config: ModelConfig, weights: Weights, run_dir: Path | None) -> str:
+def _call(path: str, config: ModelConfig, weights: Weights, vocabulary: Path | None) -> str:
     """Return Python that loads the weights as they are described, and their tokenizer if its vocabulary is known."""
-    # None takes the description, or the shapes of an architecture that has no name.
+    # None takes the description, or the shapes of a model that no name makes, such as one with a bias.
     name = _name(config)
-    model = None if weights.config is not None else name
+    has_bias = config.init_logit_bias is not None
+    model = None if weights.config is not None or has_bias else name
     loaded = f"clipcore.create_model_from_pretrained({model!r}, {path!r})"
     lines = ["import clipcore", f"model, preprocess = {loaded}"]
 
     text = config.text
-    if run_dir is not None:
-        lines.append(f"tokenizer = clipcore.get_tokenizer({str(run_dir)!r})")
+    if vocabulary is not None:
+        length = f"context_length={text.context_length}, bpe_path={str(vocabulary)!r}"
+        lines.append(f"tokenizer = clipcore.get_tokenizer({length})")
     elif text.vocab_size in (BYTE_VOCAB_SIZE, OPENAI_VOCAB_SIZE) and name is not None:
         lines.append(f"tokenizer = clipcore.get_tokenizer({name!r})")
     elif text.vocab_size == OPENAI_VOCAB_SIZE:
@@ -356,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for title, text in found.lines():
                 print(f"{title:13}  {printable(text)}")
         num_shown += 1
-        if found.faults:
+        if found.fault:
             status = max(status, 1)
     return status
 
