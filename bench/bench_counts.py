@@ -99,7 +99,7 @@ def _step(
         global_batch_size=num_pairs,
         scale_loss=lambda loss: loss,
         micro_batch_size=micro_batch_size or num_pairs,
-        num_kept_graphs=kept or num_pairs,
+        num_kept_graphs=num_pairs if kept is None else kept,
     )
 
 
@@ -385,6 +385,11 @@ def main() -> None:
     size = parsed.micro_batch_size
     if parsed.pairs < 2 or (size is not None and (size < 1 or parsed.pairs % size)):
         parser.error("--pairs is at least 2, and a multiple of --micro-batch-size")
+
+    if parsed.kept_graphs is not None and (size is None or parsed.kept_graphs < 1):
+        parser.error(
+            "--kept-graphs is at least 1, and of several micro-batches: --micro-batch-size N"
+        )
 
     split = {} if size is None else {"micro_batch": size}
     kept = {} if parsed.kept_graphs is None else {"kept_graphs": parsed.kept_graphs}

@@ -327,7 +327,13 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 batch = loader.batch(step_index)
             clock.charge("data")
             if step_index == first_step:
-                config = prepare_steps(training, batch, step_index, config, run_dir, log)
+                try:
+                    config = prepare_steps(training, batch, step_index, config, run_dir, log)
+                except ConfigError:
+                    # Ctrl-C reaches a compiler's processes too, and it fails for that alone.
+                    if interrupt.signal_number:
+                        raise KeyboardInterrupt from None
+                    raise
                 clock.charge("plan")
 
             # Gradients

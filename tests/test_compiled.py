@@ -304,12 +304,14 @@ def test_too_many_compilations_are_said_and_change_no_value() -> None:
     results(model, images, tokens)
     torch.use_deterministic_algorithms(True)  # code is compiled for one setting of it
     try:
-        with pytest.warns(UserWarning, match="has compiled [a-z]+ too often") as told:
+        with pytest.warns(UserWarning, match=r"has compiled a part .* \(\w+\) too often") as told:
             ours = results(model, images, tokens)
         expected = results(plain, images, tokens)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(told) == halves.num_graphs == 3
+    assert len(told) == 1 and halves.num_graphs == 3 and halves.is_given_up
+    # From then on our own operations compute, whose activations are those that a plan knows.
+    assert model.transformer.resblocks[0]._halves() is None
     assert_equal_to_1e12(ours, expected)
 
 
@@ -445,16 +447,20 @@ def test_sharding_and_compiling_go_together() -> None:
 # By Inductor.
 
 
-def test_a_compiler_that_fails_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A process that is killed while it compiles can leave a library cut short in the cache, which each later one meets."""
 
     def fail(*_: object, **__: object) -> None:
         raise ImportError("x.main.so: file too short")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    # torch makes the folder, and sets the variable, where it is asked for the place.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     step, batch = step_of(new_model("fp32"), 4, None), pairs(4)
     with pytest.raises(
-        ConfigError, match=r"fails: x\.main\.so: file too short; remove .*, the cache"
+        ConfigError, match=r"fails: x\.main\.so: file too short; .* remove .*, the cache"
     ):
         step.compile_blocks(batch, 0)
 
@@ -468,8 +474,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled_in_a_process(folder: Path, num_pairs: int) -> str:
+    # Without what a user has set for the compiler.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     environment = {
-        **os.environ,
+        **kept,
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "code"),
         "PYTHONPATH": str(ROOT),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -187,7 +189,8 @@ def under_torchs_autocast(tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     if torch.version.cuda is None:
         library = str(tmp_path_factory.mktemp("guard") / "guard.so")
         torch_dir = Path(torch.__file__).parent
-        command = ["c++", "-std=c++20", "-w", "-shared", "-fPIC", f"-I{torch_dir / 'include'}"]
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        command = [*compiler, "-std=c++20", "-w", "-shared", "-fPIC", f"-I{torch_dir / 'include'}"]
         command += [str(PROGRAMS / "no_op_device_guard.cpp"), "-o", library]
         command += [f"-L{torch_dir / 'lib'}", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True)

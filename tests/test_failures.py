@@ -200,6 +200,16 @@ def test_what_else_a_compiler_needs_is_named_before_the_first_step(
         check_compiler(torch.device(device))
 
 
+def test_a_compiler_that_is_turned_off_or_no_command_is_named(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(ValueError, match=r"CXX is .* which is no command \(No closing quotation\)"):
+        check_compiler(cpu)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with pytest.raises(ValueError, match="turned off by TORCH_COMPILE_DISABLE"):
+        check_compiler(cpu)
+
+
 def test_a_place_where_the_ranks_cannot_meet_is_named(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise torch.distributed.DistNetworkError("The server socket has failed to listen\nmore")

@@ -366,7 +366,7 @@ def test_shards_of_before_there_were_checksums_still_work_and_are_said_to_have_n
     (out / "00002.tar").unlink()
     capsys.readouterr()
     assert main(line) == 0
-    missing, note = capsys.readouterr().err.splitlines()
+    note, missing = capsys.readouterr().err.splitlines()
     assert "00002.tar is missing; it is made again" in missing
     assert "2 shards of an earlier version have no checksums" in note
     assert "delete these shards and make them again" in note

@@ -335,16 +335,15 @@ def prepare(
             _Job(output / name, range(i * size, min((i + 1) * size, len(source))))
             for i, name in enumerate(shard_names(-(-len(source) // size)))
         ]
-        damaged = list[str]()
-        for name, fault in _faults(output, manifest.shards, workers, quiet):
-            say(f"{output / name} {fault}; it is made again")
-            damaged.append(name)
-        manifest.drop(damaged)
+        damaged = dict(_faults(output, manifest.shards, workers, quiet))
+        manifest.drop(list(damaged))
         if unknown := _without_hash(manifest.shards):
             say(unknown)
         missing = [job for job in jobs if job.path.name not in manifest.shards]
         if missing:
             manifest.check_versions(_versions(settings.decoder))
+        for name, fault in damaged.items():
+            say(f"{output / name} {fault}; it is made again")
         remove_temporaries(output)
         manifest.save()
         done = sum(len(job.rows) for job in jobs) - sum(len(job.rows) for job in missing)

@@ -11,7 +11,7 @@ from torch import nn
 
 from clipcore.run.config import ConfigError
 from clipcore.run.grad_cache import Embed
-from clipcore.terminal import first_line
+from clipcore.terminal import first_line, printable
 from clipcore.towers.compiled import CompiledHalves
 from clipcore.towers.model import CLIP
 from clipcore.towers.modules import ResidualAttentionBlock
@@ -83,8 +83,8 @@ def compile_now(embed: Embed, model: CLIP, most_rows: int) -> Compiled:
 
         cause = getattr(error, "inner_exception", error)
         raise ConfigError(
-            f"--torchcompile: torch.compile fails: {first_line(cause)}; remove {cache_dir()}, the cache of compiled code, "
-            "in case a killed process has left it damaged, or leave the flag out"
+            f"--torchcompile: torch.compile fails: {_told(cause)}; leave the flag out, or, in case a killed process has "
+            f"left it damaged, remove {cache_dir()}, the cache of compiled code"
         ) from error
     model.zero_grad(set_to_none=True)
     return Compiled(
@@ -93,6 +93,12 @@ def compile_now(embed: Embed, model: CLIP, most_rows: int) -> Compiled:
         seconds=time.perf_counter() - start,
         is_resnet=model.is_resnet,
     )
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's line that says most: a compiler's first error, else its first line."""
+    told = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    return printable(told[0]) if told else first_line(error)
 
 
 def _blocks(model: nn.Module) -> list[ResidualAttentionBlock]:

@@ -305,13 +305,23 @@ def lock_towers(model: CLIP, config: TrainConfig) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """Raise ConfigError where torch.compile would fail in the middle of a run, for want of Triton or of a C++ compiler."""
+    if torch._dynamo.config.disable:
+        raise ConfigError(
+            "--torchcompile: torch's compiler is turned off by TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE; unset it, or "
+            "leave the flag out"
+        )
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(
                 "--torchcompile needs Triton on a GPU: pip install triton, or leave the flag out"
             )
         return
-    command = shlex.split(os.environ.get("CXX") or "g++")
+    try:
+        command = shlex.split(os.environ.get("CXX") or "g++")
+    except ValueError as error:
+        raise ConfigError(
+            f"--torchcompile: CXX is {os.environ['CXX']!r}, which is no command ({error}); correct it, or leave the flag out"
+        ) from None
     if not command or shutil.which(command[0]) is None:
         raise ConfigError(
             f"--torchcompile needs a C++ compiler, and {' '.join(command) or 'CXX'} is not there: install g++, name one in "

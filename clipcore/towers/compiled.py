@@ -16,7 +16,8 @@ two calls (widths, dtypes, which weights are trained, one part of the stream or 
 compiled code of its own. The blocks of a tower share their kinds.
 
 *Without gradients the same graph runs* as with them, and what it saves is dropped at once. So a replay of a micro-batch has
-the bits of its first pass.
+the bits of its first pass. (Not so for a block without trained weights above trained ones, which no flag of a run makes: its
+inputs need gradients in one pass only.)
 
 Kept for the backward pass: the inputs of GELU and LayerNorm, whose outputs are recomputed, and no cast of a weight; 10 D
 numbers a token and block, as by kernels/residual_attention.py and kernels/residual_mlp.py.
@@ -24,6 +25,7 @@ numbers a token and block, as by kernels/residual_attention.py and kernels/resid
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import warnings
@@ -51,11 +53,13 @@ class CompiledHalves:
 
     Attributes:
         num_graphs: how often the compiler was called.
+        is_given_up: whether torch has refused to compile once more: blocks then compute without this.
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self.num_graphs = 0
+        self.is_given_up = False
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledHalves:
@@ -112,7 +116,7 @@ class CompiledHalves:
             *((weight.shape, weight.dtype, weight.requires_grad) for weight in weights),
         )
         if (kind := self._kinds.get(key)) is None:
-            kind = self._kinds[key] = _Kind(name, constants, len(self._kinds), self._compile)
+            kind = self._kinds[key] = _Kind(name, constants, len(self._kinds), self)
         return kind(inputs, weights, is_trained)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -141,9 +145,9 @@ class _Kind:
     """One function for arguments that differ in nothing but their number of rows."""
 
     def __init__(
-        self, name: str, constants: tuple[Any, ...], number: int, compile: Callable[..., Any]
+        self, name: str, constants: tuple[Any, ...], number: int, halves: CompiledHalves
     ) -> None:
-        self.name = name
+        self.name, self._halves = name, halves
         self._plain = _BODIES[name](*constants)
         # torch keeps compiled code by code object, counts recompilations by it, and remembers by its name which sizes have
         # changed.
@@ -154,8 +158,8 @@ class _Kind:
             None,
             self._plain.__closure__,
         )
-        self._compiled: Body | None = torch.compile(
-            own, backend=compile, fullgraph=True, dynamic=False
+        self._compiled: Body = torch.compile(
+            own, backend=halves._compile, fullgraph=True, dynamic=False
         )
         self._is_new = True
 
@@ -167,14 +171,15 @@ class _Kind:
             for part in inputs
         )
         # The functions choose their dtypes; and code is compiled for one state of autocast, its cache's included.
-        uncast = torch.autocast(inputs[0].device.type, enabled=False, cache_enabled=False)
+        device = inputs[0].device
+        uncast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if device.type != "meta":  # which has no autocast
+            uncast = torch.autocast(device.type, enabled=False, cache_enabled=False)
         with torch.enable_grad(), uncast:
             found = self._run(inputs, weights)
         return found if is_recorded else tuple(part.detach() for part in found)
 
     def _run(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        if self._compiled is None:
-            return self._plain(inputs, weights)
         for part in inputs:
             torch._dynamo.decorators.mark_unbacked(part, 0)
         try:
@@ -184,13 +189,14 @@ class _Kind:
             with torch._dynamo.config.patch(optimize_ddp=False):
                 found = self._compiled(inputs, weights)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            self._compiled = None
-            warnings.warn(
-                f"torch.compile has compiled {self.name} too often (torch._dynamo.config.recompile_limit is "
-                f"{torch._dynamo.config.recompile_limit}): it runs uncompiled from here on, with equal results, slower; "
-                "TORCH_LOGS=recompiles says why",
-                stacklevel=2,
-            )
+            if not self._halves.is_given_up:
+                self._halves.is_given_up = True
+                warnings.warn(
+                    f"torch.compile has compiled a part of the transformer blocks ({self.name}) too often "
+                    f"(torch._dynamo.config.recompile_limit is {torch._dynamo.config.recompile_limit}): from here on they "
+                    "run uncompiled, and results have other last bits; TORCH_LOGS=recompiles says why",
+                    stacklevel=2,
+                )
             return self._plain(inputs, weights)
         self._is_new = False
         return found

@@ -204,7 +204,8 @@ class ResidualAttentionBlock(nn.Module):
 
         Such a mode, torch's FLOP counter for one, sees no operator within compiled code.
         """
-        if self.compiled is None or not self.training or torch.is_inference_mode_enabled():
+        is_off = self.compiled is None or self.compiled.is_given_up
+        if is_off or not self.training or torch.is_inference_mode_enabled():
             return None
         is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return None if is_watched else self.compiled

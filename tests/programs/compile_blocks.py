@@ -11,9 +11,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from clipcore.run.compiled import compile_blocks
+from clipcore.run.setup import make_deterministic
 from clipcore.towers.factory import create_model
 
-torch.use_deterministic_algorithms(True)
+make_deterministic()  # as a run does: the settings are in the key of the cache
 torch.manual_seed(0)
 model = create_model("ViT-nano-8-32", force_vocab_size=514).train()
 halves = compile_blocks(model)
