@@ -205,8 +205,8 @@ def test_a_compiler_that_is_turned_off_or_no_command_is_named(monkeypatch):
     monkeypatch.setenv("CXX", 'g++ "')
     with pytest.raises(ValueError, match=r"CXX is .* which is no command \(No closing quotation\)"):
         check_compiler(cpu)
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with pytest.raises(ValueError, match="turned off by TORCH_COMPILE_DISABLE"):
+    off = pytest.raises(ValueError, match="turned off by TORCH_COMPILE_DISABLE")
+    with torch._dynamo.config.patch(disable=True), off:
         check_compiler(cpu)
 
 

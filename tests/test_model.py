@@ -837,7 +837,7 @@ def test_the_architecture_is_read_off_the_shapes(tmp_path):
     with pytest.warns(UserWarning, match="activation.*with GELU"):
         model, transform = create_model_from_pretrained(None, tmp_path / "nano.safetensors")
     assert model.config == nano.config and transform.image_size == 48 and not model.training
-    with pytest.raises(ValueError, match="force_quick_gelu need the name"):
+    with pytest.raises(ValueError, match="force_quick_gelu needs the name"):
         create_model_from_pretrained(None, tmp_path / "nano.safetensors", force_quick_gelu=True)
 
 
