@@ -714,7 +714,7 @@ def test_ahead_of_time_two_fused_programs_fit_on_a_processor_of_hopper() -> None
 
 
 @pytest.mark.parametrize("engine", ["cpu", "library", "fused"])
-def test_same_bits_ten_times(
+def test_same_bits_every_time(
     engine: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     """One row takes the running maximum; memory that nobody wrote is NaN."""
@@ -731,7 +731,8 @@ def test_same_bits_ten_times(
 
     first = with_gradients(loss, inputs, ONE)
     assert all(found.isfinite().all() for found in first)
-    for _ in range(10):
+    # The interpreter has one order; a GPU's programs have many.
+    for _ in range(10 if device == "cuda" else 3):
         again = with_gradients(loss, inputs, ONE)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

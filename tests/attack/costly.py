@@ -705,7 +705,7 @@ class Costly(Attack):
     With ``--fast`` a limit of the address space takes the place of what is measured.
     """
 
-    fast: ClassVar[int] = 20
+    fast: ClassVar[int] = 12
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

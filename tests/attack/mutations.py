@@ -276,7 +276,7 @@ def finish(arguments: list[str], output: Path) -> None:
 class Mutations(Attack):
     """One file of a finished run has changed: a checkpoint's, its log, its settings or its vocabulary."""
 
-    fast: ClassVar[int] = 100
+    fast: ClassVar[int] = 60
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

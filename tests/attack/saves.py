@@ -85,7 +85,7 @@ MARK = 33
 class Saves(Attack):
     """One call of a save goes wrong; what is there before and after it, in twelve scenarios."""
 
-    fast: ClassVar[int] = 200
+    fast: ClassVar[int] = 120
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
