@@ -92,7 +92,6 @@ def _step(
 ) -> TrainingStep:
     return TrainingStep(
         model=model,
-        towers=model,
         loss_fn=ClipLoss(),
         world=World(0, 1, 0, device),
         precision=precision,

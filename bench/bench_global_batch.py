@@ -52,7 +52,7 @@ def bench(arguments: argparse.Namespace, size: int, device: torch.device) -> Non
     image_size = model.config.vision.image_size
     batch = random_batch(size, image_size, model.vocab_size, device.type == "cuda")
     planned = TrainingStep(
-        *(model, model, SigLipLoss() if arguments.siglip else ClipLoss(), World(0, 1, 0, device)),
+        *(model, SigLipLoss() if arguments.siglip else ClipLoss(), World(0, 1, 0, device)),
         *(precision, 0, size, lambda loss: loss),
         *(arguments.micro_batch_size, None),
     )

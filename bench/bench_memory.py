@@ -117,7 +117,7 @@ def step_figures(
     model = create_model(MODEL, device=device).train()
     batch = random_batch(NUM_PAIRS, model.config.vision.image_size, model.vocab_size, on_gpu)
     step = TrainingStep(
-        *(model, model, ClipLoss(), World(0, 1, 0, device), precision, 0, NUM_PAIRS),
+        *(model, ClipLoss(), World(0, 1, 0, device), precision, 0, NUM_PAIRS),
         lambda loss: loss,
         micro_batch_size=micro_batch_size,
     )

@@ -125,7 +125,7 @@ def bench_step(arguments: argparse.Namespace, device: torch.device) -> None:
             size, model.config.vision.image_size, model.vocab_size, device.type == "cuda"
         )
         step = TrainingStep(
-            *(model, model, ClipLoss(), World(0, 1, 0, device), precision, 0, size),
+            *(model, ClipLoss(), World(0, 1, 0, device), precision, 0, size),
             lambda loss: loss,
         )
         step.plan(batch, 0, arguments.memory)

@@ -142,7 +142,7 @@ def _normalised(images: Tensor) -> Tensor:
 def clipcore(case: Case, batch: Batch, model: nn.Module) -> Step:
     """Return clipcore's step, as in a run; in micro-batches, it keeps as many graphs as its plan says."""
     step = TrainingStep(
-        *(model, model, ClipLoss(), World(0, 1, 0, case.device), case.precision, 0),
+        *(model, ClipLoss(), World(0, 1, 0, case.device), case.precision, 0),
         *(case.num_pairs, lambda loss: loss, case.micro_batch_size or case.num_pairs),
     )
     batch = dataclasses.replace(batch, tokens=trim_tokens(batch.tokens))

@@ -45,6 +45,7 @@ from clipcore.towers.architectures import (
 )
 from clipcore.towers.convert import ConversionError, infer_config, to_open_clip_names
 from clipcore.towers.factory import made_of_weights
+from clipcore.towers.loading import activation_name
 from clipcore.towers.weights import Weights, read_weights
 
 
@@ -166,7 +167,7 @@ def _name(config: ModelConfig) -> str | None:
 
 
 def _activation(config: ModelConfig, weights: Weights) -> str:
-    activation = "QuickGELU" if config.quick_gelu else "GELU"
+    activation = activation_name(config.quick_gelu)
     if weights.quick_gelu is not None:
         return f"{activation} ({weights.witness.removesuffix(' says').removesuffix(':')})"
     reason = "as in OpenAI's models of this shape" if config.quick_gelu else "as in open_clip's"

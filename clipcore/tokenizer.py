@@ -18,7 +18,6 @@ import functools
 import gzip
 import hashlib
 import html
-import importlib.util
 import io
 import json
 import os
@@ -37,6 +36,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
 from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
+from clipcore.packages import package_folder
 from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
 from clipcore.towers.architectures import UnknownModelError, find_model
@@ -464,10 +464,9 @@ def find_openai_vocabulary() -> Path:
     if given := os.environ.get("CLIPCORE_BPE"):
         return Path(given)
     for package in ("open_clip", "clip"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            if (path := Path(folder) / OPENAI_FILE).is_file():
-                return path
+        folder = package_folder(package)
+        if folder is not None and (path := folder / OPENAI_FILE).is_file():
+            return path
     raise VocabularyError(
         'OpenAI\'s vocabulary is not installed: pip install "clipcore[openai-vocab]", or set CLIPCORE_BPE to a '
         f"{OPENAI_FILE}, or make your own vocabulary: python -m clipcore.tokenizer --train captions.txt"
@@ -563,11 +562,8 @@ def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:
     """
     path = Path(weights)
     folder = path if is_folder(path) else path.absolute().parent
-    checkpoint = folder.absolute()
-    runs = [folder] if is_folder(folder / "checkpoints") else []
-    runs += [checkpoint.parent.parent] if checkpoint.parent.name == "checkpoints" else []
-    for run in runs:
-        if is_file(run / VOCABULARY_FILE):
+    for run in _possible_runs(folder):
+        if is_folder(run / "checkpoints") and is_file(run / VOCABULARY_FILE):
             return run / VOCABULARY_FILE
     is_described = is_file(folder / "tokenizer_config.json")
     return folder / HF_MERGES_FILE if is_described and is_file(folder / HF_MERGES_FILE) else None
@@ -592,13 +588,18 @@ def run_folder(name: str | os.PathLike[str]) -> Path | None:
             raise VocabularyError(f"there is no folder {path}")
         return None
 
-    above = path.absolute().parent
-    for folder in (path, above.parent) if above.name == "checkpoints" else (path,):
+    for folder in _possible_runs(path):
         if is_file(folder / VOCABULARY_FILE):
             return folder
     raise VocabularyError(
         f"{path} holds no {VOCABULARY_FILE}, as the folder of a run does; name one, or a file as bpe_path"
     )
+
+
+def _possible_runs(folder: Path) -> tuple[Path, ...]:
+    """Return a folder, and the one of the run whose checkpoint it is by its place."""
+    above = folder.absolute().parent
+    return (folder, above.parent) if above.name == "checkpoints" else (folder,)
 
 
 def _is_model(name: object) -> bool:

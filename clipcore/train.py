@@ -249,7 +249,6 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         check_compiler(world.device)
     training = TrainingStep(
         model=model,
-        towers=model,
         loss_fn=build_loss(config, world, config.global_batch_size),
         world=world,
         precision=precision,

@@ -7,9 +7,12 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
+
+from clipcore.towers.model import CLIP
 
 
 @functools.cache
@@ -30,6 +33,19 @@ def import_open_clip() -> ModuleType:
     import open_clip
 
     return open_clip
+
+
+def theirs_of(model: CLIP) -> Any:
+    """Return open_clip's model of the same shape."""
+    open_clip = import_open_clip()
+    config = model.config.to_dict()
+    config.pop("vision_cfg"), config.pop("text_cfg")
+    described = model.config.to_dict()
+    return open_clip.CLIP(
+        vision_cfg=open_clip.CLIPVisionCfg(**described["vision_cfg"]),
+        text_cfg=open_clip.CLIPTextCfg(**described["text_cfg"]),
+        **config,
+    )
 
 
 def simple_tokenizer() -> ModuleType:

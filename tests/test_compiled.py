@@ -214,7 +214,6 @@ def pairs(num_pairs: int) -> Batch:
 def step_of(model: CLIP, num_pairs: int, size: int | None, kept: int = 1) -> TrainingStep:
     return TrainingStep(
         model=model,
-        towers=model,
         loss_fn=ClipLoss(),
         world=World(0, 1, 0, torch.device("cpu")),
         precision="fp32",
@@ -526,7 +525,10 @@ def test_runs_are_repeated_and_resumed_bit_for_bit(
 
     server = compiling_server
     num_events = server.counted(line("straight", "--torchcompile"), tmp_path / "a")
-    assert "torch.compile: 4 transformer blocks, 3 graphs, " in (tmp_path / "a").read_text()
+    assert (
+        "torch.compile: 4 transformer blocks compiled into 3 functions, "
+        in (tmp_path / "a").read_text()
+    )
     broken = line("broken", "--torchcompile", "--resume", "latest")
     run = server.start(broken, tmp_path / "b", signals=[(num_events // 2, signal.SIGTERM)])
     assert run.wait() == 143, run.text

@@ -85,7 +85,7 @@ def model_of(config: TrainConfig) -> CLIP:
 def training(config: TrainConfig, world: World = ONE_RANK, **settings: Any) -> TrainingStep:
     model = model_of(config)
     return TrainingStep(
-        *(model, model, build_loss(config, world, config.global_batch_size or 1), world, "fp32", 5),
+        *(model, build_loss(config, world, config.global_batch_size or 1), world, "fp32", 5),
         *(len(CAPTIONS), lambda loss: loss),
         with_ids=config.duplicate_captions != "negative",
         **settings,

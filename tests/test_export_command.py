@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 from openclip import import_open_clip
 from PIL import Image
 from torch import Tensor
-from weight_files import hub_folder
+from weight_files import hub_folder, saved
 
 from clipcore.evaluate.loading import load_model
 from clipcore.export import TARGETS, check, export_model, write
 from clipcore.export.__main__ import main
 from clipcore.export.check import CheckError, Examples
-from clipcore.export.onnx_towers import is_installed, write_onnx
+from clipcore.export.onnx_towers import write_onnx
 from clipcore.export.vocabulary import write_tokenizer
 from clipcore.inspection import inspect_weights
 from clipcore.tokenizer import Tokenizer, byte_tokenizer, get_tokenizer, train_tokenizer
@@ -64,11 +66,6 @@ def drawn(config: ModelConfig) -> CLIP:
         if "running" in name:
             value.uniform_(0.5, 1.5)
     return model
-
-
-def weights_of(model: CLIP, path: Path) -> Path:
-    torch.save(model.state_dict(), path)
-    return path
 
 
 def features(model: CLIP) -> tuple[Tensor, Tensor]:
@@ -189,13 +186,21 @@ def test_a_refusal_leaves_no_folder_above(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
-def test_a_folder_of_a_packages_name_is_no_package(
+def test_sigterm_leaves_no_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "no_such_package").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.util.find_spec("no_such_package") is not None
-    assert not is_installed("no_such_package") and is_installed("torch")
+    """As Ctrl-C does not either; the handler of before is there again."""
+    source = saved(tmp_path / "weights.pt", drawn(OPENAI))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(write, "write_open_clip", lambda *_, **__: stopped())
+    with pytest.raises(SystemExit) as ended:
+        main([str(source), str(tmp_path / "out"), "--to", "open_clip"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert left_in(tmp_path) == ["weights.pt"] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_model_saves_itself_as_open_clip_reads_it(tmp_path: Path) -> None:
@@ -263,7 +268,7 @@ def test_other_refusals_name_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(model: CLIP, target: str, tokenizer: object = None) -> str:
-        path = weights_of(model, tmp_path / "weights.pt")
+        path = saved(tmp_path / "weights.pt", model)
         vocabulary = tmp_path / "vocabulary.txt.gz"
         byte_tokenizer().save(vocabulary)
         arguments = [

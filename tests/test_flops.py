@@ -138,7 +138,6 @@ def test_a_micro_batch_copies_its_inputs_to_the_device_and_nothing_else(
     loss_fn = ClipLoss(same_id="ignore") if with_ids else ClipLoss()
     step = TrainingStep(
         model=model,
-        towers=model,
         loss_fn=loss_fn,
         world=World(0, 1, 0, device),
         precision="fp32",

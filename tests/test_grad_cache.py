@@ -62,7 +62,7 @@ def training(
 ) -> TrainingStep:
     loss_type = ClipLoss if model.logit_bias is None else SigLipLoss
     return TrainingStep(
-        *(model, model, loss_type(), ONE_RANK, "fp32", 5),
+        *(model, loss_type(), ONE_RANK, "fp32", 5),
         *(num_pairs, lambda loss: loss, micro_batch_size, kept),
     )
 

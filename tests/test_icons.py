@@ -6,7 +6,6 @@ import importlib.util
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,8 +38,7 @@ def sources() -> dict[str, IconSource]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Put a folder in qtawesome's place; what was read of the real one is forgotten meanwhile."""
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("clipcore.data.icons.package_folder", lambda name: tmp_path)
     forget()
     (tmp_path / "fonts").mkdir()
     yield tmp_path / "fonts"

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from weight_files import WRITERS, extras_file, hub_folder, run_folder
+from weight_files import WRITERS, extras_file, hub_folder, run_folder, saved
 
 import clipcore
 from clipcore.inspection import inspect_weights, main
 from clipcore.tokenizer import VOCABULARY_FILE, byte_tokenizer
 from clipcore.towers.factory import create_model
-from clipcore.towers.model import CLIP
 
 pytestmark = pytest.mark.fast
 
@@ -27,12 +26,6 @@ def called(call: str) -> dict[str, Any]:
     variables: dict[str, Any] = {}
     exec(call, variables)
     return variables
-
-
-def saved(path: Path, model: CLIP) -> Path:
-    """Save a bare state dict, which says nothing about its model but shapes."""
-    torch.save(model.state_dict(), path)
-    return path
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning", "ignore:.*jit.*")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: rooms, and the modules that lie beside them. A file may import those of lower layers, and
 # the files of its own room.
 LAYERS = [
-    {"files", "moved", "native", "number_texts", "page_style", "terminal"},
+    {"files", "moved", "native", "number_texts", "packages", "page_style", "terminal"},
     {"checkpoint", "kernels", "ranks"},
     {"data", "loss"},
     {"towers"},

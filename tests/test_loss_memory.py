@@ -40,7 +40,6 @@ def step_of(world: World, loss_fn: ClipLoss | SigLipLoss, precision: str) -> Tra
     model = create_model("ViT-nano-8-32")
     return TrainingStep(
         model=model,
-        towers=model,
         loss_fn=loss_fn,
         world=world,
         precision=precision,

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from openclip import import_open_clip
-from PIL import Image
+from openclip import import_open_clip, theirs_of
 from runs import ROOT
-from weight_files import hub_folder, run_folder
+from weight_files import hub_folder, picture, run_folder, saved
 
 import clipcore
 from clipcore.data.transforms import ImageTransform
-from clipcore.towers import architectures, open_clip_arguments, openai, published
+from clipcore.towers import architectures, open_clip_arguments, published
 
 pytestmark = pytest.mark.fast
 
@@ -38,18 +37,6 @@ FUNCTIONS = {
     "load_checkpoint": OPEN_CLIP.load_checkpoint,
     "image_transform": OPEN_CLIP.image_transform,
 }
-# What does not equal open_clip's default, and why.
-OTHER_DEFAULTS: dict[tuple[str, str], str] = {}
-
-
-def saved(folder: Path, model: torch.nn.Module, name: str = "weights.pt") -> Path:
-    torch.save(model.state_dict(), folder / name)
-    return folder / name
-
-
-def picture(width: int = 60, height: int = 40) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -61,8 +48,7 @@ def test_every_argument_of_open_clip_is_taken_in_its_place(name: str) -> None:
             assert ours[-1].kind is argument.kind
             continue
         assert (ours[place].name, ours[place].kind) == (argument.name, argument.kind)
-        same = ours[place].default == argument.default
-        assert same or (name, argument.name) in OTHER_DEFAULTS, argument.name
+        assert ours[place].default == argument.default, argument.name
     # Our own come after them, by keyword.
     more = [a for a in ours[len(theirs) :] if a.kind is not a.VAR_KEYWORD]
     assert all(argument.kind is argument.KEYWORD_ONLY for argument in more)
@@ -364,22 +350,10 @@ def test_every_key_of_open_clips_towers_is_known(tower: str) -> None:
 # --- load_checkpoint ---
 
 
-def theirs_of(model: clipcore.CLIP) -> Any:
-    """Return open_clip's model of the same shape."""
-    config = model.config.to_dict()
-    config.pop("vision_cfg"), config.pop("text_cfg")
-    described = model.config.to_dict()
-    return OPEN_CLIP.CLIP(
-        vision_cfg=OPEN_CLIP.CLIPVisionCfg(**described["vision_cfg"]),
-        text_cfg=OPEN_CLIP.CLIPTextCfg(**described["text_cfg"]),
-        **config,
-    )
-
-
 def test_load_checkpoint_returns_open_clips_keys(tmp_path: Path) -> None:
     source = clipcore.create_model(NAME)
     model = clipcore.create_model(NAME)
-    assert clipcore.load_checkpoint(model, saved(tmp_path, source)) == ([], [])
+    assert clipcore.load_checkpoint(model, saved(tmp_path / "weights.pt", source)) == ([], [])
     assert torch.equal(model.visual.proj, source.visual.proj)
 
     state = source.state_dict()
@@ -405,8 +379,17 @@ def test_load_checkpoint_returns_open_clips_keys(tmp_path: Path) -> None:
         clipcore.load_checkpoint(ours, tmp_path / "partial.pt", weights_only=False)
 
 
+def test_defaults_of_open_clip_need_no_name(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub", clipcore.create_model(NAME))
+    plain = {"pretrained_image": False, "pretrained_text": True, "load_weights": True}
+    model, _ = clipcore.create_model_from_pretrained(None, folder, **plain)
+    assert model.config == clipcore.create_model(NAME).config
+    with pytest.raises(ValueError, match="load_weights needs the name of the model"):
+        clipcore.create_model_from_pretrained(None, folder, load_weights=False)
+
+
 def test_create_model_from_pretrained_returns_the_model_alone(tmp_path: Path) -> None:
-    path = saved(tmp_path, clipcore.create_model(NAME))
+    path = saved(tmp_path / "weights.pt", clipcore.create_model(NAME))
     model = clipcore.create_model_from_pretrained(NAME, path, return_transform=False)
     assert isinstance(model, clipcore.CLIP) and not model.training
     folder = hub_folder(tmp_path / "hub", model)
@@ -628,155 +611,6 @@ def test_all_models_of_open_clip_with_clipcores_towers_are_made_of_its_files() -
         ours = clipcore.create_model(name, device="meta").state_dict()
         theirs = OPEN_CLIP.create_model(name, device="meta").state_dict()
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-
-
-# --- OpenAI's package ---
-
-
-def openai_forward(model: Any, image: torch.Tensor, text: torch.Tensor) -> Any:
-    """Return OpenAI's logits of open_clip's model, whose towers are OpenAI's."""
-    image_features, text_features = model.encode_image(image), model.encode_text(text)
-    image_features = image_features / image_features.norm(dim=1, keepdim=True)
-    text_features = text_features / text_features.norm(dim=1, keepdim=True)
-    logits = model.logit_scale.exp() * image_features @ text_features.t()
-    return logits, logits.t()
-
-
-def test_load_returns_openais_model(tmp_path: Path) -> None:
-    signature = inspect.signature(clipcore.load)
-    assert list(signature.parameters) == ["name", "device", "jit", "download_root"]
-    source = clipcore.create_model(f"{NAME}-quickgelu", init_logit_scale=3.0)
-    path = saved(tmp_path, source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing states the activation: OpenAI's has QuickGELU
-        model, preprocess = clipcore.load(path, "cpu")
-    assert not model.training and isinstance(model, clipcore.CLIP) and model.config.quick_gelu
-    assert model.visual.input_resolution == 32 and model.context_length == 77
-    assert model.dtype == torch.float32 and model.logit_scale.item() == 3.0
-    text = clipcore.get_tokenizer(NAME)(["a cat", "two dogs", "x"])
-    image = torch.stack([preprocess(picture()), preprocess(picture(40, 40))])
-    theirs = theirs_of(source).eval()
-    theirs.load_state_dict(source.state_dict())
-    expected = openai_forward(theirs.double(), image.double(), text)
-    logits = model.double()(image.double(), text.int())
-    for ours, other in zip(logits, expected, strict=True):
-        assert (ours - other).abs().max() <= 1e-12
-    assert logits[0].shape == (2, 3) and torch.equal(logits[0].T, logits[1])
-    assert torch.equal(preprocess(picture()), OPEN_CLIP.image_transform(32, False)(picture()))
-
-    with pytest.raises(ValueError, match=r"openaipublic.*/ViT-B-32\.pt, and give its path"):
-        clipcore.load("ViT-B/32", download_root=tmp_path)
-    with pytest.raises(ValueError, match=r"no file ViT-B-32; .* are RN50, .*ViT-L/14@336px"):
-        clipcore.load("ViT-B-32", download_root=tmp_path)
-    with pytest.raises(ValueError, match="exists only in OpenAI's package"):
-        clipcore.load(path, jit=True)
-    places = ("cuda", "cuda:1", torch.device("cuda"), "cpu", "meta")
-    assert [openai.usual_precision(p) for p in places] == ["fp16"] * 3 + ["fp32"] * 2
-    # A file that OpenAI's package has downloaded before.
-    torch.save(source.state_dict(), tmp_path / "ViT-L-14-336px.pt")
-    found, _ = clipcore.load("ViT-L/14@336px", device="cpu", download_root=tmp_path)
-    assert torch.equal(found.visual.proj, source.visual.proj)
-
-
-# --- The outputs of single blocks ---
-
-INTERMEDIATES: list[dict[str, Any]] = [
-    {},
-    {"image_indices": 1, "text_indices": 2, "normalize": False},
-    {"image_indices": [-1, 0], "text_indices": [0], "image_output_extra_tokens": True},
-    {"image_output_fmt": "NLC", "normalize_intermediates": True, "image_output_extra_tokens": True},
-    {"intermediates_only": True, "output_logits": True, "text_output_extra_tokens": True},
-    {"image_indices": [0], "stop_early": True},
-    {"output_logits": True, "output_logit_scale_bias": True},
-]
-
-
-@pytest.mark.parametrize("bias", [None, -3.0])
-@pytest.mark.parametrize("more", INTERMEDIATES, ids=lambda more: ",".join(more) or "none")
-@pytest.mark.parametrize("name", [f"{NAME}-quickgelu", "RN-nano-32"])
-def test_intermediates_are_open_clips_to_1e_12(
-    name: str, more: dict[str, Any], bias: float | None
-) -> None:
-    torch.manual_seed(0)
-    if name == "RN-nano-32":
-        if more.get("image_output_fmt") == "NLC":
-            more = {**more, "image_output_fmt": "NCHW"}
-        # Open_clip's stops where it should not, and fails unless the last stage is chosen.
-        if more.get("stop_early"):
-            more = {"image_indices": [0, 4], "stop_early": True}
-    model = clipcore.create_model(name, precision="fp64", init_logit_bias=bias).eval()
-    theirs = theirs_of(model).double().eval()
-    theirs.load_state_dict(model.state_dict())
-    if name == "RN-nano-32":
-        for block in model.visual.modules():
-            if hasattr(block, "bn3"):
-                torch.nn.init.normal_(block.bn3.weight)
-        theirs.load_state_dict(model.state_dict())
-    image = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    text = clipcore.get_tokenizer(NAME)(["a cat", "two dogs", "x"])
-    found = model.forward_intermediates(image, text, **more)
-    expected = theirs.forward_intermediates(image, text, **more)
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        ours = found[key] if isinstance(value, list) else [found[key]]
-        for mine, other in zip(ours, value if isinstance(value, list) else [value], strict=True):
-            assert mine.shape == other.shape, key
-            # Logits are up to 14 times a cosine, and a stage's outputs larger than 1.
-            assert (mine - other).abs().max() <= 1e-12 * max(1, other.abs().max().item()), key
-
-
-def test_intermediates_of_one_side_and_what_there_is_not() -> None:
-    ours = inspect.signature(clipcore.CLIP.forward_intermediates).parameters.values()
-    theirs = inspect.signature(OPEN_CLIP.CLIP.forward_intermediates).parameters.values()
-    assert [(a.name, a.default) for a in ours] == [(a.name, a.default) for a in theirs]
-    model, image = clipcore.create_model(NAME), torch.randn(2, 3, 32, 32)
-    text = clipcore.get_tokenizer(NAME)(["a cat", "two dogs"])
-    assert model.forward_intermediates(image).keys() == {"image_intermediates", "image_features"}
-    assert model.forward_intermediates(None, text).keys() == {"text_intermediates", "text_features"}
-    for more, message in (
-        ({"output_logits": True}, "needs both image and text"),
-        ({"image_indices": 3}, "has 2 blocks, so not the last 3"),
-        ({"image_indices": [2]}, "blocks are 0 to 1"),
-        ({"image_indices": []}, "blocks are 0 to 1"),
-        ({"image_output_fmt": "NHWC"}, "is NCHW or NLC"),
-        ({"text_output_fmt": "NCHW"}, "is NLC"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.forward_intermediates(image, **more)
-    with pytest.raises(ValueError, match="not packed captions"):
-        model.forward_intermediates(None, clipcore.pack_captions(text))
-    dropping = clipcore.create_model(NAME, force_patch_dropout=0.5)
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        dropping.forward_intermediates(image)
-    resnet = clipcore.create_model("RN-nano-32").eval()
-    with pytest.raises(ValueError, match="give intermediates_only=True too"):
-        resnet.forward_intermediates(image, image_indices=[0], stop_early=True)
-    early = resnet.forward_intermediates(
-        image, image_indices=[0], stop_early=True, intermediates_only=True
-    )
-    assert early["image_intermediates"][0].shape == (2, 8, 8, 8)
-
-
-@pytest.mark.parametrize("stop_early", [False, True])
-def test_stopping_early_runs_no_more_blocks(stop_early: bool) -> None:
-    model, called = clipcore.create_model(NAME), []
-    for i, block in enumerate(model.visual.transformer.blocks):
-        block.register_forward_hook(lambda *_, i=i: called.append(i))
-    image = torch.randn(2, 3, 32, 32)
-    model.forward_intermediates(image, image_indices=[0], stop_early=stop_early)
-    assert called == ([0] if stop_early else [0, 1])
-
-
-def test_checkpointed_intermediates_have_the_same_gradients() -> None:
-    model, image = clipcore.create_model(NAME, precision="fp64"), torch.randn(2, 3, 32, 32).double()
-    gradients = []
-    for is_checkpointed in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(is_checkpointed)
-        found = model.forward_intermediates(image, intermediates_only=True)["image_intermediates"]
-        sum(y.sin().sum() for y in found).backward()
-        gradients.append(model.visual.conv1.weight.grad.clone())
-    assert torch.equal(*gradients)
 
 
 # --- The document ---

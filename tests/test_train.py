@@ -31,8 +31,10 @@ from torch.overrides import TorchFunctionMode
 from clipcore import train
 from clipcore.checkpoint import latest_checkpoint
 from clipcore.run import verify
+from clipcore.run.config import ConfigError
 from clipcore.run.metrics import read_metrics
 from clipcore.run.state import load_run
+from clipcore.run.train_step import TrainingStep
 from clipcore.tokenizer import Tokenizer, train_tokenizer
 from clipcore.towers.factory import create_model, create_model_from_pretrained
 
@@ -136,6 +138,32 @@ def test_gradients_that_are_wrong_stop_a_run_in_one_line(table, tmp_path, monkey
     assert said[-1].startswith(
         "clipcore.train: stopped: --verify-gradients: the gradients of 8 pairs"
     )
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_ctrl_c_while_a_compiler_works_is_no_failure_of_the_compiler(
+    is_stopped, table, tmp_path, monkeypatch, capfd
+):
+    """The terminal sends it to the compiler's processes too."""
+
+    def fail(*_: object) -> None:
+        if is_stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise ConfigError("--torchcompile: torch.compile fails: C++ compile error")
+
+    monkeypatch.setattr(TrainingStep, "compile_blocks", fail)
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    status = train.main(flags(tmp_path, "r", table, torchcompile=True))
+    said = capfd.readouterr().err.splitlines()[-1]
+    if is_stopped:
+        assert (status, said.rpartition("clipcore.train: ")[2]) == (
+            130,
+            "stopped before the first step; there was nothing to save",
+        )
+    else:
+        assert status == 2 and said.endswith("torch.compile fails: C++ compile error")
 
 
 def test_a_run_sums_in_float32_and_an_import_or_a_model_changes_no_setting(table, tmp_path):

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +16,18 @@ from clipcore.checkpoint import save_checkpoint
 from clipcore.towers.convert import to_hf
 from clipcore.towers.descriptions import hf_config
 from clipcore.towers.model import CLIP
+
+
+def saved(path: Path, model: nn.Module) -> Path:
+    """Save a bare state dict, which says nothing about its model but shapes."""
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def picture(width: int = 60, height: int = 40) -> Image.Image:
+    """Return noise that is always the same."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
 
 
 def hf_folder(folder: Path, model: CLIP, images: dict[str, Any] | None = None) -> Path:

@@ -13,7 +13,6 @@ Splits are fixed, by character and by typeface family:
 
 from __future__ import annotations
 
-import importlib.util
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from PIL import ImageFont
 
 from clipcore.data import drawing
 from clipcore.data.drawing import DrawnSource, fill, is_held_out, prompts
+from clipcore.packages import package_folder
 
 FONT_SIZE = 26  # pixels to the em: the largest at which nearly every character fits the canvas
 BASELINE = 25  # row of the baseline, so that height and depth stay visible
@@ -75,12 +75,12 @@ FACES = tuple(
 
 def font_folder() -> Path:
     """Return the folder of matplotlib's fonts; matplotlib itself is not imported."""
-    spec = importlib.util.find_spec("matplotlib")
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("matplotlib")
+    if folder is None:
         raise ModuleNotFoundError(
             "the embedded data needs matplotlib's fonts: pip install matplotlib"
         )
-    return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+    return folder / "mpl-data" / "fonts" / "ttf"
 
 
 def is_unseen(character: str) -> bool:

@@ -19,7 +19,6 @@ Legend: N pictures.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from PIL import ImageFont
 from clipcore.data import DataError, drawing
 from clipcore.data.drawing import CANVAS, DrawnSource, fill, is_held_out, prompts
 from clipcore.files import read_regular
+from clipcore.packages import package_folder
 
 FONT_SIZE = 32  # pixels to the em, which most icons fill: as large as the crop of an evaluation
 _MAX_TABLE_BYTES = 4 << 20  # the largest table is 0.3 MB
@@ -113,10 +113,10 @@ def font_folder() -> Path:
     Raises:
         DataError: it is not installed.
     """
-    spec = importlib.util.find_spec("qtawesome")
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("qtawesome")
+    if folder is None:
         raise DataError("the icons need qtawesome's fonts: pip install 'clipcore[icons]'")
-    return Path(spec.submodule_search_locations[0]) / "fonts"
+    return folder / "fonts"
 
 
 def _find_file(pattern: str) -> Path:

@@ -290,20 +290,32 @@ def build_index(path: str) -> ShardIndex:
             left_out.add("image without a caption", image.name)
         elif caption is not None:
             left_out.add("caption without an image", caption.name)
-    columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
-    keys_K = np.frombuffer(bytes(keys), np.uint8)
+    return made_index(path, stat, columns, keys, left_out, checksums)
+
+
+def made_index(
+    path: str,
+    stat: os.stat_result,
+    columns: array[int],
+    keys: bytearray,
+    left_out: LeftOut,
+    checksums: array[int],
+    labels: bytes = b"",
+) -> ShardIndex:
+    """Return the index of a shard, given what was collected of its samples one after the other; see ``ShardIndex``."""
     return ShardIndex(
         path,
         stat.st_size,
         stat.st_mtime_ns,
-        columns_6N,
-        keys_K,
+        np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy(),
+        np.frombuffer(bytes(keys), np.uint8),
         left_out,
-        checksums_2N=checksum_columns(checksums),
+        labels,
+        _checksum_columns(checksums),
     )
 
 
-def checksum_columns(checksums: Sequence[int]) -> np.ndarray:
+def _checksum_columns(checksums: Sequence[int]) -> np.ndarray:
     """Return the hash of images and captions, in turn, as uint32 [2, N]; [2, 0] if all of them are 0."""
     if not any(checksums):
         return np.zeros((2, 0), np.uint32)

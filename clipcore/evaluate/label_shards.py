@@ -25,8 +25,8 @@ from clipcore.data.tar import (
     LabelIndex,
     Member,
     ShardIndex,
-    checksum_columns,
     load_index,
+    made_index,
     scan_members,
     split_name,
 )
@@ -181,18 +181,7 @@ def _index_labels(
             keys += printable(key).encode("utf-8", "replace")
             columns.extend((image.offset, image.size, label.offset, label.size, 0, len(keys)))
             checksums.extend((image.checksum, label.checksum))
-    columns_6N = np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy()
-    keys_K = np.frombuffer(bytes(keys), np.uint8)
-    return ShardIndex(
-        path,
-        stat.st_size,
-        stat.st_mtime_ns,
-        columns_6N,
-        keys_K,
-        left_out,
-        bytes(labels),
-        checksum_columns(checksums),
-    )
+    return made_index(path, stat, columns, keys, left_out, checksums, bytes(labels))
 
 
 def _samples_of(path: str, label_suffix: str, left_out: LeftOut) -> dict[str, dict[str, Member]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipcore.export import onnx_towers
-from clipcore.export.onnx_towers import is_installed
+from clipcore.packages import package_folder
 from clipcore.ranks.failures import is_out_of_memory
 from clipcore.terminal import first_line
 from clipcore.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def check_export(model: CLIP, tokenizer: Tokenizer, folder: Path, target: str) -
         _compare_weights(model, folder, target)
         yield "clipcore reads it back, with equal bits"
     package, names, load = _PACKAGES[target]
-    if not is_installed(package):
+    if package_folder(package) is None:
         yield f"{package} is not installed, and was not asked"
         return
     try:
@@ -155,7 +155,7 @@ def _by_open_clip(folder: Path, examples: Examples) -> Loaded:
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokens = None
     # Tokenizers other than OpenAI's are transformers' there.
-    if is_installed("transformers"):
+    if package_folder("transformers") is not None:
         tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(CAPTIONS))
     return Loaded(model.encode_image(examples.images), model.encode_text(examples.tokens), tokens)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,18 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from clipcore.kernels.launch import portable_operators
+from clipcore.packages import package_folder
 from clipcore.towers.layouts import open_clip_preprocessing
 from clipcore.towers.model import CLIP
 
 IMAGE_FILE, TEXT_FILE, DESCRIPTION_FILE = "image.onnx", "text.onnx", "clip.json"
 # The packages that torch.onnx.export needs.
 _NEEDED = ("onnx", "onnxscript")
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is installed; a folder of that name in the current one, which Python finds too, is none."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
 
 
 class _Tower(nn.Module):
@@ -47,7 +41,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     Raises:
         ValueError: a package is missing, or the model's weights are not float32.
     """
-    if missing := [name for name in _NEEDED if not is_installed(name)]:
+    if missing := [name for name in _NEEDED if package_folder(name) is None]:
         raise ValueError(
             f'an export to ONNX needs {" and ".join(missing)}: pip install "clipcore[export]"'
         )

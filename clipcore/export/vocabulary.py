@@ -8,7 +8,6 @@ from pathlib import Path
 from clipcore.tokenizer import Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -43,6 +42,5 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
     }
-    assert tuple(contents) == FILES
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8")

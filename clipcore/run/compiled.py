@@ -22,7 +22,7 @@ _ROWS = 2
 
 
 class Compiled(NamedTuple):
-    """What was compiled: blocks, the graphs that all of them share, and the seconds that it took."""
+    """What was compiled: blocks, the graphs (compiled functions) that they share, and the seconds that it took."""
 
     num_blocks: int
     num_graphs: int
@@ -31,7 +31,8 @@ class Compiled(NamedTuple):
 
     def __str__(self) -> str:
         rest = "; the ResNet runs uncompiled" if self.is_resnet else ""
-        return f"torch.compile: {self.num_blocks} transformer blocks, {self.num_graphs} graphs, {self.seconds:.0f} s{rest}"
+        made = f"{self.num_blocks} transformer blocks compiled into {self.num_graphs} functions"
+        return f"torch.compile: {made}, {self.seconds:.0f} s{rest}"
 
 
 def compile_blocks(
@@ -77,9 +78,8 @@ def compile_now(embed: Embed, model: CLIP, most_rows: int) -> Compiled:
             trained = [part for part in embed(rows, None) if part.requires_grad]
             torch.autograd.backward(trained, [torch.ones_like(part) for part in trained])
     except torch._dynamo.exc.TorchDynamoException as error:
-        from torch._inductor.runtime.cache_dir_utils import (
-            cache_dir,  # private to torch: only where it is needed
-        )
+        # Private to torch, so that it is imported only where it is needed.
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         cause = getattr(error, "inner_exception", error)
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
 from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.memory_plan import bytes_of
@@ -311,7 +311,7 @@ def check_compiler(device: torch.device) -> None:
             "leave the flag out"
         )
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
+        if package_folder("triton") is None:
             raise ConfigError(
                 "--torchcompile needs Triton on a GPU: pip install triton, or leave the flag out"
             )

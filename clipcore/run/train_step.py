@@ -54,7 +54,7 @@ class TrainingStep:
     """The forward and backward passes of one step.
 
     Attributes:
-        model: what is trained; ``towers`` is the same as it is called in training.
+        model: what is trained.
         scale_loss: what is differentiated in place of the loss.
         micro_batch_size: pairs that are embedded at once; None until there is a plan.
         num_kept_graphs: micro-batches that keep their graphs; None until there is a plan.
@@ -63,7 +63,6 @@ class TrainingStep:
     """
 
     model: CLIP
-    towers: nn.Module
     loss_fn: ClipLoss | SigLipLoss
     world: World
     precision: str
@@ -108,7 +107,7 @@ class TrainingStep:
             num_parts: other than those of the plan, for another batch.
         """
         torch.manual_seed(step_seed(self.seed, step, self.world.rank))
-        towers = self.towers if self.reduced is None else self.reduced
+        towers = self.model if self.reduced is None else self.reduced
         loss = partial(self.loss, ids_B=self.ids(batch)) if self.with_ids else self.loss
         return differentiate(
             self.embedder(batch, step, towers),
@@ -216,7 +215,7 @@ class TrainingStep:
             fixed = {"inputs": batch.images.nbytes + batch.tokens.nbytes, **fixed}
         some = self._some_features()
         made = make_plan(
-            self.embedder(batch, step, self.towers),
+            self.embedder(batch, step, self.model),
             self.model,
             num_rows,
             device,

@@ -131,9 +131,7 @@ def _plain(
     model = gathered(training.model) if is_sharded(training.model) else training.model
     model = copy.deepcopy(model).double()
     uncompile_blocks(model)
-    plain = dataclasses.replace(
-        training, model=model, towers=model, precision="fp32", pack_text=False
-    )
+    plain = dataclasses.replace(training, model=model, precision="fp32", pack_text=False)
     embed = plain.embedder(everything, step, model)
     starts = range(0, len(everything.images), len(small.images))
     parts = [

@@ -64,8 +64,8 @@ def open_clip_preprocessing(model: Described) -> dict[str, Any]:
     return {
         "size": model.config.vision.image_size,
         "mode": "RGB",
-        "mean": list(images.get("mean", OPENAI_MEAN)),
-        "std": list(images.get("std", OPENAI_STD)),
+        "mean": tuple(images.get("mean", OPENAI_MEAN)),
+        "std": tuple(images.get("std", OPENAI_STD)),
         "interpolation": images.get("interpolation", "bicubic"),
         "resize_mode": images.get("resize_mode", "shortest"),
         "fill_color": images.get("fill_color", 0),

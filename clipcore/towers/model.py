@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcore.data.packing import PackedText
-from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
 from clipcore.files import make_directory
 from clipcore.kernels.similarity import normalized_similarity
 from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.intermediates import Indices, check_format
-from clipcore.towers.layouts import write_open_clip
+from clipcore.towers.layouts import open_clip_preprocessing, write_open_clip
 from clipcore.towers.resnet import ModifiedResNet
 from clipcore.towers.text import TextTower
 from clipcore.towers.vision import VisionTransformer
@@ -230,17 +229,10 @@ class CLIP(TextTower):
         The image tower has them as in open_clip: ``visual.preprocess_cfg``, ``image_mean`` and ``image_std``.
         """
         self.images: dict[str, Any] = dict(images)
-        self.visual.image_mean = tuple(images.get("mean", OPENAI_MEAN))
-        self.visual.image_std = tuple(images.get("std", OPENAI_STD))
-        self.visual.preprocess_cfg = {
-            "size": self.visual.image_size,
-            "mode": "RGB",
-            "mean": self.visual.image_mean,
-            "std": self.visual.image_std,
-            "interpolation": images.get("interpolation", "bicubic"),
-            "resize_mode": images.get("resize_mode", "shortest"),
-            "fill_color": images.get("fill_color", 0),
-        }
+        # A model of open_clip has the size as a pair, and its files have a number.
+        stated = open_clip_preprocessing(self) | {"size": self.visual.image_size}
+        self.visual.image_mean, self.visual.image_std = stated["mean"], stated["std"]
+        self.visual.preprocess_cfg = stated
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, architecture and preprocessing into a folder, as open_clip's hub folders have them.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from clipcore.packages import package_folder
 from clipcore.towers.architectures import (
     OPENAI_MODELS,
     OPENAI_NAMES,
@@ -43,13 +43,12 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def open_clip_file(name: str) -> ModuleType | None:
     """Return one module of an installed open_clip, without importing the package; None if it is not installed."""
-    found = importlib.util.find_spec("open_clip")
-    # A folder of that name in the current one has no origin.
-    if found is None or found.origin is None or not found.submodule_search_locations:
+    folder = package_folder("open_clip")
+    if folder is None:
         return None
     if _PACKAGE not in sys.modules:
         package = ModuleType(_PACKAGE)
-        package.__path__ = list(found.submodule_search_locations)
+        package.__path__ = [str(folder)]
         package.__spec__ = importlib.machinery.ModuleSpec(_PACKAGE, None, is_package=True)
         sys.modules[_PACKAGE] = package
     return importlib.import_module(f"{_PACKAGE}.{name}")
@@ -109,9 +108,9 @@ def hub_remedy(repository: str, file: str = "") -> str:
 def refuse_hub(model_name: str, repository: str) -> None:
     """Raise the UnknownModelError that says how to get the model of an ``hf-hub:`` name."""
     folder = repository.rpartition("/")[2]
+    command = f"hf download {repository} --local-dir {folder}"
     raise UnknownModelError(
-        f"{model_name}: clipcore downloads nothing; run hf download {repository} --local-dir {folder}, and give "
-        f"{LOCAL_PREFIX}{folder}"
+        f"{model_name}: clipcore downloads nothing; run {command}, and give {LOCAL_PREFIX}{folder}"
     )
 
 
