@@ -29,6 +29,7 @@ from clipcore.kernels.layer_norm import (
     layer_norm_forward,
     layer_norm_ref,
 )
+from clipcore.kernels.weight_casts import narrowed
 
 
 class Stream(NamedTuple):
@@ -137,9 +138,11 @@ class _ResidualAttention(torch.autograd.Function):
             dtype = x.dtype
             stream, y, mean, rstd = norm_of_sum(x, delta, norm_weight, norm_bias, eps)
             added_to = outgoing(ctx, x, delta, stream)
-            qkv = F.linear(y, in_weight.to(dtype), in_bias.to(dtype)).unflatten(-1, (3, heads, -1))
+            qkv = F.linear(y, narrowed(in_weight, dtype), narrowed(in_bias, dtype)).unflatten(
+                -1, (3, heads, -1)
+            )
             out, lse = eager(attention_forward)(qkv, is_causal, segments)
-            added = F.linear(out, out_weight.to(dtype), out_bias.to(dtype))
+            added = F.linear(out, narrowed(out_weight, dtype), narrowed(out_bias, dtype))
         ctx.save_for_backward(
             *(x if delta is None else added_to, mean, rstd, qkv, out, lse, segments),
             *(norm_weight, norm_bias, in_weight, out_weight),
@@ -161,7 +164,7 @@ class _ResidualAttention(torch.autograd.Function):
             dtype = stream.dtype
             grad_added = zeros_for(grad_added, stream)
             grad_out_weight = weight_gradient(grad_added, out, out_weight) if needs[7] else None
-            grad_out = grad_added @ out_weight.to(dtype)
+            grad_out = grad_added @ narrowed(out_weight, dtype)
             grad_qkv = eager(attention_backward)(
                 grad_out, qkv, out, lse, ctx.is_causal, segments
             ).flatten(-3)
@@ -175,7 +178,7 @@ class _ResidualAttention(torch.autograd.Function):
                 del y
             if needs[6]:
                 grad_in_bias = column_sum(rows(grad_qkv)).to(in_bias_dtype)
-            grad_y = grad_qkv @ in_weight.to(dtype)
+            grad_y = grad_qkv @ narrowed(in_weight, dtype)
             del grad_qkv
             grads = norm_gradients(ctx, grad_y, stream, mean, rstd, norm_weight, grad_stream)
         return (

@@ -29,6 +29,7 @@ from clipcore.kernels.residual_attention import (
     weight_gradient,
     zeros_for,
 )
+from clipcore.kernels.weight_casts import narrowed
 
 
 class MLPWeights(NamedTuple):
@@ -88,9 +89,9 @@ class _ResidualMLP(torch.autograd.Function):
             dtype = x.dtype
             stream, y, mean, rstd = norm_of_sum(x, delta, norm_weight, norm_bias, eps)
             added_to = outgoing(ctx, x, delta, stream)
-            hidden = F.linear(y, fc_weight.to(dtype), fc_bias.to(dtype))
+            hidden = F.linear(y, narrowed(fc_weight, dtype), narrowed(fc_bias, dtype))
             active = eager(gelu_forward)(rows(hidden), kind).view(hidden.shape)
-            added = F.linear(active, proj_weight.to(dtype), proj_bias.to(dtype))
+            added = F.linear(active, narrowed(proj_weight, dtype), narrowed(proj_bias, dtype))
         ctx.save_for_backward(
             *(x if delta is None else added_to, mean, rstd, hidden),
             *(norm_weight, norm_bias, fc_weight, proj_weight),
@@ -115,7 +116,7 @@ class _ResidualMLP(torch.autograd.Function):
             grad_added = zeros_for(grad_added, stream)
             if needs[8]:
                 grad_proj_bias = column_sum(rows(grad_added)).to(proj_bias_dtype)
-            grad_active = grad_added @ proj_weight.to(dtype)
+            grad_active = grad_added @ narrowed(proj_weight, dtype)
             grad_hidden, hidden_sum, active = eager(gelu_backward)(
                 rows(grad_active), rows(hidden), ctx.kind, needs[6], needs[7]
             )
@@ -131,7 +132,7 @@ class _ResidualMLP(torch.autograd.Function):
                 )
                 grad_fc_weight = weight_gradient(grad_hidden, y, fc_weight)
                 del y
-            grad_y = grad_hidden @ fc_weight.to(dtype)
+            grad_y = grad_hidden @ narrowed(fc_weight, dtype)
             del grad_hidden
             grads = norm_gradients(ctx, grad_y, stream, mean, rstd, norm_weight, grad_stream)
         return (

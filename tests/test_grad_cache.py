@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch.distributed as dist
 from numerics import LiveStorages, assert_accurate
 from ranks import RankPool
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcore.data.loader import Batch, share_of_rank
+from clipcore.kernels.weight_casts import WeightCasts, narrowed
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks.distributed import World
-from clipcore.run import memory, memory_plan, threads
+from clipcore.run import grad_cache, memory, memory_plan, threads
 from clipcore.run.grad_cache import differentiate, micro_batches
 from clipcore.run.sharding import replicate
 from clipcore.run.train_step import TrainingStep
@@ -58,11 +61,15 @@ def pairs(num_pairs: int = NUM_PAIRS, seed: int = 0) -> Batch:
 
 
 def training(
-    model: CLIP, micro_batch_size: int | None = None, kept: int = 1, num_pairs: int = NUM_PAIRS
+    model: CLIP,
+    micro_batch_size: int | None = None,
+    kept: int = 1,
+    num_pairs: int = NUM_PAIRS,
+    precision: str = "fp32",
 ) -> TrainingStep:
     loss_type = ClipLoss if model.logit_bias is None else SigLipLoss
     return TrainingStep(
-        *(model, loss_type(), ONE_RANK, "fp32", 5),
+        *(model, loss_type(), ONE_RANK, precision, 5),
         *(num_pairs, lambda loss: loss, micro_batch_size, kept),
     )
 
@@ -426,6 +433,132 @@ def test_ranks_compute_with_the_same_number_of_threads(pool: RankPool) -> None:
     assert {number for _, number in chosen} == {2}
 
 
+# Copies of weights in 16 bits.
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts the casts of each parameter of a model to 16 bits, inside a ``with``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
+        self.counts: Counter[str] = Counter()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            name = self.names.get(args[0].untyped_storage()._cdata)
+            if name is not None:
+                self.counts[name] += 1
+                self.bytes[name] = out.nbytes
+        return out
+
+
+def shared_by_blocks(name: str) -> bool:
+    """Return whether a block's operation casts the weight; the last block's attention, read at a token, is another."""
+    return ".resblocks." in f".{name}" and ".resblocks.1.attn." not in f".{name}"
+
+
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+@pytest.mark.parametrize("kept", [1, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_share_copies_of_the_weights_and_no_bit_changes(
+    name: str, kept: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block's weight is cast once a step, and what autocast casts once for the embeddings and once for the replays."""
+    model = tower(name=name, dtype="fp32")
+    model.set_grad_checkpointing(checkpointing)
+    step = training(model, 3, kept, precision="amp_bf16")
+    assert step.num_parts == 4
+    with CastsOfWeights(model) as casts:
+        _, shared = gradients(step, pairs())
+    in_blocks = [n for name, n in casts.counts.items() if shared_by_blocks(name)]
+    assert len(in_blocks) == 12 * (1 + name.startswith("ViT")) and set(in_blocks) == {1}
+    # With all graphs kept, nothing is replayed but blocks that were to be recomputed.
+    assert casts.counts["text_projection"] == (1 if kept == 4 else 2)
+    if name.startswith("RN"):
+        is_once = kept == 4 and not checkpointing
+        assert casts.counts["visual.layer3.0.conv2.weight"] == (1 if is_once else 2)
+
+    monkeypatch.setattr(grad_cache, "sharing", lambda *_: contextlib.nullcontext())
+    with CastsOfWeights(model) as casts:
+        _, alone = gradients(step, pairs())
+    assert min(n for name, n in casts.counts.items() if shared_by_blocks(name)) >= 4
+    assert shared.keys() == alone.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+def test_a_copy_is_made_anew_for_a_changed_weight_and_not_kept_of_a_sum() -> None:
+    weight, casts = nn.Parameter(torch.ones(3, 4)), WeightCasts()
+    assert narrowed(weight, torch.float32) is weight
+    with casts.kept():
+        first = narrowed(weight, torch.bfloat16)
+        # As autograd hands it back where its hooks are in use.
+        assert narrowed(weight.detach(), torch.bfloat16) is first
+        assert narrowed(weight, torch.float16).dtype == torch.float16
+        assert casts.nbytes == 2 * 2 * weight.numel()
+        narrowed(weight + 1, torch.bfloat16)
+        narrowed(weight[:2], torch.bfloat16)
+        assert casts.nbytes == 2 * 2 * weight.numel()
+        with torch.no_grad():
+            weight += 1
+        assert narrowed(weight, torch.bfloat16).unique().item() == 2
+        with torch.inference_mode():
+            assert narrowed(torch.ones(3), torch.bfloat16).dtype == torch.bfloat16
+    assert narrowed(weight, torch.bfloat16) is not narrowed(weight, torch.bfloat16)
+
+
+def test_autocast_forgets_its_copies_between_passes_with_and_without_a_graph() -> None:
+    layer = nn.Linear(4, 2)
+    out = {}
+    for is_enabled in (False, True):
+        with WeightCasts().kept(), torch.set_grad_enabled(is_enabled), torch.autocast("cpu"):
+            out[is_enabled] = layer(torch.ones(1, 4))
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.bias.zero_()
+    assert out[False].abs().max() > 0 and out[True].abs().max() == 0
+    out[True].sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_the_plan_counts_the_copies_and_a_direct_step_only_those_of_autocast(
+    counted_memory: None,
+) -> None:
+    model = tower(name="RN-nano-32", dtype="fp32")
+    found = []
+    for size in (8, 32):
+        step = training(model, size, num_pairs=32, precision="amp_bf16")
+        step.num_kept_graphs = None
+        plan = memory_plan.make_plan(
+            *(step.embedder(pairs(32), 0, model), model, 32, ONE_RANK.device),
+            fixed={},
+            loss_bytes=0,
+            budget_bytes=10**9,
+            micro_batch_size=size,
+        )
+        found.append(plan.parts["weights in 16 bits"])
+    with CastsOfWeights(model) as casts:
+        step.gradients(pairs(32), 0)
+    in_blocks = sum(size for name, size in casts.bytes.items() if shared_by_blocks(name))
+    assert found[0] - found[1] == in_blocks > 0
+    # Of the weights that products keep; the pool casts keys and values itself, and positions are added.
+    others = {name: size for name, size in casts.bytes.items() if not shared_by_blocks(name)}
+    by_autocast = (
+        "conv",
+        "downsample",
+        "q_proj.weight",
+        "c_proj.weight",
+        "out_proj.weight",
+        "projection",
+    )
+    kept = (size for name, size in others.items() if any(part in name for part in by_autocast))
+    assert found[1] == sum(kept)
+
+
 # The plan.
 
 
@@ -478,6 +611,20 @@ def test_a_probe_that_runs_out_of_memory_ends_the_search_and_leaves_no_gradient(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
+def test_a_plan_leaves_no_memory_behind(counted_memory: None, name: str, precision: str) -> None:
+    """A block's operation keeps an output for its backward pass, which autograd's hooks can tie to itself."""
+    step, batch = (
+        training(tower(name=name, dtype="fp32"), num_pairs=128, precision=precision),
+        pairs(128),
+    )
+    step.num_kept_graphs = None
+    with LiveStorages() as live:
+        step.plan(batch, 0)
+    assert live.peak_bytes > 100_000 and live.alive_bytes == 0
+
+
 def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
     model, whole = tower(dtype="fp32"), pairs(4096)
     first = Batch(*(part[:16] for part in (whole.images, whole.tokens, whole.indices)))
@@ -485,7 +632,8 @@ def test_a_graph_is_counted_without_the_batch_that_it_is_of() -> None:
         memory_plan._forward_counted(training(model).embedder(batch, 0, model), model, 16)[1]
         for batch in (first, whole)
     ]
-    assert counted[0] == counted[1] > 16 * 1000
+    of_first, of_whole = (sum(size for _, size in saved) for saved in counted)
+    assert of_first == of_whole > 16 * 1000
 
 
 def test_little_memory_keeps_few_graphs_and_too_little_is_told(counted_memory: None) -> None:
@@ -500,13 +648,17 @@ def test_little_memory_keeps_few_graphs_and_too_little_is_told(counted_memory: N
         step.plan(pairs(1024), 0, step_memory=0.0001)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 @pytest.mark.parametrize("micro_batch_size", [16, 64])
-def test_a_step_takes_no_more_than_its_plan(counted_memory: None, micro_batch_size: int) -> None:
+def test_a_step_takes_no_more_than_its_plan(
+    counted_memory: None, micro_batch_size: int, precision: str
+) -> None:
     """The bytes of all tensors that are alive at once, against what was planned from a count of one micro-batch."""
     model, batch = tower(name="ViT-glyphs", dtype="fp32", force_vocab_size=514), pairs(256)
-    step = training(model, micro_batch_size, num_pairs=256)
+    step = training(model, micro_batch_size, num_pairs=256, precision=precision)
     step.num_kept_graphs = None
-    plan = step.plan(batch, 0, step_memory=0.025)
+    plan = step.plan(batch, 0, step_memory=0.025 if precision == "fp32" else 0.02)
+    assert ("weights in 16 bits" in plan.parts) == (precision == "amp_bf16")
     assert (
         1 < plan.num_kept_graphs < 256 / micro_batch_size and plan.peak_bytes <= plan.budget_bytes
     )

@@ -27,9 +27,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcore.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_latest
+from clipcore.kernels.weight_casts import WeightCasts
 from clipcore.ranks.distributed import World, barrier, gather_objects, gather_rows
 from clipcore.run.command_line import parse_command_line
 from clipcore.run.folders import open_run
+from clipcore.run.grad_cache import sharing
 from clipcore.run.metrics import read_metrics
 from clipcore.run.optim import (
     ExponentialMovingAverage,
@@ -252,14 +254,18 @@ def mixed_precision(world: World) -> Any:
     shard(model, world)
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     outputs = []
+    kept_bytes = []
     for one in (model, plain):
+        casts = WeightCasts()
         with (
             gradient_sync(one, is_last=True),
+            sharing(casts, one),
             torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
         ):
             *features, scale = one(*pairs(0, torch.float32))
             (scale * (features[0] * features[1]).sum()).backward()
         outputs.append([feature.detach() for feature in features])
+        kept_bytes.append(casts.nbytes)
     dtypes = {p.grad.dtype for p in model.parameters() if p.grad is not None}
 
     before = whole(model.state_dict())
@@ -272,11 +278,13 @@ def mixed_precision(world: World) -> Any:
     scaler.step(optimizer)
     scaler.update()
     skipped = all(torch.equal(v, before[n]) for n, v in whole(model.state_dict()).items())
-    return outputs, dtypes, skipped, scaler.get_scale(), norm.isfinite().item()
+    return outputs, kept_bytes, dtypes, skipped, scaler.get_scale(), norm.isfinite().item()
 
 
 def test_autocast_decides_as_without_sharding(pool: RankPool) -> None:
-    for outputs, dtypes, skipped, scale, is_finite in pool.run(mixed_precision):
+    for outputs, kept_bytes, dtypes, skipped, scale, is_finite in pool.run(mixed_precision):
+        # The weights of a pass are freed after it, and so are their copies.
+        assert kept_bytes[0] == 0 < kept_bytes[1]
         for sharded, plain in zip(*outputs, strict=True):
             assert torch.equal(sharded, plain)
         assert dtypes == {torch.float32}

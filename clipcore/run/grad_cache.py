@@ -14,6 +14,7 @@ BatchNorm: a micro-batch is normalised by its own statistics, in both passes; th
 The gradients are therefore those of a model that normalises in groups of a micro-batch, as the paper's normalises in
 groups of a GPU's share; Vision Transformers know no groups.
 Several ranks: every replay but the last runs without a reduction of gradients.
+Autocast: the micro-batches share one 16-bit copy of each weight, instead of a copy for every pass and kept graph.
 
 Source: Gao et al. 2021 (GradCache, arXiv 2101.06983); keeping some of the graphs is our own.
 """
@@ -29,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipcore.kernels.weight_casts import WeightCasts
+from clipcore.run.sharding import is_sharded
 from clipcore.towers.resnet import replayed
 
 # What embeds a micro-batch: (its rows, the rows that follow or None) to (image features, text features, scalars ...).
@@ -103,6 +106,7 @@ def differentiate(
     num_kept_graphs = max(1, min(num_kept_graphs, num_parts if sync is None else num_parts - 1))
     num_passes = 2 * len(parts) - num_kept_graphs
     num_done = 0
+    casts = WeightCasts()
 
     def one_more() -> None:
         nonlocal num_done
@@ -116,15 +120,16 @@ def differentiate(
     features: list[list[Tensor]] = [[], []]
     first_replayed = parts[num_kept_graphs] if num_kept_graphs < len(parts) else None
     upcoming = [*parts[1:], first_replayed]
-    for i, (rows, following) in enumerate(zip(parts, upcoming, strict=True)):
-        states.append(_RandomStates(i >= num_kept_graphs))
-        with torch.set_grad_enabled(i < num_kept_graphs), sync_here(False):
-            embedded = embed(rows, following)
-        if i < num_kept_graphs:
-            graphs.append(embedded)
-        for side, part in zip(features, embedded, strict=False):
-            side.append(part.detach())
-        one_more()
+    with sharing(casts, module):
+        for i, (rows, following) in enumerate(zip(parts, upcoming, strict=True)):
+            states.append(_RandomStates(i >= num_kept_graphs))
+            with torch.set_grad_enabled(i < num_kept_graphs), sync_here(False):
+                embedded = embed(rows, following)
+            if i < num_kept_graphs:
+                graphs.append(embedded)
+            for side, part in zip(features, embedded, strict=False):
+                side.append(part.detach())
+            one_more()
     needed = [part.requires_grad for part in graphs[0]]
     scalars = [part.detach().clone() for part in graphs[0][2:]]
     on_phase("forward")
@@ -140,7 +145,7 @@ def differentiate(
     on_phase("loss")
 
     # Replay
-    with replayed(module):
+    with replayed(module), sharing(casts, module):
         for i, rows in enumerate(parts):
             is_last = i == len(parts) - 1
             with sync_here(is_last):
@@ -157,6 +162,14 @@ def differentiate(
     on_phase("backward")
     image_BE, text_BE, *scalars = (leaf.detach() for leaf in leaves)
     return StepOutput(loss.detach(), image_BE, text_BE, tuple(scalars))
+
+
+def sharing(casts: WeightCasts, module: nn.Module) -> AbstractContextManager[None]:
+    """Return the context in which passes share ``casts`` of a model's weights, except a split model's.
+
+    FSDP brings a block's weights together for one pass, and then frees them.
+    """
+    return nullcontext() if any(map(is_sharded, module.modules())) else casts.kept()
 
 
 def _backward(

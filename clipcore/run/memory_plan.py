@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from clipcore.kernels.weight_casts import WeightCasts
 from clipcore.ranks.distributed import gather_sizes
 from clipcore.run import memory
-from clipcore.run.grad_cache import Embed
+from clipcore.run.grad_cache import Embed, sharing
 from clipcore.run.optim import local_part
 from clipcore.towers.resnet import replayed
 
@@ -78,13 +80,18 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Probe:
-    """A micro-batch that ran forward and backward: its rows, seconds, and bytes beside the parameters' gradients."""
+    """A micro-batch that ran forward and backward: its rows, seconds, and bytes beside the parameters' gradients.
+
+    The other bytes are without the weights' copies in 16 bits, which all micro-batches share.
+    """
 
     rows: int
     forward_s: float
     backward_s: float
     graph_bytes: int  # held from the forward pass to the backward pass
     peak_bytes: int  # of both
+    block_casts: int  # bytes of the blocks' copies; a direct step frees each at once
+    autocast_casts: int  # bytes of autocast's copies, which a direct step's graph holds too
 
     @property
     def seconds_a_row(self) -> float:
@@ -156,7 +163,8 @@ def make_plan(
         """
         transient = probe.peak_bytes - probe.graph_bytes
         others = transient + loss_bytes if on_cpu else max(transient, loss_bytes)
-        return budget_bytes - sum(fixed.values()) - others
+        casts = probe.block_casts + probe.autocast_casts
+        return budget_bytes - sum(fixed.values()) - casts - others
 
     with replayed(module):
         if micro_batch_size is not None:
@@ -171,7 +179,9 @@ def make_plan(
         num_kept_graphs = max(1, min(most, room(chosen) // graph))
     num_kept_graphs = min(num_kept_graphs, most)
     transient = (chosen.peak_bytes - chosen.graph_bytes) * rows // chosen.rows
-    parts = {**fixed, "kept graphs": num_kept_graphs * graph}
+    casts = chosen.autocast_casts + (chosen.block_casts if number > 1 else 0)
+    parts = {**fixed, **({"weights in 16 bits": casts} if casts else {})}
+    parts |= {"kept graphs": num_kept_graphs * graph}
     if on_cpu:
         parts |= {"loss": loss_bytes, "one micro-batch": transient}
     elif loss_bytes > transient:
@@ -230,14 +240,19 @@ def _probe(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> 
     The graph of the first pass is still there then: what a first pass takes for good, and what an allocator has left
     over, is not counted. A GPU's allocator counts exactly, so that no first graph is needed, which might not fit.
     """
+    casts = WeightCasts()
     try:
-        return _measured(embed, module, rows, device)
+        with sharing(casts, module):
+            return _measured(embed, module, rows, device, casts)
     finally:
         module.zero_grad(set_to_none=True)  # also of a pass that has run out of memory
 
 
-def _measured(embed: Embed, module: nn.Module, rows: int, device: torch.device) -> Probe:
+def _measured(
+    embed: Embed, module: nn.Module, rows: int, device: torch.device, casts: WeightCasts
+) -> Probe:
     first, saved = _forward_counted(embed, module, rows)
+    outputs = sum(part.nbytes for part in first)
     if device.type == "cuda":
         del first
     _backward(_forward(embed, rows))
@@ -252,27 +267,33 @@ def _measured(embed: Embed, module: nn.Module, rows: int, device: torch.device) 
         _backward(second)
         _wait_for(device)
         end = time.perf_counter()
+    first = second = []
+    # What outlives its graph is autocast's, for the next pass.
+    autocast_casts = sum(size for storage, size in saved if not storage.expired())
+    held = outputs + sum(size for _, size in saved) - autocast_casts
     # The resident set grows in jumps: a graph is what its tensors take there, and a little for what lies between them.
-    graph = max(1, forward.held) if device.type == "cuda" else round(CPU_OVERHEAD * saved)
+    graph = max(1, forward.held) if device.type == "cuda" else round(CPU_OVERHEAD * held)
     peak = max(forward.peak, graph + backward.peak)
-    return Probe(rows, middle - start, end - again, graph, peak)
+    return Probe(rows, middle - start, end - again, graph, peak, casts.nbytes, autocast_casts)
 
 
-def _forward_counted(embed: Embed, module: nn.Module, rows: int) -> tuple[list[Tensor], int]:
-    """Run a forward pass; return its outputs, and the bytes that its graph holds beside the parameters."""
+def _forward_counted(
+    embed: Embed, module: nn.Module, rows: int
+) -> tuple[list[Tensor], list[tuple[StorageWeakRef, int]]]:
+    """Run a forward pass; return its outputs, and the memory that its graph holds beside the parameters, in bytes."""
     own = {local_part(weight).untyped_storage().data_ptr() for weight in module.parameters()}
-    storages: dict[int, int] = {}
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         # Tokens are a view of the whole batch, which is there in any case.
         if tensor.is_floating_point() and storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return tensor.detach()  # an operation that keeps its own output would keep itself
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = _forward(embed, rows)
-    return outputs, sum(storages.values()) + sum(part.nbytes for part in outputs)
+    return outputs, list(saved.values())
 
 
 def _forward(embed: Embed, rows: int) -> list[Tensor]:
