@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ class RunServer:
         num_ranks: int = 0,
         terminal: str | None = None,
         disk: Sequence[object] | None = None,
+        torchrun: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Run:
         """Begin ``python -m clipcore.train`` with these arguments.
 
@@ -138,11 +140,16 @@ class RunServer:
             num_ranks: under torchrun, with so many ranks.
             terminal: the device of a terminal that the run is to be controlled by, and print to in place of ``output``.
             disk: arguments of attack/disk.py's ``begin``, where that library was preloaded.
+            torchrun: under torchrun, with these of its options in place of ``num_ranks``.
+            environment: variables to set in the run.
         """
         output.write_text("")
         request: dict[str, Any] = {"argv": [str(a) for a in arguments], "output": str(output)}
         request |= {"signals": list(signals), "count_to": str(count_to) if count_to else None}
-        request |= {"is_pipe_dead": is_pipe_dead, "num_ranks": num_ranks, "terminal": terminal}
+        if num_ranks:
+            torchrun = ["--standalone", "--nproc-per-node", str(num_ranks)]
+        request |= {"is_pipe_dead": is_pipe_dead, "terminal": terminal, "torchrun": list(torchrun)}
+        request["environment"] = dict(environment or {})
         request["disk"] = (
             None if disk is None else [str(a) if isinstance(a, Path) else a for a in disk]
         )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipcore.ranks import watchdog
+from clipcore.ranks import slurm, watchdog
 from clipcore.terminal import first_line, printable_lines
 
 T = TypeVar("T")
@@ -58,20 +58,21 @@ class World:
 def init_distributed(
     device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S
 ) -> World:
-    """Join the process group that torchrun describes in the environment.
+    """Join the process group that torchrun or Slurm's srun describes in the environment.
 
     Args:
         device: "cpu" or "cuda" to insist on one; None takes CUDA where there is a GPU.
         timeout_s: how long a rank may keep the others waiting in a collective, in seconds.
 
     Returns:
-        The place of this process; world size 1, and no process group, without torchrun.
+        The place of this process; world size 1, and no process group, without a launcher.
 
     Raises:
-        ValueError: torchrun's environment variables are incomplete, or there are more ranks on this
+        ValueError: the launcher's environment variables are incomplete, or there are more ranks on this
             machine than GPUs, or CUDA is requested and there is none.
         RankError: another rank did not start.
     """
+    slurm.set_torchrun_variables()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in names if name not in os.environ]
     if 0 < len(missing) < len(names):
@@ -157,7 +158,7 @@ def pick_device(device: str | torch.device | None, local_rank: int) -> torch.dev
     if local_rank >= num_gpus:
         raise ValueError(
             f"local rank {local_rank} needs GPU {local_rank}, but this machine shows {num_gpus}; "
-            "start at most one process per GPU, or ask for the CPU"
+            "start at most one process per GPU (in Slurm give --gpus-per-node, not --gpus-per-task), or ask for the CPU"
         )
     return torch.device("cuda", local_rank)
 

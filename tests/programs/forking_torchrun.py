@@ -1,7 +1,7 @@
 """Be torchrun for clipcore.train, with its own options and agent, but with ranks that are forked.
 
-They are forked from a process that has imported everything: a start costs one second in place of four. As a program the
-ranks have the faults of inject_faults.py.
+They are forked from a process that has imported everything: a start costs one second in place of four. The ranks have the
+faults of inject_faults.py where the environment names some.
 """
 
 import gc
@@ -14,11 +14,15 @@ from torch.distributed.launcher.api import elastic_launch
 import clipcore.train
 
 
-def launch(num_ranks: int, arguments: Sequence[str]) -> None:
-    """Make a run on so many ranks of this machine; raise torchrun's error where one fails."""
-    start = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", "--", "clipcore.train"]
-    run.elastic_launch = forked(lambda: None)
-    run.main([*start, *arguments])
+def launch(options: Sequence[str], arguments: Sequence[str]) -> None:
+    """Make a run, or a machine's part of one, with these options of torchrun; raise its error where a rank fails."""
+    if "FAULTS" in os.environ:
+        from inject_faults import inject
+
+        run.elastic_launch = forked(inject)
+    else:
+        run.elastic_launch = forked(lambda: None)
+    run.main([*options, "-m", "--", "clipcore.train", *arguments])
 
 
 def forked(prepare: Callable[[], None]):

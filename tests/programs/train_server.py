@@ -2,8 +2,9 @@
 
 A request may hold "signals", [[number, signal], ...]: the run sends itself each at its event of that number. With
 "count_to" it writes the number of its events to that file at its end. With "is_pipe_dead" all that it prints goes into a
-pipe that nobody reads; with "terminal" to that terminal, which controls the run. With "num_ranks" the run is torchrun with
-so many ranks, which are forked as well. "disk" holds the arguments of attack/disk.py's ``begin``.
+pipe that nobody reads; with "terminal" to that terminal, which controls the run. With "torchrun", options of torchrun, the
+run is one of that, whose ranks are forked as well. "disk" holds the arguments of attack/disk.py's ``begin``, "environment"
+further variables.
 """
 
 import atexit
@@ -75,8 +76,9 @@ def be_run(request) -> None:
 
         folder, fault, at, *calls = request["disk"]
         disk.begin(Path(folder), fault, at, *map(Path, calls))
-    if request["num_ranks"]:
-        launch(request["num_ranks"], request["argv"])
+    os.environ.update(request["environment"])
+    if request["torchrun"]:
+        launch(request["torchrun"], request["argv"])
         sys.exit(0)
     sys.exit(clipcore.train.main(request["argv"]))
 
