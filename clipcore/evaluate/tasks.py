@@ -275,6 +275,7 @@ def retrieval_tasks(config: RunConfig) -> list[RetrievalTask]:
             caption_key=config.csv_caption_key,
             separator=config.csv_separator,
             quotes=not config.csv_no_quotes,
+            cache_gb=config.data_cache_gb,
         )
         return [RetrievalTask("validation pairs", by_picture(source))]
     if config.train_data in EMBEDDED:

@@ -109,7 +109,9 @@ class TrainConfig:
     """
 
     train_data: str = _option(
-        "glyphs", DATA, "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder"
+        "glyphs",
+        DATA,
+        "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder, a URL",
     )
     train_data_upsampling_factors: str | None = _option(
         None, DATA, "weights of the mixed sources, 1::2", metavar="W"
@@ -146,6 +148,14 @@ class TrainConfig:
         "share of unreadable samples that stops the run",
         at_least=0,
         at_most=1,
+        metavar="X",
+    )
+    data_cache_gb: float | None = _option(
+        None,
+        DATA,
+        "GB for local copies of data at URLs [half of the free disk]",
+        at_least=0,
+        at_most=_MAX_GB,
         metavar="X",
     )
     aug_scale: float | None = _option(

@@ -203,6 +203,7 @@ def open_training_source(config: RunConfig) -> PairSource:
         decoder=config.image_decoder,
         min_side=crop.min_side,
         max_pixels=config.max_pixels,
+        cache_gb=config.data_cache_gb,
     )
 
 
