@@ -17,7 +17,13 @@ from clipcore.data.folders import open_folder
 from clipcore.data.local_copies import LocalCopies
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.remote import PACKAGES, check_url, is_remote, shown, without_query
-from clipcore.data.tables import CsvSource, JsonlSource, caption_columns
+from clipcore.data.tables import (
+    DEFAULT_CAPTION_KEY,
+    DEFAULT_IMAGE_KEY,
+    CsvSource,
+    JsonlSource,
+    caption_columns,
+)
 from clipcore.data.tar import TarSource
 from clipcore.data.transforms import MAX_PIXELS, Decoder, check_decoder
 
@@ -36,8 +42,6 @@ _SUFFIX_TYPES = {
 }
 _MAX_EXPANSION = 1_000_000
 MAX_FACTOR = 1_000_000
-DEFAULT_IMAGE_KEY = "filepath"  # open_clip's
-DEFAULT_CAPTION_KEY = "title"
 
 
 def open_source(
@@ -62,8 +66,9 @@ def open_source(
             ``.txt`` or ``.token`` file is a table of captions, see ``open_caption_list``. Shards, folders of shards and
             tables may be URLs, see ``clipcore.data.remote``, and so may the images that a table names.
         dataset_type: one of ``DATASET_TYPES``; ``auto`` decides by the suffixes. ``synthetic`` needs no data.
-        img_key, caption_key, separator, quotes: for csv tables, see ``CsvSource``. In other formats the two default keys
-            mean the first usual name that is present (``image``, ``caption``, ``text``, ...).
+        img_key, caption_key, separator, quotes: for csv tables, see ``CsvSource``. Where a table has no column of the two
+            default names, and in other formats, the first usual name that is present is used (``image``, ``caption``,
+            ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
         decoder, min_side, max_pixels: see ``clipcore.data.transforms.Decoder``.

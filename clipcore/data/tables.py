@@ -46,6 +46,9 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order if the user names no column and the format prescribes none.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
+# open_clip's names of the columns of a csv table, which are tried before the usual ones.
+DEFAULT_IMAGE_KEY = "filepath"
+DEFAULT_CAPTION_KEY = "title"
 PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # for csv tables, which may come from any program
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # in a message
@@ -167,13 +170,20 @@ def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
 
 
 def image_columns(name: str | None) -> Sequence[str]:
-    """Return the candidate image columns: the one that the user names, else the usual ones."""
-    return IMAGE_COLUMNS if name is None else (name,)
+    """Return the candidate image columns: the one that the user names, else the usual ones, open_clip's default first."""
+    return _columns(name, DEFAULT_IMAGE_KEY, IMAGE_COLUMNS)
 
 
 def caption_columns(name: str | None) -> Sequence[str]:
-    """Return the candidate caption columns: the one that the user names, else the usual ones."""
-    return CAPTION_COLUMNS if name is None else (name,)
+    """Return the candidate caption columns: as ``image_columns`` does."""
+    return _columns(name, DEFAULT_CAPTION_KEY, CAPTION_COLUMNS)
+
+
+def _columns(name: str | None, default: str, usual: Sequence[str]) -> Sequence[str]:
+    if name is None:
+        return usual
+    # A flag that is left out is its default, which no more names a column than None does.
+    return tuple(dict.fromkeys((name, *usual))) if name == default else (name,)
 
 
 class CsvSource:
@@ -184,8 +194,8 @@ class CsvSource:
 
     Args:
         path: the table, UTF-8.
-        img_key, caption_key: its columns, as in open_clip's --csv-img-key and --csv-caption-key; None uses the first of the
-            usual names.
+        img_key, caption_key: its columns, as in open_clip's --csv-img-key and --csv-caption-key. Where there is no column of
+            the default name, the first of the usual names is used; None uses the usual names alone.
         separator: one character, as in --csv-separator; None uses a tab, or the separator that the header line shows.
         decoder: see ``decode_image``.
         quotes: whether quotation marks enclose fields, which then may hold separators and line ends; else they are text.
@@ -202,8 +212,8 @@ class CsvSource:
     def __init__(
         self,
         path: str,
-        img_key: str | None = "filepath",
-        caption_key: str | None = "title",
+        img_key: str | None = DEFAULT_IMAGE_KEY,
+        caption_key: str | None = DEFAULT_CAPTION_KEY,
         separator: str | None = None,
         decoder: Decoder | str = "pillow",
         quotes: bool = True,
