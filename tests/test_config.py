@@ -13,15 +13,18 @@ import typing
 import pytest
 from runs import PROGRAMS
 
+from clipcore.data.transforms import ImageTransform
 from clipcore.run.command_line import build_parser, parse_command_line
 from clipcore.run.config import RECORDED, ConfigError, TrainConfig
+from clipcore.run.parts import augmentation
 from clipcore.run.recipe import PAPER_LEARNING_RATES, RunConfig, resolve, warmup_steps
 from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
 
 OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type --dataset-resampled
---train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --logs --name --workers
+--train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --aug-cfg --logs --name
+--workers
 --batch-size --epochs --lr --beta1 --beta2 --eps --wd --warmup --lr-scheduler --epochs-cooldown --precision --model
 --pretrained --resume --save-frequency --save-most-recent --zeroshot-frequency --val-frequency --grad-checkpointing
 --local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text
@@ -70,6 +73,39 @@ def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, fou
     assert (config.global_batch_size, config.micro_batch_size) == found
     assert config.batch_size is None and config.accum_freq == 1
     assert resolve(config, num_ranks) == config
+
+
+def test_aug_cfg_is_open_clips_and_takes_the_place_of_the_recipes_crop():
+    line = ["--train-data", "a.csv", "--aug-cfg", "scale=(0.4, 1.0)", "ratio=(0.5,2)"]
+    config, given = parse_command_line([*line, "color_jitter=None", "--epochs", "3"])
+    assert (config.aug_cfg, config.epochs) == (
+        "scale=(0.4, 1.0) ratio=(0.5,2) color_jitter=None",
+        3,
+    )
+    config = resolve(config)
+    assert "aug_cfg" in given and (config.aug_scale, config.aug_ratio) == (None, None)
+    assert resolve(config) == config
+    assert augmentation(config) == {"scale": (0.4, 1.0), "ratio": (0.5, 2)}
+    for words, message in (
+        (["scale=(0.4,1)", "--aug-scale", "0.5"], "leave one or the other out"),
+        (["scale=(0.4,1)", "--aug-resize", "256"], "leave one or the other out"),
+        (["scale", "=", "3"], "got 'scale = 3'; write no space around ="),
+        ([], "expected at least one argument"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_command_line(["--aug-cfg", *words])
+    for words, message in (
+        ("color_jitter=0.32", "--aug-cfg: aug_cfg's color_jitter=0.32 exists only in open_clip"),
+        ("scael=(0.4,1)", "no key 'scael'; did you mean scale"),
+        ("scale=words", r"scale is a pair such as \(0.9, 1.0\), got 'words'"),
+        ("scale=(0.4,x)", r"scale is a pair such as \(0.9, 1.0\), got '\(0.4,x\)'"),
+        ("scale=('a','b')", r"scale is a pair such as \(0.9, 1.0\), got \('a', 'b'\)"),
+        ("scale=(0.9,0.1)", "scale of a crop is a range within"),
+        ("resize=x", "resize is a number of pixels, got 'x'"),
+    ):
+        config = resolve(parse_command_line(["--train-data", "a.csv", "--aug-cfg", words])[0])
+        with pytest.raises(ValueError, match=message):
+            ImageTransform(32, True, **augmentation(config))
 
 
 def test_aug_resize_takes_the_place_of_the_recipes_crop():

@@ -22,11 +22,11 @@ from clipcore.data import BadSample, PairSource
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
-from clipcore.data.transforms import ImageTransform
+from clipcore.data.transforms import ImageTransform, crop_settings
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, parse_aug_cfg
 from clipcore.run.memory_plan import bytes_of
 from clipcore.run.recipe import RunConfig
 from clipcore.run.state import run_record
@@ -177,7 +177,12 @@ def identity_of(model: CLIP, tokenizer: Tokenizer, data: str, image_decoder: str
 
 
 def augmentation(config: RunConfig) -> dict[str, Any]:
-    """Return the random crop as arguments of ``ImageTransform``."""
+    """Return the random crop as arguments of ``ImageTransform``; raise ConfigError for settings that it does not have."""
+    if config.aug_cfg is not None:
+        try:
+            return crop_settings(parse_aug_cfg(config.aug_cfg))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--aug-cfg: {error}") from None
     if config.aug_resize is not None:
         return {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "resize": config.aug_resize}
     assert config.aug_scale is not None and config.aug_ratio is not None  # the recipe has both

@@ -46,7 +46,8 @@ class RunConfig(TrainConfig):
     A field that may still be None is one of three kinds:
 
     - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown;
-      ``aug_scale`` and ``aug_ratio`` under ``aug_resize``; ``batch_size``, which ``global_batch_size`` replaces;
+      ``aug_scale`` and ``aug_ratio`` under ``aug_resize`` or ``aug_cfg``; ``batch_size``, which ``global_batch_size``
+      replaces;
     - each launch decides it by its device: ``device``, ``precision`` (``precision_on``), ``step_memory``,
       ``loss_stash``, ``loss_workspace``;
     - the first step decides it by measurement, and the run records it: ``threads``, ``micro_batch_size``,
@@ -108,7 +109,7 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
         unset.pop("batch_size", None)
-    if config.aug_resize is not None:
+    if config.aug_resize is not None or config.aug_cfg is not None:
         unset = {name: unset[name] for name in unset if name not in ("aug_scale", "aug_ratio")}
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1
