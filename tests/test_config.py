@@ -23,8 +23,8 @@ from clipcore.towers.architectures import OPENAI_NAMES
 pytestmark = pytest.mark.fast
 
 OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type --dataset-resampled
---train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --aug-cfg --logs --name
---workers
+--train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --imagenet-v2
+--aug-cfg --logs --name --workers
 --batch-size --epochs --lr --beta1 --beta2 --eps --wd --warmup --lr-scheduler --epochs-cooldown --precision --model
 --pretrained --resume --save-frequency --save-most-recent --zeroshot-frequency --val-frequency --grad-checkpointing
 --local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text

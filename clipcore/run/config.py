@@ -392,8 +392,13 @@ class TrainConfig:
         None, EVALUATION, "epochs between retrievals, 0 for never", at_least=0, metavar="N"
     )
     imagenet_val: str | None = _option(
-        None, EVALUATION, "folder with a folder per class: zero-shot accuracy", metavar="DIR"
+        None,
+        EVALUATION,
+        "folders with a folder per class, or NAME=DIR: zero-shot accuracy",
+        joined_by="::",
+        metavar="DIR",
     )
+    imagenet_v2: str | None = _option(None, EVALUATION, "one more of them", metavar="DIR")
     zeroshot_frequency: int | None = _option(
         None,
         EVALUATION,
