@@ -15,9 +15,9 @@ from runs import PROGRAMS
 
 from clipcore.data.transforms import ImageTransform
 from clipcore.run.command_line import build_parser, parse_command_line
-from clipcore.run.config import RECORDED, ConfigError, TrainConfig
+from clipcore.run.config import PRESETS, RECORDED, ConfigError, TrainConfig
 from clipcore.run.parts import augmentation
-from clipcore.run.recipe import PAPER_LEARNING_RATES, RunConfig, resolve, warmup_steps
+from clipcore.run.recipe import PAPER_LEARNING_RATES, RECIPES, RunConfig, resolve, warmup_steps
 from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
@@ -73,6 +73,33 @@ def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, fou
     assert (config.global_batch_size, config.micro_batch_size) == found
     assert config.batch_size is None and config.accum_freq == 1
     assert resolve(config, num_ranks) == config
+
+
+def test_presets_are_whole_recipes_that_flags_overrule():
+    assert set(PRESETS) == set(RECIPES)
+    for name in PRESETS:
+        config = resolve(parse_command_line(["--train-data", "a.csv", "--preset", name])[0], 2)
+        assert resolve(config, 2) == config and config.preset == name
+    found = {name: resolve(parse_command_line(["--preset", name])[0]) for name in PRESETS}
+    small, large = found["small"], found["datacomp-xlarge"]
+    assert (small.model, small.tokenizer, small.vocab_size) == ("ViT-glyphs", "train", 3072)
+    assert (large.model, large.global_batch_size, large.lr) == ("ViT-L-14", 90_112, 1e-3)
+    assert (large.warmup, large.beta1, large.beta2) == (10_000, 0.9, 0.95)
+    for name, pairs in (("small", 12_800_000), ("medium", 128_000_000), ("large", 1_280_000_000)):
+        of_scale = found[f"datacomp-{name}"]
+        assert of_scale.epochs * of_scale.train_num_samples == pairs
+        assert (of_scale.lr, of_scale.beta2, of_scale.warmup) == (5e-4, 0.98, 500)
+    # The data's own recipe, by its name or without.
+    default = dataclasses.asdict(resolve(parse_command_line([])[0]))
+    assert dataclasses.asdict(found["glyphs"]) == default | {"preset": "glyphs"}
+    line = (
+        "--preset datacomp-small --batch-size 32 --lr 1e-3 --model ViT-B-16 --train-num-samples 64"
+    )
+    config = resolve(parse_command_line(line.split())[0], 2)
+    assert (config.global_batch_size, config.lr, config.model) == (64, 1e-3, "ViT-B-16")
+    assert (config.train_num_samples, config.epochs) == (64, 5)
+    with pytest.raises(ConfigError, match="invalid choice: 'tiny'"):
+        parse_command_line(["--preset", "tiny"])
 
 
 def test_aug_cfg_is_open_clips_and_takes_the_place_of_the_recipes_crop():

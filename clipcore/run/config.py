@@ -36,6 +36,12 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED, RECORDED = (
     "recorded",
 )
 
+# Recipes by name, whose settings are in recipe.py; those of datacomp are its scales.
+PRESETS = (
+    *("small", "paper", "glyphs", "icons"),
+    *("datacomp-small", "datacomp-medium", "datacomp-large", "datacomp-xlarge"),
+)
+
 # How the loss treats pairs of equal captions: as negatives, left out, or as positives.
 DUPLICATE_CAPTIONS = ("negative", "ignore", "positive")
 
@@ -226,6 +232,13 @@ class TrainConfig:
         0, MODEL, "last layers of the text tower to train all the same", at_least=0, metavar="N"
     )
 
+    preset: str | None = _option(
+        None,
+        OPTIMISATION,
+        "recipe: small, paper, glyphs, icons, datacomp-small, -medium, -large, -xlarge",
+        choices=PRESETS,
+        metavar="NAME",
+    )
     epochs: int | None = _option(
         None, OPTIMISATION, "passes over the data", at_least=1, metavar="N"
     )
