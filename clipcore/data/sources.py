@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,8 @@ _SUFFIX_TYPES = {
     **dict.fromkeys(CAPTION_LIST_SUFFIXES, "captions"),
 }
 _MAX_EXPANSION = 1_000_000
+# Samples whose captions make a vocabulary: more take minutes and change few merges.
+_MAX_SPREAD_SAMPLES = 200_000
 MAX_FACTOR = 1_000_000
 
 
@@ -320,6 +322,27 @@ def _alternatives(group: str, pattern: str) -> list[str]:
             f"{pattern}: {{{group}}} is neither a range such as {{000..012}} nor a list"
         )
     return [path for word in words for path in expand_braces(word)]
+
+
+def names_pairs(data: str) -> bool:
+    """Return whether a name is one of data with images, by its form: a folder, URL, pattern, mixture, shard or table.
+
+    Another file is text, such as captions of which each has a line.
+    """
+    kind = _SUFFIX_TYPES.get(os.path.splitext(data)[1].lower())
+    is_one_file = not any(sign in data for sign in ("::", "{", "*", "?")) or os.path.exists(data)
+    return not is_one_file or is_folder(data) or is_remote(data) or kind not in (None, "captions")
+
+
+def spread_captions(source: PairSource) -> Iterator[str]:
+    """Yield the captions of evenly spread samples, of all where they are few; those that cannot be read are left out."""
+    number = min(len(source), _MAX_SPREAD_SAMPLES)
+    for place in range(number):
+        try:
+            captions = source.captions(place * len(source) // number)
+        except BadSample:
+            continue
+        yield from [captions] if isinstance(captions, str) else captions
 
 
 def left_out_of(source: PairSource) -> LeftOut:
