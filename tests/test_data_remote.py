@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from remote_store import SLOW_S, FileServer
+from runs import NANO
 from shards import picture, write_csv, write_jsonl, write_parquet, write_shards, write_tar
 
+from clipcore import train
+from clipcore.checkpoint import latest_checkpoint
 from clipcore.data import BadSample, DataError, PairSource, local_copies, remote
 from clipcore.data.loader import PairLoader
 from clipcore.data.local_copies import place_of
@@ -31,6 +34,7 @@ from clipcore.data.transforms import ImageTransform
 from clipcore.run.parts import captions_sha256
 
 NUM_SHARDS, PAIRS_A_SHARD = 3, 7
+RUNS = ("whole", "broken")
 PATTERN = f"shards/{{000..{NUM_SHARDS - 1:03d}}}.tar"
 
 
@@ -226,6 +230,31 @@ def test_a_lasting_fault_ends_in_one_line_and_is_no_bad_sample(web, fault):
     assert message.endswith("then run the same command again") and "\n" not in message
     # Nothing of the failed answers is left.
     assert source[0].caption == "a red square, number 0"
+
+
+def test_a_run_that_a_network_fails_is_saved_and_goes_on_with_the_same_bits(
+    web, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    url = f"{web.url}/{PATTERN}"
+    line = ["--train-data", url, "--data-cache-gb", "0", "--logs", str(tmp_path), *NANO]
+    line += ["--batch-size", "8", "--epochs", "3", "--lr", "1e-3", "--save-frequency", "0"]
+    line += ["--micro-batch-size", "8"]
+    open_source(url, cache_gb=0)  # which makes the indices
+    assert train.main([*line, "--name", "whole"]) == 0
+
+    # All captions for the fingerprint of the data, three batches, and half of the fourth.
+    web.faults = [""] * (NUM_SHARDS * PAIRS_A_SHARD + 3 * 8 + 4) + [500] * remote.TRIES
+    capfd.readouterr()
+    assert train.main([*line, "--name", "broken"]) == 2
+    said = capfd.readouterr()
+    assert said.err.splitlines()[-1].endswith("then run the same command again")
+    assert "saved step 3 of 6; go on with: " in said.out
+    assert train.main([*line, "--name", "broken", "--resume", "latest"]) == 0
+    whole, broken = (latest_checkpoint(tmp_path / name / "checkpoints") for name in RUNS)
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
