@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -131,6 +132,57 @@ def open_own(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a name, a file that exists as long as one holds it; wait while another process or thread does.
+
+    On file systems without locks several may hold it, each of which has to write under a temporary name.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    descriptor = _open_locked(path)
+    # Who held the lock before has removed the file, and somebody else may hold that of a new one.
+    while not _is_open_at(path, descriptor):
+        os.close(descriptor)
+        descriptor = _open_locked(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    descriptor = open_own(path, os.O_RDWR)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _is_open_at(path: Path, descriptor: int) -> bool:
+    """Return whether an open file is the one that has a name now."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def lock_taken(descriptor: int) -> bool:
+    """Lock an open file until the last process that shares its descriptor ends; return whether no other holds the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    """Return the folder of clipcore in the user's cache, which may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcore"
 
 
 def mode_of(path: Path) -> int | None:

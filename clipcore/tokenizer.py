@@ -3,7 +3,7 @@
 A vocabulary is a list of merges. Its ids are, in this order: the 256 bytes, the 256 bytes that end a word
 (``</w>``), one id per merge, start of text, end of text. OpenAI's merges are not part of this package: they are found
 in an installed open_clip or CLIP, or read from a file. ``train_tokenizer`` learns a vocabulary in the same format from
-captions, also as ``python -m clipcore.tokenizer --train captions.txt --vocab-size N``. ``byte_tokenizer`` needs no file.
+captions, also as ``python -m clipcore.tokenizer --train DATA --vocab-size N``. ``byte_tokenizer`` needs no file.
 
 There are two differences from open_clip's SimpleTokenizer. Special strings in a caption ("<end_of_text>") are plain text,
 because they would end the caption early. Letters and digits newer than Unicode 16 count as punctuation.
@@ -35,6 +35,8 @@ import torch
 from tokenizers import models, pre_tokenizers, trainers
 from torch import LongTensor, Tensor
 
+from clipcore.data.embedded import EMBEDDED
+from clipcore.data.sources import names_pairs, open_source, spread_captions
 from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
 from clipcore.packages import package_folder
 from clipcore.ranks.failures import end_with
@@ -680,12 +682,26 @@ def _read_captions(path: Path) -> Iterator[str]:
             raise VocabularyError(not_utf8(str(path), error)) from error
 
 
+def _captions_of(data: str) -> Iterable[str]:
+    """Return the captions of training data, at most as many as a run learns from, or the lines of a text file.
+
+    Raises:
+        DataError: the data cannot be opened.
+    """
+    if data in EMBEDDED:
+        return EMBEDDED[data].training_captions()
+    return spread_captions(open_source(data)) if names_pairs(data) else _read_captions(Path(data))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m clipcore.tokenizer", description="Learn a vocabulary from captions."
     )
     parser.add_argument(
-        "--train", required=True, type=Path, metavar="FILE", help="text file, a caption a line"
+        "--train",
+        required=True,
+        metavar="DATA",
+        help="text file, a caption a line; or what --train-data takes: shards, a table, a folder, a URL, 'glyphs'",
     )
     parser.add_argument(
         "--vocab-size",
@@ -724,11 +740,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         with warnings.catch_warnings(record=True) as notes:
-            tokenizer = train_tokenizer(_read_captions(parsed.train), parsed.vocab_size)
+            tokenizer = train_tokenizer(_captions_of(parsed.train), parsed.vocab_size)
         for note in notes:
             complain("clipcore.tokenizer", f"note: {note.message}")
         tokenizer.save(parsed.output)
-        print(_describe(tokenizer, _read_captions(parsed.train)))
+        print(_describe(tokenizer, _captions_of(parsed.train)))
     except KeyboardInterrupt:
         complain("clipcore.tokenizer", "stopped")
         return 128 + signal.SIGINT

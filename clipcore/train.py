@@ -56,6 +56,7 @@ from clipcore.report.collect import report_run
 from clipcore.run import memory
 from clipcore.run.collapse import CollapseWatch
 from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.duration import hours_note
 from clipcore.run.faults import (
     NonFiniteError,
     check_sound,
@@ -109,7 +110,6 @@ from clipcore.run.saving import (
 from clipcore.run.setup import (
     describe,
     make_deterministic,
-    note_default_model,
     note_without_effect,
     open_log,
     prepare_steps,
@@ -166,8 +166,6 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         given_config = resumed_config(run_dir, given_config, given, world)
     config = resolve(given_config, world.world_size)
     note_without_effect(config, world)
-    if not is_begun and "model" not in given:
-        note_default_model(config, world)
     make_deterministic()
     config = set_threads(config, "threads" in given, world)
     if world.device.type == "cpu":
@@ -279,6 +277,8 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         log.print(describe(config, model, source, world, num_steps, state.step, run_dir))
         for line in evaluations.describe_sources(source):
             log.print(line)
+        if note := hours_note(config, model, num_steps - state.step, world):
+            log.print(note)
         watch = CollapseWatch(
             config.global_batch_size,
             config.siglip,

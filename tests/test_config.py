@@ -13,15 +13,18 @@ import typing
 import pytest
 from runs import PROGRAMS
 
+from clipcore.data.transforms import ImageTransform
 from clipcore.run.command_line import build_parser, parse_command_line
-from clipcore.run.config import RECORDED, ConfigError, TrainConfig
-from clipcore.run.recipe import PAPER_LEARNING_RATES, RunConfig, resolve, warmup_steps
+from clipcore.run.config import PRESETS, RECORDED, ConfigError, TrainConfig
+from clipcore.run.parts import augmentation
+from clipcore.run.recipe import PAPER_LEARNING_RATES, RECIPES, RunConfig, resolve, warmup_steps
 from clipcore.towers.architectures import OPENAI_NAMES
 
 pytestmark = pytest.mark.fast
 
 OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type --dataset-resampled
---train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --logs --name --workers
+--train-data-upsampling-factors --csv-img-key --csv-caption-key --csv-separator --imagenet-val --imagenet-v2
+--aug-cfg --logs --name --workers
 --batch-size --epochs --lr --beta1 --beta2 --eps --wd --warmup --lr-scheduler --epochs-cooldown --precision --model
 --pretrained --resume --save-frequency --save-most-recent --zeroshot-frequency --val-frequency --grad-checkpointing
 --local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text
@@ -70,6 +73,66 @@ def test_open_clips_ways_to_give_a_batch_are_a_global_batch(line, num_ranks, fou
     assert (config.global_batch_size, config.micro_batch_size) == found
     assert config.batch_size is None and config.accum_freq == 1
     assert resolve(config, num_ranks) == config
+
+
+def test_presets_are_whole_recipes_that_flags_overrule():
+    assert set(PRESETS) == set(RECIPES)
+    for name in PRESETS:
+        config = resolve(parse_command_line(["--train-data", "a.csv", "--preset", name])[0], 2)
+        assert resolve(config, 2) == config and config.preset == name
+    found = {name: resolve(parse_command_line(["--preset", name])[0]) for name in PRESETS}
+    small, large = found["small"], found["datacomp-xlarge"]
+    assert (small.model, small.tokenizer, small.vocab_size) == ("ViT-glyphs", "train", 3072)
+    assert (large.model, large.global_batch_size, large.lr) == ("ViT-L-14", 90_112, 1e-3)
+    assert (large.warmup, large.beta1, large.beta2) == (10_000, 0.9, 0.95)
+    for name, pairs in (("small", 12_800_000), ("medium", 128_000_000), ("large", 1_280_000_000)):
+        of_scale = found[f"datacomp-{name}"]
+        assert of_scale.epochs * of_scale.train_num_samples == pairs
+        assert (of_scale.lr, of_scale.beta2, of_scale.warmup) == (5e-4, 0.98, 500)
+    # The data's own recipe, by its name or without.
+    default = dataclasses.asdict(resolve(parse_command_line([])[0]))
+    assert dataclasses.asdict(found["glyphs"]) == default | {"preset": "glyphs"}
+    line = (
+        "--preset datacomp-small --batch-size 32 --lr 1e-3 --model ViT-B-16 --train-num-samples 64"
+    )
+    config = resolve(parse_command_line(line.split())[0], 2)
+    assert (config.global_batch_size, config.lr, config.model) == (64, 1e-3, "ViT-B-16")
+    assert (config.train_num_samples, config.epochs) == (64, 5)
+    with pytest.raises(ConfigError, match="invalid choice: 'tiny'"):
+        parse_command_line(["--preset", "tiny"])
+
+
+def test_aug_cfg_is_open_clips_and_takes_the_place_of_the_recipes_crop():
+    line = ["--train-data", "a.csv", "--aug-cfg", "scale=(0.4, 1.0)", "ratio=(0.5,2)"]
+    config, given = parse_command_line([*line, "color_jitter=None", "--epochs", "3"])
+    assert (config.aug_cfg, config.epochs) == (
+        "scale=(0.4, 1.0) ratio=(0.5,2) color_jitter=None",
+        3,
+    )
+    config = resolve(config)
+    assert "aug_cfg" in given and (config.aug_scale, config.aug_ratio) == (None, None)
+    assert resolve(config) == config
+    assert augmentation(config) == {"scale": (0.4, 1.0), "ratio": (0.5, 2)}
+    for words, message in (
+        (["scale=(0.4,1)", "--aug-scale", "0.5"], "leave one or the other out"),
+        (["scale=(0.4,1)", "--aug-resize", "256"], "leave one or the other out"),
+        (["scale", "=", "3"], "got 'scale = 3'; write no space around ="),
+        ([], "expected at least one argument"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_command_line(["--aug-cfg", *words])
+    for words, message in (
+        ("color_jitter=0.32", "--aug-cfg: aug_cfg's color_jitter=0.32 exists only in open_clip"),
+        ("scael=(0.4,1)", "no key 'scael'; did you mean scale"),
+        ("scale=words", r"scale is a pair such as \(0.9, 1.0\), got 'words'"),
+        ("scale=(0.4,x)", r"scale is a pair such as \(0.9, 1.0\), got '\(0.4,x\)'"),
+        ("scale=('a','b')", r"scale is a pair such as \(0.9, 1.0\), got \('a', 'b'\)"),
+        ("scale=(0.9,0.1)", "scale of a crop is a range within"),
+        ("resize=x", "resize is a number of pixels, got 'x'"),
+    ):
+        config = resolve(parse_command_line(["--train-data", "a.csv", "--aug-cfg", words])[0])
+        with pytest.raises(ValueError, match=message):
+            ImageTransform(32, True, **augmentation(config))
 
 
 def test_aug_resize_takes_the_place_of_the_recipes_crop():
@@ -130,7 +193,7 @@ def test_help_and_mistakes_in_flags_are_answered_before_torch_is_imported(argume
 
 def test_help_fits_on_two_screens():
     lines = build_parser().format_help().splitlines()
-    assert len(lines) <= 100 and max(map(len, lines)) <= 120
+    assert len(lines) <= 125 and max(map(len, lines)) <= 120
 
 
 def test_an_unknown_flag_names_the_nearest():

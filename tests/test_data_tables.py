@@ -107,6 +107,30 @@ def test_csv_columns_separators_quotes_and_byte_order_mark(tmp_path):
     assert len(source) == 1 and source[0].caption == 'one, "two"\nthree'
 
 
+@pytest.mark.parametrize(
+    "header, caption",
+    [
+        ("image,text", "b"),
+        ("file_name\ttxt", "b"),
+        ("image_path;caption", "b"),
+        # open_clip's names come first, whatever else is there.
+        ("filepath,title,caption", "b"),
+        ("title,filepath,image,text", "images/0001.jpg"),
+    ],
+)
+def test_csv_columns_are_found_by_their_usual_names(tmp_path, header, caption):
+    write_images(tmp_path, 2)
+    separator = next(character for character in "\t;," if character in header)
+    row = separator.join(["images/0001.jpg", "b", "c", "d"][: len(header.split(separator))])
+    if header.startswith("title"):
+        row = separator.join(["images/0001.jpg", "images/0000.jpg", "c", "d"])
+    (tmp_path / "t.csv").write_text(f"{header}\n{row}\n")
+    assert open_source(str(tmp_path / "t.csv"))[0].caption == caption
+    # A column that the user names has no substitute.
+    with pytest.raises(DataError, match=r"has no column 'words'"):
+        open_source(str(tmp_path / "t.csv"), caption_key="words", separator=separator)
+
+
 def test_csv_rows_of_other_lengths_are_bad_samples_and_said_at_the_start(tmp_path):
     write_images(tmp_path, 2)
     rows = [
@@ -310,7 +334,11 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [
-        ("t.csv", b"path\ttitle\na.jpg\tx\n", "no column 'filepath'; its columns are path, title"),
+        (
+            "t.csv",
+            b"path\ttitle\na.jpg\tx\n",
+            "no column 'filepath' or 'image' or .*; its columns are path, title",
+        ),
         ("t.csv", b"path,title\na.jpg,x\n", "separated by ',': --csv-separator"),
         ("t.csv", b"filepath,title\na.jpg,x\n", r"none of the first 1 images .*/a\.jpg"),
         ("t.csv", b"filepath\ttitle\n", "no rows"),
@@ -318,7 +346,7 @@ def test_rows_of_one_picture_are_one_sample_with_all_captions(tmp_path, kind):
         (
             "t.csv",
             b"root:x:0:0:root:/root\nbin:x:1:1\n",
-            "no column 'filepath'; it has one column$",
+            "no column 'filepath' or 'image' or .*; it has one column$",
         ),
         ("t.csv", b"filepath\ttitle\nno.jpg\tx\n", r"none of the first 1 images .*/no\.jpg"),
         ("t.csv", b"filepath\ttitle\na\tcaf\xe9\n", "not UTF-8"),

@@ -23,10 +23,12 @@ from clipcore.evaluate.tasks import (
     retrieval_tasks,
     run_retrieval,
     run_zero_shot,
+    zero_shot_tasks,
 )
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier, classify, zero_shot_accuracy
 from clipcore.loss import ClipLoss
 from clipcore.ranks.distributed import World
+from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import TrainConfig
 from clipcore.run.metrics import MetricsLogger
 from clipcore.run.recipe import RunConfig, resolve
@@ -247,6 +249,25 @@ def test_class_folders_count_what_they_could_not_read(tmp_path):
     assert (found["num_images"], found["num_unreadable"]) == (9, 1)
     with pytest.raises(DataError, match=r"1 of 10 samples .* the image file is empty"):
         run_zero_shot(task, nano_encoder(max_bad_fraction=0.0))
+
+
+def test_several_folders_of_classes_are_evaluated_under_any_name(tmp_path):
+    for folder in ("a/val", "b/val", "x=y", "v2"):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / folder / name, 1)
+    words = [f"{tmp_path}/a/val", f"sketch={tmp_path}/b/val/", f"{tmp_path}/x=y"]
+    line = ["--train-data", "a.csv", "--imagenet-val", *words, "--imagenet-v2", f"{tmp_path}/v2"]
+    tasks = zero_shot_tasks(resolve(parse_command_line(line)[0]))
+    assert [task.name for task in tasks] == [
+        "classes of val",
+        "classes of sketch",
+        "classes of x=y",
+        "classes of v2",
+    ]
+    assert [task.source[0].key for task in tasks] == ["cat/images/0000.jpg"] * 4
+    line = ["--train-data", "a.csv", "--imagenet-val", words[0], f"{tmp_path}/b/val"]
+    with pytest.raises(DataError, match=r"a/val and .*/b/val are both called 'val'.* val-2=/"):
+        zero_shot_tasks(resolve(parse_command_line(line)[0]))
 
 
 def test_data_that_cannot_be_read_is_refused_before_the_training(tmp_path):

@@ -28,8 +28,10 @@ import pytest
 import torch
 from openclip import simple_tokenizer
 from runs import LIMIT_S, PROGRAMS
+from shards import picture, write_csv, write_folder, write_shards
 
 from clipcore import tokenizer as tokenizer_module
+from clipcore.data.embedded import EMBEDDED
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     DEFAULT_CONTEXT_LENGTH,
@@ -523,6 +525,30 @@ def test_the_command_makes_a_vocabulary(tmp_path, capsys, trained):
     line[3] = "60000"
     assert main(line) == 0
     assert "rather than 60,000" in capsys.readouterr().err
+
+
+def test_the_command_learns_from_whatever_a_run_is_trained_on(tmp_path, capsys):
+    (tmp_path / "captions.lines").write_text("".join(f"{picture(i)[1]}\n" for i in range(8)))
+    sources = [
+        str(tmp_path / "captions.lines"),
+        write_shards(tmp_path / "shards", 2, 4),
+        str(tmp_path / "shards"),
+        str(write_csv(tmp_path / "csv", 8)),
+        str(write_folder(tmp_path / "folder", 8)),
+        f"{tmp_path}/shards/000.tar::{tmp_path}/shards/001.tar",
+    ]
+    learnt = []
+    for source in sources:
+        output = tmp_path / "v.txt.gz"
+        assert main(["--train", source, "--vocab-size", "560", "--output", str(output)]) == 0
+        learnt.append(Tokenizer.from_file(output).sha256)
+    assert set(learnt) == {learnt[0]}
+    assert main(["--train", "glyphs", "--vocab-size", "600", "--output", str(output)]) == 0
+    expected = train_tokenizer(EMBEDDED["glyphs"].training_captions(), 600)
+    assert Tokenizer.from_file(output).sha256 == expected.sha256
+    capsys.readouterr()
+    assert main(["--train", "none/{0..3}.tar", "--output", str(output)]) == 2
+    assert "none/0.tar" in capsys.readouterr().err
 
 
 def test_captions_in_another_encoding_are_no_vocabulary(tmp_path, capsys):

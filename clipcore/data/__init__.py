@@ -3,6 +3,9 @@
 ====================  ================================================================
 ``sources.py``        ``open_source``: from the value of ``--train-data`` to a ``PairSource``
 ``tar.py``            tar shards in the WebDataset layout, through a byte index
+``random_access.py``  reads local and remote files at any position
+``remote.py``         reads objects by URL: states, byte ranges, whole copies, lists
+``local_copies.py``   whole local copies of remote objects, within a limit of bytes
 ``raw.py``            images as ``.npy`` members of pixels
 ``tables.py``         csv and jsonl tables
 ``columns.py``        columns of tables, such as those of labels

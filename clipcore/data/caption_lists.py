@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from clipcore.data import DataError, LeftOut, printable
+from clipcore.data.remote import is_remote
 from clipcore.data.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -37,6 +38,7 @@ def open_caption_list(
     separator: str | None,
     decoder: Decoder | str,
     quotes: bool = True,
+    folder: str | None = None,
 ) -> CsvSource:
     """Return the pairs of a text file.
 
@@ -44,6 +46,7 @@ def open_caption_list(
         img_key, caption_key, separator, quotes: see ``CsvSource``, for a file with a header; a column that is not named is
             found by the usual names.
         decoder: see ``decode_image``.
+        folder: see ``CsvSource``.
 
     Raises:
         DataError: the file has neither form, or cannot be read.
@@ -60,9 +63,9 @@ def open_caption_list(
             raise NamedColumnsError(
                 f"{path} has lines of image#number and no columns to name; leave --csv-img-key and --csv-caption-key out"
             )
-        return NumberedCaptions(path, decoder)
+        return NumberedCaptions(path, decoder, folder)
     try:
-        return CaptionTable(path, img_key, caption_key, separator, decoder, quotes)
+        return CaptionTable(path, img_key, caption_key, separator, decoder, quotes, folder)
     except ColumnError:
         images, captions = _image_names(img_key), _caption_names(caption_key)
         raise ColumnError(
@@ -137,6 +140,8 @@ class CaptionTable(CsvSource):
 
 def _folders_with(path: str, names: Sequence[str]) -> list[str]:
     """Return the subfolders that hold any of these files; none if a file is in the folder itself or its path is absolute."""
+    if is_remote(path) or any(map(is_remote, names)):
+        return []
     if any(os.path.isabs(name) or os.path.exists(os.path.join(path, name)) for name in names):
         return []
     try:
@@ -160,6 +165,7 @@ class NumberedCaptions(CaptionTable):
     Args:
         path: the file, UTF-8.
         decoder: see ``decode_image``.
+        folder: see ``CsvSource``.
 
     Attributes:
         left_out: lines that are bad samples because of their form.
@@ -168,10 +174,13 @@ class NumberedCaptions(CaptionTable):
         DataError: the file cannot be read, or none of the first images exists.
     """
 
-    def __init__(self, path: str, decoder: Decoder | str = "pillow") -> None:
+    def __init__(
+        self, path: str, decoder: Decoder | str = "pillow", folder: str | None = None
+    ) -> None:
         self.name = os.path.basename(path)
         self.left_out, self.noted = LeftOut(), LeftOut()
-        self._table, self._folder, self._decoder = path, os.path.dirname(path), decoder
+        self._table, self._decoder = path, decoder
+        self._folder = os.path.dirname(path) if folder is None else folder
         self._cells = TextColumn(cell for cells in self._rows_of(path) for cell in cells)
         if not len(self):
             raise DataError(f"{path} has no lines")

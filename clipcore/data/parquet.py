@@ -13,8 +13,6 @@ downloaded data set, so nothing in it is used before its checksum is verified.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +35,7 @@ from clipcore.data.tables import (
 )
 from clipcore.data.tar import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, sidecar_paths
 from clipcore.data.transforms import Decoder
-from clipcore.files import open_own, open_regular, written_aside
+from clipcore.files import locked, open_regular, written_aside
 
 SUFFIX = ".clipcore-rows"
 # Limit of a copy's size as a multiple of the table's, and a size that is always allowed. Images hardly compress, but a
@@ -237,7 +235,7 @@ def _copy_of(table: Table) -> _Copy:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _copy_lock(place):
+            with locked(place.with_name(f"{place.name}.lock")):
                 # Another rank may have made it in the meantime.
                 if (copy := _read_index(place, state, num_rows)) is not None:
                     return copy
@@ -264,24 +262,6 @@ def _suffix_of(table: Table) -> str:
         return SUFFIX
     digest = hashlib.sha256(json.dumps(list(table.names)).encode()).hexdigest()
     return f".{digest[:8]}{SUFFIX}"
-
-
-@contextlib.contextmanager
-def _copy_lock(place: Path) -> Iterator[None]:
-    """Hold the lock for making a copy; wait while another process holds it.
-
-    On file systems without locks several processes may make it, each under a different temporary name.
-    """
-    path = place.with_name(f"{place.name}.lock")
-    descriptor = open_own(path, os.O_RDWR)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
 
 
 def check_groups(table: Table) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import hashlib
 import importlib.metadata
 import json
@@ -50,6 +49,7 @@ from clipcore.data import DataError, PairSource
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import walk
 from clipcore.data.pictures import num_pictures
+from clipcore.data.random_access import state_of
 from clipcore.data.shards import (
     FORMATS,
     ImageFormat,
@@ -63,7 +63,9 @@ from clipcore.data.sources import (
     DEFAULT_CAPTION_KEY,
     DEFAULT_IMAGE_KEY,
     expand_pattern,
+    is_folder,
     left_out_of,
+    list_shards,
     noted_of,
     open_source,
 )
@@ -159,10 +161,10 @@ _OWN = (
 
 def _files(path: str) -> Iterator[str]:
     """Yield the names, and the state of tables and shards, of the files in one part of a source, in order."""
-    shards = sorted(glob.glob(f"{glob.escape(path)}/*.tar")) if os.path.isdir(path) else [path]
+    shards = list_shards(path) if is_folder(path) else [path]
     for shard in shards:
-        stat = os.stat(shard)
-        yield f"{os.path.basename(shard)} {stat.st_size} {stat.st_mtime_ns}"
+        state = state_of(shard)
+        yield f"{os.path.basename(shard)} {state.size} {state.version}"
     if not shards:
         for folder, names in walk(path):
             yield from (os.path.join(folder, name) for name in names if not name.endswith(_OWN))
@@ -438,7 +440,7 @@ def _check_place(train_data: str, output: Path) -> None:
             f"--output {output}: --train-data reads '::' as a list and braces as a range; choose a name without them"
         )
     for part in train_data.split("::"):
-        is_images = os.path.isdir(part) and not glob.glob(f"{glob.escape(part)}/*.tar")
+        is_images = is_folder(part) and not list_shards(part)
         if is_images and output.resolve().is_relative_to(Path(part).resolve()):
             raise DataError(
                 f"--output {output} lies in the folder of images {part}, whose next listing would hold it too; choose one "

@@ -6,16 +6,24 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource
+from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource, printable, remote
 from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
 from clipcore.data.folders import open_folder
+from clipcore.data.local_copies import LocalCopies
 from clipcore.data.parquet import ParquetSource
-from clipcore.data.tables import CsvSource, JsonlSource, caption_columns
+from clipcore.data.remote import PACKAGES, check_url, is_remote, shown, without_query
+from clipcore.data.tables import (
+    DEFAULT_CAPTION_KEY,
+    DEFAULT_IMAGE_KEY,
+    CsvSource,
+    JsonlSource,
+    caption_columns,
+)
 from clipcore.data.tar import TarSource
 from clipcore.data.transforms import MAX_PIXELS, Decoder, check_decoder
 
@@ -33,9 +41,9 @@ _SUFFIX_TYPES = {
     **dict.fromkeys(CAPTION_LIST_SUFFIXES, "captions"),
 }
 _MAX_EXPANSION = 1_000_000
+# Samples whose captions make a vocabulary: more take minutes and change few merges.
+_MAX_SPREAD_SAMPLES = 200_000
 MAX_FACTOR = 1_000_000
-DEFAULT_IMAGE_KEY = "filepath"  # open_clip's
-DEFAULT_CAPTION_KEY = "title"
 
 
 def open_source(
@@ -50,19 +58,23 @@ def open_source(
     decoder: str = "pillow",
     min_side: int = 0,
     max_pixels: int = MAX_PIXELS,
+    cache_gb: float | None = None,
 ) -> PairSource:
     """Open image-caption pairs.
 
     Args:
         train_data: a file, a folder, or a pattern of them: ``{0000..0012}`` and ``{a,b}`` as in a shell, ``*`` and
             ``?`` (quote them); several joined by ``::`` or in a list. A folder that holds ``.tar`` files means those; a
-            ``.txt`` or ``.token`` file is a table of captions, see ``open_caption_list``.
+            ``.txt`` or ``.token`` file is a table of captions, see ``open_caption_list``. Shards, folders of shards and
+            tables may be URLs, see ``clipcore.data.remote``, and so may the images that a table names.
         dataset_type: one of ``DATASET_TYPES``; ``auto`` decides by the suffixes. ``synthetic`` needs no data.
-        img_key, caption_key, separator, quotes: for csv tables, see ``CsvSource``. In other formats the two default keys
-            mean the first usual name that is present (``image``, ``caption``, ``text``, ...).
+        img_key, caption_key, separator, quotes: for csv tables, see ``CsvSource``. Where a table has no column of the two
+            default names, and in other formats, the first usual name that is present is used (``image``, ``caption``,
+            ``text``, ...).
         upsampling_factors: one number for each part between ``::``, such as ``1::2.5``: how often a sample of that part
             is seen, relative to the others; see ``MixtureSource``.
         decoder, min_side, max_pixels: see ``clipcore.data.transforms.Decoder``.
+        cache_gb: how many GB local copies of URLs may take, see ``clipcore.data.local_copies``.
 
     Raises:
         DataError: the data are missing, damaged, empty or of an unknown kind; one line that names the remedy.
@@ -79,8 +91,8 @@ def open_source(
         return SyntheticSource()
     table = _Table(img_key, caption_key, separator, quotes)
     patterns = train_data.split("::") if isinstance(train_data, str) else list(train_data)
-    chosen = Decoder(decoder, min_side, max_pixels)
-    parts = [_open_part(part, dataset_type, chosen, table) for part in patterns]
+    chosen, copies = Decoder(decoder, min_side, max_pixels), LocalCopies(cache_gb)
+    parts = [_open_part(part, dataset_type, chosen, table, copies) for part in patterns]
     if upsampling_factors is not None:
         return MixtureSource(parts, parse_factors(upsampling_factors, len(parts)))
     return parts[0] if len(parts) == 1 else MixtureSource(parts)
@@ -111,15 +123,20 @@ class _Table(NamedTuple):
     quotes: bool
 
 
-def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table) -> PairSource:
+def _open_part(
+    pattern: str, dataset_type: str, decoder: Decoder, table: _Table, copies: LocalCopies
+) -> PairSource:
     """Return the source of one part between ``::``."""
-    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
-        raise DataError(f"{pattern}: only local files can be read; copy or mount the data first")
+    if pattern.startswith("pipe:"):
+        raise DataError(
+            f"{printable(pattern)}: what a command prints cannot be read at random; name the URL itself "
+            f"({', '.join(f'{kind}://' for kind in PACKAGES)}), or a local path"
+        )
     paths = expand_pattern(pattern)
-    name = os.path.basename(os.path.normpath(pattern))
+    name = os.path.basename(os.path.normpath(without_query(pattern)))
     compressed: list[str] = []
-    if dataset_type in ("auto", "webdataset") and os.path.isdir(paths[0]):
-        shards = [s for path in paths for s in sorted(glob.glob(f"{glob.escape(path)}/*.tar"))]
+    if dataset_type in ("auto", "webdataset") and is_folder(paths[0]):
+        shards = [shard for path in paths for shard in list_shards(path)]
         compressed = [
             os.path.basename(shard)
             for path in paths
@@ -129,33 +146,85 @@ def _open_part(pattern: str, dataset_type: str, decoder: Decoder, table: _Table)
         ]
         paths, dataset_type = (shards, "webdataset") if shards else (paths, dataset_type)
     kind = _detect(paths[0]) if dataset_type == "auto" else dataset_type
-    named_image = None if table.img_key == DEFAULT_IMAGE_KEY else table.img_key
-    named_caption = None if table.caption_key == DEFAULT_CAPTION_KEY else table.caption_key
     if kind == "webdataset":
-        source = TarSource(paths, caption_columns(named_caption), decoder, name)
+        named_caption = None if table.caption_key == DEFAULT_CAPTION_KEY else table.caption_key
+        source = TarSource(paths, caption_columns(named_caption), decoder, name, copies)
         for shard in compressed:
             source.left_out.add("compressed shard, to be gunzipped", shard)
         return source
     if len(paths) > 1:
-        parts = [_open_part(path, kind, decoder, table) for path in paths]
+        parts = [_open_part(path, kind, decoder, table, copies) for path in paths]
         return MixtureSource(parts, name=name)
+    if is_remote(paths[0]):
+        return _open_remote_table(paths[0], kind, decoder, table, copies)
+    return _open_local(paths[0], kind, decoder, table, None)
+
+
+def _open_remote_table(
+    url: str, kind: str, decoder: Decoder, table: _Table, copies: LocalCopies
+) -> PairSource:
+    """Return the pairs of a table that is a URL, read from its local copy."""
+    if kind == "folder":
+        raise DataError(
+            f"{shown(url)} holds no .tar files, and other folders are read from local disks only; name the shards or the "
+            "table in it, or copy it first"
+        )
+    copy = copies.take(url, remote.state_of(url))
+    if copy is None:
+        raise DataError(
+            f"{shown(url)}: there is no room for the table's local copy in {copies.described()}; raise --data-cache-gb, or "
+            "make room in the user's cache folder"
+        )
+    try:
+        return _open_local(str(copy), kind, decoder, table, os.path.dirname(without_query(url)))
+    except DataError as error:
+        # The user knows the URL, and not the path of its copy.
+        raise DataError(str(error).replace(str(copy), shown(url))) from None
+
+
+def _open_local(
+    path: str, kind: str, decoder: Decoder, table: _Table, folder: str | None
+) -> PairSource:
+    """Return the pairs of one table or folder.
+
+    Args:
+        folder: where relative paths of images begin [the table's folder].
+    """
+    named_image = None if table.img_key == DEFAULT_IMAGE_KEY else table.img_key
+    named_caption = None if table.caption_key == DEFAULT_CAPTION_KEY else table.caption_key
     if kind == "csv":
         keys = (table.img_key, table.caption_key, table.separator)
-        return CsvSource(paths[0], *keys, decoder=decoder, quotes=table.quotes)
+        return CsvSource(path, *keys, decoder=decoder, quotes=table.quotes, folder=folder)
     if kind == "captions":
         columns = (named_image, named_caption, table.separator)
-        return open_caption_list(paths[0], *columns, decoder=decoder, quotes=table.quotes)
+        return open_caption_list(path, *columns, decoder, table.quotes, folder)
     if kind == "folder":
-        return open_folder(paths[0], named_image, named_caption, decoder, table.quotes)
-    table_source = JsonlSource if kind == "jsonl" else ParquetSource
-    return table_source(paths[0], named_image, named_caption, decoder)
+        return open_folder(path, named_image, named_caption, decoder, table.quotes)
+    if kind == "jsonl":
+        return JsonlSource(path, named_image, named_caption, decoder, folder)
+    return ParquetSource(path, named_image, named_caption, decoder)
+
+
+def is_folder(path: str) -> bool:
+    """Return whether a path is a folder; a URL is one if its last part has no suffix of data, or ends with a slash."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    suffix = os.path.splitext(without_query(path))[1].lower()
+    return path.endswith("/") or suffix not in (*_SUFFIX_TYPES, ".gz", ".tgz")
+
+
+def list_shards(folder: str) -> list[str]:
+    """Return the tar files in a folder, in order; raise RemoteError for a URL that cannot be listed."""
+    if is_remote(folder):
+        return remote.list_objects(f"{folder.rstrip('/')}/*.tar")
+    return sorted(glob.glob(f"{glob.escape(folder)}/*.tar"))
 
 
 def _detect(path: str) -> str:
     """Return the kind of data by the path's suffix."""
-    if os.path.isdir(path):
+    if is_folder(path):
         return "folder"
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(without_query(path))[1].lower()
     if path.lower().endswith((".tar.gz", ".tgz")):
         return "webdataset"  # whose reader names the remedy
     if suffix in _SUFFIX_TYPES:
@@ -176,13 +245,25 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     paths: list[str] = []
     for path in expand_braces(pattern):
-        if os.path.exists(path) or not re.search(r"[*?]", path):
+        if is_remote(path):
+            paths += _expand_url(path)
+        elif os.path.exists(path) or not re.search(r"[*?]", path):
             paths.append(path)
         elif not (found := sorted(glob.glob(path, recursive=True))):
             raise DataError(f"no file matches the pattern {path}")
         else:
             paths += found
     return paths
+
+
+def _expand_url(url: str) -> list[str]:
+    """Return the URLs of a pattern; in a URL of http, a question mark begins the query."""
+    check_url(url)
+    if not re.search(r"[*?]", without_query(url)):
+        return [url]
+    if not (found := remote.list_objects(url)):
+        raise DataError(f"no object matches the pattern {shown(url)}")
+    return found
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -241,6 +322,27 @@ def _alternatives(group: str, pattern: str) -> list[str]:
             f"{pattern}: {{{group}}} is neither a range such as {{000..012}} nor a list"
         )
     return [path for word in words for path in expand_braces(word)]
+
+
+def names_pairs(data: str) -> bool:
+    """Return whether a name is one of data with images, by its form: a folder, URL, pattern, mixture, shard or table.
+
+    Another file is text, such as captions of which each has a line.
+    """
+    kind = _SUFFIX_TYPES.get(os.path.splitext(data)[1].lower())
+    is_one_file = not any(sign in data for sign in ("::", "{", "*", "?")) or os.path.exists(data)
+    return not is_one_file or is_folder(data) or is_remote(data) or kind not in (None, "captions")
+
+
+def spread_captions(source: PairSource) -> Iterator[str]:
+    """Yield the captions of evenly spread samples, of all where they are few; those that cannot be read are left out."""
+    number = min(len(source), _MAX_SPREAD_SAMPLES)
+    for place in range(number):
+        try:
+            captions = source.captions(place * len(source) // number)
+        except BadSample:
+            continue
+        yield from [captions] if isinstance(captions, str) else captions
 
 
 def left_out_of(source: PairSource) -> LeftOut:

@@ -26,6 +26,15 @@ from clipcore.data import (
     checked_captions,
     printable,
 )
+from clipcore.data.remote import (
+    MissingObjectError,
+    RefusedObjectError,
+    RemoteError,
+    exists,
+    is_remote,
+    read_object,
+    shown,
+)
 from clipcore.data.tar import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -37,6 +46,9 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order if the user names no column and the format prescribes none.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
+# open_clip's names of the columns of a csv table, which are tried before the usual ones.
+DEFAULT_IMAGE_KEY = "filepath"
+DEFAULT_CAPTION_KEY = "title"
 PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # for csv tables, which may come from any program
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # in a message
@@ -64,9 +76,19 @@ class TextColumn:
 
 
 def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
-    """Return the decoded picture of a file; raise BadSample."""
+    """Return the decoded picture of a file or a URL.
+
+    Raises:
+        BadSample: there is none, or it cannot be decoded.
+        RemoteError: the network or a server failed repeatedly, which says nothing about the sample.
+    """
     try:
-        data = read_regular(path, MAX_IMAGE_BYTES + 1)
+        read = read_object if is_remote(path) else read_regular
+        data = read(path, MAX_IMAGE_BYTES + 1)
+    except (MissingObjectError, RefusedObjectError) as error:
+        raise BadSample(str(error), key) from None
+    except RemoteError:
+        raise
     except (OSError, ValueError) as error:
         raise BadSample(getattr(error, "strerror", None) or str(error), key) from None
     return decode_bytes(data, key, decoder)
@@ -86,10 +108,29 @@ class MissingImagesError(DataError):
     """A table of captions whose image paths do not exist."""
 
 
+def image_path(folder: str, cell: str) -> str:
+    """Return the path of the image that a table in a folder, a local or a remote one, names."""
+    return cell if is_remote(cell) else os.path.join(folder, cell)
+
+
+def identity_of_image(path: str) -> str:
+    """Return the full path of an image, or its URL."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def _is_there(path: str) -> bool:
+    return exists(path) if is_remote(path) else os.path.exists(path)
+
+
 def check_images_exist(table: str, column: str, paths: Sequence[str]) -> None:
     """Raise MissingImagesError if none of the first rows' images exists: then the paths are relative to another folder."""
     probed = [path for path in paths[:PROBED_ROWS] if path]
-    if probed and not any(os.path.exists(path) for path in probed):
+    if probed and not any(map(_is_there, probed)):
+        if is_remote(probed[0]):
+            raise MissingImagesError(
+                f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
+                f"{shown(probed[0])}; paths are URLs or relative to the table's folder"
+            )
         raise MissingImagesError(
             f"{table}: none of the first {len(probed)} images of the column {column!r} is there, such as "
             f"{printable(probed[0])}; paths are absolute or relative to the table's folder: "
@@ -129,13 +170,20 @@ def find_column(path: str, columns: Sequence[str], names: Sequence[str]) -> str:
 
 
 def image_columns(name: str | None) -> Sequence[str]:
-    """Return the candidate image columns: the one that the user names, else the usual ones."""
-    return IMAGE_COLUMNS if name is None else (name,)
+    """Return the candidate image columns: the one that the user names, else the usual ones, open_clip's default first."""
+    return _columns(name, DEFAULT_IMAGE_KEY, IMAGE_COLUMNS)
 
 
 def caption_columns(name: str | None) -> Sequence[str]:
-    """Return the candidate caption columns: the one that the user names, else the usual ones."""
-    return CAPTION_COLUMNS if name is None else (name,)
+    """Return the candidate caption columns: as ``image_columns`` does."""
+    return _columns(name, DEFAULT_CAPTION_KEY, CAPTION_COLUMNS)
+
+
+def _columns(name: str | None, default: str, usual: Sequence[str]) -> Sequence[str]:
+    if name is None:
+        return usual
+    # A flag that is left out is its default, which no more names a column than None does.
+    return tuple(dict.fromkeys((name, *usual))) if name == default else (name,)
 
 
 class CsvSource:
@@ -146,11 +194,12 @@ class CsvSource:
 
     Args:
         path: the table, UTF-8.
-        img_key, caption_key: its columns, as in open_clip's --csv-img-key and --csv-caption-key; None uses the first of the
-            usual names.
+        img_key, caption_key: its columns, as in open_clip's --csv-img-key and --csv-caption-key. Where there is no column of
+            the default name, the first of the usual names is used; None uses the usual names alone.
         separator: one character, as in --csv-separator; None uses a tab, or the separator that the header line shows.
         decoder: see ``decode_image``.
         quotes: whether quotation marks enclose fields, which then may hold separators and line ends; else they are text.
+        folder: where relative paths of images begin, which may be a URL [the table's folder].
 
     Attributes:
         left_out: rows that are bad samples because of their number of fields.
@@ -163,14 +212,15 @@ class CsvSource:
     def __init__(
         self,
         path: str,
-        img_key: str | None = "filepath",
-        caption_key: str | None = "title",
+        img_key: str | None = DEFAULT_IMAGE_KEY,
+        caption_key: str | None = DEFAULT_CAPTION_KEY,
         separator: str | None = None,
         decoder: Decoder | str = "pillow",
         quotes: bool = True,
+        folder: str | None = None,
     ) -> None:
         self.name = os.path.basename(path)
-        self._folder = os.path.dirname(path)
+        self._folder = os.path.dirname(path) if folder is None else folder
         self._decoder = decoder
         self.left_out, self.noted = LeftOut(), LeftOut()
         image_names, caption_names = self._column_candidates(img_key, caption_key)
@@ -284,7 +334,8 @@ class CsvSource:
 
     def picture_names(self) -> Iterator[str]:
         """Yield the full path of each row's picture, "" if it has none; several rows may share one."""
-        return (os.path.abspath(p) if (p := self._path(row)) else "" for row in range(len(self)))
+        paths = (self._path(row) for row in range(len(self)))
+        return (identity_of_image(path) if path else "" for path in paths)
 
     def _key(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -293,7 +344,7 @@ class CsvSource:
 
     def _path(self, index: int) -> str:
         cell = self._cells[2 * index]
-        return os.path.join(self._folder, cell) if cell else ""
+        return image_path(self._folder, cell) if cell else ""
 
 
 def names_image(cell: str) -> bool:
@@ -401,10 +452,11 @@ class JsonlSource:
         img_key: str | None = None,
         caption_key: str | None = None,
         decoder: Decoder | str = "pillow",
+        folder: str | None = None,
     ) -> None:
         self.name = os.path.basename(path)
         self._path = path
-        self._folder = os.path.dirname(path)
+        self._folder = os.path.dirname(path) if folder is None else folder
         self._decoder = decoder
         self.left_out = LeftOut()
         try:
@@ -445,10 +497,10 @@ class JsonlSource:
     def picture_names(self) -> Iterator[str]:
         """Yield the full path of each record's picture, "" if it has none; several records may share one."""
         for path in self._image_paths(len(self)):
-            yield os.path.abspath(path) if path else ""
+            yield identity_of_image(path) if path else ""
 
     def _picture(self, record: dict[str, Any], key: str) -> Any:
-        path = os.path.join(self._folder, record[self._img_key])
+        path = image_path(self._folder, record[self._img_key])
         return read_image_file(path, key, self._decoder)
 
     def _named(self, index: int) -> tuple[dict[str, Any], str]:
@@ -498,7 +550,7 @@ class JsonlSource:
                 except BadSample:
                     path = None
                 is_path = isinstance(path, str) and path
-                yield os.path.join(self._folder, str(path)) if is_path else ""
+                yield image_path(self._folder, str(path)) if is_path else ""
 
 
 def _state_of(file: BinaryIO) -> tuple[int, int]:

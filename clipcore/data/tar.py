@@ -7,7 +7,7 @@ counted. Raw pixels, ``a/0001.npy`` (``raw.py``), may replace the image file.
 
 The index holds the positions of each image and caption. It is made by one pass over the headers on first use, and kept
 beside the shard in ``<shard>.clipcore-index``, else in the user's cache folder, else in memory. It is valid for one size
-and modification time of the shard.
+and modification time of the shard. A shard may be a URL: its index is in the cache folder, valid for one size and version.
 
 A member that clipcore wrote has a hash of its bytes in the header, as the owner's name ``xxh3=1a2b3c4d``, which other
 readers ignore. Images and captions are compared with it as they are read.
@@ -23,21 +23,27 @@ import json
 import os
 import re
 import struct
+import threading
 import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, checked_captions, printable
+from clipcore.data.local_copies import LocalCopies, is_whole, place_of
+from clipcore.data.random_access import FileState, LocalFile, RemoteFile, open_at, state_of
 from clipcore.data.raw import RAW_SUFFIX, decode_raw, is_raw
+from clipcore.data.remote import BLOCK_BYTES, is_remote, shown, without_query
+from clipcore.data.remote import state_of as remote_state_of
 from clipcore.data.transforms import Decoder, decode_image
-from clipcore.files import open_regular, read_regular, written_aside
+from clipcore.files import cache_folder, read_regular, written_aside
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 # In this order: if a sample has both, the .npy is usually not the picture but, for example, an embedding.
@@ -49,6 +55,10 @@ MAX_NAME_BYTES = 4096  # limit of a long name or an extended header
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 64
+# Remote shards that are copied and indexed at a time, and the bytes between an image and its caption that are cheaper to
+# read than a second request.
+_SHARDS_AT_ONCE = 8
+_MAX_GAP_BYTES = 1 << 16
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -98,15 +108,15 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
     Raises:
         DataError: the file is not a tar file, is truncated, or holds something other than plain files and folders.
     """
-    with open_regular(path) as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
+    with open_at(path, ahead=BLOCK_BYTES) as file:
+        end = file.state.size
         if end == 0:
             _refuse(path, "is empty; copy or write the shard again")
-        if os.pread(descriptor, 2, 0) == b"\x1f\x8b":
+        if file.read_at(2, 0) == b"\x1f\x8b":
             _refuse(path, "is compressed, and samples are read at random; gunzip it first")
         offset, long_name, pax = 0, "", dict[str, str]()
         while offset < end:
-            header = os.pread(descriptor, _BLOCK, offset)
+            header = file.read_at(_BLOCK, offset)
             if header == _ZEROS:
                 return
             kind, size, name = _parse_header(path, header, offset)
@@ -114,7 +124,7 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
             if kind in (b"L", b"K", b"x", b"g"):
                 if size > MAX_NAME_BYTES:
                     _refuse(path, f"has an extended header of {size} bytes at byte {offset}")
-                block = os.pread(descriptor, size, data)
+                block = file.read_at(size, data)
                 if kind == b"L":
                     long_name = block.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":
@@ -146,7 +156,7 @@ def scan_members(path: str, left_out: LeftOut | None = None) -> Iterator[Member]
 
 
 def _refuse(path: str, reason: str) -> NoReturn:
-    raise DataError(f"{path} {reason}")
+    raise DataError(f"{shown(path)} {reason}")
 
 
 def _parse_header(path: str, header: bytes, offset: int) -> tuple[bytes, int, str]:
@@ -209,14 +219,13 @@ class ShardIndex:
     """The positions of a shard's samples, in the order of their first members.
 
     Columns of int64 [N]: image offset, image size, caption offset, caption size, whether the caption is JSON, end of
-    the key in ``keys``. ``size`` and ``mtime_ns`` are the shard's when it was read; ``left_out`` counts the members without
-    a sample. ``labels`` are the concatenated bytes of the labels; an index of captions has none. ``checksums_2N`` are the
+    the key in ``keys``. ``state`` is the shard's when it was read; ``left_out`` counts the members without a sample.
+    ``labels`` are the concatenated bytes of the labels; an index of captions has none. ``checksums_2N`` are the
     hash of each image and caption, 0 where the header has none; [2, 0] if no header of the shard has one.
     """
 
     path: str
-    size: int
-    mtime_ns: int
+    state: FileState
     columns_6N: np.ndarray
     keys: np.ndarray
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -250,7 +259,7 @@ def build_index(path: str) -> ShardIndex:
     Raises:
         DataError: see ``scan_members``; or a member occurs twice.
     """
-    stat = os.stat(path)
+    state = state_of(path)
     left_out = LeftOut()
     samples: dict[str, dict[str, Member]] = {}
     dotted: dict[str, dict[str, Member]] = {}
@@ -290,12 +299,12 @@ def build_index(path: str) -> ShardIndex:
             left_out.add("image without a caption", image.name)
         elif caption is not None:
             left_out.add("caption without an image", caption.name)
-    return made_index(path, stat, columns, keys, left_out, checksums)
+    return made_index(path, state, columns, keys, left_out, checksums)
 
 
 def made_index(
     path: str,
-    stat: os.stat_result,
+    state: FileState,
     columns: array[int],
     keys: bytearray,
     left_out: LeftOut,
@@ -305,8 +314,7 @@ def made_index(
     """Return the index of a shard, given what was collected of its samples one after the other; see ``ShardIndex``."""
     return ShardIndex(
         path,
-        stat.st_size,
-        stat.st_mtime_ns,
+        state,
         np.frombuffer(columns, np.int64).reshape(-1, 6).T.copy(),
         np.frombuffer(bytes(keys), np.uint8),
         left_out,
@@ -359,17 +367,26 @@ class LabelIndex(NamedTuple):
     build: Callable[[str], ShardIndex]
 
 
-def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
+def load_index(
+    path: str, kind: LabelIndex | None = None, copies: LocalCopies | None = None
+) -> ShardIndex:
     """Return the index of a shard: from its sidecar file if that is current, else built and saved.
 
     Args:
         kind: the kind of an index of labels; None for an index of captions.
+        copies: where a shard that is a URL is copied to, if it fits [the user's, without a limit of their own].
 
     Raises:
         DataError: the shard cannot be read; see also ``build_index`` and ``kind.build``.
     """
     try:
-        stat = os.stat(path)
+        if is_remote(path):
+            there = remote_state_of(path)
+            # Before the index, whose one pass then reads the copy.
+            (copies or LocalCopies()).take(path, there)
+            state = FileState(there.size, there.version)
+        else:
+            state = state_of(path)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
     places: Sequence[Path] = sidecar_paths(path)
@@ -377,12 +394,14 @@ def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
         places = [place.with_suffix(kind.suffix) for place in places]
     bytes_a_label = 0 if kind is None else kind.bytes_a_label
     for place in places:
-        if (index := _read_sidecar(place, path, stat, bytes_a_label)) is not None:
+        if (index := _read_sidecar(place, path, state, bytes_a_label)) is not None:
             return index
     try:
         index = build_index(path) if kind is None else kind.build(path)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
+    if index.state != state:
+        raise DataError(f"{shown(path)} was changed while it was read; start again")
     for place in places:
         try:
             _write_sidecar(place, index)
@@ -392,17 +411,45 @@ def load_index(path: str, kind: LabelIndex | None = None) -> ShardIndex:
     return index
 
 
-def sidecar_paths(path: str) -> tuple[Path, Path]:
-    """Return the possible places of a shard's index: beside it, and in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcore"
-    digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
-    return Path(path + ".clipcore-index"), cache / f"{digest[:32]}.clipcore-index"
+def load_indices(paths: Sequence[str], copies: LocalCopies) -> list[ShardIndex]:
+    """Return the indices of shards as ``load_index`` does; URLs are copied and indexed several at a time."""
+    if not any(map(is_remote, paths)):
+        return [load_index(path) for path in paths]
+    stopped = threading.Event()
+
+    def check_stopped() -> None:
+        if stopped.is_set():
+            raise _StoppedError
+
+    def load(path: str) -> ShardIndex:
+        check_stopped()
+        return load_index(path, None, copies._replace(check_stopped=check_stopped))
+
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+        try:
+            return list(pool.map(load, paths))
+        except BaseException:
+            # Ctrl-C, or an error of one shard, must not wait for whole copies of others.
+            stopped.set()
+            raise
+
+
+class _StoppedError(Exception):
+    """Another shard has failed."""
+
+
+def sidecar_paths(path: str) -> Sequence[Path]:
+    """Return the possible places of a shard's index: beside it, and in the user's cache folder; of a URL only there."""
+    where = path if is_remote(path) else os.path.abspath(path)
+    digest = hashlib.sha256(where.encode("utf-8", "surrogateescape")).hexdigest()
+    in_cache = cache_folder() / f"{digest[:32]}.clipcore-index"
+    return [in_cache] if is_remote(path) else [Path(path + ".clipcore-index"), in_cache]
 
 
 def _write_sidecar(place: Path, index: ShardIndex) -> None:
     left_out = index.left_out.to_json().encode()
     sizes = (len(index), len(index.keys), len(left_out), index.checksums_2N.shape[1])
-    head = _SIDECAR.pack(_MAGIC, index.size, index.mtime_ns, *sizes)
+    head = _SIDECAR.pack(_MAGIC, *index.state, *sizes)
     columns = index.columns_6N.astype("<i8").tobytes() + index.checksums_2N.astype("<u4").tobytes()
     body = head + columns + index.keys.tobytes() + left_out + index.labels
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -411,24 +458,24 @@ def _write_sidecar(place: Path, index: ShardIndex) -> None:
 
 
 def _read_sidecar(
-    place: Path, path: str, stat: os.stat_result, bytes_a_label: int = 0
+    place: Path, path: str, state: FileState, bytes_a_label: int = 0
 ) -> ShardIndex | None:
     """Return the saved index, or None if it is missing, damaged, or of another state of the shard."""
     try:
         # Bounded by the size of the headers and labels, plus the JSON of the skipped members.
-        content = read_regular(place, stat.st_size + MAX_CAPTION_BYTES)
+        content = read_regular(place, state.size + MAX_CAPTION_BYTES)
     except OSError:
         return None
     if len(content) < _SIDECAR.size + 4:
         return None
     body, checksum = content[:-4], int.from_bytes(content[-4:], "little")
-    magic, size, mtime_ns, num_samples, num_bytes, num_left_out, num_checksums = (
+    magic, size, version, num_samples, num_bytes, num_left_out, num_checksums = (
         _SIDECAR.unpack_from(body)
     )
     keys_at = _SIDECAR.size + 48 * num_samples + 8 * num_checksums
     end = keys_at + num_bytes + num_left_out
     if (
-        (magic, size, mtime_ns) != (_MAGIC, stat.st_size, stat.st_mtime_ns)
+        (magic, size, version) != (_MAGIC, *state)
         or num_checksums not in (0, num_samples)
         or len(body) != end + num_samples * bytes_a_label
         or zlib.crc32(body) != checksum
@@ -448,7 +495,7 @@ def _read_sidecar(
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     checksums_2N = checksums.reshape(2, num_checksums)
-    return ShardIndex(path, size, mtime_ns, columns, keys, left_out, body[end:], checksums_2N)
+    return ShardIndex(path, state, columns, keys, left_out, body[end:], checksums_2N)
 
 
 class TarImages:
@@ -468,7 +515,7 @@ class TarImages:
         self.shards = list(shards)
         self._ends = np.cumsum([len(shard) for shard in self.shards])
         self._decoder = decoder
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[int, LocalFile | RemoteFile] = OrderedDict()
         self.left_out = LeftOut()
         for shard in self.shards:
             self.left_out.update(shard.left_out)
@@ -499,12 +546,12 @@ class TarImages:
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self.shards[number]
         row = index - (int(self._ends[number]) - len(shard))
-        key = f"{os.path.basename(shard.path)}/{shard.key(row)}"
+        key = f"{os.path.basename(without_query(shard.path))}/{shard.key(row)}"
         return number, key, shard.columns_6N[:5, row].tolist(), shard.checksums(row)
 
     def _read(self, number: int, offset: int, size: int, checksum: int, key: str) -> bytes:
         try:
-            data = os.pread(self._shard(number).fileno(), size, offset)
+            data = self._shard(number).read_at(size, offset)
         except OSError as error:
             raise BadSample(f"reading failed: {error.strerror}", key) from None
         if len(data) != size:
@@ -516,17 +563,13 @@ class TarImages:
             )
         return data
 
-    def _shard(self, number: int) -> BinaryIO:
+    def _shard(self, number: int) -> LocalFile | RemoteFile:
         """Return an open shard; if too many are open, close the least recently used one."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.shards[number]
-        file = open_regular(shard.path)
-        self._open[number] = file
-        stat = os.fstat(file.fileno())
-        if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
-            raise DataError(f"{shard.path} was changed after the run began; start the run again")
+        file = self._open[number] = open_at(shard.path, shard.state)
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return file
@@ -553,9 +596,11 @@ class TarSource(TarImages):
         caption_keys: fields of a JSON member that may hold the caption; the first one present is used.
         decoder: see ``decode_image``.
         name: for messages [the last component of the first shard].
+        copies: as of ``load_index``.
 
     Attributes:
         left_out: the members without a sample, in all shards.
+        noted: the shards that are URLs and have no local copy.
 
     Raises:
         DataError: a shard cannot be read, or none of them holds a sample.
@@ -567,9 +612,19 @@ class TarSource(TarImages):
         caption_keys: Sequence[str] = ("caption",),
         decoder: Decoder | str = "pillow",
         name: str = "",
+        copies: LocalCopies | None = None,
     ) -> None:
-        shards = [load_index(path) for path in paths]
+        copies = copies or LocalCopies()
+        shards = load_indices(paths, copies)
         super().__init__(shards, decoder, name or os.path.basename(paths[0]))
+        self.noted = LeftOut()
+        self._are_remote = any(map(is_remote, paths))
+        for shard in shards:
+            if is_remote(shard.path) and not is_whole(
+                place_of(shard.path, *shard.state), shard.state.size
+            ):
+                reason = f"shard read by byte ranges, as its copy does not fit into {copies.described()} (--data-cache-gb)"
+                self.noted.add(reason, os.path.basename(without_query(shard.path)))
         self._caption_keys = tuple(caption_keys)
         if not len(self):
             where = paths[0] if len(paths) == 1 else self.name
@@ -579,6 +634,8 @@ class TarSource(TarImages):
             )
 
     def __getitem__(self, index: int) -> Pair:
+        if self._are_remote:
+            self._prefetch(index)
         captions = self.captions(index)
         image, key = self.picture(index)
         return Pair(image, captions, key)
@@ -591,6 +648,17 @@ class TarSource(TarImages):
             raise BadSample(f"{image_size} + {caption_size} bytes are too large", key)
         caption = self._read(number, caption_at, caption_size, checksum, key)
         return checked_captions(self._json_caption(caption, key) if is_json else caption, key)
+
+    def _prefetch(self, index: int) -> None:
+        """Read a sample's image and caption by one request if they are neighbours in a shard without a copy."""
+        number, _, (image_at, image_size, caption_at, caption_size, _), _ = self._place(index)
+        start, stop = (
+            min(image_at, caption_at),
+            max(image_at + image_size, caption_at + caption_size),
+        )
+        is_small = image_size <= MAX_IMAGE_BYTES and caption_size <= MAX_CAPTION_BYTES
+        if is_small and stop - start <= image_size + caption_size + _MAX_GAP_BYTES:
+            self._shard(number).prefetch(start, stop)
 
     def _json_caption(self, data: bytes, key: str) -> object:
         try:

@@ -417,9 +417,16 @@ def plain_interpolation(interpolation: str) -> str:
 
 
 def _pair(name: str, value: object) -> tuple[float, float]:
-    if not isinstance(value, Sequence) or len(value) != 2:
+    numbers = list(value) if isinstance(value, Sequence) else []
+    if len(numbers) != 2 or not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(f"aug_cfg's {name} is a pair such as (0.9, 1.0), got {value!r}")
-    return value[0], value[1]
+    return numbers[0], numbers[1]
+
+
+def _pixels(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"aug_cfg's resize is a number of pixels, got {value!r}")
+    return value
 
 
 def crop_settings(aug_cfg: Any) -> dict[str, Any]:
@@ -441,7 +448,7 @@ def crop_settings(aug_cfg: Any) -> dict[str, Any]:
     for name, value in (aug_cfg or {}).items():
         if name in ("scale", "ratio", "resize"):
             if value is not None:
-                settings[name] = value if name == "resize" else _pair(name, value)
+                settings[name] = _pixels(value) if name == "resize" else _pair(name, value)
         elif name not in _OTHER_AUGMENTATIONS:
             known = ["scale", "ratio", "resize", *_OTHER_AUGMENTATIONS]
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)

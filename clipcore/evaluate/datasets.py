@@ -30,6 +30,7 @@ from clipcore.data.drawing import DrawnSource, SomePictures
 from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
 from clipcore.data.embedded import EmbeddedData
 from clipcore.data.folders import CLASSES_FILE, ClassFolderSource, list_folder
+from clipcore.data.remote import is_remote
 from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
 from clipcore.data.tables import ColumnError
 from clipcore.data.transforms import MAX_PIXELS, Decoder
@@ -188,7 +189,8 @@ def open_set(
             return open_table(path, decoder, img_key, label_key, group_columns)
         if os.path.exists(spec) and path.suffix.lower() == ".npz":
             return open_features(path.stem, {"test": path})
-        if not spec or not (os.path.exists(spec) or any(sign in spec for sign in "*?{")):
+        is_named = is_remote(spec) or any(sign in spec for sign in "*?{")
+        if not spec or not (os.path.exists(spec) or is_named):
             raise DataError(
                 f"there is no data set {printable(spec)!r}: name a folder, a table, a .npz file of features, or one of "
                 f"{', '.join(EMBEDDED)}"

@@ -18,7 +18,9 @@ from dataclasses import replace
 import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, printable
+from clipcore.data.random_access import open_at, state_of
 from clipcore.data.raw import MAX_HEADER_BYTES, decode_array
+from clipcore.data.remote import BLOCK_BYTES
 from clipcore.data.tar import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,
@@ -30,7 +32,6 @@ from clipcore.data.tar import (
     scan_members,
     split_name,
 )
-from clipcore.files import open_regular
 
 NAMES_FILE = "classnames.txt"
 CLASS_SUFFIX, ROW_SUFFIX = "cls", "npy"
@@ -148,7 +149,7 @@ def _index_labels(
     Args:
         read_row: turns the bytes of a ``.npy`` into one byte per class [0 or 1 for each].
     """
-    stat = os.stat(path)
+    state = state_of(path)
     left_out = LeftOut()
     samples = _samples_of(path, label_suffix, left_out)
     pairs = list[tuple[str, Member, Member]]()
@@ -169,19 +170,19 @@ def _index_labels(
         _check_memory(path, len(pairs), num_classes)
     limit = MAX_HEADER_BYTES + 8 * num_classes if is_row else MAX_WORD_BYTES
     columns, keys, labels, checksums = array("q"), bytearray(), bytearray(), array("q")
-    with open_regular(path) as file:
+    with open_at(path, ahead=BLOCK_BYTES) as file:
         for key, image, label in pairs:
             if label.size > limit:
                 raise DataError(
                     f"{_shown(path, key)}: a label of {label.size:,} bytes is too long; write the shard again"
                 )
-            data, shown = os.pread(file.fileno(), label.size, label.offset), _shown(path, key)
+            data, shown = file.read_at(label.size, label.offset), _shown(path, key)
             row_of = read_row or _row_of
             labels += row_of(data, shown, num_classes) if is_row else _class_of(data, shown)
             keys += printable(key).encode("utf-8", "replace")
             columns.extend((image.offset, image.size, label.offset, label.size, 0, len(keys)))
             checksums.extend((image.checksum, label.checksum))
-    return made_index(path, stat, columns, keys, left_out, checksums, bytes(labels))
+    return made_index(path, state, columns, keys, left_out, checksums, bytes(labels))
 
 
 def _samples_of(path: str, label_suffix: str, left_out: LeftOut) -> dict[str, dict[str, Member]]:

@@ -5,6 +5,7 @@ Legend: B images of a batch, N images, E embedding size.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -230,21 +231,38 @@ def check_readable(source: PairSource) -> None:
     )
 
 
-def class_folders(folder: Path, decoder: Decoder | str = "pillow") -> ZeroShotTask:
+def class_folders(
+    folder: Path, decoder: Decoder | str = "pillow", name: str | None = None
+) -> ZeroShotTask:
     """Return the zero-shot task of a folder with one folder per class, the layout of ImageNet's validation set.
 
     ``classes.json`` in it may map folder names to class names, and ``templates.json`` hold the list of prompts.
 
     Args:
         decoder: see ``decode_image``.
+        name: of the data in the log [the folder's].
 
     Raises:
         DataError: there are no such folders, names identify no class, or files cannot be read.
     """
     source = ClassFolderSource(str(folder), decoder)
     templates = read_templates(folder) or SIMPLE_IMAGENET_TEMPLATES
-    name = f"classes of {folder.name}"
-    return ZeroShotTask(name, source, source.labels_N, source.classnames, templates)
+    task = f"classes of {name or folder.name}"
+    return ZeroShotTask(task, source, source.labels_N, source.classnames, templates)
+
+
+def named_folders(text: str) -> list[tuple[str, Path]]:
+    """Return the name and the path of each folder in ``--imagenet-val``, which are ``DIR`` or ``NAME=DIR`` joined by ``::``.
+
+    A folder without a name is called as its last component. A folder may have an equals sign in its own path.
+    """
+    found = []
+    for word in text.split("::"):
+        name, equals, path = word.partition("=")
+        if not equals or os.path.isdir(word):
+            name, path = "", word
+        found.append((name or os.path.basename(os.path.abspath(path)), Path(path)))
+    return found
 
 
 def zero_shot_tasks(config: RunConfig) -> list[ZeroShotTask]:
@@ -257,9 +275,17 @@ def zero_shot_tasks(config: RunConfig) -> list[ZeroShotTask]:
             tasks.append(
                 ZeroShotTask(name, source, source.labels_N, source.classnames, embedded.templates)
             )
-    if config.imagenet_val is not None:
-        decoder = Decoder(max_pixels=config.max_pixels)
-        tasks.append(class_folders(Path(config.imagenet_val), decoder))
+    decoder = Decoder(max_pixels=config.max_pixels)
+    given = [text for text in (config.imagenet_val, config.imagenet_v2) if text is not None]
+    folders = [named for text in given for named in named_folders(text)]
+    for name, number in Counter(name for name, _ in folders).items():
+        if number > 1:
+            first, second = [path for named, path in folders if named == name][:2]
+            raise DataError(
+                f"{first} and {second} are both called {printable(name)!r} in the log; give one of them a name, such as "
+                f"--imagenet-val {printable(name)}-2={second}"
+            )
+    tasks += [class_folders(path, decoder, name) for name, path in folders]
     return tasks
 
 
@@ -275,6 +301,7 @@ def retrieval_tasks(config: RunConfig) -> list[RetrievalTask]:
             caption_key=config.csv_caption_key,
             separator=config.csv_separator,
             quotes=not config.csv_no_quotes,
+            cache_gb=config.data_cache_gb,
         )
         return [RetrievalTask("validation pairs", by_picture(source))]
     if config.train_data in EMBEDDED:

@@ -9,6 +9,7 @@
 ``train_step.py``    a batch through towers, loss and gradients
 ``grad_cache.py``    a batch in micro-batches, with exact gradients
 ``memory_plan.py``   the size of a micro-batch, and how many graphs are kept
+``duration.py``      how long a run takes on a CPU
 ``threads.py``       how many threads of the CPU are faster
 ``compiled.py``      the transformer blocks, compiled
 ``sharding.py``      a model split among the ranks, or whole on each

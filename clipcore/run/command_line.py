@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from clipcore.run.config import (
     ACCEPTED,
@@ -31,6 +31,23 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+class _Joined(argparse.Action):
+    """Joins the words behind a flag."""
+
+    def __init__(self, *args: Any, joined_by: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._joined_by = joined_by
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self._joined_by.join(values or ()))
 
 
 class _Lines(argparse.HelpFormatter):
@@ -68,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         if field.default not in (None, ""):
             help += " [%(default)s]"
         arguments = {"metavar": kind.__name__.upper(), **field.metadata["arguments"]}
+        if (joined_by := field.metadata["joined_by"]) is not None:
+            arguments |= {"nargs": "+", "action": _Joined, "joined_by": joined_by}
         add(flag_of(field.name), type=kind, default=field.default, help=help, **arguments)
     # In a group of its own it would take three lines of the two screens.
     groups[RUN].add_argument("-h", "--help", action="help", help="show this help and exit")

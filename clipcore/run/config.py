@@ -6,9 +6,11 @@ data, the model or the machine (``recipe.resolve``), or it turns something off.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +34,12 @@ DATA, MODEL, OPTIMISATION, COST, EVALUATION, RUN, ACCEPTED, RECORDED = (
     "run, logs and checkpoints",
     "accepted from open_clip, without effect",
     "recorded",
+)
+
+# Recipes by name, whose settings are in recipe.py; those of datacomp are its scales.
+PRESETS = (
+    *("small", "paper", "glyphs", "icons"),
+    *("datacomp-small", "datacomp-medium", "datacomp-large", "datacomp-xlarge"),
 )
 
 # How the loss treats pairs of equal captions: as negatives, left out, or as positives.
@@ -83,18 +91,21 @@ def _option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    joined_by: str | None = None,
     **arguments: Any,
 ) -> Any:
     """Return the field of a setting.
 
     Args:
         at_least, above, at_most, below: the limits of a number; None checks nothing.
+        joined_by: what stands between several words of a text behind its flag; None takes one word.
         arguments: of argparse's ``add_argument``.
     """
     metadata = {
         "group": group,
         "help": help,
         "limits": Limits(at_least, above, at_most, below),
+        "joined_by": joined_by,
         "arguments": arguments,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -109,7 +120,9 @@ class TrainConfig:
     """
 
     train_data: str = _option(
-        "glyphs", DATA, "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder"
+        "glyphs",
+        DATA,
+        "'glyphs', 'icons', tar shards {000..099} (a::b mixes), a table, a folder, a URL",
     )
     train_data_upsampling_factors: str | None = _option(
         None, DATA, "weights of the mixed sources, 1::2", metavar="W"
@@ -148,6 +161,14 @@ class TrainConfig:
         at_most=1,
         metavar="X",
     )
+    data_cache_gb: float | None = _option(
+        None,
+        DATA,
+        "GB for local copies of data at URLs [half of the free disk]",
+        at_least=0,
+        at_most=_MAX_GB,
+        metavar="X",
+    )
     aug_scale: float | None = _option(
         None,
         DATA,
@@ -170,6 +191,13 @@ class TrainConfig:
         "instead of both: resize the shorter side to N pixels, then crop at random",
         at_least=1,
         metavar="N",
+    )
+    aug_cfg: str | None = _option(
+        None,
+        DATA,
+        "instead of all three, as in open_clip: scale=(0.9,1.0) ratio=(0.75,1.33)",
+        joined_by=" ",
+        metavar="K=V",
     )
     tokenizer: str | None = _option(None, DATA, "'openai', 'bytes', a vocabulary file, or 'train'")
     vocab_size: int | None = _option(
@@ -204,6 +232,13 @@ class TrainConfig:
         0, MODEL, "last layers of the text tower to train all the same", at_least=0, metavar="N"
     )
 
+    preset: str | None = _option(
+        None,
+        OPTIMISATION,
+        "recipe: small, paper, glyphs, icons, datacomp-small, -medium, -large, -xlarge",
+        choices=PRESETS,
+        metavar="NAME",
+    )
     epochs: int | None = _option(
         None, OPTIMISATION, "passes over the data", at_least=1, metavar="N"
     )
@@ -370,8 +405,13 @@ class TrainConfig:
         None, EVALUATION, "epochs between retrievals, 0 for never", at_least=0, metavar="N"
     )
     imagenet_val: str | None = _option(
-        None, EVALUATION, "folder with a folder per class: zero-shot accuracy", metavar="DIR"
+        None,
+        EVALUATION,
+        "folders with a folder per class, or NAME=DIR: zero-shot accuracy",
+        joined_by="::",
+        metavar="DIR",
     )
+    imagenet_v2: str | None = _option(None, EVALUATION, "one more of them", metavar="DIR")
     zeroshot_frequency: int | None = _option(
         None,
         EVALUATION,
@@ -502,6 +542,12 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--aug-resize takes the place of --aug-scale and --aug-ratio; leave one or the other out"
         )
+    if config.aug_cfg is not None:
+        if (config.aug_scale, config.aug_ratio, config.aug_resize) != (None, None, None):
+            raise ConfigError(
+                "--aug-cfg takes the place of --aug-scale, --aug-ratio and --aug-resize; leave one or the other out"
+            )
+        parse_aug_cfg(config.aug_cfg)
     if config.siglip and config.label_smoothing > 0:
         raise ConfigError(
             "--label-smoothing is of the softmax loss, and --siglip has none; leave one of them out"
@@ -523,6 +569,27 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"--report-to knows tensorboard, wandb and all, not {', '.join(sorted(unknown))}"
         )
+
+
+def parse_aug_cfg(text: str) -> dict[str, Any]:
+    """Return the settings in ``--aug-cfg``, which are ``KEY=VALUE`` with values as Python writes them.
+
+    Raises:
+        ConfigError: a word is no such pair.
+    """
+    settings = {}
+    # A shell leaves the spaces within quotation marks: scale='(0.9, 1.0)'.
+    for word in re.split(r"\s+(?=\w+=)", text.strip()):
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(
+                f"--aug-cfg takes pairs such as scale='(0.9, 1.0)', got {word!r}; write no space around ="
+            )
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            settings[key] = value
+    return settings
 
 
 def reporters(config: TrainConfig) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from clipcore.checkpoint import Checkpoint
 from clipcore.data import BadSample, PairSource
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import PairLoader
-from clipcore.data.sources import open_source
-from clipcore.data.transforms import ImageTransform
+from clipcore.data.sources import open_source, spread_captions
+from clipcore.data.transforms import ImageTransform, crop_settings
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, parse_aug_cfg
 from clipcore.run.memory_plan import bytes_of
 from clipcore.run.recipe import RunConfig
 from clipcore.run.state import run_record
@@ -46,8 +46,6 @@ from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
-# Samples whose captions make a vocabulary: more take minutes and change few merges.
-_MAX_LEARNT_SAMPLES = 200_000
 # Samples whose captions are compared: each may be a file of its own on a network disk.
 _MAX_COMPARED_SAMPLES = 256
 
@@ -68,7 +66,7 @@ def build_tokenizer(
     learnt: Tokenizer | VocabularyError | None = None
     if is_main():
         try:
-            learnt = _learnt_tokenizer(_some_captions(source), config.vocab_size)
+            learnt = _learnt_tokenizer(spread_captions(source), config.vocab_size)
         except VocabularyError as error:
             learnt = error
     learnt = broadcast_object(learnt)
@@ -99,17 +97,6 @@ def with_size_of(
         "captions that it was learnt from give no more"
     )
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-
-
-def _some_captions(source: PairSource) -> Iterator[str]:
-    """Yield the captions of evenly spread samples, of all where they are few; those that cannot be read are left out."""
-    number = min(len(source), _MAX_LEARNT_SAMPLES)
-    for place in range(number):
-        try:
-            captions = source.captions(place * len(source) // number)
-        except BadSample:
-            continue
-        yield from [captions] if isinstance(captions, str) else captions
 
 
 def captions_sha256(source: PairSource) -> str:
@@ -177,7 +164,12 @@ def identity_of(model: CLIP, tokenizer: Tokenizer, data: str, image_decoder: str
 
 
 def augmentation(config: RunConfig) -> dict[str, Any]:
-    """Return the random crop as arguments of ``ImageTransform``."""
+    """Return the random crop as arguments of ``ImageTransform``; raise ConfigError for settings that it does not have."""
+    if config.aug_cfg is not None:
+        try:
+            return crop_settings(parse_aug_cfg(config.aug_cfg))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--aug-cfg: {error}") from None
     if config.aug_resize is not None:
         return {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "resize": config.aug_resize}
     assert config.aug_scale is not None and config.aug_ratio is not None  # the recipe has both
@@ -203,6 +195,7 @@ def open_training_source(config: RunConfig) -> PairSource:
         decoder=config.image_decoder,
         min_side=crop.min_side,
         max_pixels=config.max_pixels,
+        cache_gb=config.data_cache_gb,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ PAPER_LEARNING_RATES = {
     "ViT-L-14-336": 2e-5,
 }
 
-# Of user data; embedded data have recipes of their own.
+# Of user data without a --preset; embedded data have recipes of their own.
 PAPER_RECIPE: dict[str, Any] = {
     "model": "ViT-B-32",
     "epochs": 32,
@@ -39,6 +40,35 @@ PAPER_RECIPE: dict[str, Any] = {
 }
 
 
+def _of_datacomp(model: str, pairs: int, batch: int = 4096, **more: Any) -> dict[str, Any]:
+    """Return the recipe of a scale of datacomp: the run sees so many pairs, in five epochs, however large the data is."""
+    recipe = {name: value for name, value in PAPER_RECIPE.items() if name != "batch_size"}
+    sizes = {"model": model, "global_batch_size": batch, "epochs": 5, "warmup": 500}
+    return recipe | sizes | {"train_num_samples": pairs // 5} | more
+
+
+# What --preset names. The scales of datacomp are those of its scale_configs.py (Gadre et al. 2023, arXiv 2304.14108).
+RECIPES: dict[str, Mapping[str, Any]] = {
+    # For a CPU: the model and the recipe of the glyphs, read by processes of their own.
+    "small": {**EMBEDDED["glyphs"].recipe, "workers": PAPER_RECIPE["workers"]},
+    "paper": PAPER_RECIPE,
+    **{name: embedded.recipe for name, embedded in EMBEDDED.items()},
+    "datacomp-small": _of_datacomp("ViT-B-32", 12_800_000),
+    "datacomp-medium": _of_datacomp("ViT-B-32", 128_000_000),
+    "datacomp-large": _of_datacomp("ViT-B-16", 1_280_000_000, batch=8192),
+    "datacomp-xlarge": _of_datacomp(
+        "ViT-L-14", 12_800_000_000, batch=90_112, lr=1e-3, warmup=10_000, beta2=0.95
+    ),
+}
+
+
+def recipe_name(config: TrainConfig) -> str:
+    """Return the name of the recipe that fills the settings: ``--preset``, or else by the data."""
+    if config.preset is not None:
+        return config.preset
+    return config.train_data if config.train_data in EMBEDDED else "paper"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """The settings of a run: what every run needs has a value.
@@ -46,7 +76,8 @@ class RunConfig(TrainConfig):
     A field that may still be None is one of three kinds:
 
     - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown;
-      ``aug_scale`` and ``aug_ratio`` under ``aug_resize``; ``batch_size``, which ``global_batch_size`` replaces;
+      ``aug_scale`` and ``aug_ratio`` under ``aug_resize`` or ``aug_cfg``; ``batch_size``, which ``global_batch_size``
+      replaces;
     - each launch decides it by its device: ``device``, ``precision`` (``precision_on``), ``step_memory``,
       ``loss_stash``, ``loss_workspace``;
     - the first step decides it by measurement, and the run records it: ``threads``, ``micro_batch_size``,
@@ -94,21 +125,23 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
         ConfigError: the sizes of the batch contradict each other.
         UnknownModelError: there is no such model.
     """
-    embedded = EMBEDDED.get(config.train_data)
-    recipe = dict(PAPER_RECIPE if embedded is None else embedded.recipe)
+    preset = recipe_name(config)
+    recipe = dict(RECIPES[preset])
     # More processes than cores only take turns.
     recipe["workers"] = min(recipe["workers"], len(os.sched_getaffinity(0)))
-    if config.model is not None and embedded is None:
+    if config.model is not None and preset == "paper":
         name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     model = recipe["model"] if config.model is None else config.model
     betas_and_eps = adam_defaults(find_model(model).vision.is_resnet)
-    recipe |= dict(zip(("beta1", "beta2", "eps"), betas_and_eps, strict=True))
+    recipe = dict(zip(("beta1", "beta2", "eps"), betas_and_eps, strict=True)) | recipe
 
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
         unset.pop("batch_size", None)
-    if config.aug_resize is not None:
+    if config.batch_size is not None:
+        unset.pop("global_batch_size", None)
+    if config.aug_resize is not None or config.aug_cfg is not None:
         unset = {name: unset[name] for name in unset if name not in ("aug_scale", "aug_ratio")}
     if config.delete_previous_checkpoint:
         unset["keep_checkpoints"] = 1

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipcore.checkpoint import Checkpoint, latest_checkpoint, step_name
+from clipcore.data.remote import RemoteError
 from clipcore.ranks.distributed import World
 from clipcore.ranks.signals import DataWaitError
 from clipcore.run.config import TrainConfig
@@ -36,11 +37,17 @@ def save(state: RunState, run_dir: Path, config: TrainConfig, log: MetricsLogger
 def saved_when_data_stops(
     state: RunState, run_dir: Path, config: TrainConfig, log: MetricsLogger, num_steps: int
 ) -> Iterator[None]:
-    """Save the last whole step where a wait for data is given up, unless it is saved, and say how to go on."""
+    """Save the last whole step where data stops to come, unless it is saved, and say how to go on.
+
+    A wait for data is given up only by a run of one process. Of several, the main one saves when a network fails it,
+    unless each has a part of the model.
+    """
     first_step = state.step
     try:
         yield
-    except DataWaitError:
+    except (DataWaitError, RemoteError) as error:
+        if isinstance(error, RemoteError) and (config.fsdp or not log.writes):
+            raise
         newest = latest_checkpoint(run_dir / "checkpoints")
         is_saved = newest is not None and newest.name == step_name(state.step)
         if state.step > first_step and not is_saved:

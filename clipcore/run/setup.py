@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from clipcore.data import PairSource
-from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import Batch
 from clipcore.ranks.distributed import World
 from clipcore.run.command_line import accepted_without_effect
@@ -59,15 +58,6 @@ def note_without_effect(config: RunConfig, world: World) -> None:
         world.print(f"{', '.join(flags)}: accepted, without effect (see --help)")
     if config.fsdp and world.world_size == 1:
         world.print("--fsdp: one process has nobody to split the model with, and trains it whole")
-
-
-def note_default_model(config: RunConfig, world: World) -> None:
-    """Print that there are small models, where the default one would take hours on a CPU."""
-    if world.device.type == "cpu" and config.train_data not in EMBEDDED:
-        world.print(
-            f"{config.model} is the default model, and a step of it takes many seconds without a GPU; --model ViT-glyphs is "
-            "a small one, with --tokenizer train for a small vocabulary"
-        )
 
 
 def prepare_steps(

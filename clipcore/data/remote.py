@@ -1,0 +1,299 @@
+"""Reads objects by URL through fsspec: their state, byte ranges, whole copies, and lists of names.
+
+This is the one place that speaks to a network. A dropped connection, a slow server, a fault of the server (HTTP 5xx) and an
+answer of the wrong length are tried again with growing pauses, for about a minute. What the server refuses (403, 404) is an
+error at once. Credentials come from where each service's own tools find them (AWS_PROFILE, HF_TOKEN, ~/.netrc, ...), never
+from the URL, since a run records and prints its URLs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from clipcore.data import DataError, printable
+
+# The package that fsspec reads a kind of URL with.
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "https": "aiohttp",
+    "http": "aiohttp",
+}
+# The pauses double: half a second, one, ..., 32; then the error.
+TRIES = 8
+FIRST_WAIT_S = 0.5
+CONNECT_TIMEOUT_S = 30.0
+# How long a server may send nothing.
+READ_TIMEOUT_S = 60.0
+# Bytes of a request when a whole object is read. Larger ones cost memory, and more after a dropped connection.
+BLOCK_BYTES = 1 << 23
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_CREDENTIAL = re.compile(
+    r"[?&](x-amz-(signature|credential|security-token)|x-goog-signature|signature|sig|[a-z_]*token|[a-z_]*key)=",
+    re.IGNORECASE,
+)
+# What fsspec's file systems call the version of an object, the most exact one first.
+_VERSIONS = (
+    *("VersionId", "generation", "blob_id", "ETag", "etag", "Content-MD5", "md5Hash"),
+    *("LastModified", "Last-Modified", "mtime", "updated", "last_modified"),
+)
+_PASSING_STATUSES = (408, 425, 429)
+_SHOWN_CHARS = 200
+_T = TypeVar("_T")
+
+
+class RemoteError(DataError):
+    """An object that cannot be read, although it was tried several times; the message names the remedy."""
+
+
+class MissingObjectError(RemoteError):
+    """There is no such object."""
+
+
+class RefusedObjectError(RemoteError):
+    """The server refuses the object, for example because of missing credentials."""
+
+
+class ShortAnswerError(OSError):
+    """A server sent another number of bytes than it was asked for."""
+
+
+class RemoteState(NamedTuple):
+    """The state of an object.
+
+    Attributes:
+        size: bytes.
+        version: 63 bits of a hash of the object's version, ETag or time of modification, whichever the server tells.
+        has_ranges: whether the server gives byte ranges.
+    """
+
+    size: int
+    version: int
+    has_ranges: bool
+
+
+def is_remote(path: str) -> bool:
+    """Return whether a path is a URL."""
+    return _URL.match(path) is not None
+
+
+def without_query(url: str) -> str:
+    """Return a URL of http up to its query, other paths as they are."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+
+
+def check_url(url: str) -> None:
+    """Raise DataError for a URL that cannot be used: of an unknown kind, or with a credential in it."""
+    match = _URL.match(url)
+    assert match is not None
+    if match[1] not in PACKAGES:
+        raise DataError(
+            f"{shown(url)}: data is read from {', '.join(f'{kind}://' for kind in PACKAGES)} and local paths; copy or mount "
+            "it there"
+        )
+    if "@" in match[2].partition("/")[0] or _CREDENTIAL.search(url):
+        raise DataError(
+            f"{shown(url)}: the URL holds a credential, which the run would record; give it as the service's own tools take "
+            "it (~/.aws, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ~/.netrc)"
+        )
+
+
+def shown(url: str) -> str:
+    """Return a URL for a message, without what could be a credential; another path as it is."""
+    if not is_remote(url):
+        return url
+    url = re.sub(r"(://)[^/@]*@", r"\1", url)
+    return printable(without_query(url))
+
+
+def state_of(url: str) -> RemoteState:
+    """Return the state of an object.
+
+    Raises:
+        RemoteError: see the module; or the server does not tell the size.
+    """
+    info = _tried(url, lambda system: system.info(url))
+    if info.get("type") == "directory":
+        raise MissingObjectError(f"{shown(url)} is a folder; name the files in it")
+    size = info.get("size")
+    if size is None:
+        raise RefusedObjectError(
+            f"{shown(url)}: the server does not tell the file's size; copy the file first"
+        )
+    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
+    digest = hashlib.sha256(version.encode("utf-8", "surrogateescape")).digest()
+    return RemoteState(size, int.from_bytes(digest[:8], "big") >> 1, _has_ranges(url, size))
+
+
+def _has_ranges(url: str, size: int) -> bool:
+    """Return whether the server of an object gives byte ranges; object stores always do."""
+    if not url.startswith("http") or size < 2:
+        return True
+
+    def probe(system: Any) -> bool:
+        with system.open(url, size=size, block_size=1, cache_type="none") as file:
+            try:
+                # A server that ignores ranges sends the first byte, which fsspec notices without reading the rest.
+                file.seek(1)
+                return len(file.read(1)) == 1
+            except ValueError:
+                return False
+
+    return _tried(url, probe)
+
+
+def exists(url: str) -> bool:
+    """Return whether there is an object of this URL; raise RemoteError if that cannot be found out."""
+    try:
+        _tried(url, lambda system: system.info(url))
+    except (MissingObjectError, RefusedObjectError):
+        return False
+    return True
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Return the bytes of an object from ``start`` to before ``stop``, exactly as many; raise RemoteError."""
+    if start == stop:
+        return b""
+
+    def read(system: Any) -> bytes:
+        content = system.cat_file(url, start=start, end=stop)
+        _check_length(len(content), stop - start)
+        return content
+
+    return _tried(url, read)
+
+
+def read_object(url: str, limit: int) -> bytes:
+    """Return the bytes of a whole object, at most ``limit`` of them; raise RemoteError."""
+    state = state_of(url)
+    if state.has_ranges:
+        return read_range(url, 0, min(state.size, limit))
+    if state.size > limit:
+        raise RefusedObjectError(f"{shown(url)}: {state.size:,} bytes are too many")
+
+    def read(system: Any) -> bytes:
+        content = system.cat_file(url)
+        _check_length(len(content), state.size)
+        return content
+
+    return _tried(url, read)
+
+
+def copy_object(
+    url: str, state: RemoteState, file: BinaryIO, check_stopped: Callable[[], None]
+) -> None:
+    """Write a whole object to a file.
+
+    Args:
+        state: of the object; another one afterwards is an error.
+        check_stopped: called between blocks; an exception that it raises ends the copy.
+
+    Raises:
+        RemoteError: see the module; or the object changed meanwhile.
+        OSError: the file cannot be written.
+    """
+    if state.has_ranges:
+        for start in range(0, state.size, BLOCK_BYTES):
+            file.write(read_range(url, start, min(start + BLOCK_BYTES, state.size)))
+            check_stopped()
+    else:
+
+        def read(system: Any) -> None:
+            file.seek(0)
+            system.get_file(url, file)
+            _check_length(file.tell(), state.size)
+
+        _tried(url, read)
+    if state_of(url) != state:
+        raise RemoteError(f"{shown(url)} was changed while it was read; start again")
+
+
+def list_objects(pattern: str) -> list[str]:
+    """Return the sorted URLs that match a pattern with ``*`` (and ``?``, except in a URL of http); raise RemoteError."""
+
+    def find(system: Any) -> list[str]:
+        return sorted(system.unstrip_protocol(name) for name in system.glob(pattern))
+
+    return _tried(pattern, find)
+
+
+def _check_length(received: int, expected: int) -> None:
+    if received != expected:
+        raise ShortAnswerError(f"{received:,} bytes came instead of {expected:,}")
+
+
+def _tried(url: str, action: Callable[[Any], _T]) -> _T:
+    """Return what an action on the file system of a URL returns; try again after a passing fault."""
+    check_url(url)
+    system = _file_system(url)
+    for number in range(TRIES):
+        try:
+            return action(system)
+        except Exception as error:  # each service's package has errors of its own
+            # fsspec turns every error of an HTTP server into a missing file.
+            is_hidden = url.startswith("http") and isinstance(error, FileNotFoundError)
+            fault = error.__cause__ if is_hidden and error.__cause__ is not None else error
+            status = _status_of(fault)
+            if status in (404, 410) or (isinstance(fault, FileNotFoundError) and status is None):
+                raise MissingObjectError(f"there is no {shown(url)}") from None
+            is_refusal = isinstance(fault, PermissionError) or "Credentials" in type(fault).__name__
+            if is_refusal or (status and 400 <= status < 500 and status not in _PASSING_STATUSES):
+                raise RefusedObjectError(
+                    f"{shown(url)} is refused ({_reason(fault, status)}); check the credentials that the service's own "
+                    "tools use"
+                ) from None
+            last = _reason(fault, status)
+        if number + 1 < TRIES:
+            time.sleep(FIRST_WAIT_S * 2**number)
+    raise RemoteError(
+        f"{shown(url)}: reading failed {TRIES} times, at last with {last}; check the network and the server, then run the "
+        "same command again"
+    )
+
+
+def _file_system(url: str) -> Any:
+    """Return fsspec's file system for a URL, of this process; raise DataError if a package is missing."""
+    kind = url.partition("://")[0]
+    # A listing that is kept would hide a changed object.
+    options: dict[str, Any] = {"use_listings_cache": False}
+    try:
+        import fsspec
+
+        if kind in ("http", "https"):
+            from aiohttp import ClientTimeout
+
+            timeout = ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+            # Ranges are of the file's own bytes, and trust_env reads ~/.netrc and the proxies.
+            options["headers"] = {"Accept-Encoding": "identity"}
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        return fsspec.filesystem(kind, **options)
+    except ImportError:
+        raise DataError(
+            f"{shown(url)}: {kind}:// needs the package {PACKAGES[kind]}: pip install 'clipcore[remote]'"
+        ) from None
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an error, None for one without."""
+    # aiohttp's name, gcsfs's, and that of huggingface_hub, whose errors hold the whole answer.
+    holder = getattr(error, "response", error)
+    for name in ("status", "code", "status_code"):
+        status = getattr(holder, name, None)
+        if status is not None:
+            return status if isinstance(status, int) else None
+    return None
+
+
+def _reason(error: BaseException | None, status: int | None) -> str:
+    """Return an error in a few words, without the queries of URLs, which may hold credentials."""
+    if status is not None:
+        return f"HTTP status {status}"
+    text = re.sub(r"\?\S+", "", printable(str(error)).partition("\n")[0])
+    return f"{type(error).__name__}: {text}"[:_SHOWN_CHARS]

@@ -1,0 +1,377 @@
+"""Data at URLs: the same pairs as on the disk, each byte read once, and no fault of the network ever becomes a sample."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from remote_store import SLOW_S, FileServer
+from runs import NANO
+from shards import picture, write_csv, write_jsonl, write_parquet, write_shards, write_tar
+
+from clipcore import train
+from clipcore.checkpoint import latest_checkpoint
+from clipcore.data import BadSample, DataError, PairSource, local_copies, remote
+from clipcore.data.loader import PairLoader
+from clipcore.data.local_copies import place_of
+from clipcore.data.order import permutation
+from clipcore.data.prepare import Settings, prepare
+from clipcore.data.remote import RemoteError
+from clipcore.data.shards import ImageFormat
+from clipcore.data.sources import open_source
+from clipcore.data.tar import RemoteFile, sidecar_paths
+from clipcore.data.transforms import ImageTransform
+from clipcore.run.parts import captions_sha256
+
+NUM_SHARDS, PAIRS_A_SHARD = 3, 7
+RUNS = ("whole", "broken")
+PATTERN = f"shards/{{000..{NUM_SHARDS - 1:03d}}}.tar"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and tables on the disk."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(folder / "shards", NUM_SHARDS, PAIRS_A_SHARD)
+    write_csv(folder / "csv", 5)
+    write_jsonl(folder / "jsonl", 5)
+    write_parquet(folder / "parquet", 5)
+    table = (folder / "csv" / "pairs.csv").read_text()
+    (folder / "csv" / "captions.txt").write_text(table.replace("filepath\ttitle", "image\tcaption"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def started(data: Path) -> Iterator[FileServer]:
+    """Return a web server of the data."""
+    server = FileServer(data)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def web(started: FileServer, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> FileServer:
+    """Return the web server without faults; the pauses between tries are short, and the cache is empty."""
+    started.reset()
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 1e-4)
+    return started
+
+
+@pytest.fixture(scope="module")
+def bucket(data: Path) -> Iterator[str]:
+    """Return the URL of the data in a local object store."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3", use_listings_cache=False)
+        system.mkdir("bucket")
+        for path in data.rglob("*.*"):
+            if path.is_file():
+                system.pipe(f"bucket/{path.relative_to(data)}", path.read_bytes())
+        yield "s3://bucket"
+        # fsspec keeps a connection to the address of this store.
+        type(system).clear_instance_cache()
+    server.stop()
+
+
+def assert_same_pairs(one: PairSource, other: PairSource) -> None:
+    assert len(one) == len(other) and one.name == other.name
+    for index in permutation(np.arange(len(one)), len(one), seed=0, epoch=0).tolist():
+        ours, theirs = one[index], other[index]
+        assert np.array_equal(np.asarray(ours.image), np.asarray(theirs.image))
+        assert (ours.caption, ours.key) == (theirs.caption, theirs.key)
+
+
+def total_bytes(data: Path) -> int:
+    return sum(path.stat().st_size for path in (data / "shards").glob("*.tar"))
+
+
+def release_copies() -> None:
+    """Let go of the copies that this process has taken, as its end would."""
+    for descriptor, _ in local_copies._leases.values():
+        os.close(descriptor)
+    local_copies._leases.clear()
+
+
+@pytest.mark.parametrize("cache_gb", [None, 0])
+@pytest.mark.parametrize("where", ["web", "bucket"])
+def test_shards_at_urls_are_those_on_the_disk(data, web, bucket, where, cache_gb):
+    base = web.url if where == "web" else bucket
+    local = open_source(str(data / PATTERN))
+    there = open_source(f"{base}/{PATTERN}", cache_gb=cache_gb)
+    assert_same_pairs(local, there)
+    assert_same_pairs(local, pickle.loads(pickle.dumps(there)))
+    assert captions_sha256(there) == captions_sha256(local)
+    # Copies are used where they may be made, and said to be missing where not.
+    noted = f"{NUM_SHARDS} x shard read by byte ranges, as its copy does not fit into 0 GB"
+    assert str(there.noted).startswith(noted) == (cache_gb == 0)
+    is_ranges = [isinstance(there._shard(number), RemoteFile) for number in range(NUM_SHARDS)]
+    assert is_ranges == [cache_gb == 0] * NUM_SHARDS
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.tar", "shards/00?.tar", "shards", "shards/"])
+def test_objects_are_found_by_patterns_and_folders(data, web, bucket, pattern):
+    local, there = (
+        open_source(str(data / pattern)),
+        open_source(f"{bucket}/{pattern}", cache_gb=0),
+    )
+    assert_same_pairs(local, there)
+    with pytest.raises(DataError, match=r"no object matches the pattern s3://bucket/none\*.tar$"):
+        open_source(f"{bucket}/none*.tar")
+    with pytest.raises(DataError, match=r"csv holds no .tar files, .* local disks only"):
+        open_source(f"{bucket}/csv")
+
+
+def test_batches_that_workers_read_by_ranges_are_those_from_the_disk(data, web):
+    def batches(base: str, workers: int) -> list[torch.Tensor]:
+        source = open_source(f"{base}/{PATTERN}", cache_gb=0)
+        loader = PairLoader(
+            source, ImageTransform(16, is_train=True), tokenize, 8, seed=3, workers=workers
+        )
+        read = loader.batches(0)
+        found = [next(read) for _ in range(4)]
+        read.close()
+        return [tensor for batch in found for tensor in (batch.images, batch.tokens)]
+
+    for ours, theirs in zip(batches(web.url, 2), batches(str(data), 0), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    rows = torch.zeros(len(texts), 16, dtype=torch.long)
+    for row, text in zip(rows, texts, strict=True):
+        row[0], row[1] = len(text), 999
+    return rows
+
+
+def test_a_shard_is_read_once_and_its_index_kept(data, web, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    url = f"{web.url}/{PATTERN}"
+    source = open_source(url)
+    assert read_bytes(web) == total_bytes(data)
+    assert_same_pairs(open_source(str(data / PATTERN)), source)
+    web.requests.clear()
+    open_source(url)[3]
+    assert not web.reads()
+    # Without its copy, a shard has its index, and a sample is one request.
+    release_copies()
+    for place in (sidecar_paths("x")[1].parent / "copies").rglob("*.tar"):
+        place.unlink()
+    source = open_source(url, cache_gb=0)
+    web.requests.clear()
+    for index in range(PAIRS_A_SHARD):
+        source[index]
+    assert len(web.reads()) == PAIRS_A_SHARD
+
+
+def test_without_room_a_shard_is_read_once_for_its_index(data, web):
+    open_source(f"{web.url}/{PATTERN}", cache_gb=0)
+    assert read_bytes(web) == total_bytes(data) and len(web.reads()) == NUM_SHARDS
+
+
+def read_bytes(web: FileServer) -> int:
+    """Return how many bytes of content were asked for."""
+    ends = [request.range.removeprefix("bytes=").split("-") for request in web.reads()]
+    return sum(int(last) - int(first) + 1 for first, last in ends)
+
+
+def test_several_readers_copy_a_shard_once(data, web):
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(open_source, [f"{web.url}/{PATTERN}"] * 4))
+    assert read_bytes(web) == total_bytes(data)
+    for source in sources:
+        assert source[20].caption == sources[0][20].caption
+
+
+@pytest.mark.parametrize("cache_gb", [None, 0])
+@pytest.mark.parametrize("fault", ["drop", "short", "long", "slow", 503, 429])
+def test_a_passing_fault_is_tried_again(data, web, monkeypatch, fault, cache_gb):
+    if fault == "slow":
+        monkeypatch.setattr(remote, "READ_TIMEOUT_S", SLOW_S / 4)
+    local = open_source(str(data / "shards/000.tar"))
+    # Of the copy, or of the pass over the headers.
+    web.faults = [fault, fault]
+    there = open_source(f"{web.url}/shards/000.tar", cache_gb=cache_gb)
+    assert not web.faults
+    if cache_gb == 0:
+        web.faults = [fault]
+    assert_same_pairs(local, there)
+    assert not web.faults
+
+
+@pytest.mark.parametrize("fault", ["drop", "short", 500])
+def test_a_lasting_fault_ends_in_one_line_and_is_no_bad_sample(web, fault):
+    source = open_source(f"{web.url}/{PATTERN}", cache_gb=0)
+    web.requests.clear()
+    web.faults = [fault] * remote.TRIES
+    with pytest.raises(RemoteError) as caught:
+        source[0]
+    assert not isinstance(caught.value, BadSample) and len(web.reads()) == remote.TRIES
+    message = str(caught.value)
+    assert message.startswith(f"{web.url}/shards/000.tar: reading failed 8 times, at last with ")
+    assert message.endswith("then run the same command again") and "\n" not in message
+    # Nothing of the failed answers is left.
+    assert source[0].caption == "a red square, number 0"
+
+
+def test_a_run_that_a_network_fails_is_saved_and_goes_on_with_the_same_bits(
+    web, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
+    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
+    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    url = f"{web.url}/{PATTERN}"
+    line = ["--train-data", url, "--data-cache-gb", "0", "--logs", str(tmp_path), *NANO]
+    line += ["--batch-size", "8", "--epochs", "3", "--lr", "1e-3", "--save-frequency", "0"]
+    line += ["--micro-batch-size", "8"]
+    open_source(url, cache_gb=0)  # which makes the indices
+    assert train.main([*line, "--name", "whole"]) == 0
+
+    # All captions for the fingerprint of the data, three batches, and half of the fourth.
+    web.faults = [""] * (NUM_SHARDS * PAIRS_A_SHARD + 3 * 8 + 4) + [500] * remote.TRIES
+    capfd.readouterr()
+    assert train.main([*line, "--name", "broken"]) == 2
+    said = capfd.readouterr()
+    assert said.err.splitlines()[-1].endswith("then run the same command again")
+    assert "saved step 3 of 6; go on with: " in said.out
+    assert train.main([*line, "--name", "broken", "--resume", "latest"]) == 0
+    whole, broken = (latest_checkpoint(tmp_path / name / "checkpoints") for name in RUNS)
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "status, said", [(404, "there is no http"), (403, "is refused"), (401, "is refused")]
+)
+def test_what_a_server_refuses_is_an_error_at_once(web, status, said):
+    web.refused = status
+    with pytest.raises(DataError, match=said):
+        open_source(f"{web.url}/shards/000.tar")
+    assert [request.method for request in web.requests] == ["HEAD", "GET"]
+
+
+def test_missing_objects_and_credentials_of_a_store(web, bucket, monkeypatch):
+    with pytest.raises(DataError, match=r"^there is no s3://bucket/none.tar$"):
+        open_source(f"{bucket}/none.tar")
+    with pytest.raises(DataError, match=r"^there is no s3://elsewhere/000.tar$"):
+        open_source("s3://elsewhere/000.tar")
+
+
+def test_a_server_without_ranges_gives_whole_copies(data, web):
+    web.has_ranges = False
+    web.faults = ["drop"]
+    assert_same_pairs(open_source(str(data / PATTERN)), open_source(f"{web.url}/{PATTERN}"))
+    # Of the first shard again, as its first copy was broken off.
+    assert len(web.reads()) == NUM_SHARDS + 1
+    with pytest.raises(DataError, match="gives no byte ranges, and there is no room"):
+        open_source(f"{web.url}/shards/000.tar?other=1", cache_gb=0)
+
+
+def test_a_changed_object_is_read_anew_and_refused_in_the_middle_of_a_run(web, data):
+    path = data / "changing.tar"
+    image = (data / "csv/images/0000.jpg").read_bytes()
+    write_tar(path, [("a.jpg", image), ("a.txt", b"before")])
+    by_ranges = open_source(f"{web.url}/changing.tar", cache_gb=0)
+    write_tar(path, [("a.jpg", image), ("a.txt", b"behind")])
+    with pytest.raises(DataError, match=r"changing\.tar was changed after the run began"):
+        by_ranges[0]
+    assert open_source(f"{web.url}/changing.tar")[0].caption == "behind"
+
+
+def test_the_least_recently_used_copy_makes_room_unless_a_process_has_it(data, web):
+    urls = [f"{web.url}/shards/{number:03d}.tar" for number in range(NUM_SHARDS)]
+    sizes = [(data / f"shards/{number:03d}.tar").stat().st_size for number in range(NUM_SHARDS)]
+    places = [
+        place_of(url, size, remote.state_of(url).version)
+        for url, size in zip(urls, sizes, strict=True)
+    ]
+    two = (max(sizes) * 2 + 100) / 1e9
+    for url in urls[:2]:
+        open_source(url, cache_gb=two)
+    assert places[0].exists() and places[1].exists()
+    # This process has both, and the third is read by ranges.
+    assert open_source(urls[2], cache_gb=two)[0].caption == picture(14)[1]
+    assert not places[2].exists()
+    release_copies()
+    os.utime(places[0].parent, (2, 2))
+    os.utime(places[1].parent, (1, 1))
+    open_source(urls[2], cache_gb=two)
+    assert [place.exists() for place in places] == [True, False, True]
+    release_copies()
+    os.utime(places[2].parent, (1, 1))
+    # A use counts, not the time of making.
+    open_source(urls[2], cache_gb=two)
+    release_copies()
+    os.utime(places[0].parent, (3, 3))
+    open_source(urls[1], cache_gb=two)
+    assert [place.exists() for place in places] == [False, True, True]
+    assert len(list((places[0].parent.parent / "leases").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["csv/pairs.csv", "csv/captions.txt", "jsonl/pairs.jsonl", "parquet/pairs.parquet"]
+)
+@pytest.mark.parametrize("where", ["web", "bucket"])
+def test_tables_at_urls_are_those_on_the_disk(data, web, bucket, where, path):
+    base = web.url if where == "web" else bucket
+    assert_same_pairs(open_source(str(data / path)), open_source(f"{base}/{path}"))
+
+
+def test_a_table_on_the_disk_may_name_images_at_urls(data, web, tmp_path):
+    table = tmp_path / "pairs.csv"
+    lines = [f"{web.url}/csv/images/{index:04d}.jpg\tcaption {index}" for index in (0, 1, 9)]
+    table.write_text("\n".join(["filepath\ttitle", *lines]))
+    source = open_source(str(table))
+    expected = open_source(str(data / "csv/pairs.csv"))
+    assert np.array_equal(source[1].image, expected[1].image)
+    with pytest.raises(BadSample, match="there is no http"):
+        source[2]
+    # A server that fails says nothing about the image, which must not be replaced.
+    web.faults = [500] * remote.TRIES
+    with pytest.raises(RemoteError, match="HTTP status 500"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("pipe:aws s3 cp s3://b/0.tar -", "cannot be read at random; name the URL itself"),
+        ("az://container/0.tar", "data is read from s3://, gs://, hf://, https://"),
+        ("https://user:secret@host/0.tar", "the URL holds a credential"),
+        ("https://host/0.tar?X-Amz-Signature=secret", "the URL holds a credential"),
+        ("https://host/0.tar?access_token=secret", "the URL holds a credential"),
+        ("gs://bucket/0.tar", r"needs the package gcsfs: pip install 'clipcore\[remote\]'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_without_secrets(url, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(DataError, match=said) as caught:
+        open_source(url)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prepared_shards_of_a_url_are_those_of_the_disk(data, web, tmp_path):
+    digests = []
+    for base in (str(data), web.url):
+        output = tmp_path / str(len(digests))
+        prepare(f"{base}/{PATTERN}", output, Settings(ImageFormat("jpeg", 30), 8))
+        shards = sorted(output.glob("*.tar"))
+        digests.append([hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards])
+    assert digests[0] == digests[1] and digests[0]
