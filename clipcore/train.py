@@ -81,6 +81,7 @@ from clipcore.run.optim import (
     build_optimizer,
     clipped_step,
     gradient_norm,
+    layer_rates,
 )
 from clipcore.run.parts import (
     augmentation,
@@ -98,7 +99,7 @@ from clipcore.run.parts import (
     with_size_of,
 )
 from clipcore.run.profile import PROFILE_FOLDER, StepProfile, check_long_enough
-from clipcore.run.recipe import resolve, warmup_steps
+from clipcore.run.recipe import finetune_note, resolve, warmup_steps
 from clipcore.run.saving import (
     continue_log,
     is_due,
@@ -212,6 +213,8 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     # A resumed run has the warm-up that it began with, whether from the user or cut from the recipe's.
     warmup = warmup_steps(config, "warmup" in given or is_begun, num_steps)
     config = dataclasses.replace(config, warmup=warmup, name=run_dir.name)
+    if note := finetune_note(given_config, config, "warmup" in given or is_begun):
+        world.print(note)
 
     # Optimizer
     optimizer = build_optimizer(
@@ -222,6 +225,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         weight_decay=config.wd,
         moments=config.adam_moments,
         seed=config.seed,
+        rates=layer_rates(model, config.image_layer_decay, config.text_layer_decay),
     )
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision_on(world.device.type)
@@ -338,7 +342,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             # Gradients
             lr = config.learning_rate(step_index, num_steps, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_rate"]
             output = training.gradients(batch, step_index, clock.charge, log.progress)
             scaler.unscale_(optimizer)
             grad_norm = gradient_norm(model.parameters())  # of the whole model, before clipping

@@ -227,6 +227,22 @@ class TrainConfig:
     lr: float | None = _option(
         None, OPTIMISATION, "peak learning rate [the paper's for the model]", above=0, metavar="X"
     )
+    finetune: bool = _option(
+        False,
+        OPTIMISATION,
+        "low --lr, warm-up of a tenth and layer decay, where they are not given",
+    )
+    image_layer_decay: float | None = _option(
+        None,
+        OPTIMISATION,
+        "learning rate of a layer of the image tower, times that of the next one",
+        above=0,
+        at_most=1,
+        metavar="X",
+    )
+    text_layer_decay: float | None = _option(
+        None, OPTIMISATION, "the same of the text tower", above=0, at_most=1, metavar="X"
+    )
     beta1: float | None = _option(
         None, OPTIMISATION, "AdamW [table 18 of the paper]", at_least=0, at_most=1, metavar="X"
     )

@@ -28,7 +28,7 @@ from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig
 from clipcore.run.memory_plan import bytes_of
-from clipcore.run.recipe import RunConfig
+from clipcore.run.recipe import RunConfig, check_has_weights
 from clipcore.run.state import run_record
 from clipcore.tokenizer import (
     VOCABULARY_FILE,
@@ -218,7 +218,13 @@ def build_model(
     Args:
         checkpoint: of a run that goes on, whose weights are loaded later.
         print_line: called with a note if the weights lack a scale and a bias.
+
+    Raises:
+        ConfigError: the run is to fine-tune, and names no weights.
+        ValueError: the weights do not fit the model.
     """
+    if checkpoint is None:
+        check_has_weights(config)
     model = create_model(
         config.model,
         precision="bf16" if config.precision == "bf16" else "fp32",
@@ -232,7 +238,8 @@ def build_model(
     )
     if checkpoint is not None:
         model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
-    elif config.pretrained is not None:
+        return model
+    if config.pretrained is not None:
         missing = load_checkpoint(model, config.pretrained).missing_keys
         if missing:
             # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.

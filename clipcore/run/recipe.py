@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipcore.data.embedded import EMBEDDED
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, flag_of
 from clipcore.run.optim import adam_defaults
 from clipcore.run.schedule import learning_rate
 from clipcore.towers.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX, find_model
@@ -38,6 +38,14 @@ PAPER_RECIPE: dict[str, Any] = {
     "workers": 4,
 }
 
+# Of --finetune, in place of the above. The learning rate is that of contrastive fine-tuning in Goyal et al. 2022 (FLYP,
+# arXiv 2212.00638); the decays are those with which Sun et al. 2023 (EVA-CLIP, arXiv 2303.15389) train from other weights.
+FINETUNE_RECIPE: dict[str, Any] = {
+    "lr": 1e-5,
+    "image_layer_decay": 0.75,
+    "text_layer_decay": 0.75,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
@@ -45,7 +53,8 @@ class RunConfig(TrainConfig):
 
     A field that may still be None is one of three kinds:
 
-    - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown;
+    - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown, the decay
+      of learning rates from layer to layer;
       ``aug_scale`` and ``aug_ratio`` under ``aug_resize``; ``batch_size``, which ``global_batch_size`` replaces;
     - each launch decides it by its device: ``device``, ``precision`` (``precision_on``), ``step_memory``,
       ``loss_stash``, ``loss_workspace``;
@@ -91,9 +100,11 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     What depends on the number of steps stays for the run: ``warmup_steps``.
 
     Raises:
-        ConfigError: the sizes of the batch contradict each other.
+        ConfigError: the sizes of the batch contradict each other, or there is nothing to fine-tune.
         UnknownModelError: there is no such model.
     """
+    if config.resume is None:
+        check_has_weights(config)
     embedded = EMBEDDED.get(config.train_data)
     recipe = dict(PAPER_RECIPE if embedded is None else embedded.recipe)
     # More processes than cores only take turns.
@@ -104,6 +115,8 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     model = recipe["model"] if config.model is None else config.model
     betas_and_eps = adam_defaults(find_model(model).vision.is_resnet)
     recipe |= dict(zip(("beta1", "beta2", "eps"), betas_and_eps, strict=True))
+    if config.finetune:
+        recipe |= FINETUNE_RECIPE
 
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
@@ -146,8 +159,30 @@ def in_global_batches(config: TrainConfig, world_size: int) -> TrainConfig:
     )
 
 
+def check_has_weights(config: TrainConfig) -> None:
+    """Raise ConfigError for a run that would fine-tune random weights."""
+    if config.finetune and config.pretrained is None:
+        raise ConfigError("--finetune goes on from weights: name them with --pretrained FILE")
+
+
+def finetune_note(given: TrainConfig, config: RunConfig, is_warmup_given: bool) -> str | None:
+    """Return in a line which settings ``--finetune`` has made; None if it has made none.
+
+    Args:
+        given: the settings as the user, or a run that is resumed, gave them.
+        config: the same, resolved, with the warm-up of the run.
+    """
+    if not config.finetune:
+        return None
+    names = [name for name in FINETUNE_RECIPE if getattr(given, name) is None]
+    if not is_warmup_given:
+        names.append("warmup")
+    made = [f"{flag_of(name)} {getattr(config, name):g}" for name in names]
+    return f"--finetune sets {', '.join(made)}" if made else None
+
+
 def warmup_steps(config: RunConfig, is_chosen: bool, num_steps: int) -> int:
-    """Return the warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run.
+    """Return the warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run, ``--finetune``'s is a tenth.
 
     Args:
         is_chosen: the user or an earlier launch has set it, and it is not cut.
@@ -155,6 +190,8 @@ def warmup_steps(config: RunConfig, is_chosen: bool, num_steps: int) -> int:
     Raises:
         ConfigError: a warm-up that was chosen is longer than the run.
     """
+    if not is_chosen and config.finetune:
+        return num_steps // 10
     if not is_chosen:
         return min(config.warmup, num_steps // 10)
     if config.warmup > num_steps:
