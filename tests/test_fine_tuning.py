@@ -23,6 +23,7 @@ from clipcore.run.optim import build_optimizer, layer_rates
 from clipcore.run.parts import lock_towers
 from clipcore.run.recipe import RunConfig, finetune_note, resolve, warmup_steps
 from clipcore.run.setup import describe
+from clipcore.run.state import load_run
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.factory import create_model
 from clipcore.towers.model import CLIP
@@ -130,7 +131,7 @@ def test_the_preset_sets_only_what_is_not_given():
     assert note == (
         "--finetune sets --lr 1e-05, --image-layer-decay 0.75, --text-layer-decay 0.75, --warmup 100"
     )
-    config, note = preset("--finetune --pretrained w.pt --lr 3e-6 --warmup 7")
+    config, note = preset("--finetune --pretrained-image w.pt --lr 3e-6 --warmup 7")
     assert (config.lr, config.warmup, config.image_layer_decay) == (3e-6, 7, 0.75)
     assert note == "--finetune sets --image-layer-decay 0.75, --text-layer-decay 0.75"
     plain, note = preset("--pretrained w.pt")
@@ -194,3 +195,27 @@ def test_a_fine_tuning_run_goes_on_bit_for_bit(start, table, tmp_path, in_proces
     assert train.main(["--resume", str(begun), "--quiet"]) == 0
     assert "--finetune sets" not in capfd.readouterr().out
     assert_same_bits(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_locked_image_tower_begins_from_weights_of_its_own(
+    start, table, tmp_path, in_process, capfd
+):
+    """Of the tower alone, as of a whole CLIP; what does not fit is one line."""
+    model, whole = start
+    tower = saved(tmp_path / "tower.pt", model.visual)
+    ends = []
+    for number, weights in enumerate((tower, whole)):
+        folder = tmp_path / str(number)
+        assert train.main(flags(folder, table, "--pretrained-image", weights, "--lock-image")) == 0
+        trained, _, _ = load_run(folder / "run")
+        ends.append(trained.state_dict())
+    own = model.state_dict()
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name])
+        assert torch.equal(value, own[name]) == name.startswith("visual."), name
+
+    wrong = saved(tmp_path / "wrong.pt", create_model("RN-nano-32").visual)
+    capfd.readouterr()
+    assert train.main(flags(tmp_path / "2", table, "--pretrained-image", wrong)) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "do not fit the image tower of" in said[0]

@@ -185,6 +185,9 @@ class TrainConfig:
     pretrained: str | None = _option(
         None, MODEL, "weights to start from: OpenAI's, open_clip's, or a run", metavar="FILE"
     )
+    pretrained_image: str | None = _option(
+        None, MODEL, "weights of the image tower alone, its own or a whole CLIP's", metavar="FILE"
+    )
     force_image_size: int | None = _option(
         None, MODEL, "image size in pixels; resizes position embeddings", at_least=1, metavar="N"
     )

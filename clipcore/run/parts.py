@@ -41,7 +41,7 @@ from clipcore.tokenizer import (
 from clipcore.towers.architectures import find_model
 from clipcore.towers.descriptions import recorded_images
 from clipcore.towers.factory import create_model
-from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.loading import load_checkpoint, load_tower
 from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
@@ -213,7 +213,7 @@ def build_model(
     device: torch.device,
     print_line: Callable[[str], None],
 ) -> CLIP:
-    """Return the model of a run, newly initialised or with the weights that ``--pretrained`` names.
+    """Return the model of a run, newly initialised or with the weights of ``--pretrained`` and ``--pretrained-image``.
 
     Args:
         checkpoint: of a run that goes on, whose weights are loaded later.
@@ -248,6 +248,8 @@ def build_model(
                 f"{config.pretrained} has no logit_bias: --siglip begins with a scale of {SIGLIP_SCALE:g} and a bias of "
                 f"{SIGLIP_BIAS:g}"
             )
+    if config.pretrained_image is not None:
+        load_tower(model, "image", config.pretrained_image)
     return model
 
 
