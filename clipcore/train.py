@@ -39,6 +39,7 @@ from clipcore.checkpoint import CheckpointError, make_newest, run_lock
 from clipcore.data import WorkerLostError
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.export.interpolations import keep_start, write_interpolations
 from clipcore.files import is_file, make_directory
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import (
@@ -55,7 +56,7 @@ from clipcore.ranks.signals import DATA_WAIT_S, REPEAT_S, DataWaitError, Interru
 from clipcore.report.collect import report_run
 from clipcore.run import memory
 from clipcore.run.collapse import CollapseWatch
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, wise_alphas
 from clipcore.run.faults import (
     NonFiniteError,
     check_sound,
@@ -194,6 +195,8 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     transform = ImageTransform(size, is_train=True, **model.images, **augmentation(config))
     eval_transform = ImageTransform(size, is_train=False, **model.images)
     tokenizer.context_length = model.context_length
+    if config.wise_alpha is not None:
+        keep_start(model, tokenizer, run_dir, world, checkpoint is None)
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
     if is_split:
@@ -445,6 +448,9 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 status = WORKER_LOST_STATUS if num_lost else interrupt.exit_status
                 break
         else:
+            write_interpolations(
+                state, evaluations, tokenizer, log, run_dir, wise_alphas(config), config.epochs
+            )
             report_run(run_dir, config, state, evaluations, source, log, watch)
             status = 0
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.

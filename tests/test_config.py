@@ -178,6 +178,8 @@ def test_an_unknown_flag_names_the_nearest():
         ("--precision bf16 --fsdp", "take --precision amp_bf16"),
         ("--image-layer-decay 0", "--image-layer-decay must be above 0 and at most 1"),
         ("--text-layer-decay 1.1", "--text-layer-decay must be above 0 and at most 1"),
+        ("--wise-alpha 0.5,2", "--wise-alpha is numbers from 0, the start, to 1, the end"),
+        ("--wise-alpha half", "--wise-alpha is numbers from 0"),
         ("--profile --torchcompile", "--profile names operators"),
     ],
 )

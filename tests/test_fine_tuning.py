@@ -144,6 +144,8 @@ def test_the_preset_sets_only_what_is_not_given():
     assert (warmup_steps(plain, False, 50_000), warmup_steps(tuned, False, 50_000)) == (2000, 5000)
     with pytest.raises(ConfigError, match=r"--finetune goes on from weights: name them with"):
         preset("--finetune")
+    with pytest.raises(ConfigError, match=r"--wise-alpha goes on from weights: name them with"):
+        preset("--wise-alpha 0.5")
 
 
 @pytest.fixture(scope="module")

@@ -287,6 +287,12 @@ class TrainConfig:
         at_most=1,
         metavar="X",
     )
+    wise_alpha: str | None = _option(
+        None,
+        OPTIMISATION,
+        "at the end also write and evaluate (1 - X) start + X end, such as 0.3,0.5",
+        metavar="X,X",
+    )
     siglip: bool = _option(
         False, OPTIMISATION, "SigLIP's sigmoid loss, with its first scale and bias"
     )
@@ -538,6 +544,7 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
+    wise_alphas(config)
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
         raise ConfigError(
             f"--report-to knows tensorboard, wandb and all, not {', '.join(sorted(unknown))}"
@@ -549,3 +556,22 @@ def reporters(config: TrainConfig) -> tuple[str, ...]:
     if config.report_to == "all":
         return ("tensorboard", "wandb")
     return tuple(name.strip() for name in config.report_to.split(",") if name.strip())
+
+
+def wise_alphas(config: TrainConfig) -> tuple[float, ...]:
+    """Return the numbers in ``--wise-alpha``.
+
+    Raises:
+        ConfigError: they are no numbers from 0 to 1.
+    """
+    words = [] if config.wise_alpha is None else config.wise_alpha.split(",")
+    try:
+        alphas = tuple(float(word) for word in words)
+        if all(0 <= alpha <= 1 for alpha in alphas):
+            return alphas
+    except ValueError:
+        pass
+    raise ConfigError(
+        "--wise-alpha is numbers from 0, the start, to 1, the end, separated by commas, such as 0.25,0.5; "
+        f"got {config.wise_alpha!r}"
+    )

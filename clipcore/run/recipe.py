@@ -161,11 +161,14 @@ def in_global_batches(config: TrainConfig, world_size: int) -> TrainConfig:
 
 def check_has_weights(config: TrainConfig) -> None:
     """Raise ConfigError for a run that would fine-tune random weights."""
-    if config.finetune and config.pretrained is None and config.pretrained_image is None:
-        raise ConfigError(
-            "--finetune goes on from weights: name them with --pretrained FILE, or those of the image tower alone with "
-            "--pretrained-image FILE"
-        )
+    if config.pretrained is not None or config.pretrained_image is not None:
+        return
+    for name, is_set in (("finetune", config.finetune), ("wise_alpha", config.wise_alpha)):
+        if is_set:
+            raise ConfigError(
+                f"{flag_of(name)} goes on from weights: name them with --pretrained FILE, or those of the image tower alone "
+                "with --pretrained-image FILE"
+            )
 
 
 def finetune_note(given: TrainConfig, config: RunConfig, is_warmup_given: bool) -> str | None:
