@@ -118,6 +118,7 @@ from clipcore.run.setup import (
 )
 from clipcore.run.sharding import replicate, shard
 from clipcore.run.state import RunState
+from clipcore.run.teacher import build_teacher
 from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
@@ -197,6 +198,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     tokenizer.context_length = model.context_length
     if config.wise_alpha is not None:
         keep_start(model, tokenizer, run_dir, world, checkpoint is None)
+    teacher = build_teacher(config, model, tokenizer, world.device)
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
     if is_split:
@@ -265,6 +267,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         micro_batch_size=config.micro_batch_size,
         num_kept_graphs=config.keep_graphs,
         with_ids=config.duplicate_captions != "negative",
+        teacher=teacher,
     )
     if world.world_size > 1 and not is_split:
         with watchdog.collective("comparison of the models"):
@@ -291,6 +294,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             config.siglip,
             0 if config.skip_scheduler else config.warmup,
             config.grad_clip_norm is not None,
+            teacher is not None,
         )
         earlier = read_metrics(run_dir)[0] if log.writes and state.step else []
         if note := watch.see_all(earlier):

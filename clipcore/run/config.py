@@ -195,6 +195,12 @@ class TrainConfig:
     force_patch_dropout: float | None = _option(
         None, MODEL, "share of patches dropped in training", at_least=0, at_most=1, metavar="X"
     )
+    distill_model: str | None = _option(
+        None, MODEL, "architecture of a teacher whose probabilities are learnt too", metavar="NAME"
+    )
+    distill_pretrained: str | None = _option(
+        None, MODEL, "its weights; those of a run need no --distill-model", metavar="FILE"
+    )
     lock_image: bool = _option(False, MODEL, "train the text tower alone (LiT)")
     lock_image_unlocked_groups: int = _option(
         0, MODEL, "last groups of the image tower to train all the same", at_least=0, metavar="N"
@@ -535,6 +541,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--loss-stash is of the softmax loss, and --siglip keeps no logits; leave one of them out"
         )
+    _check_distillation(config)
     if config.fsdp and config.precision == "bf16":
         # fully_shard wants one dtype for all weights of a module.
         raise ConfigError("--fsdp splits float32 weights: take --precision amp_bf16 with it")
@@ -548,6 +555,26 @@ def _check_together(config: TrainConfig) -> None:
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
         raise ConfigError(
             f"--report-to knows tensorboard, wandb and all, not {', '.join(sorted(unknown))}"
+        )
+
+
+def _check_distillation(config: TrainConfig) -> None:
+    """Raise ConfigError for a teacher without weights, and for what its probabilities take the place of."""
+    if config.distill_pretrained is None:
+        if config.distill_model is not None:
+            raise ConfigError(
+                "--distill-model needs its weights: name them with --distill-pretrained FILE"
+            )
+        return
+    others = {
+        "siglip": config.siglip,
+        "label_smoothing": config.label_smoothing > 0,
+        "duplicate_captions": config.duplicate_captions != "negative",
+    }
+    if given := [flag_of(name) for name, is_given in others.items() if is_given]:
+        raise ConfigError(
+            f"--distill-pretrained learns a teacher's softmax over all pairs, which does not go with {', '.join(given)}; "
+            "leave one of them out"
         )
 
 

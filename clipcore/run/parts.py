@@ -23,7 +23,7 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source
 from clipcore.data.transforms import ImageTransform
-from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig
@@ -275,7 +275,7 @@ def build_loader(
 
 
 def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:
-    """Return the loss over all ranks that the settings name."""
+    """Return the loss over all ranks that the settings name; that of a teacher too is a ``DistillClipLoss``."""
     # What a run on GPUs decided is of no use on a CPU.
     decided = config.gpu_stash_bytes if world.device.type == "cuda" else None
     rank, world_size = world.rank, world.world_size
@@ -290,7 +290,8 @@ def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> Cli
             workspace_bytes=bytes_of(config.loss_workspace),
             uneven=is_uneven,
         )
-    return ClipLoss(
+    loss_class = ClipLoss if config.distill_pretrained is None else DistillClipLoss
+    return loss_class(
         rank=rank,
         world_size=world_size,
         label_smoothing=config.label_smoothing,
