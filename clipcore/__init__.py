@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CLIP": "clipcore.towers.model",
     "ClipLoss": "clipcore.loss",
+    "DistillClipLoss": "clipcore.loss",
     "IMAGENET_CLASSNAMES": "clipcore.towers.published",
     "OPENAI_DATASET_MEAN": "clipcore.data.transforms",
     "OPENAI_DATASET_STD": "clipcore.data.transforms",

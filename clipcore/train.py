@@ -39,6 +39,7 @@ from clipcore.checkpoint import CheckpointError, make_newest, run_lock
 from clipcore.data import WorkerLostError
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.tasks import EvaluationPlan
+from clipcore.export.interpolations import keep_start, write_interpolations
 from clipcore.files import is_file, make_directory
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import (
@@ -55,7 +56,7 @@ from clipcore.ranks.signals import DATA_WAIT_S, REPEAT_S, DataWaitError, Interru
 from clipcore.report.collect import report_run
 from clipcore.run import memory
 from clipcore.run.collapse import CollapseWatch
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, wise_alphas
 from clipcore.run.duration import hours_note
 from clipcore.run.faults import (
     NonFiniteError,
@@ -82,6 +83,7 @@ from clipcore.run.optim import (
     build_optimizer,
     clipped_step,
     gradient_norm,
+    layer_rates,
 )
 from clipcore.run.parts import (
     augmentation,
@@ -99,7 +101,7 @@ from clipcore.run.parts import (
     with_size_of,
 )
 from clipcore.run.profile import PROFILE_FOLDER, StepProfile, check_long_enough
-from clipcore.run.recipe import resolve, warmup_steps
+from clipcore.run.recipe import finetune_note, resolve, warmup_steps
 from clipcore.run.saving import (
     continue_log,
     is_due,
@@ -116,6 +118,7 @@ from clipcore.run.setup import (
 )
 from clipcore.run.sharding import replicate, shard
 from clipcore.run.state import RunState
+from clipcore.run.teacher import build_teacher
 from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
@@ -191,6 +194,9 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     transform = ImageTransform(size, is_train=True, **model.images, **augmentation(config))
     eval_transform = ImageTransform(size, is_train=False, **model.images)
     tokenizer.context_length = model.context_length
+    if config.wise_alpha is not None:
+        keep_start(model, tokenizer, run_dir, world, checkpoint is None)
+    teacher = build_teacher(config, model, tokenizer, world.device)
     lock_towers(model, config)
     model.set_grad_checkpointing(config.grad_checkpointing)
     if is_split:
@@ -210,6 +216,8 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     # A resumed run has the warm-up that it began with, whether from the user or cut from the recipe's.
     warmup = warmup_steps(config, "warmup" in given or is_begun, num_steps)
     config = dataclasses.replace(config, warmup=warmup, name=run_dir.name)
+    if note := finetune_note(given_config, config, "warmup" in given or is_begun):
+        world.print(note)
 
     # Optimizer
     optimizer = build_optimizer(
@@ -220,6 +228,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         weight_decay=config.wd,
         moments=config.adam_moments,
         seed=config.seed,
+        rates=layer_rates(model, config.image_layer_decay, config.text_layer_decay),
     )
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
     precision = config.precision_on(world.device.type)
@@ -256,6 +265,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         micro_batch_size=config.micro_batch_size,
         num_kept_graphs=config.keep_graphs,
         with_ids=config.duplicate_captions != "negative",
+        teacher=teacher,
     )
     if world.world_size > 1 and not is_split:
         with watchdog.collective("comparison of the models"):
@@ -284,6 +294,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             config.siglip,
             0 if config.skip_scheduler else config.warmup,
             config.grad_clip_norm is not None,
+            teacher is not None,
         )
         earlier = read_metrics(run_dir)[0] if log.writes and state.step else []
         if note := watch.see_all(earlier):
@@ -338,7 +349,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             # Gradients
             lr = config.learning_rate(step_index, num_steps, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_rate"]
             output = training.gradients(batch, step_index, clock.charge, log.progress)
             scaler.unscale_(optimizer)
             grad_norm = gradient_norm(model.parameters())  # of the whole model, before clipping
@@ -441,6 +452,9 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 status = WORKER_LOST_STATUS if num_lost else interrupt.exit_status
                 break
         else:
+            write_interpolations(
+                state, evaluations, tokenizer, log, run_dir, wise_alphas(config), config.epochs
+            )
             report_run(run_dir, config, state, evaluations, source, log, watch)
             status = 0
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.

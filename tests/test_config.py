@@ -30,7 +30,8 @@ OPEN_CLIP_FLAGS = """--train-data --val-data --train-num-samples --dataset-type 
 --local-loss --gather-with-grad --torchcompile --grad-clip-norm --lock-image --lock-image-unlocked-groups --lock-text
 --lock-text-unlocked-layers --force-image-size --force-quick-gelu --force-patch-dropout --report-to --seed
 --log-every-n-steps --delete-previous-checkpoint --skip-scheduler --lr-cooldown-end --lr-cooldown-power --device
---lock-image-freeze-bn-stats --lock-text-freeze-layer-norm --wandb-project-name --accum-freq --siglip""".split()
+--lock-image-freeze-bn-stats --lock-text-freeze-layer-norm --wandb-project-name --accum-freq --siglip
+--distill-model --distill-pretrained""".split()
 
 
 def test_open_clip_flags_are_taken():
@@ -239,6 +240,16 @@ def test_an_unknown_flag_names_the_nearest():
         ("--batch-size many", "--batch-size"),
         ("--precision fp8", "amp_bf16"),
         ("--precision bf16 --fsdp", "take --precision amp_bf16"),
+        ("--image-layer-decay 0", "--image-layer-decay must be above 0 and at most 1"),
+        ("--text-layer-decay 1.1", "--text-layer-decay must be above 0 and at most 1"),
+        ("--wise-alpha 0.5,2", "--wise-alpha is numbers from 0, the start, to 1, the end"),
+        ("--wise-alpha half", "--wise-alpha is numbers from 0"),
+        ("--distill-model ViT-B-32", "--distill-model needs its weights"),
+        (
+            "--distill-pretrained w.pt --siglip --duplicate-captions ignore",
+            "does not go with --siglip, --duplicate-captions; leave one of them out",
+        ),
+        ("--distill-pretrained w.pt --label-smoothing 0.1", "does not go with --label-smoothing"),
         ("--profile --torchcompile", "--profile names operators"),
     ],
 )

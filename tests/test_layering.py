@@ -26,7 +26,8 @@ LAYERS = [
     {"run"},
     {"evaluate"},
     {"report"},
-    {"classify", "export", "inspection", "train"},
+    {"export"},
+    {"classify", "inspection", "interpolate", "train"},
 ]
 
 FILES = sorted(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import clipcore
 from clipcore.kernels.contrastive.reference import _cross_entropy_ref, contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
-from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from clipcore.loss.options import warn_once
 from clipcore.ranks.distributed import World
 
@@ -369,6 +369,47 @@ def test_a_loss_over_ranks_is_that_of_all_pairs(pool: RankPool, block: int) -> N
             if ours is not None:
                 limit = 1e-12 * max(1.0, theirs.abs().max().item())
                 assert (ours - theirs).abs().max().item() <= limit, (case, vars(case), name)
+
+
+SHARES = [(3, 5), (4, 4), (0, 6)]
+
+
+def taught(num_pairs: int) -> list[Tensor]:
+    """Return [image, text, scale] of a student, and of a teacher of another width."""
+    scales = (torch.tensor(scale, dtype=torch.float64) for scale in (30.0, 50.0))
+    student, teacher = (unit_embeddings(num_pairs, E, torch.float64) for E in (6, 10))
+    return [*student, next(scales), *teacher, next(scales)]
+
+
+def distilled(loss_fn: DistillClipLoss, inputs: list[Tensor]) -> list[Tensor]:
+    """Return [loss, its gradients, both parts]."""
+    leaves = [part.clone().requires_grad_() for part in inputs[:3]]
+    parts = loss_fn(*leaves, *inputs[3:])
+    total = sum(parts)
+    gradients = torch.autograd.grad(total, leaves)
+    return [total.detach(), *gradients, *(part.detach() for part in parts)]
+
+
+def distilled_on_rank(world: World) -> list[list[Tensor]]:
+    """Return what this rank finds of its pairs of each share; ranks without a share have no part in it."""
+    group, found = group_of(2), []
+    for shares in SHARES if world.rank < 2 else ():
+        first = sum(shares[: world.rank])
+        rows = slice(first, first + shares[world.rank])
+        loss_fn = DistillClipLoss(rank=world.rank, world_size=2, workspace_bytes=300, group=group)
+        own = [part[rows] if part.ndim else part for part in taught(sum(shares))]
+        found.append(distilled(loss_fn, own))
+    return found
+
+
+def test_distillation_over_ranks_is_that_of_all_pairs(pool: RankPool) -> None:
+    """Also of uneven and empty shares, in blocks of some rows."""
+    for shares, first, second in zip(SHARES, *pool.run(distilled_on_rank)[:2], strict=True):
+        expected = distilled(DistillClipLoss(), taught(sum(shares)))
+        for ours, other, theirs in zip(first, second, expected, strict=True):
+            # A gradient of rows lies with their ranks; averaged like a parameter's, it counts once.
+            mean = torch.cat([ours, other]) / 2 if theirs.ndim else (ours + other) / 2
+            assert (mean - theirs).abs().max() <= 1e-12 * max(1.0, theirs.abs().max().item())
 
 
 def test_the_cases_are_of_all_kinds() -> None:

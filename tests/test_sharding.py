@@ -37,6 +37,7 @@ from clipcore.run.optim import (
     ExponentialMovingAverage,
     build_optimizer,
     gradient_norm,
+    layer_rates,
 )
 from clipcore.run.sharding import gathered, gradient_sync, is_sharded, shard
 from clipcore.run.state import RunState, load_run
@@ -154,7 +155,8 @@ def steps_of(world: World, num_ranks: int, name: str, num_kept: int, settings: A
         if sharded:
             shard(model, world, group)
         assert is_sharded(model) is sharded
-        optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+        settings_of_adam = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+        optimizer = build_optimizer(model, **settings_of_adam, rates=layer_rates(model, 0.5, 0.7))
         ema = ExponentialMovingAverage(model, 0.9)
         results.append(found := [])
         for step in range(2):

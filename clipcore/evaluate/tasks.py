@@ -368,21 +368,35 @@ class EvaluationPlan:
             max_bad_fraction=self.max_bad_fraction,
         )
 
-    def run(self, model: CLIP, log: MetricsLogger, step: int, epoch: int, is_last: bool) -> None:
-        """Run and log the evaluations that are due after ``epoch`` epochs; a frequency of 0 disables them."""
+    def run(
+        self,
+        model: CLIP,
+        log: MetricsLogger,
+        step: int,
+        epoch: int,
+        is_last: bool,
+        alpha: float | None = None,
+    ) -> None:
+        """Run and log the evaluations that are due after ``epoch`` epochs; a frequency of 0 disables them.
+
+        Args:
+            alpha: of a model between the run's first weights and its last, which the log names.
+        """
         was_training = model.training
         model.eval()
         encoder = self.encoder(model)
+        where: dict[str, float] = {"step": step}
+        suffix = ""
+        if alpha is not None:
+            where, suffix = {"step": step, "alpha": alpha}, f", alpha {alpha:g}"
         if _is_due(epoch, self.zeroshot_frequency, is_last):
             for task in self.zero_shot:
-                log.evaluation(
-                    {"step": step, "task": task.name, **run_zero_shot(task, encoder)}, HEADLINE
-                )
+                row = {**where, "task": task.name + suffix, **run_zero_shot(task, encoder)}
+                log.evaluation(row, HEADLINE)
         if _is_due(epoch, self.val_frequency, is_last):
             for pairs in self.retrieval:
-                log.evaluation(
-                    {"step": step, "task": pairs.name, **run_retrieval(pairs, encoder)}, HEADLINE
-                )
+                row = {**where, "task": pairs.name + suffix, **run_retrieval(pairs, encoder)}
+                log.evaluation(row, HEADLINE)
         model.train(was_training)
 
 

@@ -26,6 +26,7 @@ def export_model(
     target: str,
     folder: Path,
     note: Callable[[str], None] = lambda line: None,
+    is_checked: bool = True,
 ) -> None:
     """Write a model with its preprocessing and vocabulary for another package, and check it by loading it.
 
@@ -34,6 +35,7 @@ def export_model(
         target: one of ``TARGETS``.
         folder: a new folder, or an empty one.
         note: called with each line that says what was checked.
+        is_checked: False leaves the check out.
 
     Raises:
         ValueError: the package cannot hold the model or its vocabulary, or loads another model from what was written.
@@ -63,7 +65,7 @@ def export_model(
         make_directory(folder.parent)
         aside.mkdir()
         _write(model, tokenizer, target, aside, is_openai)
-        for line in check_export(model, tokenizer, aside, target):
+        for line in check_export(model, tokenizer, aside, target) if is_checked else ():
             note(line)
         for path in aside.iterdir():
             _sync(path)

@@ -8,6 +8,8 @@ empty. The maths is in ``clipcore.kernels.contrastive`` and ``clipcore.kernels.s
 ==================  ================================================================
 ``clip.py``         ``ClipLoss``
 ``siglip.py``       ``SigLipLoss``
+``distill.py``      ``DistillClipLoss``
+``soft_targets.py`` what a teacher's probabilities say that the logits should be
 ``options.py``      the arguments that both share
 ``shard.py``        a rank's part of the logits
 ``all_gather.py``   gathers the rows of every rank, and sums their gradients
@@ -17,6 +19,7 @@ empty. The maths is in ``clipcore.kernels.contrastive`` and ``clipcore.kernels.s
 """
 
 from clipcore.loss.clip import ClipLoss
+from clipcore.loss.distill import DistillClipLoss
 from clipcore.loss.siglip import SigLipLoss
 
-__all__ = ["ClipLoss", "SigLipLoss"]
+__all__ = ["ClipLoss", "DistillClipLoss", "SigLipLoss"]

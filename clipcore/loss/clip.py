@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from clipcore.kernels import launch
 from clipcore.kernels.contrastive import (
+    ContrastiveTerms,
     Plan,
     Targets,
     contrastive_loss,
@@ -227,7 +228,9 @@ class ClipLoss(nn.Module):
         shard = self.loss_group.shard(image, text)
         by_id = shard.resident.ids is not None and self.same_id == "positive"
         targets = self._targets(shard) if by_id or self.label_smoothing > 0 else None
-        row_loss_B, column_loss_B = self._losses_of_rows(shard, targets, scale)
+        terms = self._terms_of_rows(shard, targets, scale)
+        row_loss_B = terms.row_lse_B - terms.row_target_B
+        column_loss_B = terms.column_lse_G - terms.column_target_G
 
         wide = launch.accumulate_dtype(torch.promote_types(image.rows.dtype, text.rows.dtype))
         if not by_id:
@@ -248,10 +251,10 @@ class ClipLoss(nn.Module):
         all_reduce_(shared, "count of positives", group=self.loss_group.group)
         return (self.world_size / 2 * (torch.stack(totals) / shared).sum()).to(wide)
 
-    def _losses_of_rows(
+    def _terms_of_rows(
         self, shard: LogitShard, targets: Targets | None, scale: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of each of this rank's rows, and of each of its columns, over all ranks' logits."""
+    ) -> ContrastiveTerms:
+        """Return the terms of each of this rank's rows, and of each of its columns, over all ranks' logits."""
         resident, operand = shard.resident, shard.operand(self.options.operand_dtype)
         # Decided once for the whole shard, not for each of its blocks.
         all_rows = resident.rows.new_empty(1, resident.rows.shape[1]).expand(sum(shard.shards), -1)
@@ -299,7 +302,9 @@ class ClipLoss(nn.Module):
         column_target_G = _in_order(column_target)
         if targets is not None:  # every rank has parts of a target
             column_target_G = CompleteSum.apply(column_target_G, group)
-        return row_lse_B - row_target_B, column_lse_G[shard.own] - column_target_G[shard.own]
+        return ContrastiveTerms(
+            row_lse_B, column_lse_G[shard.own], row_target_B, column_target_G[shard.own]
+        )
 
     def _targets(self, shard: LogitShard) -> Targets:
         """Return the targets of this rank's rows and of all columns; pairs are counted over all ranks."""

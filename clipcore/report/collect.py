@@ -83,12 +83,15 @@ def report_run(
     encoder = plan.encoder(model, alone)
     source = plan.retrieval[0].source if plan.retrieval else training_source
     gallery = collect(source, GALLERY_SIZE, encoder)
-    zero_shot = [row for row in evaluations if "acc1" in row]
-    retrieval = [row for row in evaluations if "num_pairs" in row]
+    own = [row for row in evaluations if "alpha" not in row]
+    zero_shot = [row for row in own if "acc1" in row]
+    retrieval = [row for row in own if "num_pairs" in row]
+    # The models of --wise-alpha are no points of the run's curves.
+    between = [row for row in evaluations if "alpha" in row and "acc1" in row]
     profile = _read_profile(run_dir / PROFILE_FOLDER / TABLE)
     data = ReportData(
         title=f"{config.model} on {training_source.name.partition('/')[0]}",
-        summary=summary(steps, zero_shot, retrieval, state),
+        summary=summary(steps, zero_shot + between, retrieval, state),
         warnings=tuple(map(watch.describe, watch.collapses)),
         steps=steps,
         evaluations=zero_shot,

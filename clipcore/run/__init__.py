@@ -6,6 +6,7 @@
 ``recipe.py``        the settings as a run has them: a value in every field
 ``setup.py``         what comes between the settings and the first step
 ``parts.py``         vocabulary, data and model, from the settings
+``teacher.py``       a trained model whose probabilities are learnt too
 ``train_step.py``    a batch through towers, loss and gradients
 ``grad_cache.py``    a batch in micro-batches, with exact gradients
 ``memory_plan.py``   the size of a micro-batch, and how many graphs are kept

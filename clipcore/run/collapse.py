@@ -58,18 +58,25 @@ class CollapseWatch:
         is_sigmoid: whether the loss is SigLIP's.
         warmup: steps whose loss says nothing yet.
         is_clipped: whether the gradient's length is limited already.
+        is_distilled: whether the cross-entropy to a teacher is added, which guessing has at ln(B) too.
 
     Attributes:
         collapses: every collapse so far, the newest last; one that is going on has the last step as its end.
     """
 
     def __init__(
-        self, num_pairs: int, is_sigmoid: bool, warmup: int, is_clipped: bool = False
+        self,
+        num_pairs: int,
+        is_sigmoid: bool,
+        warmup: int,
+        is_clipped: bool = False,
+        is_distilled: bool = False,
     ) -> None:
         self.collapses: list[Collapse] = []
         self._num_pairs, self._is_sigmoid, self._warmup = num_pairs, is_sigmoid, warmup
         self._is_clipped = is_clipped
-        self._loss = loss_of_guessing(num_pairs, is_sigmoid)
+        self._is_distilled = is_distilled
+        self._loss = loss_of_guessing(num_pairs, is_sigmoid) * (2 if is_distilled else 1)
         self._longest = _Longest()
         # Of the steps since the loss came to that of guessing: they are not what is usual, unless it leaves again.
         self._standing = _Longest()
@@ -159,7 +166,8 @@ class CollapseWatch:
 
     @property
     def _level(self) -> str:
-        what = "that of guessing" if self._is_sigmoid else f"ln({self._num_pairs})"
+        is_sum = self._is_sigmoid or self._is_distilled
+        what = "that of guessing" if is_sum else f"ln({self._num_pairs})"
         return f"{what}, {self._loss:.3f}"
 
 

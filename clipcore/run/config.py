@@ -213,12 +213,21 @@ class TrainConfig:
     pretrained: str | None = _option(
         None, MODEL, "weights to start from: OpenAI's, open_clip's, or a run", metavar="FILE"
     )
+    pretrained_image: str | None = _option(
+        None, MODEL, "weights of the image tower alone, its own or a whole CLIP's", metavar="FILE"
+    )
     force_image_size: int | None = _option(
         None, MODEL, "image size in pixels; resizes position embeddings", at_least=1, metavar="N"
     )
     force_quick_gelu: bool = _option(False, MODEL, "use QuickGELU in both towers")
     force_patch_dropout: float | None = _option(
         None, MODEL, "share of patches dropped in training", at_least=0, at_most=1, metavar="X"
+    )
+    distill_model: str | None = _option(
+        None, MODEL, "architecture of a teacher whose probabilities are learnt too", metavar="NAME"
+    )
+    distill_pretrained: str | None = _option(
+        None, MODEL, "its weights; those of a run need no --distill-model", metavar="FILE"
     )
     lock_image: bool = _option(False, MODEL, "train the text tower alone (LiT)")
     lock_image_unlocked_groups: int = _option(
@@ -262,6 +271,22 @@ class TrainConfig:
     lr: float | None = _option(
         None, OPTIMISATION, "peak learning rate [the paper's for the model]", above=0, metavar="X"
     )
+    finetune: bool = _option(
+        False,
+        OPTIMISATION,
+        "low --lr, warm-up of a tenth and layer decay, where they are not given",
+    )
+    image_layer_decay: float | None = _option(
+        None,
+        OPTIMISATION,
+        "learning rate of a layer of the image tower, times that of the next one",
+        above=0,
+        at_most=1,
+        metavar="X",
+    )
+    text_layer_decay: float | None = _option(
+        None, OPTIMISATION, "the same of the text tower", above=0, at_most=1, metavar="X"
+    )
     beta1: float | None = _option(
         None, OPTIMISATION, "AdamW [table 18 of the paper]", at_least=0, at_most=1, metavar="X"
     )
@@ -302,6 +327,12 @@ class TrainConfig:
         at_least=0,
         at_most=1,
         metavar="X",
+    )
+    wise_alpha: str | None = _option(
+        None,
+        OPTIMISATION,
+        "at the end also write and evaluate (1 - X) start + X end, such as 0.3,0.5",
+        metavar="X,X",
     )
     siglip: bool = _option(
         False, OPTIMISATION, "SigLIP's sigmoid loss, with its first scale and bias"
@@ -556,6 +587,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--loss-stash is of the softmax loss, and --siglip keeps no logits; leave one of them out"
         )
+    _check_distillation(config)
     if config.fsdp and config.precision == "bf16":
         # fully_shard wants one dtype for all weights of a module.
         raise ConfigError("--fsdp splits float32 weights: take --precision amp_bf16 with it")
@@ -565,6 +597,7 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
+    wise_alphas(config)
     if (unknown := set(reporters(config)) - {"tensorboard", "wandb"}) != set():
         raise ConfigError(
             f"--report-to knows tensorboard, wandb and all, not {', '.join(sorted(unknown))}"
@@ -592,8 +625,47 @@ def parse_aug_cfg(text: str) -> dict[str, Any]:
     return settings
 
 
+def _check_distillation(config: TrainConfig) -> None:
+    """Raise ConfigError for a teacher without weights, and for what its probabilities take the place of."""
+    if config.distill_pretrained is None:
+        if config.distill_model is not None:
+            raise ConfigError(
+                "--distill-model needs its weights: name them with --distill-pretrained FILE"
+            )
+        return
+    others = {
+        "siglip": config.siglip,
+        "label_smoothing": config.label_smoothing > 0,
+        "duplicate_captions": config.duplicate_captions != "negative",
+    }
+    if given := [flag_of(name) for name, is_given in others.items() if is_given]:
+        raise ConfigError(
+            f"--distill-pretrained learns a teacher's softmax over all pairs, which does not go with {', '.join(given)}; "
+            "leave one of them out"
+        )
+
+
 def reporters(config: TrainConfig) -> tuple[str, ...]:
     """Return the names in ``--report-to``."""
     if config.report_to == "all":
         return ("tensorboard", "wandb")
     return tuple(name.strip() for name in config.report_to.split(",") if name.strip())
+
+
+def wise_alphas(config: TrainConfig) -> tuple[float, ...]:
+    """Return the numbers in ``--wise-alpha``.
+
+    Raises:
+        ConfigError: they are no numbers from 0 to 1.
+    """
+    words = [] if config.wise_alpha is None else config.wise_alpha.split(",")
+    try:
+        alphas = tuple(float(word) for word in words)
+        if all(0 <= alpha <= 1 for alpha in alphas):
+            return alphas
+    except ValueError:
+        pass
+    raise ConfigError(
+        "--wise-alpha is numbers from 0, the start, to 1, the end, separated by commas, such as 0.25,0.5; "
+        f"got {config.wise_alpha!r}"
+    )

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from clipcore.kernels.adamw import Update, adamw_all_
 from clipcore.ranks import watchdog
+from clipcore.towers.model import CLIP
+from clipcore.towers.modules import parameters_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -171,6 +173,32 @@ class AdamW(torch.optim.Optimizer):
                     self.state[parameter][key] = moment
 
 
+def layer_rates(
+    model: CLIP, image_decay: float | None = None, text_decay: float | None = None
+) -> dict[Tensor, float]:
+    """Return what the learning rate of each parameter is multiplied with: less, the nearer it is to a tower's input.
+
+    Of a tower's N groups of layers, from its embeddings to its projection (``layer_groups``), group i has
+    decay**(N - 1 - i). The projection has 1; the logit scale and the bias are not named.
+
+    Args:
+        model: split among ranks already, if it is to be.
+        image_decay, text_decay: above 0, at most 1; None is 1.
+
+    Source: Clark et al. 2020 (ELECTRA, appendix A); Bao et al. 2021 (BEiT), with timm's groups.
+    """
+    rates: dict[Tensor, float] = {}
+    towers = (
+        (model.visual.layer_groups(), image_decay),
+        (model.text_layer_groups(), text_decay),
+    )
+    for groups, decay in towers:
+        for distance, group in enumerate(reversed(groups)):
+            rate = (1.0 if decay is None else decay) ** distance
+            rates |= {parameter: rate for part in group for parameter in parameters_of(part)}
+    return rates
+
+
 def build_optimizer(
     model: nn.Module,
     *,
@@ -180,12 +208,15 @@ def build_optimizer(
     weight_decay: float,
     moments: str = "fp32",
     seed: int = 0,
+    rates: Mapping[Tensor, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters, in two groups: decayed, and gains and biases.
 
-    What a sharded model does not split, its logit scale, is a group of its own, since one kernel updates a whole group.
+    What a sharded model does not split, its logit scale, is a group of its own, since one kernel updates a whole group. So
+    are parameters of another rate; a group's is its ``lr_rate``.
 
     Args:
+        rates: what the learning rate of a parameter is multiplied with, as of ``layer_rates``; 1 where it is not named.
         moments: ``fp32`` or ``bf16``. The optimizer is torch's where all is float32, the one above where anything is
             bfloat16, moments or parameters.
         seed: of the rounding to bfloat16.
@@ -196,16 +227,22 @@ def build_optimizer(
     if not named:
         raise ValueError("nothing to train: both towers and the logit scale are locked; unlock one")
     are_split = any(isinstance(p, DTensor) for _, p in named)
-    kinds: dict[str, list[nn.Parameter]] = {"no_decay": [], "decayed": [], "whole": []}
+    kinds: dict[tuple[float, str], list[nn.Parameter]] = {}
     for name, parameter in named:
         is_whole = are_split and not isinstance(parameter, DTensor)
         assert not (is_whole and is_decayed(name, parameter)), name
         kind = "whole" if is_whole else "decayed" if is_decayed(name, parameter) else "no_decay"
-        kinds[kind].append(parameter)
+        kinds.setdefault(((rates or {}).get(parameter, 1.0), kind), []).append(parameter)
+    # The slowest layers last, and of each rate those without decay first.
+    order = sorted(kinds, key=lambda key: (-key[0], ("no_decay", "decayed", "whole").index(key[1])))
     groups = [
-        {"params": parameters, "weight_decay": weight_decay if kind == "decayed" else 0.0}
-        for kind, parameters in kinds.items()
-        if parameters
+        {
+            "params": kinds[rate, kind],
+            "lr": lr * rate,
+            "lr_rate": rate,
+            "weight_decay": weight_decay if kind == "decayed" else 0.0,
+        }
+        for rate, kind in order
     ]
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
     if torch.bfloat16 in (dtype, *(p.dtype for _, p in named)):

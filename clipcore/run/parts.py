@@ -23,12 +23,12 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.data.loader import PairLoader
 from clipcore.data.sources import open_source, spread_captions
 from clipcore.data.transforms import ImageTransform, crop_settings
-from clipcore.loss import ClipLoss, SigLipLoss
+from clipcore.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from clipcore.packages import package_folder
 from clipcore.ranks.distributed import World, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig, parse_aug_cfg
 from clipcore.run.memory_plan import bytes_of
-from clipcore.run.recipe import RunConfig
+from clipcore.run.recipe import RunConfig, check_has_weights
 from clipcore.run.state import run_record
 from clipcore.tokenizer import (
     VOCABULARY_FILE,
@@ -41,7 +41,7 @@ from clipcore.tokenizer import (
 from clipcore.towers.architectures import find_model
 from clipcore.towers.descriptions import recorded_images
 from clipcore.towers.factory import create_model
-from clipcore.towers.loading import load_checkpoint
+from clipcore.towers.loading import load_checkpoint, load_tower
 from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
@@ -206,12 +206,18 @@ def build_model(
     device: torch.device,
     print_line: Callable[[str], None],
 ) -> CLIP:
-    """Return the model of a run, newly initialised or with the weights that ``--pretrained`` names.
+    """Return the model of a run, newly initialised or with the weights of ``--pretrained`` and ``--pretrained-image``.
 
     Args:
         checkpoint: of a run that goes on, whose weights are loaded later.
         print_line: called with a note if the weights lack a scale and a bias.
+
+    Raises:
+        ConfigError: the run is to fine-tune, and names no weights.
+        ValueError: the weights do not fit the model.
     """
+    if checkpoint is None:
+        check_has_weights(config)
     model = create_model(
         config.model,
         precision="bf16" if config.precision == "bf16" else "fp32",
@@ -225,7 +231,8 @@ def build_model(
     )
     if checkpoint is not None:
         model.set_images(recorded_images(run_record(checkpoint)["identity"], checkpoint.path))
-    elif config.pretrained is not None:
+        return model
+    if config.pretrained is not None:
         missing = load_checkpoint(model, config.pretrained).missing_keys
         if missing:
             # A softmax loss ends at a scale of up to 100, from which a sigmoid loss would begin in the hundreds.
@@ -234,6 +241,8 @@ def build_model(
                 f"{config.pretrained} has no logit_bias: --siglip begins with a scale of {SIGLIP_SCALE:g} and a bias of "
                 f"{SIGLIP_BIAS:g}"
             )
+    if config.pretrained_image is not None:
+        load_tower(model, "image", config.pretrained_image)
     return model
 
 
@@ -259,7 +268,7 @@ def build_loader(
 
 
 def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> ClipLoss | SigLipLoss:
-    """Return the loss over all ranks that the settings name."""
+    """Return the loss over all ranks that the settings name; that of a teacher too is a ``DistillClipLoss``."""
     # What a run on GPUs decided is of no use on a CPU.
     decided = config.gpu_stash_bytes if world.device.type == "cuda" else None
     rank, world_size = world.rank, world.world_size
@@ -274,7 +283,8 @@ def build_loss(config: TrainConfig, world: World, global_batch_size: int) -> Cli
             workspace_bytes=bytes_of(config.loss_workspace),
             uneven=is_uneven,
         )
-    return ClipLoss(
+    loss_class = ClipLoss if config.distill_pretrained is None else DistillClipLoss
+    return loss_class(
         rank=rank,
         world_size=world_size,
         label_smoothing=config.label_smoothing,

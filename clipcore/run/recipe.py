@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipcore.data.embedded import EMBEDDED
-from clipcore.run.config import ConfigError, TrainConfig
+from clipcore.run.config import ConfigError, TrainConfig, flag_of
 from clipcore.run.optim import adam_defaults
 from clipcore.run.schedule import learning_rate
 from clipcore.towers.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX, find_model
@@ -37,6 +37,14 @@ PAPER_RECIPE: dict[str, Any] = {
     "tokenizer": "openai",
     "vocab_size": 3072,
     "workers": 4,
+}
+
+# Of --finetune, in place of the above. The learning rate is that of contrastive fine-tuning in Goyal et al. 2022 (FLYP,
+# arXiv 2212.00638); the decays are those with which Sun et al. 2023 (EVA-CLIP, arXiv 2303.15389) train from other weights.
+FINETUNE_RECIPE: dict[str, Any] = {
+    "lr": 1e-5,
+    "image_layer_decay": 0.75,
+    "text_layer_decay": 0.75,
 }
 
 
@@ -75,9 +83,9 @@ class RunConfig(TrainConfig):
 
     A field that may still be None is one of three kinds:
 
-    - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown;
-      ``aug_scale`` and ``aug_ratio`` under ``aug_resize`` or ``aug_cfg``; ``batch_size``, which ``global_batch_size``
-      replaces;
+    - something is absent: validation data, a moving average, clipping, checkpoints between epochs, a cooldown, the decay
+      of learning rates from layer to layer; ``aug_scale`` and ``aug_ratio`` under ``aug_resize`` or ``aug_cfg``;
+      ``batch_size``, which ``global_batch_size`` replaces;
     - each launch decides it by its device: ``device``, ``precision`` (``precision_on``), ``step_memory``,
       ``loss_stash``, ``loss_workspace``;
     - the first step decides it by measurement, and the run records it: ``threads``, ``micro_batch_size``,
@@ -122,9 +130,11 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     What depends on the number of steps stays for the run: ``warmup_steps``.
 
     Raises:
-        ConfigError: the sizes of the batch contradict each other.
+        ConfigError: the sizes of the batch contradict each other, or there is nothing to fine-tune.
         UnknownModelError: there is no such model.
     """
+    if config.resume is None:
+        check_has_weights(config)
     preset = recipe_name(config)
     recipe = dict(RECIPES[preset])
     # More processes than cores only take turns.
@@ -135,6 +145,8 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     model = recipe["model"] if config.model is None else config.model
     betas_and_eps = adam_defaults(find_model(model).vision.is_resnet)
     recipe = dict(zip(("beta1", "beta2", "eps"), betas_and_eps, strict=True)) | recipe
+    if config.finetune:
+        recipe |= FINETUNE_RECIPE
 
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:
@@ -179,8 +191,36 @@ def in_global_batches(config: TrainConfig, world_size: int) -> TrainConfig:
     )
 
 
+def check_has_weights(config: TrainConfig) -> None:
+    """Raise ConfigError for a run that would fine-tune random weights."""
+    if config.pretrained is not None or config.pretrained_image is not None:
+        return
+    for name, is_set in (("finetune", config.finetune), ("wise_alpha", config.wise_alpha)):
+        if is_set:
+            raise ConfigError(
+                f"{flag_of(name)} goes on from weights: name them with --pretrained FILE, or those of the image tower alone "
+                "with --pretrained-image FILE"
+            )
+
+
+def finetune_note(given: TrainConfig, config: RunConfig, is_warmup_given: bool) -> str | None:
+    """Return in a line which settings ``--finetune`` has made; None if it has made none.
+
+    Args:
+        given: the settings as the user, or a run that is resumed, gave them.
+        config: the same, resolved, with the warm-up of the run.
+    """
+    if not config.finetune:
+        return None
+    names = [name for name in FINETUNE_RECIPE if getattr(given, name) is None]
+    if not is_warmup_given:
+        names.append("warmup")
+    made = [f"{flag_of(name)} {getattr(config, name):g}" for name in names]
+    return f"--finetune sets {', '.join(made)}" if made else None
+
+
 def warmup_steps(config: RunConfig, is_chosen: bool, num_steps: int) -> int:
-    """Return the warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run.
+    """Return the warm-up of a run of ``num_steps``: a recipe's is cut to a tenth of the run, ``--finetune``'s is a tenth.
 
     Args:
         is_chosen: the user or an earlier launch has set it, and it is not cut.
@@ -188,6 +228,8 @@ def warmup_steps(config: RunConfig, is_chosen: bool, num_steps: int) -> int:
     Raises:
         ConfigError: a warm-up that was chosen is longer than the run.
     """
+    if not is_chosen and config.finetune:
+        return num_steps // 10
     if not is_chosen:
         return min(config.warmup, num_steps // 10)
     if config.warmup > num_steps:

@@ -127,11 +127,12 @@ def describe(
     run_dir: Path,
 ) -> str:
     """Return in a few lines what is about to happen."""
-    image_m = sum(p.numel() for p in model.visual.parameters()) / 1e6
-    all_m = sum(p.numel() for p in model.parameters()) / 1e6
+    num_image = sum(p.numel() for p in model.visual.parameters())
+    num_all = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resumed = f", from step {first_step}" if first_step else ""
     return (
-        f"{config.model}: {all_m:.1f} M parameters, {image_m:.1f} M of them in the image tower\n"
+        f"{config.model}: {num_all:,} parameters, {num_image:,} of them in the image tower; {num_trained:,} are trained\n"
         f"{source.name}: {len(source):,} pairs; {config.epochs} epochs of batch "
         f"{config.global_batch_size} = {num_steps:,} steps{resumed}, "
         f"on {world.world_size} x {world.device.type}\n"

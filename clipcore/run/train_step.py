@@ -31,7 +31,7 @@ from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
 from clipcore.run import compiled, threads
-from clipcore.run.grad_cache import Embed, StepOutput, differentiate
+from clipcore.run.grad_cache import Embed, StepOutput, differentiate, micro_batches
 from clipcore.run.memory_plan import (
     GB,
     StepPlan,
@@ -60,6 +60,7 @@ class TrainingStep:
         num_kept_graphs: micro-batches that keep their graphs; None until there is a plan.
         reduced: the towers in what averages gradients over ranks, where there are several and the model is whole.
         with_ids: equal captions of a global batch belong together, and ``loss_fn.same_id`` says how.
+        teacher: in evaluation mode, whose features a ``DistillClipLoss`` takes too; None for any other loss.
     """
 
     model: CLIP
@@ -75,6 +76,7 @@ class TrainingStep:
     pack_text: bool = True  # padded captions give the same features and gradients, slower
     stream: torch.cuda.Stream | None = None  # of the uploads, made when it is needed
     with_ids: bool = False
+    teacher: CLIP | None = None
 
     @property
     def largest_share(self) -> int:
@@ -106,15 +108,22 @@ class TrainingStep:
         Args:
             num_parts: other than those of the plan, for another batch.
         """
+        num_parts = self.num_parts if num_parts is None else num_parts
+        taught: tuple[Tensor, ...] | None = None
+        if self.teacher is not None:
+            taught = self.features_of_teacher(batch, step, num_parts)
+            if on_phase is not None:
+                on_phase("teacher")
         torch.manual_seed(step_seed(self.seed, step, self.world.rank))
         towers = self.model if self.reduced is None else self.reduced
-        loss = partial(self.loss, ids_B=self.ids(batch)) if self.with_ids else self.loss
+        ids_B = self.ids(batch) if self.with_ids else None
+        loss = partial(self.loss, ids_B=ids_B, taught=taught)
         return differentiate(
             self.embedder(batch, step, towers),
             loss,
             self.model,
             len(batch.images),
-            self.num_parts if num_parts is None else num_parts,
+            num_parts,
             1 if self.num_kept_graphs is None else self.num_kept_graphs,
             scale_loss=self.scale_loss,
             sync=partial(_pass, towers) if self.world.world_size > 1 else None,
@@ -156,6 +165,31 @@ class TrainingStep:
 
         return embed
 
+    @torch.no_grad()
+    def features_of_teacher(
+        self, batch: Batch, step: int, num_parts: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the teacher's image features and text features of a batch, [B, F], and its scale.
+
+        The batch goes up to the device once more for it: kept there, it would take the memory of all its images.
+
+        Args:
+            num_parts: micro-batches, of which one is embedded at a time.
+        """
+        assert self.teacher is not None
+        upload = Upload(self.cutter(batch, step), self.world.device, self._stream())
+        parts = micro_batches(len(batch.images), num_parts)
+        features: list[tuple[Tensor, Tensor]] = []
+        scale = self.teacher.logit_scale.exp()
+        for rows, following in zip(parts, [*parts[1:], None], strict=True):
+            # Without the seeds of the student's dropout.
+            images, tokens = upload.rows(rows, following)[:2]
+            with self.autocast():
+                image, text, scale = self.teacher(images, tokens)[:3]
+            features.append((image, text))
+        image_BF, text_BF = (torch.cat(side) for side in zip(*features, strict=True))
+        return image_BF, text_BF, scale
+
     def _stream(self) -> torch.cuda.Stream | None:
         """Return the stream of all uploads: the caching allocator pools memory per stream."""
         if self.stream is None and self.world.device.type == "cuda":
@@ -169,14 +203,23 @@ class TrainingStep:
             ids_B = ids_B.pin_memory()
         return ids_B.to(self.world.device, non_blocking=True)
 
-    def loss(self, *features: Tensor, ids_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        *features: Tensor,
+        ids_B: Tensor | None = None,
+        taught: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         """Return the loss of all pairs; what it multiplies follows the precision of the run.
 
         Args:
             features: image features, text features, and the scalars of the loss.
             ids_B: the id of each pair's caption, which its image and its text share; None for the plain loss.
+            taught: as of ``features_of_teacher``; None without a teacher.
         """
         with self.autocast():
+            if taught is not None:
+                contrastive, distill = self.loss_fn(*features, *taught)
+                return contrastive + distill
             if ids_B is None:
                 return self.loss_fn(*features)
             return self.loss_fn(*features, image_ids=ids_B, text_ids=ids_B)
@@ -211,6 +254,9 @@ class TrainingStep:
         budget_bytes = default_budget(device) if given_bytes is None else given_bytes
         embeddings = 2 * num_rows * self.model.config.embed_dim * torch.float32.itemsize
         fixed = {"embeddings": 2 * embeddings}  # and their gradients
+        if self.teacher is not None:
+            width = self.teacher.config.embed_dim
+            fixed["teacher's embeddings"] = 2 * num_rows * width * torch.float32.itemsize
         if device.type == "cpu":
             fixed = {"inputs": batch.images.nbytes + batch.tokens.nbytes, **fixed}
         some = self._some_features()
@@ -282,6 +328,8 @@ class TrainingStep:
             said = str(self.loss_fn.plan(some, some))
         if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.label_smoothing > 0:
             said += f"; label smoothing {self.loss_fn.label_smoothing:g}"
+        if self.teacher is not None:
+            said += f"; and the cross-entropy to the softmax of a teacher, {self.teacher.config.short_name}"
         if self.with_ids:
             said += f"; pairs of equal captions are {_EQUAL_CAPTIONS[self.loss_fn.same_id]}"
             if isinstance(self.loss_fn, ClipLoss) and self.loss_fn.same_id == "positive":

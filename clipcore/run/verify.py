@@ -18,6 +18,7 @@ from clipcore.data.loader import Batch
 from clipcore.kernels.contrastive import contrastive_ref
 from clipcore.kernels.sigmoid import sigmoid_ref
 from clipcore.loss import SigLipLoss
+from clipcore.loss.distill import distill_ref
 from clipcore.ranks.distributed import all_reduce_flag, gather_rows
 from clipcore.run.compiled import uncompile_blocks
 from clipcore.run.grad_cache import micro_batches
@@ -131,7 +132,10 @@ def _plain(
     model = gathered(training.model) if is_sharded(training.model) else training.model
     model = copy.deepcopy(model).double()
     uncompile_blocks(model)
-    plain = dataclasses.replace(training, model=model, precision="fp32", pack_text=False)
+    teacher = None if training.teacher is None else copy.deepcopy(training.teacher).double()
+    plain = dataclasses.replace(
+        training, model=model, teacher=teacher, precision="fp32", pack_text=False
+    )
     embed = plain.embedder(everything, step, model)
     starts = range(0, len(everything.images), len(small.images))
     parts = [
@@ -141,6 +145,8 @@ def _plain(
     ]
     image_GE, text_GE = (torch.cat([part[i] for part in parts]) for i in range(2))
     reference = _reference(training, tokens)
+    if teacher is not None:
+        reference = _with_teacher(reference, plain.features_of_teacher(everything, step))
     scalars = parts[-1][2:]
     loss = reference(image_GE, text_GE, *scalars)
     loss.backward()
@@ -166,6 +172,17 @@ def _reference(training: TrainingStep, tokens_GL: Tensor) -> Callable[..., Tenso
     if isinstance(loss_fn, SigLipLoss):
         return partial(sigmoid_ref, **settings)
     return partial(contrastive_ref, label_smoothing=loss_fn.label_smoothing, **settings)
+
+
+def _with_teacher(
+    reference: Callable[..., Tensor], taught: Sequence[Tensor]
+) -> Callable[..., Tensor]:
+    """Return a plain loss with the cross-entropy to a teacher's softmax added."""
+
+    def total(image_GE: Tensor, text_GE: Tensor, scale: Tensor) -> Tensor:
+        return reference(image_GE, text_GE, scale) + distill_ref(image_GE, text_GE, scale, *taught)
+
+    return total
 
 
 def _sizes_of_terms(

@@ -10,6 +10,7 @@
 ``intermediates.py``        the outputs of single blocks
 ``model.py``                CLIP
 ``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
+``interpolation.py``        the model between two states of one
 ``factory.py``              the functions that make models, as in open_clip
 ``openai.py``               the `load` of OpenAI's package, and a model with its call
 ``open_clip_arguments.py``  open_clip's arguments that clipcore lacks: accepted or refused

@@ -401,10 +401,14 @@ def check_images(images: Tensor, image_size: int) -> None:
         )
 
 
+def parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """Return the parameters of a module, or the parameter itself."""
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+
+
 def freeze(module: nn.Module | nn.Parameter, frozen: bool = True) -> None:
     """Freeze or unfreeze a module or parameter."""
-    parameters = [module] if isinstance(module, nn.Parameter) else list(module.parameters())
-    for parameter in parameters:
+    for parameter in parameters_of(module):
         parameter.requires_grad_(not frozen)
 
 

@@ -255,6 +255,12 @@ class ModifiedResNet(nn.Module):
         """Return features that can be compared with texts; a ResNet has no projection, so they are the same ones."""
         return pooled_BE
 
+    def layer_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Return the tower's parts from input to output: stem, stages, attention pool."""
+        stem = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
+        stages = ([getattr(self, f"layer{i}")] for i in range(1, 5))
+        return [stem, *stages, [self.attnpool]]
+
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the whole tower, and its BatchNorm statistics too on request."""
         if unlocked_groups:

@@ -160,21 +160,24 @@ class TextTower(nn.Module):
             return text_BL
         return text_BL[:, : int(end_B.max()) + 1]
 
-    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze all but the last groups; the groups are embeddings, blocks, last block with ln_final, projection.
-
-        Args:
-            unlocked_layers: groups left free, counted from the end.
-            freeze_layer_norm: accepted, as in open_clip; a frozen group's LayerNorms are frozen with it.
-        """
+    def text_layer_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Return the tower's parts from input to output: embeddings, blocks, last block with ln_final, projection."""
         *blocks, last = self.transformer.blocks
-        groups: list[list[nn.Module | nn.Parameter]] = [
+        return [
             [self.token_embedding, self.positional_embedding],
             *([block] for block in blocks),  # type: ignore[list-item]
             [last, self.ln_final],
             [self.text_projection],
         ]
-        freeze_all_but_last(groups, unlocked_layers)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze all but the last groups of ``text_layer_groups``.
+
+        Args:
+            unlocked_layers: groups left free, counted from the end.
+            freeze_layer_norm: accepted, as in open_clip; a frozen group's LayerNorms are frozen with it.
+        """
+        freeze_all_but_last(self.text_layer_groups(), unlocked_layers)
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -173,16 +173,19 @@ class VisionTransformer(nn.Module):
         rows = torch.arange(x_BLD.shape[0], device=x_BLD.device)[:, None]
         return torch.cat([x_BLD[:, :1], x_BLD[rows, kept]], 1)
 
-    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze all but the last groups; the groups are stem, blocks, last block with ln_post, projection."""
+    def layer_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Return the tower's parts from input to output: stem, blocks, last block with ln_post, projection."""
         *blocks, last = self.transformer.blocks
-        groups: list[list[nn.Module | nn.Parameter]] = [
+        return [
             [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre],
             *([block] for block in blocks),  # type: ignore[list-item]
             [last, self.ln_post],
             [self.proj],
         ]
-        freeze_all_but_last(groups, unlocked_groups)
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze all but the last groups of ``layer_groups``."""
+        freeze_all_but_last(self.layer_groups(), unlocked_groups)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
