@@ -1,15 +1,16 @@
-"""Show what a file or folder of weights says about its model: ``python -m clipcore.inspect FILE``.
+"""Find out what a file or folder of weights says about its model: the command ``python -m clipcore.inspect``.
 
-It names the architecture, the activation, the preprocessing, the vocabulary, the number of parameters, what is missing, and
-the call that loads the weights. No code in a file runs.
-
-Exit status: 0 the weights load, 1 they do not, 2 a mistake in the arguments, an unreadable file or too little memory, 70 a
-fault of clipcore's own.
+``inspection_arguments.py`` has its flags and its exit status.
 """
 
 from __future__ import annotations
 
-import argparse
+from clipcore.inspection_arguments import build_parser
+from clipcore.terminal import answer_early, complain, printable, steady_output
+
+if __name__ == "__main__":
+    answer_early(build_parser().parse_args)
+
 import collections
 import dataclasses
 import json
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
 from clipcore.ranks.failures import end_with
-from clipcore.terminal import Parser, complain, printable, steady_output
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     OPENAI_VOCAB_SIZE,
@@ -291,19 +291,6 @@ def _call(path: str, config: ModelConfig, weights: Weights, vocabulary: Path | N
     elif text.vocab_size == OPENAI_VOCAB_SIZE:
         lines.append(f"tokenizer = clipcore.get_tokenizer(context_length={text.context_length})")
     return "\n".join(lines)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = Parser(prog="python -m clipcore.inspect", description=__doc__)
-    parser.add_argument(
-        "weights",
-        nargs="+",
-        metavar="FILE",
-        help="weights of OpenAI, open_clip or transformers, or their folder; a checkpoint or a run of clipcore",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    return parser
 
 
 @steady_output()

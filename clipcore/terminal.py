@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
 
 
@@ -103,6 +103,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(self.prog.removeprefix("python -m "), f"error: {message}; see --help")
         raise SystemExit(2)
+
+
+def answer_early(parse: Callable[[], object]) -> None:
+    """Answer --help, or a mistake in the flags, and exit; return if the command line is right.
+
+    A command calls this before it imports torch, which takes seconds.
+
+    Args:
+        parse: reads the process's command line, and exits as argparse does.
+    """
+    with steady_output():
+        parse()
 
 
 def check_whole_numbers(arguments: argparse.Namespace, names: Sequence[str]) -> None:

@@ -13,7 +13,12 @@ Source: Radford et al. 2021, section 2.4; Sennrich et al. 2016 (BPE). Shapes: B 
 
 from __future__ import annotations
 
-import argparse
+from clipcore.terminal import answer_early, complain, steady_output
+from clipcore.tokenizer_arguments import BYTE_VOCAB_SIZE, OPENAI_VOCAB_SIZE, build_parser
+
+if __name__ == "__main__":
+    answer_early(build_parser().parse_args)
+
 import functools
 import gzip
 import hashlib
@@ -40,7 +45,6 @@ from clipcore.data.sources import names_pairs, open_source, spread_captions
 from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
 from clipcore.packages import package_folder
 from clipcore.ranks.failures import end_with
-from clipcore.terminal import Parser, complain, steady_output
 from clipcore.towers.architectures import UnknownModelError, find_model
 from clipcore.towers.descriptions import HF_MERGES_FILE, read_description
 from clipcore.towers.published import LOCAL_PREFIX, place_of, refuse_hub
@@ -50,10 +54,8 @@ OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # Names of the vocabulary and the settings in a run's folder.
 VOCABULARY_FILE, _SETTINGS_FILE = "vocabulary.txt.gz", "config.json"
 _MAX_SETTINGS_BYTES = 1 << 22
-OPENAI_VOCAB_SIZE = 49408
 # Hash of the 48,894 merges in use, as Tokenizer.sha256 computes it.
 OPENAI_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
-BYTE_VOCAB_SIZE = 514
 
 # The pieces that are encoded separately: English endings, words, single digits, runs of anything else. U+0345 is in
 # none: it folds to the letter iota, so OpenAI's case-insensitive expression finds it in no class and drops it.
@@ -691,33 +693,6 @@ def _captions_of(data: str) -> Iterable[str]:
     if data in EMBEDDED:
         return EMBEDDED[data].training_captions()
     return spread_captions(open_source(data)) if names_pairs(data) else _read_captions(Path(data))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m clipcore.tokenizer", description="Learn a vocabulary from captions."
-    )
-    parser.add_argument(
-        "--train",
-        required=True,
-        metavar="DATA",
-        help="text file, a caption a line; or what --train-data takes: shards, a table, a folder, a URL, 'glyphs'",
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=OPENAI_VOCAB_SIZE,
-        metavar="N",
-        help=f"entries, at least {BYTE_VOCAB_SIZE} [{OPENAI_VOCAB_SIZE}]",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("vocabulary.txt.gz"),
-        metavar="FILE",
-        help="where to write it [vocabulary.txt.gz]",
-    )
-    return parser
 
 
 def _describe(tokenizer: Tokenizer, captions: Iterable[str]) -> str:

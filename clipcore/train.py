@@ -17,10 +17,11 @@ Exit status:
 
 from __future__ import annotations
 
-from clipcore.run.command_line import answer_early, parse_command_line
+from clipcore.run.command_line import check_command_line, parse_command_line
+from clipcore.terminal import answer_early, complain, steady_output
 
 if __name__ == "__main__":
-    answer_early()
+    answer_early(check_command_line)
 
 import contextlib
 import dataclasses
@@ -122,7 +123,6 @@ from clipcore.run.teacher import build_teacher
 from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
-from clipcore.terminal import complain, steady_output
 from clipcore.tokenizer import VOCABULARY_FILE
 
 WORKER_LOST_STATUS = 4

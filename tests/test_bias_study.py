@@ -12,8 +12,9 @@ from given_features import GivenFeatures
 
 from clipcore.data import DataError
 from clipcore.evaluate import bias_study, label_lists
+from clipcore.evaluate.arguments import add_bias_arguments
 from clipcore.evaluate.bias import label_differences
-from clipcore.evaluate.bias_study import LabelProbe, add_arguments, chosen_columns, measure_bias
+from clipcore.evaluate.bias_study import LabelProbe, chosen_columns, measure_bias
 from clipcore.evaluate.label_lists import PAPER_LABELS, LabelList, read_label_list
 from clipcore.evaluate.results import BIAS, Result
 from clipcore.terminal import Parser
@@ -257,6 +258,6 @@ def test_files_that_are_none(tmp_path):
 
 def test_the_arguments():
     parser = Parser()
-    add_arguments(parser)
+    add_bias_arguments(parser)
     parsed = parser.parse_args(["--groups", "age,race", "--add-class", "child"])
     assert (parsed.groups, parsed.labels, parsed.add_class) == ("age,race", None, ["child"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gc
 import json
 import math
 import os
@@ -15,8 +17,9 @@ from runs import NANO, RunServer
 from safetensors.torch import save_file
 from shards import picture, write_csv
 
-from clipcore import classify
-from clipcore.classify import main, read_labels
+from clipcore.classify import classification
+from clipcore.classify.__main__ import main
+from clipcore.classify.labels import read_labels
 from clipcore.tokenizer import byte_tokenizer
 from clipcore.towers.factory import create_model
 
@@ -175,7 +178,7 @@ def test_pictures_are_classified_in_parts_and_transparent_ones_counted(
     assert whole.err == "clipcore.classify: note: 1 of 3 images are transparent: laid over white\n"
     rows = json.loads(whole.out)
     assert rows[str(clear)] == rows[str(white)] != rows[str(image)]
-    monkeypatch.setattr(classify, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(classification, "IMAGES_AT_ONCE", 2)
     assert main(line) == 0
     parts = json.loads(capsys.readouterr().out)
     for path in paths:
@@ -202,7 +205,7 @@ def fixed_names(monkeypatch, classes: list[int]) -> None:
         best = shares_BC.topk(min(num_best, num_classes))
         return best.values, best.indices
 
-    monkeypatch.setattr("clipcore.classify.classify", classify_in_order)
+    monkeypatch.setattr("clipcore.classify.classification.classify", classify_in_order)
 
 
 def test_a_summary_counts_best_names_and_compares_them_with_the_folders(
@@ -260,6 +263,84 @@ def test_json_of_a_folder_is_one_object(run_dir, image, tmp_path, capsys):
     content = json.loads(printed)
     assert list(content) == [str(image), f"{folder}/cat/0.jpg", f"{folder}/cat/1.jpg"]
     assert printed == json.dumps(content, indent=2) + "\n"
+
+
+def test_what_is_found_is_written_to_files(run_dir, image, tmp_path, capsys):
+    folder = class_folders(tmp_path / "data", {"cat": 2})
+    tables = [tmp_path / "found.csv", tmp_path / "found.JSON"]
+    line = [str(image), str(folder), "--labels", "cat,dog", "--checkpoint", str(run_dir)]
+    assert main([*line, "--out", str(tables[0]), "--out", str(tables[1])]) == 0
+    said = capsys.readouterr().out
+    assert "3 images by their best name" in said and f"written to {tables[0]}" in said
+    assert "#" not in said  # no table of all images
+
+    assert main([*line, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert tables[1].read_text() == printed
+    expected = [
+        {"image": path, "rank": str(rank), "label": label, "probability": str(probability)}
+        for path, names in json.loads(printed).items()
+        for rank, (label, probability) in enumerate(names.items(), 1)
+    ]
+    with open(tables[0], newline="") as file:
+        assert list(csv.DictReader(file)) == expected
+    assert {path.name for path in tmp_path.iterdir()} >= {"found.csv", "found.JSON"}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("found.txt", "--out writes .csv or .json, not "),
+        ("no/found.csv", "create it first"),
+        ("folder.csv", "is a folder; name a file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    image, tmp_path, capsys, out, message
+):
+    (tmp_path / "folder.csv").mkdir()
+    line = [str(image), "--labels", "a,b", "--checkpoint", "none", "--out", str(tmp_path / out)]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_no_more_images_are_in_memory_for_a_larger_folder(run_dir, tmp_path, capsys, monkeypatch):
+    """Counted in bytes of the tensors of pixels that are alive when a batch is classified."""
+    monkeypatch.setattr(classification, "IMAGES_AT_ONCE", 4)
+    classify, alive = classification.classify, []
+
+    def counted(model, images, classifier_EC, num_best):
+        tensors = [
+            x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-3:-2] == (3,)
+        ]
+        alive[-1].append(sum(x.untyped_storage().nbytes() for x in tensors))
+        return classify(model, images, classifier_EC, num_best)
+
+    monkeypatch.setattr(classification, "classify", counted)
+    for count in (4, 12):
+        folder = class_folders(tmp_path / str(count), {"cat": count})
+        alive.append([])
+        assert main([str(folder), "--labels", "cat,dog", "--checkpoint", str(run_dir)]) == 0
+    one_image = 3 * 32 * 32 * 4
+    # A batch, and its images before they are stacked.
+    assert alive[0] == [2 * 4 * one_image] and alive[1] == 3 * alive[0]
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(run_dir, tmp_path, capsys, monkeypatch):
+    folder = class_folders(tmp_path / "data", {"cat": 3})
+    line = [str(folder), "--labels", "cat,dog", "--checkpoint", str(run_dir), "--json"]
+    assert main(line) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("clipcore.progress.LINE_EVERY_S", 0.0)
+    assert main(line) == 0
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert [row.partition(" images, ")[0] for row in lines] == [
+        f"clipcore.classify: {number} of 3" for number in (1, 2, 3)
+    ]
+    assert len(json.loads(said.out)) == 3
 
 
 def test_what_folders_hold_beside_readable_images_is_counted(run_dir, tmp_path, capsys):
@@ -348,7 +429,7 @@ def test_arguments_do_not_steer_the_terminal(capsys):
 
 def test_features_that_are_not_finite_are_named(run_dir, image, capsys, monkeypatch):
     monkeypatch.setattr(
-        "clipcore.classify.classify",
+        "clipcore.classify.classification.classify",
         lambda *_: (torch.full((1, 2), math.nan), torch.zeros(1, 2, dtype=torch.long)),
     )
     assert main([str(image), "--labels", "a, b", "--checkpoint", str(run_dir)]) == 2

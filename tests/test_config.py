@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
-import sys
 import typing
 
 import pytest
-from runs import PROGRAMS
 
 from clipcore.data.transforms import ImageTransform
 from clipcore.run.command_line import build_parser, parse_command_line
@@ -174,22 +170,6 @@ def test_every_field_is_a_flag_with_a_line_of_help():
             continue
         assert f"--{field.name.replace('_', '-')}" in flags
         assert field.metadata["help"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"),
-    [
-        ("--help", 0, "--global-batch-size"),
-        ("--epocs 3", 2, "unknown argument --epocs; did you mean --epochs?"),
-        ("--epochs three", 2, "invalid int value"),
-        ("--epochs 0", 2, "epochs"),
-    ],
-)
-def test_help_and_mistakes_in_flags_are_answered_before_torch_is_imported(arguments, status, said):
-    command = [sys.executable, str(PROGRAMS / "answer_early.py"), *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert said in done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"status": status, "torch": False}
 
 
 def test_help_fits_on_two_screens():

@@ -24,7 +24,8 @@ from shards import SHAPES, picture, write_csv
 
 from clipcore.evaluate import features as feature_store
 from clipcore.evaluate import runner
-from clipcore.evaluate.__main__ import build_parser, main
+from clipcore.evaluate.__main__ import main
+from clipcore.evaluate.arguments import build_parser
 from clipcore.evaluate.results import Result, read_result, read_results, write_result
 from clipcore.evaluate.same_weights import identity_of
 from clipcore.towers.factory import create_model

@@ -105,10 +105,11 @@ def test_developers_see_where_a_mistake_was_found(monkeypatch, capfd):
     assert last == "clipcore.test: error: x" and any("DataError" in line for line in trace)
 
 
+MAIN = ".__main__"
 COMMANDS = {
     "train": ("clipcore.train", "init_distributed", []),
     "classify": (
-        "clipcore.classify",
+        "clipcore.classify.__main__",
         "run_classification",
         ["x.png", "--labels", "a,b", "--checkpoint", "run"],
     ),
@@ -130,7 +131,7 @@ def test_every_command_ends_so(command, error, status, monkeypatch, capfd):
 
     monkeypatch.setattr(command_module, function, fail)
     assert command_module.main(line) == status
-    assert f"{module}: error: " in capfd.readouterr().err
+    assert f"{module.removesuffix(MAIN)}: error: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["classify", "tokenizer", "prepare"])
@@ -144,7 +145,7 @@ def test_ctrl_c_is_no_traceback(command, monkeypatch, capfd):
     monkeypatch.setattr(command_module, function, stop)
     assert command_module.main(line) == 130
     said = capfd.readouterr().err
-    assert said.startswith(f"{module}: stopped") and said.count("\n") == 1
+    assert said.startswith(f"{module.removesuffix(MAIN)}: stopped") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: rooms, and the modules that lie beside them. A file may import those of lower layers, and
 # the files of its own room.
 LAYERS = [
-    {"files", "moved", "native", "number_texts", "packages", "page_style", "terminal"},
+    {"files", "moved", "native", "number_texts", "packages", "page_style", "progress", "terminal"},
     {"checkpoint", "kernels", "ranks"},
     {"data", "loss"},
     {"towers"},
+    {"tokenizer_arguments"},
     {"tokenizer"},
     {"run"},
     {"evaluate"},
     {"report"},
-    {"export"},
+    {"export", "interpolate_arguments", "inspection_arguments"},
     {"classify", "inspection", "interpolate", "train"},
+    {"commands"},
 ]
 
 FILES = sorted(
@@ -107,7 +109,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_every_room_names_its_files() -> None:
-    for folder in ("checkpoint", "data", "loss", "ranks", "report", "run", "towers"):
+    for folder in ("checkpoint", "classify", "data", "loss", "ranks", "report", "run", "towers"):
         told = ast.get_docstring(parsed(ROOT / "clipcore" / folder / "__init__.py"))
         files = {path.name for path in (ROOT / "clipcore" / folder).glob("*.py")}
         listed = {line.split("``")[1] for line in told.splitlines() if line.startswith("``")}

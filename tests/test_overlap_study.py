@@ -24,8 +24,9 @@ from clipcore.data.plain_images import PlainImages
 from clipcore.data.sources import left_out_of
 from clipcore.data.tables import CsvSource
 from clipcore.data.transforms import ImageTransform
-from clipcore.evaluate import commands, image_descriptors, overlap_study
+from clipcore.evaluate import arguments, commands, image_descriptors, overlap_study
 from clipcore.evaluate.altered_copies import ALTERATIONS, altered_copy, shrunk
+from clipcore.evaluate.arguments import add_overlap_arguments
 from clipcore.evaluate.datasets import Split
 from clipcore.evaluate.features import FeatureStore
 from clipcore.evaluate.image_descriptors import (
@@ -35,7 +36,7 @@ from clipcore.evaluate.image_descriptors import (
     model_descriptor,
     pixel_descriptor,
 )
-from clipcore.evaluate.overlap_study import add_arguments, adjust, measure_overlap, open_training
+from clipcore.evaluate.overlap_study import adjust, measure_overlap, open_training
 from clipcore.evaluate.results import OVERLAP, ZERO_SHOT, Result
 from clipcore.terminal import Parser
 from clipcore.towers.factory import create_model
@@ -179,7 +180,7 @@ def test_a_block_that_cannot_be_written_or_read(monkeypatch, tmp_path):
 
 def overlap_arguments(**more: object) -> argparse.Namespace:
     parser = Parser()
-    add_arguments(parser)
+    add_overlap_arguments(parser)
     parsed = parser.parse_args(["--train-data", "x", "--threshold", "0.5"])
     running = {"templates": [], "batch_size": 4, "workers": 0, "suite": None}
     return argparse.Namespace(**{**vars(parsed), **running, **more})
@@ -549,11 +550,11 @@ def test_each_part_of_the_training_data_is_opened_once(monkeypatch, tmp_path):
 
 def test_the_arguments():
     parser = Parser()
-    add_arguments(parser)
+    add_overlap_arguments(parser)
     parsed = parser.parse_args(["--train-data", "glyphs", "--threshold", "0.95"])
     assert (parsed.train_data, parsed.threshold, parsed.descriptor) == ("glyphs", 0.95, "model")
     assert parser.parse_args(["--train-data", "x"]).threshold is None
     assert "99%" in parser.format_help()
     for wrong in ("0", "1.01", "nan", "x", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"at most 1, such as 0\.95"):
-            overlap_study._threshold(wrong)
+            arguments._threshold(wrong)

@@ -9,8 +9,10 @@ import torch
 from given_features import GivenFeatures, GivenSource
 
 from clipcore.data import DataError
-from clipcore.evaluate import retrieval_study
-from clipcore.evaluate.retrieval_study import add_arguments, measure_retrieval, text_encoder
+from clipcore.evaluate import arguments, retrieval_study
+from clipcore.evaluate.arguments import add_retrieval_arguments
+from clipcore.evaluate.retrieval_study import measure_retrieval, text_encoder
+from clipcore.kernels.similarity_topk import MAX_K
 from clipcore.terminal import Parser
 from clipcore.towers.factory import create_model
 
@@ -111,9 +113,10 @@ def test_texts_are_encoded_to_unit_features_without_a_gradient():
 
 def test_the_arguments():
     parser = Parser()
-    add_arguments(parser)
+    add_retrieval_arguments(parser)
     assert parser.parse_args([]).recall_k == [1, 5, 10]
     assert parser.parse_args(["--recall-k", "2", "128"]).recall_k == [2, 128]
+    assert arguments.MAX_RANK == MAX_K
     for wrong in ("0", "129", "-1", "x", "9" * 5000, "000000001999"):
         with pytest.raises(argparse.ArgumentTypeError, match="from 1 to 128"):
-            retrieval_study._rank(wrong)
+            arguments._rank(wrong)

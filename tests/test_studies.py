@@ -16,15 +16,17 @@ from result_folders import (
     write_baseline,
 )
 
+from clipcore.evaluate.arguments import (
+    add_compare_arguments,
+    add_robustness_arguments,
+    add_scaling_arguments,
+)
 from clipcore.evaluate.comparison import compare
 from clipcore.evaluate.compute import image_macs
 from clipcore.evaluate.results import read_results
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.evaluate.studies import (
-    add_compare_arguments,
-    add_robustness_arguments,
-    add_scaling_arguments,
     print_study,
     run_compare,
     run_robustness,

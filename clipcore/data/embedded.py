@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipcore.data import glyphs, icons
+from clipcore.data.choices import GLYPHS, ICONS
 from clipcore.data.drawing import DrawnSource
 
 
@@ -60,7 +61,7 @@ _ICONS_RECIPE = {
 }
 
 EMBEDDED = {
-    "glyphs": EmbeddedData(
+    GLYPHS: EmbeddedData(
         open=glyphs.GlyphSource,
         templates=glyphs.ZERO_SHOT_TEMPLATES,
         style_templates=("a {} glyph", "a character in {} type"),
@@ -72,7 +73,7 @@ EMBEDDED = {
         retrieval="unseen characters, retrieval",
         recipe=_GLYPHS_RECIPE,
     ),
-    "icons": EmbeddedData(
+    ICONS: EmbeddedData(
         open=icons.IconSource,
         templates=icons.ZERO_SHOT_TEMPLATES,
         style_templates=("a {} icon", "an icon, {}"),

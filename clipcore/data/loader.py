@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipcore.data import BadSample, DataError, Pair, PairSource, WorkerLostError
+from clipcore.data.choices import JUDGED_ROWS
 from clipcore.data.order import SampleRandom, hash64, permutation
 from clipcore.data.resample import Picture
 from clipcore.data.transforms import ImageTransform, stack_images, was_transparent
@@ -33,8 +34,6 @@ from clipcore.ranks.signals import DataWaitError, data_arrived, waiting_for_data
 # Rows that a worker reads at once. One whole large batch per worker would fill the memory and arrive late.
 PART_ROWS = 256
 MAX_REPLACEMENTS = 64
-# Rows to read before the share of bad ones is judged.
-JUDGED_ROWS = 512
 # How many unreadable samples the message that stops a run names.
 SHOWN_REASONS = 5
 # Seconds within which a worker with a broken connection ends, even on a busy machine.

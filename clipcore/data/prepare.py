@@ -13,6 +13,18 @@ Exit status:
 
 from __future__ import annotations
 
+from clipcore.data.prepare_arguments import parse_command_line
+from clipcore.terminal import (
+    answer_early,
+    check_whole_numbers,
+    complain,
+    printable_lines,
+    steady_output,
+)
+
+if __name__ == "__main__":
+    answer_early(parse_command_line)
+
 import argparse
 import dataclasses
 import hashlib
@@ -46,12 +58,12 @@ from tqdm import tqdm
 
 from clipcore.checkpoint import run_lock
 from clipcore.data import DataError, PairSource
+from clipcore.data.choices import DEFAULT_CAPTION_KEY, DEFAULT_IMAGE_KEY
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import walk
 from clipcore.data.pictures import num_pictures
 from clipcore.data.random_access import state_of
 from clipcore.data.shards import (
-    FORMATS,
     ImageFormat,
     ShardReport,
     fault_of,
@@ -59,9 +71,6 @@ from clipcore.data.shards import (
     write_shard,
 )
 from clipcore.data.sources import (
-    DATASET_TYPES,
-    DEFAULT_CAPTION_KEY,
-    DEFAULT_IMAGE_KEY,
     expand_pattern,
     is_folder,
     left_out_of,
@@ -69,20 +78,11 @@ from clipcore.data.sources import (
     noted_of,
     open_source,
 )
-from clipcore.data.transforms import DECODERS, EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
+from clipcore.data.transforms import EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
 from clipcore.files import read_regular, write_durably
 from clipcore.ranks.failures import end_with
-from clipcore.terminal import (
-    Parser,
-    check_whole_numbers,
-    complain,
-    printable_lines,
-    steady_output,
-)
 
 MANIFEST = "manifest.json"
-# About 1 GB of raw pixels of 341 x 256, or 100 MB of JPEGs: large reads for a disk, but small for each of many processes.
-SHARD_SIZE = 4096
 _MOST_SHARDS = 1 << 24  # of a folder that is compared
 _SAVE_EVERY_S = 10.0
 _POLL_S = 0.2
@@ -555,44 +555,6 @@ def _write(job: _Job) -> ShardReport:
     return write_shard(job.path, _process["source"], job.rows, _process["image_format"], tick)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line's parser; flags that the training has too keep their names."""
-    parser = Parser(
-        prog="python -m clipcore.data.prepare",
-        description="Turn image-caption pairs into tar shards of small JPEGs or raw pixels, which train faster.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help="what --train-data takes: tar shards, a table, a folder, 'glyphs', 'icons'",
-    )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    add("--format", choices=FORMATS, default="jpeg", help="JPEG files, or .npy files of pixels")
-    add("--size", type=int, default=256, metavar="N", help="shorter side, pixels; never enlarged")
-    add("--quality", type=int, default=95, metavar="N", help="of the JPEG files, 1 to 100")
-    add("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="samples of a shard")
-    cores = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=cores, metavar="N", help="processes")
-    add("--image-decoder", choices=DECODERS, default="pillow", help="JPEG decoder")
-    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="of a picture")
-    add("--dataset-type", choices=DATASET_TYPES, default="auto", help="kind of the source")
-    add("--csv-img-key", default=DEFAULT_IMAGE_KEY, metavar="KEY", help="image column of a table")
-    add("--csv-caption-key", default=DEFAULT_CAPTION_KEY, metavar="KEY", help="its caption column")
-    add(
-        "--csv-separator",
-        metavar="SEP",
-        help="separator of a csv table [tab, or , ; | by its header]",
-    )
-    add("--csv-no-quotes", action="store_true", help="quotation marks in a csv table are text")
-    add("--check", action="store_true", help="only compare the shards in DIR with their hashes")
-    add("--quiet", action="store_true", help="no progress bar")
-    return parser
-
-
 def _settings(parsed: argparse.Namespace) -> Settings:
     numbers = ("size", "shard_size", "workers", "max_pixels")
     check_whole_numbers(parsed, (*numbers, "quality"))
@@ -678,10 +640,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 @steady_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, see ``clipcore.ranks.failures``."""
-    parser = build_parser()
-    parsed = parser.parse_args(arguments)
-    if not (parsed.check or "source" in parsed):
-        parser.error("the following arguments are required: source")
+    parsed = parse_command_line(arguments)
     previous = {n: signal.signal(n, _interrupt) for n in _SIGNALS}
     start = time.perf_counter()
     try:

@@ -33,7 +33,6 @@ from clipcore.data.tar import (
 from clipcore.data.transforms import resize_shorter, sides, was_transparent
 from clipcore.files import open_regular
 
-FORMATS = ("jpeg", "raw")
 MAX_KEY_CHARS = 200
 _TEMPORARY = ".tmp"
 
@@ -43,7 +42,7 @@ class ImageFormat:
     """The format of images in a shard.
 
     Args:
-        kind: one of ``FORMATS``: a JPEG file, or raw pixels as in ``raw.py``.
+        kind: one of ``choices.PREPARED_FORMATS``: a JPEG file, or raw pixels as in ``raw.py``.
         size: pixels of the shorter side; smaller images are not enlarged.
         quality: JPEG quality, 1 to 100.
     """

@@ -13,13 +13,12 @@ import numpy as np
 
 from clipcore.data import BadSample, DataError, LeftOut, Pair, PairSource, printable, remote
 from clipcore.data.caption_lists import CAPTION_LIST_SUFFIXES, open_caption_list
+from clipcore.data.choices import DATASET_TYPES, DEFAULT_CAPTION_KEY, DEFAULT_IMAGE_KEY
 from clipcore.data.folders import open_folder
 from clipcore.data.local_copies import LocalCopies
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.remote import PACKAGES, check_url, is_remote, shown, without_query
 from clipcore.data.tables import (
-    DEFAULT_CAPTION_KEY,
-    DEFAULT_IMAGE_KEY,
     CsvSource,
     JsonlSource,
     caption_columns,
@@ -29,7 +28,6 @@ from clipcore.data.transforms import MAX_PIXELS, Decoder, check_decoder
 
 __all__ = ["BadSample", "DataError", "MixtureSource", "Pair", "PairSource", "open_source"]
 
-DATASET_TYPES = ("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic")
 _SUFFIX_TYPES = {
     ".tar": "webdataset",
     ".csv": "csv",

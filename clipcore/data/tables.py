@@ -26,6 +26,7 @@ from clipcore.data import (
     checked_captions,
     printable,
 )
+from clipcore.data.choices import DEFAULT_CAPTION_KEY, DEFAULT_IMAGE_KEY
 from clipcore.data.remote import (
     MissingObjectError,
     RefusedObjectError,
@@ -46,9 +47,6 @@ from clipcore.files import not_utf8, open_regular, read_regular
 # Tried in this order if the user names no column and the format prescribes none.
 IMAGE_COLUMNS = ("image", "jpg", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
-# open_clip's names of the columns of a csv table, which are tried before the usual ones.
-DEFAULT_IMAGE_KEY = "filepath"
-DEFAULT_CAPTION_KEY = "title"
 PROBED_ROWS, _PROBED_ENTRIES = 16, 1000
 _SEPARATORS = "\t,;|"  # for csv tables, which may come from any program
 _SHOWN_COLUMNS, _SHOWN_CHARS = 20, 40  # in a message

@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from clipcore.data import MAX_PIXELS, BadSample, DataError
+from clipcore.data.choices import DECODERS
 from clipcore.data.headers import check_header, check_scans, check_size
 from clipcore.data.resample import Picture, as_image, resize_bicubic
 
@@ -38,7 +39,6 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # open_clip's names of them.
 OPENAI_DATASET_MEAN, OPENAI_DATASET_STD = OPENAI_MEAN, OPENAI_STD
 
-DECODERS = ("pillow", "simplejpeg")
 FORMATS = ("JPEG", "PNG", "WEBP")
 RESIZE_MODES = ("shortest", "squash", "longest")
 INTERPOLATIONS = ("bicubic", "bilinear")

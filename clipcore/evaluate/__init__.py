@@ -1,7 +1,7 @@
 """Evaluations of a trained model as in the paper, from the command line or from Python.
 
 ======================  ================================================================
-``__main__.py``         the command line; ``runner.py`` iterates over models and data sets, ``commands.py`` measures one
+``__main__.py``         the command, with its flags in ``arguments.py``; ``runner.py`` and ``commands.py`` do its work
 ``datasets.py``         ``open_set``: labelled data sets in all common layouts
 ``loading.py``          loads the models that a command line names
 ``features.py``         ``FeatureStore``: encodes each image once per model

@@ -9,7 +9,6 @@ of each group at a small probability. The user chooses the labels, and the resul
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -48,34 +47,6 @@ _MAX_LOGITS = 1 << 22
 _ROWS = 4096
 
 Groups = Mapping[str, Sequence[str]]
-
-
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add the arguments of the command ``bias`` only."""
-    parser.add_argument(
-        "--groups",
-        metavar="NAMES",
-        help="columns of the table that name groups, joined by commas [those called group:NAME; race,gender,age of "
-        "faces]",
-    )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="labels that people may be given, a file of one a line; "
-        f"'{PAPER}' takes the paper's 21 with its categories",
-    )
-    parser.add_argument(
-        "--categories",
-        metavar="FILE.json",
-        help='labels by category, such as {"crime": ["thief", "criminal"]}',
-    )
-    parser.add_argument(
-        "--add-class",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="measure the categories again with this label more, such as child; may be repeated",
-    )
 
 
 def column_names(text: str) -> list[str]:

@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from clipcore.data import DataError, printable
+from clipcore.data.choices import DEFAULT_IMAGE_KEY
 from clipcore.data.columns import is_table
 from clipcore.data.drawing import DrawnSource, SomePictures
 from clipcore.data.embedded import EMBEDDED as EMBEDDED_DATA
 from clipcore.data.embedded import EmbeddedData
 from clipcore.data.folders import CLASSES_FILE, ClassFolderSource, list_folder
 from clipcore.data.remote import is_remote
-from clipcore.data.sources import DEFAULT_IMAGE_KEY, open_source
+from clipcore.data.sources import open_source
 from clipcore.data.tables import ColumnError
 from clipcore.data.transforms import MAX_PIXELS, Decoder
 from clipcore.evaluate.class_folders import open_class_folders, split_folders

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from clipcore.data import DataError
-from clipcore.data.loader import JUDGED_ROWS, eval_batches, no_tokens, too_many_bad
+from clipcore.data.choices import JUDGED_ROWS
+from clipcore.data.loader import eval_batches, no_tokens, too_many_bad
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.datasets import Split
 from clipcore.files import read_regular

@@ -24,7 +24,6 @@ from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.overlap import pixel_descriptors
 from clipcore.towers.model import CLIP
 
-DESCRIPTORS = ("model", "pixels")
 # Training images compared at once: the rows of a chunk in similarity_topk.
 _BLOCK_ROWS = 4096
 # Bytes of descriptors kept in memory for later data sets: a million images of 256 numbers.
@@ -41,7 +40,7 @@ class Descriptor(NamedTuple):
     """A function that identifies images.
 
     Attributes:
-        name: one of ``DESCRIPTORS``.
+        name: one of ``arguments.DESCRIPTORS``.
         transform: makes crops of S x S pixels.
         describe: turns uint8 crops [B, 3, S, S] into descriptors [B, W].
     """

@@ -9,13 +9,11 @@ or which is proposed from altered copies of evaluation images.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import glob
 import hashlib
 import heapq
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ from clipcore.data.folders import holds_image
 from clipcore.data.pictures import by_picture
 from clipcore.data.plain_images import PlainImages
 from clipcore.data.sources import (
-    DATASET_TYPES,
     MixtureSource,
     expand_pattern,
     open_source,
@@ -40,7 +37,6 @@ from clipcore.data.transforms import stack_images
 from clipcore.evaluate.altered_copies import altered_copy, picture_uri
 from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.image_descriptors import (
-    DESCRIPTORS,
     READING,
     Descriptor,
     Progress,
@@ -63,57 +59,6 @@ NUM_COPIES = 512
 SAME_COSINE = 0.9999
 # Coverage of the interval of the rate on overlapping images.
 CONFIDENCE = 0.995
-
-
-def add_arguments(parser: argparse._ActionsContainer, is_required: bool = True) -> None:
-    """Add the arguments of the command ``overlap`` only."""
-    parser.add_argument(
-        "--train-data",
-        required=is_required,
-        metavar="DATA",
-        help="what was trained on, as for training: files, folders, patterns, or "
-        f"{', '.join(EMBEDDED)}; a folder of images means all of them, with and without captions",
-    )
-    parser.add_argument(
-        "--dataset-type",
-        choices=DATASET_TYPES,
-        default="auto",
-        help="kind of the training data [by its ending]",
-    )
-    parser.add_argument(
-        "--csv-img-key", default="filepath", metavar="NAME", help="its column of images [filepath]"
-    )
-    parser.add_argument(
-        "--csv-caption-key", default="title", metavar="NAME", help="its column of captions [title]"
-    )
-    parser.add_argument(
-        "--csv-separator", metavar="C", help="between its columns [read off its header]"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=_threshold,
-        metavar="COSINE",
-        help="cosine from which on two images are one [proposed from altered copies, at a precision of 99%%]",
-    )
-    parser.add_argument(
-        "--descriptor",
-        choices=DESCRIPTORS,
-        default="model",
-        help="what is compared: the model's image features, or coarse pixels [model]",
-    )
-
-
-def _threshold(text: str) -> float:
-    """Return a threshold from its text, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"a threshold is a cosine above 0 and at most 1, such as 0.95, got {text!r}"
-        )
-    return value
 
 
 def open_training(spec: str, **options: Any) -> PairSource:

@@ -9,7 +9,6 @@ captions.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from clipcore.data import BadSample, DataError, PairSource, printable
 from clipcore.data.loader import trim_tokens
+from clipcore.evaluate.arguments import RANKS
 from clipcore.evaluate.features import SplitFeatures
 from clipcore.evaluate.retrieval import retrieval_recall
-from clipcore.kernels.similarity_topk import MAX_K
 from clipcore.towers.model import CLIP
 
-RANKS = (1, 5, 10)
 # CLIP_benchmark's names of the directions of ``retrieval_recall``.
 _NAMES = {
     "image_retrieval_recall": "text_to_image_R",
@@ -33,26 +31,6 @@ _NAMES = {
 _CAPTIONS_AT_ONCE = 256
 
 EncodeText = Callable[[list[str]], Tensor]
-
-
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add the arguments of the command ``retrieval`` only."""
-    parser.add_argument(
-        "--recall-k",
-        type=_rank,
-        nargs="+",
-        default=list(RANKS),
-        metavar="K",
-        help="recalls among the K nearest, beside the recall at 1 [1 5 10]",
-    )
-
-
-def _rank(text: str) -> int:
-    """Return the k of a recall from its text, for argparse."""
-    is_number = text.isascii() and text.isdigit() and len(text) < 4
-    if not is_number or not 1 <= int(text) <= MAX_K:
-        raise argparse.ArgumentTypeError(f"a K is a whole number from 1 to {MAX_K}, got {text!r}")
-    return int(text)
 
 
 def text_encoder(

@@ -20,7 +20,6 @@ from typing import Any
 
 from clipcore.data import printable
 from clipcore.evaluate.comparison import compare
-from clipcore.evaluate.results import LINEAR_PROBE, RETRIEVAL, ZERO_SHOT
 from clipcore.evaluate.robustness_study import robustness_study
 from clipcore.evaluate.scaling_study import scaling_study
 from clipcore.files import is_file, make_directory, write_durably
@@ -30,76 +29,6 @@ STUDIES = ("robustness", "scaling", "compare")
 _MAX_CELL_CHARS = 48
 # Keys that `clip_benchmark build` requires in each JSON file of a folder.
 _NEIGHBOURLY = {"model": "", "pretrained": "", "metrics": {}}
-
-
-# Command lines
-
-
-def add_robustness_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``run_robustness``."""
-    _add_results(parser)
-    parser.add_argument(
-        "--baseline",
-        metavar="fit|FILE.csv",
-        help="models without robustness: a table with the column model and one for each set; or a line through the "
-        "folder's own probes, else its zero-shot models",
-    )
-    parser.add_argument(
-        "--in",
-        dest="in_name",
-        metavar="NAME",
-        help="the set without the shift [imagenet1k, glyphs or icons]",
-    )
-    parser.add_argument(
-        "--out",
-        dest="out_names",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="sets under a shift [the known ones that are there]",
-    )
-
-
-def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``run_scaling``."""
-    _add_results(parser)
-    parser.add_argument(
-        "--gmacs",
-        type=Path,
-        metavar="FILE",
-        help="compute of the models: csv with the columns model, gmacs, and maybe pretrained and samples; or a JSON object "
-        "of numbers by model [of one image, by the model's shape]",
-    )
-    parser.add_argument(
-        "--bins",
-        type=int,
-        metavar="N",
-        help="fit to the best model of each of N bins of compute, as LAION does with 5 [to all models]",
-    )
-
-
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``run_compare``."""
-    parser.add_argument("a", type=Path, metavar="A", help="a folder of results, or one result")
-    parser.add_argument(
-        "b",
-        type=Path,
-        nargs="?",
-        metavar="B",
-        help="what A is compared with [zero-shot with the linear probe of the same model in A]",
-    )
-    for side in "ab":
-        parser.add_argument(
-            f"--task-{side}",
-            choices=(ZERO_SHOT, LINEAR_PROBE, RETRIEVAL),
-            help=f"which results of {side.upper()} [the first of these that is there]",
-        )
-        parser.add_argument(
-            f"--model-{side}",
-            metavar="NAME",
-            help=f"which model of {side.upper()}: architecture, weights, or both with a space [the only one]",
-        )
-    _add_output(parser, "A")
 
 
 def run_robustness(arguments: argparse.Namespace) -> str:
@@ -132,15 +61,7 @@ def run_compare(arguments: argparse.Namespace) -> str:
     return _written(study, arguments.output or beside)
 
 
-def _add_results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="a folder of results")
-    _add_output(parser, "that of the results")
-
-
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help=f"where the study is written [{default}]"
-    )
+RUN = {"robustness": run_robustness, "scaling": run_scaling, "compare": run_compare}
 
 
 def _written(study: dict[str, Any], folder: Path) -> str:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from clipcore.export.arguments import TARGETS
 from clipcore.export.check import check_export
 from clipcore.export.onnx_towers import write_onnx
 from clipcore.export.vocabulary import write_tokenizer
@@ -16,8 +17,6 @@ from clipcore.files import make_directory, sync_directory
 from clipcore.tokenizer import OPENAI_SHA256, Tokenizer
 from clipcore.towers.layouts import write_open_clip, write_openai, write_transformers
 from clipcore.towers.model import CLIP
-
-TARGETS = ("open_clip", "openai", "transformers", "onnx")
 
 
 def export_model(

@@ -23,7 +23,7 @@ from clipcore.run.config import (
     flag_of,
     kinds,
 )
-from clipcore.terminal import complain, is_printable, printable, steady_output
+from clipcore.terminal import complain, is_printable, printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,17 +111,13 @@ def _reasons() -> str:
     return ", ".join(f"{' '.join(names)} ({reason})" for reason, names in flags.items())
 
 
-def answer_early() -> None:
-    """Answer --help, or a mistake in the flags, and exit; return if the command line is right.
-
-    The settings need no torch, whose import takes seconds.
-    """
-    with steady_output():
-        try:
-            parse_command_line()
-        except ConfigError as error:
-            complain("clipcore.train", f"error: {error}")
-            raise SystemExit(2) from None
+def check_command_line() -> None:
+    """Exit with one line for a mistake in the process's command line, as argparse does."""
+    try:
+        parse_command_line()
+    except ConfigError as error:
+        complain("clipcore.train", f"error: {error}")
+        raise SystemExit(2) from None
 
 
 _UNSET = object()

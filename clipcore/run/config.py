@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clipcore.data import MAX_PIXELS
+from clipcore.data.choices import DATASET_TYPES, DECODERS
 from clipcore.run.schedule import SCHEDULES
 
 
@@ -134,7 +135,7 @@ class TrainConfig:
         "auto",
         DATA,
         "auto, webdataset, csv, jsonl, parquet, folder or synthetic",
-        choices=("auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"),
+        choices=DATASET_TYPES,
         metavar="KIND",
     )
     csv_img_key: str = _option("filepath", DATA, "image column of a table", metavar="KEY")
@@ -144,7 +145,7 @@ class TrainConfig:
     )
     csv_no_quotes: bool = _option(False, DATA, "read quotation marks in a csv table as text")
     image_decoder: str = _option(
-        "pillow", DATA, "JPEG decoder, pillow or simplejpeg", choices=("pillow", "simplejpeg")
+        "pillow", DATA, "JPEG decoder, pillow or simplejpeg", choices=DECODERS
     )
     max_pixels: int = _option(
         MAX_PIXELS,

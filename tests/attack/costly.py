@@ -27,7 +27,7 @@ from attack.harness import Attack, limit_memory
 from attack.images import encoded, noise
 from attack.tars import header_of, padded
 from clipcore.checkpoint import CheckpointError, load_latest
-from clipcore.classify import read_labels
+from clipcore.classify.labels import read_labels
 from clipcore.data import BadSample, DataError, tar
 from clipcore.data.raw import encode_raw
 from clipcore.data.sources import open_source

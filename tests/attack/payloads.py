@@ -25,7 +25,8 @@ from shards import picture, write_csv, write_parquet, write_tar
 from torch import Tensor, nn
 
 from attack.harness import Attack, called, limit_memory, one_line
-from clipcore import classify, train
+from clipcore import train
+from clipcore.classify.__main__ import main as classify
 from clipcore.data import prepare
 from clipcore.run.profile import PROFILE_FOLDER, TABLE
 from clipcore.tokenizer import main as tokenizer_main
@@ -300,7 +301,7 @@ TOKENIZER: dict[str, tuple[str, list[str]]] = {
 _TRAINING = [*NANO, "--global-batch-size", "4", "--epochs", "1"]
 # By command: its ``main``, and what it gets beside the arguments of a place.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
-    "classify": (classify.main, ["--device=cpu"]),
+    "classify": (classify, ["--device=cpu"]),
     "train": (
         train.main,
         [*_TRAINING, "--epochs", "2", "--logs", "logs", "--max-bad-fraction", "0.5"],

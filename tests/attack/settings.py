@@ -24,11 +24,11 @@ from runs import NANO
 from safetensors.torch import save_file
 from shards import picture, write_csv
 
-import clipcore.classify
 from attack.harness import Attack, limit_memory, one_line, redirected
 from attack.mutations import ALONE, NEWEST, finish, in_a_child, quietly, run_flags
 from clipcore.checkpoint import load_checkpoint, load_latest
-from clipcore.data import prepare
+from clipcore.classify import arguments as classify_arguments
+from clipcore.data import prepare, prepare_arguments
 from clipcore.data.shards import ImageFormat
 from clipcore.evaluate.tasks import class_folders
 from clipcore.evaluate.zero_shot import build_zero_shot_classifier
@@ -316,7 +316,7 @@ class ClassifyLines(CommandLines):
         (folder / "picture.jpg").write_bytes(picture(0)[0])
 
     def flags(self) -> dict[str, bool]:
-        actions = clipcore.classify.build_parser()._actions
+        actions = classify_arguments.build_parser()._actions
         return {"".join(a.option_strings[:1]): a.nargs == 0 for a in actions if a.dest != "help"}
 
     def arguments(self, folder: Path) -> list[str]:
@@ -335,7 +335,7 @@ class PrepareLines(CommandLines):
         self.table = write_csv(folder / "data", num_pairs=8)
 
     def flags(self) -> dict[str, bool]:
-        actions = prepare.build_parser()._actions
+        actions = prepare_arguments.build_parser()._actions
         return {"".join(a.option_strings[:1]): a.nargs == 0 for a in actions if a.dest != "help"}
 
     def arguments(self, folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from forking_torchrun import launch
 
-import clipcore.classify
+import clipcore.classify.__main__
 import clipcore.train
 
 # What a run changes of its files, and each charge of its clock: between two of them a signal can fall.
