@@ -50,6 +50,7 @@ _HOMES = {
     "read_metrics": "clipcore.run.metrics",
     "similarity_topk": "clipcore.kernels.similarity_topk",
     "tokenize": "clipcore.tokenizer",
+    "write_features": "clipcore.features.write",
 }
 __all__ = ["__version__", *_HOMES]
 

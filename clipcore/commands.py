@@ -40,6 +40,13 @@ def export() -> int:
     return _run("clipcore.export.__main__", build_parser().parse_args)
 
 
+def features() -> int:
+    """Run ``clipcore.features``; return the exit status."""
+    from clipcore.features.arguments import build_parser
+
+    return _run("clipcore.features.__main__", build_parser().parse_args)
+
+
 def inspect() -> int:
     """Run ``clipcore.inspect``; return the exit status."""
     from clipcore.inspection_arguments import build_parser

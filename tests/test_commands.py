@@ -17,7 +17,7 @@ MODULES = [
     f"clipcore.{name}"
     for name in ("data.prepare", "tokenizer", "inspect", "interpolate", "evaluate")
 ]
-MODULES += [f"clipcore.{name}" for name in ("classify", "export", "train")]
+MODULES += [f"clipcore.{name}" for name in ("classify", "export", "features", "train")]
 
 
 def answer(command: str, *arguments: str) -> tuple[str, object]:

@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluate"},
     {"report"},
     {"export", "interpolate_arguments", "inspection_arguments"},
-    {"classify", "inspection", "interpolate", "train"},
+    {"classify", "features", "inspection", "interpolate", "train"},
     {"commands"},
 ]
 
@@ -109,7 +109,17 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_every_room_names_its_files() -> None:
-    for folder in ("checkpoint", "classify", "data", "loss", "ranks", "report", "run", "towers"):
+    for folder in (
+        "checkpoint",
+        "classify",
+        "data",
+        "features",
+        "loss",
+        "ranks",
+        "report",
+        "run",
+        "towers",
+    ):
         told = ast.get_docstring(parsed(ROOT / "clipcore" / folder / "__init__.py"))
         files = {path.name for path in (ROOT / "clipcore" / folder).glob("*.py")}
         listed = {line.split("``")[1] for line in told.splitlines() if line.startswith("``")}

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from clipcore.data import MAX_PIXELS
+from clipcore.evaluate.arguments import add_one_model
 from clipcore.terminal import Parser
 
 PROGRAM = "clipcore.classify"
@@ -33,21 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="prompt with {} for the name; repeat it to average several [a photo of a {}. for --pretrained, else {}]",
     )
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument(
-        "--checkpoint", metavar="RUN", help="a run's folder, or one of its checkpoints"
-    )
-    weights.add_argument(
-        "--pretrained",
-        metavar="FILE",
-        help="weights of OpenAI, open_clip or transformers, or a run",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="architecture of --pretrained [from the shapes of its weights]",
-    )
-    parser.add_argument("--bpe-path", metavar="FILE", help="vocabulary of --pretrained [OpenAI's]")
+    add_one_model(parser)
     parser.add_argument(
         "--top", type=int, default=5, metavar="K", help="names shown for each image [5]"
     )

@@ -53,6 +53,7 @@ class Batch:
         bad: (key, reason) of each sample that could not be read.
         num_transparent: pictures that were laid over white.
         owners: int64 [L'], the sample of each row of tokens, if samples have all their captions.
+        keys: the samples' names, of ``eval_batches`` alone.
     """
 
     images: Tensor
@@ -61,14 +62,16 @@ class Batch:
     bad: list[tuple[str, str]] = field(default_factory=list)
     num_transparent: int = 0
     owners: Tensor | None = None
+    keys: list[str] = field(default_factory=list)
 
 
 class Sample(NamedTuple):
-    """A sample as read: the crop, the caption or captions, and whether the picture was laid over white."""
+    """A sample as read: the crop, the caption or captions, whether the picture was laid over white, and its name."""
 
     image: Picture
     captions: tuple[str, ...]
     was_transparent: bool
+    key: str
 
 
 class PairLoader:
@@ -228,6 +231,7 @@ def eval_batches(
     world_size: int = 1,
     workers: int = 0,
     all_captions: bool = False,
+    start: int = 0,
 ) -> Generator[Batch, None, None]:
     """Yield a rank's share of a source, each sample once and in order: the ranks' shares, joined, are the source.
 
@@ -236,9 +240,10 @@ def eval_batches(
 
     Args:
         all_captions: return a row of tokens for each caption of a sample, with ``owners``; else only for its first one.
+        start: samples of the share to leave out, at its beginning.
     """
     share = share_of_rank(len(source), rank, world_size)
-    starts = range(share.start, share.stop, batch_size)
+    starts = range(share.start + start, share.stop, batch_size)
     keys = ((at, min(at + batch_size, share.stop)) for at in starts)
     parts = _OrderedParts(_Reader(source, transform, tokenizer), all_captions)
     for part in _read(parts, keys, workers, 2 * workers):
@@ -279,7 +284,7 @@ class _Reader:
             if rng is not None and not isinstance(pair.caption, str):
                 captions = (captions[int(rng.random() * len(captions))],)
             crop = self.transform.crop_image(pair.image, rng)
-            return Sample(crop, captions, was_transparent(pair.image))
+            return Sample(crop, captions, was_transparent(pair.image), key)
         except BadSample as error:
             raise BadSample(error.reason, error.key or key) from None
 
@@ -380,7 +385,7 @@ class _OrderedParts:
             except BadSample as error:
                 bad.append((error.key, error.reason))
         batch = self.reader.batch(samples, np.array(indices, np.int64), self.all_captions)
-        batch.bad = bad
+        batch.bad, batch.keys = bad, [sample.key for sample in samples]
         return batch
 
 

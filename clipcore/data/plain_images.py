@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from clipcore.data import DataError, LeftOut, Pair, printable
 from clipcore.data.folders import images_below
@@ -64,3 +64,31 @@ class PlainImages:
     def picture_names(self) -> Iterator[str]:
         """Yield the full path of each image."""
         return (os.path.join(self._folder, self._paths[row]) for row in range(len(self)))
+
+
+class ImageFiles(PlainImages):
+    """Image files, and the images of folders and their subfolders, named by their paths: see ``PlainImages``.
+
+    Args:
+        paths: files and folders, in the order of the images.
+        decoder: see ``decode_image``.
+
+    Raises:
+        DataError: one of them does not exist, or a folder holds no image.
+    """
+
+    def __init__(self, paths: Sequence[str], decoder: Decoder | str = "pillow") -> None:
+        self.name = os.path.basename(os.path.abspath(paths[0]))
+        self._folder, self._decoder = "", decoder
+        self.left_out, self.noted = LeftOut(), LeftOut()
+        self._paths = TextColumn(image for path in paths for image in self._images_of(path))
+
+    def _images_of(self, path: str) -> Iterator[str]:
+        if not os.path.lexists(path):
+            raise DataError(f"there is no {printable(path)}")
+        if not os.path.isdir(path):
+            yield path
+            return
+        folder = PlainImages(path, self._decoder)
+        self.left_out.update(folder.left_out)
+        yield from folder.picture_names()

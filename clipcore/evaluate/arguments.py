@@ -71,6 +71,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_one_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``load_model``."""
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "--checkpoint", metavar="RUN", help="a run's folder, or one of its checkpoints"
+    )
+    weights.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="weights of OpenAI, open_clip or transformers, or a run",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="architecture of --pretrained [from the shapes of its weights]",
+    )
+    parser.add_argument("--bpe-path", metavar="FILE", help="vocabulary of --pretrained [OpenAI's]")
+
+
 def _add_models(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument(

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from clipcore.data.choices import JUDGED_ROWS
 from clipcore.data.loader import eval_batches, no_tokens, too_many_bad
 from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.datasets import Split
+from clipcore.evaluate.row_writer import RowWriter
 from clipcore.files import read_regular
 from clipcore.towers.model import CLIP
 
@@ -206,7 +207,7 @@ class FeatureStore:
         parts = {
             "format": _FORMAT,
             "model": self.tower_hash,
-            "transform": {name: str(value) for name, value in sorted(vars(self.transform).items())},
+            "transform": settings_of(self.transform),
             "images": split.fingerprint(),
             "half": self.half,
         }
@@ -291,9 +292,9 @@ class FeatureStore:
             open(folder / _FEATURES_FILE, "wb") as file,
             shown,
             contextlib.closing(batches),
-            _exact_convolutions(),
+            exact_convolutions(),
         ):
-            writer = _RowWriter(file, self._dtype)
+            writer = RowWriter(file, self._dtype)
             for batch in batches:
                 shown.update(len(batch.indices) + len(batch.bad))
                 bad += batch.bad
@@ -303,7 +304,8 @@ class FeatureStore:
                 images = batch.images.to(device)
                 images = normalize_images(images, self.transform.mean, self.transform.std)
                 pooled_BW = self.model.encode_image(images, projected=False).float().cpu().numpy()
-                kept_BW = _converted(pooled_BW, self._dtype, source.name)
+                remedy = "leave --half-cache out"
+                kept_BW = converted(pooled_BW, self._dtype, source.name, remedy)
                 writer.add(kept_BW)
                 rows.append(batch.indices.numpy())
                 self.num_encoded += len(batch.indices)
@@ -328,7 +330,7 @@ class FeatureStore:
 
 
 @contextlib.contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
     """Disable cuDNN's default rounding of float32 to 10 bits in convolutions, for the enclosed code."""
     # `cudnn.allow_tf32` cannot be read if the user has set `fp32_precision`, and setting it then has no effect.
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -340,14 +342,14 @@ def _exact_convolutions() -> Iterator[None]:
         convolutions.fp32_precision = before
 
 
-def _converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """Return features in the dtype of their file; raise DataError unless they are finite there."""
+def converted(pooled_BW: np.ndarray, dtype: np.dtype[Any], name: str, remedy: str) -> np.ndarray:
+    """Return features in the dtype of their file; raise DataError with a remedy unless they are finite there."""
     with np.errstate(over="ignore"):
         kept_BW = pooled_BW.astype(dtype, copy=False)
     if not np.isfinite(pooled_BW).all():
         raise DataError(f"features of {name} are not finite; the model's weights are not usable")
     if not np.isfinite(kept_BW).all():
-        raise DataError(f"features of {name} are too large for float16; leave --half-cache out")
+        raise DataError(f"features of {name} are too large for float16; {remedy}")
     return kept_BW
 
 
@@ -396,6 +398,11 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def settings_of(transform: ImageTransform) -> dict[str, str]:
+    """Return the settings of a preprocessing as texts, to be hashed."""
+    return {name: str(value) for name, value in sorted(vars(transform).items())}
+
+
 def hash_of_tower(model: CLIP) -> str:
     """Return a hash of the image tower: its shape, its activation and each of its tensors."""
     digest = hashlib.sha256()
@@ -407,37 +414,3 @@ def hash_of_tower(model: CLIP) -> str:
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(content.numpy().data)
     return digest.hexdigest()
-
-
-class _RowWriter:
-    """Writes a .npy file whose number of rows is known only at the end.
-
-    Args:
-        file: an empty file, open for writing.
-        dtype: dtype of the values in the file.
-    """
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
-        self._file, self._dtype = file, dtype
-        self.num_rows, self.width = 0, 0
-
-    def add(self, values_BW: np.ndarray) -> None:
-        """Append rows."""
-        if not self.num_rows:
-            self.width = values_BW.shape[1]
-            self._write_header(0)
-        self._file.write(np.ascontiguousarray(values_BW).data)
-        self.num_rows += len(values_BW)
-
-    def close(self) -> None:
-        """Write the number of rows into the space that NumPy reserves in the header."""
-        if self.num_rows:
-            begun = self._file.tell() - self.num_rows * self.width * self._dtype.itemsize
-            self._file.seek(0)
-            self._write_header(self.num_rows)
-            assert self._file.tell() == begun
-
-    def _write_header(self, num_rows: int) -> None:
-        descr = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (num_rows, self.width)}
-        np.lib.format.write_array_header_1_0(self._file, header)

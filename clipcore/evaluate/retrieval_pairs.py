@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcore.data import PairSource
+from clipcore.data.drawing import DrawnSource
 from clipcore.data.parquet import ParquetSource
 from clipcore.data.pictures import ChosenRows, by_picture
 from clipcore.data.sources import MixtureSource
@@ -35,15 +36,11 @@ def pairs_split(name: str, rows: PairSource, folder: str | Path, decoder: Decode
         decoder: the decoder that reads them.
     """
     source = by_picture(rows)
-
-    def fingerprint() -> str:
-        return files_fingerprint(_files_of(rows), folder, len(rows), _choice_of(rows), decoder)
-
     return Split(
         name=name,
         source=source,
         labels_N=None,
-        fingerprint=fingerprint,
+        fingerprint=lambda: fingerprint_of_pairs(rows, folder, decoder),
         keys=lambda: keys_of(source),
         notes=left_out_notes(name, source),
     )
@@ -60,6 +57,11 @@ def pairs_set(name: str, rows: PairSource, folder: str | Path, decoder: Decoder)
         main_metric=main_metric(name, "retrieval"),
         open_split=opened_once(lambda split: pairs_split(split, rows, folder, decoder)),
     )
+
+
+def fingerprint_of_pairs(rows: PairSource, folder: str | Path, decoder: Decoder) -> str:
+    """Return a hash of the names, sizes and times of the files that hold a source's images; see ``pairs_split``."""
+    return files_fingerprint(_files_of(rows), folder, len(rows), _choice_of(rows), decoder)
 
 
 def _files_of(source: Any) -> Iterator[str]:
@@ -85,4 +87,6 @@ def _choice_of(source: Any) -> tuple[object, ...]:
         return (hashlib.sha256(source.rows_N.tobytes()).hexdigest(), *_choice_of(source.table))
     if isinstance(source, ParquetSource):
         return (source.image_column,)
+    if isinstance(source, DrawnSource):
+        return (source.name,)
     return (members_hash(source.shards),) if isinstance(source, TarImages) else ()

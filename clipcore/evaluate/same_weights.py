@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from clipcore.data import LeftOut
+from clipcore.evaluate.features import settings_of
 from clipcore.evaluate.loading import LoadedModel
 from clipcore.evaluate.results import Result, set_key
 
@@ -47,7 +48,7 @@ def hash_of_model(loaded: LoadedModel, tower_hash: str) -> str:
     digest = hashlib.sha256(tower_hash.encode())
     parts = {
         "config": loaded.model.config.to_dict(),
-        "transform": {key: str(value) for key, value in vars(loaded.transform).items()},
+        "transform": settings_of(loaded.transform),
         "vocabulary": loaded.tokenizer.sha256,
     }
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
