@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -182,7 +184,7 @@ def test_weights_and_biases_receives_every_figure(tmp_path, monkeypatch):
     module = ModuleType("wandb")
     module.init = lambda **settings: calls["init"].append(settings) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    config = {"wandb_project_name": "letters", "lr": 1e-3}
+    config = {"wandb_project_name": "letters", "wandb_notes": "of mine", "lr": 1e-3}
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
     with MetricsLogger(run_dir, num_steps=1, reporters=["wandb"], config=config, quiet=True) as log:
@@ -192,6 +194,7 @@ def test_weights_and_biases_receives_every_figure(tmp_path, monkeypatch):
     settings = calls["init"][0]
     # A resumed run goes on in the same curve: the id is the run's own, and may exist.
     assert (settings["id"], settings["resume"], settings["project"]) == ("mine", "allow", "letters")
+    assert settings["notes"] == "of mine"
     (first, train), (second, unseen) = calls["log"]
     assert (first, second) == (1, 1) and unseen == {"unseen/acc1": 0.25}
     assert (
@@ -225,3 +228,46 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
         log.print("nothing")
         assert log.sync() == LogMark()
     assert capsys.readouterr() == ("", "") and not any(tmp_path.iterdir())
+
+
+def test_the_last_step_is_printed_where_no_bar_shows_it(tmp_path, capsys):
+    for number, quiet in enumerate((False, True)):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        with MetricsLogger(run_dir, num_steps=3, quiet=quiet) as log:
+            log.step(row(1), num_pairs=8)
+            log.step(row(2, loss=1.25), num_pairs=8)
+        said = capsys.readouterr()
+        (line,) = said.out.splitlines()
+        assert re.fullmatch(
+            r"step 2 of 3: loss 1\.250, \d+ pairs/s, lr 1\.0e-03, scale 14\.3", line
+        )
+        assert said.err == ""
+        # A log without a step has nothing to say.
+        with MetricsLogger(run_dir, num_steps=3, quiet=quiet):
+            pass
+        assert capsys.readouterr() == ("", "")
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("clipcore.progress.LINE_EVERY_S", 0.0)
+    with MetricsLogger(tmp_path, num_steps=3, first_step=1) as log:
+        log.step(row(2), num_pairs=8)
+        log.step(row(3, loss=1.25), num_pairs=8)
+    said = capsys.readouterr()
+    lines = [line.partition(" pairs/s")[0] for line in said.err.splitlines()]
+    assert [line.rpartition(", ")[0] for line in lines] == [
+        "2 of 3 steps, loss 1.500",
+        "3 of 3 steps, loss 1.250",
+    ]
+    assert said.out.startswith("step 3 of 3: loss 1.250")
+
+
+def test_a_terminal_has_a_bar_whose_last_state_stays(tmp_path, capsys, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with MetricsLogger(tmp_path, num_steps=1) as log:
+        log.step(row(1), num_pairs=8)
+    assert "1/1" in terminal.getvalue() and "loss 1.500" in terminal.getvalue()
+    assert capsys.readouterr().out == ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from clipcore.run.config import (
@@ -23,7 +24,11 @@ from clipcore.run.config import (
     flag_of,
     kinds,
 )
+from clipcore.run.open_clip_flags import describe_unknown
 from clipcore.terminal import complain, is_printable, printable
+
+# Endings of files of weights.
+_WEIGHTS_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +60,12 @@ class _Lines(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=37, width=118)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Return a description in lines, without a break within a flag."""
+        return textwrap.fill(
+            text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     # A bare --resume means the newest checkpoint.
     resume = next(action for action in parser._actions if action.dest == "resume")
     resume.nargs, resume.const = "?", "latest"
+    # open_clip takes a height and a width too.
+    size = next(action for action in parser._actions if action.dest == "force_image_size")
+    size.nargs = "+"
     return parser
 
 
@@ -139,14 +153,14 @@ def parse_command_line(
         sys.argv[1:] if arguments is None else arguments, unset
     )
     if unknown:
-        flag = unknown[0].partition("=")[0]
         known = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        )
+        raise ConfigError(describe_unknown(unknown[0], known))
 
     given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+    if sizes := given.get("force_image_size"):
+        if len(set(sizes)) > 1:
+            raise ConfigError(f"images are square: --force-image-size {min(sizes)}")
+        given["force_image_size"] = sizes[0]
     name = given.get("name")
     if name is not None and (name in (".", "..") or "/" in name or not is_printable(name)):
         raise ConfigError(f"--name is of one folder in --logs, without a slash; got {name!r}")
@@ -156,7 +170,27 @@ def parse_command_line(
             raise ConfigError(
                 f"--{name} {printable(str(given[name]))} is not UTF-8; rename the folder"
             )
+    _check_purpose(given)
     return TrainConfig(**given), frozenset(given)
+
+
+def _check_purpose(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a command line that means something else than to train, or to resume a run."""
+    resume = str(given.get("resume", ""))
+    is_weights = os.path.splitext(resume)[1] in _WEIGHTS_SUFFIXES
+    if os.path.isfile(resume) or (is_weights and not os.path.isdir(resume)):
+        raise ConfigError(
+            f"--resume continues a run of clipcore, and names its folder or one of its checkpoints; to begin a run from the "
+            f"weights in a file, --pretrained {printable(resume)}"
+        )
+    evaluated = [
+        flag_of(name) for name in ("imagenet_val", "imagenet_v2", "val_data") if name in given
+    ]
+    if evaluated and not given.keys() & {"train_data", "resume"}:
+        raise ConfigError(
+            f"{' and '.join(evaluated)} without --train-data: to evaluate a model, python -m clipcore.evaluate zero-shot or "
+            "retrieval, with --data; to train on the embedded data, --train-data glyphs"
+        )
 
 
 def _is_utf8(text: str) -> bool:

@@ -477,10 +477,11 @@ class TrainConfig:
         "", RUN, "'tensorboard', 'wandb' or 'all', separated by commas", metavar="NAMES"
     )
     wandb_project_name: str = _option("clipcore", RUN, "Weights & Biases project", metavar="NAME")
+    wandb_notes: str = _option("", RUN, "notes on the run for Weights & Biases", metavar="TEXT")
     log_every_n_steps: int = _option(
         1, RUN, "steps between lines of metrics.jsonl", at_least=1, metavar="N"
     )
-    quiet: bool = _option(False, RUN, "show no progress bar")
+    quiet: bool = _option(False, RUN, "show no progress but the last step")
     timeout: float = _option(
         600.0,
         RUN,
@@ -495,6 +496,36 @@ class TrainConfig:
     dataset_resampled: bool = _option(False, ACCEPTED, "each sample once an epoch")
     lock_text_freeze_layer_norm: bool = _option(False, ACCEPTED, "always so")
     save_most_recent: bool = _option(False, ACCEPTED, "--resume latest works without")
+    force_custom_text: bool = _option(
+        False, ACCEPTED, "weights of both layouts load into one model"
+    )
+    opt: str | None = _option(None, ACCEPTED, "always AdamW", choices=("adamw",))
+    momentum: float | None = _option(None, ACCEPTED, "always AdamW")
+    val_num_samples: int | None = _option(None, ACCEPTED, "samples are counted")
+    cache_dir: str | None = _option(None, ACCEPTED, "nothing is downloaded")
+    torchscript: bool = _option(False, ACCEPTED, "the kernels are as fast without")
+    ddp_static_graph: bool = _option(False, ACCEPTED, "decided by the step")
+    dist_url: str | None = _option(None, ACCEPTED, "torchrun's variables name the processes")
+    dist_backend: str | None = _option(
+        None, ACCEPTED, "the device decides: nccl or gloo", choices=("nccl", "gloo")
+    )
+    loss_dist_impl: str | None = _option(
+        None,
+        ACCEPTED,
+        "one exchange serves all",
+        choices=("bidir", "shift", "reduce", "gather"),
+    )
+    coca_caption_loss_weight: float | None = _option(None, ACCEPTED, "of CoCa's models")
+    coca_contrastive_loss_weight: float | None = _option(None, ACCEPTED, "of CoCa's models")
+    log_local: bool = _option(False, ACCEPTED, "rank 0 writes the log")
+    debug: bool = _option(False, ACCEPTED, "CLIPCORE_TRACEBACK=1 shows tracebacks")
+    copy_codebase: bool = _option(False, ACCEPTED, "the report records the versions")
+    remote_sync_frequency: int | None = _option(
+        None, ACCEPTED, "of --remote-sync, which is refused"
+    )
+    remote_sync_protocol: str | None = _option(
+        None, ACCEPTED, "of --remote-sync, which is refused", choices=("s3", "fsspec")
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)

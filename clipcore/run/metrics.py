@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from clipcore.files import open_own, open_regular, sync_directory
+from clipcore.progress import Progress
 from clipcore.terminal import first_line, printable_lines
 
 _MAX_LINE_BYTES = 1 << 16
@@ -73,7 +74,7 @@ class MetricsLogger:
         elapsed_s: seconds of training before this process.
         reporters: of "tensorboard", "wandb".
         config: the settings that the reporters show.
-        quiet: no progress bar.
+        quiet: no progress; the last step is printed all the same.
 
     Raises:
         ValueError: a reporter is not installed.
@@ -110,13 +111,9 @@ class MetricsLogger:
             sync_directory(run_dir)
         self._start = self._last_step = self._last_progress = time.perf_counter()
         self._elapsed_before_s = elapsed_s
-        self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            unit="step",
-            disable=quiet or not self.writes,
-            dynamic_ncols=True,
-            smoothing=0.05,
+        self._step, self._num_steps, self._detail = first_step, num_steps, ""
+        self._shown = Progress(
+            num_steps, "steps", initial=first_step, quiet=quiet or not self.writes, stays=True
         )
 
     def __enter__(self) -> MetricsLogger:
@@ -128,7 +125,10 @@ class MetricsLogger:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        self._shown.close()
+        # A bar stays as the last line; without one there would be none.
+        if self._detail and not self._shown.is_bar:
+            self.print(f"step {self._step} of {self._num_steps}: {self._detail}")
         if self._file is not None:
             # Each line was flushed; what could not be written is an error already.
             with contextlib.suppress(OSError):
@@ -151,18 +151,17 @@ class MetricsLogger:
         clock = {"pairs_per_s": round(pairs_per_s, 1), "time_s": round(self.elapsed_s, 3)}
         if row["step"] % every == 0:
             self._write({**row, **clock}, "train")
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, {pairs_per_s:.0f} pairs/s, lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}",
-            refresh=False,
-        )
-        self._bar.update()
+        self._step = row["step"]
+        figures = f"loss {row['loss']:.3f}, {pairs_per_s:.0f} pairs/s, lr {row['lr']:.1e}"
+        self._detail = f"{figures}, scale {row['logit_scale']:.1f}"
+        self._shown.update(1, self._detail)
 
     def progress(self, num_done: int, num_passes: int) -> None:
         """Show on the bar how far a step of several passes has come, twice a second at most."""
         now = time.perf_counter()
         if num_done < num_passes and now - self._last_progress > 0.5:
             self._last_progress = now
-            self._bar.set_postfix_str(f"micro-batch {num_done} of {num_passes} of this step")
+            self._shown.detail(f"micro-batch {num_done} of {num_passes} of this step")
 
     def evaluation(self, row: dict[str, Any], headline: Sequence[str]) -> None:
         """Log an evaluation: a line in the file, and above the bar the figures of ``headline`` and what they leave out."""
@@ -177,7 +176,7 @@ class MetricsLogger:
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.writes:
-            self._bar.write(printable_lines(message))
+            tqdm.write(printable_lines(message))
 
     def sync(self) -> LogMark:
         """Put the lines on the disk; return the place behind the last one, for the checkpoint."""
@@ -328,6 +327,7 @@ def _wandb(run_dir: Path, config: dict[str, Any]) -> Any:
         return wandb.init(
             project=config.get("wandb_project_name"),
             name=run_dir.name,
+            notes=config.get("wandb_notes") or None,
             id=run_dir.name,
             resume="allow",
             dir=run_dir,

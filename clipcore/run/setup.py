@@ -54,7 +54,7 @@ def sum_in_float32() -> None:
 def note_without_effect(config: RunConfig, world: World) -> None:
     """Print which of the given settings change nothing."""
     names = accepted_without_effect()
-    if flags := [flag_of(name) for name in names if getattr(config, name)]:
+    if flags := [flag_of(name) for name in names if getattr(config, name) not in (None, False)]:
         world.print(f"{', '.join(flags)}: accepted, without effect (see --help)")
     if config.fsdp and world.world_size == 1:
         world.print("--fsdp: one process has nobody to split the model with, and trains it whole")
