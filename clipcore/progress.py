@@ -17,7 +17,7 @@ class Progress:
     """A progress bar on standard error, if that is a terminal; a line there every ``LINE_EVERY_S`` seconds if it is none.
 
     Args:
-        total: the number of things to do.
+        total: the number of things to do; None if it is not known.
         unit: what they are, in the plural, such as "images".
         title: of the bar and the lines.
         initial: how many were done before.
@@ -31,7 +31,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         unit: str,
         title: str = "",
         *,
@@ -92,8 +92,10 @@ class Progress:
 
     def _line(self, detail: str) -> str:
         title = f"{self._title}: " if self._title else ""
+        of = "" if self._total is None else f" of {self._total:,}"
         if not detail:
             rate = (self._done - self._initial) / max(self._said - self._start, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            detail = f"{rate:,.1f} {self._unit}/s, {left:,.0f} s left"
-        return f"{title}{self._done:,} of {self._total:,} {self._unit}, {detail}"
+            detail = f"{rate:,.1f} {self._unit}/s"
+            if self._total is not None:
+                detail += f", {(self._total - self._done) / max(rate, 1e-9):,.0f} s left"
+        return f"{title}{self._done:,}{of} {self._unit}, {detail}"

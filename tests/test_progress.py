@@ -63,3 +63,11 @@ def test_a_detail_takes_the_place_of_the_speed(capsys):
     clock.now += LINE_EVERY_S
     shown.update(3, "loss 1.0")
     assert capsys.readouterr().err == "3 of 10 steps, loss 1.0\n"
+
+
+def test_a_total_that_is_not_known_is_left_out(capsys):
+    clock = Clock()
+    shown = Progress(None, "captions", "x", clock=clock)
+    clock.now += LINE_EVERY_S
+    shown.update(60)
+    assert capsys.readouterr().err == f"x: 60 captions, {60 / LINE_EVERY_S:,.1f} captions/s\n"

@@ -159,6 +159,7 @@ def test_what_a_crash_of_the_machine_damages_is_made_again(
     path.write_bytes(change(path.read_bytes()))
     noted: list[str] = []
     assert np.array_equal(write(model, data, tmp_path / "x.npy", note=noted.append), rows)
+    assert (tmp_path / "x.txt").read_text() == (tmp_path / "y.txt").read_text()
     kept = [f"goes on behind {num_kept} of 12 samples"] if num_kept else []
     assert noted == kept
 

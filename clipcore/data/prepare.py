@@ -54,7 +54,6 @@ from types import FrameType
 from typing import Any
 
 import PIL
-from tqdm import tqdm
 
 from clipcore.checkpoint import run_lock
 from clipcore.data import DataError, PairSource
@@ -80,6 +79,7 @@ from clipcore.data.sources import (
 )
 from clipcore.data.transforms import EARLIER_MAX_PIXELS, MAX_PIXELS, REDUCING_GAP
 from clipcore.files import read_regular, write_durably
+from clipcore.progress import Progress
 from clipcore.ranks.failures import end_with
 
 MANIFEST = "manifest.json"
@@ -349,7 +349,7 @@ def prepare(
         remove_temporaries(output)
         manifest.save()
         done = sum(len(job.rows) for job in jobs) - sum(len(job.rows) for job in missing)
-        bar = tqdm(total=len(source), initial=done, unit=" pairs", disable=quiet, smoothing=0.05)
+        bar = Progress(len(source), "pairs", initial=done, quiet=quiet, stays=True)
         try:
             # Closed immediately on an interruption, because that stops the processes.
             with bar, closing(_run(missing, source, settings.image_format, workers, bar)) as runs:
@@ -414,10 +414,11 @@ def _faults(
     threads = ThreadPoolExecutor(workers)
     try:
         faults = threads.map(lambda name: fault_of(folder / name, shards[name]), names)
-        bar = tqdm(faults, "comparing", len(names), unit=" shards", disable=quiet or not names)
-        for name, fault in zip(names, bar, strict=True):
-            if fault is not None:
-                yield name, fault
+        with Progress(len(names), "shards", "comparing", quiet=quiet or not names) as shown:
+            for name, fault in zip(names, faults, strict=True):
+                shown.update()
+                if fault is not None:
+                    yield name, fault
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -468,7 +469,7 @@ _Reports = Generator[tuple[_Job, ShardReport], None, None]
 
 
 def _run(
-    jobs: list[_Job], source: PairSource, image_format: ImageFormat, workers: int, bar: Any
+    jobs: list[_Job], source: PairSource, image_format: ImageFormat, workers: int, bar: Progress
 ) -> _Reports:
     """Yield each job with its report, as the jobs finish."""
     if workers > 1 and len(jobs) > 1:
@@ -498,7 +499,7 @@ class _Pool:
             initargs=(source, image_format, self._done, self._stop, os.getpid()),
         )
 
-    def run(self, jobs: list[_Job], bar: Any) -> _Reports:
+    def run(self, jobs: list[_Job], bar: Progress) -> _Reports:
         waiting, running = iter(jobs), dict[Future[ShardReport], _Job]()
         shown = 0
         try:

@@ -121,7 +121,7 @@ def _retrieval(subject: Subject, dataset: EvaluationSet, arguments: argparse.Nam
     features = subject.features(dataset, "test")
     loaded = subject.model_for("captions")
     encode = text_encoder(loaded.model, loaded.tokenizer, features.device)
-    with progress_bar(f"{dataset.name}, captions", " captions") as progress:
+    with progress_bar(f"{dataset.name}, captions", "captions") as progress:
         found = measure_retrieval(features, encode, arguments.recall_k, progress)
     return _result(subject, dataset, RETRIEVAL, found)
 
@@ -211,7 +211,7 @@ def _overlap(subject: Subject, dataset: EvaluationSet, arguments: argparse.Names
         subject.training = (training, stream)
     training, stream = subject.training
     title = f"{dataset.name}, training images"
-    with progress_bar(title, " images", len(training)) as stream.progress:
+    with progress_bar(title, "images", len(training)) as stream.progress:
         found = measure_overlap(
             features,
             is_right_N,

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from clipcore.data import DataError
 from clipcore.data.choices import JUDGED_ROWS
@@ -35,6 +34,7 @@ from clipcore.data.transforms import ImageTransform, normalize_images
 from clipcore.evaluate.datasets import Split
 from clipcore.evaluate.row_writer import RowWriter
 from clipcore.files import read_regular
+from clipcore.progress import Progress
 from clipcore.towers.model import CLIP
 
 # Part of each key: change it if the cached content changes, so that all features are computed again.
@@ -153,7 +153,7 @@ class FeatureStore:
         workers: processes that read images; 0 reads in this process.
         half: whether to store features as float16, in half the space; they are still computed in float32.
         max_bad_fraction: largest share of a split's images that may be unreadable.
-        progress: whether to show a progress bar, if standard error is a terminal.
+        progress: whether to show progress on standard error.
 
     Attributes:
         num_encoded: images that were encoded, not found in the cache.
@@ -281,13 +281,8 @@ class FeatureStore:
         batches = eval_batches(
             source, self.transform, no_tokens, self.batch_size, workers=self.workers
         )
-        shown = tqdm(
-            total=len(source),
-            desc=f"{source.name}, {split.name}",
-            unit=" images",
-            disable=None if self.progress else True,
-            leave=False,
-        )
+        title = f"{source.name}, {split.name}"
+        shown = Progress(len(source), "images", title, quiet=not self.progress)
         with (
             open(folder / _FEATURES_FILE, "wb") as file,
             shown,

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import clipcore
 from clipcore.data import DataError, PairSource
@@ -55,6 +54,7 @@ from clipcore.evaluate.prompts import IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLA
 from clipcore.evaluate.results import FEW_SHOT, LINEAR_PROBE, PROMPTS, ZERO_SHOT, Result
 from clipcore.evaluate.same_weights import HASH_KEY, hash_of_model
 from clipcore.evaluate.zero_shot import accuracies, best_classes, build_zero_shot_classifier
+from clipcore.progress import Progress
 
 # Prompts that are encoded at once.
 _MOST_PROMPTS = 1024
@@ -89,13 +89,9 @@ class Unsuitable(DataError):
 def progress_bar(
     title: str, unit: str, total: int | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar if standard error is a terminal; yield a function that takes the steps done."""
-    with tqdm(total=total, desc=title, unit=unit, disable=None, leave=False) as shown:
-
-        def progress(number: int) -> None:
-            shown.update(number)
-
-        yield progress
+    """Show progress on standard error; yield a function that takes the steps done."""
+    with Progress(total, unit, title) as shown:
+        yield shown.update
 
 
 class Subject:
@@ -357,7 +353,7 @@ def measure_linear_probe(
                         f"{dataset.name} has one training image a class, and none to choose C by; give --C"
                     )
                 val_X, val_y, X, y = X[is_val], y[is_val], X[~is_val], y[~is_val]
-            with progress_bar(f"{dataset.name}, search of C", " fits", _MOST_FITS) as progress:
+            with progress_bar(f"{dataset.name}, search of C", "fits", _MOST_FITS) as progress:
                 search = search_C(
                     X, y, val_X, val_y, num_classes, progress=progress, block_metric=metric
                 )
@@ -456,7 +452,7 @@ def measure_few_shot(
             f"{', one of them to choose C by' if num_spare else ''}; give fewer --shots, or --C"
         )
     num_fits = len(tried) * len(seeds)
-    with seconds("fits"), progress_bar(f"{dataset.name}, few-shot", " fits", num_fits) as progress:
+    with seconds("fits"), progress_bar(f"{dataset.name}, few-shot", "fits", num_fits) as progress:
         curve = few_shot_curve(
             _probe_features(train, options),
             labels_N.to(train.device),
