@@ -40,7 +40,7 @@ from clipcore.checkpoint import CheckpointError, make_newest, run_lock
 from clipcore.data import WorkerLostError
 from clipcore.data.transforms import ImageTransform
 from clipcore.evaluate.tasks import EvaluationPlan
-from clipcore.export.interpolations import keep_start, write_interpolations
+from clipcore.export.interpolations import START_FOLDER, keep_start, write_interpolations
 from clipcore.files import is_file, make_directory
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import (
@@ -87,6 +87,7 @@ from clipcore.run.optim import (
     layer_rates,
 )
 from clipcore.run.parts import (
+    adapt,
     augmentation,
     build_loader,
     build_loss,
@@ -124,6 +125,7 @@ from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
 from clipcore.tokenizer import VOCABULARY_FILE
+from clipcore.towers.lora import ADAPTER_FOLDER, write_adapter
 
 WORKER_LOST_STATUS = 4
 WRONG_GRADIENTS_STATUS = 5
@@ -194,10 +196,11 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
     transform = ImageTransform(size, is_train=True, **model.images, **augmentation(config))
     eval_transform = ImageTransform(size, is_train=False, **model.images)
     tokenizer.context_length = model.context_length
-    if config.wise_alpha is not None:
+    if config.wise_alpha is not None or config.lora_rank is not None:
         keep_start(model, tokenizer, run_dir, world, checkpoint is None)
     teacher = build_teacher(config, model, tokenizer, world.device)
     lock_towers(model, config)
+    adapt(model, config, None if checkpoint is None else run_dir / START_FOLDER)
     model.set_grad_checkpointing(config.grad_checkpointing)
     if is_split:
         shard(model, world)
@@ -455,6 +458,10 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             write_interpolations(
                 state, evaluations, tokenizer, log, run_dir, wise_alphas(config), config.epochs
             )
+            if config.lora_rank is not None and world.is_main:
+                make_directory(run_dir / ADAPTER_FOLDER)
+                write_adapter(model, run_dir / ADAPTER_FOLDER, str(run_dir / START_FOLDER))
+                log.print(f"adapter: {run_dir / ADAPTER_FOLDER}")
             report_run(run_dir, config, state, evaluations, source, log, watch)
             status = 0
     # All leave together: when the first process ends, torchrun stops the others, rank 0 in its checkpoint if need be.

@@ -40,8 +40,8 @@ def keep_start(
     folder = run_dir / START_FOLDER
     if not is_beginning and not is_folder(folder):
         raise ConfigError(
-            f"--wise-alpha needs the weights that the run began with, which only a run that begins with this flag keeps "
-            f"({folder}); leave it out, and use python -m clipcore.interpolate START {run_dir} --alpha X OUT"
+            f"--wise-alpha and --lora-rank need the weights that the run began with, which only a run that begins with them "
+            f"keeps ({folder}); leave --wise-alpha out, and use python -m clipcore.interpolate START {run_dir} --alpha X OUT"
         )
     if is_beginning and world.is_main:
         _write(model, tokenizer, folder)

@@ -230,6 +230,12 @@ class TrainConfig:
     distill_pretrained: str | None = _option(
         None, MODEL, "its weights; those of a run need no --distill-model", metavar="FILE"
     )
+    lora_rank: int | None = _option(
+        None, MODEL, "train matrices of this rank beside frozen weights", at_least=1, metavar="R"
+    )
+    lora_alpha: float | None = _option(
+        None, MODEL, "their factor, times the rank [the rank]", above=0, metavar="X"
+    )
     lock_image: bool = _option(False, MODEL, "train the text tower alone (LiT)")
     lock_image_unlocked_groups: int = _option(
         0, MODEL, "last groups of the image tower to train all the same", at_least=0, metavar="N"
@@ -620,6 +626,7 @@ def _check_together(config: TrainConfig) -> None:
             "--loss-stash is of the softmax loss, and --siglip keeps no logits; leave one of them out"
         )
     _check_distillation(config)
+    _check_lora(config)
     if config.fsdp and config.precision == "bf16":
         # fully_shard wants one dtype for all weights of a module.
         raise ConfigError("--fsdp splits float32 weights: take --precision amp_bf16 with it")
@@ -660,7 +667,8 @@ def parse_aug_cfg(text: str) -> dict[str, Any]:
 def _check_distillation(config: TrainConfig) -> None:
     """Raise ConfigError for a teacher without weights, and for what its probabilities take the place of."""
     if config.distill_pretrained is None:
-        if config.distill_model is not None:
+        # A run that is resumed has them from the run.
+        if config.distill_model is not None and config.resume is None:
             raise ConfigError(
                 "--distill-model needs its weights: name them with --distill-pretrained FILE"
             )
@@ -674,6 +682,24 @@ def _check_distillation(config: TrainConfig) -> None:
         raise ConfigError(
             f"--distill-pretrained learns a teacher's softmax over all pairs, which does not go with {', '.join(given)}; "
             "leave one of them out"
+        )
+
+
+def _check_lora(config: TrainConfig) -> None:
+    """Raise ConfigError for what does not go with matrices of low rank."""
+    if config.lora_rank is None:
+        # A run that is resumed has its rank from the run.
+        if config.lora_alpha is not None and config.resume is None:
+            raise ConfigError("--lora-alpha is of --lora-rank: give that too")
+        return
+    others = {
+        "fsdp": config.fsdp,
+        "torchcompile": config.torchcompile,
+        "ema_decay": config.ema_decay is not None,
+    }
+    if given := [flag_of(name) for name, is_given in others.items() if is_given]:
+        raise ConfigError(
+            f"--lora-rank trains few numbers, and does not go with {', '.join(given)}; leave one of them out"
         )
 
 

@@ -42,6 +42,7 @@ from clipcore.towers.architectures import find_model
 from clipcore.towers.descriptions import recorded_images
 from clipcore.towers.factory import create_model
 from clipcore.towers.loading import load_checkpoint, load_tower
+from clipcore.towers.lora import adapter_settings, add_lora
 from clipcore.towers.model import CLIP
 
 # Of many thousands of pairs in a batch all but a few are none (Zhai et al. 2023, section 3.2).
@@ -160,6 +161,8 @@ def identity_of(model: CLIP, tokenizer: Tokenizer, data: str, image_decoder: str
             key: list(value) if isinstance(value, tuple) else value
             for key, value in model.images.items()
         }
+    if adapter := adapter_settings(model):
+        identity["adapter"] = adapter
     return identity
 
 
@@ -304,6 +307,22 @@ def lock_towers(model: CLIP, config: TrainConfig) -> None:
         )
     if config.lock_text:
         model.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers)
+
+
+def adapt(model: CLIP, config: RunConfig, start: Path | None) -> None:
+    """Freeze a model, and give it the matrices of ``--lora-rank`` to train, if that is set.
+
+    Args:
+        model: whose towers are locked already, if they are to be.
+        start: the weights that the run began with, for a run that goes on.
+    """
+    if config.lora_rank is None:
+        return
+    if start is not None:
+        images = model.images
+        load_checkpoint(model, start)
+        model.set_images(images)
+    add_lora(model, config.lora_rank, config.lora_alpha or config.lora_rank)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -195,8 +195,8 @@ def check_has_weights(config: TrainConfig) -> None:
     """Raise ConfigError for a run that would fine-tune random weights."""
     if config.pretrained is not None or config.pretrained_image is not None:
         return
-    for name, is_set in (("finetune", config.finetune), ("wise_alpha", config.wise_alpha)):
-        if is_set:
+    for name in ("finetune", "wise_alpha", "lora_rank"):
+        if getattr(config, name):
             raise ConfigError(
                 f"{flag_of(name)} goes on from weights: name them with --pretrained FILE, or those of the image tower alone "
                 "with --pretrained-image FILE"

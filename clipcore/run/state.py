@@ -33,6 +33,7 @@ from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
 from clipcore.towers.architectures import ModelConfig, is_finite_number, shortened
 from clipcore.towers.descriptions import recorded_images
 from clipcore.towers.loading import model_of, shape_differences
+from clipcore.towers.lora import adapter_of, load_adapter, merged
 from clipcore.towers.model import CLIP
 
 # What a run notes in a checkpoint, by name.
@@ -94,6 +95,9 @@ class RunState:
             "model": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
+        # Readers of a checkpoint get whole weights, and a run that goes on what it trains.
+        if adapter := adapter_of(self.model):
+            groups |= {"model": merged(self.model).state_dict(), "adapter": adapter}
         if self.ema is not None:
             groups["ema"] = self.ema.shadow
         return groups
@@ -146,7 +150,14 @@ class RunState:
                 f"{checkpoint.path} holds no moving average; resume without --ema-decay"
             )
         groups = checkpoint.tensors
-        _check_weights(checkpoint, "model", self.model.state_dict())
+        adapter = adapter_of(self.model)
+        if ("adapter" in groups) != bool(adapter):
+            raise CheckpointError(
+                f"{checkpoint.path} is of a run {'with' if 'adapter' in groups else 'without'} --lora-rank; resume with the "
+                "settings that wrote it, or start anew with --pretrained"
+            )
+        if not adapter:
+            _check_weights(checkpoint, "model", self.model.state_dict())
         if self.ema is not None:
             _check_weights(checkpoint, "ema", self.ema.shadow)
         # A loss scaler may have left out every step so far.
@@ -156,7 +167,10 @@ class RunState:
             )
         if is_sharded(self.model):
             groups = {name: OwnRows(group, self.model) for name, group in groups.items()}
-        self.model.load_state_dict(groups["model"])
+        if adapter:
+            load_adapter(self.model, groups["adapter"])
+        else:
+            self.model.load_state_dict(groups["model"])
         load_optimizer_tensors(self.optimizer, self.model, groups["optimizer"])
         if self.ema is not None:
             self.ema.load(groups["ema"])
@@ -188,6 +202,8 @@ class RunState:
         """
         if is_sharded(self.model):
             return gathered(self.model, None if self.ema is None else self.ema.shadow)
+        if adapter_of(self.model):
+            return merged(self.model)
         if self.ema is None:
             return self.model
         if not hasattr(self, "_averaged"):

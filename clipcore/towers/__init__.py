@@ -10,6 +10,7 @@
 ``intermediates.py``        the outputs of single blocks
 ``model.py``                CLIP
 ``loading.py``              loads weights into a CLIP, or makes the CLIP that they belong to
+``lora.py``                 matrices of low rank beside frozen weights
 ``interpolation.py``        the model between two states of one
 ``factory.py``              the functions that make models, as in open_clip
 ``openai.py``               the `load` of OpenAI's package, and a model with its call

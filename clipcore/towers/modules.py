@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from clipcore.data.packing import PackedText
@@ -236,11 +237,14 @@ class ResidualAttentionBlock(nn.Module):
         return not is_portable() and self._has_own_parts()
 
     def _has_own_parts(self) -> bool:
+        # A parametrization, such as LoRA's, changes what a weight is and not what the layer does with it.
         outer = (self.ln_1, self.attn, self.ln_2, self.mlp)
-        if tuple(type(part) for part in outer) != (LayerNorm, Attention, LayerNorm, nn.Sequential):
+        kinds = tuple(map(type_before_parametrizations, outer))
+        if kinds != (LayerNorm, Attention, LayerNorm, nn.Sequential):
             return False
         linear = (self.attn.out_proj, *self.mlp)
-        if tuple(type(part) for part in linear) != (nn.Linear, nn.Linear, Activation, nn.Linear):
+        kinds = tuple(map(type_before_parametrizations, linear))
+        if kinds != (nn.Linear, nn.Linear, Activation, nn.Linear):
             return False
         biases = (part.bias for part in linear if isinstance(part, nn.Linear))
         return not any(bias is None for bias in biases) and not any(

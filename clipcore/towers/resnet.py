@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD, normalize_images
@@ -119,7 +120,7 @@ class AttentionPool2d(nn.Module):
         x_BLC = x_BLC + self.positional_embedding.to(x_BLC.dtype)
         q_BHK = self.q_proj(x_BLC[:, 0]).unflatten(-1, (self.heads, -1))
         parts = (self.k_proj, self.v_proj)
-        if any(type(part) is not nn.Linear or is_hooked(part) for part in parts):
+        if any(type_before_parametrizations(p) is not nn.Linear or is_hooked(p) for p in parts):
             return self.c_proj(self._pool_by_modules(q_BHK, x_BLC))
         key, value = ((part.weight, part.bias) for part in parts)
         return self.c_proj(attention_pool(q_BHK, x_BLC, key, value))
