@@ -117,6 +117,23 @@ def test_aug_cfg_is_open_clips_and_takes_the_place_of_the_recipes_crop():
             ImageTransform(32, True, **augmentation(config))
 
 
+@pytest.mark.parametrize("data", [[], ["--train-data", "icons"], ["--train-data", "x.csv"]])
+def test_synthetic_data_take_the_place_of_any(data):
+    """As in open_clip, where the flag stands alone; the embedded data would bring their own recipe and evaluations."""
+    config, _ = parse_command_line(["--dataset-type", "synthetic", *data])
+    config = resolve(config)
+    assert (config.train_data, config.model) == ("synthetic", RECIPES["paper"]["model"])
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize("data", ["glyphs", "icons"])
+def test_embedded_data_are_of_no_other_type(data):
+    config, _ = parse_command_line(["--dataset-type", "csv", "--train-data", data])
+    with pytest.raises(ConfigError, match=rf"name them with --train-data, .* is \./{data}\)"):
+        resolve(config)
+    resolve(dataclasses.replace(config, train_data=f"./{data}"))
+
+
 def test_aug_resize_takes_the_place_of_the_recipes_crop():
     config, _ = parse_command_line(["--train-data", "a.csv", "--aug-resize", "256"])
     config = resolve(config)

@@ -130,11 +130,19 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
     What depends on the number of steps stays for the run: ``warmup_steps``.
 
     Raises:
-        ConfigError: the sizes of the batch contradict each other, or there is nothing to fine-tune.
+        ConfigError: the sizes of the batch contradict each other, there is nothing to fine-tune, or the embedded data are of
+            no such type.
         UnknownModelError: there is no such model.
     """
     if config.resume is None:
         check_has_weights(config)
+    if config.dataset_type == "synthetic":
+        config = dataclasses.replace(config, train_data="synthetic")  # noise, whatever is named
+    elif config.dataset_type != "auto" and config.train_data in EMBEDDED:
+        raise ConfigError(
+            f"--dataset-type {config.dataset_type} is for files: name them with --train-data, where {config.train_data!r} "
+            f"means the embedded data (a folder of that name is ./{config.train_data})"
+        )
     preset = recipe_name(config)
     recipe = dict(RECIPES[preset])
     # More processes than cores only take turns.
