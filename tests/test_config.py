@@ -80,6 +80,10 @@ def test_presets_are_whole_recipes_that_flags_overrule():
     config = resolve(parse_command_line(line.split())[0], 2)
     assert (config.global_batch_size, config.lr, config.model) == (64, 1e-3, "ViT-B-16")
     assert (config.train_num_samples, config.epochs) == (64, 5)
+    # The paper's rate for a model is of the paper's recipe alone.
+    for name, lr in (("paper", 4e-4), ("datacomp-small", 5e-4)):
+        line = ["--train-data", "a.csv", "--preset", name, "--model", "ViT-L-14"]
+        assert resolve(parse_command_line(line)[0]).lr == lr
     with pytest.raises(ConfigError, match="invalid choice: 'tiny'"):
         parse_command_line(["--preset", "tiny"])
 

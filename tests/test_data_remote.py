@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -26,10 +27,11 @@ from clipcore.data.loader import PairLoader
 from clipcore.data.local_copies import place_of
 from clipcore.data.order import permutation
 from clipcore.data.prepare import Settings, prepare
+from clipcore.data.random_access import LocalFile, RemoteFile
 from clipcore.data.remote import RemoteError
 from clipcore.data.shards import ImageFormat
 from clipcore.data.sources import open_source
-from clipcore.data.tar import RemoteFile, sidecar_paths
+from clipcore.data.tar import sidecar_paths
 from clipcore.data.transforms import ImageTransform
 from clipcore.run.parts import captions_sha256
 
@@ -323,6 +325,45 @@ def test_the_least_recently_used_copy_makes_room_unless_a_process_has_it(data, w
     open_source(urls[1], cache_gb=two)
     assert [place.exists() for place in places] == [False, True, True]
     assert len(list((places[0].parent.parent / "leases").iterdir())) == 1
+
+
+def test_a_copy_stays_while_another_process_that_has_taken_it_lives(data, web):
+    size, other_size = ((data / f"shards/{n:03d}.tar").stat().st_size for n in (0, 1))
+    first, second = (f"{web.url}/shards/{n:03d}.tar" for n in (0, 1))
+    room_for_one = (max(size, other_size) + 100) / 1e9
+    open_source(first, cache_gb=room_for_one)
+    place = place_of(first, size, remote.state_of(first).version)
+    release_copies()
+
+    # A lock belongs to an open file, so this one is as another process's.
+    lease = place.parent.parent / "leases" / "other"
+    other = os.open(lease, os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, f"{place.parent.name}\n".encode())
+    source = open_source(second, cache_gb=room_for_one)
+    assert place.exists() and isinstance(source._shard(0), RemoteFile)
+
+    os.close(other)
+    source = open_source(second, cache_gb=room_for_one)
+    assert not place.exists() and isinstance(source._shard(0), LocalFile)
+    assert not lease.exists()
+
+
+@pytest.mark.parametrize(
+    "url, name",
+    [
+        ("https://host/a/0.tar?v=1", "0.tar"),
+        ("https://host/a/..", "object"),
+        ("s3://bucket/.reserved", "reserved"),
+        ("s3://bucket/a/", "object"),
+        (f"s3://bucket/{'x' * 300}.tar", "x" * 96 + ".tar"),
+    ],
+)
+def test_a_copy_has_a_name_of_its_own_in_a_folder_of_its_own(url, name, cache_folder):
+    place = place_of(url, 3, 4)
+    assert place.name == name and place.parent.parent == cache_folder / "copies"
+    others = (place_of(url + "x", 3, 4), place_of(url, 5, 4), place_of(url, 3, 5))
+    assert place.parent not in [other.parent for other in others]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class LocalCopies(NamedTuple):
                     shutil.rmtree(entry, ignore_errors=True)
                     entry.mkdir()
                     # Counted by other processes from here on, though its bytes are still to come.
-                    reserved = entry / "reserved"
+                    reserved = entry / ".reserved"
                     _write_hole(reserved, state.size)
                 try:
                     with written_aside(place) as file:
@@ -100,7 +100,8 @@ def place_of(url: str, size: int, version: int) -> Path:
     """Return the path of an object's copy, whether it is there or not."""
     text = f"{url}\0{size}\0{version}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    name = os.path.basename(without_query(url).rstrip("/"))[-_NAME_CHARS:]
+    # A name with a dot in front is a folder's, or one of those that ``take`` uses.
+    name = os.path.basename(without_query(url))[-_NAME_CHARS:].lstrip(".")
     return cache_folder() / "copies" / digest[:32] / (name or "object")
 
 
@@ -124,8 +125,13 @@ def _entries(root: Path) -> Iterator[tuple[float, int, Path]]:
         with contextlib.suppress(OSError):
             if entry.is_dir() and entry.name != "leases":
                 # What is being written is counted by its reservation.
-                sizes = [path.stat().st_size for path in entry.iterdir() if path.suffix != ".tmp"]
-                yield entry.stat().st_mtime, sum(sizes), entry
+                files = [path for path in entry.iterdir() if not _is_being_written(path)]
+                size = sum(path.stat().st_size for path in files)
+                yield entry.stat().st_mtime, size, entry
+
+
+def _is_being_written(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def _make_room(root: Path, name: str, size: int, limit: int) -> bool:
