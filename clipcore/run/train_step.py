@@ -27,11 +27,12 @@ from clipcore.data.packing import (
 from clipcore.data.upload import Upload
 from clipcore.kernels.contrastive.budget import default_stash_bytes
 from clipcore.kernels.contrastive.planning import DENSE_SIDE
+from clipcore.kernels.weight_casts import WeightCasts
 from clipcore.loss import ClipLoss, SigLipLoss
 from clipcore.ranks import watchdog
 from clipcore.ranks.distributed import World, all_reduce_flag, all_reduce_sum, broadcast_object
 from clipcore.run import compiled, threads
-from clipcore.run.grad_cache import Embed, StepOutput, differentiate, micro_batches
+from clipcore.run.grad_cache import Embed, StepOutput, differentiate, micro_batches, sharing
 from clipcore.run.memory_plan import (
     GB,
     StepPlan,
@@ -181,12 +182,13 @@ class TrainingStep:
         parts = micro_batches(len(batch.images), num_parts)
         features: list[tuple[Tensor, Tensor]] = []
         scale = self.teacher.logit_scale.exp()
-        for rows, following in zip(parts, [*parts[1:], None], strict=True):
-            # Without the seeds of the student's dropout.
-            images, tokens = upload.rows(rows, following)[:2]
-            with self.autocast():
-                image, text, scale = self.teacher(images, tokens)[:3]
-            features.append((image, text))
+        with sharing(WeightCasts(), self.teacher):
+            for rows, following in zip(parts, [*parts[1:], None], strict=True):
+                # Without the seeds of the student's dropout.
+                images, tokens = upload.rows(rows, following)[:2]
+                with self.autocast():
+                    image, text, scale = self.teacher(images, tokens)[:3]
+                features.append((image, text))
         image_BF, text_BF = (torch.cat(side) for side in zip(*features, strict=True))
         return image_BF, text_BF, scale
 
