@@ -26,6 +26,7 @@ from torch.nn.functional import logsigmoid
 from weight_files import picture, saved
 
 from clipcore.run.metrics import read_metrics
+from clipcore.towers import open_clip_arguments
 
 VIT, RESNET = "ViT-nano-8-32", "RN-nano-32"
 # Before clipcore is in its place.
@@ -133,6 +134,7 @@ def test_weights_of_both_text_layouts_load(force_custom_text: bool, tmp_path: Pa
     weights = saved(tmp_path / "weights.pt", source)
     given = {"pretrained": str(weights), "force_custom_text": force_custom_text}
     if force_custom_text:
+        open_clip_arguments.note_custom_text.cache_clear()
         with pytest.warns(UserWarning, match="force_custom_text"):
             model = open_clip.create_model(VIT, **given)
     else:
@@ -214,7 +216,7 @@ def test_a_short_run_on_synthetic_data(
     [
         (["--model", "coca_ViT-B-32"], "coca_ViT-B-32"),
         (["--model", "mt5-base-ViT-B-32"], "mt5-base-ViT-B-32"),
-        (["--torchscript"], "unknown argument --torchscript"),
+        (["--trace"], "--trace exists only in open_clip"),
     ],
 )
 def test_what_is_left_out_of_training_is_one_line(
