@@ -48,6 +48,8 @@ _SAME = {
     "--warmup-steps": "--warmup",
     "--weight-decay": "--wd",
 }
+# Flags that are only spelt like one of clipcore's: a launcher gives the rank by a variable.
+_UNRELATED = ("--local-rank",)
 # How alike two names are that differ by a slip of the fingers: of the shortest flags even one letter is another word.
 _LIKENESS = 0.8
 
@@ -62,7 +64,7 @@ def describe_unknown(argument: str, known: Iterable[str]) -> str:
     name = flag.replace("_", "-")
     if name in REFUSED:
         return f"{flag} exists only in open_clip: {REFUSED[name]}"
-    by_name = {one.removeprefix("--"): one for one in known}
+    by_name = {one.removeprefix("--"): one for one in known if name not in _UNRELATED}
     near = difflib.get_close_matches(name.removeprefix("--"), by_name, n=1, cutoff=_LIKENESS)
     meant = _SAME.get(name) or (by_name[near[0]] if near and flag.startswith("--") else None)
     return f"unknown argument {flag}; " + (f"did you mean {meant}?" if meant else "see --help")
