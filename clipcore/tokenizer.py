@@ -41,7 +41,7 @@ from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regu
 from clipcore.packages import package_folder
 from clipcore.ranks.failures import end_with
 from clipcore.terminal import Parser, complain, steady_output
-from clipcore.towers.architectures import UnknownModelError, find_model
+from clipcore.towers.architectures import UnknownModelError, described_in, find_model
 from clipcore.towers.descriptions import HF_MERGES_FILE, read_description
 from clipcore.towers.published import LOCAL_PREFIX, place_of, refuse_hub
 
@@ -488,8 +488,9 @@ def get_tokenizer(
     """Return the tokenizer of a model, of a run, or of another vocabulary.
 
     Args:
-        model_name: one of ``list_models()``, or OpenAI's spelling; the folder of a run or of one of its checkpoints; or
-            ``local-dir:`` and such a folder, or one that describes its model [OpenAI's vocabulary].
+        model_name: one of ``list_models()``, OpenAI's spelling, or a JSON file that describes a model; the folder of
+            a run or of one of its checkpoints; or ``local-dir:`` and such a folder, or one that describes its model [OpenAI's
+            vocabulary].
         context_length: tokens per row [the model's, 77 without a name].
         cache_dir: accepted, as in open_clip; nothing is downloaded.
         bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
@@ -620,7 +621,7 @@ def _tokenizer_of_run(run_dir: Path, context_length: int | None) -> Tokenizer:
     if context_length is None and is_file(settings):
         try:
             name = json.loads(read_regular(settings, _MAX_SETTINGS_BYTES))["model"]
-            context_length = find_model(name).text.context_length
+            context_length = find_model(described_in(run_dir, name)).text.context_length
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VocabularyError(
                 f"cannot read the model of the run in {settings} ({error}); pass its context_length"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcore.files import read_regular
+from clipcore.files import is_file, read_regular
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 # No tower larger than this was ever trained: a description with larger numbers is damaged or hostile.
@@ -397,7 +397,9 @@ OPENAI_NAMES: dict[str, str] = {
     "openai/clip-vit-large-patch14": "ViT-L-14",
     "openai/clip-vit-large-patch14-336": "ViT-L-14-336",
 }
-QUICK_GELU_SUFFIX = "-quickgelu"
+QUICK_GELU_SUFFIX, MODEL_SUFFIX = "-quickgelu", ".json"
+# A run's own description of a model that a file described.
+MODEL_FILE = "model.json"
 
 
 # Models of ``add_model_config``, and why others of its files are none.
@@ -419,12 +421,14 @@ def add_model_config(path: str | os.PathLike[str]) -> None:
         OSError: it cannot be read.
     """
     path = Path(path)
-    is_file = not path.is_dir()
-    files = [path] if is_file else sorted(path.glob("*.json"))
+    is_single = not path.is_dir()
+    files = [path] if is_single else sorted(path.glob("*.json"))
     num_added, refused = 0, {}
     for file in files:
         content = _read_config(file)
-        if not is_file and not all(isinstance(content, dict) and key in content for key in _NEEDED):
+        if not is_single and not all(
+            isinstance(content, dict) and key in content for key in _NEEDED
+        ):
             continue
         try:
             config = ModelConfig.from_dict(content)
@@ -451,6 +455,37 @@ def add_model_config(path: str | os.PathLike[str]) -> None:
             "says why",
             stacklevel=2,
         )
+
+
+def is_model_file(name: str) -> bool:
+    """Return whether a model is named by a file that describes it, and not by a name."""
+    return name.endswith(MODEL_SUFFIX)
+
+
+def described_in(run_dir: Path, model: Any) -> Any:
+    """Return the model of a run's settings: of one that a file described, the description in the run's folder."""
+    own = run_dir / MODEL_FILE
+    is_described = isinstance(model, str) and is_model_file(model) and is_file(own)
+    return str(own) if is_described else model
+
+
+def _model_in(file: Path) -> ModelConfig:
+    """Return the model that a JSON file in open_clip's layout describes; raise ValueError as ``find_model`` does."""
+    try:
+        content = _read_config(file)
+    except OSError as error:
+        raise UnknownModelError(
+            f"cannot read the description of a model {file}: {error.strerror or error}"
+        ) from error
+    if isinstance(content, dict) and "model_cfg" in content:
+        raise ValueError(
+            f"{file} describes the weights beside it: name its folder, local-dir:{file.parent}, or put its model_cfg into a "
+            "file of its own"
+        )
+    try:
+        return ModelConfig.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _read_config(file: Path) -> Any:
@@ -489,18 +524,21 @@ def find_model(name: str) -> ModelConfig:
 
     Args:
         name: as in open_clip (``ViT-B-32`` has GELU, ``ViT-B-32-quickgelu`` has QuickGELU), as in OpenAI's package
-            (``ViT-B/32``, or ``openai/RN50`` where the name alone is open_clip's; QuickGELU), or as in transformers
-            (``openai/clip-vit-base-patch32``).
+            (``ViT-B/32``, or ``openai/RN50`` where the name alone is open_clip's; QuickGELU), as in transformers
+            (``openai/clip-vit-base-patch32``), or the path of a JSON file in open_clip's layout, which ends in ``.json``.
 
     Raises:
-        UnknownModelError: the name is unknown; the message lists the nearest ones.
+        UnknownModelError: the name is unknown; the message lists the nearest ones. Or there is no such file.
+        ValueError: the file is not JSON, or describes a model that clipcore's towers cannot be.
     """
-    if name in OPENAI_NAMES:
-        return dataclasses.replace(MODELS[OPENAI_NAMES[name]], quick_gelu=True)
     if not isinstance(name, str):
         raise UnknownModelError(
             f"a model's name is a string, got {name!r}; create_model_from_pretrained(None, path) reads it off the weights"
         )
+    if is_model_file(name):
+        return _model_in(Path(name))
+    if name in OPENAI_NAMES:
+        return dataclasses.replace(MODELS[OPENAI_NAMES[name]], quick_gelu=True)
     if name in _ADDED:
         return _ADDED[name]
     if (config := _built_in(name)) is None:

@@ -97,8 +97,9 @@ def create_model(
     Arguments and their order are those of open_clip 3, and after them clipcore's own, by keyword.
 
     Args:
-        model_name: one of ``list_models()``, OpenAI's spelling (``ViT-B/32``), or ``local-dir:FOLDER`` for the model that
-            open_clip's, transformers' or a run's folder describes, with its weights.
+        model_name: one of ``list_models()``, OpenAI's spelling (``ViT-B/32``), the path of a JSON file as open_clip's
+            model_configs has, or ``local-dir:FOLDER`` for the model that open_clip's, transformers' or a run's folder
+            describes, with its weights.
         pretrained: a file or folder of weights: OpenAI's, open_clip's, transformers', or a run of clipcore. For open_clip's
             name of published weights, the error says how to get the file: nothing is downloaded.
         load_weights: False ignores ``pretrained``, or a folder's weights.
