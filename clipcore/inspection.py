@@ -98,7 +98,7 @@ class Inspection:
             ("text tower", _text_tower(self.config.text)),
             ("features", str(self.config.embed_dim)),
             ("activation", self.activation),
-            ("preprocessing", _preprocessing(self.images, self.config.vision.image_size)),
+            ("preprocessing", _preprocessing(self.images, self.config)),
             ("vocabulary", self.vocabulary),
             ("parameters", _parameters(self.parameters, self.dtypes)),
             ("logits", _logits(self.logit_scale, self.logit_bias)),
@@ -168,6 +168,9 @@ def _name(config: ModelConfig) -> str | None:
 
 def _activation(config: ModelConfig, weights: Weights) -> str:
     activation = activation_name(config.quick_gelu)
+    tanh = [t for t, c in (("image", config.vision), ("text", config.text)) if c.gelu_tanh]
+    if tanh:
+        activation += f" by its tanh approximation ({' and '.join(tanh)})"
     if weights.quick_gelu is not None:
         return f"{activation} ({weights.witness.removesuffix(' says').removesuffix(':')})"
     reason = "as in OpenAI's models of this shape" if config.quick_gelu else "as in open_clip's"
@@ -206,22 +209,27 @@ def _image_tower(vision: VisionConfig) -> str:
     else:
         layers = f"{vision.layers} layer" + ("s" if vision.layers > 1 else "")
         kind = f"ViT of {layers}, width {vision.width}, patches of {vision.patch_size}"
-    return f"{kind}, {vision.heads} heads, {vision.image_size} pixels"
+    pools = {"tok": "", "avg": ", mean of the patches", "map": ", attention pooling"}
+    return f"{kind}, {vision.heads} heads, {vision.image_size} pixels{pools[vision.pool_type]}"
 
 
 def _text_tower(text: TextConfig) -> str:
     layers = f"{text.layers} layer" + ("s" if text.layers > 1 else "")
-    return f"{layers}, width {text.width}, {text.heads} heads, {text.context_length} tokens a row"
+    shape = f"{layers}, width {text.width}, {text.heads} heads, {text.context_length} tokens a row"
+    return f"{shape}, every token sees all" if text.no_causal_mask else shape
 
 
-def _preprocessing(images: Mapping[str, Any], size: int) -> str:
+def _preprocessing(stated: Mapping[str, Any], config: ModelConfig) -> str:
+    images = {**config.usual_images, **stated}
     mean, std = images.get("mean", OPENAI_MEAN), images.get("std", OPENAI_STD)
     resize = images.get("resize_mode", "shortest")
     if (interpolation := images.get("interpolation", "bicubic")) != "bicubic":
         resize += f" ({interpolation})"
     if resize.startswith("longest"):
         resize += f", padded with {images.get('fill_color', 0)}"
-    origin = "stated" if images else "OpenAI's: nothing states another"
+    usual = "usual for such towers" if config.usual_images else "OpenAI's"
+    origin = "stated" if stated else f"{usual}: nothing states another"
+    size = config.vision.image_size
     return f"{size} pixels, resize {resize}, mean {_short(mean)}, std {_short(std)} ({origin})"
 
 

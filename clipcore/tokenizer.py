@@ -489,8 +489,8 @@ def get_tokenizer(
 
     Args:
         model_name: one of ``list_models()``, OpenAI's spelling, or a JSON file that describes a model; the folder of
-            a run or of one of its checkpoints; or ``local-dir:`` and such a folder, or one that describes its model [OpenAI's
-            vocabulary].
+            a run or of one of its checkpoints; or ``local-dir:`` and such a folder, or one that describes its model
+            [OpenAI's vocabulary].
         context_length: tokens per row [the model's, 77 without a name].
         cache_dir: accepted, as in open_clip; nothing is downloaded.
         bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].

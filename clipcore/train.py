@@ -203,7 +203,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         shard(model, world)
 
     # Order and length
-    loader = build_loader(config, source, transform, tokenizer, world)
+    loader = build_loader(config, source, transform, tokenizer, world, model.ignores_padding)
     num_samples = len(source) if config.train_num_samples is None else config.train_num_samples
     # An epoch has whole batches only.
     steps_per_epoch = num_samples // config.global_batch_size

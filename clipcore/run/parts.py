@@ -252,8 +252,9 @@ def build_loader(
     transform: ImageTransform,
     tokenizer: Tokenizer,
     world: World,
+    trim_text: bool,
 ) -> PairLoader:
-    """Return the loader of this rank's part of every global batch."""
+    """Return the loader of this rank's part of every global batch; ``trim_text`` as of ``PairLoader``."""
     return PairLoader(
         source,
         transform,
@@ -264,6 +265,7 @@ def build_loader(
         world_size=world.world_size,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        trim_text=trim_text,
     )
 
 

@@ -307,9 +307,12 @@ def cast(model: Model, precision: str) -> Model:
     for part in model.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | Attention):
             part.to(dtype)
-    model.text_projection.data = model.text_projection.to(dtype)
+    projections = [model.text_projection]
     if isinstance(model.visual, VisionTransformer):
-        model.visual.proj.data = model.visual.proj.to(dtype)
+        projections.append(model.visual.proj)
+    for projection in projections:
+        if isinstance(projection, Tensor):
+            projection.data = projection.to(dtype)
     return model
 
 
@@ -532,7 +535,7 @@ def made_of_weights(
     if config.init_logit_bias is not None and "logit_bias" not in state:
         state["logit_bias"] = torch.tensor(float(config.init_logit_bias))
     model = model_of(config, state, str(pretrained), may_resize=True)
-    model.set_images(weights.images)
+    model.set_images(model.images | weights.images)
     return model
 
 
@@ -561,7 +564,7 @@ def _of_description(
     if (described := described_model(folder)) is None:
         raise ValueError(f"{folder} does not describe its model: give the model's name")
     model = _new(changed(described.config), device)
-    model.set_images(described.images)
+    model.set_images(model.images | described.images)
     return model
 
 
