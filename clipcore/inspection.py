@@ -31,9 +31,9 @@ from clipcore.terminal import Parser, complain, printable, steady_output
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     OPENAI_VOCAB_SIZE,
-    Tokenizer,
     VocabularyError,
     find_openai_vocabulary,
+    open_vocabulary,
     vocabulary_beside,
 )
 from clipcore.towers.architectures import (
@@ -140,7 +140,7 @@ def inspect_weights(path: str | os.PathLike[str]) -> Inspection:
     except ValueError as error:
         fault = str(error)
 
-    vocabulary, tokens = _vocabulary(vocabulary_beside(path), config.text.vocab_size)
+    vocabulary, tokens = _vocabulary(vocabulary_beside(path), config.text)
     return Inspection(
         path=path,
         config=config,
@@ -177,12 +177,13 @@ def _activation(config: ModelConfig, weights: Weights) -> str:
     return f"{activation} (assumed, {reason}: nothing states it)"
 
 
-def _vocabulary(path: Path | None, vocab_size: int) -> tuple[Path | None, str]:
+def _vocabulary(path: Path | None, text: TextConfig) -> tuple[Path | None, str]:
     """Return the file beside the weights if it is the model's vocabulary, and the vocabulary in words."""
+    vocab_size = text.vocab_size
     tokens = f"{vocab_size:,} tokens"
     if path is not None:
         try:
-            own_size = Tokenizer.from_file(path).vocab_size
+            own_size = open_vocabulary(path, text).vocab_size
         except (VocabularyError, OSError) as error:
             return None, f"{tokens}; those beside the weights cannot be read: {error}"
         if own_size != vocab_size:
@@ -192,6 +193,8 @@ def _vocabulary(path: Path | None, vocab_size: int) -> tuple[Path | None, str]:
         return None, f"{tokens}, one for each byte"
     if vocab_size != OPENAI_VOCAB_SIZE:
         told = "and no file of them here: give the one of its training as bpe_path"
+        if text.hf_tokenizer_name is not None:
+            told = f"those of {text.hf_tokenizer_name}: give its tokenizer.json as bpe_path"
         return None, f"{tokens}, {told}"
     try:
         find_openai_vocabulary()

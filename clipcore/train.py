@@ -123,7 +123,6 @@ from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
 from clipcore.terminal import complain, steady_output
-from clipcore.tokenizer import VOCABULARY_FILE
 
 WORKER_LOST_STATUS = 4
 WRONG_GRADIENTS_STATUS = 5
@@ -278,7 +277,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             if begun_from is not None:
                 make_newest(begun_from)
             write_config(run_dir, config)
-            tokenizer.save(run_dir / VOCABULARY_FILE)
+            tokenizer.save(run_dir / tokenizer.file_name)
         is_alone = world.world_size == 1
         interrupt = stack.enter_context(
             Interrupt(0.0 if is_alone else REPEAT_S, DATA_WAIT_S if is_alone else None)

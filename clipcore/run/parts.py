@@ -36,6 +36,7 @@ from clipcore.tokenizer import (
     VocabularyError,
     byte_tokenizer,
     get_tokenizer,
+    open_vocabulary,
     train_tokenizer,
 )
 from clipcore.towers.architectures import find_model
@@ -56,8 +57,10 @@ def build_tokenizer(
     """Return the tokenizer that ``--tokenizer`` names, which may be learnt from the captions of the training data."""
     if config.tokenizer == "bytes":
         return byte_tokenizer()
+    if config.tokenizer == "openai":
+        return get_tokenizer()
     if config.tokenizer != "train":
-        return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
+        return open_vocabulary(config.tokenizer, find_model(config.model).text)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     if config.train_data in EMBEDDED:

@@ -219,6 +219,10 @@ def _clip_from_hf(
     )
 
 
+# Of SigLIP 2's models.
+_GEMMA_VOCAB_SIZE = 256000
+
+
 def _siglip_from_hf(vision: Mapping[str, Any], text: Mapping[str, Any]) -> ModelConfig:
     if vision.get("vision_use_head") not in (None, True):
         raise ConversionError("vision_use_head is false; clipcore's SigLIP has its head")
@@ -235,11 +239,14 @@ def _siglip_from_hf(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Model
         raise ConversionError(
             f"the text tower has {size} features and the image tower {image.width}; a SigLIP's are as many"
         )
+    vocab_size = _whole(text, "vocab_size", 32000)
     tower = TextConfig(
         **_hf_text_sizes(text, context_length=64, width=768, heads=12, hidden=3072),
-        vocab_size=_whole(text, "vocab_size", 32000),
+        vocab_size=vocab_size,
         **SIGLIP_TEXT,
         proj_bias=True,
+        # As transformers' tokenizers do: SigLIP's drops punctuation, SigLIP 2's only lowers the case.
+        clean="lower" if vocab_size == _GEMMA_VOCAB_SIZE else "canonicalize",
         **kinds[1],
     )
     # transformers' model has no first values of its own.
