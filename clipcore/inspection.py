@@ -31,9 +31,9 @@ from clipcore.ranks.failures import end_with
 from clipcore.tokenizer import (
     BYTE_VOCAB_SIZE,
     OPENAI_VOCAB_SIZE,
-    Tokenizer,
     VocabularyError,
     find_openai_vocabulary,
+    open_vocabulary,
     vocabulary_beside,
 )
 from clipcore.towers.architectures import (
@@ -98,7 +98,7 @@ class Inspection:
             ("text tower", _text_tower(self.config.text)),
             ("features", str(self.config.embed_dim)),
             ("activation", self.activation),
-            ("preprocessing", _preprocessing(self.images, self.config.vision.image_size)),
+            ("preprocessing", _preprocessing(self.images, self.config)),
             ("vocabulary", self.vocabulary),
             ("parameters", _parameters(self.parameters, self.dtypes)),
             ("logits", _logits(self.logit_scale, self.logit_bias)),
@@ -140,7 +140,7 @@ def inspect_weights(path: str | os.PathLike[str]) -> Inspection:
     except ValueError as error:
         fault = str(error)
 
-    vocabulary, tokens = _vocabulary(vocabulary_beside(path), config.text.vocab_size)
+    vocabulary, tokens = _vocabulary(vocabulary_beside(path), config.text)
     return Inspection(
         path=path,
         config=config,
@@ -168,18 +168,22 @@ def _name(config: ModelConfig) -> str | None:
 
 def _activation(config: ModelConfig, weights: Weights) -> str:
     activation = activation_name(config.quick_gelu)
+    tanh = [t for t, c in (("image", config.vision), ("text", config.text)) if c.gelu_tanh]
+    if tanh:
+        activation += f" by its tanh approximation ({' and '.join(tanh)})"
     if weights.quick_gelu is not None:
         return f"{activation} ({weights.witness.removesuffix(' says').removesuffix(':')})"
     reason = "as in OpenAI's models of this shape" if config.quick_gelu else "as in open_clip's"
     return f"{activation} (assumed, {reason}: nothing states it)"
 
 
-def _vocabulary(path: Path | None, vocab_size: int) -> tuple[Path | None, str]:
+def _vocabulary(path: Path | None, text: TextConfig) -> tuple[Path | None, str]:
     """Return the file beside the weights if it is the model's vocabulary, and the vocabulary in words."""
+    vocab_size = text.vocab_size
     tokens = f"{vocab_size:,} tokens"
     if path is not None:
         try:
-            own_size = Tokenizer.from_file(path).vocab_size
+            own_size = open_vocabulary(path, text).vocab_size
         except (VocabularyError, OSError) as error:
             return None, f"{tokens}; those beside the weights cannot be read: {error}"
         if own_size != vocab_size:
@@ -189,6 +193,8 @@ def _vocabulary(path: Path | None, vocab_size: int) -> tuple[Path | None, str]:
         return None, f"{tokens}, one for each byte"
     if vocab_size != OPENAI_VOCAB_SIZE:
         told = "and no file of them here: give the one of its training as bpe_path"
+        if text.hf_tokenizer_name is not None:
+            told = f"those of {text.hf_tokenizer_name}: give its tokenizer.json as bpe_path"
         return None, f"{tokens}, {told}"
     try:
         find_openai_vocabulary()
@@ -206,22 +212,27 @@ def _image_tower(vision: VisionConfig) -> str:
     else:
         layers = f"{vision.layers} layer" + ("s" if vision.layers > 1 else "")
         kind = f"ViT of {layers}, width {vision.width}, patches of {vision.patch_size}"
-    return f"{kind}, {vision.heads} heads, {vision.image_size} pixels"
+    pools = {"tok": "", "avg": ", mean of the patches", "map": ", attention pooling"}
+    return f"{kind}, {vision.heads} heads, {vision.image_size} pixels{pools[vision.pool_type]}"
 
 
 def _text_tower(text: TextConfig) -> str:
     layers = f"{text.layers} layer" + ("s" if text.layers > 1 else "")
-    return f"{layers}, width {text.width}, {text.heads} heads, {text.context_length} tokens a row"
+    shape = f"{layers}, width {text.width}, {text.heads} heads, {text.context_length} tokens a row"
+    return f"{shape}, every token sees all" if text.no_causal_mask else shape
 
 
-def _preprocessing(images: Mapping[str, Any], size: int) -> str:
+def _preprocessing(stated: Mapping[str, Any], config: ModelConfig) -> str:
+    images = {**config.usual_images, **stated}
     mean, std = images.get("mean", OPENAI_MEAN), images.get("std", OPENAI_STD)
     resize = images.get("resize_mode", "shortest")
     if (interpolation := images.get("interpolation", "bicubic")) != "bicubic":
         resize += f" ({interpolation})"
     if resize.startswith("longest"):
         resize += f", padded with {images.get('fill_color', 0)}"
-    origin = "stated" if images else "OpenAI's: nothing states another"
+    usual = "usual for such towers" if config.usual_images else "OpenAI's"
+    origin = "stated" if stated else f"{usual}: nothing states another"
+    size = config.vision.image_size
     return f"{size} pixels, resize {resize}, mean {_short(mean)}, std {_short(std)} ({origin})"
 
 

@@ -4,6 +4,7 @@ A vocabulary is a list of merges. Its ids are, in this order: the 256 bytes, the
 (``</w>``), one id per merge, start of text, end of text. OpenAI's merges are not part of this package: they are found
 in an installed open_clip or CLIP, or read from a file. ``train_tokenizer`` learns a vocabulary in the same format from
 captions, also as ``python -m clipcore.tokenizer --train DATA --vocab-size N``. ``byte_tokenizer`` needs no file.
+Models such as SigLIP have vocabularies of other kinds, whose files ``HubTokenizer`` reads.
 
 There are two differences from open_clip's SimpleTokenizer. Special strings in a caption ("<end_of_text>") are plain text,
 because they would end the caption early. Letters and digits newer than Unicode 16 count as punctuation.
@@ -27,10 +28,11 @@ import io
 import json
 import os
 import signal
+import string
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,15 @@ from torch import LongTensor, Tensor
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.sources import names_pairs, open_source, spread_captions
 from clipcore.files import is_file, is_folder, not_utf8, open_regular, read_regular, write_durably
+from clipcore.hub_vocabulary import HubVocabularyError, JsonVocabulary, SentencePieceVocabulary
 from clipcore.packages import package_folder
 from clipcore.ranks.failures import end_with
-from clipcore.towers.architectures import UnknownModelError, find_model
+from clipcore.towers.architectures import (
+    TextConfig,
+    UnknownModelError,
+    described_in,
+    find_model,
+)
 from clipcore.towers.descriptions import HF_MERGES_FILE, read_description
 from clipcore.towers.published import LOCAL_PREFIX, place_of, refuse_hub
 
@@ -53,6 +61,9 @@ DEFAULT_CONTEXT_LENGTH = 77
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # Names of the vocabulary and the settings in a run's folder.
 VOCABULARY_FILE, _SETTINGS_FILE = "vocabulary.txt.gz", "config.json"
+# Vocabularies of other kinds than CLIP's, in a run's folder or beside weights; and how their files end.
+HUB_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+_HUB_SUFFIXES = (".json", ".model", ".spm")
 _MAX_SETTINGS_BYTES = 1 << 22
 # Hash of the 48,894 merges in use, as Tokenizer.sha256 computes it.
 OPENAI_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
@@ -63,6 +74,11 @@ _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _MAX_CACHED_WORDS = 1 << 17
 # OpenAI's file has 262,145 lines and 3.2 MB; models use only a part of it.
 _MAX_LINES, _MAX_FILE_BYTES = 500_000, 1 << 25
+# XLM-V's tokenizer.json, of 901,629 tokens, has 60 MB.
+_MAX_HUB_BYTES = 1 << 28
+# Files beside a tokenizer.json, whose pad_token is the padding.
+_HUB_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_CAPTION_CHARS = 1 << 20  # limit of a caption to learn from
 
 
@@ -103,6 +119,7 @@ class Tokenizer:
         context_length: tokens per row, including start and end.
 
     Attributes:
+        file_name: the name of its file in the folder of a run.
         vocab_size: ids are below this; also the rows of a model's token embedding.
         sot_token_id, eot_token_id: start and end of text, the two highest ids.
         all_special_ids: both of these ids.
@@ -116,6 +133,8 @@ class Tokenizer:
         >>> byte_tokenizer()("a cat", context_length=8).tolist()
         [[512, 320, 66, 64, 339, 513, 0, 0]]
     """
+
+    file_name = VOCABULARY_FILE
 
     def __init__(
         self, merges: Iterable[tuple[str, str]], context_length: int = DEFAULT_CONTEXT_LENGTH
@@ -236,17 +255,29 @@ class Tokenizer:
             raise ValueError(
                 f"context_length holds start and end, so it is at least 2; got {length}"
             )
+        return self._rows(texts, length, [self.sot_token_id], [self.eot_token_id], 0)
+
+    def _rows(
+        self,
+        texts: str | Sequence[str],
+        length: int,
+        start: Sequence[int],
+        end: Sequence[int],
+        padding: int,
+    ) -> LongTensor:
+        """Return rows of ``start``, ids, ``end`` and padding, int64 [B, L]; count the texts that are truncated."""
         if isinstance(texts, bytes) or not isinstance(texts, Iterable):
             raise ValueError(
                 f"the tokenizer takes a text or a list of texts, got {type(texts).__name__}"
             )
         batch = [texts] if isinstance(texts, str) else list(texts)
-        rows_BL = torch.zeros(len(batch), length, dtype=torch.long)
+        room = length - len(start) - len(end)
+        rows_BL = torch.full((len(batch), length), padding, dtype=torch.long)
         rows = rows_BL.numpy()
         for row, text in zip(rows, batch, strict=True):
             ids = self.encode(text)
-            self.truncated += len(ids) > length - 2
-            tokens = [self.sot_token_id, *ids[: length - 2], self.eot_token_id]
+            self.truncated += len(ids) > room
+            tokens = [*start, *ids[:room], *end]
             row[: len(tokens)] = tokens
         return rows_BL  # type: ignore[return-value]
 
@@ -381,6 +412,204 @@ def _check_settings(
             raise ValueError(f"{name}={value!r} exists only in open_clip; leave it out: {remedy}")
 
 
+# How captions are cleaned for the vocabularies of the hub, by open_clip's names, see ``CLEANINGS``.
+
+
+def _mended(text: str) -> str:
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _canonical(text: str) -> str:
+    """Clean a caption as SigLIP does: without punctuation, in lower case."""
+    plain = _mended(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(plain.lower().split())
+
+
+def _spaced(text: str) -> str:
+    return " ".join(_mended(text).split())
+
+
+_CLEAN: dict[str, Callable[[str], str]] = {
+    "lower": clean,
+    "canonicalize": _canonical,
+    "whitespace": _spaced,
+}
+
+
+class HubTokenizer(Tokenizer):
+    """Encodes captions with the vocabulary in a file; a tokenizer.json, or SentencePiece's.
+
+    Rows are those of open_clip's ``HFTokenizer``: cleaned as the model's description says, encoded, truncated so that the
+    end of text stays, and padded. Special strings in a caption ("</s>") are plain text, as with CLIP's vocabulary.
+
+    Safe to share between threads and forked workers, and picklable.
+
+    Args:
+        content: what is in the file; a tokenizer.json begins with "{".
+        text: the text tower that the rows are for: how captions are cleaned, the size of its vocabulary (which may be larger
+            than the file's) and its context length. None cleans white space, as open_clip does.
+        pad_token: the padding of a tokenizer.json that does not say its own.
+
+    Attributes:
+        pad_token_id: the padding.
+        file_name: the name of the file in the folder of a run.
+
+    Raises:
+        VocabularyError: the file is damaged, has no end of text or no padding, or has more tokens than the tower.
+    """
+
+    def __init__(
+        self, content: bytes, text: TextConfig | None = None, pad_token: str | None = None
+    ) -> None:
+        self._text = text
+        self._clean = _CLEAN[(text and text.clean) or "whitespace"]
+        self._strips_end = text is not None and text.strip_sep_token
+        self._vocabulary: JsonVocabulary | SentencePieceVocabulary
+        try:
+            if content.startswith(b"{"):
+                self._vocabulary = JsonVocabulary(content, pad_token)
+            else:
+                self._vocabulary = SentencePieceVocabulary(content)
+        except HubVocabularyError as error:
+            raise VocabularyError(str(error)) from error
+        self.content = self._vocabulary.content
+        self.file_name = self._vocabulary.file_name
+        self.pad_token_id, self.eot_token_id = self._vocabulary.pad_id, self._vocabulary.end_id
+        self.all_special_ids = sorted({self.pad_token_id, self.eot_token_id})
+        self.vocab_size = self._vocabulary.size
+        self.context_length = DEFAULT_CONTEXT_LENGTH
+        self.truncated = 0
+        if text is None:
+            return
+        self.context_length = text.context_length
+        # Of a published model: the tower has rows to spare, such as CLIPA's 32,000 for BERT's 30,522.
+        if text.hf_tokenizer_name is not None:
+            if self.vocab_size > text.vocab_size:
+                raise VocabularyError(
+                    f"the vocabulary has {self.vocab_size:,} tokens, and the model {text.vocab_size:,}: give that of "
+                    f"{text.hf_tokenizer_name}"
+                )
+            self.vocab_size = text.vocab_size
+
+    @classmethod
+    def from_hub_file(
+        cls, path: str | os.PathLike[str], text: TextConfig | None = None
+    ) -> HubTokenizer:
+        """Read a tokenizer.json, or a ``.model`` of SentencePiece; see the class.
+
+        Raises:
+            VocabularyError: see the class; or the file cannot be read, or sentencepiece is not installed.
+        """
+        path = Path(path)
+        try:
+            content = read_regular(path, _MAX_HUB_BYTES)
+        except OSError as error:
+            raise VocabularyError(
+                f"cannot read the vocabulary {path}: {error.strerror or error}"
+            ) from error
+        try:
+            return cls(content, text, _pad_token_beside(path))
+        except VocabularyError as error:
+            raise VocabularyError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vocabulary as it was read, with its padding.
+
+        Raises:
+            VocabularyError: the file cannot be written.
+        """
+        try:
+            write_durably(Path(path), self.content)
+        except OSError as error:
+            raise VocabularyError(f"cannot write {path}: {error.strerror}") from error
+
+    @property
+    def pad_token(self) -> str:
+        """The padding as a text."""
+        return self._vocabulary.token(self.pad_token_id)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of the file, which identifies the vocabulary."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text of any length, without special ones such as the end."""
+        if not isinstance(text, str):
+            raise ValueError(f"a text to tokenize is a str, not {type(text).__name__}: {text!r}")
+        return self._vocabulary.encode(self._clean(text))
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """Return the text of a row of ids, without special ones.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        numbers = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        for number in numbers:
+            if not 0 <= number < self._vocabulary.size:
+                raise ValueError(
+                    f"id {number} is not in this vocabulary of {self._vocabulary.size:,}"
+                )
+        return self._vocabulary.decode(numbers)
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> LongTensor:
+        """Return rows of ids with their end, padded; a longer text is truncated, and keeps its end.
+
+        Args:
+            texts: one text, or B of them.
+            context_length: L [the tokenizer's].
+
+        Returns:
+            int64 [B, L].
+
+        Raises:
+            ValueError: a text is not a str, or the context length has no room for the special ids.
+        """
+        length = self.context_length if context_length is None else context_length
+        start, end = self._vocabulary.around
+        if length < len(start) + len(end):
+            raise ValueError(
+                f"context_length holds {len(start) + len(end)} special ids, so it is at least as large; got {length}"
+            )
+        rows_BL = self._rows(texts, length, start, end, self.pad_token_id)
+        if self._strips_end:
+            # As open_clip does, with 0 and not with the padding.
+            rows_BL[rows_BL == self.eot_token_id] = 0
+        return rows_BL
+
+    def merge_lines(self) -> Any:
+        """Raise VocabularyError: there are no merges of CLIP's kind."""
+        raise VocabularyError("the vocabulary is not of CLIP's kind, and has no merges of its own")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored_hub, (self.content, self._text, self.context_length)
+
+
+def _restored_hub(content: bytes, text: TextConfig | None, context_length: int) -> HubTokenizer:
+    tokenizer = HubTokenizer(content, text)
+    tokenizer.context_length = context_length
+    return tokenizer
+
+
+def _pad_token_beside(path: Path) -> str | None:
+    """Return the padding that a settings file beside a tokenizer.json names, None without such a file."""
+    for name in _HUB_SETTINGS:
+        settings = path.parent / name
+        if path.suffix != ".json" or not is_file(settings):
+            continue
+        try:
+            token = json.loads(read_regular(settings, _MAX_HUB_BYTES)).get("pad_token")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise VocabularyError(
+                f"cannot read {settings}, which names the padding: {error}"
+            ) from error
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return None
+
+
 def byte_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> Tokenizer:
     """Return the vocabulary without merges: 514 entries, one token per byte, no file."""
     return Tokenizer([], context_length)
@@ -459,6 +688,35 @@ def _learn_merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, s
     return [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
 
 
+def open_vocabulary(path: str | os.PathLike[str], text: TextConfig | None = None) -> Tokenizer:
+    """Read a vocabulary of CLIP's kind, or a tokenizer.json or SentencePiece's file, by the name of the file.
+
+    Args:
+        text: the text tower that its rows are for, which says how captions are cleaned for the other kinds.
+
+    Raises:
+        VocabularyError: the file is missing, damaged or of another kind.
+    """
+    if not Path(path).name.endswith(_HUB_SUFFIXES):
+        return Tokenizer.from_file(path)
+    return HubTokenizer.from_hub_file(path, text)
+
+
+def vocabulary_of_run(run_dir: Path) -> Path:
+    """Return the vocabulary in a run's folder, whether it is there or not."""
+    hub_files = (run_dir / name for name in HUB_FILES)
+    return next((path for path in hub_files if is_file(path)), run_dir / VOCABULARY_FILE)
+
+
+def how_to_get_vocabulary(repository: str) -> str:
+    """Return in words how to get the vocabulary that a published model has on the Hugging Face hub."""
+    folder = repository.rpartition("/")[2]
+    return (
+        f"it has the vocabulary of {repository}, and clipcore downloads nothing: run hf download {repository} "
+        f"tokenizer.json tokenizer_config.json --local-dir {folder}, and give {folder}/tokenizer.json"
+    )
+
+
 def find_openai_vocabulary() -> Path:
     """Return the path of OpenAI's file: CLIPCORE_BPE, or in an installed open_clip or clip (which are not imported).
 
@@ -490,11 +748,13 @@ def get_tokenizer(
     """Return the tokenizer of a model, of a run, or of another vocabulary.
 
     Args:
-        model_name: one of ``list_models()``, or OpenAI's spelling; the folder of a run or of one of its checkpoints; or
-            ``local-dir:`` and such a folder, or one that describes its model [OpenAI's vocabulary].
+        model_name: one of ``list_models()``, OpenAI's spelling, or a JSON file that describes a model; the folder of
+            a run or of one of its checkpoints; or ``local-dir:`` and such a folder, or one that describes its model
+            [OpenAI's vocabulary].
         context_length: tokens per row [the model's, 77 without a name].
         cache_dir: accepted, as in open_clip; nothing is downloaded.
-        bpe_path: vocabulary file [OpenAI's, see ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
+        bpe_path: vocabulary file, also a tokenizer.json or a SentencePiece ``.model`` [OpenAI's, see
+            ``find_openai_vocabulary``; the byte vocabulary for models of 514 tokens].
         additional_special_tokens, clean, reduction_mask: see ``SimpleTokenizer``; accepted with open_clip's defaults.
 
     Raises:
@@ -533,13 +793,17 @@ def get_tokenizer(
         tokenizer.context_length = context_length or model.context_length
         return tokenizer
 
+    if bpe_path is None and model is not None and model.hf_tokenizer_name is not None:
+        raise VocabularyError(
+            f"{model_name}: {how_to_get_vocabulary(model.hf_tokenizer_name)} as bpe_path"
+        )
     if bpe_path is None and model is not None and model.vocab_size != OPENAI_VOCAB_SIZE:
         raise VocabularyError(
             f"{model_name} has {model.vocab_size} tokens and no vocabulary of its own: pass the one that its run was "
             "trained with as bpe_path, such as vocabulary.txt.gz in the run's folder"
         )
     path = find_openai_vocabulary() if bpe_path is None else Path(bpe_path)
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = open_vocabulary(path, model)
     if model is not None:
         if tokenizer.vocab_size != model.vocab_size:
             raise VocabularyError(
@@ -567,10 +831,12 @@ def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:
     path = Path(weights)
     folder = path if is_folder(path) else path.absolute().parent
     for run in _possible_runs(folder):
-        if is_folder(run / "checkpoints") and is_file(run / VOCABULARY_FILE):
-            return run / VOCABULARY_FILE
+        if is_folder(run / "checkpoints") and is_file(vocabulary_of_run(run)):
+            return vocabulary_of_run(run)
     is_described = is_file(folder / "tokenizer_config.json")
-    return folder / HF_MERGES_FILE if is_described and is_file(folder / HF_MERGES_FILE) else None
+    # A CLIP's folder may have a tokenizer.json too, of the same vocabulary.
+    names = (HF_MERGES_FILE, *HUB_FILES) if is_described else HUB_FILES[1:]
+    return next((folder / name for name in names if is_file(folder / name)), None)
 
 
 def run_folder(name: str | os.PathLike[str]) -> Path | None:
@@ -593,7 +859,7 @@ def run_folder(name: str | os.PathLike[str]) -> Path | None:
         return None
 
     for folder in _possible_runs(path):
-        if is_file(folder / VOCABULARY_FILE):
+        if is_file(vocabulary_of_run(folder)):
             return folder
     raise VocabularyError(
         f"{path} holds no {VOCABULARY_FILE}, as the folder of a run does; name one, or a file as bpe_path"
@@ -617,16 +883,23 @@ def _is_model(name: object) -> bool:
 
 def _tokenizer_of_run(run_dir: Path, context_length: int | None) -> Tokenizer:
     """Return a run's tokenizer, for rows of its model's length or of another one."""
-    tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     settings = run_dir / _SETTINGS_FILE
-    if context_length is None and is_file(settings):
+    path, text = vocabulary_of_run(run_dir), None
+    is_other = path.name != VOCABULARY_FILE
+    if (context_length is None or is_other) and is_file(settings):
         try:
             name = json.loads(read_regular(settings, _MAX_SETTINGS_BYTES))["model"]
-            context_length = find_model(name).text.context_length
+            text = find_model(described_in(run_dir, name)).text
+            context_length = context_length or text.context_length
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VocabularyError(
                 f"cannot read the model of the run in {settings} ({error}); pass its context_length"
             ) from error
+    if is_other and text is None:
+        raise VocabularyError(
+            f"{run_dir} has no {_SETTINGS_FILE}, which says how captions are cleaned for {path.name}; put it back"
+        )
+    tokenizer = open_vocabulary(path, text)
     tokenizer.context_length = context_length or DEFAULT_CONTEXT_LENGTH
     return tokenizer
 

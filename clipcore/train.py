@@ -124,7 +124,6 @@ from clipcore.run.teacher import build_teacher
 from clipcore.run.threads import set_threads
 from clipcore.run.train_step import TrainingStep
 from clipcore.run.verify import VerificationError
-from clipcore.tokenizer import VOCABULARY_FILE
 from clipcore.towers.lora import ADAPTER_FOLDER, write_adapter
 
 WORKER_LOST_STATUS = 4
@@ -206,7 +205,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
         shard(model, world)
 
     # Order and length
-    loader = build_loader(config, source, transform, tokenizer, world)
+    loader = build_loader(config, source, transform, tokenizer, world, model.ignores_padding)
     num_samples = len(source) if config.train_num_samples is None else config.train_num_samples
     # An epoch has whole batches only.
     steps_per_epoch = num_samples // config.global_batch_size
@@ -281,7 +280,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             if begun_from is not None:
                 make_newest(begun_from)
             write_config(run_dir, config)
-            tokenizer.save(run_dir / VOCABULARY_FILE)
+            tokenizer.save(run_dir / tokenizer.file_name)
         is_alone = world.world_size == 1
         interrupt = stack.enter_context(
             Interrupt(0.0 if is_alone else REPEAT_S, DATA_WAIT_S if is_alone else None)

@@ -107,8 +107,7 @@ def test_keys_of_transformers_that_clipcore_does_not_have_are_refused():
     content = hf_config(create_model(NAME).config)
     assert config_from_hf({**content, "transformers_version": "5.0", "logit_scale_init_value": 2.6})
     for tower, key, value, message in (
-        ("text_config", "layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06; .* have 1e-05"),
-        ("vision_config", "layer_norm_eps", 1e-12, "layer_norm_eps"),
+        ("text_config", "hidden_act", "gelu_pytorch_tanh", "have gelu and gelu_pytorch_tanh"),
         ("vision_config", "num_channels", 1, "num_channels is 1; .* have 3"),
         ("text_config", "eos_token_id", 7, "eos_token_id is 7; .* largest id, 513"),
         ("text_config", "hidden_size", "32", "hidden_size is '32', not a whole number from 1"),
@@ -117,6 +116,13 @@ def test_keys_of_transformers_that_clipcore_does_not_have_are_refused():
         changed = {**content, tower: {**content[tower], key: value}}
         with pytest.raises(ConversionError, match=message):
             config_from_hf(changed)
+    for tower in ("text", "vision"):
+        changed = {
+            **content,
+            f"{tower}_config": {**content[f"{tower}_config"], "layer_norm_eps": 1e-6},
+        }
+        assert getattr(config_from_hf(changed), tower).norm_eps == 1e-6
+        assert hf_config(config_from_hf(changed)) == changed
     # 2 is what old versions wrote; a null says nothing, and dropout changes nothing of what weights compute.
     for end in (2, None):
         text = {**content["text_config"], "eos_token_id": end, "attention_dropout": 0.1}

@@ -244,6 +244,10 @@ def test_a_collapsed_student_stands_at_twice_the_loss_of_guessing():
         ({"force_image_size": 64}, "choose --force-image-size 64"),
         ({"force_context_length": 9}, "reads captions of 9 tokens"),
         ({"force_vocab_size": 600}, "has 600 tokens, and this run's vocabulary 514"),
+        (
+            {"text_cfg": {"vocab_size": 514, "width": 64, "no_causal_mask": True}},
+            "the teacher reads the padding of captions too",
+        ),
     ],
 )
 def test_a_teacher_of_other_inputs_is_refused(settings, message, tmp_path):

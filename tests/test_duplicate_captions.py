@@ -153,6 +153,11 @@ def test_padding_changes_no_id():
     assert torch.equal(caption_ids(dirty), ids)
     assert torch.equal(caption_ids(tokens[1:]), ids[1:])
 
+    # A tower that reads the padding too, such as SigLIP's, tells such rows apart.
+    whole = caption_ids(dirty, ignores_padding=False)
+    assert torch.equal(caption_ids(dirty.clone(), ignores_padding=False), whole)
+    assert not torch.equal(caption_ids(tokens, ignores_padding=False), whole)
+
 
 @pytest.mark.fast
 def test_an_id_is_a_number_of_the_caption_alone():
@@ -303,11 +308,11 @@ def test_gradients_with_ids_are_verified(config):
     )
 
 
-def all_equal(tokens: Tensor) -> Tensor:
+def all_equal(tokens: Tensor, _: bool) -> Tensor:
     return torch.zeros(len(tokens), dtype=torch.int64)
 
 
-def all_different(tokens: Tensor) -> Tensor:
+def all_different(tokens: Tensor, _: bool) -> Tensor:
     return torch.arange(len(tokens))
 
 

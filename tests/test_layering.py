@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the files of its own room.
 LAYERS = [
     {"files", "moved", "native", "number_texts", "packages", "page_style", "progress", "terminal"},
-    {"checkpoint", "kernels", "ranks"},
+    {"checkpoint", "hub_vocabulary", "kernels", "ranks"},
     {"data", "loss"},
     {"towers"},
     {"tokenizer_arguments"},

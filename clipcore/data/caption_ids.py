@@ -23,19 +23,20 @@ from clipcore.data.order import hash64
 _CAPTION = 301
 
 
-def caption_ids(tokens_BL: Tensor) -> Tensor:
+def caption_ids(tokens_BL: Tensor, ignores_padding: bool = True) -> Tensor:
     """Return an id for each caption, int64 [B], on the host.
 
     Args:
         tokens_BL: int64 [B, L] on the host, as a tokenizer returns them. A caption ends where its largest token first
-            occurs, as for ``encode_text``; later tokens are ignored.
+            occurs, as for CLIP's ``encode_text``; later tokens are ignored.
+        ignores_padding: False for a text tower that reads the whole row, such as SigLIP's.
 
     >>> ids_B = caption_ids(torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0], [1, 5, 9, 9]]))
     >>> (ids_B[:, None] == ids_B).tolist()
     [[True, False, True], [False, True, False], [True, False, True]]
     """
     tokens = tokens_BL.numpy()
-    last_B = tokens.argmax(1)
+    last_B = tokens.argmax(1) if ignores_padding else np.full(len(tokens), tokens.shape[1] - 1)
     # Columns after the longest caption hold nothing to hash.
     tokens = tokens[:, : int(last_B.max(initial=-1)) + 1]
     places_L = np.arange(tokens.shape[1])

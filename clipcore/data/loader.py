@@ -232,6 +232,7 @@ def eval_batches(
     workers: int = 0,
     all_captions: bool = False,
     start: int = 0,
+    trim_text: bool = True,
 ) -> Generator[Batch, None, None]:
     """Yield a rank's share of a source, each sample once and in order: the ranks' shares, joined, are the source.
 
@@ -241,13 +242,14 @@ def eval_batches(
     Args:
         all_captions: return a row of tokens for each caption of a sample, with ``owners``; else only for its first one.
         start: samples of the share to leave out, at its beginning.
+        trim_text: see ``PairLoader``.
     """
     share = share_of_rank(len(source), rank, world_size)
     starts = range(share.start + start, share.stop, batch_size)
     keys = ((at, min(at + batch_size, share.stop)) for at in starts)
     parts = _OrderedParts(_Reader(source, transform, tokenizer), all_captions)
     for part in _read(parts, keys, workers, 2 * workers):
-        if len(part.indices):
+        if len(part.indices) and trim_text:
             part.tokens = trim_tokens(part.tokens)
         yield part
 

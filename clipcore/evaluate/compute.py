@@ -29,11 +29,13 @@ def image_macs(config: ModelConfig) -> int:
 def _vit_macs(vision: VisionConfig, layers: int, embed_dim: int) -> int:
     assert vision.patch_size is not None
     D, G = vision.width, vision.image_size // vision.patch_size
-    L = G**2 + 1
+    L = G**2 + (not vision.has_map)
     patches = G**2 * 3 * vision.patch_size**2 * D
     mlp = int(D * vision.mlp_ratio)
     layer = L * D * (4 * D + 2 * mlp) + _attention_macs(L, D)
-    return patches + layers * layer + D * embed_dim
+    # SigLIP's head: the query's projections once, keys and values for every token, and an MLP of one token.
+    head = D * (2 * D + 2 * mlp) + 2 * L * D**2 + 2 * L * D if vision.has_map else D * embed_dim
+    return patches + layers * layer + head
 
 
 def _resnet_macs(vision: VisionConfig, stages: tuple[int, int, int, int], embed_dim: int) -> int:

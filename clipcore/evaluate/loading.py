@@ -10,7 +10,13 @@ import torch
 from clipcore.data.transforms import ImageTransform
 from clipcore.run.folders import is_run
 from clipcore.run.state import load_run
-from clipcore.tokenizer import Tokenizer, get_tokenizer, vocabulary_beside
+from clipcore.tokenizer import (
+    Tokenizer,
+    get_tokenizer,
+    how_to_get_vocabulary,
+    open_vocabulary,
+    vocabulary_beside,
+)
 from clipcore.towers.factory import create_model_from_pretrained
 from clipcore.towers.model import CLIP
 
@@ -67,7 +73,13 @@ def load_model(
     if bpe_path is None and (beside := vocabulary_beside(pretrained)) is not None:
         bpe_path = str(beside)
     model, transform = create_model_from_pretrained(name, pretrained=pretrained, device=device)
-    tokenizer = get_tokenizer(context_length=model.context_length, bpe_path=bpe_path)
+    text = model.config.text
+    if bpe_path is None and text.hf_tokenizer_name is not None:
+        raise ValueError(
+            f"{pretrained}: {how_to_get_vocabulary(text.hf_tokenizer_name)} as --bpe-path"
+        )
+    tokenizer = get_tokenizer() if bpe_path is None else open_vocabulary(bpe_path, text)
+    tokenizer.context_length = model.context_length
     if tokenizer.vocab_size != model.vocab_size:
         raise ValueError(
             f"the model has {model.vocab_size} tokens, but the vocabulary {tokenizer.vocab_size}: give the one it was "

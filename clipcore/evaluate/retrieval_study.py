@@ -40,8 +40,9 @@ def text_encoder(
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
-        tokens_ML = trim_tokens(tokenizer(texts)).to(device)
-        return model.encode_text(tokens_ML, normalize=True).float()
+        tokens_ML = tokenizer(texts)
+        tokens_ML = trim_tokens(tokens_ML) if model.ignores_padding else tokens_ML
+        return model.encode_text(tokens_ML.to(device), normalize=True).float()
 
     return encode
 

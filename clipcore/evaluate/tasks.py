@@ -103,6 +103,7 @@ class Encoder:
             self.world.rank,
             self.world.world_size,
             all_captions=all_captions,
+            trim_text=self.model.ignores_padding,
         )
         bad = list[tuple[str, str]]()
         for batch in rows:

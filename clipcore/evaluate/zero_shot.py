@@ -69,7 +69,10 @@ def build_zero_shot_classifier(
         prompts = [
             _fill(template, name) for names in classes for name in names for template in templates
         ]
-        features = model.encode_text(trim_tokens(tokenizer(prompts)).to(device), normalize=True)
+        tokens = tokenizer(prompts)
+        # Not for another package's model, of which nothing is known.
+        tokens = trim_tokens(tokens) if getattr(model, "ignores_padding", False) else tokens
+        features = model.encode_text(tokens.to(device), normalize=True)
         counts = [len(names) * len(templates) for names in classes]
         if len(set(counts)) == 1:
             mean_CE = features.unflatten(0, (len(classes), counts[0])).mean(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from clipcore.export import onnx_towers
 from clipcore.packages import package_folder
 from clipcore.ranks.failures import is_out_of_memory
 from clipcore.terminal import first_line
-from clipcore.tokenizer import Tokenizer
+from clipcore.tokenizer import HubTokenizer, Tokenizer
 from clipcore.towers.architectures import ModelConfig
+from clipcore.towers.descriptions import HF_FILE
 from clipcore.towers.factory import cast, create_model_from_pretrained
 from clipcore.towers.layouts import OPENAI_WEIGHTS
 from clipcore.towers.model import CLIP
@@ -118,10 +120,11 @@ def _rounded(model: CLIP) -> CLIP:
 
 
 def _compare_tokens(tokenizer: Tokenizer, tokens: Tensor, package: str) -> None:
-    """Compare the ids of ``CAPTIONS`` up to the end of text; what follows it is padding."""
+    """Compare the ids of ``CAPTIONS``; of CLIP's kind of vocabulary up to the end of text, behind which is padding."""
     expected = tokenizer(list(CAPTIONS), tokens.shape[1])
+    has_padding = not isinstance(tokenizer, HubTokenizer)
     for caption, own, theirs in zip(CAPTIONS, expected, tokens, strict=True):
-        length = int(own.argmax()) + 1
+        length = int(own.argmax()) + 1 if has_padding else len(own)
         if not torch.equal(own[:length], theirs[:length]):
             raise CheckError(f"{package} tokenizes {caption!r} in another way")
 
@@ -130,6 +133,9 @@ def _inference(config: ModelConfig) -> dict[str, Any]:
     """Return what of an architecture changes features; not every layout says how a training begins, or drops patches."""
     described = dataclasses.asdict(config)
     del described["init_logit_scale"], described["vision"]["patch_dropout"]
+    # Not every layout says where a published vocabulary is, or how captions are cleaned for it.
+    for name in ("hf_tokenizer_name", "clean", "strip_sep_token"):
+        del described["text"][name]
     for tower in (described["vision"], described["text"]):
         tower["mlp_ratio"] = int(tower["width"] * tower["mlp_ratio"])
     return described
@@ -174,6 +180,8 @@ def _by_open_clip_as_openai(folder: Path, examples: Examples) -> Loaded:
 def _by_transformers(folder: Path, examples: Examples) -> Loaded:
     from transformers import CLIPModel, CLIPProcessor
 
+    if json.loads((folder / HF_FILE).read_text())["model_type"] == "siglip":
+        return _siglip_by_transformers(folder, examples)
     model = CLIPModel.from_pretrained(folder).eval()
     processor = CLIPProcessor.from_pretrained(folder)
     length = examples.tokens.shape[1]
@@ -187,6 +195,15 @@ def _by_transformers(folder: Path, examples: Examples) -> Loaded:
     image = model.vision_model(pixel_values=examples.images).pooler_output
     text = model.text_model(input_ids=examples.tokens).pooler_output
     return Loaded(model.visual_projection(image), model.text_projection(text), read["input_ids"])
+
+
+def _siglip_by_transformers(folder: Path, examples: Examples) -> Loaded:
+    """Return the features of a SigLIP; transformers does not clean captions as its description says, so no ids."""
+    from transformers import SiglipModel
+
+    model = SiglipModel.from_pretrained(folder).eval()
+    image = model.get_image_features(examples.images).pooler_output
+    return Loaded(image, model.get_text_features(examples.tokens).pooler_output)
 
 
 def _by_onnxruntime(folder: Path, examples: Examples) -> Loaded:

@@ -86,6 +86,12 @@ def export_model(
 
 def _write(model: CLIP, tokenizer: Tokenizer, target: str, folder: Path, is_openai: bool) -> None:
     if target == "open_clip":
+        vision = model.config.to_dict()["vision_cfg"]
+        if model.config.vision.has_map and "timm_model_name" not in vision:
+            raise ValueError(
+                "open_clip has SigLIP's image towers in timm's sizes only, and this is none of them; model.save_pretrained "
+                "writes it for clipcore"
+            )
         write_open_clip(model, folder, has_own_vocabulary=not is_openai)
     elif target == "openai":
         write_openai(model, folder)

@@ -209,7 +209,10 @@ class TrainConfig:
     )
 
     model: str | None = _option(
-        None, MODEL, "architecture, one of clipcore.list_models()", metavar="NAME"
+        None,
+        MODEL,
+        "one of clipcore.list_models(), or a JSON file as open_clip has",
+        metavar="NAME",
     )
     pretrained: str | None = _option(
         None, MODEL, "weights to start from: OpenAI's, open_clip's, or a run", metavar="FILE"

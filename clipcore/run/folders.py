@@ -1,7 +1,7 @@
 """Where runs live, how one is found again, and the settings in its folder.
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and a copy of the
-vocabulary.
+A run's folder holds config.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, report.html, and copies of the vocabulary and,
+if a file described it, of the model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from clipcore.files import is_file, is_folder, read_regular, write_durably
 from clipcore.ranks.distributed import World, all_reduce_sum, broadcast_object, is_main
 from clipcore.run.config import ConfigError, TrainConfig, flag_of
 from clipcore.run.recipe import RunConfig
+from clipcore.towers.architectures import MODEL_FILE, described_in, find_model, is_model_file
 
 _MAX_CONFIG_BYTES, _MAX_NOTE_BYTES = 1 << 22, 1 << 12
 CONFIG_FILE, LAUNCH_FILE = "config.json", ".launch"
@@ -250,6 +251,7 @@ def resumed_config(
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     settings: dict[str, Any] = {"max_pixels": EARLIER_MAX_PIXELS}
     settings |= {name: value for name, value in saved.items() if name in known}
+    settings["model"] = described_in(run_dir, settings.get("model"))
     again = {n: getattr(config, n) for n in sorted(given - LAUNCH_SETTINGS)}
     changed = {name for name, value in again.items() if settings.get(name) != value}
     for name in sorted(changed):
@@ -285,12 +287,20 @@ def new_run_dir(config: RunConfig) -> Path:
     """Return the folder of a new run, named by date, model and batch where the user gives no name."""
     stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
     model = config.model.replace("/", "-")
+    if is_model_file(config.model):
+        model = Path(config.model).stem
     name = f"{stamp}-model_{model}-b_{config.global_batch_size}"
     return Path(config.logs) / (name if config.name is None else config.name)
 
 
-def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """Write the settings as config.json in the run's folder, and beside them which launch writes there."""
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the settings as config.json in the run's folder, and beside them which launch writes there.
+
+    If a file described the model, the run gets a description of its own, so that it does not need that file again.
+    """
+    if is_model_file(config.model):
+        described = json.dumps(find_model(config.model).to_dict(), indent=2) + "\n"
+        write_durably(run_dir / MODEL_FILE, described.encode())
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     write_durably(run_dir / CONFIG_FILE, text.encode())
     write_durably(run_dir / LAUNCH_FILE, (launch_id() or "").encode())

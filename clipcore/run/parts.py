@@ -36,6 +36,7 @@ from clipcore.tokenizer import (
     VocabularyError,
     byte_tokenizer,
     get_tokenizer,
+    open_vocabulary,
     train_tokenizer,
 )
 from clipcore.towers.architectures import find_model
@@ -57,8 +58,10 @@ def build_tokenizer(
     """Return the tokenizer that ``--tokenizer`` names, which may be learnt from the captions of the training data."""
     if config.tokenizer == "bytes":
         return byte_tokenizer()
+    if config.tokenizer == "openai":
+        return get_tokenizer()
     if config.tokenizer != "train":
-        return get_tokenizer(bpe_path=None if config.tokenizer == "openai" else config.tokenizer)
+        return open_vocabulary(config.tokenizer, find_model(config.model).text)
     if resuming:
         return Tokenizer.from_file(run_dir / VOCABULARY_FILE)
     if config.train_data in EMBEDDED:
@@ -255,8 +258,9 @@ def build_loader(
     transform: ImageTransform,
     tokenizer: Tokenizer,
     world: World,
+    trim_text: bool,
 ) -> PairLoader:
-    """Return the loader of this rank's part of every global batch."""
+    """Return the loader of this rank's part of every global batch; ``trim_text`` as of ``PairLoader``."""
     return PairLoader(
         source,
         transform,
@@ -267,6 +271,7 @@ def build_loader(
         world_size=world.world_size,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        trim_text=trim_text,
     )
 
 

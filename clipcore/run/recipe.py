@@ -12,6 +12,7 @@ from clipcore.data.embedded import EMBEDDED
 from clipcore.run.config import ConfigError, TrainConfig, flag_of
 from clipcore.run.optim import adam_defaults
 from clipcore.run.schedule import learning_rate
+from clipcore.tokenizer import how_to_get_vocabulary
 from clipcore.towers.architectures import OPENAI_NAMES, QUICK_GELU_SUFFIX, find_model
 
 # The paper's learning rates that are not the 5e-4 of the other models (tables 19 and 20).
@@ -151,10 +152,16 @@ def resolve(config: TrainConfig, world_size: int = 1) -> RunConfig:
         name = OPENAI_NAMES.get(config.model, config.model).removesuffix(QUICK_GELU_SUFFIX)
         recipe["lr"] = PAPER_LEARNING_RATES.get(name, recipe["lr"])
     model = recipe["model"] if config.model is None else config.model
-    betas_and_eps = adam_defaults(find_model(model).vision.is_resnet)
+    shape = find_model(model)
+    betas_and_eps = adam_defaults(shape.vision.is_resnet)
     recipe = dict(zip(("beta1", "beta2", "eps"), betas_and_eps, strict=True)) | recipe
     if config.finetune:
         recipe |= FINETUNE_RECIPE
+
+    repository = shape.text.hf_tokenizer_name
+    is_openais = config.tokenizer is None and recipe["tokenizer"] == "openai"
+    if is_openais and repository is not None:
+        raise ConfigError(f"{model}: {how_to_get_vocabulary(repository)} as --tokenizer")
 
     unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if config.global_batch_size is not None:

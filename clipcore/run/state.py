@@ -29,7 +29,7 @@ from clipcore.run.optim import (
     optimizer_tensors,
 )
 from clipcore.run.sharding import OwnRows, checkpoint_writers, gathered, is_sharded, own_parts
-from clipcore.tokenizer import VOCABULARY_FILE, Tokenizer
+from clipcore.tokenizer import Tokenizer, open_vocabulary, vocabulary_of_run
 from clipcore.towers.architectures import ModelConfig, is_finite_number, shortened
 from clipcore.towers.descriptions import recorded_images
 from clipcore.towers.loading import model_of, shape_differences
@@ -287,14 +287,17 @@ def load_run(
     """
     checkpoint, run_dir = open_run(path)
     identity = run_record(checkpoint)["identity"]
-    tokenizer = Tokenizer.from_file(run_dir / VOCABULARY_FILE)
-    if tokenizer.sha256 != identity.get("vocabulary"):
-        raise CheckpointError(
-            f"{run_dir / VOCABULARY_FILE} is not the vocabulary that {checkpoint.path} was trained with"
-        )
-    groups = checkpoint.tensors
+    groups, path = checkpoint.tensors, vocabulary_of_run(run_dir)
     try:
         config = ModelConfig.from_dict(identity.get("model"))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be made a model: {error}") from error
+    tokenizer = open_vocabulary(path, config.text)
+    if tokenizer.sha256 != identity.get("vocabulary"):
+        raise CheckpointError(
+            f"{path} is not the vocabulary that {checkpoint.path} was trained with"
+        )
+    try:
         weights = dict(groups["ema" if "ema" in groups else "model"])
         model = model_of(config, weights, str(checkpoint.path)).to(device)
     except ValueError as error:

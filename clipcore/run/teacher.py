@@ -68,6 +68,12 @@ def _check_inputs(teacher: CLIP, model: CLIP, path: str) -> None:
             f"the teacher {path} has {teacher.vocab_size} tokens, and this run's vocabulary {model.vocab_size}: give the "
             "teacher's vocabulary with --tokenizer"
         )
+    if teacher.ignores_padding != model.ignores_padding:
+        reader = "the teacher" if model.ignores_padding else "this model"
+        raise ConfigError(
+            f"{reader} reads the padding of captions too, as SigLIP does, and the other one does not: choose a teacher of "
+            f"this model's kind, not {path}"
+        )
     if teacher.context_length < model.context_length:
         raise ConfigError(
             f"the teacher {path} reads captions of {teacher.context_length} tokens, and this model of "

@@ -135,9 +135,10 @@ class TrainingStep:
     def cutter(self, batch: Batch, step: int) -> Callable[[slice], list[Tensor | PackedText]]:
         """Return a function that makes the towers' arguments of some rows of a batch, on the host.
 
-        Captions are packed where that is worth it.
+        Captions are packed where that is worth it, and where the text tower's features do not depend on padding.
         """
         pinned = batch.images.is_pinned()
+        packs = self.pack_text and self.model.ignores_padding
         others: list[Tensor] = []
         if getattr(self.model.visual, "patch_dropout", 0.0) > 0:
             words = hash64(batch.indices.numpy(), self.seed, step, _DROPOUT)
@@ -146,7 +147,7 @@ class TrainingStep:
 
         def cut(rows: slice) -> list[Tensor | PackedText]:
             tokens: Tensor | PackedText = batch.tokens[rows]
-            if self.pack_text and is_worth_packing(batch.tokens[rows]):
+            if packs and is_worth_packing(batch.tokens[rows]):
                 on_cpu = self.world.device.type == "cpu"
                 length = fitted_length(batch.tokens[rows]) if on_cpu else PACKED_LENGTH
                 tokens = pack_captions(batch.tokens[rows], length)
@@ -200,7 +201,7 @@ class TrainingStep:
 
     def ids(self, batch: Batch) -> Tensor:
         """Return a batch's caption ids on the device, int64 [B]; the host does not wait for it."""
-        ids_B = caption_ids(batch.tokens)
+        ids_B = caption_ids(batch.tokens, self.model.ignores_padding)
         if batch.tokens.is_pinned():
             ids_B = ids_B.pin_memory()
         return ids_B.to(self.world.device, non_blocking=True)

@@ -165,7 +165,11 @@ def _reference(training: TrainingStep, tokens_GL: Tensor) -> Callable[..., Tenso
     settings: dict[str, Any] = {}
     if training.with_ids:
         # Exact ids, so that the hashes of these few pairs are verified too: an id is where the caption stands first.
-        captions = [tuple(row[: int(row.argmax()) + 1].tolist()) for row in tokens_GL]
+        has_padding = training.model.ignores_padding
+        captions = [
+            tuple((row[: int(row.argmax()) + 1] if has_padding else row).tolist())
+            for row in tokens_GL
+        ]
         ids_G = torch.tensor([captions.index(caption) for caption in captions])
         ids_G = ids_G.to(training.world.device)
         settings = {"image_ids": ids_G, "text_ids": ids_G, "same_id": loss_fn.same_id}

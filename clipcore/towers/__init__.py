@@ -1,10 +1,12 @@
 """CLIP's two towers, from their parts to a whole model, and readers of other people's weights.
 
 ==========================  ================================================================
-``architectures.py``        the shapes of the models, under open_clip's names
+``architectures.py``        the shapes of the models, by name and by description
+``open_clip_models.py``     the models of open_clip, in the layout of its files
 ``modules.py``              the towers' parts: they hold parameters and call kernels
 ``compiled.py``             a transformer block in torch's operators, for a compiler
 ``vision.py``               the Vision Transformer
+``pooling_head.py``         SigLIP's attention pooling
 ``resnet.py``               the ResNet
 ``text.py``                 the text tower
 ``intermediates.py``        the outputs of single blocks

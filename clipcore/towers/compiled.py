@@ -243,6 +243,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def _activated(hidden: Tensor, kind: str) -> Tensor:
+    if kind == "quick":
+        return hidden * torch.sigmoid(QUICK_GELU_SLOPE * hidden)
+    return F.gelu(hidden, approximate="tanh" if kind == "tanh" else "none")
+
+
 def _with_sum(inputs: Tensors, x: Tensor, y: Tensor) -> Tensors:
     """Return both, the stream only where it was summed here."""
     return (y,) if len(inputs) == 1 else (x, y)
@@ -274,9 +280,7 @@ def _added(kind: str, eps: float) -> Body:
         x, out = inputs
         x = _joined((x, _linear(out, out_weight, out_bias)))
         hidden = _linear(_layer_norm(x, norm_weight, norm_bias, eps), fc_weight, fc_bias)
-        is_quick = kind == "quick"
-        active = hidden * torch.sigmoid(QUICK_GELU_SLOPE * hidden) if is_quick else F.gelu(hidden)
-        return x, _linear(active, proj_weight, proj_bias)
+        return x, _linear(_activated(hidden, kind), proj_weight, proj_bias)
 
     return added
 

@@ -15,6 +15,7 @@ from typing import Any
 from clipcore.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from clipcore.files import read_regular
 from clipcore.towers.architectures import (
+    DEFAULT_EPS,
     MAX_SIZE,
     ModelConfig,
     TextConfig,
@@ -23,6 +24,7 @@ from clipcore.towers.architectures import (
     shortened,
 )
 from clipcore.towers.convert import ConversionError
+from clipcore.towers.open_clip_models import SIGLIP_TEXT
 
 _MAX_BYTES = 1 << 22
 OPEN_CLIP_FILE, HF_FILE = "open_clip_config.json", "config.json"
@@ -110,60 +112,88 @@ def _object(content: object, path: Path) -> dict[str, Any]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of transformers' ``CLIPConfig`` for a model."""
+    """Return the config.json of transformers' ``CLIPConfig`` for a model, or of ``SiglipConfig`` for a SigLIP."""
     vision, text = config.vision, config.text
-    activation = "quick_gelu" if config.quick_gelu else "gelu"
+    described = {
+        "text_config": {
+            **_hf_sizes(text, config.quick_gelu),
+            "num_attention_heads": text.heads,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+        },
+        "vision_config": {
+            **_hf_sizes(vision, config.quick_gelu),
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+        },
+    }
+    if vision.has_map:
+        described["text_config"]["projection_size"] = config.embed_dim
+        return {"architectures": ["SiglipModel"], "model_type": "siglip", **described}
+    described["text_config"] |= {
+        "projection_dim": config.embed_dim,
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": text.vocab_size - 1,
+        "pad_token_id": 1,
+    }
+    described["vision_config"]["projection_dim"] = config.embed_dim
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config.embed_dim,
-        "text_config": {
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "projection_dim": config.embed_dim,
-            "hidden_act": activation,
-            "bos_token_id": text.vocab_size - 2,
-            "eos_token_id": text.vocab_size - 1,
-            "pad_token_id": 1,
-        },
-        "vision_config": {
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "projection_dim": config.embed_dim,
-            "hidden_act": activation,
-        },
+        **described,
     }
 
 
-# Keys of a tower that change its computation, with the only value that clipcore's towers support.
-_HF_FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
+_HF_ACTIVATIONS = {
+    (True, False): "quick_gelu",
+    (False, False): "gelu",
+    (False, True): "gelu_pytorch_tanh",
+}
+
+
+def _hf_sizes(tower: VisionConfig | TextConfig, quick_gelu: bool) -> dict[str, Any]:
+    """Return the keys that the towers of both kinds of models share."""
+    sizes = {
+        "hidden_size": tower.width,
+        "intermediate_size": int(tower.width * tower.mlp_ratio),
+        "num_hidden_layers": tower.layers,
+        "hidden_act": _HF_ACTIVATIONS[quick_gelu, tower.gelu_tanh],
+    }
+    return sizes if tower.norm_eps == DEFAULT_EPS else {**sizes, "layer_norm_eps": tower.norm_eps}
+
+
 # A caption's feature is at its largest id: published files name that id, or 2 as old versions did.
 _OLD_HF_END_ID = 2
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the model described by transformers' ``CLIPConfig`` config.json; a missing key has transformers' default.
+    """Return the model described by transformers' ``CLIPConfig`` or ``SiglipConfig`` config.json.
+
+    A missing key has transformers' default.
 
     Raises:
         ConversionError: the file does not describe a CLIP, or has a value that clipcore's towers do not support.
     """
-    if config.get("model_type") != "clip":
-        raise ConversionError(
-            f"the config.json is of a {config.get('model_type')!r}, not of a clip"
-        )
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        why = ", whose images have no fixed size" if kind == "siglip2" else ""
+        raise ConversionError(f"the config.json is of a {kind!r}{why}, not of a clip or siglip")
     vision, text = _hf_tower(config, "vision_config"), _hf_tower(config, "text_config")
     for tower in (vision, text):
-        for key, only in _HF_FIXED.items():
-            if tower.get(key) not in (None, only):
-                raise ConversionError(f"{key} is {tower[key]!r}; clipcore's towers have {only!r}")
+        if tower.get("num_channels") not in (None, 3):
+            raise ConversionError(
+                f"num_channels is {tower['num_channels']!r}; clipcore's towers have 3"
+            )
+    return (
+        _siglip_from_hf(vision, text) if kind == "siglip" else _clip_from_hf(config, vision, text)
+    )
+
+
+def _clip_from_hf(
+    config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]
+) -> ModelConfig:
     activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (vision, text)}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         found = " and ".join(sorted(activations))
@@ -174,28 +204,88 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise ConversionError(
             f"eos_token_id is {end_id!r}; clipcore reads a caption's feature at its largest id, {vocab_size - 1}"
         )
-
-    width, text_width = _whole(vision, "hidden_size", 768), _whole(text, "hidden_size", 512)
     return ModelConfig(
         embed_dim=_whole(config, "projection_dim", 512),
         vision=VisionConfig(
-            image_size=_whole(vision, "image_size", 224),
-            layers=_whole(vision, "num_hidden_layers", 12),
-            width=width,
-            patch_size=_whole(vision, "patch_size", 32),
-            head_width=width // _whole(vision, "num_attention_heads", 12),
-            mlp_ratio=_whole(vision, "intermediate_size", 3072) / width,
+            **_hf_image_sizes(vision, patch_size=32),
+            norm_eps=vision.get("layer_norm_eps", DEFAULT_EPS),
         ),
         text=TextConfig(
-            context_length=_whole(text, "max_position_embeddings", 77),
+            **_hf_text_sizes(text, context_length=77, width=512, heads=8, hidden=2048),
             vocab_size=vocab_size,
-            width=text_width,
-            heads=_whole(text, "num_attention_heads", 8),
-            layers=_whole(text, "num_hidden_layers", 12),
-            mlp_ratio=_whole(text, "intermediate_size", 2048) / text_width,
+            norm_eps=text.get("layer_norm_eps", DEFAULT_EPS),
         ),
         quick_gelu=activations == {"quick_gelu"},
     )
+
+
+# Of SigLIP 2's models.
+_GEMMA_VOCAB_SIZE = 256000
+
+
+def _siglip_from_hf(vision: Mapping[str, Any], text: Mapping[str, Any]) -> ModelConfig:
+    if vision.get("vision_use_head") not in (None, True):
+        raise ConversionError("vision_use_head is false; clipcore's SigLIP has its head")
+    kinds = [
+        {
+            "norm_eps": tower.get("layer_norm_eps", 1e-6),
+            "gelu_tanh": _is_tanh(tower.get("hidden_act", "gelu_pytorch_tanh")),
+        }
+        for tower in (vision, text)
+    ]
+    image = VisionConfig(**_hf_image_sizes(vision, patch_size=16), pool_type="map", **kinds[0])
+    width = _whole(text, "hidden_size", 768)
+    if (size := _whole(text, "projection_size", width)) != image.width:
+        raise ConversionError(
+            f"the text tower has {size} features and the image tower {image.width}; a SigLIP's are as many"
+        )
+    vocab_size = _whole(text, "vocab_size", 32000)
+    tower = TextConfig(
+        **_hf_text_sizes(text, context_length=64, width=768, heads=12, hidden=3072),
+        vocab_size=vocab_size,
+        **SIGLIP_TEXT,
+        proj_bias=True,
+        # As transformers' tokenizers do: SigLIP's drops punctuation, SigLIP 2's only lowers the case.
+        clean="lower" if vocab_size == _GEMMA_VOCAB_SIZE else "canonicalize",
+        **kinds[1],
+    )
+    # transformers' model has no first values of its own.
+    return ModelConfig(image.width, image, tower, init_logit_bias=-10)
+
+
+def _is_tanh(activation: object) -> bool:
+    if activation not in ("gelu_pytorch_tanh", "gelu"):
+        raise ConversionError(
+            f"the towers have {shortened(activation)}; clipcore's SigLIP has gelu_pytorch_tanh or gelu"
+        )
+    return activation == "gelu_pytorch_tanh"
+
+
+def _hf_image_sizes(vision: Mapping[str, Any], patch_size: int) -> dict[str, Any]:
+    """Return the sizes of an image tower as fields; a missing key has transformers' default."""
+    width = _whole(vision, "hidden_size", 768)
+    return {
+        "image_size": _whole(vision, "image_size", 224),
+        "layers": _whole(vision, "num_hidden_layers", 12),
+        "width": width,
+        "patch_size": _whole(vision, "patch_size", patch_size),
+        "head_width": width // _whole(vision, "num_attention_heads", 12),
+        "mlp_ratio": _whole(vision, "intermediate_size", 3072) / width,
+    }
+
+
+def _hf_text_sizes(
+    text: Mapping[str, Any], context_length: int, width: int, heads: int, hidden: int
+) -> dict[str, Any]:
+    """Return the sizes of a text tower as fields; the arguments are transformers' defaults."""
+    own_width = _whole(text, "hidden_size", width)
+    return {
+        "context_length": _whole(text, "max_position_embeddings", context_length),
+        "width": own_width,
+        "heads": _whole(text, "num_attention_heads", heads),
+        "layers": _whole(text, "num_hidden_layers", 12),
+        "mlp_ratio": _whole(text, "intermediate_size", hidden) / own_width,
+    }
 
 
 def _hf_tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:

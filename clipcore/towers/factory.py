@@ -97,8 +97,9 @@ def create_model(
     Arguments and their order are those of open_clip 3, and after them clipcore's own, by keyword.
 
     Args:
-        model_name: one of ``list_models()``, OpenAI's spelling (``ViT-B/32``), or ``local-dir:FOLDER`` for the model that
-            open_clip's, transformers' or a run's folder describes, with its weights.
+        model_name: one of ``list_models()``, OpenAI's spelling (``ViT-B/32``), the path of a JSON file as open_clip's
+            model_configs has, or ``local-dir:FOLDER`` for the model that open_clip's, transformers' or a run's folder
+            describes, with its weights.
         pretrained: a file or folder of weights: OpenAI's, open_clip's, transformers', or a run of clipcore. For open_clip's
             name of published weights, the error says how to get the file: nothing is downloaded.
         load_weights: False ignores ``pretrained``, or a folder's weights.
@@ -306,9 +307,12 @@ def cast(model: Model, precision: str) -> Model:
     for part in model.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | Attention):
             part.to(dtype)
-    model.text_projection.data = model.text_projection.to(dtype)
+    projections = [model.text_projection]
     if isinstance(model.visual, VisionTransformer):
-        model.visual.proj.data = model.visual.proj.to(dtype)
+        projections.append(model.visual.proj)
+    for projection in projections:
+        if isinstance(projection, Tensor):
+            projection.data = projection.to(dtype)
     return model
 
 
@@ -531,7 +535,7 @@ def made_of_weights(
     if config.init_logit_bias is not None and "logit_bias" not in state:
         state["logit_bias"] = torch.tensor(float(config.init_logit_bias))
     model = model_of(config, state, str(pretrained), may_resize=True)
-    model.set_images(weights.images)
+    model.set_images(model.images | weights.images)
     return model
 
 
@@ -560,7 +564,7 @@ def _of_description(
     if (described := described_model(folder)) is None:
         raise ValueError(f"{folder} does not describe its model: give the model's name")
     model = _new(changed(described.config), device)
-    model.set_images(described.images)
+    model.set_images(model.images | described.images)
     return model
 
 

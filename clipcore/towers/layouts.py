@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipcore.data.transforms import OPENAI_MEAN, OPENAI_STD
 from clipcore.towers.architectures import ModelConfig
-from clipcore.towers.convert import ConversionError, to_hf
+from clipcore.towers.convert import ConversionError, to_custom_text, to_hf
 from clipcore.towers.descriptions import HF_FILE, HF_IMAGES_FILE, OPEN_CLIP_FILE, hf_config
 
 OPEN_CLIP_WEIGHTS, HF_WEIGHTS, OPENAI_WEIGHTS = (
@@ -55,7 +55,10 @@ def write_open_clip(model: Described, folder: Path, has_own_vocabulary: bool = F
         config["text_cfg"]["hf_tokenizer_name"] = "."
     described = {"model_cfg": config, "preprocess_cfg": open_clip_preprocessing(model)}
     _write_json(folder / OPEN_CLIP_FILE, described)
-    save_file(_plain(model.state_dict()), folder / OPEN_CLIP_WEIGHTS)
+    weights = model.state_dict()
+    if model.config.vision.has_map:
+        weights = to_custom_text(weights)
+    save_file(_plain(weights), folder / OPEN_CLIP_WEIGHTS)
 
 
 def open_clip_preprocessing(model: Described) -> dict[str, Any]:
@@ -73,19 +76,45 @@ def open_clip_preprocessing(model: Described) -> dict[str, Any]:
 
 
 def write_transformers(model: Described, folder: Path) -> None:
-    """Write the folder of transformers' ``CLIPModel.from_pretrained(FOLDER)`` and its image processor.
+    """Write the folder of transformers' ``CLIPModel.from_pretrained(FOLDER)``, or ``SiglipModel``, and its image processor.
 
     Raises:
-        ConversionError: a ResNet, a logit bias or padded images, which transformers' CLIP does not have.
+        ConversionError: a ResNet, a part of a tower, a logit bias or padded images, which transformers' model does not have.
     """
-    if model.logit_bias is not None:
-        raise ConversionError(
-            "transformers' CLIPModel has no logit bias, and this model has one, as SigLIP's do; export it to open_clip"
-        )
+    _check_transformers(model)
     weights = to_hf(model.state_dict())
     _write_json(folder / HF_FILE, hf_config(model.config))
     _write_json(folder / HF_IMAGES_FILE, hf_preprocessing(model))
     save_file(_plain(weights), folder / HF_WEIGHTS, metadata={"format": "pt"})
+
+
+def _check_transformers(model: Described) -> None:
+    """Raise ConversionError for a model that transformers would load as another one."""
+    config = model.config
+    if config.vision.has_map:
+        text = config.text
+        is_siglips = (text.no_causal_mask, text.pool_type, text.proj_bias) == (True, "last", True)
+        if (
+            not is_siglips
+            or text.ls_init_value is not None
+            or config.vision.ls_init_value is not None
+        ):
+            raise ConversionError(
+                "transformers' SiglipModel has no such text tower or no scaled blocks; export the model to open_clip"
+            )
+        if model.logit_bias is None:
+            raise ConversionError(
+                "transformers' SiglipModel has a logit bias, and this model has none; export it to open_clip"
+            )
+        return
+    if model.logit_bias is not None:
+        raise ConversionError(
+            "transformers' CLIPModel has no logit bias, and this model has one, as SigLIP's do; export it to open_clip"
+        )
+    if others := [part for part in config.beyond_openai if not part.startswith("norm_eps")]:
+        raise ConversionError(
+            f"transformers' CLIPModel has no {', '.join(others)}; export the model to open_clip"
+        )
 
 
 def hf_preprocessing(model: Described) -> dict[str, Any]:
@@ -95,15 +124,16 @@ def hf_preprocessing(model: Described) -> dict[str, Any]:
         ConversionError: it pads, which transformers' CLIP does not.
     """
     size, images = model.config.vision.image_size, model.images
+    name = "Siglip" if model.config.vision.has_map else "CLIP"
     if images.get("resize_mode") == "longest":
         raise ConversionError(
-            "transformers' CLIPImageProcessor does not pad, which resize_mode longest does; export the model to open_clip"
+            f"transformers' {name}ImageProcessor does not pad, which resize_mode longest does; export the model to open_clip"
         )
     square = {"height": size, "width": size}
     is_squashed = images.get("resize_mode") == "squash"
     return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if is_squashed else {"shortest_edge": size},
@@ -144,6 +174,8 @@ def openai_differences(model: Described) -> list[str]:
         found.append("it has GELU, and OpenAI's models have QuickGELU")
     if model.logit_bias is not None:
         found.append("it has a logit bias")
+    if others := model.config.beyond_openai:
+        found.append(f"its towers have {', '.join(others)}")
     image_width = vision.width * (32 if vision.is_resnet else 1)
     for tower, width, heads in (
         ("image", image_width, vision.heads),

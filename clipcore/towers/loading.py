@@ -18,6 +18,7 @@ from clipcore.towers.convert import (
     infer_config,
     to_open_clip_names,
     without_text_prefix,
+    without_timm_names,
 )
 from clipcore.towers.descriptions import Description, read_description
 from clipcore.towers.model import CLIP
@@ -104,7 +105,7 @@ def load_checkpoint(
         found = IncompatibleKeys(list(load_weights(model, state, str(checkpoint_path))), [])
     else:
         _check_activation(model.config, weights)
-        _check_heads(model.config, weights, ("image", "text"))
+        _check_hidden(model.config, weights, ("image", "text"))
         found = _load_common(model, _names_of_part(weights.tensors), str(checkpoint_path))
     if weights.images:
         model.set_images(model.images | weights.images)
@@ -118,7 +119,7 @@ def _names_of_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     except ConversionError:
         if any(name.startswith("text_model.") for name in tensors):
             raise
-        return without_text_prefix(tensors)
+        return without_timm_names(without_text_prefix(tensors))
 
 
 def _load_common(model: CLIP, state: Mapping[str, Tensor], origin: str) -> IncompatibleKeys:
@@ -160,13 +161,13 @@ def load_tower(model: CLIP, tower: str, path: str | Path) -> None:
     """
     weights = read_weights(path)
     _check_activation(model.config, weights)
-    _check_heads(model.config, weights, (tower,))
+    _check_hidden(model.config, weights, (tower,))
     own = {name: value for name, value in model.state_dict().items() if _tower_of(name) == tower}
     state = _names_of_part(weights.tensors)
     if any(name.startswith(("visual.", "logit_")) for name in state):
         state = {name: value for name, value in state.items() if _tower_of(name) == tower}
     elif tower == "image":
-        state = {f"visual.{name}": value for name, value in state.items()}
+        state = without_timm_names({f"visual.{name}": value for name, value in state.items()})
     fitted = resize_position_embeddings(state, own)
     if differing := shape_differences(_shapes(fitted), _shapes(own)):
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -198,7 +199,7 @@ def described_model(folder: Path) -> Description | None:
 def check_description(config: ModelConfig, weights: Weights) -> None:
     """Raise ValueError if the weights' description contradicts an architecture in a way that the shapes do not show."""
     _check_activation(config, weights)
-    _check_heads(config, weights, ("image", "text"))
+    _check_hidden(config, weights, ("image", "text"))
     if weights.config is None or config.init_logit_bias is not None:
         return
     check_described_bias(weights)
@@ -225,18 +226,43 @@ def _check_activation(config: ModelConfig, weights: Weights) -> None:
         )
 
 
-def _check_heads(config: ModelConfig, weights: Weights, towers: Sequence[str]) -> None:
+# Of a tower, in words: what no shape shows, and is another function.
+_HIDDEN = {
+    "heads": "{} heads",
+    "norm_eps": "LayerNorms with an eps of {:g}",
+    "gelu_tanh": "GELU {}",
+    "pool_type": "the pool_type {}",
+    "final_ln_after_pool": "final_ln_after_pool {}",
+    "no_causal_mask": "no_causal_mask {}",
+    "eos_id": "the eos_id {}",
+}
+_GELU = {True: "by its tanh approximation", False: "without approximation"}
+
+
+def _check_hidden(config: ModelConfig, weights: Weights, towers: Sequence[str]) -> None:
+    """Raise ValueError if the weights' description contradicts an architecture in what no shape shows."""
     if weights.config is None:
         return
     for tower, said, own in (
-        ("image", weights.config.vision.heads, config.vision.heads),
-        ("text", weights.config.text.heads, config.text.heads),
+        ("image", weights.config.vision, config.vision),
+        ("text", weights.config.text, config.text),
     ):
-        if tower in towers and said != own:
-            raise ValueError(
-                f"{weights.witness} that its {tower} tower has {said} heads, and {_name(config)[0]} has {own}; "
-                "create_model_from_pretrained(None, ...) makes the model that it describes"
-            )
+        for name, words in _HIDDEN.items():
+            if tower not in towers or not hasattr(said, name):
+                continue
+            theirs, ours = getattr(said, name), getattr(own, name)
+            if theirs != ours:
+                texts = [
+                    words.format(_GELU[v] if name == "gelu_tanh" else v) for v in (theirs, ours)
+                ]
+                raise ValueError(
+                    f"{weights.witness} that its {tower} tower has {texts[0]}, and {_name(config)[0]} has "
+                    f"{_short(texts[1])}; create_model_from_pretrained(None, ...) makes the model that it describes"
+                )
+
+
+def _short(text: str) -> str:
+    return text.removesuffix(" heads")
 
 
 def check_described_bias(weights: Weights) -> None:
@@ -354,21 +380,28 @@ def resize_position_embeddings(
         if old.shape[0] != length:
             if not old.shape[0]:
                 raise ConversionError(f"the weights' {key} has no row")
-            resize = _resize_line if key == "positional_embedding" else _resize_grid
-            resized[key] = resize(old.float(), length).to(old.dtype)
+            if key == "positional_embedding":
+                fitted = _resize_line(old.float(), length)
+            else:
+                # SigLIP's towers have no class token.
+                has_first = key != "visual.positional_embedding" or "visual.class_embedding" in own
+                fitted = _resize_grid(old.float(), length, int(has_first))
+            resized[key] = fitted.to(old.dtype)
     return resized
 
 
-def _resize_grid(old_LD: Tensor, length: int) -> Tensor:
-    """Resize a square grid of embeddings, and keep the first one, of the class token or the mean."""
-    old, new = math.isqrt(old_LD.shape[0] - 1), math.isqrt(length - 1)
-    if old_LD.shape[0] != old**2 + 1 or not old:
+def _resize_grid(old_LD: Tensor, length: int, num_prefixes: int) -> Tensor:
+    """Resize a square grid of embeddings, and keep those before it: one, of the class token or the mean, or none."""
+    num_old = old_LD.shape[0] - num_prefixes
+    old, new = math.isqrt(max(0, num_old)), math.isqrt(length - num_prefixes)
+    if num_old != old**2 or not old:
+        first = " and a class token" if num_prefixes else ""
         raise ConversionError(
-            f"the weights have {old_LD.shape[0]} image positions, which are not a square grid and a class token"
+            f"the weights have {old_LD.shape[0]} image positions, which are not a square grid{first}"
         )
-    grid = old_LD[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = old_LD[num_prefixes:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([old_LD[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
+    return torch.cat([old_LD[:num_prefixes], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
 
 
 def _resize_line(old_LD: Tensor, length: int) -> Tensor:

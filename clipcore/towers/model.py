@@ -53,7 +53,8 @@ class CLIP(TextTower):
         logit_scale: logarithm of the cosine's factor; starts at ln(1/0.07).
         logit_bias: constant added to the logits in SigLIP's models; None in other models.
         output_dict: whether ``forward`` returns a dict instead of a tuple.
-        images: its preprocessing, as arguments of ``ImageTransform``; empty if its weights do not state it.
+        images: its preprocessing, as arguments of ``ImageTransform``: what its weights state, over what is usual for such
+            towers; empty for OpenAI's.
     """
 
     def __init__(self, config: ModelConfig, output_dict: bool = False) -> None:
@@ -70,7 +71,7 @@ class CLIP(TextTower):
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
-        self.set_images({})
+        self.set_images(config.usual_images)
 
     @property
     def is_resnet(self) -> bool:

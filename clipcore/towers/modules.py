@@ -29,6 +29,7 @@ from clipcore.kernels.launch import is_portable
 from clipcore.kernels.layer_norm import layer_norm
 from clipcore.kernels.residual_attention import AttentionWeights, Stream, residual_attention
 from clipcore.kernels.residual_mlp import MLPWeights, residual_mlp
+from clipcore.towers.architectures import DEFAULT_EPS
 from clipcore.towers.compiled import CompiledHalves
 
 
@@ -39,18 +40,44 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class Activation(nn.Module):
-    """GELU, or the QuickGELU of OpenAI's weights."""
+def activation_kind(quick: bool, tanh: bool) -> str:
+    """Return the kind of GELU, see ``gelu``."""
+    if quick:
+        return "quick"
+    return "tanh" if tanh else "erf"
 
-    def __init__(self, quick: bool) -> None:
+
+class Activation(nn.Module):
+    """GELU of one of its kinds, such as the QuickGELU of OpenAI's weights."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind = "quick" if quick else "erf"
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu(x, self.kind)
 
     def extra_repr(self) -> str:
         return self.kind
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel of a block's output (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(init_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
+
+
+def scaled(linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a layer times the scale that follows it, which then needs no pass over the tokens."""
+    if not isinstance(scale, LayerScale):
+        return linear.weight, linear.bias
+    gamma = scale.gamma.to(linear.weight.dtype)
+    return linear.weight * gamma[:, None], linear.bias * gamma
 
 
 class Attention(nn.Module):
@@ -125,16 +152,29 @@ class ResidualAttentionBlock(nn.Module):
 
     compiled: CompiledHalves | None = None
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        quick_gelu: bool,
+        gelu_tanh: bool = False,
+        norm_eps: float = DEFAULT_EPS,
+        ls_init_value: float | None = None,
+    ) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width)
+        self.ln_2 = LayerNorm(width, norm_eps)
+        self.ls_1, self.ls_2 = (
+            nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
+            for _ in range(2)
+        )
         self.mlp = nn.Sequential(
             OrderedDict(
                 c_fc=nn.Linear(width, hidden),
-                gelu=Activation(quick_gelu),
+                gelu=Activation(activation_kind(quick_gelu, gelu_tanh)),
                 c_proj=nn.Linear(hidden, width),
             )
         )
@@ -149,8 +189,8 @@ class ResidualAttentionBlock(nn.Module):
         """Return the stream in two parts, see ``Stream``, given it in two parts; in one part if the block has hooks."""
         if not self.is_as_made():
             x_RLD = Stream(x_RLD, delta_RLD).joined()
-            x_RLD = x_RLD + self.attn(self.ln_1(x_RLD), is_causal, segments_RL)
-            delta_RLD = self.mlp(self.ln_2(x_RLD))
+            x_RLD = x_RLD + self.ls_1(self.attn(self.ln_1(x_RLD), is_causal, segments_RL))
+            delta_RLD = self.ls_2(self.mlp(self.ln_2(x_RLD)))
             return x_RLD + delta_RLD if is_hooked(self) else (x_RLD, delta_RLD)
         if (halves := self._halves()) is not None:
             x_RLD, qkv = halves.projected(x_RLD, delta_RLD, self._in_weights(), self.ln_1.eps)
@@ -163,7 +203,7 @@ class ResidualAttentionBlock(nn.Module):
             AttentionWeights(
                 *(self.ln_1.weight, self.ln_1.bias),
                 *(self.attn.in_proj_weight, self.attn.in_proj_bias),
-                *(self.attn.out_proj.weight, self.attn.out_proj.bias),
+                *scaled(self.attn.out_proj, self.ls_1),
             ),
             self.attn.heads,
             is_causal=is_causal,
@@ -194,11 +234,11 @@ class ResidualAttentionBlock(nn.Module):
             return read.tokens(x_RLD)
         normed_RLD = self.ln_1(x_RLD)
         x_BD = read.tokens(x_RLD)
-        added_BD = self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read)
+        added_BD = self.ls_1(self.attn.pooled(normed_RLD, read.tokens(normed_RLD), read))
         if self.is_as_made():
             return self._mlp_half(Stream(x_BD, added_BD)).joined()
         x_BD = x_BD + added_BD
-        return x_BD + self.mlp(self.ln_2(x_BD))
+        return x_BD + self.ls_2(self.mlp(self.ln_2(x_BD)))
 
     def _halves(self) -> CompiledHalves | None:
         """Return the compiled halves where they compute: in training, unless a compiler or a dispatch mode looks on.
@@ -217,8 +257,11 @@ class ResidualAttentionBlock(nn.Module):
 
     def _added(self, halves: CompiledHalves, x: Tensor, out: Tensor) -> Stream:
         c_fc, gelu, c_proj = self._mlp_parts()
-        layers = (self.attn.out_proj, self.ln_2, c_fc, c_proj)
-        weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+        weights = [
+            *scaled(self.attn.out_proj, self.ls_1),
+            *(self.ln_2.weight, self.ln_2.bias, c_fc.weight, c_fc.bias),
+            *scaled(c_proj, self.ls_2),
+        ]
         return Stream(*halves.added(x, out, weights, gelu.kind, self.ln_2.eps))
 
     def _mlp_parts(self) -> tuple[nn.Linear, Activation, nn.Linear]:
@@ -228,7 +271,7 @@ class ResidualAttentionBlock(nn.Module):
         c_fc, gelu, c_proj = self._mlp_parts()
         weights = MLPWeights(
             *(self.ln_2.weight, self.ln_2.bias),
-            *(c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias),
+            *(c_fc.weight, c_fc.bias, *scaled(c_proj, self.ls_2)),
         )
         return residual_mlp(stream, weights, gelu.kind, eps=self.ln_2.eps)
 
@@ -246,9 +289,12 @@ class ResidualAttentionBlock(nn.Module):
         kinds = tuple(map(type_before_parametrizations, linear))
         if kinds != (nn.Linear, nn.Linear, Activation, nn.Linear):
             return False
+        scales = (self.ls_1, self.ls_2)
+        if not all(type(part) in (nn.Identity, LayerScale) for part in scales):
+            return False
         biases = (part.bias for part in linear if isinstance(part, nn.Linear))
         return not any(bias is None for bias in biases) and not any(
-            map(is_hooked, (*outer, *linear))
+            map(is_hooked, (*outer, *linear, *scales))
         )
 
 
@@ -302,13 +348,19 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         quick_gelu: bool = False,
         is_causal: bool = False,
+        gelu_tanh: bool = False,
+        norm_eps: float = DEFAULT_EPS,
+        ls_init_value: float | None = None,
     ) -> None:
         super().__init__()
         self.width = width
         self.is_causal = is_causal
         self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers)
+            ResidualAttentionBlock(
+                width, heads, mlp_ratio, quick_gelu, gelu_tanh, norm_eps, ls_init_value
+            )
+            for _ in range(layers)
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer whose output is at the end-of-text token.
+"""The text tower: a transformer whose output is at one token, CLIP's causal and at the end-of-text token.
 
 Legend: B captions, L tokens of a row, D width, E embedding size, V vocabulary.
 Source: Radford et al. 2021, section 2.4; Radford et al. 2019 (GPT-2).
@@ -27,22 +27,34 @@ from clipcore.towers.modules import (
 
 
 class TextTower(nn.Module):
-    """Token rows [B, L] to features [B, E]; the end-of-text token has the largest id of the vocabulary.
+    """Token rows [B, L] to features [B, E], read at the token that ``TextConfig.pool_type`` names.
 
-    A row may be shorter than the context length. The end-of-text token does not attend to later tokens, so rows truncated
-    to the longest caption of a batch give the same features, and so do captions packed without padding.
+    In CLIP's it is the end-of-text token, which has the largest id of the vocabulary. A row may be shorter than the context
+    length. This token does not attend to later ones, so rows truncated to the longest caption of a batch give the same
+    features, and so do captions packed without padding. SigLIP's towers attend to the padding, so there is neither.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.context_length, self.vocab_size = config.context_length, config.vocab_size
+        self.ignores_padding = config.ignores_padding
+        self._pool_type, self._eos_id = config.pool_type, config.eos_id
         self.transformer = Transformer(
-            config.width, config.layers, config.heads, config.mlp_ratio, quick_gelu, is_causal=True
+            *(config.width, config.layers, config.heads, config.mlp_ratio, quick_gelu),
+            is_causal=not config.no_causal_mask,
+            gelu_tanh=config.gelu_tanh,
+            norm_eps=config.norm_eps,
+            ls_init_value=config.ls_init_value,
         )
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.ln_final = LayerNorm(config.width)
-        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        self.ln_final = LayerNorm(config.width, config.norm_eps)
+        # A matrix in CLIP, a layer with a bias in SigLIP, or nothing.
+        self.text_projection: nn.Parameter | nn.Linear | None = None
+        if config.proj_type == "linear" and config.proj_bias:
+            self.text_projection = nn.Linear(config.width, embed_dim)
+        elif config.proj_type == "linear":
+            self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
         self._initialize()
 
     def _initialize(self) -> None:
@@ -50,7 +62,11 @@ class TextTower(nn.Module):
         width, depth = self.transformer.width, len(self.transformer.resblocks)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        if isinstance(self.text_projection, nn.Linear):
+            nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+        elif self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
         for block in self.transformer.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
@@ -80,20 +96,21 @@ class TextTower(nn.Module):
                 f"the model takes token rows [B, L] with L from 1 to {self.context_length}, got {shape}; "
                 f"tokenize with context_length={self.context_length}"
             )
-        dtype = compute_dtype(self.text_projection)
+        dtype = self._dtype
         if isinstance(text, PackedText):
+            self._check_packed()
             self._check_ids(text.ids_RP)
             positions_RLD = F.embedding(text.positions_RP, self.positional_embedding)
             x_RLD = self.token_embedding(text.ids_RP).to(dtype) + positions_RLD.to(dtype)
             pooled_BD = read_pooled(self.transformer, x_RLD, packed=text)
         else:
             self._check_ids(text)
-            end_B = text.argmax(-1)
+            end_B = self._ends(text)
             text = self._without_padding(text, end_B)
             x_RLD = self.token_embedding(text).to(dtype)
             x_RLD = x_RLD + self.positional_embedding[: text.shape[1]].to(dtype)
             pooled_BD = read_pooled(self.transformer, x_RLD, end_B)
-        features_BE = self.ln_final(pooled_BD) @ self.text_projection
+        features_BE = self._project(self.ln_final(pooled_BD))
         return F.normalize(features_BE, dim=-1) if normalize else features_BE
 
     def text_intermediates(
@@ -118,15 +135,45 @@ class TextTower(nn.Module):
                 f"tokenize with context_length={self.context_length}"
             )
         self._check_ids(text_BL)
-        dtype = compute_dtype(self.text_projection)
+        dtype = self._dtype
         x_BLD = self.token_embedding(text_BL).to(dtype)
         x_BLD = x_BLD + self.positional_embedding[: text_BL.shape[1]].to(dtype)
         x_BLD, found = run_blocks(self.transformer, x_BLD, indices)
         if normalize_intermediates:
             found = [self.ln_final(y_BLD) for y_BLD in found]
         rows_B = torch.arange(len(x_BLD), device=x_BLD.device)
-        pooled_BD = self.ln_final(x_BLD[rows_B, text_BL.argmax(-1)])
-        return found, pooled_BD @ self.text_projection
+        pooled_BD = self.ln_final(x_BLD[rows_B, self._ends(text_BL)])
+        return found, self._project(pooled_BD)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the stream."""
+        projection = self.text_projection
+        if isinstance(projection, Tensor):
+            return compute_dtype(projection)
+        module = self.transformer if projection is None else projection
+        return compute_dtype(next(weight for weight in module.parameters() if weight.ndim == 2))
+
+    def _project(self, pooled_BD: Tensor) -> Tensor:
+        projection = self.text_projection
+        if isinstance(projection, Tensor):
+            return pooled_BD @ projection
+        return pooled_BD if projection is None else projection(pooled_BD)
+
+    def _ends(self, text_BL: Tensor) -> Tensor:
+        """Return the position of the token that the features of each row are read from, [B]."""
+        if self._pool_type == "last":
+            return torch.full_like(text_BL[:, 0], text_BL.shape[1] - 1)
+        if self._pool_type == "eos":
+            return (text_BL == self._eos_id).int().argmax(-1)
+        return text_BL.argmax(-1)
+
+    def _check_packed(self) -> None:
+        if not self.ignores_padding:
+            raise ValueError(
+                "packed captions have no padding and end at their largest id, and this text tower reads its features at "
+                "another token or attends to the padding; give it padded rows [B, L]"
+            )
 
     def _check_ids(self, text_BL: Tensor) -> None:
         """Raise ValueError for ids that the embedding does not have, on the CPU; a GPU would have to synchronise."""
@@ -163,12 +210,12 @@ class TextTower(nn.Module):
     def text_layer_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """Return the tower's parts from input to output: embeddings, blocks, last block with ln_final, projection."""
         *blocks, last = self.transformer.blocks
-        return [
+        groups: list[list[nn.Module | nn.Parameter]] = [
             [self.token_embedding, self.positional_embedding],
             *([block] for block in blocks),  # type: ignore[list-item]
             [last, self.ln_final],
-            [self.text_projection],
         ]
+        return groups if self.text_projection is None else [*groups, [self.text_projection]]
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freeze all but the last groups of ``text_layer_groups``.
