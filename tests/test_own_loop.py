@@ -6,11 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT
+from runs import PROGRAMS, ROOT
 
 import clipcore
 
@@ -36,18 +35,24 @@ def run_here(loop: str) -> list[float]:
     return [float(line.rpartition(" ")[2]) for line in printed]
 
 
-def run_ranks(loop: str, folder: Path, ranks: int) -> list[float]:
-    """Run a loop in several processes by torchrun; return the losses that rank 0 prints."""
-    program = folder / "loop.py"
-    program.write_text(in_float64(loop))
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
-    command += ["--nproc-per-node", str(ranks), str(program)]
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Run the loops of several processes on two by torchrun; return the losses that rank 0 of each prints."""
+    folder, loops = tmp_path_factory.mktemp("loops"), {"DDP": DDP, "accelerate": ACCELERATE}
+    programs = [folder / f"{name}.py" for name in loops]
+    for program, loop in zip(programs, loops.values(), strict=True):
+        program.write_text(in_float64(loop))
+    command = [sys.executable, str(PROGRAMS / "run_loops.py"), "2", *map(str, programs)]
     # Without it accelerate takes processes without a GPU for one each.
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
+    _, *printed = done.stdout.split("---\n")
+    return {
+        name: [float(line.rpartition(" ")[2]) for line in text.splitlines()]
+        for name, text in zip(loops, printed, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +67,11 @@ def test_micro_batches_train_like_the_direct_loop(expected: list[float]) -> None
     assert run_here(ONE) == pytest.approx(expected, rel=0, abs=2e-12)
 
 
-@pytest.mark.parametrize("loop", [DDP, ACCELERATE], ids=["DDP", "accelerate"])
-def test_two_processes_train_like_one(loop: str, tmp_path: Path, expected: list[float]) -> None:
-    assert run_ranks(loop, tmp_path, 2) == pytest.approx(expected, rel=0, abs=2e-12)
+@pytest.mark.parametrize("loop", ["DDP", "accelerate"])
+def test_two_processes_train_like_one(
+    loop: str, of_two_ranks: dict[str, list[float]], expected: list[float]
+) -> None:
+    assert of_two_ranks[loop] == pytest.approx(expected, rel=0, abs=2e-12)
 
 
 def test_names_that_read_what_a_run_left_are_public() -> None:

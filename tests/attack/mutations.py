@@ -276,7 +276,7 @@ def finish(arguments: list[str], output: Path) -> None:
 class Mutations(Attack):
     """One file of a finished run has changed: a checkpoint's, its log, its settings or its vocabulary."""
 
-    fast: ClassVar[int] = 60
+    fast: ClassVar[int] = 30
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -497,7 +497,7 @@ NUMBERS = (-1, 0, 1, 511, 512, 1 << 20, (1 << 28) + 1, 1 << 31, 1 << 40, (1 << 6
 class MutatedData(Attack):
     """An index of a shard, a copy of a table, or what ``prepare`` made has changed: no other sample comes out."""
 
-    fast: ClassVar[int] = 100
+    fast: ClassVar[int] = 60
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -67,7 +67,7 @@ def edited(tensor: Tensor, bits: int, at: int) -> Tensor:
 class NonFinite(Attack):
     """One element of a finished run's newest checkpoint, or one number of its state, or weights to begin from."""
 
-    fast: ClassVar[int] = 60
+    fast: ClassVar[int] = 30
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

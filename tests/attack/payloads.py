@@ -315,7 +315,7 @@ PLACES = {"classify": CLASSIFY, "train": TRAIN, "prepare": PREPARE, "tokenizer":
 class Payloads(Attack):
     """A payload in a place that a command reads: its code does not run, and the command ends with 0, or 2 and one line."""
 
-    fast: ClassVar[int] = 40
+    fast: ClassVar[int] = 20
     limit_s: ClassVar[float] = 60.0
 
     def __init__(self, folder: Path) -> None:

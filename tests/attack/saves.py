@@ -85,7 +85,7 @@ MARK = 33
 class Saves(Attack):
     """One call of a save goes wrong; what is there before and after it, in twelve scenarios."""
 
-    fast: ClassVar[int] = 120
+    fast: ClassVar[int] = 60
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -204,7 +204,7 @@ def mistake(text: str, program: str, value: str) -> str:
 class CommandLines(Attack):
     """Each flag of a command with each hostile value, in a command line that is right without it."""
 
-    fast: ClassVar[int] = 150
+    fast: ClassVar[int] = 75
     limit_s: ClassVar[float] = 60.0
     program: ClassVar[str]
     statuses: ClassVar[set[int]] = {2}
@@ -307,7 +307,7 @@ class TrainLines(CommandLines):
 class ClassifyLines(CommandLines):
     """The command lines of ``clipcore.classify``."""
 
-    fast: ClassVar[int] = 50
+    fast: ClassVar[int] = 25
     program: ClassVar[str] = "clipcore.classify"
 
     def __init__(self, folder: Path) -> None:
@@ -327,7 +327,7 @@ class ClassifyLines(CommandLines):
 class PrepareLines(CommandLines):
     """The command lines of ``clipcore.data.prepare``."""
 
-    fast: ClassVar[int] = 50
+    fast: ClassVar[int] = 25
     program: ClassVar[str] = "clipcore.data.prepare"
 
     def __init__(self, folder: Path) -> None:
@@ -467,7 +467,7 @@ def changed_text(text: str, draw: random.Random) -> str:
 class Descriptions(Attack):
     """One change in a file of JSON that says what a model, its images, a run, its classes or its shards are."""
 
-    fast: ClassVar[int] = 150
+    fast: ClassVar[int] = 75
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

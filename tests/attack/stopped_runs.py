@@ -107,7 +107,7 @@ _WAYS = ("killed", *(number.name for number in STOPS), "three times", EPOCHS_END
 class Resumes(Attack):
     """Runs of many settings get a signal at a drawn event, and are resumed."""
 
-    fast: ClassVar[int] = 5
+    fast: ClassVar[int] = 3
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -246,7 +246,7 @@ _FROM_READER = {"Ctrl-C", "closed terminal", "tee"}
 class Signals(RunAttack):
     """A run gets a signal, one in three a second one soon after, and is then resumed."""
 
-    fast: ClassVar[int] = 5
+    fast: ClassVar[int] = 3
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

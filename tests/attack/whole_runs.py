@@ -128,7 +128,7 @@ class RunAttack(Attack):
 class WholeRuns(RunAttack):
     """One call on the disk goes wrong in the middle of a run, which is then resumed."""
 
-    fast: ClassVar[int] = 10
+    fast: ClassVar[int] = 6
 
     def cases(self) -> Mapping[str, Any]:
         calls, draws = self.straight.calls, random.Random(0)

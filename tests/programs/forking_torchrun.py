@@ -26,16 +26,22 @@ def launch(options: Sequence[str], arguments: Sequence[str]) -> None:
 
 
 def forked(prepare: Callable[[], None]):
-    """Return what torchrun calls to start ranks; each calls ``prepare`` first."""
+    """Return what torchrun calls to start ranks of clipcore.train; each calls ``prepare`` first."""
 
-    def rank(*arguments: str) -> None:
+    def rank(*line: str) -> None:
         prepare()
-        if status := clipcore.train.main(arguments):
+        if status := clipcore.train.main(line[line.index("clipcore.train") + 1 :]):
             os._exit(status)
+
+    return forking(rank)
+
+
+def forking(rank: Callable[..., None]):
+    """Return what torchrun calls to start ranks, each of which is a call with the rank's command line."""
 
     def start(config, entrypoint):
         config.start_method = "fork"
-        return lambda *line: elastic_launch(config, rank)(*line[line.index("clipcore.train") + 1 :])
+        return elastic_launch(config, rank)
 
     return start
 

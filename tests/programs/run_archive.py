@@ -1,11 +1,16 @@
-"""Run a TorchScript archive where clipcore was never imported: run_archive.py ARCHIVE INPUTS OUTPUTS."""
+"""Run TorchScript archives where clipcore was never imported: run_archive.py FOLDER...
+
+A folder holds model.pt and inputs.pt, and is given outputs.pt.
+"""
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
-archive, inputs, outputs = sys.argv[1:]
 with torch.no_grad():
-    torch.save(torch.jit.load(archive)(torch.load(inputs)), outputs)
+    for folder in map(Path, sys.argv[1:]):
+        traced, inputs = torch.jit.load(folder / "model.pt"), torch.load(folder / "inputs.pt")
+        torch.save(traced(inputs), folder / "outputs.pt")
 print(json.dumps({"clipcore": "clipcore" in sys.modules}))
