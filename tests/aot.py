@@ -1,9 +1,12 @@
 """Compile every launch of a test module for GPUs that are not here, and say what came out.
 
-A test module defines `aot_launches()`, which calls Triton launchers with meta tensors. `compiled("test_x")` runs
-this file in a process of its own (Triton's compiler and its interpreter exclude each other), lets each call launch with
+A test module defines `aot_launches()`, which calls Triton launchers with meta tensors. `compiled("test_x")` asks
+a process that runs this file (Triton's compiler and its interpreter exclude each other), which lets each call launch with
 compilation for sm_80, sm_90 and sm_100 in place of the launch, and returns one Kernel for each. What is compiled is
 therefore what the launcher asks for: its dtypes, its constants, its alignment, its row of the launch table.
+
+One process compiles for all modules that a session asks for: it imports torch once, and what several of them launch is
+compiled once.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +52,7 @@ class Kernel:
     spills: int  # loads from and stores to local memory in the machine code
     matrix_instructions: int
     divisible: tuple[str, ...]  # the arguments that the compiler knew to be multiples of 16
-    # Instructions of one turn of the main loop, of a pass over strips on sm_90; and of one by a branch that divides.
+    # Instructions of one turn of the main loop, where a module asks for turns; and of one by a branch that divides.
     turn: tuple[str, ...]
     dividing_turn: tuple[str, ...]
 
@@ -63,23 +67,46 @@ class Kernel:
         return f"{self.name} sm_{self.architecture} {self.operand} {self.constants}"
 
 
+class _Compiler:
+    """A process that compiles for one module after another."""
+
+    def __init__(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        root = Path(__file__).resolve().parent.parent
+        # What the caller put first stays: another Triton may be among it.
+        given = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([*given, str(root), str(root / "tests")])
+
+        # It ends with this process, whose end closes its input.
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def kernels(self, test_module: str) -> list[dict[str, Any]]:
+        """Return what a test module launches, as JSON has it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(test_module + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the compiler's process ended with {self._process.wait()}"
+        told = json.loads(answer)
+        assert "error" not in told, told["error"]
+        return told["kernels"]
+
+
+_compiler = functools.cache(_Compiler)
+
+
 @functools.cache
 def compiled(test_module: str) -> tuple[Kernel, ...]:
     """Every kernel that `aot_launches()` of a test module launches, for every architecture."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parent.parent
-    # What the caller put first stays: another Triton may be among it.
-    given = environment.get("PYTHONPATH", "").split(os.pathsep)
-    environment["PYTHONPATH"] = os.pathsep.join([*given, str(root), str(root / "tests")])
-
-    # One process for all: it starts for seconds, and the tests' workers have the cores.
-    command = [sys.executable, __file__, test_module]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    rows = json.loads(result.stdout.splitlines()[-1])
     return tuple(
         Kernel(**row | {name: tuple(row[name]) for name in ("divisible", "turn", "dividing_turn")})
-        for row in rows
+        for row in _compiler().kernels(test_module)
     )
 
 
@@ -125,11 +152,10 @@ def count_spills(cubin: bytes, usage: str) -> int:
     return sum(opcode in ("LDL", "STL") for opcode in opcodes)
 
 
-def _describe(kernel: Any, architecture: int, arguments: dict[str, Any]) -> Kernel:
+def _describe(kernel: Any, architecture: int, arguments: dict[str, Any], has_turns: bool) -> Kernel:
     cubin = kernel.asm["cubin"]
     usage = look_into(cubin, "-res-usage")
-    is_counted = architecture == 90 and "COLS" in arguments
-    sass = disassemble(cubin) if is_counted else ""
+    sass = disassemble(cubin) if has_turns else ""
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return Kernel(
@@ -178,11 +204,12 @@ class _AbsentGPU:
 
 
 @contextlib.contextmanager
-def _compiling_for(architecture: int, names: str) -> Iterator[dict[str, Kernel]]:
+def _compiling_for(architecture: int, names: str, has_turns: bool) -> Iterator[dict[str, Kernel]]:
     """Compile launches for the architecture into the dictionary; nothing runs.
 
     Args:
         names: a regular expression of the kernels that are compiled.
+        has_turns: look for the turns of their main loops, for which each is disassembled.
     """
     from triton.runtime import JITFunction, driver
 
@@ -198,24 +225,40 @@ def _compiling_for(architecture: int, names: str) -> Iterator[dict[str, Kernel]]
             return
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in kernels:
-            kernels[kernel.hash] = _describe(kernel, architecture, kwargs)
+            kernels[kernel.hash] = _describe(kernel, architecture, kwargs, has_turns)
 
     driver.set_active(_AbsentGPU(architecture))
     JITFunction.run, launch.architecture = compile_only, lambda device: architecture
-    yield kernels
-    JITFunction.run, launch.architecture = run, table_row
+    try:
+        yield kernels
+    finally:
+        JITFunction.run, launch.architecture = run, table_row
 
 
-def main(test_module: str) -> None:
-    """Print the kernels of one test module for all architectures as one line of JSON."""
+def compile_module(test_module: str) -> list[dict[str, Any]]:
+    """Compile what a test module launches, for all architectures; return the kernels as JSON takes them."""
     found: list[Kernel] = []
     module = importlib.import_module(test_module)
+    names, has_turns = getattr(module, "AOT_NAMES", ""), getattr(module, "AOT_TURNS", False)
     for architecture in getattr(module, "AOT_ARCHITECTURES", ARCHITECTURES):
-        with _compiling_for(architecture, getattr(module, "AOT_NAMES", "")) as kernels:
+        with _compiling_for(architecture, names, has_turns) as kernels:
             module.aot_launches()
         found += kernels.values()
-    print(json.dumps([asdict(kernel) for kernel in found]))
+    return [asdict(kernel) for kernel in found]
+
+
+def main() -> None:
+    """Print a line of JSON for each line of input, a test module's name."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what anything else prints
+    for line in sys.stdin:
+        told: dict[str, Any]
+        try:
+            told = {"kernels": compile_module(line.strip())}
+        except Exception:
+            told = {"error": traceback.format_exc()}
+        print(json.dumps(told), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

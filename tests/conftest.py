@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -40,7 +41,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # Files with a fixture that takes half a minute: each goes to one worker as a whole.
 BUILT_ONCE = {"test_packaging.py"}
-# Tests with this in their names look at one compilation of all of a file's kernels (tests/aot.py).
+# Tests with this in their names look at what one process compiles for all of them (tests/aot.py).
 COMPILED_ONCE = "ahead_of_time"
 
 
@@ -66,10 +67,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0].rpartition("/")[2]
             if is_alone.get(file):
                 return "ranks and runs"
-            is_shared = file in BUILT_ONCE or COMPILED_ONCE in nodeid
-            return file if is_shared else nodeid
+            if COMPILED_ONCE in nodeid:
+                return COMPILED_ONCE
+            return file if file in BUILT_ONCE else nodeid
 
     return Scheduler(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Spare later searches for cycles, and forked children that make them, all that lasts as long as this process."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
