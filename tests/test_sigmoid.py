@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from aot import assert_compiled_well, compiled
@@ -156,10 +158,23 @@ def in_triton_everywhere(monkeypatch: pytest.MonkeyPatch, operand: torch.dtype) 
         monkeypatch.setattr(pairs, "choose_operand", lambda *_: operand)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("engine", ["library", "fused"])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 8), (63, 130, 40), (130, 127, 64)], ids=str)
-@pytest.mark.parametrize(("scale", "bias"), FACTORS[:4])
+SETTINGS = (
+    [(1, 1, 8), (2, 3, 8), (63, 130, 40), (130, 127, 64)],
+    ["library", "fused"],
+    KERNEL_DTYPES,
+    FACTORS[:4],
+)
+# In the interpreter every second one: any three of the four settings still meet.
+COMPARED = [
+    (shape, engine, dtype, *pair)
+    for (i, shape), (j, engine), (k, dtype), (n, pair) in itertools.product(
+        *map(enumerate, SETTINGS)
+    )
+    if KERNEL_DEVICE == "cuda" or (i + j + k + n) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("shape", "engine", "dtype", "scale", "bias"), COMPARED, ids=str)
 def test_kernels_are_accurate(
     shape: tuple[int, int, int],
     engine: str,
