@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from weight_files import picture
 
 import clipcore
-from clipcore import classify, inspection
+from clipcore import inspection
+from clipcore.classify import __main__ as classify
+from clipcore.data.sources import open_source
+from clipcore.export import check
 from clipcore.export.write import export_model
+from clipcore.features.encode import encode_captions
 from clipcore.run.state import load_run
 from clipcore.tokenizer import HubTokenizer, open_vocabulary
 from clipcore.towers import open_clip_models
@@ -346,6 +350,12 @@ def test_a_vocabulary_trains_classifies_evaluates_and_is_inspected(
     column = clipcore.build_zero_shot_classifier(model, tokenizer, ["a cat"], ["{}"])[:, 0]
     assert (column - model.encode_text(rows[:1], normalize=True)[0]).abs().max() <= 1e-6
 
+    source = open_source(str(table), dataset_type="csv")
+    (found,) = encode_captions(model, tokenizer, source, 0, 16, normalize=True)
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer([source.captions(i) for i in range(16)]), True)
+    assert (torch.from_numpy(found.features_BE) - expected).abs().max() <= 1e-6
+
     picture().save(tmp_path / "photo.png")
     photo, run = str(tmp_path / "photo.png"), str(tmp_path / "run")
     assert classify.main([photo, "--labels", "a cat, a dog", "--checkpoint", run]) == 0
@@ -380,6 +390,11 @@ def test_an_export_is_loaded_by_open_clip(tmp_path: Path, monkeypatch: pytest.Mo
     assert again.config == model.config
     rows = clipcore.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(["A, cat!"])
     assert torch.equal(rows, tokenizer(["A, cat!"]))
+    # The padding counts too, which this text tower reads.
+    others = tokenizer(list(check.CAPTIONS), 30)
+    others[0, -1] += 1
+    with pytest.raises(check.CheckError, match="tokenizes 'a photo of a cat' in another way"):
+        check._compare_tokens(tokenizer, others, "open_clip")
 
 
 def test_an_export_is_loaded_by_transformers(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def encode_captions(
         features = [torch.zeros(0, model.config.embed_dim)]
         with torch.no_grad():
             for at in range(0, len(captions), batch_size):
-                tokens_BL = trim_tokens(tokenizer(captions[at : at + batch_size]))
+                tokens_BL = tokenizer(captions[at : at + batch_size])
+                tokens_BL = trim_tokens(tokens_BL) if model.ignores_padding else tokens_BL
                 tokens_BL = tokens_BL.to(model.logit_scale.device)
                 features.append(model.encode_text(tokens_BL, normalize=normalize).float().cpu())
         yield Encoded(end, _array(torch.cat(features)), keys, unreadable)
