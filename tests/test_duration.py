@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def test_the_flops_of_a_pair_are_those_of_a_real_model_and_draw_no_random_number
     for words in (["--lock-image"], ["--force-patch-dropout", "0.5"], ["--force-image-size", "16"]):
         less = flops_per_pair(settings("--model", "ViT-nano-8-32", *words), VOCAB_SIZE)
         assert 0 < less < counted
+
+
+def test_a_siglip_reads_the_padding_of_captions_too(tmp_path):
+    """It has a logit bias beside the scale, and its tokens see all of the row."""
+    described = create_model("ViT-nano-8-32").config.to_dict() | {"init_logit_bias": -10}
+    counted = []
+    for sees_all in (False, True):
+        described["text_cfg"] |= {"context_length": 32, "no_causal_mask": sees_all}
+        (tmp_path / "m.json").write_text(json.dumps(described))
+        config = settings("--model", str(tmp_path / "m.json"))
+        counted.append(flops_per_pair(config, VOCAB_SIZE))
+    assert 1 < counted[1] / counted[0] < 2
 
 
 def test_a_run_of_hours_on_a_cpu_is_said_with_the_small_preset(monkeypatch):

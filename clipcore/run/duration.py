@@ -41,12 +41,14 @@ def flops_per_pair(config: RunConfig, vocab_size: int) -> int:
     ).train()
     lock_towers(model, config)
     side = model.visual.image_size
-    num_tokens = min(_CAPTION_TOKENS, model.context_length)
+    num_tokens = model.context_length
+    if model.ignores_padding:
+        num_tokens = min(_CAPTION_TOKENS, num_tokens)
     # Of a batch, since BatchNorm takes no single image.
     images = torch.zeros(2, 3, *(side if isinstance(side, tuple) else (side, side)), device="meta")
     tokens = torch.ones(2, num_tokens, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
-        image_BE, text_BE, _ = model(images, tokens)
+        image_BE, text_BE = model(images, tokens)[:2]
         total = image_BE.sum() + text_BE.sum()
         if total.requires_grad:
             total.backward()
