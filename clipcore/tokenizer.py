@@ -811,14 +811,19 @@ def get_tokenizer(
                 "model, or make the model with force_vocab_size"
             )
         tokenizer.context_length = model.context_length
-    if tokenizer.vocab_size == OPENAI_VOCAB_SIZE and tokenizer.sha256 != OPENAI_SHA256:
-        warnings.warn(
-            f"{path} has the size of OpenAI's vocabulary, but other merges: not for a published model",
-            stacklevel=2,
-        )
+    note_other_merges(tokenizer, path)
     if context_length is not None:
         tokenizer.context_length = context_length
     return tokenizer
+
+
+def note_other_merges(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Warn the caller's caller if a vocabulary could be taken for OpenAI's by its size."""
+    if tokenizer.vocab_size == OPENAI_VOCAB_SIZE and tokenizer.sha256 != OPENAI_SHA256:
+        warnings.warn(
+            f"{path} has the size of OpenAI's vocabulary, but other merges: not for a published model",
+            stacklevel=3,
+        )
 
 
 def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:

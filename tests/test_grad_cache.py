@@ -385,7 +385,7 @@ def one_side(features: Sequence[Tensor]) -> Tensor:
 def test_wrong_gradients_stop_a_run(wrong: Callable[[Sequence[Tensor]], Tensor]) -> None:
     """A twentieth too much of the logit scale's, a five-hundredth too much of the texts'."""
     step = training(tower(dtype="fp32"))
-    broken = type("Broken", (TrainingStep,), {"loss": lambda _, *features: wrong(features)})
+    broken = type("Broken", (TrainingStep,), {"loss": lambda _, *features, **__: wrong(features)})
     step.__class__ = broken
     with pytest.raises(VerificationError, match="not those of the plain computation"):
         verify_gradients(step, pairs(), 0)

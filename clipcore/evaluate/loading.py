@@ -14,6 +14,7 @@ from clipcore.tokenizer import (
     Tokenizer,
     get_tokenizer,
     how_to_get_vocabulary,
+    note_other_merges,
     open_vocabulary,
     vocabulary_beside,
 )
@@ -78,7 +79,11 @@ def load_model(
         raise ValueError(
             f"{pretrained}: {how_to_get_vocabulary(text.hf_tokenizer_name)} as --bpe-path"
         )
-    tokenizer = get_tokenizer() if bpe_path is None else open_vocabulary(bpe_path, text)
+    if bpe_path is None:
+        tokenizer = get_tokenizer()
+    else:
+        tokenizer = open_vocabulary(bpe_path, text)
+        note_other_merges(tokenizer, bpe_path)
     tokenizer.context_length = model.context_length
     if tokenizer.vocab_size != model.vocab_size:
         raise ValueError(

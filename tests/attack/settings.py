@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -207,6 +208,7 @@ class CommandLines(Attack):
     fast: ClassVar[int] = 75
     limit_s: ClassVar[float] = 60.0
     program: ClassVar[str]
+    module: ClassVar[str] = ""  # that holds its `main`, where it is not the program itself
     statuses: ClassVar[set[int]] = {2}
 
     def cases(self) -> Mapping[str, Any]:
@@ -242,7 +244,8 @@ class CommandLines(Attack):
         # A positional argument is replaced.
         line = [value, *line[1:]] if flag == "" else [*line, *more]
         shared = listing(self.folder)
-        status, text = ended(sys.modules[self.program].main, line, folder)
+        main = importlib.import_module(self.module or self.program).main
+        status, text = ended(main, line, folder)
 
         wrote = [said for said in text.splitlines() if said.startswith("WROTE")]
         assert not wrote, f"something was written outside of the case's folder: {wrote[:3]}"
@@ -309,6 +312,7 @@ class ClassifyLines(CommandLines):
 
     fast: ClassVar[int] = 25
     program: ClassVar[str] = "clipcore.classify"
+    module: ClassVar[str] = "clipcore.classify.__main__"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
