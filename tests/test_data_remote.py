@@ -32,7 +32,8 @@ from clipcore.data.remote import RemoteError
 from clipcore.data.shards import ImageFormat
 from clipcore.data.sources import open_source
 from clipcore.data.tar import sidecar_paths
-from clipcore.data.transforms import ImageTransform
+from clipcore.data.transforms import Decoder, ImageTransform
+from clipcore.evaluate.retrieval_pairs import fingerprint_of_pairs
 from clipcore.run.parts import captions_sha256
 
 NUM_SHARDS, PAIRS_A_SHARD = 3, 7
@@ -416,3 +417,25 @@ def test_prepared_shards_of_a_url_are_those_of_the_disk(data, web, tmp_path):
         shards = sorted(output.glob("*.tar"))
         digests.append([hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards])
     assert digests[0] == digests[1] and digests[0]
+
+
+def test_features_know_the_version_of_data_at_urls(data, web, tmp_path):
+    """Stored features are of an object's version, and of the same one after its copy is made anew."""
+    decoder = Decoder("pillow")
+    shard = web.root / "changing.tar"
+
+    def fingerprint(path: str) -> str:
+        return fingerprint_of_pairs(open_source(f"{web.url}/{path}", "auto"), "", decoder)
+
+    found = []
+    content = (data / "shards" / "000.tar").read_bytes()
+    for end in (b"\0", b"\1"):  # behind the end of the archive: no member moves
+        shard.write_bytes(content[:-1] + end)
+        found += [fingerprint("changing.tar"), fingerprint("changing.tar")]
+    shard.unlink()
+    assert found[0] == found[1] != found[2] == found[3]
+
+    table = fingerprint("parquet/pairs.parquet")
+    (copy,) = (local_copies.cache_folder() / "copies").glob("*/pairs.parquet")
+    copy.unlink()
+    assert fingerprint("parquet/pairs.parquet") == table

@@ -289,6 +289,12 @@ def test_captions_have_a_row_each(model, tmp_path):
         expected = model.encode_text(tokenizer(texts), normalize=True)
     assert np.allclose(rows, expected.numpy(), atol=1e-6)
 
+    # A changed caption changes no file of a picture.
+    table = folder / "pairs.jsonl"
+    table.write_text(table.read_text().replace("a bird", "a fish"))
+    with pytest.raises(ValueError, match="of other data"):
+        write(model, str(table), tmp_path / "x.npy", captions_by=tokenizer, normalize=True)
+
 
 def test_the_command_reads_shards_tables_and_embedded_data(model, tmp_path, capsys):
     weights = saved(tmp_path / "weights.pt", model)

@@ -28,30 +28,6 @@
 ``caption_ids.py``        hashes of captions, equal for equal captions
 ``shards.py``             writes tar shards
 ``prepare.py``            the command that converts any source into shards that load faster
-``sources.py``            ``open_source``: from the value of ``--train-data`` to a ``PairSource``
-``tar.py``                tar shards in the WebDataset layout, through a byte index
-``raw.py``                images as ``.npy`` members of pixels
-``tables.py``             csv and jsonl tables
-``columns.py``            columns of tables, such as those of labels
-``caption_lists.py``      tables of captions in text files, such as Flickr8k's
-``parquet.py``            parquet tables, through a copy of their rows
-``folders.py``            folders of images
-``pictures.py``           pairs grouped by image, where a table has one row per caption
-``plain_images.py``       images without captions
-``embedded.py``           the embedded data sets, by name
-``glyphs.py``             the embedded pictures of characters
-``icons.py``              the embedded icons
-``drawing.py``            draws both from fonts
-``transforms.py``         bytes to images to crops to normalised tensors
-``resample.py``           bicubic resizing
-``headers.py``            the cost of decoding an image, read off its header
-``order.py``              the order of an epoch and the random numbers of a sample, computed, not stored
-``loader.py``             batches
-``upload.py``             copies a batch to the device
-``packing.py``            packs captions into rows without padding
-``caption_ids.py``        hashes of captions, equal for equal captions
-``shards.py``             writes tar shards
-``prepare.py``            the command that converts any source into shards that load faster
 ``prepare_arguments.py``  its flags
 ``choices.py``            what flags about data offer
 ========================  ================================================================

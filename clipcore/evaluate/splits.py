@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from clipcore.data import DataError, Pair, PairSource, printable
+from clipcore.data.remote import is_remote
 from clipcore.data.sources import left_out_of
 from clipcore.data.tar import ShardIndex
 
@@ -209,7 +210,7 @@ def name_of(path: str | Path) -> str:
 def files_fingerprint(paths: Iterable[str], folder: str | Path, *others: object) -> str:
     """Return a hash of the names, sizes and modification times of files in their order, and of other values.
 
-    A missing file is hashed as missing.
+    A missing file is hashed as missing. So is an image that is a URL: each state would be a request to its server.
 
     Args:
         folder: the data set's folder. Names are relative to it, so a copy with the same times has the same hash.
@@ -234,7 +235,9 @@ def members_hash(shards: Iterable[ShardIndex]) -> str:
     """
     digest = hashlib.sha256()
     for shard in shards:
-        digest.update(f"{len(shard)} {len(shard.keys)} ".encode())
+        # A URL has no time that `files_fingerprint` could read.
+        state = f"{tuple(shard.state)} " if is_remote(shard.path) else ""
+        digest.update(f"{len(shard)} {len(shard.keys)} {state}".encode())
         digest.update(np.ascontiguousarray(shard.columns_6N).data)
         digest.update(np.ascontiguousarray(shard.keys).data)
     return digest.hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from clipcore.data import DataError, PairSource
+from clipcore.data import BadSample, DataError, PairSource
 from clipcore.data.embedded import EMBEDDED
 from clipcore.data.folders import holds_image, is_image
 from clipcore.data.pictures import by_picture
@@ -21,7 +22,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         source: the samples in order.
-        fingerprint: a hash of their names and of their files' sizes and times.
+        fingerprint: a hash of their names and of their files' sizes and times, and of captions if they are to be encoded.
     """
 
     source: PairSource
@@ -64,7 +65,17 @@ def open_captions(data: Sequence[str], decoder: Decoder, **options: Any) -> Inpu
                 f"{name} is an image without a caption; --text takes data with captions"
             )
     parts = [_open(name, decoder, options) for name in data]
-    return _joined(parts, parts, decoder)
+    inputs = _joined(parts, parts, decoder)
+
+    # The files of images say nothing about captions in a table, or in files beside them.
+    digest = hashlib.sha256(inputs.fingerprint.encode())
+    for index in range(len(inputs.source)):
+        try:
+            found = repr(inputs.source.captions(index))
+        except BadSample as error:
+            found = f"unreadable: {error.reason}"
+        digest.update(found.encode("utf-8", "surrogateescape"))
+    return inputs._replace(fingerprint=digest.hexdigest())
 
 
 def _open(name: str, decoder: Decoder, options: dict[str, Any]) -> PairSource:

@@ -157,7 +157,8 @@ class RowFile:
         write_durably(self.record, (json.dumps(content, indent=1) + "\n").encode())
         os.replace(self._part, self.path)
         sync_directory(self.path.parent)
-        self._journal_path.unlink()
+        # Another process that finds the file whole takes the journal away too.
+        self._journal_path.unlink(missing_ok=True)
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def _lock(self) -> None:

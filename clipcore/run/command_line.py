@@ -186,7 +186,7 @@ def _check_purpose(given: Mapping[str, Any]) -> None:
     evaluated = [
         flag_of(name) for name in ("imagenet_val", "imagenet_v2", "val_data") if name in given
     ]
-    if evaluated and not given.keys() & {"train_data", "resume"}:
+    if evaluated and not given.keys() & {"train_data", "resume", "dataset_type", "preset"}:
         raise ConfigError(
             f"{' and '.join(evaluated)} without --train-data: to evaluate a model, python -m clipcore.evaluate zero-shot or "
             "retrieval, with --data; to train on the embedded data, --train-data glyphs"

@@ -434,6 +434,9 @@ class ModelConfig:
         """The published name, whatever the vocabulary, or one of the same form: ViT-384x6-16-224 is 384 wide, 6 deep."""
         suffix = QUICK_GELU_SUFFIX if self.quick_gelu else ""
         for name, config in MODELS.items():
+            if self.shapes == config.shapes:
+                return name + suffix
+        for name, config in MODELS.items():
             text = dataclasses.replace(self.text, vocab_size=config.text.vocab_size)
             if (self.embed_dim, self.vision, text) == config.shapes:
                 return name + suffix
