@@ -8,11 +8,14 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 _PIECE_BYTES = 1 << 20
+# How long a wait for a lock sleeps.
+_LOOK_AGAIN_S = 0.1
 
 
 class NotRegularError(OSError):
@@ -135,19 +138,22 @@ def open_own(path: Path, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, check_stopped: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock of a name, a file that exists as long as one holds it; wait while another process or thread does.
 
     On file systems without locks several may hold it, each of which has to write under a temporary name.
 
+    Args:
+        check_stopped: called now and then while another holds the lock; an exception that it raises ends the wait.
+
     Raises:
         OSError: the file cannot be created.
     """
-    descriptor = _open_locked(path)
+    descriptor = _open_locked(path, check_stopped)
     # Who held the lock before has removed the file, and somebody else may hold that of a new one.
     while not _is_open_at(path, descriptor):
         os.close(descriptor)
-        descriptor = _open_locked(path)
+        descriptor = _open_locked(path, check_stopped)
     try:
         yield
     finally:
@@ -156,11 +162,32 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, check_stopped: Callable[[], None] | None) -> int:
     descriptor = open_own(path, os.O_RDWR)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if check_stopped is None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+
+    try:
+        while not _has_lock(descriptor):
+            check_stopped()
+            time.sleep(_LOOK_AGAIN_S)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
+
+
+def _has_lock(descriptor: int) -> bool:
+    """Lock an open file if nobody else has; a file system without locks lets everybody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_open_at(path: Path, descriptor: int) -> bool:

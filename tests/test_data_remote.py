@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -22,7 +24,7 @@ from shards import picture, write_csv, write_jsonl, write_parquet, write_shards,
 
 from clipcore import train
 from clipcore.checkpoint import latest_checkpoint
-from clipcore.data import BadSample, DataError, PairSource, local_copies, remote
+from clipcore.data import BadSample, DataError, PairSource, local_copies, random_access, remote
 from clipcore.data.loader import PairLoader
 from clipcore.data.local_copies import place_of
 from clipcore.data.order import permutation
@@ -34,6 +36,7 @@ from clipcore.data.sources import open_source
 from clipcore.data.tar import sidecar_paths
 from clipcore.data.transforms import Decoder, ImageTransform
 from clipcore.evaluate.retrieval_pairs import fingerprint_of_pairs
+from clipcore.files import locked
 from clipcore.run.parts import captions_sha256
 
 NUM_SHARDS, PAIRS_A_SHARD = 3, 7
@@ -385,10 +388,13 @@ def test_a_table_on_the_disk_may_name_images_at_urls(data, web, tmp_path):
     assert np.array_equal(source[1].image, expected[1].image)
     with pytest.raises(BadSample, match="there is no http"):
         source[2]
-    # A server that fails says nothing about the image, which must not be replaced.
-    web.faults = [500] * remote.TRIES
-    with pytest.raises(RemoteError, match="HTTP status 500"):
+    # One server of many that fails is a bad sample, and not the end of the run.
+    web.faults = [500] * (remote.IMAGE_TRIES - 1)
+    assert np.array_equal(source[0].image, expected[0].image)
+    web.faults = [500] * remote.IMAGE_TRIES
+    with pytest.raises(BadSample, match="failed 3 times, at last with HTTP status 500"):
         source[0]
+    assert not web.faults
 
 
 @pytest.mark.parametrize(
@@ -399,6 +405,11 @@ def test_a_table_on_the_disk_may_name_images_at_urls(data, web, tmp_path):
         ("https://user:secret@host/0.tar", "the URL holds a credential"),
         ("https://host/0.tar?X-Amz-Signature=secret", "the URL holds a credential"),
         ("https://host/0.tar?access_token=secret", "the URL holds a credential"),
+        ("https://host/0.tar?a=1&access-key=secret", "the URL holds a credential"),
+        ("https://host/0.tar?AWSAccessKeyId=secret", "the URL holds a credential"),
+        ("https://host/0.tar?password=secret", "the URL holds a credential"),
+        ("https://u:secret@secret@host/0.tar", "https://host/0.tar: the URL holds a credential"),
+        ("S3://bucket/0.tar", "write s3:// in small letters"),
         ("gs://bucket/0.tar", r"needs the package gcsfs: pip install 'clipcore\[remote\]'"),
     ],
 )
@@ -407,6 +418,50 @@ def test_what_cannot_be_read_is_one_line_without_secrets(url, said, monkeypatch)
     with pytest.raises(DataError, match=said) as caught:
         open_source(url)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plain_key_in_a_url_is_no_credential():
+    remote.check_url("https://host/a.jpg?key=1")
+
+
+def test_a_shard_that_changes_between_two_samples_ends_the_run(web, data, monkeypatch):
+    path = data / "changing.tar"
+    image = (data / "csv/images/0000.jpg").read_bytes()
+    pairs = [(f"{n}.{end}", x) for n in "ab" for end, x in (("jpg", image), ("txt", b"before"))]
+    write_tar(path, pairs)
+    by_ranges = open_source(f"{web.url}/changing.tar", cache_gb=0)
+    assert by_ranges[0].caption == "before"
+    write_tar(path, [(name, x.replace(b"before", b"behind")) for name, x in pairs])
+    monkeypatch.setattr(random_access, "CHECK_EVERY_S", 0.0)
+    with pytest.raises(DataError, match=r"changing\.tar was changed after the run began"):
+        by_ranges[1]
+    path.unlink()
+
+
+def test_an_error_of_one_shard_waits_for_no_other(web, data):
+    """The second shard does not exist, and the first one's copy waits for a lock until it is told to stop."""
+    url = f"{web.url}/shards/000.tar"
+    place = place_of(url, *remote.state_of(url)[:2])
+    place.parent.parent.mkdir(parents=True)
+    with (
+        locked(place.parent.parent / f"{place.parent.name}.lock"),
+        pytest.raises(DataError, match="there is no http"),
+    ):
+        open_source(f"{web.url}/shards/{{000,missing}}.tar")
+
+
+def test_a_full_disk_is_no_fault_of_the_network(web, monkeypatch):
+    """A server without ranges sends the whole file, which fsspec writes."""
+    web.has_ranges = False
+    url = f"{web.url}/shards/000.tar"
+
+    class FullDisk(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        remote.copy_object(url, remote.state_of(url), FullDisk(), lambda: None)
+    assert len(web.reads()) == 1
 
 
 def test_prepared_shards_of_a_url_are_those_of_the_disk(data, web, tmp_path):

@@ -61,7 +61,7 @@ class LocalCopies(NamedTuple):
         entry, root = place.parent, place.parent.parent
         try:
             make_directory(root)
-            with locked(root / f"{entry.name}.lock"):
+            with locked(root / f"{entry.name}.lock", self.check_stopped):
                 with locked(root / "copies.lock"):
                     _lease(root, entry.name)
                     if is_whole(place, state.size):

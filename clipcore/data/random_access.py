@@ -6,12 +6,16 @@ A remote file is read from its local copy if there is one, else by byte ranges. 
 from __future__ import annotations
 
 import os
+import time
 from typing import BinaryIO, NamedTuple
 
 from clipcore.data import DataError, remote
 from clipcore.data.local_copies import place_of
 from clipcore.data.remote import is_remote, read_range, shown
 from clipcore.files import open_regular
+
+# How often an object that is read by ranges is compared with the one that was opened: each comparison is a request or two.
+CHECK_EVERY_S = 30.0
 
 
 class FileState(NamedTuple):
@@ -70,7 +74,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """A remote file, read by byte ranges.
+    """A remote file, read by byte ranges; twice a minute it is asked whether it is still the same object.
 
     Args:
         url: its URL.
@@ -81,6 +85,7 @@ class RemoteFile:
     def __init__(self, url: str, state: FileState, ahead: int = 0) -> None:
         self.path, self.state = url, state
         self._ahead = ahead
+        self._checked_at = time.monotonic()
         # The bytes that were read last, and where they begin.
         self._start, self._content = 0, b""
 
@@ -94,7 +99,11 @@ class RemoteFile:
         return self._content[offset - self._start : stop - self._start]
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Read the bytes from ``start`` to before ``stop`` by one request, for the next calls; raise RemoteError."""
+        """Read the bytes from ``start`` to before ``stop`` by one request, for the next calls; raise DataError."""
+        if time.monotonic() - self._checked_at >= CHECK_EVERY_S:
+            if FileState(*remote.state_of(self.path)[:2]) != self.state:
+                raise _changed(self.path)
+            self._checked_at = time.monotonic()
         self._start, self._content = start, read_range(self.path, start, stop)
 
     def close(self) -> None:

@@ -27,15 +27,18 @@ PACKAGES = {
 # The pauses double: half a second, one, ..., 32; then the error.
 TRIES = 8
 FIRST_WAIT_S = 0.5
+# Of a single image on the web.
+IMAGE_TRIES = 3
 CONNECT_TIMEOUT_S = 30.0
 # How long a server may send nothing.
 READ_TIMEOUT_S = 60.0
 # Bytes of a request when a whole object is read. Larger ones cost memory, and more after a dropped connection.
 BLOCK_BYTES = 1 << 23
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL | re.IGNORECASE)
+# In a query. A plain "key" names an object more often than it opens one.
 _CREDENTIAL = re.compile(
-    r"[?&](x-amz-(signature|credential|security-token)|x-goog-signature|signature|sig|[a-z_]*token|[a-z_]*key)=",
+    r"[?&]([\w.-]*(token|secret|passw(or)?d|signature|credential|(access|api|account|private)[_-]?key(id)?)|sig)=",
     re.IGNORECASE,
 )
 # What fsspec's file systems call the version of an object, the most exact one first.
@@ -92,6 +95,8 @@ def check_url(url: str) -> None:
     """Raise DataError for a URL that cannot be used: of an unknown kind, or with a credential in it."""
     match = _URL.match(url)
     assert match is not None
+    if match[1] not in PACKAGES and match[1].lower() in PACKAGES:
+        raise DataError(f"{shown(url)}: write {match[1].lower()}:// in small letters")
     if match[1] not in PACKAGES:
         raise DataError(
             f"{shown(url)}: data is read from {', '.join(f'{kind}://' for kind in PACKAGES)} and local paths; copy or mount "
@@ -108,17 +113,17 @@ def shown(url: str) -> str:
     """Return a URL for a message, without what could be a credential; another path as it is."""
     if not is_remote(url):
         return url
-    url = re.sub(r"(://)[^/@]*@", r"\1", url)
+    url = re.sub(r"(://)[^/]*@", r"\1", url)
     return printable(without_query(url))
 
 
-def state_of(url: str) -> RemoteState:
+def state_of(url: str, tries: int = TRIES) -> RemoteState:
     """Return the state of an object.
 
     Raises:
         RemoteError: see the module; or the server does not tell the size.
     """
-    info = _tried(url, lambda system: system.info(url))
+    info = _tried(url, lambda system: system.info(url), tries)
     if info.get("type") == "directory":
         raise MissingObjectError(f"{shown(url)} is a folder; name the files in it")
     size = info.get("size")
@@ -157,7 +162,7 @@ def exists(url: str) -> bool:
     return True
 
 
-def read_range(url: str, start: int, stop: int) -> bytes:
+def read_range(url: str, start: int, stop: int, tries: int = TRIES) -> bytes:
     """Return the bytes of an object from ``start`` to before ``stop``, exactly as many; raise RemoteError."""
     if start == stop:
         return b""
@@ -167,14 +172,14 @@ def read_range(url: str, start: int, stop: int) -> bytes:
         _check_length(len(content), stop - start)
         return content
 
-    return _tried(url, read)
+    return _tried(url, read, tries)
 
 
-def read_object(url: str, limit: int) -> bytes:
+def read_object(url: str, limit: int, tries: int = TRIES) -> bytes:
     """Return the bytes of a whole object, at most ``limit`` of them; raise RemoteError."""
-    state = state_of(url)
+    state = state_of(url, tries)
     if state.has_ranges:
-        return read_range(url, 0, min(state.size, limit))
+        return read_range(url, 0, min(state.size, limit), tries)
     if state.size > limit:
         raise RefusedObjectError(f"{shown(url)}: {state.size:,} bytes are too many")
 
@@ -183,7 +188,7 @@ def read_object(url: str, limit: int) -> bytes:
         _check_length(len(content), state.size)
         return content
 
-    return _tried(url, read)
+    return _tried(url, read, tries)
 
 
 def copy_object(
@@ -207,12 +212,38 @@ def copy_object(
 
         def read(system: Any) -> None:
             file.seek(0)
-            system.get_file(url, file)
+            file.truncate()
+            system.get_file(url, _CheckedFile(file, check_stopped))
             _check_length(file.tell(), state.size)
 
-        _tried(url, read)
+        try:
+            _tried(url, read)
+        except _AbortedError as error:
+            assert error.__cause__ is not None
+            raise error.__cause__ from None
     if state_of(url) != state:
         raise RemoteError(f"{shown(url)} was changed while it was read; start again")
+
+
+class _AbortedError(Exception):
+    """Carries an error that is not the network's out of the tries."""
+
+
+class _CheckedFile:
+    """A file that fsspec writes to: its errors end the tries, and so does what ``check_stopped`` raises."""
+
+    def __init__(self, file: BinaryIO, check_stopped: Callable[[], None]) -> None:
+        self._file, self._check_stopped = file, check_stopped
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._check_stopped()
+            return self._file.write(content)
+        except Exception as error:
+            raise _AbortedError from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def list_objects(pattern: str) -> list[str]:
@@ -229,13 +260,15 @@ def _check_length(received: int, expected: int) -> None:
         raise ShortAnswerError(f"{received:,} bytes came instead of {expected:,}")
 
 
-def _tried(url: str, action: Callable[[Any], _T]) -> _T:
+def _tried(url: str, action: Callable[[Any], _T], tries: int = TRIES) -> _T:
     """Return what an action on the file system of a URL returns; try again after a passing fault."""
     check_url(url)
     system = _file_system(url)
-    for number in range(TRIES):
+    for number in range(tries):
         try:
             return action(system)
+        except _AbortedError:
+            raise
         except Exception as error:  # each service's package has errors of its own
             # fsspec turns every error of an HTTP server into a missing file.
             is_hidden = url.startswith("http") and isinstance(error, FileNotFoundError)
@@ -250,10 +283,10 @@ def _tried(url: str, action: Callable[[Any], _T]) -> _T:
                     "tools use"
                 ) from None
             last = _reason(fault, status)
-        if number + 1 < TRIES:
+        if number + 1 < tries:
             time.sleep(FIRST_WAIT_S * 2**number)
     raise RemoteError(
-        f"{shown(url)}: reading failed {TRIES} times, at last with {last}; check the network and the server, then run the "
+        f"{shown(url)}: reading failed {tries} times, at last with {last}; check the network and the server, then run the "
         "same command again"
     )
 

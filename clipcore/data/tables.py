@@ -28,6 +28,7 @@ from clipcore.data import (
 )
 from clipcore.data.choices import DEFAULT_CAPTION_KEY, DEFAULT_IMAGE_KEY
 from clipcore.data.remote import (
+    IMAGE_TRIES,
     MissingObjectError,
     RefusedObjectError,
     RemoteError,
@@ -77,15 +78,22 @@ def read_image_file(path: str, key: str, decoder: Decoder | str) -> Any:
     """Return the decoded picture of a file or a URL.
 
     Raises:
-        BadSample: there is none, or it cannot be decoded.
-        RemoteError: the network or a server failed repeatedly, which says nothing about the sample.
+        BadSample: there is none, or it cannot be decoded, or its web server fails.
+        RemoteError: an object store failed repeatedly, which says nothing about the sample.
     """
+    is_on_the_web = path.startswith(("http://", "https://"))
     try:
-        read = read_object if is_remote(path) else read_regular
-        data = read(path, MAX_IMAGE_BYTES + 1)
+        if is_on_the_web:
+            data = read_object(path, MAX_IMAGE_BYTES + 1, IMAGE_TRIES)
+        else:
+            read = read_object if is_remote(path) else read_regular
+            data = read(path, MAX_IMAGE_BYTES + 1)
     except (MissingObjectError, RefusedObjectError) as error:
         raise BadSample(str(error), key) from None
-    except RemoteError:
+    except RemoteError as error:
+        # A list of images on the web names many servers, of which some are gone for good.
+        if is_on_the_web:
+            raise BadSample(str(error), key) from None
         raise
     except (OSError, ValueError) as error:
         raise BadSample(getattr(error, "strerror", None) or str(error), key) from None

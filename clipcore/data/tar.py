@@ -28,7 +28,7 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -426,11 +426,16 @@ def load_indices(paths: Sequence[str], copies: LocalCopies) -> list[ShardIndex]:
         return load_index(path, None, copies._replace(check_stopped=check_stopped))
 
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+        futures = [pool.submit(load, path) for path in paths]
         try:
-            return list(pool.map(load, paths))
+            for future in as_completed(futures):
+                future.result()
+            return [future.result() for future in futures]
         except BaseException:
             # Ctrl-C, or an error of one shard, must not wait for whole copies of others.
             stopped.set()
+            for future in futures:
+                future.cancel()
             raise
 
 
