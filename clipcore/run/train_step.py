@@ -221,8 +221,9 @@ class TrainingStep:
         """
         with self.autocast():
             if taught is not None:
-                contrastive, distill = self.loss_fn(*features, *taught)
-                return contrastive + distill
+                contrastive, distill = self.loss_fn(*features[:3], *taught)
+                # A logit bias changes no softmax. Its gradient is zero, not missing: DistributedDataParallel waits for it.
+                return contrastive + distill + sum(0 * bias for bias in features[3:])
             if ids_B is None:
                 return self.loss_fn(*features)
             return self.loss_fn(*features, image_ids=ids_B, text_ids=ids_B)
