@@ -47,7 +47,8 @@ def pairs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
 def test_features_and_gradients_are_those_of_the_summed_weights(name):
     """To 1e-12 in float64: of the weight W + 2 B A a gradient G gives B one of 2 G A', A one of 2 B' G."""
-    model = adapted(name)
+    # A ResNet normalises by the running statistics, which LoRA freezes.
+    model = adapted(name).eval()
     plain = merged(model)
     assert plain.state_dict().keys() == model_of(1, name).state_dict().keys()
     results = []
@@ -114,6 +115,18 @@ def test_peft_reads_the_adapter(name, tmp_path):
     assert found.peft_config["default"].base_model_name_or_path == "start"
     for each in (found, found.merge_and_unload()):
         torch.testing.assert_close(each(images.float(), tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_training_leaves_the_statistics_of_a_resnet_alone():
+    """Checkpoints hold the adapter and not these, so a run goes on with those that it began with."""
+    model = model_of(1, "RN-nano-32")
+    add_lora(model, 2, 2.0)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert any(name.endswith("running_var") for name in before)
+    images, tokens = pairs()
+    image, text, scale = model.train()(images.float(), tokens)
+    (scale * image @ text.T).square().sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
 @pytest.fixture
