@@ -117,6 +117,28 @@ def test_peft_reads_the_adapter(name, tmp_path):
         torch.testing.assert_close(each(images.float(), tokens), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_peft_gives_no_layer_of_a_locked_tower_a_product(tmp_path):
+    """The text tower's ``transformer`` is not the image tower's ``visual.transformer``.
+
+    peft's ``target_parameters`` know endings alone: it wraps the packed projections there with products of zero.
+    """
+    import_open_clip()
+    from peft import PeftModel
+
+    model = model_of(1)
+    model.lock_image_tower()
+    add_lora(model, 2, 2.0)
+    write_adapter(model, tmp_path, "start")
+    found = PeftModel.from_pretrained(model_of(1), tmp_path)
+    given = {name: value for name, value in found.named_parameters() if "lora_" in name}
+    text = {name for name in given if ".visual." not in name}
+    assert len(text) == len(adapter_of(model))
+    rest = given.keys() - text
+    assert all(name.rpartition(".lora_")[0].endswith(".attn") for name in rest)
+    assert not any(given[name].any() for name in rest if ".lora_B." in name)
+
+
 def test_training_leaves_the_statistics_of_a_resnet_alone():
     """Checkpoints hold the adapter and not these, so a run goes on with those that it began with."""
     model = model_of(1, "RN-nano-32")

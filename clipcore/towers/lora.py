@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -177,7 +178,8 @@ def write_adapter(model: CLIP, folder: Path, base: str) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": layers,
+        # A regular expression of whole paths: of a list, peft would take "transformer..." for "visual.transformer..." too.
+        "target_modules": "|".join(map(re.escape, layers)),
         "target_parameters": packed,
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
