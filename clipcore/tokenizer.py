@@ -862,6 +862,28 @@ def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:
     return next((folder / name for name in names if is_file(folder / name)), None)
 
 
+def other_vocabulary_beside(
+    weights: str | os.PathLike[str], text: TextConfig, tokenizer: Tokenizer
+) -> Path | None:
+    """Return the vocabulary file that belongs to weights if it is another than a tokenizer's; None if there is none.
+
+    Files of two kinds may hold one vocabulary, so they are not compared.
+
+    Args:
+        weights: see ``vocabulary_beside``.
+        text: their text tower.
+
+    Raises:
+        VocabularyError: the file is damaged, or is not of the text tower.
+    """
+    path = vocabulary_beside(weights)
+    if path is None:
+        return None
+    found = open_vocabulary(path, text)
+    is_other = found.file_name == tokenizer.file_name and found.sha256 != tokenizer.sha256
+    return path if is_other else None
+
+
 def run_folder(name: str | os.PathLike[str]) -> Path | None:
     """Return the folder of a run, given it or one of its checkpoints; None if the name is not a folder.
 

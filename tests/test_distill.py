@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -20,8 +21,11 @@ from weight_files import hub_folder, saved
 import clipcore
 from clipcore import train
 from clipcore.data.loader import Batch
+from clipcore.export.write import export_model
 from clipcore.loss import ClipLoss, DistillClipLoss
 from clipcore.ranks.distributed import World
+from clipcore.run import teacher as teachers
+from clipcore.run import train_step
 from clipcore.run.collapse import CollapseWatch
 from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import ConfigError
@@ -202,9 +206,15 @@ def two_steps_of_rank(world: World, num_parts: int) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_ranks_do_not_wait_for_the_gradient_of_a_bias(pool_of_two, num_parts):
+def test_the_gradient_of_a_bias_is_zero_on_every_rank(pool_of_two, num_parts):
     expected = two_steps_of_rank(World(0, 1, 0, torch.device("cpu")), 1)
+    biases = [
+        name.endswith("logit_bias")
+        for name, _ in model_of(1, init_logit_bias=-10).named_parameters()
+    ]
+    assert sum(biases) == 1
     for found in pool_of_two.run(two_steps_of_rank, num_parts):
+        assert found[biases.index(True)] == 0
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -252,6 +262,13 @@ def test_a_run_learns_from_a_teacher_and_goes_on_bit_for_bit(table, tmp_path, in
     other = train_tokenizer(["to be or not to be", "to see"] * 9, 520)
     with pytest.raises(ConfigError, match="was trained with another vocabulary"):
         build_teacher(config, model_of(1), other, torch.device("cpu"))
+    # Its own name is that of its model, whatever its dropout and vocabulary.
+    named = config_of("--distill-pretrained", tmp_path / "run", "--distill-model", "ViT-nano-8-32")
+    dropping = dataclasses.replace(trained.config.vision, patch_dropout=0.5)
+    dropping = CLIP(dataclasses.replace(trained.config, vision=dropping)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "load_run", lambda path: (dropping, None, byte_tokenizer()))
+        assert build_teacher(named, model_of(1), byte_tokenizer(), torch.device("cpu")) is dropping
     config = config_of("--distill-pretrained", tmp_path / "run", "--distill-model", "RN-nano-32")
     with pytest.raises(ConfigError, match="--distill-model RN-nano-32 is not the model of the run"):
         build_teacher(config, model_of(1), byte_tokenizer(), torch.device("cpu"))
@@ -292,3 +309,49 @@ def test_a_teacher_of_other_inputs_is_refused(settings, message, tmp_path):
     )
     with pytest.raises(ConfigError, match=message):
         build_teacher(config, model_of(1), byte_tokenizer(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"context_length": 99}, "has context_length 99 and this model 77"),
+        ({"clean": "canonicalize"}, "has clean canonicalize and this model whitespace"),
+        ({"strip_sep_token": True}, "has strip_sep_token True and this model False"),
+        ({"pool_type": "eos", "eos_id": 513}, "has pool_type eos and this model last"),
+    ],
+)
+def test_a_teacher_that_reads_padding_takes_the_rows_of_the_student(more, message, tmp_path):
+    config = config_of("--distill-pretrained", tmp_path / "t")
+    reader = {"vocab_size": 514, "width": 64, "heads": 2, "layers": 1}
+    reader |= {"no_causal_mask": True, "pool_type": "last"}
+    student = create_model("ViT-nano-8-32", text_cfg=reader)
+    hub_folder(tmp_path / "t", create_model("ViT-nano-8-32", text_cfg={**reader, **more}))
+    with pytest.raises(ConfigError, match=message):
+        build_teacher(config, student, byte_tokenizer(), torch.device("cpu"))
+
+
+def test_a_teachers_vocabulary_of_the_same_size_is_compared(tmp_path):
+    words = train_tokenizer(["to be or not to be", "to see"] * 9, 516)
+    other = train_tokenizer(["an old cat on an old mat"] * 9, 516)
+    assert words.vocab_size == other.vocab_size
+    model = create_model("ViT-nano-8-32", force_vocab_size=words.vocab_size)
+    export_model(model, words, "transformers", tmp_path / "t", is_checked=False)
+    config = config_of("--distill-pretrained", tmp_path / "t")
+    build_teacher(config, model, words, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"was trained with another vocabulary .* --tokenizer"):
+        build_teacher(config, model, other, torch.device("cpu"))
+
+
+def test_a_teacher_embeds_few_pairs_at_once_and_no_feature_changes(monkeypatch):
+    """The memory plan, which may keep a batch whole, does not measure the teacher."""
+    training = step_of(model_of(1), model_of(2).double().eval())
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    tokens = byte_tokenizer()([f"number {i}" for i in range(6)])
+    batch = Batch(images, tokens, torch.arange(6))
+    expected = training.features_of_teacher(batch, 0)
+    sizes = []
+    training.teacher.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(train_step, "TEACHER_ROWS", 4)
+    found = training.features_of_teacher(batch, 0)
+    assert sizes == [3, 3]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
