@@ -17,6 +17,7 @@ from clipcore.evaluate.loading import LoadedModel, load_model
 from clipcore.export.write import export_model
 from clipcore.ranks.failures import end_with
 from clipcore.run.folders import is_run
+from clipcore.tokenizer import other_vocabulary_beside
 from clipcore.towers.interpolation import interpolated
 from clipcore.towers.loading import load_checkpoint
 from clipcore.towers.model import CLIP
@@ -30,15 +31,16 @@ def load_start(path: str, end: LoadedModel) -> CLIP:
     """
     if is_run(Path(path)):
         loaded = load_model(path)
-        if loaded.tokenizer.sha256 != end.tokenizer.sha256:
-            raise ValueError(
-                f"{path} and {end.pretrained} were trained with different vocabularies, so that their weights have no mean; "
-                "take the model that the second was fine-tuned from"
-            )
-        start = loaded.model
+        start, is_other = loaded.model, loaded.tokenizer.sha256 != end.tokenizer.sha256
     else:
         start = CLIP(end.model.config)
         load_checkpoint(start, path)
+        is_other = other_vocabulary_beside(path, start.config.text, end.tokenizer) is not None
+    if is_other:
+        raise ValueError(
+            f"{path} and {end.pretrained} were trained with different vocabularies, so that their weights have no mean; "
+            "take the model that the second was fine-tuned from"
+        )
     for name in start.images.keys() & end.model.images.keys():
         if start.images[name] != end.model.images[name]:
             raise ValueError(

@@ -20,6 +20,7 @@ from clipcore.tokenizer_arguments import BYTE_VOCAB_SIZE, OPENAI_VOCAB_SIZE, bui
 if __name__ == "__main__":
     answer_early(build_parser().parse_args)
 
+import codecs
 import functools
 import gzip
 import hashlib
@@ -445,7 +446,7 @@ class HubTokenizer(Tokenizer):
     Safe to share between threads and forked workers, and picklable.
 
     Args:
-        content: what is in the file; a tokenizer.json begins with "{".
+        content: what is in the file; a tokenizer.json begins with "{", perhaps after a byte order mark.
         text: the text tower that the rows are for: how captions are cleaned, the size of its vocabulary (which may be larger
             than the file's) and its context length. None cleans white space, as open_clip does.
         pad_token: the padding of a tokenizer.json that does not say its own.
@@ -455,7 +456,8 @@ class HubTokenizer(Tokenizer):
         file_name: the name of the file in the folder of a run.
 
     Raises:
-        VocabularyError: the file is damaged, has no end of text or no padding, or has more tokens than the tower.
+        VocabularyError: the file is damaged, has no end of text or no padding, has more tokens than the tower, or has
+            its end of text at another id than the tower reads.
     """
 
     def __init__(
@@ -465,9 +467,10 @@ class HubTokenizer(Tokenizer):
         self._clean = _CLEAN[(text and text.clean) or "whitespace"]
         self._strips_end = text is not None and text.strip_sep_token
         self._vocabulary: JsonVocabulary | SentencePieceVocabulary
+        plain = content.removeprefix(codecs.BOM_UTF8).lstrip()
         try:
-            if content.startswith(b"{"):
-                self._vocabulary = JsonVocabulary(content, pad_token)
+            if plain.startswith(b"{"):
+                self._vocabulary = JsonVocabulary(plain, pad_token)
             else:
                 self._vocabulary = SentencePieceVocabulary(content)
         except HubVocabularyError as error:
@@ -490,6 +493,21 @@ class HubTokenizer(Tokenizer):
                     f"{text.hf_tokenizer_name}"
                 )
             self.vocab_size = text.vocab_size
+        self._check_end(text)
+
+    def _check_end(self, text: TextConfig) -> None:
+        """Raise VocabularyError unless a text tower reads its features at this vocabulary's end of text."""
+        largest = self._vocabulary.size - 1
+        if text.pool_type == "argmax" and self.eot_token_id != largest:
+            raise VocabularyError(
+                f"the text tower reads its features at the largest id, {largest:,}, and this vocabulary's end of text is "
+                f"{self.eot_token_id:,}: choose a model with pool_type last or eos"
+            )
+        if text.pool_type == "eos" and self.eot_token_id != text.eos_id:
+            raise VocabularyError(
+                f"the text tower reads its features at the id {text.eos_id:,}, and this vocabulary's end of text is "
+                f"{self.eot_token_id:,}: give the model's own vocabulary, or choose a model with that eos_id"
+            )
 
     @classmethod
     def from_hub_file(
@@ -842,6 +860,28 @@ def vocabulary_beside(weights: str | os.PathLike[str]) -> Path | None:
     # A CLIP's folder may have a tokenizer.json too, of the same vocabulary.
     names = (HF_MERGES_FILE, *HUB_FILES) if is_described else HUB_FILES[1:]
     return next((folder / name for name in names if is_file(folder / name)), None)
+
+
+def other_vocabulary_beside(
+    weights: str | os.PathLike[str], text: TextConfig, tokenizer: Tokenizer
+) -> Path | None:
+    """Return the vocabulary file that belongs to weights if it is another than a tokenizer's; None if there is none.
+
+    Files of two kinds may hold one vocabulary, so they are not compared.
+
+    Args:
+        weights: see ``vocabulary_beside``.
+        text: their text tower.
+
+    Raises:
+        VocabularyError: the file is damaged, or is not of the text tower.
+    """
+    path = vocabulary_beside(weights)
+    if path is None:
+        return None
+    found = open_vocabulary(path, text)
+    is_other = found.file_name == tokenizer.file_name and found.sha256 != tokenizer.sha256
+    return path if is_other else None
 
 
 def run_folder(name: str | os.PathLike[str]) -> Path | None:

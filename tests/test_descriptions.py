@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from weight_files import WRITERS, QuickGELU, archive, extras_file, hf_folder, hub_folder, run_folder
 
+from clipcore.towers.architectures import find_model
 from clipcore.towers.convert import ConversionError
 from clipcore.towers.descriptions import config_from_hf, hf_config, read_description
 from clipcore.towers.factory import (
@@ -54,6 +55,13 @@ def test_the_stated_activation_wins_and_a_contradiction_names_the_right_one(
     assert alone.config.quick_gelu is said
     assert torch.equal(alone.encode_image(images), expected)
     assert not recwarn.list
+
+
+def test_a_tower_that_looks_for_an_id_beyond_other_vocabularies_has_a_name():
+    """The nano models have 514 tokens; its own name is that of the same shape with another ``eos_id``."""
+    config = find_model("ViT-B-32")
+    eos = dataclasses.replace(config.text, pool_type="eos", eos_id=49407)
+    assert dataclasses.replace(config, text=eos).short_name == "ViT-768x12-32-224"
 
 
 @pytest.mark.parametrize("write", [archive, extras_file])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -20,13 +21,17 @@ from weight_files import hub_folder, saved
 import clipcore
 from clipcore import train
 from clipcore.data.loader import Batch
+from clipcore.export.write import export_model
 from clipcore.loss import ClipLoss, DistillClipLoss
 from clipcore.ranks.distributed import World
+from clipcore.run import teacher as teachers
+from clipcore.run import train_step
 from clipcore.run.collapse import CollapseWatch
 from clipcore.run.command_line import parse_command_line
 from clipcore.run.config import ConfigError
 from clipcore.run.metrics import read_metrics
 from clipcore.run.recipe import RunConfig, resolve
+from clipcore.run.sharding import replicate
 from clipcore.run.state import load_run
 from clipcore.run.teacher import build_teacher
 from clipcore.run.train_step import TrainingStep
@@ -148,10 +153,16 @@ def step_of(model: CLIP, teacher: CLIP | None) -> TrainingStep:
     )
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("ViT-nano-8-32", None), ("RN-nano-32", 0.5)])
-def test_a_step_in_micro_batches_has_the_gradients_of_open_clips_loss(name, dropout):
-    """In float64; the teacher has features of another width, drops no patches, and gets no gradient."""
-    model = model_of(1, force_patch_dropout=dropout).double()
+@pytest.mark.parametrize(
+    ("name", "dropout", "bias"),
+    [("ViT-nano-8-32", None, None), ("RN-nano-32", 0.5, None), ("ViT-nano-8-32", None, -10)],
+)
+def test_a_step_in_micro_batches_has_the_gradients_of_open_clips_loss(name, dropout, bias):
+    """In float64; the teacher has features of another width, drops no patches, and gets no gradient.
+
+    A logit bias changes no softmax: its gradient is zero.
+    """
+    model = model_of(1, force_patch_dropout=dropout, init_logit_bias=bias).double()
     teacher = model_of(2, name, embed_dim=48).double().eval().requires_grad_(False)
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     tokens = torch.stack([byte_tokenizer()([f"number {i}"])[0] for i in range(6)])
@@ -163,8 +174,10 @@ def test_a_step_in_micro_batches_has_the_gradients_of_open_clips_loss(name, drop
     features = embed(slice(0, 6), None)
     with torch.no_grad():
         taught = teacher(images, tokens)
-    losses = import_open_clip().loss.DistillClipLoss()(*features, *taught)
-    expected = torch.autograd.grad(sum(losses), list(model.parameters()))
+    losses = import_open_clip().loss.DistillClipLoss()(*features[:3], *taught)
+    expected = torch.autograd.grad(
+        sum(losses), list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
     for num_parts in (1, 3):
         model.zero_grad()
         output = training.gradients(batch, 0, num_parts=num_parts)
@@ -172,6 +185,37 @@ def test_a_step_in_micro_batches_has_the_gradients_of_open_clips_loss(name, drop
         for parameter, theirs in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, theirs, rtol=1e-10, atol=1e-12)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def two_steps_of_rank(world: World, num_parts: int) -> list[Tensor | None]:
+    """Return the gradients of the second of two steps of a student with a logit bias, averaged over ranks."""
+    model, teacher = model_of(1, init_logit_bias=-10), model_of(2).eval().requires_grad_(False)
+    training = step_of(model.double(), teacher.double())
+    training.world, training.global_batch_size = world, 4 * world.world_size
+    training.loss_fn = DistillClipLoss(rank=world.rank, world_size=world.world_size)
+    training.reduced = replicate(model) if world.world_size > 1 else None
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    tokens = byte_tokenizer()([f"number {i}" for i in range(8)])
+    share = slice(4 * world.rank, 4 * world.rank + 4) if world.world_size > 1 else slice(0, 8)
+    batch = Batch(images[share], tokens[share], torch.arange(8)[share])
+    for step in range(2):
+        model.zero_grad()
+        training.gradients(batch, step, num_parts=num_parts)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_gradient_of_a_bias_is_zero_on_every_rank(pool_of_two, num_parts):
+    expected = two_steps_of_rank(World(0, 1, 0, torch.device("cpu")), 1)
+    biases = [
+        name.endswith("logit_bias")
+        for name, _ in model_of(1, init_logit_bias=-10).named_parameters()
+    ]
+    assert sum(biases) == 1
+    for found in pool_of_two.run(two_steps_of_rank, num_parts):
+        assert found[biases.index(True)] == 0
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +262,13 @@ def test_a_run_learns_from_a_teacher_and_goes_on_bit_for_bit(table, tmp_path, in
     other = train_tokenizer(["to be or not to be", "to see"] * 9, 520)
     with pytest.raises(ConfigError, match="was trained with another vocabulary"):
         build_teacher(config, model_of(1), other, torch.device("cpu"))
+    # Its own name is that of its model, whatever its dropout and vocabulary.
+    named = config_of("--distill-pretrained", tmp_path / "run", "--distill-model", "ViT-nano-8-32")
+    dropping = dataclasses.replace(trained.config.vision, patch_dropout=0.5)
+    dropping = CLIP(dataclasses.replace(trained.config, vision=dropping)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "load_run", lambda path: (dropping, None, byte_tokenizer()))
+        assert build_teacher(named, model_of(1), byte_tokenizer(), torch.device("cpu")) is dropping
     config = config_of("--distill-pretrained", tmp_path / "run", "--distill-model", "RN-nano-32")
     with pytest.raises(ConfigError, match="--distill-model RN-nano-32 is not the model of the run"):
         build_teacher(config, model_of(1), byte_tokenizer(), torch.device("cpu"))
@@ -258,3 +309,49 @@ def test_a_teacher_of_other_inputs_is_refused(settings, message, tmp_path):
     )
     with pytest.raises(ConfigError, match=message):
         build_teacher(config, model_of(1), byte_tokenizer(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"context_length": 99}, "has context_length 99 and this model 77"),
+        ({"clean": "canonicalize"}, "has clean canonicalize and this model whitespace"),
+        ({"strip_sep_token": True}, "has strip_sep_token True and this model False"),
+        ({"pool_type": "eos", "eos_id": 513}, "has pool_type eos and this model last"),
+    ],
+)
+def test_a_teacher_that_reads_padding_takes_the_rows_of_the_student(more, message, tmp_path):
+    config = config_of("--distill-pretrained", tmp_path / "t")
+    reader = {"vocab_size": 514, "width": 64, "heads": 2, "layers": 1}
+    reader |= {"no_causal_mask": True, "pool_type": "last"}
+    student = create_model("ViT-nano-8-32", text_cfg=reader)
+    hub_folder(tmp_path / "t", create_model("ViT-nano-8-32", text_cfg={**reader, **more}))
+    with pytest.raises(ConfigError, match=message):
+        build_teacher(config, student, byte_tokenizer(), torch.device("cpu"))
+
+
+def test_a_teachers_vocabulary_of_the_same_size_is_compared(tmp_path):
+    words = train_tokenizer(["to be or not to be", "to see"] * 9, 516)
+    other = train_tokenizer(["an old cat on an old mat"] * 9, 516)
+    assert words.vocab_size == other.vocab_size
+    model = create_model("ViT-nano-8-32", force_vocab_size=words.vocab_size)
+    export_model(model, words, "transformers", tmp_path / "t", is_checked=False)
+    config = config_of("--distill-pretrained", tmp_path / "t")
+    build_teacher(config, model, words, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"was trained with another vocabulary .* --tokenizer"):
+        build_teacher(config, model, other, torch.device("cpu"))
+
+
+def test_a_teacher_embeds_few_pairs_at_once_and_no_feature_changes(monkeypatch):
+    """The memory plan, which may keep a batch whole, does not measure the teacher."""
+    training = step_of(model_of(1), model_of(2).double().eval())
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    tokens = byte_tokenizer()([f"number {i}" for i in range(6)])
+    batch = Batch(images, tokens, torch.arange(6))
+    expected = training.features_of_teacher(batch, 0)
+    sizes = []
+    training.teacher.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(train_step, "TEACHER_ROWS", 4)
+    found = training.features_of_teacher(batch, 0)
+    assert sizes == [3, 3]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -35,7 +35,7 @@ LENGTH = 12
 
 
 def text_tower(clean: str | None = "canonicalize", **more: Any) -> TextConfig:
-    return TextConfig(LENGTH, clean=clean, width=32, heads=2, layers=1, **more)
+    return TextConfig(LENGTH, clean=clean, width=32, heads=2, layers=1, pool_type="last", **more)
 
 
 def rows_of(theirs: Any, cleaned: list[str]) -> Tensor:
@@ -165,3 +165,38 @@ def test_a_published_model_names_its_vocabulary_and_takes_its_file(tmp_path: Pat
     assert rows.shape == (1, 32) and tokenizer.eot_token_id not in rows
     assert clipcore.get_tokenizer("ViT-B-16-SigLIP", bpe_path=tmp_path / "tokenizer.json")
     assert find_model("ViT-B-16-SigLIP").text.clean == "canonicalize"
+
+
+def test_a_text_tower_that_reads_another_id_than_the_end_is_refused(tmp_path: Path) -> None:
+    """A tower that reads the largest id takes CLIP's own tokenizer.json, whose end of text that is."""
+    path = json_file(tmp_path, "Gemma")
+    for pool_type, message in (
+        ("argmax", r"at the largest id, 119, .* end of text is 1: choose a model with pool_type"),
+        ("eos", "at the id 2, and this vocabulary's end of text is 1: give the model's own"),
+    ):
+        with pytest.raises(VocabularyError, match=message) as caught:
+            open_vocabulary(path, TextConfig(LENGTH, pool_type=pool_type))
+        assert str(path) in str(caught.value)
+    for text in (TextConfig(LENGTH, pool_type="eos", eos_id=1), text_tower()):
+        assert open_vocabulary(path, text).eot_token_id == 1
+    # As CLIP's: the end of text is the largest id, and the padding.
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][1], "id": 120, "content": "<end>"})
+    content["post_processor"]["special_tokens"] = {
+        "<end>": {"id": "<end>", "ids": [120], "tokens": ["<end>"]}
+    }
+    for piece in content["post_processor"]["single"]:
+        if "SpecialToken" in piece:
+            piece["SpecialToken"]["id"] = "<end>"
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<end>"}')
+    path.write_text(json.dumps(content))
+    rows = open_vocabulary(path, TextConfig(LENGTH))(["a cat"])
+    assert rows[0, -1] == 120 and rows.max() == 120
+
+
+def test_a_byte_order_mark_before_a_tokenizer_json_is_left_out(tmp_path: Path) -> None:
+    path = json_file(tmp_path, "BERT")
+    plain = open_vocabulary(path, text_tower())
+    path.write_bytes(b"\xef\xbb\xbf\r\n " + path.read_bytes())
+    marked = open_vocabulary(path, text_tower())
+    assert marked.sha256 == plain.sha256 and torch.equal(marked(CAPTIONS), plain(CAPTIONS))

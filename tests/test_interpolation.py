@@ -14,6 +14,7 @@ from weight_files import hub_folder, saved
 from clipcore import interpolate, train
 from clipcore.evaluate.loading import load_model
 from clipcore.export.interpolations import keep_start
+from clipcore.export.write import export_model
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError
 from clipcore.run.metrics import read_metrics
@@ -146,12 +147,18 @@ def test_the_commands_mistakes_are_one_line_and_leave_nothing(case, run, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_another_vocabulary_is_no_start(run):
+def test_weights_with_another_vocabulary_are_no_start(run, tmp_path):
+    """Those of a run, and those of a folder that has its vocabulary."""
     _, run_dir = run
+    exported = tmp_path / "exported"
+    own = load_model(str(run_dir))
+    export_model(own.model, own.tokenizer, "transformers", exported, is_checked=False)
+    interpolate.load_start(str(exported), own)
     other = train_tokenizer(["to be or not to be", "to see"] * 9, 520)
     end = load_model(str(run_dir))._replace(tokenizer=other)
-    with pytest.raises(ValueError, match="were trained with different vocabularies"):
-        interpolate.load_start(str(run_dir), end)
+    for start in (run_dir, exported):
+        with pytest.raises(ValueError, match="were trained with different vocabularies"):
+            interpolate.load_start(str(start), end)
 
 
 def test_a_run_keeps_its_start_from_the_beginning_only(run, tmp_path):

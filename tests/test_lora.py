@@ -47,7 +47,8 @@ def pairs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["ViT-nano-8-32", "RN-nano-32"])
 def test_features_and_gradients_are_those_of_the_summed_weights(name):
     """To 1e-12 in float64: of the weight W + 2 B A a gradient G gives B one of 2 G A', A one of 2 B' G."""
-    model = adapted(name)
+    # A ResNet normalises by the running statistics, which LoRA freezes.
+    model = adapted(name).eval()
     plain = merged(model)
     assert plain.state_dict().keys() == model_of(1, name).state_dict().keys()
     results = []
@@ -114,6 +115,40 @@ def test_peft_reads_the_adapter(name, tmp_path):
     assert found.peft_config["default"].base_model_name_or_path == "start"
     for each in (found, found.merge_and_unload()):
         torch.testing.assert_close(each(images.float(), tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_peft_gives_no_layer_of_a_locked_tower_a_product(tmp_path):
+    """The text tower's ``transformer`` is not the image tower's ``visual.transformer``.
+
+    peft's ``target_parameters`` know endings alone: it wraps the packed projections there with products of zero.
+    """
+    import_open_clip()
+    from peft import PeftModel
+
+    model = model_of(1)
+    model.lock_image_tower()
+    add_lora(model, 2, 2.0)
+    write_adapter(model, tmp_path, "start")
+    found = PeftModel.from_pretrained(model_of(1), tmp_path)
+    given = {name: value for name, value in found.named_parameters() if "lora_" in name}
+    text = {name for name in given if ".visual." not in name}
+    assert len(text) == len(adapter_of(model))
+    rest = given.keys() - text
+    assert all(name.rpartition(".lora_")[0].endswith(".attn") for name in rest)
+    assert not any(given[name].any() for name in rest if ".lora_B." in name)
+
+
+def test_training_leaves_the_statistics_of_a_resnet_alone():
+    """Checkpoints hold the adapter and not these, so a run goes on with those that it began with."""
+    model = model_of(1, "RN-nano-32")
+    add_lora(model, 2, 2.0)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert any(name.endswith("running_var") for name in before)
+    images, tokens = pairs()
+    image, text, scale = model.train()(images.float(), tokens)
+    (scale * image @ text.T).square().sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from clipcore.data.sources import open_source
 from clipcore.export import check
 from clipcore.export.write import export_model
 from clipcore.features.encode import encode_captions
+from clipcore.kernels.attention_pool import attention_pool
 from clipcore.run.state import load_run
 from clipcore.tokenizer import HubTokenizer, open_vocabulary
 from clipcore.towers import open_clip_models
@@ -33,7 +34,9 @@ from clipcore.towers.architectures import MODELS, ModelConfig, TextConfig, Visio
 from clipcore.towers.convert import to_custom_text, to_hf, to_open_clip_names
 from clipcore.towers.layouts import openai_differences
 from clipcore.towers.loading import load_checkpoint, load_weights
+from clipcore.towers.lora import add_lora
 from clipcore.towers.model import CLIP
+from clipcore.towers.pooling_head import PoolingHead
 
 pytestmark = pytest.mark.fast
 
@@ -363,6 +366,21 @@ def test_a_vocabulary_trains_classifies_evaluates_and_is_inspected(
     said = capfd.readouterr().out
     assert "attention pooling" in said and "every token sees all" in said
     assert "plus" in said and "(SigLIP)" in said and "120 tokens" in said
+
+
+def test_lora_leaves_the_pooling_head_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CLIP(NANO)
+    add_lora(model, 2, 2.0)
+    head = next(part for part in model.modules() if isinstance(part, PoolingHead))
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        "clipcore.towers.pooling_head.attention_pool",
+        lambda *given: calls.append(given) or attention_pool(*given),
+    )
+    tokens_BLD = torch.randn(2, 3, VISION.width)
+    found, expected = head(tokens_BLD), head._by_modules(tokens_BLD)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def vocabulary_of(folder: Path, config: ModelConfig) -> HubTokenizer:

@@ -46,6 +46,8 @@ from clipcore.towers.model import CLIP
 
 # Of the numbers that seed an image's patch dropout, apart from those of the loader.
 _DROPOUT = 201
+# Pairs that a teacher embeds at once at most: the memory plan measures the student alone.
+TEACHER_ROWS = 256
 # What the log says of a loss's ``same_id``.
 _EQUAL_CAPTIONS = {"ignore": "left out as negatives", "positive": "positives"}
 
@@ -176,11 +178,13 @@ class TrainingStep:
         The batch goes up to the device once more for it: kept there, it would take the memory of all its images.
 
         Args:
-            num_parts: micro-batches, of which one is embedded at a time.
+            num_parts: micro-batches at least, of which one is embedded at a time; there are more if one would have more
+                than TEACHER_ROWS pairs. No feature depends on it.
         """
         assert self.teacher is not None
         upload = Upload(self.cutter(batch, step), self.world.device, self._stream())
-        parts = micro_batches(len(batch.images), num_parts)
+        num_rows = len(batch.images)
+        parts = micro_batches(num_rows, max(num_parts, -(-num_rows // TEACHER_ROWS)))
         features: list[tuple[Tensor, Tensor]] = []
         scale = self.teacher.logit_scale.exp()
         with sharing(WeightCasts(), self.teacher):
@@ -221,8 +225,9 @@ class TrainingStep:
         """
         with self.autocast():
             if taught is not None:
-                contrastive, distill = self.loss_fn(*features, *taught)
-                return contrastive + distill
+                contrastive, distill = self.loss_fn(*features[:3], *taught)
+                # A logit bias changes no softmax. Its gradient is zero, not missing: every trained parameter has one.
+                return contrastive + distill + sum(0 * bias for bias in features[3:])
             if ids_B is None:
                 return self.loss_fn(*features)
             return self.loss_fn(*features, image_ids=ids_B, text_ids=ids_B)

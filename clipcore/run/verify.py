@@ -183,8 +183,13 @@ def _with_teacher(
 ) -> Callable[..., Tensor]:
     """Return a plain loss with the cross-entropy to a teacher's softmax added."""
 
-    def total(image_GE: Tensor, text_GE: Tensor, scale: Tensor) -> Tensor:
-        return reference(image_GE, text_GE, scale) + distill_ref(image_GE, text_GE, scale, *taught)
+    def total(
+        image_GE: Tensor, text_GE: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        loss = reference(image_GE, text_GE, scale)
+        loss = loss + distill_ref(image_GE, text_GE, scale, *taught)
+        # It changes no softmax.
+        return loss if bias is None else loss + 0 * bias
 
     return total
 

@@ -165,6 +165,12 @@ class TextConfig:
             )
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """The fields that a published name stands for: all that are compared, but the size of the vocabulary."""
+        names = [field.name for field in dataclasses.fields(self) if field.compare]
+        return {name: getattr(self, name) for name in names if name != "vocab_size"}
+
+    @property
     def ignores_padding(self) -> bool:
         """Whether nothing depends on what follows a caption's largest id, as in CLIP: padding can be left out."""
         return not self.no_causal_mask and self.pool_type == "argmax"
@@ -436,9 +442,9 @@ class ModelConfig:
         for name, config in MODELS.items():
             if self.shapes == config.shapes:
                 return name + suffix
+        own = self.embed_dim, self.vision, self.text.shape
         for name, config in MODELS.items():
-            text = dataclasses.replace(self.text, vocab_size=config.text.vocab_size)
-            if (self.embed_dim, self.vision, text) == config.shapes:
+            if own == (config.embed_dim, config.vision, config.text.shape):
                 return name + suffix
         vision = self.vision
         if isinstance(vision.layers, int):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from clipcore.towers.model import CLIP
 from clipcore.towers.modules import Attention
+from clipcore.towers.resnet import freeze_statistics
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -56,6 +58,8 @@ class LowRank(nn.Module):
 def add_lora(model: CLIP, rank: int, alpha: float) -> None:
     """Give every trainable matrix of a linear layer, in place, a product of low rank, and freeze all else.
 
+    A ResNet's BatchNorm statistics are frozen too: an adapter holds matrices alone, and goes with those of its start.
+
     Args:
         model: whose towers are locked already, if they are to be; a locked layer gets none.
 
@@ -71,6 +75,7 @@ def add_lora(model: CLIP, rank: int, alpha: float) -> None:
     if not found:
         raise ValueError("LoRA finds no layer to train: every linear layer is locked; unlock one")
     model.requires_grad_(False)
+    freeze_statistics(model)
     for module, name in found:
         low_rank = LowRank(getattr(module, name), rank, alpha)
         # Not by torch's check, which would compute every weight once.
@@ -173,7 +178,8 @@ def write_adapter(model: CLIP, folder: Path, base: str) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": layers,
+        # A regular expression of whole paths: of a list, peft would take "transformer..." for "visual.transformer..." too.
+        "target_modules": "|".join(map(re.escape, layers)),
         "target_parameters": packed,
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

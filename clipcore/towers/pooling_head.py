@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from clipcore.kernels.attention_pool import attention_pool
 from clipcore.kernels.launch import is_portable
@@ -65,8 +66,8 @@ class PoolingHead(nn.Module):
             *(nn.Linear, nn.Linear, nn.Linear, LayerNorm, nn.Sequential),
             *(nn.Linear, Activation, nn.Linear),
         )
-        is_own = tuple(type(part) for part in parts) == made and not any(map(is_hooked, parts))
-        return is_own and not is_portable()
+        is_own = tuple(map(type_before_parametrizations, parts)) == made
+        return is_own and not any(map(is_hooked, parts)) and not is_portable()
 
     def _by_modules(self, x_BLD: Tensor) -> Tensor:
         """Return the same result by calling its modules, for replaced modules, hooks and traces."""

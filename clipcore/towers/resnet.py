@@ -64,6 +64,14 @@ def replayed(module: nn.Module) -> Iterator[None]:
             norm.replaying = replaying
 
 
+def freeze_statistics(module: nn.Module) -> None:
+    """Leave the module's running statistics as they are for good, and normalise with them in training too."""
+    for part in module.modules():
+        if isinstance(part, BatchNorm2d):
+            part.frozen = True
+            part.eval()
+
+
 class Bottleneck(nn.Module):
     """A residual block of three convolutions; strides are an average pool after the second."""
 
@@ -267,10 +275,8 @@ class ModifiedResNet(nn.Module):
         if unlocked_groups:
             raise ValueError("a ResNet is locked whole: leave out --lock-image-unlocked-groups")
         freeze(self)
-        for part in self.modules():
-            if isinstance(part, BatchNorm2d) and freeze_bn_stats:
-                part.frozen = True
-                part.eval()
+        if freeze_bn_stats:
+            freeze_statistics(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass; BatchNorm still counts each batch once."""
