@@ -19,6 +19,7 @@ from clipcore.ranks.failures import end_with
 from clipcore.run.folders import is_run
 from clipcore.tokenizer import other_vocabulary_beside
 from clipcore.towers.interpolation import interpolated
+from clipcore.towers.layouts import open_clip_preprocessing
 from clipcore.towers.loading import load_checkpoint
 from clipcore.towers.model import CLIP
 
@@ -41,12 +42,19 @@ def load_start(path: str, end: LoadedModel) -> CLIP:
             f"{path} and {end.pretrained} were trained with different vocabularies, so that their weights have no mean; "
             "take the model that the second was fine-tuned from"
         )
-    for name in start.images.keys() & end.model.images.keys():
-        if start.images[name] != end.model.images[name]:
+    first, last = open_clip_preprocessing(start), open_clip_preprocessing(end.model)
+    for name in first:
+        if first[name] == last[name]:
+            continue
+        if name in start.images:
             raise ValueError(
-                f"{path} and {end.pretrained} have different preprocessing: {name} is {start.images[name]} and "
-                f"{end.model.images[name]}; take the model that the second was fine-tuned from"
+                f"{path} and {end.pretrained} have different preprocessing: {name} is {first[name]} and {last[name]}; "
+                "take the model that the second was fine-tuned from"
             )
+        complain(
+            PROGRAM,
+            f"note: {path} does not say its {name}; that of {end.pretrained} is {last[name]}, not the usual {first[name]}",
+        )
     return start
 
 

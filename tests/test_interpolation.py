@@ -161,6 +161,21 @@ def test_weights_with_another_vocabulary_are_no_start(run, tmp_path):
             interpolate.load_start(str(start), end)
 
 
+def test_preprocessing_is_compared_with_its_defaults(run, tmp_path, capsys):
+    """A start that states the usual mean is refused beside another; one that states nothing has a note."""
+    start, run_dir = run
+    end = load_model(str(run_dir))
+    end.model.set_images({"mean": (0.5, 0.5, 0.5)})
+    bare = saved(tmp_path / "bare.pt", start)
+    interpolate.load_start(str(bare), end)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not say its mean; that of" in line and "is (0.5, 0.5, 0.5)" in line
+    end.model.set_images({})
+    stated = hub_folder(tmp_path / "stated", start, {"mean": [0.5] * 3})
+    with pytest.raises(ValueError, match=r"different preprocessing: mean is \(0\.5"):
+        interpolate.load_start(str(stated), end)
+
+
 def test_a_run_keeps_its_start_from_the_beginning_only(run, tmp_path):
     """A run that goes on without it names the command; a run that begins anew replaces it."""
     start, _ = run

@@ -23,10 +23,13 @@ import clipcore
 from clipcore import inspection
 from clipcore.classify import __main__ as classify
 from clipcore.data.sources import open_source
+from clipcore.evaluate.loading import load_model
 from clipcore.export import check
+from clipcore.export.interpolations import keep_start
 from clipcore.export.write import export_model
 from clipcore.features.encode import encode_captions
 from clipcore.kernels.attention_pool import attention_pool
+from clipcore.ranks.distributed import World
 from clipcore.run.state import load_run
 from clipcore.tokenizer import HubTokenizer, open_vocabulary
 from clipcore.towers import open_clip_models
@@ -366,6 +369,21 @@ def test_a_vocabulary_trains_classifies_evaluates_and_is_inspected(
     said = capfd.readouterr().out
     assert "attention pooling" in said and "every token sees all" in said
     assert "plus" in said and "(SigLIP)" in said and "120 tokens" in said
+
+
+def test_a_start_that_open_clip_does_not_have_is_kept_for_clipcore(tmp_path: Path) -> None:
+    """In a size that timm lacks; a run that begins anew replaces it."""
+    tokenizer, alone = vocabulary_of(tmp_path, OF_GEMMA), World(0, 1, 0, torch.device("cpu"))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = CLIP(OF_GEMMA)
+        keep_start(model, tokenizer, tmp_path / "run", alone, is_beginning=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["start"]
+    found = load_model(None, str(tmp_path / "run" / "start"))
+    assert found.tokenizer.sha256 == tokenizer.sha256
+    weights = found.model.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_lora_leaves_the_pooling_head_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

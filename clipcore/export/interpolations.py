@@ -1,6 +1,7 @@
 """The models between a run's first weights and its last: what ``--wise-alpha`` keeps, writes and evaluates.
 
-A run's folder then holds ``start`` and ``wise/alpha_0.5``, folders as ``export_model`` writes them for open_clip.
+A run's folder then holds ``start`` and ``wise/alpha_0.5``, folders as ``export_model`` writes them for open_clip,
+or, of a model that open_clip does not have, as ``CLIP.save_pretrained`` writes them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipcore.evaluate.tasks import EvaluationPlan
-from clipcore.export.write import export_model
+from clipcore.export.vocabulary import write_tokenizer
+from clipcore.export.write import export_model, open_clip_can_hold
 from clipcore.files import is_folder
 from clipcore.ranks.distributed import World
 from clipcore.run.config import ConfigError
@@ -82,4 +84,13 @@ def _write(model: CLIP, tokenizer: Tokenizer, folder: Path) -> None:
     if is_folder(folder):
         shutil.rmtree(folder)
     # The export moves the model to the CPU and changes its dtype.
-    export_model(copy.deepcopy(model), tokenizer, "open_clip", folder, is_checked=False)
+    copied = copy.deepcopy(model)
+    if open_clip_can_hold(model.config):
+        export_model(copied, tokenizer, "open_clip", folder, is_checked=False)
+        return
+    # For clipcore alone, in float32 as the export; whole or not at all.
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    copied.cpu().float().save_pretrained(aside)
+    write_tokenizer(tokenizer, aside)
+    aside.rename(folder)

@@ -15,6 +15,7 @@ from clipcore.export.onnx_towers import write_onnx
 from clipcore.export.vocabulary import write_tokenizer
 from clipcore.files import make_directory, sync_directory
 from clipcore.tokenizer import OPENAI_SHA256, Tokenizer
+from clipcore.towers.architectures import ModelConfig
 from clipcore.towers.layouts import write_open_clip, write_openai, write_transformers
 from clipcore.towers.model import CLIP
 
@@ -84,10 +85,14 @@ def export_model(
                 path.rmdir()
 
 
+def open_clip_can_hold(config: ModelConfig) -> bool:
+    """Return whether open_clip has such a model: SigLIP's image towers it has in timm's sizes only."""
+    return not config.vision.has_map or "timm_model_name" in config.to_dict()["vision_cfg"]
+
+
 def _write(model: CLIP, tokenizer: Tokenizer, target: str, folder: Path, is_openai: bool) -> None:
     if target == "open_clip":
-        vision = model.config.to_dict()["vision_cfg"]
-        if model.config.vision.has_map and "timm_model_name" not in vision:
+        if not open_clip_can_hold(model.config):
             raise ValueError(
                 "open_clip has SigLIP's image towers in timm's sizes only, and this is none of them; model.save_pretrained "
                 "writes it for clipcore"
