@@ -3,10 +3,10 @@
 python bench/bench_counts.py [--models ViT-B-32 RN50] [--pairs 64] [--micro-batch-size 16] [--kept-graphs 1]
 
 Each of twelve published models makes a step of a run on a GPU in bfloat16 autocast, on tensors that have shapes only;
-`fake_gpu.py` says what counts. Captions have the lengths of `step_providers.CAPTION_LENGTHS`, 16 tokens on average. clipcore gets pixels
-in bytes and trimmed captions, as its loader makes them, and open_clip normalised float32 pixels and rows of 77 tokens, as
-its own does. The step of clipcore is `TrainingStep.gradients` and the update of `clipcore.train`; that of open_clip is its
-`train_one_epoch`. Neither clips gradients. What only the first step of a run does is not counted.
+`fake_gpu.py` says what counts. Captions have the lengths of `step_providers.CAPTION_LENGTHS`, 16 tokens on average.
+clipcore gets pixels in bytes and trimmed captions, as its loader makes them, and open_clip normalised float32 pixels and
+rows of 77 tokens, as its own does. The step of clipcore is `TrainingStep.gradients` and the update of `clipcore.train`;
+that of open_clip is its `train_one_epoch`. Neither clips gradients. What only the first step of a run does is not counted.
 
 The parts of a step: "forward" is the upload and both towers, "loss" the loss, "backward" the backward pass of both, and
 "update" the norm of the gradients, the optimizer and what is read for the log. clipcore logs each step, open_clip one in a
