@@ -397,6 +397,35 @@ def test_a_table_on_the_disk_may_name_images_at_urls(data, web, tmp_path):
     assert not web.faults
 
 
+def test_an_image_on_the_web_is_one_request(data, web):
+    url, content = f"{web.url}/csv/images/0000.jpg", (data / "csv/images/0000.jpg").read_bytes()
+    assert remote.read_object(url, 10**6) == content
+    assert [(request.method, request.range) for request in web.requests] == [("GET", "")]
+    web.faults = ["drop"]
+    assert remote.read_object(url, 10**6) == content and len(web.requests) == 3
+
+
+def test_an_image_on_the_web_that_is_too_large_is_refused_by_its_first_blocks(web, monkeypatch):
+    path, url = web.root / "large.jpg", f"{web.url}/large.jpg"
+    path.write_bytes(b"x" * 101)
+    assert remote.read_object(url, 101) == b"x" * 101
+
+    write, written = remote._CheckedFile.write, []
+    monkeypatch.setattr(
+        remote._CheckedFile,
+        "write",
+        lambda file, block: written.append(len(block)) or write(file, block),
+    )
+    for size in (101, 12_000_000):
+        path.write_bytes(b"x" * size)
+        with pytest.raises(RemoteError, match=r"large\.jpg: more than 100 bytes are too many$"):
+            remote.read_object(url, 100)
+    path.unlink()
+    assert len(web.requests) == 3
+    # A block has at most 5 MiB, and the second one is not written.
+    assert sum(written) < size
+
+
 @pytest.mark.parametrize(
     "url, said",
     [

@@ -9,6 +9,7 @@ from the URL, since a run records and prints its URLs.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import time
 from collections.abc import Callable
@@ -176,19 +177,25 @@ def read_range(url: str, start: int, stop: int, tries: int = TRIES) -> bytes:
 
 
 def read_object(url: str, limit: int, tries: int = TRIES) -> bytes:
-    """Return the bytes of a whole object, at most ``limit`` of them; raise RemoteError."""
-    state = state_of(url, tries)
-    if state.has_ranges:
-        return read_range(url, 0, min(state.size, limit), tries)
-    if state.size > limit:
-        raise RefusedObjectError(f"{shown(url)}: {state.size:,} bytes are too many")
+    """Return the bytes of a whole object, of an object store at most ``limit`` of them.
 
-    def read(system: Any) -> bytes:
-        content = system.cat_file(url)
-        _check_length(len(content), state.size)
-        return content
+    Of a web server it is one request: an answer that ends before its Content-Length is tried again.
 
-    return _tried(url, read, tries)
+    Raises:
+        RemoteError: see the module; or a web server sends more than ``limit`` bytes.
+    """
+    if not url.startswith("http"):
+        return read_range(url, 0, min(state_of(url, tries).size, limit), tries)
+
+    def check_size() -> None:
+        if content.tell() > limit:
+            raise RefusedObjectError(f"{shown(url)}: more than {limit:,} bytes are too many")
+
+    content = io.BytesIO()
+    _fetch(url, content, None, check_size, tries)
+    # The size is checked before each block, so the last one is still to be counted.
+    check_size()
+    return content.getvalue()
 
 
 def copy_object(
@@ -209,20 +216,41 @@ def copy_object(
             file.write(read_range(url, start, min(start + BLOCK_BYTES, state.size)))
             check_stopped()
     else:
-
-        def read(system: Any) -> None:
-            file.seek(0)
-            file.truncate()
-            system.get_file(url, _CheckedFile(file, check_stopped))
-            _check_length(file.tell(), state.size)
-
-        try:
-            _tried(url, read)
-        except _AbortedError as error:
-            assert error.__cause__ is not None
-            raise error.__cause__ from None
+        _fetch(url, file, state.size, check_stopped)
     if state_of(url) != state:
         raise RemoteError(f"{shown(url)} was changed while it was read; start again")
+
+
+def _fetch(
+    url: str,
+    file: BinaryIO,
+    size: int | None,
+    check: Callable[[], None],
+    tries: int = TRIES,
+) -> None:
+    """Write a whole object to a file by one request.
+
+    Args:
+        size: how many bytes it has to have; None for as many as the server announces.
+        check: called before each block is written; an exception that it raises ends the tries.
+
+    Raises:
+        RemoteError: see the module.
+        OSError: the file cannot be written.
+    """
+
+    def read(system: Any) -> None:
+        file.seek(0)
+        file.truncate()
+        system.get_file(url, _CheckedFile(file, check))
+        if size is not None:
+            _check_length(file.tell(), size)
+
+    try:
+        _tried(url, read, tries)
+    except _AbortedError as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
 
 
 class _AbortedError(Exception):
