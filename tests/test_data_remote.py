@@ -493,6 +493,26 @@ def test_a_full_disk_is_no_fault_of_the_network(web, monkeypatch):
     assert len(web.reads()) == 1
 
 
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_pause_between_tries_ends_when_the_copy_is_stopped(web, monkeypatch, has_ranges):
+    class Stopped(Exception):
+        pass
+
+    def stop_after_a_failed_try() -> None:
+        if web.reads():
+            raise Stopped
+
+    web.has_ranges = has_ranges
+    url = f"{web.url}/shards/000.tar"
+    state = remote.state_of(url)
+    web.faults = [500] * remote.TRIES
+    # Its tries would take longer than this test may.
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 1000.0)
+    with pytest.raises(Stopped):
+        remote.copy_object(url, state, io.BytesIO(), stop_after_a_failed_try)
+    assert len(web.reads()) == 1
+
+
 def test_prepared_shards_of_a_url_are_those_of_the_disk(data, web, tmp_path):
     digests = []
     for base in (str(data), web.url):

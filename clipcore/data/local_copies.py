@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from clipcore.data.remote import RemoteState, copy_object, without_query
+from clipcore.data.remote import RemoteState, copy_object, go_on, without_query
 from clipcore.files import cache_folder, lock_taken, locked, make_directory, written_aside
 
 BYTES_A_GB = 10**9
@@ -28,10 +28,6 @@ _NAME_CHARS = 100
 # The lease of this process for each folder of copies: (descriptor, path). Forked processes share it.
 _leases: dict[Path, tuple[int, Path]] = {}
 _leases_lock = threading.Lock()
-
-
-def _go_on() -> None:
-    pass
 
 
 class LocalCopies(NamedTuple):
@@ -43,7 +39,7 @@ class LocalCopies(NamedTuple):
     """
 
     limit_gb: float | None = None
-    check_stopped: Callable[[], None] = _go_on
+    check_stopped: Callable[[], None] = go_on
 
     def take(self, url: str, state: RemoteState) -> Path | None:
         """Return the copy of an object, which is made if it is missing, and stays for as long as this process lives.

@@ -28,6 +28,8 @@ PACKAGES = {
 # The pauses double: half a second, one, ..., 32; then the error.
 TRIES = 8
 FIRST_WAIT_S = 0.5
+# A pause is made of pieces no longer than this, so that what stops a copy need not wait for its end.
+_PIECE_S = 0.2
 # Of a single image on the web.
 IMAGE_TRIES = 3
 CONNECT_TIMEOUT_S = 30.0
@@ -163,8 +165,25 @@ def exists(url: str) -> bool:
     return True
 
 
-def read_range(url: str, start: int, stop: int, tries: int = TRIES) -> bytes:
-    """Return the bytes of an object from ``start`` to before ``stop``, exactly as many; raise RemoteError."""
+def go_on() -> None:
+    """Stop nothing: the ``check_stopped`` of callers that have none."""
+
+
+def read_range(
+    url: str,
+    start: int,
+    stop: int,
+    tries: int = TRIES,
+    check_stopped: Callable[[], None] = go_on,
+) -> bytes:
+    """Return the bytes of an object from ``start`` to before ``stop``, exactly as many.
+
+    Args:
+        check_stopped: called in the pauses between tries; an exception that it raises ends them.
+
+    Raises:
+        RemoteError: see the module.
+    """
     if start == stop:
         return b""
 
@@ -173,7 +192,7 @@ def read_range(url: str, start: int, stop: int, tries: int = TRIES) -> bytes:
         _check_length(len(content), stop - start)
         return content
 
-    return _tried(url, read, tries)
+    return _tried(url, read, tries, check_stopped)
 
 
 def read_object(url: str, limit: int, tries: int = TRIES) -> bytes:
@@ -205,7 +224,7 @@ def copy_object(
 
     Args:
         state: of the object; another one afterwards is an error.
-        check_stopped: called between blocks; an exception that it raises ends the copy.
+        check_stopped: called between blocks and in the pauses between tries; an exception that it raises ends the copy.
 
     Raises:
         RemoteError: see the module; or the object changed meanwhile.
@@ -213,7 +232,8 @@ def copy_object(
     """
     if state.has_ranges:
         for start in range(0, state.size, BLOCK_BYTES):
-            file.write(read_range(url, start, min(start + BLOCK_BYTES, state.size)))
+            stop = min(start + BLOCK_BYTES, state.size)
+            file.write(read_range(url, start, stop, check_stopped=check_stopped))
             check_stopped()
     else:
         _fetch(url, file, state.size, check_stopped)
@@ -232,7 +252,7 @@ def _fetch(
 
     Args:
         size: how many bytes it has to have; None for as many as the server announces.
-        check: called before each block is written; an exception that it raises ends the tries.
+        check: called before each block and in the pauses between tries; an exception that it raises ends the tries.
 
     Raises:
         RemoteError: see the module.
@@ -247,7 +267,7 @@ def _fetch(
             _check_length(file.tell(), size)
 
     try:
-        _tried(url, read, tries)
+        _tried(url, read, tries, check)
     except _AbortedError as error:
         assert error.__cause__ is not None
         raise error.__cause__ from None
@@ -288,7 +308,12 @@ def _check_length(received: int, expected: int) -> None:
         raise ShortAnswerError(f"{received:,} bytes came instead of {expected:,}")
 
 
-def _tried(url: str, action: Callable[[Any], _T], tries: int = TRIES) -> _T:
+def _tried(
+    url: str,
+    action: Callable[[Any], _T],
+    tries: int = TRIES,
+    check_stopped: Callable[[], None] = go_on,
+) -> _T:
     """Return what an action on the file system of a URL returns; try again after a passing fault."""
     check_url(url)
     system = _file_system(url)
@@ -312,11 +337,19 @@ def _tried(url: str, action: Callable[[Any], _T], tries: int = TRIES) -> _T:
                 ) from None
             last = _reason(fault, status)
         if number + 1 < tries:
-            time.sleep(FIRST_WAIT_S * 2**number)
+            _pause(FIRST_WAIT_S * 2**number, check_stopped)
     raise RemoteError(
         f"{shown(url)}: reading failed {tries} times, at last with {last}; check the network and the server, then run the "
         "same command again"
     )
+
+
+def _pause(seconds: float, check_stopped: Callable[[], None]) -> None:
+    """Sleep, unless ``check_stopped`` raises."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check_stopped()
+        time.sleep(min(left, _PIECE_S))
 
 
 def _file_system(url: str) -> Any:
