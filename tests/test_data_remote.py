@@ -199,6 +199,19 @@ def read_bytes(web: FileServer) -> int:
     return sum(int(last) - int(first) + 1 for first, last in ends)
 
 
+def test_a_variable_limits_the_copies_of_commands_without_the_flag(web, monkeypatch):
+    url = f"{web.url}/shards/000.tar"
+    monkeypatch.setenv(local_copies.LIMIT_VARIABLE, "0")
+    assert isinstance(open_source(url)._shard(0), RemoteFile)
+    with pytest.raises(DataError, match="in 0 GB; raise --data-cache-gb or CLIPCORE_DATA_CACHE_GB"):
+        open_source(f"{web.url}/csv/pairs.csv")
+    assert isinstance(open_source(url, cache_gb=1)._shard(0), LocalFile)
+    for wrong in ("much", "-1", "nan", "inf"):
+        monkeypatch.setenv(local_copies.LIMIT_VARIABLE, wrong)
+        with pytest.raises(DataError, match=f"^CLIPCORE_DATA_CACHE_GB={wrong} is not a number"):
+            open_source(f"{web.url}/shards/001.tar")
+
+
 def test_several_readers_copy_a_shard_once(data, web):
     with ThreadPoolExecutor(4) as pool:
         sources = list(pool.map(open_source, [f"{web.url}/{PATTERN}"] * 4))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -19,10 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from clipcore.data import DataError, printable
 from clipcore.data.remote import RemoteState, copy_object, go_on, without_query
 from clipcore.files import cache_folder, lock_taken, locked, make_directory, written_aside
 
 BYTES_A_GB = 10**9
+# The limit of commands without --data-cache-gb.
+LIMIT_VARIABLE = "CLIPCORE_DATA_CACHE_GB"
 
 _NAME_CHARS = 100
 # The lease of this process for each folder of copies: (descriptor, path). Forked processes share it.
@@ -34,7 +38,8 @@ class LocalCopies(NamedTuple):
     """The local copies of remote objects.
 
     Args:
-        limit_gb: how many GB all copies of this user may take together [half of what the disk has free for them].
+        limit_gb: how many GB all copies of this user may take together [that of the environment variable
+            CLIPCORE_DATA_CACHE_GB, else half of what the disk has free for them].
         check_stopped: called between the blocks of a copy; an exception that it raises ends the copy.
     """
 
@@ -51,6 +56,7 @@ class LocalCopies(NamedTuple):
             None if the copy does not fit, or cannot be written.
 
         Raises:
+            DataError: the environment variable is not a number of GB.
             RemoteError: the object cannot be read.
         """
         place = place_of(url, state.size, state.version)
@@ -85,11 +91,27 @@ class LocalCopies(NamedTuple):
 
     def described(self) -> str:
         """Return the limit in words."""
-        return "half of the free disk" if self.limit_gb is None else f"{self.limit_gb:g} GB"
+        limit_gb = self._limit_gb()
+        return "half of the free disk" if limit_gb is None else f"{limit_gb:g} GB"
+
+    def _limit_gb(self) -> float | None:
+        given = os.environ.get(LIMIT_VARIABLE)
+        if self.limit_gb is not None or not given:
+            return self.limit_gb
+        try:
+            limit_gb = float(given)
+        except ValueError:
+            limit_gb = math.nan
+        if not 0 <= limit_gb < math.inf:
+            raise DataError(
+                f"{LIMIT_VARIABLE}={printable(given)} is not a number of GB; set it to 0 or more"
+            )
+        return limit_gb
 
     def _limit_bytes(self, root: Path) -> int:
-        if self.limit_gb is not None:
-            return int(self.limit_gb * BYTES_A_GB)
+        limit_gb = self._limit_gb()
+        if limit_gb is not None:
+            return int(limit_gb * BYTES_A_GB)
         used = sum(size for _, size, _ in _entries(root))
         return (shutil.disk_usage(root).free + used) // 2
 

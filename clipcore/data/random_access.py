@@ -154,8 +154,8 @@ def _open_remote(url: str, state: FileState | None, ahead: int) -> LocalFile | R
         raise _changed(url)
     if not now.has_ranges:
         raise DataError(
-            f"{shown(url)}: the server gives no byte ranges, and there is no room for a local copy; raise --data-cache-gb, "
-            "or make room in the user's cache folder"
+            f"{shown(url)}: the server gives no byte ranges, and there is no room for a local copy; raise --data-cache-gb "
+            "or CLIPCORE_DATA_CACHE_GB, or make room in the user's cache folder"
         )
     return RemoteFile(url, state, ahead)
 

@@ -170,8 +170,8 @@ def _open_remote_table(
     copy = copies.take(url, remote.state_of(url))
     if copy is None:
         raise DataError(
-            f"{shown(url)}: there is no room for the table's local copy in {copies.described()}; raise --data-cache-gb, or "
-            "make room in the user's cache folder"
+            f"{shown(url)}: there is no room for the table's local copy in {copies.described()}; raise --data-cache-gb "
+            "or CLIPCORE_DATA_CACHE_GB, or make room in the user's cache folder"
         )
     try:
         return _open_local(str(copy), kind, decoder, table, os.path.dirname(without_query(url)))
