@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
-
-# How long the answer of a slow server takes; a test sets READ_TIMEOUT_S to less.
-SLOW_S = 0.6
 
 # The range that asks whether there are ranges.
 PROBE = "bytes=1-1"
@@ -32,7 +28,8 @@ class FileServer:
         root: the folder.
         url: its address.
         requests: all requests in order.
-        faults: of the next GET requests for content: "drop", "short", "slow", "long", or an HTTP status.
+        faults: of the next GET requests for content: "drop", "short", "long", "silent" (no answer until the client gives
+            up), or an HTTP status.
         has_ranges: whether ranges are obeyed; else each answer is the whole file.
         refused: the status of every request, HEAD too, None for the right one.
     """
@@ -95,8 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
         fault = files.faults.pop(0) if files.faults and is_read else ""
         if isinstance(fault, int):
             return self._refuse(fault)
-        if fault == "slow":
-            time.sleep(SLOW_S)
+        if fault == "silent":
+            # The end of the connection; a request behind this one would come here too.
+            self.connection.recv(1)
+            self.close_connection = True
+            return None
         if fault == "short":
             # A whole answer by its own header, of fewer bytes than the range.
             content = content[:-1]

@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from remote_store import SLOW_S, FileServer
+from remote_store import FileServer
 from runs import NANO
 from shards import picture, write_csv, write_jsonl, write_parquet, write_shards, write_tar
 
@@ -221,10 +221,11 @@ def test_several_readers_copy_a_shard_once(data, web):
 
 
 @pytest.mark.parametrize("cache_gb", [None, 0])
-@pytest.mark.parametrize("fault", ["drop", "short", "long", "slow", 503, 429])
+@pytest.mark.parametrize("fault", ["drop", "short", "long", "silent", 503, 429])
 def test_a_passing_fault_is_tried_again(data, web, monkeypatch, fault, cache_gb):
-    if fault == "slow":
-        monkeypatch.setattr(remote, "READ_TIMEOUT_S", SLOW_S / 4)
+    if fault == "silent":
+        # On a busy machine a right answer may take longer, and is asked for again.
+        monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.4)
     local = open_source(str(data / "shards/000.tar"))
     # Of the copy, or of the pass over the headers.
     web.faults = [fault, fault]
