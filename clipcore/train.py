@@ -327,11 +327,12 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
             profiled.begin_step()
 
             # Batch
-            lost: WorkerLostError | None = None
+            lost = ""
             try:
                 batch = next(batches)
             except WorkerLostError as error:
-                lost = error
+                # Its text alone: the error holds this frame, and with it the process group, beyond the end of the run.
+                lost = str(error)
                 # Saved before this process, whose memory may be short too, reads the batch, and all ranks finish the step.
                 is_whole = world.is_main and not is_split and step_index > first_step
                 if is_whole and state.first_fault() is None:
@@ -378,7 +379,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                     len(batch.bad),
                     batch.num_transparent,
                     interrupt.signal_number > 0,
-                    lost is not None,
+                    bool(lost),
                     world.is_main and is_late,
                 ]
             )
@@ -446,7 +447,7 @@ def train_in(run_dir: Path, given_config: TrainConfig, given: frozenset[str], wo
                 evaluate_epoch(state, evaluations, log, epoch, is_last)
                 clock.charge("evaluation")
             if is_stopping:
-                if lost is not None:
+                if lost:
                     complain("clipcore.train", f"stopped: {lost}")
                 log.print(
                     f"saved step {state.step} of {num_steps}; go on with: {resume_hint(run_dir)}"
