@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from interpreter import patch_once
 from ranks import RankPool
-from runs import RunServer
+from runs import RunServer, leave_process_alone
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_once()
@@ -113,6 +113,12 @@ def server() -> Iterator[RunServer]:
     started = RunServer()
     yield started
     started.close()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs be made in this process: what a run sets for the whole process stays as it is."""
+    leave_process_alone(monkeypatch)
 
 
 @pytest.fixture

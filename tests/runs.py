@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from clipcore.run.metrics import CLOCK_KEYS
@@ -200,6 +202,14 @@ class RunServer:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+def leave_process_alone(patch: pytest.MonkeyPatch) -> None:
+    """Keep ``clipcore.train.main`` from what it sets for a whole process: determinism, threads, what malloc keeps."""
+    train = importlib.import_module("clipcore.train")
+    patch.setattr(train, "make_deterministic", lambda: None)
+    patch.setattr(train, "set_threads", lambda config, *_: config)
+    patch.setattr(train.memory, "keep_freed", lambda: None)
 
 
 def final_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from remote_store import FileServer
-from runs import NANO
+from runs import NANO, leave_process_alone
 from shards import picture, write_csv, write_jsonl, write_parquet, write_shards, write_tar
 
 from clipcore import train
@@ -255,9 +255,7 @@ def test_a_lasting_fault_ends_in_one_line_and_is_no_bad_sample(web, fault):
 def test_a_run_that_a_network_fails_is_saved_and_goes_on_with_the_same_bits(
     web, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     url = f"{web.url}/{PATTERN}"
     line = ["--train-data", url, "--data-cache-gb", "0", "--logs", str(tmp_path), *NANO]
     line += ["--batch-size", "8", "--epochs", "3", "--lr", "1e-3", "--save-frequency", "0"]

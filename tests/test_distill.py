@@ -223,14 +223,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("table"), num_pairs=40)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the settings of this process alone."""
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
-
-
 def flags(folder: Path, data: Path, *more: object) -> list[str]:
     line = ["--logs", folder, "--name", "run", "--train-data", data, *NANO, "--threads", 1]
     line += ["--batch-size", 4, "--accum-freq", 2, "--epochs", 1, "--keep-checkpoints", 0]

@@ -6,6 +6,7 @@ Letters: B rows on one rank, G rows of all ranks, E embedding size.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from clipcore.ranks.distributed import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    close_distributed,
     gather_rows,
     init_distributed,
     is_main,
@@ -710,3 +712,19 @@ def test_the_gpu_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
         distributed.pick_device("cuda:1", 0)
     with pytest.raises(ValueError, match="--device is cpu or cuda, not 'gpu'"):
         distributed.pick_device("gpu", 0)
+
+
+def test_what_holds_the_group_in_a_cycle_is_freed_before_the_group_ends(monkeypatch) -> None:
+    """Such as the error of a lost worker, whose frames hold the run; the interpreter's own end would be too late."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.itself = self
+
+    holder = weakref.ref(Holder())
+    assert holder() is not None
+    alive: list[object] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: alive.append(holder()))
+    close_distributed()
+    assert alive == [None]

@@ -161,14 +161,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIP, Path]:
     return model, saved(tmp_path_factory.mktemp("weights") / "start.pt", model)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the settings of this process alone."""
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
-
-
 def flags(folder: Path, data: Path, *more: object) -> list[str]:
     """Return the command line of a run of ten steps."""
     line = ["--logs", folder, "--name", "run", "--train-data", data, *NANO, "--threads", 1]

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from runs import PROGRAMS
+from runs import PROGRAMS, leave_process_alone
 
 from clipcore import train
 from clipcore.data import DataError, icons
@@ -289,10 +289,7 @@ def test_shards_are_prepared_of_icons():
 
 
 def test_without_the_package_a_run_ends_in_one_line(monkeypatch, capsys, tmp_path):
-    # Those are for the whole process.
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     forget()
     line = f"--train-data icons --logs {tmp_path} --threads 1"

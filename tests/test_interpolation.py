@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from openclip import import_open_clip
-from runs import NANO
+from runs import NANO, leave_process_alone
 from shards import write_csv
 from weight_files import hub_folder, saved
 
@@ -90,9 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIP, Path]:
     line += ["--pretrained", saved(weights, start), "--wise-alpha", "0.5,0", "--ema-decay", 0.5]
     line += ["--val-data", folder / "pairs.csv"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-        patch.setattr(train, "set_threads", lambda config, *_: config)
-        patch.setattr(train.memory, "keep_freed", lambda: None)
+        leave_process_alone(patch)
         assert train.main([str(word) for word in line]) == 0
     return start, folder / "run"
 

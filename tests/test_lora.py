@@ -151,14 +151,6 @@ def test_training_leaves_the_statistics_of_a_resnet_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the settings of this process alone."""
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
-
-
 def test_a_run_trains_the_adapter_alone_and_goes_on_bit_for_bit(tmp_path, in_process, capfd):
     start = model_of(1)
     weights = saved(tmp_path / "start.pt", start)

@@ -20,7 +20,7 @@ import torch
 from in_their_place import clipcore_in_their_place
 from openclip import import_open_clip, theirs_of
 from PIL import Image
-from runs import NANO, ROOT
+from runs import NANO, ROOT, leave_process_alone
 from shards import write_tar
 from torch.nn.functional import logsigmoid
 from weight_files import picture, saved
@@ -198,10 +198,7 @@ def test_a_short_run_on_synthetic_data(
 ) -> None:
     from open_clip_train.main import main
 
-    train = importlib.import_module("clipcore.train")
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     main([*NANO, *TRAINING, *more, "--logs", str(tmp_path), "--name", "r"])
     assert "synthetic: 1,000,000 pairs; 1 epochs of batch" in capsys.readouterr().out
     steps, _ = read_metrics(tmp_path / "r")

@@ -22,6 +22,7 @@ from runs import (
     ROOT,
     assert_same_bits,
     final_state,
+    leave_process_alone,
     wait_until,
 )
 from safetensors.torch import load_file, save_file
@@ -152,9 +153,7 @@ def test_ctrl_c_while_a_compiler_works_is_no_failure_of_the_compiler(
         raise ConfigError("--torchcompile: torch.compile fails: C++ compile error")
 
     monkeypatch.setattr(TrainingStep, "compile_blocks", fail)
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     status = train.main(flags(tmp_path, "r", table, torchcompile=True))
     said = capfd.readouterr().err.splitlines()[-1]
     if is_stopped:
@@ -220,9 +219,7 @@ class Reads(TorchFunctionMode):
 
 def test_the_host_waits_for_the_device_twice_a_step(table, tmp_path, monkeypatch):
     """For loss and gradient norm before the update, and for the logit scale after it."""
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)  # for the whole process
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     with Reads() as reads:
         assert train.main(flags(tmp_path, "r", table, epochs=2, threads=1)) == 0
     assert reads.names == ["tolist", "item"] * 10

@@ -192,6 +192,17 @@ def test_a_signal_to_the_ranks_saves(table, tmp_path, to_launcher):
     assert_last_step_was_saved(tmp_path / "r", said)
 
 
+def test_the_worker_of_one_rank_is_killed_and_both_save(table, tmp_path):
+    with two_ranks(tmp_path, table, "--workers", "1") as (run, ranks):
+        (worker,) = children(ranks[1])
+        os.kill(worker, signal.SIGKILL)
+        said, _ = run.communicate()
+    assert run.returncode != 0
+    assert said.count("clipcore.train: stopped: a process that reads data was killed") == 1, said
+    assert "exitcode  : 4" in said and "clipcore.train: rank" not in said, said
+    assert_last_step_was_saved(tmp_path / "r", said)
+
+
 def test_two_ranks_give_the_same_bits_every_time(launch, tmp_path):
     for name in ("a", "b"):
         launch(name, 2, "--epochs", "1", "--ema-decay", "0.9")

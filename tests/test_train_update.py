@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from runs import NANO
+from runs import NANO, leave_process_alone
 from shards import write_csv
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,10 +36,7 @@ class Names(TorchDispatchMode):
 
 def test_the_update_is_that_of_the_training_loop(tmp_path: Path, monkeypatch: Any) -> None:
     """Between a step's gradients and its row in the log: the same operators in the same order, by the second step on."""
-    # Those are for the whole process.
-    monkeypatch.setattr(train, "make_deterministic", lambda: None)
-    monkeypatch.setattr(train, "set_threads", lambda config, *_: config)
-    monkeypatch.setattr(train.memory, "keep_freed", lambda: None)
+    leave_process_alone(monkeypatch)
     gradients, log = TrainingStep.gradients, MetricsLogger.step
     of_loop: list[Names] = []
 

@@ -9,6 +9,7 @@ N and M the same as B and G where rows are of any kind.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,6 +168,9 @@ def close_distributed() -> None:
     """Leave the process group, if there is one."""
     watchdog.stop_watchdog()
     if dist.is_initialized():
+        # What holds the group in a cycle of references, such as a kept error, would take it apart when the interpreter
+        # ends, and a thread of the group's that then asks for the interpreter aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
